@@ -1,0 +1,143 @@
+"""The command group, loaded lazily, and the one place where errors become exit codes.
+
+0 done; 1 a recipe, file, checkpoint or run at fault; 2 the command line; 130 and 143 interrupted; 141 the reader of
+stdout went away. An error of our own keeps its traceback.
+"""
+
+import contextlib
+import importlib
+import io
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Sequence
+from types import FrameType
+from typing import NoReturn
+
+import click
+
+from alphaflow_cli.errors import AlphaflowError
+
+# verb → (the module whose `command` it is, its line in `alphaflow --help`). A listing imports none of the modules.
+VERBS: dict[str, tuple[str, str]] = {
+    "prep-latents": ("alphaflow_cli.commands.prep_latents", "Turn pictures into a latent store."),
+    "train": ("alphaflow_cli.commands.train", "Train a recipe; the same command again resumes."),
+    "sample": ("alphaflow_cli.commands.sample", "Draw pictures from a checkpoint."),
+    "recipe": ("alphaflow_cli.commands.recipe", "List, show, check, plot and copy recipes."),
+    "doctor": ("alphaflow_cli.commands.doctor", "Say what this machine has, and what will not work here and why."),
+}
+
+EPILOG = """\b
+Examples:
+  alphaflow recipe show quickstart
+  alphaflow doctor
+"""
+
+
+class BrokenOutput(Exception):
+    """The reader of stdout went away. Not an OSError: click turns those into exit code 1."""
+
+
+class LazyGroup(click.Group):
+    """Knows every verb's name and line; imports a verb's module when it is called."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(VERBS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in VERBS:
+            return None
+        command = importlib.import_module(VERBS[cmd_name][0]).command
+        assert isinstance(command, click.Command), cmd_name
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(verb, line) for verb, (_, line) in VERBS.items()])
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        try:
+            return super().resolve_command(ctx, args)
+        except click.exceptions.NoSuchCommand as fault:  # click looks for likenesses among loaded commands only
+            raise click.exceptions.NoSuchCommand(fault.command_name, possibilities=VERBS, ctx=ctx) from None
+
+    def invoke(self, ctx: click.Context) -> object:
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError as fault:
+            raise BrokenOutput from fault
+
+
+def print_version(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    if value:
+        from importlib.metadata import version
+
+        click.echo(f"alphaflow {version('alphaflow')}")
+        ctx.exit()
+
+
+@click.command(cls=LazyGroup, epilog=EPILOG, context_settings={"max_content_width": 100})
+@click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=print_version, help="Print it.")
+@click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an error; works after a verb too.")
+def group() -> None:
+    """Train, sample, measure and publish one-step image generators: α-Flow and its family."""
+
+
+def say_error(message: str) -> None:
+    """Write `error: …` to stderr: red on a terminal, unless NO_COLOR or a dumb one."""
+    plain = bool(os.environ.get("NO_COLOR")) or os.environ.get("TERM") == "dumb"
+    click.echo(click.style("error:", fg="red", bold=True) + " " + message, err=True, color=False if plain else None)
+
+
+def split_debug(args: Sequence[str]) -> tuple[bool, list[str]]:
+    """Take `--debug` out of the arguments, wherever it stands before a `--`."""
+    end = args.index("--") if "--" in args else len(args)
+    return "--debug" in args[:end], [a for i, a in enumerate(args) if a != "--debug" or i >= end]
+
+
+def run(args: Sequence[str]) -> int:
+    """Run one command line in this process; returns the exit code."""
+    debug, rest = split_debug(args)
+    try:
+        code = group.main(rest, prog_name="alphaflow", standalone_mode=False)
+        sys.stdout.flush()
+        return code if isinstance(code, int) else 0
+    except click.UsageError as fault:
+        ctx = fault.ctx or click.Context(group, info_name="alphaflow")  # click does not always know the command
+        click.echo(ctx.get_usage(), err=True)
+        say_error(fault.format_message())
+        return _traced(debug, 2)
+    except (AlphaflowError, click.ClickException) as fault:
+        say_error(fault.format_message() if isinstance(fault, click.ClickException) else str(fault))
+        return _traced(debug, 1)
+    except (click.Abort, KeyboardInterrupt):
+        say_error("interrupted")
+        return _traced(debug, 130)
+    except (BrokenOutput, BrokenPipeError):
+        return 141
+
+
+def _traced(debug: bool, code: int) -> int:
+    if debug:
+        traceback.print_exc()
+    return code
+
+
+def _terminate(signum: int, frame: FrameType | None) -> NoReturn:
+    raise SystemExit(128 + signum)  # so that `finally` blocks run and temporary files go
+
+
+def main() -> NoReturn:
+    """Entry point of the `alphaflow` command."""
+    signal.signal(signal.SIGTERM, _terminate)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # an α must not end a run on an ASCII terminal
+    code = run(sys.argv[1:])
+    if code == 141:  # else the interpreter complains on flushing stdout at exit
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    raise SystemExit(code)

@@ -1,0 +1,1 @@
+"""One verb, one file: parse, check paths, call one engine function, print."""

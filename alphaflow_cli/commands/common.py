@@ -1,0 +1,71 @@
+"""What the verbs share: the RECIPE argument, `--set`, `--json`, examples in help, and the way results are printed."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+from click.shell_completion import CompletionItem
+
+from alphaflow_cli.errors import AlphaflowError
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+class RecipeName(click.ParamType):
+    """A shipped recipe's name or a file; the names complete in the shell."""
+
+    name = "recipe"
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        from alphaflow_cli.recipe import shipped
+
+        names = [CompletionItem(name) for name in shipped() if name.startswith(incomplete)]
+        return [*names, CompletionItem(incomplete, type="file")]
+
+
+def recipe_argument(function: Command) -> Command:
+    return click.argument("recipe", type=RecipeName())(function)
+
+
+def set_option(function: Command) -> Command:
+    """`--set a.b=value`, repeatable; the command receives the tuple `sets`."""
+    help_text = "Change one value of the recipe (again for another); checked as if it stood in the file."
+    return click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help=help_text)(function)
+
+
+def json_option(function: Command) -> Command:
+    return click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead.")(function)
+
+
+def examples(*lines: str) -> str:
+    """An epilog that shows command lines; a test runs each of them."""
+    return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
+
+
+def print_json(document: object) -> None:
+    click.echo(json.dumps(document, ensure_ascii=False, indent=2))
+
+
+def print_table(rows: list[tuple[str, ...]], *, head: tuple[str, ...] = ()) -> None:
+    """Columns as wide as their widest cell; the first row is the head where one is given."""
+    shown = [head, *rows] if head else rows
+    widths = [max(len(row[i]) for row in shown) for i in range(len(shown[0]))] if shown else []
+    for row in shown:
+        click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def write_new(path: Path, content: str | bytes, *, overwrite: bool = False) -> None:
+    """Write a whole file or nothing; the folder must exist, and a file that exists is kept unless `overwrite`."""
+    if path.exists() and not overwrite:
+        raise AlphaflowError(f"{path}: exists already, and is not overwritten. Choose another name or remove it")
+    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+        partial.replace(path)
+    except OSError as fault:
+        raise AlphaflowError(f"{path}: cannot be written ({fault.strerror})") from fault
+    finally:
+        partial.unlink(missing_ok=True)

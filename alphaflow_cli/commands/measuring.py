@@ -1,0 +1,54 @@
+"""What `eval` and `reference` share on the command line: metrics, weights, batch."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+import click
+
+from alphaflow_cli.recipe.schema import Metric
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+Metrics = tuple[Metric, ...]
+Weights = dict[str, Path]
+NETWORKS = ("inception", "dinov2", "clip")
+
+
+def metrics_option(function: Command) -> Command:
+    """`--metrics fid,fdd`; the command receives a tuple, empty where it was left out."""
+    names = ", ".join(get_args(Metric))
+    option = click.option("--metrics", callback=_parse_metrics, metavar="NAME,...", help=f"Of {names}.")
+    return option(function)
+
+
+def weights_option(function: Command) -> Command:
+    """`--weights inception=FILE`, repeatable."""
+    text = "Weights of a feature network where they are in no usual place; again for another."
+    return click.option("--weights", multiple=True, callback=_parse_weights, metavar="NETWORK=FILE", help=text)(
+        function
+    )
+
+
+def batch_option(function: Command) -> Command:
+    """`--batch N`."""
+    text = "Pictures at a time through a network; changes no number."
+    return click.option("--batch", type=click.IntRange(min=1), default=64, show_default=True, help=text)(function)
+
+
+def _parse_metrics(ctx: click.Context, param: click.Parameter, value: str | None) -> Metrics:
+    known = {str(name): name for name in get_args(Metric)}
+    names = [name.strip() for name in value.split(",")] if value else []
+    for name in names:
+        if name not in known:
+            raise click.BadParameter(f"{name!r} is not one of {', '.join(known)}")
+    return tuple(dict.fromkeys(known[name] for name in names))
+
+
+def _parse_weights(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) -> Weights:
+    found: Weights = {}
+    for each in value:
+        network, _, file = each.partition("=")
+        if network not in NETWORKS or not file:
+            raise click.BadParameter(f"{each!r}: write NETWORK=FILE, the network one of {', '.join(NETWORKS)}")
+        found[network] = Path(file)
+    return found

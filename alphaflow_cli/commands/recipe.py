@@ -1,0 +1,144 @@
+"""`alphaflow recipe`: list, show, check, plot and copy recipes."""
+
+from pathlib import Path
+
+import click
+
+from alphaflow_cli.commands.common import (
+    examples,
+    json_option,
+    print_json,
+    print_table,
+    recipe_argument,
+    set_option,
+    write_new,
+)
+from alphaflow_cli.errors import AlphaflowError
+
+
+@click.group(epilog=examples("alphaflow recipe ls", "alphaflow recipe show b2 --set train.steps=100000"))
+def command() -> None:
+    """List, show, check, plot and copy recipes.
+
+    A recipe is one YAML file that says everything about one run. RECIPE is a file, or the name of a shipped recipe.
+    """
+
+
+@command.command("ls", epilog=examples("alphaflow recipe ls"))
+@json_option
+def list_recipes(as_json: bool) -> None:
+    """List the shipped recipes."""
+    from alphaflow_cli.engine.plan import parameter_count
+    from alphaflow_cli.recipe import load_recipe, shipped
+    from alphaflow_cli.recipe.source import read_text, title
+
+    found = []
+    for name, path in shipped().items():
+        recipe, said = load_recipe(name), title(read_text(path))
+        entry = {"name": name, "title": said, "parameters": parameter_count(recipe)}
+        found.append({**entry, "steps": recipe.train.steps, "batch": recipe.train.batch, "path": str(path)})
+    if as_json:
+        print_json(found)
+        return
+    rows = [(str(f["name"]), f"{f['parameters']:,}", f"{f['steps']:,}", f"{f['batch']:,}", str(f["title"])) for f in found]
+    print_table(rows, head=("name", "parameters", "steps", "batch", "what it is"))
+
+
+@command.command(epilog=examples("alphaflow recipe show b2", "alphaflow recipe show b2 --set train.steps=100000 --json"))
+@recipe_argument
+@set_option
+@json_option
+def show(recipe: str, sets: tuple[str, ...], as_json: bool) -> None:
+    """Print a recipe with every default filled in, and what follows from it.
+
+    What follows are the phases of alpha in steps, images seen, parameters, and estimates of memory and disk. They come
+    as comments: the output is itself a recipe.
+    """
+    from alphaflow_cli.engine.facts import facts, lines
+    from alphaflow_cli.recipe import dump_recipe, load_recipe
+    from alphaflow_cli.recipe.dump import to_dict
+
+    loaded = load_recipe(recipe, sets)
+    if as_json:
+        print_json({"recipe": to_dict(loaded), **facts(loaded)})
+        return
+    for what, text in lines(loaded):
+        click.echo(f"# {what:11}{text}")
+    click.echo()
+    click.echo(dump_recipe(loaded), nl=False)
+
+
+@command.command(epilog=examples("alphaflow recipe check b2", "alphaflow recipe check b2 cifar10 --json"))
+@click.argument("files", nargs=-1, required=True, metavar="FILE...")
+@set_option
+@json_option
+@click.pass_context
+def check(ctx: click.Context, files: tuple[str, ...], sets: tuple[str, ...], as_json: bool) -> None:
+    """Check recipes; every fault is listed with its file and line.
+
+    The exit code is 1 if any of them is at fault.
+    """
+    verdicts = [(file, _fault(file, sets)) for file in files]
+    if as_json:
+        print_json([{"file": file, "ok": not fault, "error": fault or None} for file, fault in verdicts])
+    else:
+        for file, fault in verdicts:
+            click.echo(f"error: {fault}" if fault else f"{file}: good", err=bool(fault))
+    if any(fault for _, fault in verdicts):
+        ctx.exit(1)
+
+
+def _fault(file: str, sets: tuple[str, ...]) -> str:
+    from alphaflow_cli.recipe import load_recipe
+
+    try:
+        load_recipe(file, sets)
+    except AlphaflowError as fault:
+        return str(fault)
+    return ""
+
+
+@command.command(epilog=examples("alphaflow recipe plot b2 -o b2.png", "alphaflow recipe plot xl2-cfg -o xl2.svg"))
+@recipe_argument
+@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="FILE.png or FILE.svg.")
+@set_option
+def plot(recipe: str, out: Path, sets: tuple[str, ...]) -> None:
+    """Draw alpha and its phases, the share of r = t rows and the learning rate over the steps."""
+    from alphaflow_cli.engine.curves import recipe_chart
+    from alphaflow_cli.recipe import load_recipe
+
+    if out.suffix.lower() not in (".png", ".svg"):
+        raise click.BadParameter(f"{str(out)!r} must end in .png or .svg", param_hint="-o")
+    chart = recipe_chart(load_recipe(recipe, sets))
+    if out.suffix.lower() == ".svg":
+        from alphaflow_cli.report.svg import to_svg
+
+        write_new(out, to_svg(chart), overwrite=True)
+    else:
+        from alphaflow_cli.report.png import to_png
+
+        write_new(out, to_png(chart), overwrite=True)
+    click.echo(out)
+
+
+@command.command(epilog=examples("alphaflow recipe cp b2 mine.yaml"))
+@recipe_argument
+@click.argument("file", type=click.Path(path_type=Path))
+@set_option
+def cp(recipe: str, file: Path, sets: tuple[str, ...]) -> None:
+    """Copy a recipe to FILE, to change it there. An existing FILE is never overwritten.
+
+    With --set the copy is written with every default filled in.
+    """
+    from dataclasses import replace
+
+    from alphaflow_cli.recipe import dump_recipe, load_recipe
+    from alphaflow_cli.recipe.loader import find_recipe
+    from alphaflow_cli.recipe.source import read_text
+
+    loaded = load_recipe(recipe, sets)
+    target = file / f"{loaded.name}.yaml" if file.is_dir() else file
+    if target.suffix not in (".yaml", ".yml"):
+        raise click.BadParameter(f"{str(target)!r} must end in .yaml", param_hint="FILE")
+    write_new(target, dump_recipe(replace(loaded, name=target.stem)) if sets else read_text(find_recipe(recipe)))
+    click.echo(target)

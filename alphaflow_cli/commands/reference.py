@@ -1,0 +1,79 @@
+"""`alphaflow reference`: statistics of real pictures, with their protocol inside."""
+
+from pathlib import Path
+
+import click
+
+from alphaflow_cli.commands.common import examples, json_option, print_json, print_table
+from alphaflow_cli.commands.measuring import Metrics, Weights, batch_option, metrics_option, weights_option
+from alphaflow_cli.errors import AlphaflowError
+
+EXAMPLES = examples(
+    "alphaflow reference glyphs:2000 --metrics fd-tiny -o glyphs.safetensors",
+    "alphaflow reference imagenet/train --size 256 --metrics fid,fdd -o imagenet256-train.safetensors",
+)
+
+
+@click.command(epilog=EXAMPLES)
+@click.argument("source")
+@click.option("-o", "--out", "path", required=True, type=click.Path(dir_okay=False, path_type=Path), help="The file.")
+@metrics_option
+@click.option("--size", type=click.IntRange(min=16), help="Centre crop, Lanczos to this side; else as they are.")
+@click.option("--images", "limit", type=click.IntRange(min=1), help="The first N pictures only.")
+@click.option("--name", default="", help="How the reference is called in every row; the source's name otherwise.")
+@click.option(
+    "--keep", type=click.IntRange(min=0), default=10_000, show_default=True,
+    help="Single features kept, for KID, precision and recall.",
+)  # fmt: skip
+@batch_option
+@weights_option
+@click.option(
+    "--work", type=click.Path(file_okay=False, path_type=Path), default=Path("evals"), show_default=True,
+    help="Folder for unfinished work.",
+)  # fmt: skip
+@json_option
+def command(
+    source: str,
+    path: Path,
+    metrics: Metrics,
+    size: int | None,
+    limit: int | None,
+    name: str,
+    keep: int,
+    batch: int,
+    weights: Weights,
+    work: Path,
+    as_json: bool,
+) -> None:
+    """Measure real pictures once, and keep mean, covariance and some features.
+
+    SOURCE is a folder, a zip, a tar, a .npz with arr_0, hf://datasets/NAME, or glyphs:N. Where a source holds splits and
+    --size is given, the training split is taken. Without --metrics: every network whose weights are on this machine.
+    """
+    from alphaflow_cli.engine import evaluate as engine
+    from alphaflow_cli.engine.measure import join_processes
+    from alphaflow_cli.engine.pictures import open_pictures
+
+    if path.suffix != ".safetensors":
+        raise click.UsageError(f"-o {path}: a reference is a .safetensors file")
+    if path.exists():
+        raise AlphaflowError(f"{path}: exists already, and is not overwritten. Choose another name or remove it")
+    pictures = open_pictures(source, size=size, limit=limit)
+    processes = join_processes()
+    chosen = metrics or engine.available_metrics(weights)
+    ruler = engine.Ruler(engine.build_extractors(chosen, processes.device, weights), processes, work, batch)
+    made = engine.make_reference(pictures, ruler, path, name=name, kept=keep)
+    if made is None:
+        return
+    reference, warnings = made
+    for warning in warnings:
+        click.echo(f"warning: {warning}", err=True)
+    spaces = {key: each.space for key, each in reference.stats.items()}
+    if as_json:
+        print_json({"path": str(path), "facts": reference.facts, "spaces": {k: vars(v) for k, v in spaces.items()}})
+        return
+    rows: list[tuple[str, ...]] = [
+        (key, str(each.dim), each.network, each.weights_sha256[:8] or "none") for key, each in spaces.items()
+    ]
+    print_table(rows, head=("features", "dim", "network", "weights"))
+    click.echo(str(path))

@@ -1,0 +1,97 @@
+"""`alphaflow sample`: pictures from a checkpoint."""
+
+from pathlib import Path
+
+import click
+
+from alphaflow_cli.commands.common import examples
+
+EXAMPLES = examples(
+    "alphaflow sample runs/quickstart --grid grid.png",
+    "alphaflow sample runs/quickstart --seeds 0-9 --classes 3,7 --nfe 2 --out pictures",
+    "alphaflow sample runs/quickstart --nfe 1 --nfe 2 --nfe 4 --grid steps.png",
+)
+
+
+class Seeds(click.ParamType):
+    """0-63, 5, or a comma-separated list of both."""
+
+    name = "seeds"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> list[int]:
+        if isinstance(value, list):
+            return value
+        found: list[int] = []
+        for part in str(value).split(","):
+            first, dash, last = part.strip().partition("-")
+            if not first.isdigit() or (dash and not last.isdigit()) or (dash and int(last) < int(first)):
+                self.fail(f"{value!r}: seeds are numbers and ranges such as 0-63 or 1,5,9.", param, ctx)
+            found.extend(range(int(first), int(last or first) + 1))
+        return found
+
+
+class Times(click.ParamType):
+    """A falling grid: 1,0.55,0."""
+
+    name = "times"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> list[float]:
+        if isinstance(value, list):
+            return value
+        try:
+            return [float(part) for part in str(value).split(",")]
+        except ValueError:
+            self.fail(f"{value!r}: a grid is numbers from 1 to 0, such as 1,0.55,0.", param, ctx)
+
+
+SAMPLERS = ["auto", "trajectory", "consistency", "flow", "heun"]
+
+
+@click.command("sample", epilog=EXAMPLES)
+@click.argument("checkpoint", metavar="CKPT")
+@click.option("--seeds", type=Seeds(), default="0-63", show_default=True, help="One picture per seed.")
+@click.option("--classes", default="", help="Numbers or names, comma-separated, in turn. Default: drawn per seed.")
+@click.option("--nfe", multiple=True, type=int, help="Network evaluations per picture; repeat to compare. Default: 1.")
+@click.option("--sampler", type=click.Choice(SAMPLERS), default="auto", show_default=True, help="auto: the recipe's.")
+@click.option("--times", type=Times(), help="Own grid, such as 1,0.55,0; instead of --nfe.")
+@click.option("--guidance", type=float, help="At sampling, for models trained without guidance.")
+@click.option("--weights", type=click.Choice(["ema", "raw"]), default="ema", show_default=True, help="Which weights.")
+@click.option("--autoencoder", default="", help="Decode with this one: a folder or Hub id. Default: the checkpoint's.")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder for one PNG per picture.")
+@click.option("--grid", type=click.Path(path_type=Path), help="One PNG with all of them.")
+@click.option("--latents", type=click.Path(path_type=Path), help="The network's own latents as .npy (n, C, h, w).")
+@click.option("--batch", type=click.IntRange(1), default=64, show_default=True, help="Pictures at once.")
+@click.option("--processes", type=click.IntRange(1), help="Processes to share the work. Default: one per GPU.")
+def command(
+    checkpoint: str,
+    seeds: list[int],
+    classes: str,
+    nfe: tuple[int, ...],
+    sampler: str,
+    times: list[float] | None,
+    guidance: float | None,
+    weights: str,
+    autoencoder: str,
+    out: Path | None,
+    grid: Path | None,
+    latents: Path | None,
+    batch: int,
+    processes: int | None,
+) -> None:
+    """Draw pictures from CKPT: a file, a run folder, or a Hub id user/repo[@revision].
+
+    The picture of a seed is the same whatever the batch, the order and the number of processes.
+    """
+    if times is not None and nfe:
+        raise click.UsageError("--times and --nfe exclude each other: the grid says how many steps there are.")
+    if latents is not None and len(nfe) > 1:
+        raise click.UsageError("--latents wants one --nfe.")
+    from alphaflow_cli.engine.sampling import SampleRequest, sample_to_files
+
+    request = SampleRequest(
+        checkpoint=checkpoint, seeds=seeds, classes=classes, nfe=nfe or (1,), sampler=sampler, times=times,
+        guidance=guidance, weights=weights, autoencoder=autoencoder, out=out, grid=grid, latents=latents, batch=batch,
+        processes=processes or 0,
+    )  # fmt: skip
+    for path in sample_to_files(request):
+        click.echo(path)

@@ -1,0 +1,113 @@
+"""`alphaflow train`: a recipe becomes a run. Running it again resumes."""
+
+import sys
+from pathlib import Path
+
+import click
+
+from alphaflow_cli.commands.common import examples, json_option, print_json, recipe_argument, set_option
+from alphaflow_cli.recipe import load_recipe
+from alphaflow_cli.recipe.schema import Recipe
+
+EXAMPLES = examples(
+    "alphaflow train quickstart",
+    "alphaflow train b2 --data latents/imagenet --out runs/b2 --processes 8",
+    "alphaflow train b2 --set train.steps=200000 --dry-run",
+)
+
+
+class MicroBatch(click.ParamType):
+    """A number of rows, or auto."""
+
+    name = "n|auto"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if value == "auto" or value == 0:
+            return 0
+        if str(value).isdigit() and int(str(value)) > 0:
+            return int(str(value))
+        self.fail(f"{value!r} is neither a number of rows nor auto.", param, ctx)
+
+
+@click.command("train", epilog=EXAMPLES)
+@recipe_argument
+@click.option("--data", type=click.Path(path_type=Path), help="Latent store, instead of the recipe's data.store.")
+@click.option("--out", type=click.Path(path_type=Path), help="Run folder. Default: runs/<recipe name>.")
+@set_option
+@click.option("--processes", type=click.IntRange(1), help="Processes to start on this machine. Default: one per GPU.")
+@click.option("--micro-batch", type=MicroBatch(), default="auto", help="Rows a process computes at once, or auto.")
+@click.option("--init-from", default="", metavar="CKPT", help="Begin with the weights of this checkpoint.")
+@click.option("--verify/--no-verify", default=True, help="Check the whole store before the first step (about 1 s/GB).")
+@click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
+@click.option("--estimate", is_flag=True, help="Time a few steps of every phase, extrapolate, and stop.")
+@json_option
+def command(
+    recipe: str,
+    data: Path | None,
+    out: Path | None,
+    sets: tuple[str, ...],
+    processes: int | None,
+    micro_batch: int,
+    init_from: str,
+    verify: bool,
+    dry_run: bool,
+    estimate: bool,
+    as_json: bool,
+) -> None:
+    """Train RECIPE, a file or the name of a shipped recipe. Running the same command again resumes.
+
+    Inside torchrun, accelerate launch or Slurm it joins the processes that are there.
+    """
+    loaded = load_recipe(recipe, sets)
+    folder = out or Path("runs") / loaded.name
+    if dry_run or estimate:
+        show_plan(loaded, recipe, folder, processes, micro_batch, measured=estimate, as_json=as_json)
+        return
+    from alphaflow_cli.engine.launch import as_worker, is_worker
+    from alphaflow_cli.engine.start import Options, train
+
+    options = Options(folder, data, micro_batch or None, init_from, verify)
+    if is_worker():
+        as_worker(lambda: train(loaded, options))
+    code = begin(loaded, options, processes)
+    if code:
+        sys.exit(code)
+    finish(folder)
+
+
+def begin(recipe: Recipe, options: "object", processes: int | None) -> int:
+    """Check everything, then train here or in N processes."""
+    from alphaflow_cli.engine.launch import launch
+    from alphaflow_cli.engine.start import Options, count_processes, prepare, train
+
+    assert isinstance(options, Options)
+    count = count_processes(recipe, processes)
+    prepare(recipe, options)
+    if count == 1:
+        return train(recipe, options)
+    return launch(sys.argv[1:], count, options.out / "errors")
+
+
+def finish(folder: Path) -> None:
+    """What was made, and what to do with it."""
+    model = folder / "model.safetensors"
+    click.echo(f"Look at it:  {folder / 'samples'}")
+    click.echo(f"Sample it:   alphaflow sample {folder} --grid grid.png")
+    click.echo(model)
+
+
+def show_plan(
+    recipe: Recipe, asked: str, folder: Path, processes: int | None, micro_batch: int, *, measured: bool, as_json: bool
+) -> None:
+    """--dry-run and --estimate."""
+    from alphaflow_cli.engine.dry_run import describe, estimate
+
+    document, lines = describe(recipe, asked, folder, processes=processes or 1, micro_batch=micro_batch or None)
+    if measured:
+        times, more = estimate(recipe, micro_batch or None, processes or 1)
+        document, lines = document | {"estimate": times}, [*lines, *more]
+    if as_json:
+        print_json(document)
+        return
+    for line in lines:
+        click.echo(line)

@@ -1,0 +1,5 @@
+"""Checkpoints of the neighbours to ours, and back (docs/interop.md). No byte of a foreign file is executed."""
+
+from alphaflow_cli.convert.main import FAMILIES, Options, Outcome, convert, export
+
+__all__ = ["FAMILIES", "Options", "Outcome", "convert", "export"]

@@ -1,0 +1,145 @@
+"""What a family's reader hands over, and how it becomes a recipe: each fact with where it comes from."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor
+
+from alphaflow_cli.convert.shape import Shape
+from alphaflow_cli.errors import AlphaflowError
+from alphaflow_cli.recipe import Recipe, dump_recipe, load_recipe, recipe_from_text
+
+Family = Literal["auto", "alphaflow", "sit", "dit", "meanflow"]
+FAMILIES: tuple[Family, ...] = ("auto", "alphaflow", "sit", "dit", "meanflow")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line adds to a file."""
+
+    family: Family = "auto"
+    recipe: str | None = None  # the recipe it was trained by, where the file does not say
+    sets: tuple[str, ...] = ()
+    latents: str | None = None  # the latents' statistics: scale:S, meanflow, or a file with mean and std
+    autoencoder: str | None = None
+    weights: Literal["ema", "raw"] = "ema"
+
+
+@dataclass(frozen=True)
+class Latents:
+    """How the network's x comes from a latent: (latent − mean) / std."""
+
+    mean: Tensor  # float64, broadcastable to (C, h, w)
+    std: Tensor
+    normalise: Literal["position", "channel", "scale"]
+    source: str  # where the numbers come from, in words
+
+
+@dataclass
+class Imported:
+    """One checkpoint of a neighbour, in our names."""
+
+    family: Family
+    weights: dict[str, Tensor]  # ours
+    which: str  # "ema" or "raw"
+    shape: Shape
+    heads: int
+    latents: Latents
+    base: Recipe  # what it was trained by, as far as known
+    autoencoder: dict[str, Tensor] = field(default_factory=dict)  # weights inside the file
+    step: int | None = None
+    said: dict[str, Any] = field(default_factory=dict)  # facts that stood in the file
+    filled: dict[str, str] = field(default_factory=dict)  # facts that did not, and where they were taken from
+
+
+def base_recipe(options: Options, published: str | None, found: dict[str, str]) -> Recipe:
+    """The recipe named on the command line, else the published one that the file's name points to, else b2."""
+    name = options.recipe or published or "b2"
+    how = "--recipe" if options.recipe else "the file's name" if published else "no better knowledge"
+    found["recipe"] = f"{name} ({how}): everything that is not listed as said"
+    return load_recipe(name)
+
+
+def complete(foreign: Imported, options: Options, out: Path) -> Recipe:
+    """The base recipe with what the file says, then what the command line says, checked as a whole."""
+    shape, base = foreign.shape, foreign.base
+    dropout = base.guidance.label_dropout if shape.label_rows else 0.0
+    classes = max(shape.label_rows - (dropout > 0), 0)
+    model = replace(
+        base.model,
+        dim=shape.dim,
+        depth=shape.depth,
+        heads=foreign.heads,
+        patch=shape.patch,
+        mlp_ratio=shape.mlp_ratio,
+        qk_norm=shape.qk_norm,
+    )
+    data = replace(
+        base.data,
+        channels=shape.channels,
+        latent_size=shape.latent_size,
+        image_size=shape.latent_size * _downscale(foreign, options),
+        classes=classes,
+        autoencoder=_autoencoder(foreign, options, out),
+        normalise=foreign.latents.normalise,
+        scale=_scale(foreign)[0],
+        shift=_scale(foreign)[1],
+        store="",
+        source="",
+    )
+    guidance = replace(base.guidance, label_dropout=dropout)
+    recipe = replace(base, name=_name(out), model=model, data=data, guidance=guidance)
+    return recipe_from_text(dump_recipe(recipe), f"{out.name} (its recipe)", options.sets)
+
+
+def heads_set(options: Options) -> int | None:
+    """`--set model.heads=N`, needed before the recipe stands."""
+    values = [text.partition("=")[2].strip() for text in options.sets if text.strip().startswith("model.heads")]
+    return int(values[-1]) if values and values[-1].isdigit() else None
+
+
+def _scale(foreign: Imported) -> tuple[float, float]:
+    if foreign.latents.normalise != "scale":
+        return 1.0, 0.0
+    return 1 / float(foreign.latents.std.flatten()[0]), float(foreign.latents.mean.flatten()[0])
+
+
+def _downscale(foreign: Imported, options: Options) -> int:
+    """Pixels per latent: from the autoencoder inside, else 8 as in every Stable Diffusion autoencoder."""
+    if options.autoencoder == "none":
+        return 1
+    levels = {name.split(".")[2] for name in foreign.autoencoder if name.startswith("encoder.down_blocks.")}
+    return int(2 ** (len(levels) - 1)) if levels else 8
+
+
+def _autoencoder(foreign: Imported, options: Options, out: Path) -> str:
+    if options.autoencoder:
+        return options.autoencoder
+    return autoencoder_folder(out).name if foreign.autoencoder else foreign.base.data.autoencoder
+
+
+def autoencoder_folder(out: Path) -> Path:
+    """Where the autoencoder of a snapshot is written: beside its checkpoint."""
+    return out.with_name(f"{out.stem}-autoencoder")
+
+
+def _name(out: Path) -> str:
+    return re.sub(r"[^A-Za-z0-9._+-]", "-", out.stem).lstrip("._+-") or "converted"
+
+
+def pick(
+    tree: dict[str, Any], names: Mapping[str, tuple[str, ...]], options: Options, where: str
+) -> tuple[object, str]:
+    """The EMA or raw table of a checkpoint; where the wanted one is missing, both sides are said."""
+    for key in names[options.weights]:
+        if isinstance(tree.get(key), dict) and tree[key]:
+            return tree[key], options.weights
+    other = "raw" if options.weights == "ema" else "ema"
+    if any(isinstance(tree.get(key), dict) and tree[key] for key in names[other]):
+        raise AlphaflowError(
+            f"{where}: holds no {options.weights} weights, only {other}. Convert those knowingly: --weights {other}"
+        )
+    return tree, "ema"  # a bare table, as released: by custom the EMA

@@ -1,0 +1,159 @@
+"""`convert`: a neighbour's file to a checkpoint of ours, and ours to the published form."""
+
+import hashlib
+import json
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from alphaflow_cli.convert.imported import FAMILIES, Family, Imported, Options, autoencoder_folder, complete
+from alphaflow_cli.convert.published import looks_published, published_tree, read_published
+from alphaflow_cli.convert.shape import fit
+from alphaflow_cli.convert.sit import add_second_embedder, fields, looks_like, read_sit
+from alphaflow_cli.convert.source import read_source
+from alphaflow_cli.engine.build import build_network
+from alphaflow_cli.engine.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from alphaflow_cli.engine.files import write_atomically
+from alphaflow_cli.errors import AlphaflowError
+from alphaflow_cli.nn.autoencoder_files import kl_config
+from alphaflow_cli.recipe import Recipe
+
+__all__ = ["FAMILIES", "Options", "Outcome", "convert", "export"]
+AUTOENCODER_FILE = "diffusion_pytorch_model.safetensors"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What was made, and where each fact came from."""
+
+    path: Path
+    family: str
+    weights: str
+    recipe: Recipe
+    said: dict[str, Any]
+    filled: dict[str, str]
+    autoencoder: Path | None
+
+
+def convert(source: Path, out: Path, options: Options) -> Outcome:
+    """Read, translate, check against the network, write."""
+    _check_out(source, out)
+    foreign = _read(source, options)
+    recipe = complete(foreign, options, out)
+    weights = foreign.weights
+    if foreign.family == "dit":
+        recipe = replace(recipe, model=replace(recipe.model, prediction="noise"))
+    if foreign.family in ("sit", "dit"):
+        weights = add_second_embedder(weights, build_network(recipe).state_dict())
+    weights = fit(weights, recipe, source.name)
+    folder = _write_autoencoder(foreign.autoencoder, out) if foreign.autoencoder else None
+    origin = _origin(foreign, source, recipe)
+    save_checkpoint(out, Checkpoint(weights, recipe, foreign.latents.mean, foreign.latents.std, origin))
+    return Outcome(out, foreign.family, foreign.which, recipe, foreign.said, foreign.filled, folder)
+
+
+def _check_out(source: Path, out: Path) -> None:
+    if not out.parent.is_dir():
+        raise AlphaflowError(f"{out.parent}: no such folder; make it first.")
+    if out.exists():
+        raise AlphaflowError(f"{out}: exists already, and is not overwritten. Choose another name or remove it.")
+
+
+def _read(source: Path, options: Options) -> Imported:
+    """By --from, else by what only one family has."""
+    tree = read_source(source)
+    family = options.family if options.family != "auto" else _recognise(tree, source)
+    if family == "alphaflow":
+        return read_published(tree, source, options)
+    assert family in ("sit", "dit", "meanflow"), family
+    return read_sit(tree, source, options, family)
+
+
+def _recognise(tree: dict[str, Any], source: Path) -> Family:
+    tables = [tree.get(key) for key in ("ema", "net", "model")] + [tree]
+    table = next(table for table in tables if isinstance(table, dict) and table)
+    names = {str(name).replace("_orig_mod.", "").removeprefix("module."): value for name, value in table.items()}
+    if looks_published(names):
+        return "alphaflow"
+    found = looks_like(names, fields(tree))
+    if found:
+        return found
+    if "t_embedder.mlp.0.weight" in names:
+        raise AlphaflowError(
+            f"{source.name}: SiT and DiT have the same tables of weights, and the file does not say which it is: "
+            "they mean opposite things by t. Say it: --from sit, or --from dit"
+        )
+    some = next(iter(names), "nothing")
+    raise AlphaflowError(
+        f"{source.name}: a checkpoint of another family (it holds {some!r}, …). Known: the published α-Flow and "
+        "MeanFlow snapshots, SiT, DiT, and the PyTorch MeanFlow of zhuyu-cs"
+    )
+
+
+def _origin(foreign: Imported, source: Path, recipe: Recipe) -> dict[str, Any]:
+    """Like a trained checkpoint's, and how it came here."""
+    converted = {
+        "from": foreign.family,
+        "file": source.name,
+        "sha256": _sha256(source),
+        "said": foreign.said,
+        "filled": foreign.filled | {"latents": foreign.latents.source},
+    }
+    return {
+        "step": foreign.step,
+        "images_seen": None,
+        "weights": foreign.which,
+        "half_life": None,
+        "autoencoder": {"id": recipe.data.autoencoder, "revision": "", "weights_sha256": ""},
+        "class_names": [],
+        "versions": {"torch": str(torch.__version__)},
+        "converted": converted,
+    }
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 22):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def _write_autoencoder(weights: dict[str, Tensor], out: Path) -> Path:
+    """A diffusers folder beside the checkpoint; the architecture is read off the shapes."""
+    folder = autoencoder_folder(out)
+    try:
+        config = kl_config(weights)
+    except (KeyError, ValueError) as error:
+        raise AlphaflowError(f"{out.name}: the autoencoder in the snapshot lacks {error}.") from error
+    folder.mkdir(exist_ok=True)
+    tensors = {name: value.detach().float().contiguous() for name, value in weights.items()}
+    write_atomically(folder / AUTOENCODER_FILE, partial(save_file, tensors))
+    text = json.dumps({"_class_name": "AutoencoderKL", **config}, indent=2) + "\n"
+    write_atomically(folder / "config.json", partial(_write_text, text))
+    return folder
+
+
+def _write_text(text: str, path: Path) -> None:
+    path.write_text(text)
+
+
+def export(source: Path, out: Path) -> Path:
+    """`--to alphaflow`: the published names, with the statistics, and the autoencoder where it lies beside."""
+    _check_out(source, out)
+    checkpoint = load_checkpoint(source)
+    if checkpoint.recipe.model.prediction != "velocity" or checkpoint.recipe.model.second_time != "t-r":
+        raise AlphaflowError(
+            f"{source}: the published system knows networks that give u from t and t − r only; this one has "
+            f"prediction {checkpoint.recipe.model.prediction}, second_time {checkpoint.recipe.model.second_time}."
+        )
+    beside = source.parent / checkpoint.recipe.data.autoencoder / AUTOENCODER_FILE
+    autoencoder = read_source(beside) if beside.is_file() else {}
+    tree = published_tree(checkpoint.weights, checkpoint.recipe, checkpoint.mean, checkpoint.std, autoencoder)
+    write_atomically(out, partial(torch.save, tree))
+    return out

@@ -1,0 +1,149 @@
+"""The published α-Flow and MeanFlow snapshots, both ways: a `.pt` of net, ema and cfg with the autoencoder inside."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from alphaflow_cli.convert.imported import Imported, Latents, Options, base_recipe, heads_set, pick
+from alphaflow_cli.convert.latents import parse_latents, statistics
+from alphaflow_cli.convert.shape import Shape, heads_of, read_shape, to_our_names
+from alphaflow_cli.convert.source import state_dict
+from alphaflow_cli.errors import AlphaflowError
+from alphaflow_cli.nn.names import to_published
+from alphaflow_cli.recipe import Recipe
+
+TABLES = {"ema": ("ema",), "raw": ("net",)}
+STATISTICS = ("autoencoder_mean", "autoencoder_var", "are_ldm_stats_inited")
+AUTOENCODER = "autoencoder.model.model."
+RECIPES = {  # the released files → the recipes they were trained by (method section 7)
+    "meanflow-b-2": "meanflow-b2",
+    "alphaflow-b-2": "b2",
+    "alphaflow-b-2-cfg": "b2-cfg",
+    "meanflow-xl-2-cfg": "meanflow-xl2-cfg",
+    "alphaflow-xl-2-cfg": "xl2-cfg",
+    "alphaflow-xl-2-plus-cfg": "xl2-plus-cfg",
+}
+
+
+def looks_published(table: dict[str, Tensor]) -> bool:
+    """Its network lies under `model.` and has two time embedders."""
+    return "model.noise_labels_next_embedder.mlp.0.weight" in table
+
+
+def read_published(tree: dict[str, Any], path: Path, options: Options) -> Imported:
+    """Network, statistics, autoencoder; the configuration is checked against the shapes."""
+    table, which = pick(tree, TABLES, options, path.name)
+    state = state_dict(table, path.name)
+    weights = to_our_names(_under(state, "model."), path.name, second=None)
+    shape = read_shape(weights, path.name)
+    said = _configuration(tree.get("cfg"), shape, path.name)
+    filled: dict[str, str] = {}
+    base = _base(path, options, said, filled)
+    return Imported(
+        family="alphaflow",
+        weights=weights,
+        which=which,
+        shape=shape,
+        heads=heads_of(shape.dim, path.name, said.get("num_heads") or heads_set(options)),
+        latents=_latents(state, options, path.name),
+        base=base,
+        autoencoder=_under(state, AUTOENCODER),
+        said=said,
+        filled=filled,
+    )
+
+
+def _under(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name[len(prefix) :]: value for name, value in state.items() if name.startswith(prefix)}
+
+
+def _configuration(cfg: object, shape: Shape, where: str) -> dict[str, Any]:
+    """What cfg says of the network; a contradiction with the shapes is refused with both sides."""
+    if not isinstance(cfg, dict):
+        return {}
+    model = _section(cfg, "model")
+    resolution = _section(model, "tokenizer").get("resolution")
+    said = {key: model[key] for key in ("dim", "num_blocks", "num_heads", "mlp_ratio", "label_dropout") if key in model}
+    if isinstance(resolution, (list, tuple)) and resolution:
+        said["patch"] = resolution[-1]
+    labels = _section(cfg, "dataset").get("label_shape")
+    if isinstance(labels, (list, tuple)) and labels:
+        said["classes"] = labels[0]
+    _check(said, shape, where)
+    return said
+
+
+def _section(tree: dict[str, Any], name: str) -> dict[str, Any]:
+    found = tree.get(name)
+    return found if isinstance(found, dict) else {}
+
+
+def _check(said: dict[str, Any], shape: Shape, where: str) -> None:
+    if any(not isinstance(value, (int, float)) for value in said.values()):
+        raise AlphaflowError(f"{where}: its configuration is not one of numbers: {str(said)[:200]}.")
+    seen: dict[str, float] = {
+        "dim": shape.dim,
+        "num_blocks": shape.depth,
+        "mlp_ratio": shape.mlp_ratio,
+        "patch": shape.patch,
+    }
+    if "classes" in said:
+        seen["classes"] = max(shape.label_rows - (said.get("label_dropout", 0) > 0), 0)
+    for key, value in seen.items():
+        if key in said and int(said[key] * 1000) != int(value * 1000):
+            raise AlphaflowError(f"{where}: its configuration says {key} {said[key]}, its weights say {value:g}.")
+
+
+def _base(path: Path, options: Options, said: dict[str, Any], filled: dict[str, str]) -> Recipe:
+    """Guidance is baked in and not in the file: asked for, unless there is no null row or the name is known."""
+    published = RECIPES.get(path.stem.lower())
+    asked = options.recipe or any(text.startswith("guidance.") for text in options.sets)
+    if said.get("label_dropout", 0) > 0 and not published and not asked:
+        raise AlphaflowError(
+            f"{path.name}: was trained with guidance (it drops labels), but does not say which, and the name is none "
+            "of the released files'. Say it: --recipe b2-cfg (or another), or --set guidance.omega=… and guidance.kappa=…"
+        )
+    base = base_recipe(options, published, filled)
+    dropout = said.get("label_dropout")
+    if dropout is None:
+        return base
+    return replace(base, guidance=replace(base.guidance, label_dropout=float(dropout)))
+
+
+def _latents(state: dict[str, Tensor], options: Options, where: str) -> Latents:
+    """Mean and standard deviation: the file holds mean and VARIANCE, [1, C, h, w] in float64."""
+    if options.latents:
+        return parse_latents(options.latents)
+    mean, variance, ready = (state.get(name) for name in STATISTICS)
+    if mean is None or variance is None or (ready is not None and not bool(ready.max() > 0)):
+        raise AlphaflowError(
+            f"{where}: holds no latents' statistics (autoencoder_mean, autoencoder_var, filled in). "
+            "Give them: --latents FILE.safetensors with mean and std, or --latents scale:0.18215"
+        )
+    return statistics(mean, variance.double().sqrt(), f"{where} (autoencoder_mean, autoencoder_var)")
+
+
+def published_tree(
+    weights: dict[str, Tensor], recipe: Recipe, mean: Tensor, std: Tensor, autoencoder: dict[str, Tensor]
+) -> dict[str, Any]:
+    """The way back: our weights under the published names, as `net` and `ema` both."""
+    size = (1, recipe.data.channels, recipe.data.latent_size, recipe.data.latent_size)
+    state = {
+        STATISTICS[0]: mean.double().expand(size).contiguous(),
+        STATISTICS[1]: std.double().square().expand(size).contiguous(),
+        STATISTICS[2]: torch.tensor(1.0),
+    }
+    state |= {AUTOENCODER + name: value for name, value in autoencoder.items()}
+    state |= {"model." + to_published(name): value for name, value in weights.items()}
+    model = {
+        "dim": recipe.model.dim,
+        "num_blocks": recipe.model.depth,
+        "num_heads": recipe.model.heads,
+        "mlp_ratio": recipe.model.mlp_ratio,
+        "label_dropout": recipe.guidance.label_dropout,
+        "tokenizer": {"resolution": [1, recipe.model.patch, recipe.model.patch]},
+    }
+    return {"net": state, "ema": state, "cfg": {"model": model, "dataset": {"label_shape": [recipe.data.classes]}}}

@@ -1,0 +1,174 @@
+"""A foreign file to a tree of plain values and tensors; nothing in it is executed.
+
+`.pt` is a zip with a pickle in it (or, older, a row of pickles). Before torch reads it with `weights_only=True`, the
+zip must be what torch.save writes (entries stored, not compressed: no bomb) and the pickle may name only torch's own
+tensor builders and the few plain containers below, which are mapped to inert dicts by name.
+"""
+
+import pickle
+import re
+import warnings
+import zipfile
+from collections import OrderedDict
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from alphaflow_cli.convert.scan import LARGEST_PICKLE, Damaged, Dangerous, foreign_globals
+from alphaflow_cli.errors import AlphaflowError
+
+LEGACY_PICKLES = 5  # magic number, protocol, machine, the object, the storages' keys
+
+
+class Fields:
+    """Where an argparse.Namespace stood: vars() are its fields; no behaviour."""
+
+
+CONTAINERS = {  # dict subclasses and records of the known systems → an inert stand-in
+    "src.structs.EasyDict": OrderedDict,
+    "src.structs.TensorGroup": OrderedDict,
+    "argparse.Namespace": Fields,
+}
+PLAIN = {  # besides torch's own names, which torch.load judges one by one
+    "collections.OrderedDict",
+    "collections.Counter",
+    "_codecs.encode",
+    "__builtin__.set",
+    "builtins.set",
+    "__builtin__.bytearray",
+    "builtins.bytearray",
+}
+ALLOWED = frozenset(PLAIN | CONTAINERS.keys())
+UNREADABLE = (
+    pickle.UnpicklingError,
+    RuntimeError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    EOFError,
+    OSError,
+    AssertionError,
+    OverflowError,
+    MemoryError,
+    zipfile.BadZipFile,
+)
+
+
+def read_source(path: Path) -> dict[str, Any]:
+    """The file's tree: nested dicts with tensors at the leaves."""
+    if not path.is_file():
+        raise AlphaflowError(f"{path}: no such file. Give a .pt or .safetensors checkpoint.")
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path)
+    if zipfile.is_zipfile(path):
+        _check_zip(path)
+    else:
+        _check_legacy(path)
+    return _load(path, mmap=zipfile.is_zipfile(path))
+
+
+def _read_safetensors(path: Path) -> dict[str, Any]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
+    except (OSError, SafetensorError) as error:
+        raise AlphaflowError(f"{path}: not a whole safetensors file: {error}. Nothing was converted.") from error
+
+
+def _check_zip(path: Path) -> None:
+    """Refuse anything torch.save does not write, then look at the pickle."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+            names = [entry.filename for entry in entries]
+            pickles = [entry for entry in entries if entry.filename.rpartition("/")[2] == "data.pkl"]
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+                raise _refusal(path, "its entries are compressed, which torch.save never does: possibly a zip bomb")
+            if sum(entry.file_size for entry in entries) > path.stat().st_size or len(set(names)) < len(names):
+                raise _refusal(path, "its entries overlap or repeat")
+            if len(pickles) != 1 or pickles[0].file_size > LARGEST_PICKLE:
+                raise _refusal(path, "it is no torch.save checkpoint: one data.pkl of reasonable size is wanted")
+            with archive.open(pickles[0]) as stream:
+                _check_pickle(path, stream, 1)
+    except (zipfile.BadZipFile, OSError, ValueError, EOFError) as error:
+        raise AlphaflowError(f"{path}: truncated or damaged: {error}. Download it again.") from error
+
+
+def _check_legacy(path: Path) -> None:
+    """The old format: a row of pickles, then the tensors."""
+    with path.open("rb") as stream:
+        head = stream.read(2)
+        if head[:1] != b"\x80":
+            raise AlphaflowError(
+                f"{path}: neither a whole torch.save file nor safetensors: truncated, or another format. "
+                "Download it again, or name a .pt or .safetensors checkpoint."
+            )
+        stream.seek(0)
+        _check_pickle(path, stream, LEGACY_PICKLES)
+
+
+def _check_pickle(path: Path, stream: IO[bytes], pickles: int) -> None:
+    try:
+        named = foreign_globals(stream, allowed=ALLOWED, pickles=pickles)
+    except Dangerous as error:
+        raise _refusal(path, str(error)) from error
+    except Damaged as error:
+        raise AlphaflowError(
+            f"{path}: its pickle is truncated or damaged ({error}). Nothing in it was executed. Download it again."
+        ) from error
+    foreign = [name for name in named if not name.startswith("torch.")]
+    if foreign:
+        more = f" and {len(foreign) - 3} more" if len(foreign) > 3 else ""
+        raise _refusal(path, f"it wants to import {', '.join(foreign[:3])}{more}, which a checkpoint does not need")
+
+
+def _refusal(path: Path, why: str) -> AlphaflowError:
+    return AlphaflowError(f"{path}: refused, and nothing in it was executed: {why}.")
+
+
+def _load(path: Path, *, mmap: bool) -> dict[str, Any]:
+    stand_ins: list[Any] = [(kind, name) for name, kind in CONTAINERS.items()]
+    try:
+        with torch.serialization.safe_globals(stand_ins), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # an unusual pickle protocol: what matters is checked
+            tree = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except UNREADABLE as error:
+        raise AlphaflowError(
+            f"{path}: cannot be read as a checkpoint ({_reason(error)}). Nothing in it was executed."
+        ) from error
+    if not isinstance(tree, dict):
+        raise AlphaflowError(f"{path}: holds a {type(tree).__name__}, not the dict of a checkpoint.")
+    return tree
+
+
+def _reason(error: BaseException) -> str:
+    """One line of torch's paragraphs: the name it refused, or the first line that is not advice."""
+    unsupported = re.search(r"(?:Unsupported global: GLOBAL|unsupported GLOBAL) (\S+)", str(error))
+    if unsupported:
+        return f"it wants to import {unsupported[1]}"
+    lines = [
+        line for line in str(error).splitlines() if line and not line.startswith(("Weights only", "Please", "Check"))
+    ]
+    return lines[0][:200] if lines else type(error).__name__
+
+
+def state_dict(tree: object, where: str) -> dict[str, Tensor]:
+    """A table of weights: honest float tensors only, without the prefixes of compiled and wrapped networks."""
+    if not isinstance(tree, dict) or not tree:
+        raise AlphaflowError(f"{where}: no table of weights there.")
+    weights: dict[str, Tensor] = {}
+    for name, value in tree.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            raise AlphaflowError(f"{where}: {str(name)[:80]!r} is a {type(value).__name__}, not a tensor.")
+        if value.layout != torch.strided or value.is_meta or value.is_quantized or _lies(value):
+            raise AlphaflowError(f"{where}: {name[:80]} claims more numbers than the file holds.")
+        weights[name.replace("_orig_mod.", "").removeprefix("module.")] = value
+    return weights
+
+
+def _lies(value: Tensor) -> bool:
+    return value.numel() * value.element_size() > value.untyped_storage().nbytes()

@@ -1,0 +1,1 @@
+"""What α-Flow computes, and nothing else: torch in, torch out."""

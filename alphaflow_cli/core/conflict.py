@@ -1,0 +1,37 @@
+"""The conflict between the objective's two halves (method section 1).
+
+    L_MF = L_TFM + L_TC + constant,   L_TFM = E ‖u − ṽ‖²,   L_TC = E [2 (t − r) uᵀ du⁻/dt]
+
+and the border case L_FM' = E ‖u(z, t, t) − ṽ‖² on r = t rows. The conflict is the cosine between their gradients.
+Norms are means over C·H·W and rows, as in the training loss. Products are summed in float64.
+"""
+
+from collections.abc import Iterable, Mapping
+from math import sqrt
+
+import torch
+from torch import Tensor
+
+from alphaflow_cli.core.path import expand
+
+
+def trajectory_loss(u: Tensor, v_guided: Tensor) -> Tensor:
+    """L_TFM (and, on r = t rows, L_FM')."""
+    return (u - v_guided).square().mean()
+
+
+def consistency_loss(u: Tensor, du: Tensor, t: Tensor, r: Tensor) -> Tensor:
+    """L_TC, with du/dt without gradient."""
+    return (2.0 * expand(t - r, u) * u * du.detach()).mean()
+
+
+def products(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> dict[str, float]:
+    """Name → inner product of two gradients, tensor by tensor."""
+    values = [(first[name].double() * second[name].double()).sum() for name in first]
+    return dict(zip(first, torch.stack(values).tolist(), strict=True))
+
+
+def cosine(ab: Iterable[float], aa: Iterable[float], bb: Iterable[float]) -> float:
+    """a·b / (|a| |b|) from per-tensor products; NaN where a gradient vanishes, which is for the caller to show."""
+    length = sqrt(sum(aa)) * sqrt(sum(bb))
+    return sum(ab) / length if length > 0 else float("nan")

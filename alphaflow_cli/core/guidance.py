@@ -1,0 +1,60 @@
+"""Label dropout and guided velocity, two visible steps (method section 3).
+
+Both act strictly inside t_min < t < t_max. With probability `dropout` the label becomes y_null, for the target and
+the prediction both. Then
+
+    ṽ = ω v + κ u⁻(z_t, t, t | y) + (1 − ω − κ) u⁻(z_t, t, t | ∅)     inside,     ṽ = v outside.
+
+The effective guidance scale is ω / (1 − κ). It is baked into the weights.
+"""
+
+import torch
+from torch import Tensor
+
+from alphaflow_cli.core.path import expand
+
+
+def inside(t: Tensor, t_min: float, t_max: float) -> Tensor:
+    """(B,) bool: t_min < t < t_max, both strict."""
+    return (t > t_min) & (t < t_max)
+
+
+def drop_labels(
+    y: Tensor, t: Tensor, uniforms: Tensor, *, dropout: float, y_null: int, t_min: float, t_max: float
+) -> Tensor:
+    """y with y_null where uniform < dropout and t is inside the interval."""
+    dropped = (uniforms < dropout) & inside(t, t_min, t_max)
+    return torch.where(dropped, y_null, y)
+
+
+def null_weight(omega: float, kappa: float) -> float:
+    """1 − ω − κ, the weight of the null velocity; rounding noise counts as zero."""
+    rest = 1.0 - omega - kappa
+    return 0.0 if abs(rest) < 1e-12 else rest
+
+
+def guided_velocity(
+    v: Tensor,
+    u_y: Tensor | None,
+    u_null: Tensor | None,
+    t: Tensor,
+    *,
+    omega: float,
+    kappa: float,
+    t_min: float,
+    t_max: float,
+) -> Tensor:
+    """ṽ. `u_y` may be None where κ = 0, `u_null` where 1 − ω − κ = 0."""
+    null = null_weight(omega, kappa)
+    assert len(v) == 0 or ((u_y is not None or kappa == 0.0) and (u_null is not None or null == 0.0)), (kappa, null)
+    v_guided = omega * v
+    if u_y is not None and kappa != 0.0:
+        v_guided = v_guided + kappa * u_y
+    if u_null is not None and null != 0.0:
+        v_guided = v_guided + null * u_null
+    return torch.where(expand(inside(t, t_min, t_max), v), v_guided, v)
+
+
+def effective_scale(omega: float, kappa: float) -> float:
+    """ω / (1 − κ)."""
+    return omega / (1.0 - kappa)

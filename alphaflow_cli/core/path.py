@@ -1,0 +1,30 @@
+"""The path from data to noise.
+
+Time convention, stated once: t = 0 is data, t = 1 is noise; every time is a (B,) float tensor.
+
+    z_t = (1 − t) x + t noise,     v = dz_t/dt = noise − x
+    z_s = z_t − (t − s) v          (the paper's Algorithm 1; its Definition 1 prints a plus sign)
+"""
+
+from torch import Tensor
+
+
+def expand(t: Tensor, like: Tensor) -> Tensor:
+    """(B,) → (B, 1, 1, 1), to multiply rows of `like`."""
+    return t.reshape(-1, *[1] * (like.ndim - 1))
+
+
+def interpolate(x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    """z_t = (1 − t) x + t noise."""
+    t = expand(t, x)
+    return (1 - t) * x + t * noise
+
+
+def velocity(x: Tensor, noise: Tensor) -> Tensor:
+    """v = noise − x."""
+    return noise - x
+
+
+def step_back(z_t: Tensor, v: Tensor, t: Tensor, s: Tensor) -> Tensor:
+    """z_s = z_t − (t − s) v, for s ≤ t."""
+    return z_t - expand(t - s, z_t) * v

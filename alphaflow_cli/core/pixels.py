@@ -1,0 +1,31 @@
+"""Pictures as floats in [−1, 1] and as bytes (method section 5).
+
+truncate   byte = ⌊(x + 1) · 127.5⌋        as published; half a level darker on average
+round      byte = nearest of the same
+back       x = byte · 2 / 255 − 1
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from alphaflow_cli.errors import AlphaflowError
+
+RULES: dict[str, Callable[[Tensor], Tensor]] = {"truncate": torch.floor, "round": torch.round}
+
+
+def to_uint8(pixels: Tensor, rule: str) -> Tensor:
+    """Bytes of pictures (B, C, H, W), clamped to 0 … 255; refuses what is not finite, which would turn black unseen."""
+    bad = (~torch.isfinite(pixels)).flatten(1).any(1)
+    if bool(bad.any()):
+        raise AlphaflowError(
+            f"{int(bad.sum())} of {len(pixels)} pictures have values that are not finite (the first: number "
+            f"{int(bad.nonzero()[0])} of its batch); the checkpoint is broken, or was sampled outside its precision."
+        )
+    return RULES[rule]((pixels.float() + 1) * 127.5).clamp(0, 255).to(torch.uint8)
+
+
+def from_uint8(pixels: Tensor) -> Tensor:
+    """float32 in [−1, 1]."""
+    return pixels.float() * 2 / 255 - 1

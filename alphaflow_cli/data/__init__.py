@@ -1,0 +1,1 @@
+"""Pictures, the latent store, and the stream that training reads."""

@@ -1,0 +1,236 @@
+"""The stream: batch k of a run, from the seed and k alone.
+
+    position of row i of step k:  p = k·B + i            an endless sequence, cut into epochs of `count`
+    sample at position p:         permutation of epoch p // count (seeded by it), at p % count
+    latent:                       mean + std · noise      noise, like the flips, drawn for the GLOBAL batch of step k
+    x:                            (latent - mean) / std   per position or per channel, or (latent - shift) · scale
+
+So a run resumes at any step without replaying one, every sample appears once per epoch (batches run across the border
+of two epochs, nothing is dropped), and two processes see what one would: they take other rows of the same batch.
+
+Shapes: B global batch, n rows asked for, (C, h, w) a latent; a stored row has 2C channels (mean, std) or C.
+"""
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from alphaflow_cli.core.draws import FLIP, ORDER, POSTERIOR, mix_seed
+from alphaflow_cli.data.files import Array
+from alphaflow_cli.data.shards import statistics_of_rows
+from alphaflow_cli.data.stats import Statistics, merge, mirrored, subset_rows
+from alphaflow_cli.data.store import Store, Verify, open_store
+from alphaflow_cli.errors import AlphaflowError
+
+Rows = slice | Tensor
+CONSTANT = 1e-6  # a latent that varies less than this (std) is constant: dividing by it would blow up rounding noise
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a training step sees."""
+
+    latents: Tensor  # (n, C, h, w) float32, normalised: the network's x
+    y: Tensor  # (n,) int64
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Stored rows on their way: pinned where a GPU waits for them."""
+
+    stored: Tensor  # (n, 2C | C, h, w) as on disk
+    y: Tensor
+
+
+class LatentStream:
+    """Batches of one verified store."""
+
+    def __init__(
+        self,
+        store: Path,
+        *,
+        batch: int,
+        seed: int,
+        posterior: Literal["sample", "mean"],
+        flips: bool,
+        normalise: Literal["position", "channel", "scale"],
+        scale: float,
+        shift: float,
+        stats_images: int,
+        device: torch.device,
+        resident: bool = False,
+        prefetch: bool | None = None,
+        verify: Verify = "full",
+    ) -> None:
+        """`resident` keeps the whole store on the device; `prefetch` reads one batch ahead (default: on a GPU)."""
+        self.store = open_store(store, verify)
+        plan = self.store.plan
+        if flips and not plan.flips:
+            raise AlphaflowError(f"{store}: holds no mirror images. Make it with --flips, or set data.flips: false")
+        self.shape, self.count, self.classes = plan.latent, self.store.manifest.count, plan.classes
+        self.batch, self.seed, self.posterior, self.flips, self.device = batch, seed, posterior, flips, device
+        self.mean, self.std = normalisation(
+            self.store, normalise, scale=scale, shift=shift, images=stats_images, flips=flips
+        )
+        self._mean, self._std = (value.to(device, torch.float32) for value in (self.mean, self.std))
+        self._resident = _load(self.store, device, flips) if resident else None
+        ahead = device.type != "cpu" if prefetch is None else prefetch
+        self._pool = ThreadPoolExecutor(1, "latents") if ahead and not resident else None
+        self._ahead: dict[tuple[int, bytes], Future[_Rows]] = {}
+
+    def batch_at(self, step: int, rows: Rows) -> Batch:
+        """Rows of the global batch of a step."""
+        wanted = torch.arange(self.batch)[rows]
+        stored = self._fetch(step, wanted)
+        latents = self._latents(stored.stored, step, wanted)
+        return Batch((latents - self._mean) / self._std, stored.y)
+
+    def samples_at(self, step: int) -> Array:
+        """Which rows of the store the global batch of a step is made of: (B,)."""
+        positions = np.arange(step * self.batch, (step + 1) * self.batch)
+        epochs, places = np.divmod(positions, self.count)
+        samples = np.empty(self.batch, np.int64)
+        for epoch in np.unique(epochs):
+            samples[epochs == epoch] = permutation(self.seed, int(epoch), self.count)[places[epochs == epoch]]
+        return samples
+
+    def flips_at(self, step: int) -> Array:
+        """Which rows of the global batch show the mirror image: (B,) bool."""
+        if not self.flips:
+            return np.zeros(self.batch, bool)
+        generator = torch.Generator().manual_seed(mix_seed(self.seed, FLIP, step))
+        return (torch.rand(self.batch, generator=generator) < 0.5).numpy()
+
+    def noise_at(self, step: int) -> Tensor:
+        """Posterior noise of the global batch, drawn on the device: (B, C, h, w)."""
+        generator = torch.Generator(self.device).manual_seed(mix_seed(self.seed, POSTERIOR, step))
+        return torch.randn((self.batch, *self.shape), generator=generator, device=self.device)
+
+    def close(self) -> None:
+        """Stop reading ahead."""
+        if self._pool:
+            self._pool.shutdown(cancel_futures=True)
+
+    def _latents(self, stored: Tensor, step: int, wanted: Tensor) -> Tensor:
+        kind = self.store.plan.kind
+        if kind == "pixels":
+            return stored.float() / 127.5 - 1.0
+        if kind == "mean":
+            return stored.float()
+        mean, std = stored.float().chunk(2, dim=1)
+        if self.posterior == "mean":
+            return mean
+        noise = self.noise_at(step)
+        return torch.addcmul(mean, std, noise if len(wanted) == self.batch else noise[wanted.to(self.device)])
+
+    def _fetch(self, step: int, wanted: Tensor) -> _Rows:
+        if self._resident:
+            return self._from_device(step, wanted)
+        if not self._pool:
+            return self._to_device(self._read(step, wanted))
+        key = wanted.numpy().tobytes()
+        ready = self._ahead.pop((step, key), None)
+        self._ahead = {at: read for at, read in self._ahead.items() if step <= at[0] <= step + 1}
+        rows = ready.result() if ready else self._read(step, wanted)
+        self._ahead[step + 1, key] = self._pool.submit(self._read, step + 1, wanted)
+        return self._to_device(rows)
+
+    def _read(self, step: int, wanted: Tensor) -> _Rows:
+        """On the host, from the memory-mapped shards."""
+        plan, chosen = self.store.plan, wanted.numpy()
+        samples, flipped = self.samples_at(step)[chosen], self.flips_at(step)[chosen]
+        dtype = getattr(torch, plan.dtype)
+        stored = torch.empty(
+            (len(chosen), plan.rows, *plan.latent[1:]), dtype=dtype, pin_memory=self.device.type == "cuda"
+        )
+        for name, which in _tensors(self.store, flipped):
+            self.store.shards.gather(name, samples[which], stored.numpy(), which)
+        if plan.kind == "pixels" and flipped.any():
+            stored[flipped] = stored[flipped].flip(-1)
+        y = torch.from_numpy(self.store.labels[samples])
+        return _Rows(stored, y.pin_memory() if self.device.type == "cuda" else y)
+
+    def _to_device(self, rows: _Rows) -> _Rows:
+        return _Rows(rows.stored.to(self.device, non_blocking=True), rows.y.to(self.device, non_blocking=True))
+
+    def _from_device(self, step: int, wanted: Tensor) -> _Rows:
+        assert self._resident is not None
+        chosen = wanted.numpy()
+        samples, flipped = self.samples_at(step)[chosen], self.flips_at(step)[chosen]
+        index = torch.from_numpy(samples).to(self.device)
+        stored = self._resident[self.store.plan.kind][index]
+        if flipped.any():
+            which = torch.from_numpy(flipped).to(self.device)
+            name = f"{self.store.plan.kind}_flip"
+            stored[which] = self._resident[name][index[which]] if name in self._resident else stored[which].flip(-1)
+        return _Rows(stored, self._resident["label"][index])
+
+
+@lru_cache(maxsize=4)
+def permutation(seed: int, epoch: int, count: int) -> Array:
+    """The order of one epoch."""
+    generator = torch.Generator().manual_seed(mix_seed(seed, ORDER, epoch))
+    return torch.randperm(count, generator=generator).numpy()
+
+
+def normalisation(
+    store: Store,
+    normalise: Literal["position", "channel", "scale"],
+    *,
+    scale: float,
+    shift: float,
+    images: int,
+    flips: bool,
+) -> tuple[Tensor, Tensor]:
+    """Mean and std that broadcast to (C, h, w), float64: x = (latent - mean) / std."""
+    if normalise == "scale":
+        return torch.full((1, 1, 1), shift, dtype=torch.float64), torch.full((1, 1, 1), 1 / scale, dtype=torch.float64)
+    stats = statistics_on(store, images, flips)
+    if normalise == "channel":
+        mean, std = stats.channel_mean[:, None, None], stats.channel_std[:, None, None]
+    else:
+        mean, std = stats.mean, stats.std
+    constant = int((std < CONSTANT).sum())
+    if constant:
+        way = "normalise: channel" if normalise == "position" else "normalise: scale"
+        raise AlphaflowError(f"{store.path}: {constant} of {std.size} latent values never vary; set data.{way}")
+    return torch.from_numpy(mean.copy()), torch.from_numpy(std.copy())
+
+
+def statistics_on(store: Store, images: int, flips: bool) -> Statistics:
+    """Of all latents (0), or of that many; the number that prep-latents used is at hand, others are computed."""
+    plan, every = store.plan, images == 0 or images >= store.manifest.count
+    known = "all" if every else "subset" if images == store.statistics["subset"].count else ""
+    rows = subset_rows(store.manifest.count, images)
+
+    def one(suffix: str) -> Statistics:
+        if known:
+            return store.statistics[known + suffix]
+        return statistics_of_rows(store.shards, plan, plan.kind + suffix, rows)
+
+    if not flips:
+        return one("")
+    return merge(one(""), one("_flip") if plan.stores_flips else mirrored(one("")))
+
+
+def _tensors(store: Store, flipped: Array) -> list[tuple[str, Array]]:
+    """Which tensor each row comes from."""
+    kind = store.plan.kind
+    if not store.plan.stores_flips:
+        return [(kind, np.arange(len(flipped)))]
+    return [(kind, np.flatnonzero(~flipped)), (f"{kind}_flip", np.flatnonzero(flipped))]
+
+
+def _load(store: Store, device: torch.device, flips: bool) -> dict[str, Tensor]:
+    """The whole store on the device."""
+    plan = store.plan
+    names = [plan.kind, "label", *([f"{plan.kind}_flip"] if flips and plan.stores_flips else [])]
+    return {
+        name: torch.cat([torch.tensor(file.tensors[name]).to(device) for file in store.shards.files]) for name in names
+    }

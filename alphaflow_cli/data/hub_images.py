@@ -1,0 +1,136 @@
+"""Data sets on the Hub: `hf://datasets/USER/NAME[@REVISION][:SPLIT]`.
+
+Three forms are read: picture files (fetched one by one as their turn comes, nothing is kept), zip or tar archives (one
+download into the Hub's cache, then read there), and parquet tables with an image column, where pyarrow is installed.
+The commit is looked up once and stands in the plan: a run that goes on reads the same pictures.
+"""
+
+import re
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from alphaflow_cli.data.archives import open_archive
+from alphaflow_cli.data.sources import Fetch, Source, is_picture
+from alphaflow_cli.errors import AlphaflowError
+
+ADDRESS = re.compile(r"hf://datasets/(?P<repo>[^/@:]+/[^/@:]+|[^/@:]+)(@(?P<revision>[^:]+))?(:(?P<split>[\w.-]+))?$")
+ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.xz", ".txz")
+TRIES, PAUSE = 4, 1.0  # of one picture, seconds before the second try; doubled each time
+
+
+@dataclass(frozen=True)
+class HubFiles:
+    """Picture files of one data set at one commit."""
+
+    repo: str
+    commit: str
+    names: Sequence[str]
+    kind: str = "hub files"
+    notes: list[str] = field(default_factory=list)
+    given_classes: bytes | None = None
+
+    @property
+    def name(self) -> str:
+        """As it is asked for."""
+        return f"hf://datasets/{self.repo}"
+
+    def fetches(self, lines: Sequence[int]) -> Iterator[tuple[int, Fetch]]:
+        """Each downloaded when it is its turn, several at a time by the decoding threads."""
+        for line in lines:
+            yield line, partial(download, self.repo, self.commit, self.names[line])
+
+    def facts(self) -> dict[str, Any]:
+        """The commit fixes every byte."""
+        return {"revision": self.commit}
+
+    def classes_json(self) -> bytes | None:
+        """At the root of the repository."""
+        return self.given_classes
+
+    def class_order(self) -> Sequence[str] | None:
+        """Sorted."""
+        return None
+
+
+def open_hub(text: str) -> Source:
+    """List a data set on the Hub."""
+    match = ADDRESS.match(text)
+    if match is None:
+        raise AlphaflowError(f"{text}: should be hf://datasets/USER/NAME, with @REVISION or :SPLIT behind it at most")
+    repo, split = match["repo"], match["split"] or ""
+    commit, files = _list(repo, match["revision"])
+    files = [file for file in files if not split or split in re.split(r"[/._-]", file) or file == "classes.json"]
+    names = sorted(file for file in files if is_picture(file))
+    if names:
+        given = download(repo, commit, "classes.json") if "classes.json" in files else None
+        return HubFiles(repo, commit, names, given_classes=given)
+    archives = [file for file in files if file.lower().endswith(ARCHIVES)]
+    if len(archives) == 1:
+        return open_archive(_cached(repo, commit, archives[0]))
+    if archives:
+        shown = ", ".join(archives[:5])
+        raise AlphaflowError(f"{text}: holds {len(archives)} archives ({shown}); choose one by :SPLIT or download it")
+    raise AlphaflowError(f"{text}: no pictures and no zip or tar archive in it{_about_parquet(files)}")
+
+
+def download(repo: str, commit: str, file: str) -> bytes:
+    """The bytes of one file; a few tries, then an OSError."""
+    from huggingface_hub import get_session, hf_hub_url
+    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.utils import build_hf_headers, hf_raise_for_status  # type: ignore[attr-defined]
+
+    url = hf_hub_url(repo, file, repo_type="dataset", revision=commit)
+    for attempt in range(TRIES):
+        try:
+            answer = get_session().get(url, headers=build_hf_headers(), follow_redirects=True, timeout=60)
+            hf_raise_for_status(answer)
+            return bytes(answer.content)
+        except HfHubHTTPError as fault:
+            if attempt == TRIES - 1 or fault.response.status_code in (401, 403, 404):
+                raise OSError(f"the Hub answers {fault.response.status_code}") from fault
+        except _hub_errors() as fault:
+            if attempt == TRIES - 1:
+                raise OSError(f"the Hub cannot be reached: {fault}") from fault
+        time.sleep(PAUSE * 2**attempt)
+    raise AssertionError("unreachable")
+
+
+def _list(repo: str, revision: str | None) -> tuple[str, list[str]]:
+    """The commit and all its files."""
+    from huggingface_hub import HfApi
+
+    try:
+        info = HfApi().dataset_info(repo, revision=revision)
+        assert info.sha is not None, repo
+        return info.sha, HfApi().list_repo_files(repo, repo_type="dataset", revision=info.sha)
+    except (ValueError, *_hub_errors()) as fault:
+        lines = str(fault).strip().splitlines() or [type(fault).__name__]
+        raise AlphaflowError(f"hf://datasets/{repo}: cannot be listed ({lines[0]})") from fault
+
+
+def _cached(repo: str, commit: str, file: str) -> Path:
+    """An archive, downloaded once into the Hub's cache (it resumes)."""
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(repo, file, repo_type="dataset", revision=commit))
+    except _hub_errors() as fault:
+        raise AlphaflowError(f"hf://datasets/{repo}: {file} cannot be downloaded ({fault})") from fault
+
+
+def _hub_errors() -> tuple[type[Exception], ...]:
+    """Whatever the Hub raises: its own errors, and those of the HTTP library beneath (another one in each version)."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    base: type[Exception] = HfHubHTTPError.__bases__[0]
+    return OSError, base
+
+
+def _about_parquet(files: Sequence[str]) -> str:
+    if not any(file.endswith(".parquet") for file in files):
+        return ""
+    return " (it is parquet: export its image column to files, one folder per class, and give that folder)"

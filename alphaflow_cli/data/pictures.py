@@ -1,0 +1,87 @@
+"""One picture file becomes one square RGB array, whatever it was: the rule of manifest.TRANSFORM."""
+
+import struct
+from io import BytesIO
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from alphaflow_cli.data.files import Array
+
+Image.MAX_IMAGE_PIXELS = None  # Pillow's guard warns, then raises; ours is one limit, and names the file
+MAX_PIXELS = 200_000_000  # a picture claiming more is taken for a bomb: decoding it needs 3 bytes per pixel and more
+MAX_BYTES = 1 << 30  # of one file
+
+_JPEG, _PORTABLE = (".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".j2k"), (".ppm", ".pgm", ".pbm", ".pnm")
+SUFFIXES = (*_JPEG, *_PORTABLE, ".png", ".apng", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".tga", ".avif")
+
+
+class BadPicture(Exception):
+    """A file that is not a whole picture, and why."""
+
+
+def decode(data: bytes | Image.Image, size: int, max_pixels: int) -> Array:
+    """(3, size, size) uint8, or BadPicture."""
+    image = _rgb(_open(data, max_pixels)) if isinstance(data, bytes) else data
+    return np.ascontiguousarray(np.asarray(square(image, size)).transpose(2, 0, 1))
+
+
+def decode_whole(data: bytes | Image.Image, max_pixels: int) -> Array:
+    """(3, H, W) uint8, neither cropped nor resized, or BadPicture."""
+    image = _rgb(_open(data, max_pixels)) if isinstance(data, bytes) else data
+    return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
+
+
+def square(image: Image.Image, size: int) -> Image.Image:
+    """The largest centred square, resized by Lanczos (published: ImageNet at 256)."""
+    width, height = image.size
+    side = min(width, height)
+    left, top = (width - side) // 2, (height - side) // 2
+    image = image.crop((left, top, left + side, top + side))
+    return image if side == size else image.resize((size, size), Image.Resampling.LANCZOS)
+
+
+def _open(data: bytes, max_pixels: int) -> Image.Image:
+    if not data:
+        raise BadPicture("an empty file")
+    try:
+        image = Image.open(BytesIO(data))
+        if image.width * image.height > max_pixels:
+            raise BadPicture(f"{image.width} x {image.height} pixels, the limit is {max_pixels / 1e6:g} million")
+        image.load()  # the first frame of an animation
+        return _upright(image)
+    except BadPicture:
+        raise
+    except Exception as fault:  # decoders raise anything on broken data: OSError, SyntaxError, struct.error, ...
+        raise BadPicture(f"not a whole picture ({fault or type(fault).__name__})") from fault
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(image)
+    except (OSError, SyntaxError, ValueError, KeyError, TypeError, struct.error, ZeroDivisionError):
+        return image  # broken EXIF in a sound picture: there is no orientation to apply
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    """8-bit RGB: 16-bit grey scaled down, transparency over white, everything else as Pillow converts it."""
+    if image.mode in ("I", "I;16", "I;16L", "I;16B", "I;16N"):
+        grey = np.clip(np.asarray(image, np.int64), 0, 65535)
+        return Image.fromarray(((grey + 128) // 257).astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        return _from_float(image)
+    if image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
+        ground = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(ground, _rgba(image)).convert("RGB")
+    return image.convert("RGB")
+
+
+def _rgba(image: Image.Image) -> Image.Image:
+    return image.convert("LA").convert("RGBA") if image.mode == "La" else image.convert("RGBA")
+
+
+def _from_float(image: Image.Image) -> Image.Image:
+    values = np.asarray(image, np.float64)
+    if not np.isfinite(values).all() or values.min() < 0 or values.max() > 1:
+        raise BadPicture("floating-point values outside 0 … 1")
+    return Image.fromarray(np.rint(values * 255).astype(np.uint8)).convert("RGB")

@@ -1,0 +1,57 @@
+"""Rows out of many memory-mapped shard files."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from alphaflow_cli.data.files import Array, TensorFile, open_tensors
+from alphaflow_cli.data.manifest import Plan
+from alphaflow_cli.data.stats import Statistics, statistics_of
+
+DENSE = 4  # a shard of which more than a quarter is wanted is read by the system's own read-ahead
+
+
+@dataclass(frozen=True)
+class Shards:
+    """Rows are numbered 0 … count-1 over the files, in order."""
+
+    files: list[TensorFile]
+    starts: Array  # first row of each file, then count: (files + 1,)
+
+    @property
+    def count(self) -> int:
+        """Rows of all files."""
+        return int(self.starts[-1])
+
+    def gather(self, name: str, rows: Array, out: Array, places: Array) -> None:
+        """out[places[i]] = row rows[i] of tensor `name`; touches the files in order."""
+        order = np.argsort(rows, kind="stable")
+        pieces = list(self._per_file(rows[order]))
+        for file, _, local in pieces:
+            if len(local) * DENSE < len(self.files[file].tensors[name]):
+                for row in local:
+                    self.files[file].will_need(name, int(row))
+        for file, piece, local in pieces:
+            out[places[order[piece]]] = self.files[file].tensors[name][local]
+
+    def _per_file(self, ordered: Array) -> Iterator[tuple[int, slice, Array]]:
+        cuts = np.searchsorted(ordered, self.starts)
+        for file in np.flatnonzero(np.diff(cuts)):
+            piece = slice(int(cuts[file]), int(cuts[file + 1]))
+            yield int(file), piece, ordered[piece] - self.starts[file]
+
+
+def open_shards(paths: list[Path]) -> Shards:
+    """Map the files; how many rows each has is read from its labels."""
+    files = [open_tensors(path) for path in paths]
+    starts = np.cumsum([0, *(len(file.tensors["label"]) for file in files)])
+    return Shards(files, starts)
+
+
+def statistics_of_rows(shards: Shards, plan: Plan, name: str, rows: Array) -> Statistics:
+    """Of some rows of tensor `name`."""
+    stored = np.empty((len(rows), plan.rows, *plan.latent[1:]), plan.dtype)
+    shards.gather(name, rows, stored, np.arange(len(rows)))
+    return statistics_of(stored, plan.latent)

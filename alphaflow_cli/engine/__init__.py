@@ -1,0 +1,1 @@
+"""Devices, processes, files: what turns a recipe into a run."""

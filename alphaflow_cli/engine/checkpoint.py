@@ -1,0 +1,78 @@
+"""One file is enough: weights, recipe, the latents' normalisation and where they came from, in one safetensors file.
+
+Tensors: `net.<name>` (float32), `latents.mean` and `latents.std` (float64, broadcastable to (C, h, w); the network's
+x is (latent − mean) / std). Metadata, all strings: format, recipe (YAML), origin (JSON: step, images_seen, weights,
+half_life, autoencoder, classes, versions, …).
+"""
+
+import json
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from alphaflow_cli.engine.files import write_atomically
+from alphaflow_cli.errors import AlphaflowError
+from alphaflow_cli.recipe import dump_recipe, recipe_from_text
+from alphaflow_cli.recipe.schema import Recipe
+
+FORMAT = "alphaflow/1"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Enough to sample, alone."""
+
+    weights: dict[str, Tensor]  # the network's names → float32
+    recipe: Recipe
+    mean: Tensor  # of the latents, float64, broadcastable to (C, h, w)
+    std: Tensor
+    origin: dict[str, Any]  # step, images_seen, weights ("ema" or "raw"), autoencoder, classes, versions, …
+
+
+def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
+    """Write it atomically."""
+    tensors = {f"net.{name}": tensor.detach().cpu().contiguous() for name, tensor in checkpoint.weights.items()}
+    tensors |= {"latents.mean": checkpoint.mean.cpu().contiguous(), "latents.std": checkpoint.std.cpu().contiguous()}
+    metadata = {
+        "format": FORMAT,
+        "recipe": dump_recipe(checkpoint.recipe),
+        "origin": json.dumps(checkpoint.origin, sort_keys=True),
+    }
+    write_atomically(path, partial(save_file, tensors, metadata=metadata))
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Read it; a file that is not ours, or not whole, is named."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != FORMAT:
+                raise AlphaflowError(
+                    f"{path}: not an alphaflow checkpoint (format {metadata.get('format')!r}, wanted {FORMAT!r}). "
+                    "A checkpoint of another system: alphaflow convert."
+                )
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
+    except FileNotFoundError as error:
+        raise AlphaflowError(f"{path}: no such checkpoint.") from error
+    except (OSError, SafetensorError) as error:
+        raise AlphaflowError(f"{path}: cannot be read as safetensors, truncated or another format: {error}") from error
+    return _checkpoint(path, tensors, metadata)
+
+
+def _checkpoint(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> Checkpoint:
+    weights = {name[4:]: tensor for name, tensor in tensors.items() if name.startswith("net.")}
+    try:
+        mean, std = tensors["latents.mean"], tensors["latents.std"]
+        recipe = recipe_from_text(metadata["recipe"], f"{path} (its recipe)")
+        origin = json.loads(metadata["origin"])
+    except (KeyError, json.JSONDecodeError) as error:
+        raise AlphaflowError(f"{path}: the checkpoint lacks {error}; it was not written by alphaflow.") from error
+    if not (torch.isfinite(mean).all() and torch.isfinite(std).all() and (std > 0).all()):
+        raise AlphaflowError(f"{path}: the latents' normalisation in it is not finite and positive.")
+    return Checkpoint(weights=weights, recipe=recipe, mean=mean, std=std, origin=origin)

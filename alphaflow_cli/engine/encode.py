@@ -1,0 +1,248 @@
+"""One shard of latents: pictures in, one file and its sidecar out. The unit of resuming and of sharing work."""
+
+import errno
+import itertools
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from alphaflow_cli.data.files import Array, to_json, write_atomic, write_tensors
+from alphaflow_cli.data.manifest import Plan, Shard
+from alphaflow_cli.data.pictures import BadPicture, decode
+from alphaflow_cli.data.sources import Fetch, Source
+from alphaflow_cli.data.stats import statistics_of, statistics_tensors
+from alphaflow_cli.errors import AlphaflowError
+from alphaflow_cli.nn.autoencoder import Autoencoder, load_autoencoder
+
+Bad = Literal["stop", "skip"]
+Tell = Callable[[int], None]
+NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+PRECISIONS = ("bf16", "tf32", "fp32")  # fastest first
+MAX_ERROR, MAX_ERROR_PLAIN = 0.25, 0.01  # see choose_precision
+TOGETHER = 16  # pictures decoded by one call in another thread: small ones cost less than the call
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every process of one preparation shares; picklable."""
+
+    source: Source
+    out: Path
+    plan: Plan
+    lines: Sequence[int]  # of the source, one per line of images.json
+    labels: Sequence[int]
+    autoencoder: str
+    batch: int
+    bad: Bad
+    max_pixels: int
+    threads: int  # that decode pictures in each process
+
+    def span(self, shard: int) -> range:
+        """Lines of images.json that a shard covers."""
+        size = self.plan.shard_size
+        return range(shard * size, min((shard + 1) * size, len(self.lines)))
+
+    def picture_name(self, line: int) -> str:
+        """As the source has it."""
+        return self.source.names[self.lines[line]]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One line of images.json: pixels (3, H, W) uint8, or why there are none."""
+
+    line: int
+    pixels: Array | None
+    why: str
+
+
+def work(job: Job, shards: Sequence[int], device: torch.device, tell: Tell) -> None:
+    """Make these shards; the source is walked through once, in order."""
+    encoder = load_autoencoder(job.autoencoder, device=device)
+    stream = pictures(job, [line for shard in shards for line in job.span(shard)])
+    for shard in shards:
+        write_shard(job, shard, encoder, itertools.islice(stream, len(job.span(shard))), device=device, tell=tell)
+
+
+def write_shard(
+    job: Job, shard: int, encoder: Autoencoder, stream: Iterator[Picture], *, device: torch.device, tell: Tell
+) -> None:
+    """Encode one shard in batches of neighbours; write the file, then the sidecar that marks it as done."""
+    rows = _Rows(job, job.span(shard))
+    good = (picture for picture in stream if rows.accept(picture))
+    while group := list(itertools.islice(good, job.batch)):
+        rows.add(
+            group,
+            encode(encoder, job.plan, [picture.pixels for picture in group if picture.pixels is not None], device),
+        )
+        tell(len(group))
+    tell(len(rows.bad))
+    rows.save(shard_name(shard))
+
+
+def shard_name(shard: int) -> str:
+    """Of the file; the sidecar has .json instead."""
+    return f"train-{shard:05d}.safetensors"
+
+
+def pictures(job: Job, lines: Sequence[int]) -> Iterator[Picture]:
+    """Decoded ahead of the encoder, in order."""
+    fetches = job.source.fetches([job.lines[line] for line in lines])
+    pairs = ((line, fetch) for line, (_, fetch) in zip(lines, fetches, strict=True))
+    pool = ThreadPoolExecutor(job.threads, "decode")
+    pending: deque[Future[list[Picture]]] = deque()
+    try:
+        while group := list(itertools.islice(pairs, TOGETHER)):
+            pending.append(pool.submit(_decode_all, group, job.plan.image_size, job.max_pixels))
+            if len(pending) * TOGETHER > 2 * job.batch + TOGETHER * job.threads:
+                yield from pending.popleft().result()
+        while pending:
+            yield from pending.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _decode_all(group: list[tuple[int, Fetch]], size: int, max_pixels: int) -> list[Picture]:
+    return [_decode_one(line, fetch, size, max_pixels) for line, fetch in group]
+
+
+def _decode_one(line: int, fetch: Fetch, size: int, max_pixels: int) -> Picture:
+    try:
+        return Picture(line, decode(fetch(), size, max_pixels), "")
+    except BadPicture as fault:
+        return Picture(line, None, str(fault))
+    except OSError as fault:  # removed while we run, no permission, a link to nowhere
+        return Picture(line, None, f"cannot be read ({fault.strerror or fault})")
+
+
+def encode(encoder: Autoencoder, plan: Plan, group: Sequence[Array], device: torch.device) -> dict[str, Array]:
+    """Stored rows of a batch, by tensor name: the pictures' and, where the plan says so, their mirror images'."""
+    stacked = np.stack(group)
+    if plan.kind == "pixels":
+        return {"pixels": stacked}
+    found: dict[str, Array] = {plan.kind: _rows_of(encoder, plan, stacked, device)}
+    if plan.stores_flips:
+        found[f"{plan.kind}_flip"] = _rows_of(encoder, plan, stacked[..., ::-1].copy(), device)
+    return found
+
+
+def _rows_of(encoder: Autoencoder, plan: Plan, stacked: Array, device: torch.device) -> Array:
+    pixels = torch.from_numpy(stacked).to(device).float() * (2 / 255) - 1
+    with precision(plan.autoencoder.precision, device):
+        mean, std = encoder.encode(pixels)
+    rows = torch.cat([mean, std], dim=1) if plan.kind == "moments" else mean
+    stored: Array = rows.to(getattr(torch, plan.dtype)).cpu().numpy()
+    if not np.isfinite(stored).all():
+        raise AlphaflowError(
+            f"{plan.autoencoder.id}: gives latents that are not finite in {plan.dtype}; try --dtype fp32"
+        )
+    return stored
+
+
+@contextmanager
+def precision(name: str, device: torch.device) -> Iterator[None]:
+    """How the encoder multiplies: fp32, tf32 (10 bits of mantissa on a GPU) or bf16 autocast (8 bits)."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    cast: AbstractContextManager[Any] = nullcontext()
+    if name == "bf16":
+        cast = torch.autocast(device.type, torch.bfloat16)
+    matmul.allow_tf32 = cudnn.allow_tf32 = name == "tf32"
+    try:
+        with cast:
+            yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before
+
+
+def sample_pixels(source: Source, lines: Sequence[int], size: int, max_pixels: int) -> Array:
+    """Some pictures as the encoder gets them, uint8 (n, 3, H, W); bad ones are passed over."""
+    found = [_decode_one(line, fetch, size, max_pixels).pixels for line, fetch in source.fetches(lines)]
+    return np.stack([pixels for pixels in found if pixels is not None] or [np.zeros((3, size, size), np.uint8)])
+
+
+def choose_precision(encoder: Autoencoder, sample: Array, device: torch.device, asked: str) -> tuple[str, float | None]:
+    """The fastest precision whose error is small, or the one asked for, with its error.
+
+    Error: rms difference of the mean from float32, relative to the rms posterior std: noise of that size is added to
+    every latent anyway. Without a posterior the latents' own spread stands in, and the bound is smaller.
+    """
+    reference, std = _moments(encoder, sample, "fp32", device)
+    yardstick, bound = (std, MAX_ERROR) if encoder.has_posterior else (reference - reference.mean(), MAX_ERROR_PLAIN)
+    unit = float(yardstick.square().mean().sqrt()) or 1.0
+    for name in PRECISIONS if asked == "auto" else [asked]:
+        mean, _ = _moments(encoder, sample, name, device)
+        error = float((mean - reference).square().mean().sqrt()) / unit
+        if asked == name or error <= bound:
+            return name, error
+    return "fp32", 0.0
+
+
+def _moments(encoder: Autoencoder, sample: Array, name: str, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    with precision(name, device):
+        mean, std = encoder.encode(torch.from_numpy(sample).to(device).float() * (2 / 255) - 1)
+    return mean.double(), std.double()
+
+
+@contextmanager
+def room_for(out: Path) -> Iterator[None]:
+    """A disk that fills up is a clear message; what is finished stays and is resumed from."""
+    try:
+        yield
+    except OSError as fault:
+        if fault.errno not in NO_ROOM:
+            raise
+        raise AlphaflowError(
+            f"{out}: no room left ({fault.strerror}). Finished shards are kept: free some, run the same command again"
+        ) from fault
+
+
+class _Rows:
+    """The growing content of one shard."""
+
+    def __init__(self, job: Job, span: range) -> None:
+        self.job, self.span, self.filled = job, span, 0
+        self.bad: list[dict[str, Any]] = []
+        plan = job.plan
+        names = [plan.kind, *([f"{plan.kind}_flip"] if plan.stores_flips else [])]
+        shape = (len(span), plan.rows, *plan.latent[1:])
+        self.tensors: dict[str, Array] = {name: np.empty(shape, plan.dtype) for name in names}
+        self.tensors["label"] = np.empty(len(span), np.int64)
+        self.tensors["index"] = np.empty(len(span), np.int64)
+
+    def accept(self, picture: Picture) -> bool:
+        """A good picture; a bad one is put down, or stops the run."""
+        if picture.pixels is not None:
+            return True
+        name = self.job.picture_name(picture.line)
+        if self.job.bad == "stop":
+            raise AlphaflowError(f"{name!r}: {picture.why}. Mend or remove it, or leave such pictures out: --bad skip")
+        self.bad.append({"line": picture.line, "name": name, "why": picture.why})
+        return False
+
+    def add(self, group: Sequence[Picture], encoded: dict[str, Array]) -> None:
+        """A batch more."""
+        place = slice(self.filled, self.filled + len(group))
+        for name, rows in encoded.items():
+            self.tensors[name][place] = rows
+        self.tensors["index"][place] = [picture.line for picture in group]
+        self.tensors["label"][place] = [self.job.labels[picture.line] for picture in group]
+        self.filled += len(group)
+
+    def save(self, name: str) -> None:
+        """The file with its statistics, then the sidecar."""
+        plan, out = self.job.plan, self.job.out
+        content = {key: rows[: self.filled] for key, rows in self.tensors.items()}
+        for key in [key for key in content if key.startswith(plan.kind)]:
+            content |= statistics_tensors(statistics_of(content[key], plan.latent), f"all{key.removeprefix(plan.kind)}")
+        with room_for(out):
+            size, digest = write_tensors(out / name, content, {"format": "alphaflow-latents-1"})
+            sidecar = Shard(name, self.span.start, len(self.span), self.filled, size, digest, self.bad)
+            write_atomic(out / Path(name).with_suffix(".json"), [to_json(asdict(sidecar))])

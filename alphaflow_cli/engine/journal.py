@@ -1,0 +1,136 @@
+"""metrics.jsonl: one row every few steps, written at once, readable while the run goes on.
+
+The sums live on the device and are read once per row, so logging never makes a step wait. Rows hold means over the
+steps since the last row: the UNWEIGHTED loss l, L_TFM, L_TC, the velocity loss of r = t rows, l per bin of t − r, the
+gradient's norm, counts of clipped and non-finite gradients. The weighted loss is near 1 by construction: not shown.
+"""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from alphaflow_cli.core.objective import Terms, interval_bins
+from alphaflow_cli.engine.files import write_atomically
+from alphaflow_cli.engine.optimise import COUNTERS
+
+BINS = 8  # equal bins of t − r in (0, 1]
+SUMS = ("later", "error", "trajectory", "consistency", "equal", "velocity")  # then BINS sums and BINS counts
+TIMING = ("seconds", "seconds_per_step", "images_per_second", "memory_gb", "utilisation")  # differ from run to run
+
+
+class Sums:
+    """What is added up over rows and micro-batches, on the device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.values = torch.zeros(len(SUMS) + 2 * BINS, dtype=torch.float64, device=device)
+
+    def add(self, terms: Terms, t: Tensor, r: Tensor, n_equal: int) -> None:
+        """The rows of one micro-batch."""
+        k, error = n_equal, terms.error.double()
+        sums, counts = interval_bins(t[k:], r[k:], error[k:], BINS)
+        parts = [error[k:], terms.trajectory[k:].double(), terms.consistency[k:].double(), error[:k]]
+        later, trajectory, consistency, velocity = (part.sum() for part in parts)
+        numbers = torch.tensor([len(error) - k, k], dtype=torch.float64).to(error.device, non_blocking=True)
+        head = torch.stack([numbers[0], later, trajectory, consistency, numbers[1], velocity])
+        self.values += torch.cat([head, sums, counts])
+
+    def take(self, world_sum: Tensor) -> dict[str, Any]:
+        """Means by name, from the sums over all processes; starts anew."""
+        values = world_sum.tolist()
+        named, bins = dict(zip(SUMS, values[: len(SUMS)], strict=True)), values[len(SUMS) :]
+        self.values.zero_()
+        rows = named["later"] + named["equal"]
+        return {
+            "l": _mean(named["error"] + named["velocity"], rows),
+            "l_later": _mean(named["error"], named["later"]),
+            "l_tfm": _mean(named["trajectory"], named["later"]),
+            "l_tc": _mean(named["consistency"], named["later"]),
+            "v_loss": _mean(named["velocity"], named["equal"]),
+            "l_bins": [_mean(s, n) for s, n in zip(bins[:BINS], bins[BINS:], strict=True)],
+        }
+
+
+def _mean(total: float, count: float) -> float | None:
+    return total / count if count else None
+
+
+def take_counters(counters: Tensor) -> dict[str, Any]:
+    """The optimiser's counters since the last row; the streak goes on."""
+    found = dict(zip(COUNTERS, counters.tolist(), strict=True))
+    counters[:-1] = 0
+    return {
+        "grad_norm": _mean(found["grad_norm"], found["steps"]),
+        "clipped": int(found["clipped"]),
+        "nonfinite": int(found["nonfinite"]),
+    }
+
+
+class Journal:
+    """The file, and the clock between its rows."""
+
+    def __init__(self, path: Path, step: int, *, writes: bool) -> None:
+        """Rows past `step` belong to work that was lost: they go."""
+        self.path, self.writes = path, writes
+        self.rewind(step)
+
+    def rewind(self, step: int) -> None:
+        """Forget rows past `step`."""
+        self.started, self.last_step = time.monotonic(), step
+        if self.writes and self.path.exists():
+            self._drop_after(step)
+
+    def _drop_after(self, step: int) -> None:
+        lines = self.path.read_text(encoding="utf-8").splitlines()
+        kept = [line for line in lines if _step_of(line) is not None and (_step_of(line) or 0) <= step]
+        text = "".join(f"{line}\n" for line in kept)
+        write_atomically(self.path, lambda temporary: _write(temporary, text))
+
+    def row(self, values: dict[str, Any], step: int, batch: int) -> dict[str, Any]:
+        """Add the clock's values, and write."""
+        now = time.monotonic()
+        steps = max(step - self.last_step, 1)
+        each = (now - self.started) / steps
+        row = values | {"seconds_per_step": round(each, 6), "images_per_second": round(batch / max(each, 1e-9), 1)}
+        if torch.cuda.is_available():
+            row["memory_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
+        self.started, self.last_step = now, step
+        if self.writes:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+        return row
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+def _step_of(line: str) -> int | None:
+    """The step of a row; None where the row was cut off by a kill."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """All whole rows."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines if _step_of(line) is not None]
+
+
+def console_line(row: dict[str, Any]) -> str:
+    """A row as a person reads it."""
+
+    def shown(name: str, form: str = ".4f") -> str:
+        value = row.get(name)
+        return "–" if value is None else format(value, form)
+
+    parts = [f"α {row['alpha']:.3f}", f"l {shown('l')}", f"TFM {shown('l_tfm')}", f"TC {shown('l_tc')}"]
+    parts += [f"v {shown('v_loss')}", f"|g| {shown('grad_norm', '.3f')}", f"lr {row['lr']:.1e}"]
+    if row["nonfinite"]:
+        parts.append(f"NON-FINITE {row['nonfinite']}")
+    return "  ".join([*parts, f"{row['images_per_second']:,.0f} img/s"])

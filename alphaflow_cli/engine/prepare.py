@@ -1,0 +1,220 @@
+"""Images to latents: plan, check the room, share the shards out, finish. The engine behind `prep-latents`.
+
+Order on disk: plan.json, images.json, classes.json → shard and sidecar, shard and sidecar, … → stats.safetensors →
+manifest.json. Whatever moment a kill comes at, the same command goes on with the first missing shard, and the finished
+store has the same bytes for any number of processes and interruptions (with the same --batch).
+"""
+
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from alphaflow_cli.data.files import to_json, write_atomic, write_tensors
+from alphaflow_cli.data.manifest import manifest_to_bytes, plan_to_dict, read_json, shard_from_dict
+from alphaflow_cli.data.pictures import MAX_PIXELS
+from alphaflow_cli.data.shards import open_shards, statistics_of_rows
+from alphaflow_cli.data.stats import Statistics, merge_all, read_statistics, statistics_tensors, subset_rows
+from alphaflow_cli.engine.crew import Tell, run_crew
+from alphaflow_cli.engine.encode import Bad, Job, room_for, shard_name, work
+from alphaflow_cli.engine.prepare_plan import Listing, Request, make_job
+from alphaflow_cli.engine.progress import Progress, say, size
+from alphaflow_cli.errors import AlphaflowError
+
+SPARE = 64_000_000  # bytes that the disk should keep free beyond the store
+STATS_IMAGES = 2048  # the published estimate's number of latents; its statistics lie beside those of all
+
+
+@dataclass(frozen=True)
+class Share:
+    """One process's part of the work."""
+
+    job: Job
+    shards: Sequence[int]
+    device: str
+    torch_threads: int
+
+
+def prepare_latents(
+    source: str,
+    out: Path,
+    *,
+    size: int,
+    autoencoder: str,
+    dtype: str = "fp16",
+    flips: bool = False,
+    batch: int = 0,
+    processes: int = 0,
+    limit: int = 0,
+    bad: Bad = "stop",
+    precision: str = "auto",
+    max_pixels: int = MAX_PIXELS,
+    shown: bool = True,
+) -> Path:
+    """Make the store, or go on with it; returns its folder. 0 means: batch by size, a process per GPU, no limit."""
+    request = Request(source, size, autoencoder, dtype, flips, batch, limit, bad, precision, max_pixels)
+    return prepare(request, out, processes=processes or default_processes(), shown=shown)
+
+
+def prepare(request: Request, out: Path, *, processes: int, shown: bool) -> Path:
+    """The same for a request."""
+    job, listing = plan_job(request, out, processes)
+    missing = missing_shards(job)
+    if not missing and (out / "manifest.json").exists():
+        return out
+    check_room(out, bytes_needed(job, missing))
+    with locked(out):
+        _begin(job, listing, shown)
+        _run(job, missing, processes, shown)
+        _finish(job)
+    return out
+
+
+def plan_job(request: Request, out: Path, processes: int) -> tuple[Job, Listing]:
+    """What is to be done; nothing is written."""
+    threads = max(1, min(16, (os.cpu_count() or 1) // processes))
+    return make_job(request, out, threads=threads, device=device_of(0))
+
+
+def default_processes() -> int:
+    """One per GPU, else one."""
+    return max(1, torch.cuda.device_count())
+
+
+def missing_shards(job: Job) -> list[int]:
+    """Those without a sidecar, or whose file is not as long as the sidecar says."""
+    total = -(-len(job.lines) // job.plan.shard_size)
+    return [shard for shard in range(total) if not _is_done(job.out, shard)]
+
+
+def bytes_needed(job: Job, shards: Sequence[int]) -> int:
+    """On disk for these shards; the list of pictures and the statistics are small change."""
+    return sum(len(job.span(shard)) for shard in shards) * job.plan.sample_bytes
+
+
+def free_bytes(out: Path) -> int:
+    """On the disk that holds, or will hold, a folder."""
+    existing = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
+    return shutil.disk_usage(existing).free
+
+
+def check_room(out: Path, needed: int) -> None:
+    """Refuse before anything is written."""
+    free = free_bytes(out)
+    if needed + SPARE > free:
+        raise AlphaflowError(
+            f"{out}: needs {size(needed + SPARE)}, {size(free)} are free. Give another --out, or free some"
+        )
+
+
+def device_of(rank: int) -> torch.device:
+    """Processes take the GPUs in turn."""
+    count = torch.cuda.device_count()
+    return torch.device("cuda", rank % count) if count else torch.device("cpu")
+
+
+@contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """One writer per store; the system drops the lock of a killed process."""
+    with room_for(out):
+        out.mkdir(parents=True, exist_ok=True)
+        lock = out / ".lock"
+        with lock.open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as fault:
+                raise AlphaflowError(f"{out}: another prep-latents is writing here") from fault
+            yield
+        lock.unlink(missing_ok=True)
+
+
+def _is_done(out: Path, shard: int) -> bool:
+    file = out / shard_name(shard)
+    sidecar = file.with_suffix(".json")
+    return sidecar.exists() and file.exists() and file.stat().st_size == read_json(sidecar).get("bytes")
+
+
+def _begin(job: Job, listing: Listing, shown: bool) -> None:
+    """The plan, before the first picture is read; left-overs of a kill go."""
+    out = job.out
+    if not (out / "plan.json").exists() and any(entry.name[0] != "." for entry in out.iterdir()):
+        raise AlphaflowError(f"{out}: holds files that are no latent store; give an empty or new --out")
+    for left in out.glob(".*.tmp"):
+        left.unlink()
+    write_atomic(out / "images.json", [listing.to_bytes()])
+    write_atomic(out / "classes.json", [to_json(listing.classes.as_dict())])
+    write_atomic(out / "plan.json", [to_json(plan_to_dict(job.plan))])
+    if shown:
+        kinds = f"{len(listing.classes.folders)} classes{' (ImageNet)' if listing.classes.imagenet else ''}"
+        say(", ".join([f"{listing.source.name}: {len(job.lines)} pictures, {kinds}", *listing.source.notes]))
+
+
+def _run(job: Job, missing: Sequence[int], processes: int, shown: bool) -> None:
+    total = len(job.lines)
+    todo = sum(len(job.span(shard)) for shard in missing)
+    with Progress("encode", total, unit="img", done=total - todo, shown=shown) as bar:
+
+        def tell(count: int) -> None:
+            bar.advance(count, note=size(bar.done * job.plan.sample_bytes))
+
+        try:
+            _share_out(job, missing, processes, tell)
+        except (KeyboardInterrupt, SystemExit):
+            say(f"{job.out}: interrupted; what is finished is kept, the same command goes on from there")
+            raise
+
+
+def _share_out(job: Job, missing: Sequence[int], processes: int, tell: Tell) -> None:
+    """In this process, or every N-th shard in each of N."""
+    processes = min(processes, len(missing))
+    if processes <= 1:
+        return work(job, missing, device_of(0), tell)
+    threads = max(1, (os.cpu_count() or 1) // processes)
+    shares = [Share(job, missing[rank::processes], str(device_of(rank)), threads) for rank in range(processes)]
+    return run_crew(_work_share, shares, tell)
+
+
+def _work_share(share: Share, tell: Tell) -> None:
+    torch.set_num_threads(share.torch_threads)
+    work(share.job, share.shards, torch.device(share.device), tell)
+
+
+def _finish(job: Job) -> None:
+    """Statistics of everything, then the manifest that makes it a store."""
+    out, plan = job.out, job.plan
+    paths = [out / shard_name(shard) for shard in range(-(-len(job.lines) // plan.shard_size))]
+    sidecars = [shard_from_dict(read_json(path.with_suffix(".json")), path) for path in paths]
+    count, bad = sum(shard.count for shard in sidecars), [entry for shard in sidecars for entry in shard.bad]
+    if not count:
+        raise AlphaflowError(f"{job.source.name}: not one good picture; the first: {bad[0]['name']!r}: {bad[0]['why']}")
+    stats = _all_statistics(job, paths)
+    content = {key: value for name, part in stats.items() for key, value in statistics_tensors(part, name).items()}
+    _, digest = write_tensors(out / "stats.safetensors", content, {"format": "alphaflow-latents-1"})
+    summary = {
+        "file": "stats.safetensors",
+        "sha256": digest,
+        "images": stats["all"].count,
+        "subset_images": stats["subset"].count,
+        "channel_mean": stats["all"].channel_mean.tolist(),
+        "channel_std": stats["all"].channel_std.tolist(),
+    }
+    shards = [asdict(shard) for shard in sidecars]
+    document = manifest_to_bytes(plan, count=count, bad=bad, statistics=summary, shards=shards)
+    write_atomic(out / "manifest.json", [document])
+
+
+def _all_statistics(job: Job, paths: list[Path]) -> dict[str, Statistics]:
+    """Of all latents (merged in shard order) and of the published way's subset; of the mirrored copies likewise."""
+    plan, shards = job.plan, open_shards(paths)
+    parts = [read_statistics(file) for file in shards.files]
+    rows = subset_rows(shards.count, STATS_IMAGES)
+    found = {}
+    for end in ["", *(["_flip"] if plan.stores_flips else [])]:
+        found[f"all{end}"] = merge_all((part[f"all{end}"] for part in parts), plan.latent)
+        found[f"subset{end}"] = statistics_of_rows(shards, plan, plan.kind + end, rows)
+    return found

@@ -1,0 +1,96 @@
+"""Measuring before training: how many rows fit the memory, and how long a step of each phase takes."""
+
+import time
+from dataclasses import dataclass, replace
+
+import torch
+
+from alphaflow_cli.core.alpha import equal_rows
+from alphaflow_cli.engine.build import build_network, label_rows
+from alphaflow_cli.engine.optimise import Optimiser
+from alphaflow_cli.engine.plan import alpha_at, equal_share_at, phases
+from alphaflow_cli.engine.run import DTYPES
+from alphaflow_cli.engine.split import largest_that_fits
+from alphaflow_cli.engine.step import Objective, Rows, training_step
+from alphaflow_cli.engine.world import World
+from alphaflow_cli.recipe.schema import Recipe
+
+TIMED_STEPS = 3
+
+
+def random_rows(recipe: Recipe, count: int, n_equal: int, device: torch.device) -> Rows:
+    """Rows of the right shapes, for timing and memory only."""
+    shape, dtype = (recipe.data.channels, recipe.data.latent_size, recipe.data.latent_size), DTYPES[recipe.train.precision]
+    x, noise = (torch.randn((count, *shape), device=device, dtype=dtype) for _ in range(2))
+    r = torch.full((count,), 0.25, device=device, dtype=dtype)
+    t = torch.full_like(r, 0.75)
+    r = torch.cat([t[:n_equal], r[n_equal:]])
+    y = torch.zeros(count, dtype=torch.int64, device=device)
+    return Rows(x=x, noise=noise, t=t, r=r, y=y.clamp(max=max(label_rows(recipe) - 1, 0)), uniforms=r, n_equal=n_equal)
+
+
+def micro_batch_that_fits(recipe: Recipe, world: World) -> int:
+    """Rows per process and micro-batch: halved until a step of the dearest phase fits; on a CPU, all of them."""
+    rows = -(-recipe.train.batch // world.size)
+    if world.device.type == "cpu":
+        return rows
+    dearest = min((alpha_at(recipe)(phase.first) for phase in phases(recipe)), default=1.0)
+    trial = Trial(recipe, world.device)
+    fits = largest_that_fits(rows, lambda count: trial.step(count, dearest))
+    agreed = -int(world.largest(-fits))
+    del trial
+    torch.cuda.empty_cache()
+    return agreed
+
+
+class Trial:
+    """A network and an optimiser that are thrown away afterwards."""
+
+    def __init__(self, recipe: Recipe, device: torch.device) -> None:
+        self.recipe, self.device, self.how = recipe, device, Objective.of(recipe)
+        self.net = build_network(recipe).to(device, DTYPES[recipe.train.precision])
+        self.optimiser = Optimiser(self.net, recipe)
+
+    def step(self, count: int, alpha: float) -> None:
+        """Forward, backward, optimiser, on `count` rows."""
+        n_equal = equal_rows(count, equal_share_at(self.recipe)(0))
+        rows = random_rows(self.recipe, count, n_equal, self.device)
+        training_step(self.net, self.net, rows, alpha=alpha, how=self.how).loss.backward()
+        self.optimiser.step(1)
+
+
+@dataclass(frozen=True)
+class PhaseTime:
+    """A phase of the run, as measured."""
+
+    kind: str
+    steps: int
+    seconds_per_step: float
+    memory_bytes: int
+
+    @property
+    def seconds(self) -> float:
+        """Of the whole phase."""
+        return self.steps * self.seconds_per_step
+
+
+def measure_phases(recipe: Recipe, micro_batch: int, *, per_process: int) -> list[PhaseTime]:
+    """A few steps of every phase on this machine, with a network that is thrown away."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    trial = Trial(replace(recipe, train=replace(recipe.train, compile=False)), device)
+    turns = -(-per_process // micro_batch)
+    found = []
+    for phase in phases(recipe):
+        alpha = alpha_at(recipe)((phase.first + phase.until) // 2)
+        trial.step(micro_batch, alpha)  # warm up
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        started = time.perf_counter()
+        for _ in range(TIMED_STEPS):
+            trial.step(micro_batch, alpha)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        each = (time.perf_counter() - started) / TIMED_STEPS * turns
+        memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
+        found.append(PhaseTime(phase.kind, phase.until - phase.first, each, memory))
+    return found

@@ -1,0 +1,83 @@
+"""How far, how fast, how long still: a bar on a terminal, plain dated lines in a file. Always on stderr."""
+
+import sys
+import time
+from types import TracebackType
+from typing import Any
+
+from tqdm import tqdm
+
+LINE_EVERY = 10.0  # seconds between lines where stderr is not a terminal
+
+
+def say(text: str) -> None:
+    """One line of talk: above the bar on a terminal, dated when piped."""
+    if sys.stderr.isatty():
+        tqdm.write(text, file=sys.stderr)
+    else:
+        print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}", file=sys.stderr, flush=True)
+
+
+class Progress:
+    """`with Progress("encode", total, unit="img") as bar: bar.advance(32)`."""
+
+    def __init__(self, label: str, total: int, *, unit: str, done: int = 0, shown: bool = True) -> None:
+        """`done` of `total` lie behind us already and do not count for the speed; only the main process shows."""
+        self.label, self.total, self.unit, self.done, self.note = label, total, unit, done, ""
+        self._start, self._started_at, self._last = done, time.monotonic(), time.monotonic()
+        self._lines = shown and not sys.stderr.isatty()
+        self._bar: tqdm[Any] | None = None
+        if shown and not self._lines:
+            self._bar = tqdm(
+                total=total, initial=done, desc=label, unit=f" {unit}", file=sys.stderr, dynamic_ncols=True
+            )
+
+    def advance(self, count: int, note: str = "") -> None:
+        """So much more is done; the note stands at the end of the line."""
+        self.done += count
+        self.note = note or self.note
+        if self._bar is not None:
+            if note:
+                self._bar.set_postfix_str(note, refresh=False)
+            self._bar.update(count)
+        elif self._lines and time.monotonic() - self._last >= LINE_EVERY:
+            self._last = time.monotonic()
+            say(self.line())
+
+    def line(self) -> str:
+        """`encode 3200/50000 img, 412.0 img/s, 1:53 left, 9.8 MB`."""
+        seconds = max(time.monotonic() - self._started_at, 1e-9)
+        rate = (self.done - self._start) / seconds
+        parts = [f"{self.label} {self.done}/{self.total} {self.unit}", f"{rate:.1f} {self.unit}/s"]
+        if rate > 0 and self.done < self.total:
+            parts.append(f"{duration((self.total - self.done) / rate)} left")
+        return ", ".join([*parts, self.note] if self.note else parts)
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        elif self._lines and kind is None:
+            say(self.line())
+
+
+def duration(seconds: float) -> str:
+    """`0:09`, `12:40`, `3:07:00`, `2 d 5:00:00`."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    days, hour = divmod(hours, 24)
+    clock = f"{hour}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
+    return f"{days} d {clock}" if days else clock
+
+
+def size(count: float) -> str:
+    """Bytes for people: `512 B`, `9.8 MB`, `21.0 GB`."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"

@@ -1,0 +1,180 @@
+"""Reference statistics with their protocol inside: built from pictures, saved, loaded, refused where they do not fit.
+
+One safetensors file holds, per network, `<network>.mean`, `<network>.cov` (float64) and `<network>.features` (float32,
+of a random part of the pictures: KID and precision/recall need single features). Its header says what was measured.
+"""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from alphaflow_cli.core.frechet import Moments, frechet_distance
+from alphaflow_cli.engine.files import write_atomically
+from alphaflow_cli.engine.foreign import read_foreign
+from alphaflow_cli.engine.measure import Content, Pass, load_all
+from alphaflow_cli.engine.protocol import FeatureSpace, environment, space_of
+from alphaflow_cli.errors import AlphaflowError
+from alphaflow_cli.nn.features import Extractor
+
+FORMAT = "alphaflow-reference/1"
+KEPT = 10_000  # features kept one by one
+SEED = 2020  # of the part kept, and of the splits of the floor
+SPLITS = 4  # of the kept features into halves, for the floor
+
+
+@dataclass(frozen=True)
+class Stats:
+    """One network's view of the reference."""
+
+    space: FeatureSpace
+    mean: Tensor
+    cov: Tensor
+    features: Tensor | None  # of some pictures
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Statistics by network's name, and where they come from."""
+
+    stats: dict[str, Stats]
+    facts: dict[str, Any]  # name, kind, count, size, prepared, sha256, …: printed with every number
+
+    @property
+    def count(self) -> int | None:
+        """Pictures behind it, where the file tells."""
+        count: int | None = self.facts.get("count")
+        return count
+
+
+def build_reference(work: Pass, moments: dict[str, Moments], content: Content, *, name: str, kept: int) -> Reference:
+    """From a finished pass."""
+    order = np.random.RandomState(SEED).permutation(work.source.count)[:kept]
+    chosen = torch.from_numpy(np.sort(order))
+    stats = {}
+    for key in sorted(work.extractors):
+        mean, cov = moments[key].finalise()
+        features = load_all(work, key)[chosen] if kept else None
+        stats[key] = Stats(space_of(work.extractors[key]), mean, cov, features)
+    described = work.source.describe()
+    facts = {
+        "name": name or described["name"],
+        "kind": described["kind"],
+        "count": work.source.count,
+        "size": list(work.source.size),
+        "prepared": described["prepared"],
+        "source": described,
+        "pictures_sha256": content.sha256,
+        "copies": content.copies,
+        "environment": environment(),
+    }
+    return Reference(stats, facts)
+
+
+def save_reference(reference: Reference, path: Path) -> None:
+    """One file, whole or not at all."""
+    tensors = {}
+    for key, each in reference.stats.items():
+        tensors[f"{key}.mean"], tensors[f"{key}.cov"] = each.mean, each.cov
+        if each.features is not None:
+            tensors[f"{key}.features"] = each.features
+    spaces = {key: asdict(each.space) for key, each in reference.stats.items()}
+    header = {"format": FORMAT, "facts": json.dumps(reference.facts), "spaces": json.dumps(spaces)}
+    data = save(tensors, metadata=header)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, lambda temporary: _write_bytes(temporary, data))
+
+
+def _write_bytes(path: Path, data: bytes) -> None:
+    path.write_bytes(data)
+
+
+def load_reference(path: Path) -> Reference:
+    """Ours, or a file of another system."""
+    if not path.is_file():
+        raise AlphaflowError(f"{path}: no such reference; build one with: alphaflow reference SOURCE -o {path}")
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    if path.suffix == ".safetensors":
+        return _load_own(path, digest)
+    found = read_foreign(path)
+    stats = {
+        each.name: Stats(FeatureSpace("", "", each.preprocessing, each.mean.numel()), each.mean, each.cov, None)
+        for each in found
+    }
+    facts = {"name": path.name, "kind": found[0].kind, "count": found[0].count, "size": None, "sha256": digest}
+    return Reference(stats, {**facts, "prepared": "not stated"})
+
+
+def _load_own(path: Path, digest: str) -> Reference:
+    try:
+        with safe_open(str(path), "pt") as file:
+            header = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as fault:
+        raise AlphaflowError(f"{path}: not a whole safetensors file ({fault})") from fault
+    if header.get("format") != FORMAT:
+        raise AlphaflowError(f"{path}: not a reference ({header.get('format', 'no format')}; {FORMAT} is due)")
+    stats = {
+        key: Stats(FeatureSpace(**space), tensors[f"{key}.mean"], tensors[f"{key}.cov"], tensors.get(f"{key}.features"))
+        for key, space in json.loads(header["spaces"]).items()
+    }
+    return Reference(stats, {**json.loads(header["facts"]), "sha256": digest})
+
+
+def check_fit(reference: Reference, key: str, extractor: Extractor, size: tuple[int, int]) -> list[str]:
+    """Refuses a reference of another space or resolution, with both sides; returns what the reference leaves unsaid."""
+    where = reference.facts["name"]
+    if key not in reference.stats:
+        there = ", ".join(sorted(reference.stats))
+        raise AlphaflowError(f"{where}: has no statistics of the {key} features (it has {there})")
+    theirs, ours = asdict(reference.stats[key].space), asdict(space_of(extractor))
+    unsaid = []
+    for what, value in theirs.items():
+        if value == ours[what]:
+            continue
+        if value == "":
+            unsaid += [] if what == "network" else [what.replace("_", " ")]
+        else:
+            raise AlphaflowError(
+                f"{where}: {what.replace('_', ' ')} differ, so the distance would mean nothing.\n"
+                f"  reference: {value}\n  here:      {ours[what] or 'none'}"
+            )
+    if reference.facts["size"] is None:
+        unsaid.append("resolution")
+    elif tuple(reference.facts["size"]) != tuple(size):
+        raise AlphaflowError(
+            f"{where}: resolutions differ.\n  reference: {_told_size(reference.facts['size'])}\n"
+            f"  here:      {_told_size(size)}\nBuild one: alphaflow reference SOURCE --size {size[0]} -o FILE"
+        )
+    return unsaid
+
+
+def _told_size(size: tuple[int, int]) -> str:
+    return f"{size[0]}×{size[1]} px"
+
+
+def floor_of(reference: Reference, key: str, count: int) -> float | None:
+    """The distance that so many perfect samples would have: from halves of the kept features, scaled as 1/n + 1/m."""
+    features = reference.stats[key].features
+    if features is None or reference.count is None or len(features) < 4:
+        return None
+    half = len(features) // 2
+    rng = np.random.RandomState(SEED)
+    distances = []
+    for _ in range(SPLITS):
+        order = torch.from_numpy(rng.permutation(len(features)))
+        sides = []
+        for part in (order[:half], order[half : 2 * half]):
+            moments = Moments(features.shape[1])
+            moments.update(features[part])
+            sides += list(moments.finalise())
+        distances.append(frechet_distance(*sides))
+    per_picture = sum(distances) / SPLITS / (2 / half)
+    return per_picture * (1 / count + 1 / reference.count)

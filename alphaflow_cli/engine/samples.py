@@ -1,0 +1,66 @@
+"""Grids of samples while training: fixed seeds, 1 and 2 network evaluations side by side."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from alphaflow_cli.engine.files import write_atomically
+from alphaflow_cli.engine.generate import Generator, plan_walk
+from alphaflow_cli.engine.progress import say
+from alphaflow_cli.engine.run import Run
+from alphaflow_cli.engine.state import step_name
+from alphaflow_cli.errors import AlphaflowError
+from alphaflow_cli.report.grid import grid_png
+
+COLUMNS, ROWS = 10, 4  # of each half
+
+
+class SampleGrids:
+    """`grids.draw(run)` writes samples/step-N.png from the first average."""
+
+    def __init__(self) -> None:
+        self.generator: Generator | None = None
+        self.broken = ""  # why no grid can be drawn; said once
+
+    def draw(self, run: Run) -> Path | None:
+        """The grid of the present weights; None where the autoencoder cannot be had."""
+        if self.broken:
+            return None
+        checkpoint = run.models()["model.safetensors"]
+        if self.generator is None:
+            self.generator = Generator(checkpoint, device=run.world.device)
+        self.generator.net.load_state_dict(checkpoint.weights)
+        try:
+            picture = self._grid(self.generator)
+        except AlphaflowError as error:  # training goes on without pictures, and says why
+            self.broken = str(error)
+            say(f"no sample grids: {error}")
+            return None
+        path = run.folder / "samples" / f"{step_name(run.step)}.png"
+        path.parent.mkdir(exist_ok=True)
+        write_atomically(path, lambda temporary: _write(temporary, picture))
+        return path
+
+    def _grid(self, generator: Generator) -> bytes:
+        classes = generator.recipe.data.classes
+        seeds = list(range(COLUMNS * ROWS))
+        labels = [seed % COLUMNS * max(1, classes // COLUMNS) % classes if classes else 0 for seed in seeds]
+        halves = [generator.images(seeds, labels, plan_walk(generator.recipe, nfe=nfe)) for nfe in (1, 2)]
+        one, two = (to_numpy(half) for half in halves)
+        rows = [[*one[i::COLUMNS], *two[i::COLUMNS]] for i in range(COLUMNS)]
+        names = generator.origin.get("class_names") or []
+        chosen = [names[label] if label < len(names) else "" for label in labels[:COLUMNS]]
+        return grid_png(rows, row_names=chosen if any(chosen) else (), column_names=["1 NFE"] * ROWS + ["2 NFE"] * ROWS)
+
+
+def to_numpy(images: Tensor) -> list[np.ndarray]:
+    """(n, 3, H, W) uint8 → pictures (H, W, 3)."""
+    return list(images.permute(0, 2, 3, 1).to("cpu", torch.uint8).numpy())
+
+
+def _write(path: Path, data: bytes) -> None:
+    path.write_bytes(data)
+
+

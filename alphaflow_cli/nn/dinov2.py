@@ -1,0 +1,118 @@
+"""DINOv2 ViT-L/14 as FDD means it: 224 px by antialiased bicubic, class token after the last norm.
+
+timm's network, with one line of care: the table of 37×37 positions is brought to 16×16 by the rule of the official code
+(bicubic, no antialias, scale (16 + 0.1)/37). timm's and transformers' own
+resampling moves the features by 4e-4 to 1e-3 of their size.
+Reads the official .pth, timm's safetensors and transformers' safetensors.
+"""
+
+import re
+from pathlib import Path
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from alphaflow_cli.errors import AlphaflowError
+from alphaflow_cli.nn.features import Extractor, normalise, resize_bicubic
+from alphaflow_cli.nn.weights import DINOV2, find_weights, fit_weights, load_weights, sha256_of
+
+PATCH = 14
+GRID = 16  # patches along 224 px
+OFFSET = 0.1  # added to the grid by the official resampling
+HEAD = 64  # channels of an attention head, in all sizes
+DIM, DEPTH = 1024, 24  # ViT-L
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet
+
+
+class DinoV2(Extractor):
+    """The class token."""
+
+    preprocessing = "torch bicubic with antialias to 224 px, not clamped; /255; ImageNet mean and deviation"
+    known = True  # no hash is published for any of the three files
+
+    def __init__(self, state: dict[str, Tensor], *, sha256: str, source: Path) -> None:
+        super().__init__()
+        state = to_timm(state, source)
+        self.dim = state["cls_token"].shape[-1]
+        depth = 1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks."))
+        state["pos_embed"] = resample_positions(state["pos_embed"])
+        self.net = VisionTransformer(
+            img_size=PATCH * GRID,
+            patch_size=PATCH,
+            embed_dim=self.dim,
+            depth=depth,
+            num_heads=self.dim // HEAD,
+            init_values=1.0,
+            num_classes=0,
+        )
+        fit_weights(self.net, state, source)
+        self.weights_sha256 = sha256
+        large = (self.dim, depth) == (DIM, DEPTH)
+        self.id = "dinov2-vit-l-14/cls" if large else f"dinov2-vit-{self.dim}x{depth}-14/cls"
+
+    @classmethod
+    def load(cls, weights: Path | None) -> "DinoV2":
+        """From its usual places, or the file given; FDD is defined for ViT-L only."""
+        path = find_weights(DINOV2, weights)
+        extractor = cls(load_weights(path), sha256=sha256_of(path), source=path)
+        if extractor.id != "dinov2-vit-l-14/cls":
+            raise AlphaflowError(f"{path}: holds {extractor.id}; FDD is measured with ViT-L/14 (24 blocks of 1024)")
+        return extractor
+
+    def features(self, images: Tensor) -> Tensor:
+        """Class token after the last norm."""
+        pixels = normalise(resize_bicubic(images, PATCH * GRID), MEAN, STD)
+        tokens: Tensor = self.net.forward_features(pixels)  # (N, 1 + 256, dim)
+        return tokens[:, 0]
+
+
+def resample_positions(table: Tensor) -> Tensor:
+    """The positions (1, 1 + side², dim) at 16×16, by the official rule; the class token's own is kept."""
+    side = round((table.shape[1] - 1) ** 0.5)
+    if side == GRID:
+        return table
+    grid = table[:, 1:].float().reshape(1, side, side, -1).permute(0, 3, 1, 2)  # (1, dim, side, side)
+    scale = (GRID + OFFSET) / side
+    small = nn.functional.interpolate(grid, scale_factor=(scale, scale), mode="bicubic", antialias=False)
+    assert small.shape[-2:] == (GRID, GRID), small.shape
+    return torch.cat([table[:, :1].float(), small.permute(0, 2, 3, 1).flatten(1, 2)], dim=1)
+
+
+def to_timm(state: dict[str, Tensor], source: Path) -> dict[str, Tensor]:
+    """The official, timm's or transformers' names, to timm's."""
+    if "embeddings.cls_token" in state or "dinov2.embeddings.cls_token" in state:
+        state = _from_transformers(state)
+    if "cls_token" not in state or "pos_embed" not in state:
+        raise AlphaflowError(f"{source}: neither the official, timm's nor transformers' DINOv2 (no class token in it)")
+    if "register_tokens" in state or "reg_token" in state:
+        raise AlphaflowError(f"{source}: DINOv2 with registers; FDD is measured with the network without them")
+    return {key: value.float() for key, value in state.items() if key != "mask_token"}
+
+
+RENAMED = (
+    (r"^dinov2\.", ""),
+    (r"^embeddings\.cls_token$", "cls_token"),
+    (r"^embeddings\.mask_token$", "mask_token"),
+    (r"^embeddings\.position_embeddings$", "pos_embed"),
+    (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
+    (r"^encoder\.layer\.", "blocks."),
+    (r"\.attention\.(output\.dense|o_proj)\.", ".attn.proj."),
+    (r"\.attention\.(attention\.)?(query|q_proj)\.", ".attn.q."),
+    (r"\.attention\.(attention\.)?(key|k_proj)\.", ".attn.k."),
+    (r"\.attention\.(attention\.)?(value|v_proj)\.", ".attn.v."),
+    (r"\.layer_scale(\d)\.lambda1$", r".ls\1.gamma"),
+    (r"^layernorm\.", "norm."),
+)
+
+
+def _from_transformers(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    renamed = {}
+    for key, value in state.items():
+        for pattern, target in RENAMED:
+            key = re.sub(pattern, target, key)
+        renamed[key] = value
+    for query in [key for key in renamed if ".attn.q." in key]:
+        parts = [renamed.pop(query.replace(".attn.q.", f".attn.{letter}.")) for letter in "qkv"]
+        renamed[query.replace(".attn.q.", ".attn.qkv.")] = torch.cat(parts)
+    return renamed

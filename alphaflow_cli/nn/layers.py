@@ -1,0 +1,87 @@
+"""The parts of the DiT that timm does not have in this form."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from alphaflow_cli.nn.tangent import Dual, Ride, attention, cut, each, through
+
+FREQUENCIES = 128
+
+
+def frequencies(like: Tensor) -> Tensor:
+    """f_k = 10000^(−k/128), k < 128."""
+    k = torch.arange(FREQUENCIES, dtype=like.dtype, device=like.device)
+    return torch.exp(k * (-math.log(10000.0) / FREQUENCIES))
+
+
+def time_features(s: Tensor) -> Tensor:
+    """(B,) → (B, 256): [cos(s f_k), sin(s f_k)], in the precision of s. Raw times in [0, 1], no ×1000."""
+    angles = s[:, None] * frequencies(s)
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+def time_features_speed(s: Tensor) -> Tensor:
+    """d/ds of the features: [−f_k sin(s f_k), f_k cos(s f_k)]."""
+    f = frequencies(s)
+    angles = s[:, None] * f
+    return torch.cat([-f * angles.sin(), f * angles.cos()], dim=1)
+
+
+class TimeEmbedding(nn.Module):
+    """Linear(256, D) → SiLU → Linear(D, D) of the time's features."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(2 * FREQUENCIES, dim), nn.SiLU(), nn.Linear(dim, dim))
+
+    def forward(self, s: Ride) -> Ride:
+        if isinstance(s, Tensor):
+            return through(self.mlp, time_features(s))
+        speed = s.tangent[:, None] * time_features_speed(s.last)
+        return through(self.mlp, Dual(time_features(s.value), speed))
+
+
+class Attention(nn.Module):
+    """Self-attention with qkv bias; the kernel is chosen per call."""
+
+    def __init__(self, dim: int, heads: int, *, qk_norm: bool) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+        self.q_norm = nn.LayerNorm(dim // heads, eps=1e-6) if qk_norm else nn.Identity()
+        self.k_norm = nn.LayerNorm(dim // heads, eps=1e-6) if qk_norm else nn.Identity()
+
+    def forward(self, x: Ride, attend: str) -> Ride:
+        q, k, v = cut(self.split, through(self.qkv, x))  # (B, heads, N, D / heads)
+        out = attention(through(self.q_norm, q), through(self.k_norm, k), v, attend)
+        return through(self.proj, each(lambda a: a.transpose(1, 2).flatten(2), out))
+
+    def split(self, qkv: Tensor) -> tuple[Tensor, ...]:
+        """(B, N, 3 D) → three of (B, heads, N, D / heads)."""
+        rows, tokens, width = qkv.shape
+        return qkv.view(rows, tokens, 3, self.heads, width // 3 // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
+
+
+class Modulation(nn.Module):
+    """adaLN: linear of the activated conditioning, cut into `parts` of (B, 1, D)."""
+
+    def __init__(self, dim: int, parts: int) -> None:
+        super().__init__()
+        self.parts = parts
+        self.linear = nn.Linear(dim, parts * dim)
+
+    def forward(self, c: Ride) -> tuple[Ride, ...]:
+        return cut(lambda a: a.unsqueeze(1).chunk(self.parts, dim=2), through(self.linear, c))
+
+
+def position_table(dim: int, grid: int) -> Tensor:
+    """(1, grid², dim) float32 sines and cosines: the first half of the channels the column, the second half the row."""
+    place = torch.arange(grid, dtype=torch.float64)
+    omega = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
+    angles = place[:, None] * omega  # (grid, dim / 4)
+    one = torch.cat([angles.sin(), angles.cos()], dim=1)  # (grid, dim / 2)
+    column, row = one[None, :, :].expand(grid, grid, -1), one[:, None, :].expand(grid, grid, -1)
+    return torch.cat([column, row], dim=2).reshape(1, grid * grid, dim).float()

@@ -1,0 +1,83 @@
+"""A DiT trained to predict the noise at DDPM's 1000 discrete times, read as a velocity on the straight path.
+
+DDPM mixes √ᾱ_i x + √(1−ᾱ_i) noise with ᾱ_i = Π (1 − β_j), β from 1e-4 to 0.02; ours is z = (1−t) x + t noise. The two
+are the same picture up to a factor where the ratio of noise to data agrees:
+
+    t_i = √(1−ᾱ_i) / (√ᾱ_i + √(1−ᾱ_i)),    z_ddpm = z / n(t),    n(t) = √((1−t)² + t²)
+    x̂ = (z − t ε̂) / (1−t)    ⇒    v = ε̂ − x̂ = (ε̂ − z) / (1−t)
+
+The embedding of t is fed the index i(t), linear between two times t_i. Beyond t_999 = 0.9937 there is no index: i and
+the factor 1/(1−t) keep their last value. Rows, channels and the riding tangent are those of nn/dit.py.
+"""
+
+import torch
+from torch import Tensor
+
+from alphaflow_cli.nn.dit import Attend, DiT
+from alphaflow_cli.nn.layers import TimeEmbedding
+from alphaflow_cli.nn.tangent import Dual, Ride, last_rows
+
+DISCRETE_TIMES = 1000
+BETAS = (1e-4, 0.02)  # the linear schedule of DDPM and DiT
+
+
+def discrete_times(device: torch.device) -> Tensor:
+    """(1000,) t_i, rising, float64."""
+    beta = torch.linspace(*BETAS, DISCRETE_TIMES, dtype=torch.float64, device=device)
+    kept = (1 - beta).cumprod(0)
+    data, noise = kept.sqrt(), (1 - kept).sqrt()
+    return noise / (data + noise)
+
+
+def discrete_index(t: Tensor) -> tuple[Tensor, Tensor]:
+    """(B,) i(t) and di/dt, in the precision of t; constant beyond the first and the last time."""
+    times, at = discrete_times(t.device), t.double()
+    below = (torch.searchsorted(times, at.detach().contiguous(), right=True) - 1).clamp(0, DISCRETE_TIMES - 2)
+    width = times[below + 1] - times[below]
+    index = below + (at - times[below]) / width
+    inside = (index >= 0) & (index <= DISCRETE_TIMES - 1)
+    return index.clamp(0, DISCRETE_TIMES - 1).to(t.dtype), (inside / width).to(t.dtype)
+
+
+class DiscreteTimeEmbedding(TimeEmbedding):
+    """The embedding of i(t)."""
+
+    def forward(self, s: Ride) -> Ride:
+        if isinstance(s, Tensor):
+            return super().forward(discrete_index(s)[0])
+        return super().forward(Dual(discrete_index(s.value)[0], s.tangent * discrete_index(s.last)[1]))
+
+
+class NoiseDiT(DiT):
+    """u(z, r, t | y) of a network whose own output is the noise ε̂. At r = t it is the velocity v above."""
+
+    def initialise(self) -> None:
+        self.time_embed = DiscreteTimeEmbedding(self.pos_embed.shape[2])
+        super().initialise()
+
+    def forward(
+        self,
+        z: Tensor,
+        t: Tensor,
+        r: Tensor,
+        y: Tensor,
+        attend: Attend = "fused",
+        tangent: Tensor | None = None,
+        first: int = 0,
+    ) -> Tensor | Dual:
+        end = discrete_times(t.device)[-1].to(t.dtype)
+        factor = (1 / (1 - torch.minimum(t, end)))[:, None, None, None]
+        shrink = ((1 - t) ** 2 + t**2).rsqrt()[:, None, None, None]
+        if tangent is None:
+            noise = super().forward(z * shrink, t, r, y, attend)
+            assert isinstance(noise, Tensor)
+            return (noise - z) * factor
+        rows = len(tangent)
+        z_last, t_last = last_rows(z, rows), last_rows(t, rows)[:, None, None, None]
+        f, n = last_rows(factor, rows), last_rows(shrink, rows)
+        inner = tangent * n + z_last * (1 - 2 * t_last) * n**3  # d(z n⁻¹), dn⁻¹/dt = (1 − 2t) n⁻³
+        predicted = super().forward(z * shrink, t, r, y, attend, inner, first)
+        assert isinstance(predicted, Dual)
+        u = (predicted.value - z) * factor
+        grows = torch.where(t_last < end, last_rows(u, rows) * f, 0.0)  # u d(log factor)/dt
+        return Dual(u, (predicted.tangent - tangent) * f + grows.detach())

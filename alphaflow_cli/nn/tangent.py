@@ -1,0 +1,210 @@
+"""The tangent that rides along: du/dt in the same forward that computes u (MeanFlow's target, α = 0).
+
+A `Dual` is a value on all rows, with its gradient and its kernels as usual, and the derivative of the LAST rows along
+one direction, without gradient. Every rule below leaves the value alone, bit for bit, and pushes the derivative
+forward through the value's intermediates, which the forward has at hand:
+
+    linear                d(W x + b) = W dx
+    LayerNorm, GELU, SiLU the Jacobian J is symmetric, so J dx is what the backward kernel computes from dx
+    softmax               the same, dp = p ∘ (ds − Σ p ds)
+    products              d(a b) = da b + a db
+
+One more pass of linear cost on those rows, instead of the three of a double backward or of torch.func.jvp, which also
+multiplies by a zero tangent of every weight. Keep the tangent of the residual stream in float32: bf16 doubles the
+error. Shapes: B rows, B' ≤ B last rows, N tokens, D channels, d channels of a head.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+
+class Dual(NamedTuple):
+    """A value and the derivative of its last rows. A named tuple, so that hooks and compilers see two tensors."""
+
+    value: Tensor  # (B, ...)
+    tangent: Tensor  # (B', ...)
+
+    @property
+    def last(self) -> Tensor:
+        """The value of the rows with a tangent; call it without gradient only."""
+        return last_rows(self.value, len(self.tangent))
+
+
+Ride = TypeVar("Ride", Tensor, Dual)  # values alone, or all of them with their tangents
+One = TypeVar("One", Tensor, Dual, Tensor | Dual)  # one value, whichever it is
+
+
+def last_rows(x: Tensor, rows: int) -> Tensor:
+    """The last `rows` rows."""
+    return x if rows == len(x) else x[len(x) - rows :]
+
+
+def moving(s: Tensor, rows: int) -> Tensor | Dual:
+    """A time that moves at speed 1 on the last `rows` rows."""
+    return Dual(s, torch.ones_like(last_rows(s, rows))) if rows else s
+
+
+# Linear maps: the tangent goes the same way as the value.
+
+
+def each(f: Callable[[Tensor], Tensor], x: One) -> One:
+    """A linear f that only moves numbers: reshape, permute."""
+    return f(x) if isinstance(x, Tensor) else Dual(f(x.value), f(x.tangent))
+
+
+def cut(f: Callable[[Tensor], tuple[Tensor, ...]], x: Ride) -> tuple[Ride, ...]:
+    """A linear f that cuts into several: chunk, unbind."""
+    if isinstance(x, Tensor):
+        return f(x)
+    return tuple(Dual(*parts) for parts in zip(f(x.value), f(x.tangent), strict=True))
+
+
+def add(a: Tensor | Dual, b: Tensor | Dual) -> Tensor | Dual:
+    """a + b; either may be without a tangent."""
+    value = (a.value if isinstance(a, Dual) else a) + (b.value if isinstance(b, Dual) else b)
+    tangents = [x.tangent for x in (a, b) if isinstance(x, Dual)]
+    return Dual(value, sum(tangents[1:], tangents[0])) if tangents else value
+
+
+# Layers: `through(layer, x)` is layer(x), and its tangent where there is one.
+
+
+def through(layer: nn.Module, x: One) -> One:
+    """layer(x) by the rule of the layer's type."""
+    if isinstance(x, Tensor):
+        out: Tensor = layer(x)
+        return out
+    return RULES[type(layer)](layer, x)
+
+
+def _linear(layer: nn.Linear, x: Dual) -> Dual:
+    value = layer(x.value)
+    with torch.no_grad():
+        return Dual(value, F.linear(x.tangent, layer.weight))
+
+
+def _patches(layer: nn.Conv2d, x: Dual) -> Dual:
+    value = layer(x.value)
+    with torch.no_grad():
+        return Dual(value, F.conv2d(x.tangent, layer.weight, stride=layer.stride).to(layer.weight.dtype))
+
+
+def _layer_norm(layer: nn.LayerNorm, x: Dual) -> Dual:
+    wide = x.value if x.value.dtype == torch.float64 else x.value.float()  # as autocast does
+    value, mean, rstd = torch.native_layer_norm(wide, layer.normalized_shape, layer.weight, layer.bias, layer.eps)
+    rows, dx = len(x.tangent), x.tangent.to(wide.dtype)
+    with torch.no_grad():
+        wide, mean, rstd = (last_rows(a, rows) for a in (wide, mean, rstd))
+        mask = [True, False, False]
+        shape = layer.normalized_shape
+        tangent = torch.ops.aten.native_layer_norm_backward(dx, wide, shape, mean, rstd, None, None, mask)[0]
+        return Dual(value, tangent if layer.weight is None else tangent * layer.weight)
+
+
+def _gelu(layer: nn.GELU, x: Dual) -> Dual:
+    value = layer(x.value)
+    with torch.no_grad():
+        return Dual(value, torch.ops.aten.gelu_backward(x.tangent, x.last, approximate=layer.approximate))
+
+
+def _silu(layer: nn.SiLU, x: Dual) -> Dual:
+    value = layer(x.value)
+    with torch.no_grad():
+        return Dual(value, torch.ops.aten.silu_backward(x.tangent.to(value.dtype), x.last))
+
+
+def _identity(layer: nn.Identity, x: Dual) -> Dual:
+    return x
+
+
+def _sequence(layer: nn.Sequential, x: Dual) -> Dual:
+    for one in layer:
+        x = through(one, x)
+    return x
+
+
+RULES: dict[type, Callable[..., Dual]] = {
+    nn.Linear: _linear,
+    nn.Conv2d: _patches,
+    nn.LayerNorm: _layer_norm,
+    nn.GELU: _gelu,
+    nn.SiLU: _silu,
+    nn.Identity: _identity,
+    nn.Sequential: _sequence,
+}
+
+
+def recomputed(block: nn.Module, x: One, c: One, attend: str, *, once: bool) -> One:
+    """The block under gradient checkpointing. `once`: the backward pass recomputes the value, not the tangent, whose
+    result it does not need; not so for a compiled block, which saves other tensors in its other form."""
+    if isinstance(x, Tensor) or isinstance(c, Tensor) or not once:
+        out: One = checkpoint(block, x, c, attend, use_reentrant=False, preserve_rng_state=False)
+        return out
+    tangents = [(x.tangent, c.tangent)]
+
+    def run(value: Tensor, condition: Tensor) -> Tensor | Dual:
+        if not tangents:
+            again: Tensor = block(value, condition, attend)
+            return again
+        dx, dc = tangents.pop()
+        first: Dual = block(Dual(value, dx), Dual(condition, dc), attend)
+        return first
+
+    return Dual(*checkpoint(run, x.value, c.value, use_reentrant=False, preserve_rng_state=False))
+
+
+# Products.
+
+
+def modulate(x: Ride, shift: Ride, scale: Ride) -> Ride:
+    """x (1 + scale) + shift."""
+    if isinstance(x, Tensor):
+        return x * (1 + scale) + shift
+    value = x.value * (1 + scale.value) + shift.value
+    with torch.no_grad():
+        tangent = torch.addcmul(shift.tangent, x.last, scale.tangent)
+        return Dual(value, torch.addcmul(tangent, x.tangent, 1 + scale.last))
+
+
+def gated(x: Ride, gate: Ride, branch: Ride) -> Ride:
+    """x + gate · branch."""
+    if isinstance(x, Tensor):
+        return x + gate * branch
+    value = x.value + gate.value * branch.value
+    with torch.no_grad():
+        tangent = torch.addcmul(x.tangent, gate.tangent, branch.last)
+        return Dual(value, torch.addcmul(tangent, gate.last, branch.tangent))
+
+
+def attention(q: Ride, k: Ride, v: Ride, attend: str) -> Ride:
+    """softmax(q kᵀ / √d) v, each (B, heads, N, d)."""
+    if isinstance(q, Tensor):
+        return _attention(q, k, v, attend)
+    value = _attention(q.value, k.value, v.value, attend)
+    with torch.no_grad():
+        return Dual(value, _attention_tangent(q, k, v))
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, attend: str) -> Tensor:
+    if attend == "fused":
+        out: Tensor = F.scaled_dot_product_attention(q, k, v)
+        return out
+    p: Tensor = (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(-1)
+    return p.to(v.dtype) @ v
+
+
+def _attention_tangent(q: Dual, k: Dual, v: Dual) -> Tensor:
+    """dp v + p dv, with ds = dq kᵀ + q dkᵀ as ONE product of doubled channels; the fused value has kept no p."""
+    rows, heads, tokens, size = q.tangent.shape
+    left = torch.cat([q.last, q.tangent], -1).flatten(0, 1) * size**-0.5  # (B' heads, N, 2 d)
+    right = torch.cat([k.tangent, k.last], -1).flatten(0, 1).transpose(1, 2)
+    p = torch.bmm(left[..., :size], right[:, size:]).softmax(-1)
+    ds = torch.bmm(left, right).to(p.dtype)
+    dp = torch.ops.aten._softmax_backward_data(ds, p, -1, p.dtype)
+    out = torch.baddbmm(torch.bmm(dp, v.last.flatten(0, 1)), p, v.tangent.flatten(0, 1))
+    return out.view(rows, heads, tokens, size)

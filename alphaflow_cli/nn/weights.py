@@ -1,0 +1,179 @@
+"""The weights of the feature networks: finding the file, hashing it, and saying what to do when it is not there.
+
+Nothing is downloaded here: an evaluation that starts a 1.2 GB download by surprise, or hangs behind a firewall, is
+worse than one clear line. Pickles are read with `weights_only=True`, so a file from anywhere may be tried.
+"""
+
+import hashlib
+import os
+import pickle
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from alphaflow_cli.errors import AlphaflowError
+
+
+@dataclass(frozen=True)
+class WeightFile:
+    """One published set of weights and the names its file goes by."""
+
+    extractor: str  # name on the command line
+    title: str
+    url: str
+    names: tuple[str, ...]  # in a folder of weights or in torch's hub cache; the first is the one we ask for
+    hub_repos: tuple[str, ...]  # repositories whose snapshots may lie in the Hugging Face cache
+    sha256: str  # known prefix of the hash; empty where none is published
+    megabytes: int
+    licence: str
+    metrics: str
+
+
+INCEPTION = WeightFile(
+    extractor="inception",
+    title="Inception-v3 of 2015-12-05, as converted by torch-fidelity",
+    url="https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth",
+    names=("weights-inception-2015-12-05-6726825d.pth", "pt_inception-2015-12-05-6726825d.pth"),
+    hub_repos=(),
+    sha256="6726825d",
+    megabytes=96,
+    licence="Apache-2.0",
+    metrics="fid, kid, is, pr",
+)
+DINOV2 = WeightFile(
+    extractor="dinov2",
+    title="DINOv2 ViT-L/14",
+    url="https://dl.fbaipublicfiles.com/dinov2/dinov2_vitl14/dinov2_vitl14_pretrain.pth",
+    names=("dinov2_vitl14_pretrain.pth", "dinov2_vitl14.safetensors"),
+    hub_repos=("timm/vit_large_patch14_dinov2.lvd142m", "facebook/dinov2-large"),
+    sha256="",
+    megabytes=1217,
+    licence="Apache-2.0",
+    metrics="fdd",
+)
+CLIP = WeightFile(
+    extractor="clip",
+    title="CLIP ViT-L/14",
+    url="https://openaipublic.azureedge.net/clip/models/"
+    "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836/ViT-L-14.pt",
+    names=(
+        "clip-vit-l-14-b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836.pt",
+        "ViT-L-14.pt",
+        "clip_vitl14.safetensors",
+    ),
+    hub_repos=("timm/vit_large_patch14_clip_224.openai",),
+    sha256="b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836",
+    megabytes=933,
+    licence="MIT",
+    metrics="fcd",
+)
+FILES = {each.extractor: each for each in (INCEPTION, DINOV2, CLIP)}
+
+
+def find_weights(wanted: WeightFile, given: Path | None) -> Path:
+    """The file: given by hand, in $ALPHAFLOW_WEIGHTS, in torch's hub cache, or in the Hugging Face cache."""
+    if given is not None and not given.is_dir():
+        if not given.is_file():
+            raise AlphaflowError(f"{given}: no such weight file for the {wanted.extractor} features")
+        return given
+    for path in _candidates(wanted, given):
+        if path.is_file():
+            return path
+    raise AlphaflowError(_how_to_get(wanted))
+
+
+def missing_weights(wanted: WeightFile) -> str | None:
+    """The line to show when the file is in none of its usual places; None when it is there."""
+    return None if any(path.is_file() for path in _candidates(wanted, None)) else _how_to_get(wanted)
+
+
+def _candidates(wanted: WeightFile, given: Path | None) -> list[Path]:
+    folders = [given] if given is not None else []
+    if os.environ.get("ALPHAFLOW_WEIGHTS"):
+        folders.append(Path(os.environ["ALPHAFLOW_WEIGHTS"]).expanduser())
+    folders.append(Path(torch.hub.get_dir()) / "checkpoints")
+    found = [folder / name for folder in folders for name in wanted.names]
+    for repo in wanted.hub_repos:
+        snapshots = _hub_cache() / f"models--{repo.replace('/', '--')}" / "snapshots"
+        found += sorted(snapshots.glob("*/model.safetensors"))
+    return found
+
+
+def _hub_cache() -> Path:
+    if os.environ.get("HF_HUB_CACHE"):
+        return Path(os.environ["HF_HUB_CACHE"]).expanduser()
+    return Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser() / "hub"
+
+
+def _how_to_get(wanted: WeightFile) -> str:
+    folder = Path(torch.hub.get_dir()) / "checkpoints"
+    check = f", sha256 {wanted.sha256[:8]}…" if wanted.sha256 else ""
+    return (
+        f"{wanted.title} is not on this machine: {wanted.metrics} need {wanted.names[0]} "
+        f"({wanted.megabytes} MB, {wanted.licence}{check}). Get it with\n"
+        f"  curl -L --create-dirs -o {folder / wanted.names[0]} {wanted.url}\n"
+        f"or name a copy with --weights {wanted.extractor}=FILE or a folder in $ALPHAFLOW_WEIGHTS. "
+        "Meanwhile --metrics fd-tiny needs no weights."
+    )
+
+
+def sha256_of(path: Path) -> str:
+    """Hash of a file's bytes."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def load_weights(path: Path) -> dict[str, Tensor]:
+    """State dict of a safetensors file, a plain checkpoint or a TorchScript archive; no pickled code is run."""
+    try:
+        if path.suffix == ".safetensors":
+            state: object = load_file(path)
+        elif _is_torchscript(path):
+            state = _load_torchscript(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        raise AlphaflowError(f"{path}: not a readable weight file ({str(error).splitlines()[0]})") from error
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise AlphaflowError(f"{path}: holds no plain table of weights")
+    return state
+
+
+def _is_torchscript(path: Path) -> bool:
+    import zipfile  # here only: the other formats need no look inside
+
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(name.endswith("/constants.pkl") for name in archive.namelist())
+
+
+def _load_torchscript(path: Path) -> dict[str, Tensor]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # deprecated, but OpenAI's file is of this kind
+        warnings.simplefilter("ignore", FutureWarning)
+        module = torch.jit.load(str(path), map_location="cpu")  # type: ignore[no-untyped-call]
+    state: dict[str, Tensor] = dict(module.state_dict())
+    return state
+
+
+def fit_weights(net: torch.nn.Module, state: dict[str, Tensor], path: Path) -> None:
+    """Strict load; a misfit names the file and the first keys on either side."""
+    wanted = {key: tuple(value.shape) for key, value in net.state_dict().items()}
+    there = {key: tuple(value.shape) for key, value in state.items()}
+    missing = sorted(wanted.keys() - there.keys())
+    extra = sorted(there.keys() - wanted.keys())
+    wrong = sorted(key for key in wanted.keys() & there.keys() if wanted[key] != there[key])
+    if missing or extra or wrong:
+        parts = {"missing": missing, "unknown": extra, "of another shape": wrong}
+        told = "; ".join(f"{len(keys)} {what}, e.g. {keys[0]}" for what, keys in parts.items() if keys)
+        raise AlphaflowError(f"{path}: these are weights of another network ({told})")
+    net.load_state_dict(state)

@@ -1,0 +1,208 @@
+"""What a recipe may not say although each value has the right type: bounds, and values that contradict each other.
+
+Each check yields (field, what is wrong and what to do). The limits are those of the method (docs/method.md) or of the
+arithmetic; a rule that only saves the user from a silent surprise says which.
+"""
+
+import re
+from collections.abc import Callable, Iterator
+from operator import attrgetter
+
+from alphaflow_cli.recipe.schema import Recipe, Schedule
+from alphaflow_cli.recipe.source import Faults
+from alphaflow_cli.recipe.steps import resolve_step
+
+Fault = tuple[str, str]
+
+AT_LEAST = {  # field: smallest value
+    1: "model.dim model.depth model.heads model.patch data.image_size data.channels data.latent_size train.steps "
+    "train.batch train.save_every train.keep train.log_every optim.nonfinite_limit sample.nfe eval.images",
+    0: "data.classes data.stats_images optim.warmup_steps optim.weight_decay optim.clip_norm loss.clamp loss.c "
+    "train.seed train.milestone_every train.sample_every train.eval_every train.conflict_every",
+}
+POSITIVE = "model.mlp_ratio data.scale times.std guidance.omega optim.lr optim.eps ema.ramp sample.guidance"
+SHARES = "guidance.t_min guidance.t_max"  # within [0, 1]
+BELOW_ONE = "guidance.label_dropout guidance.kappa"  # within [0, 1)
+NO_REPEATS = "ema.half_lives train.trackers eval.metrics eval.nfe"
+
+
+def check(recipe: Recipe, place: Callable[[str], str], faults: Faults) -> None:
+    """Add every fault of a recipe; `place` says where a field stands."""
+    for path, what in _bounds(recipe):
+        faults.add(place(path), what)
+    if not faults.found:  # contradictions are between sound values; a default standing in would make up some
+        for rule in (_model, _data, _alpha, _equal_share, _guidance, _loss, _optim, _sample, _eval):
+            for path, what in rule(recipe):
+                faults.add(place(path), what)
+
+
+def _bounds(recipe: Recipe) -> Iterator[Fault]:
+    for low, paths in AT_LEAST.items():
+        yield from _each(recipe, paths, lambda v, low=low: v >= low, f"must be {low} or more")  # type: ignore[misc]
+    yield from _each(recipe, POSITIVE, lambda v: v > 0, "must be more than 0")
+    yield from _each(recipe, SHARES, lambda v: 0 <= v <= 1, "must lie between 0 and 1")
+    yield from _each(recipe, BELOW_ONE, lambda v: 0 <= v < 1, "must be 0 or more and less than 1")
+    for path in NO_REPEATS.split():
+        values = attrgetter(path)(recipe)
+        repeated = {value for value in values if values.count(value) > 1}
+        if repeated:
+            yield path, f"{path} names {sorted(repeated, key=str)[0]} twice"
+    for path, schedule in _schedules(recipe):
+        ends = f"{path}.initial" if schedule.kind == "constant" else f"{path}.initial {path}.final"
+        yield from _each(recipe, ends, lambda v: 0 <= v <= 1, "must lie between 0 and 1")
+        yield from _each(recipe, f"{path}.gamma", lambda v: v > 0, "must be more than 0")
+        yield from _each(recipe, f"{path}.clamp", lambda v: 0 <= v < 0.5, "must be 0 or more and less than 0.5")
+        yield from _each(recipe, f"{path}.start {path}.end", _not_negative, "must be 0 or more")
+        if schedule.kind == "exponential" and 0 in (schedule.initial, schedule.final):
+            yield f"{path}.kind", f"{path}: an exponential cannot start or end at 0: use 0.001, and clamp"
+
+
+def _each(recipe: Recipe, paths: str, good: Callable[[float], bool], what: str) -> Iterator[Fault]:
+    for path in paths.split():
+        value = attrgetter(path)(recipe)
+        if not good(value):
+            yield path, f"{path} {what}, got {value}"
+
+
+def _not_negative(step: float | str) -> bool:
+    return isinstance(step, str) or step >= 0
+
+
+def _schedules(recipe: Recipe) -> tuple[tuple[str, Schedule], ...]:
+    return (("alpha", recipe.alpha), ("times.equal_share", recipe.times.equal_share))
+
+
+def _model(recipe: Recipe) -> Iterator[Fault]:
+    model, data = recipe.model, recipe.data
+    if model.dim % model.heads:
+        yield "model.heads", f"model.heads {model.heads} does not divide model.dim {model.dim}"
+    if model.dim % 4:
+        yield "model.dim", f"model.dim {model.dim} must be a multiple of 4: the positional table has four parts"
+    if data.latent_size % model.patch:
+        yield "model.patch", f"model.patch {model.patch} does not divide data.latent_size {data.latent_size}"
+    if int(model.dim * model.mlp_ratio) < 1:
+        yield "model.mlp_ratio", f"model.mlp_ratio {model.mlp_ratio} leaves the MLP no channel"
+    if recipe.name and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]*", recipe.name):
+        yield "name", f"name {recipe.name!r} names folders: use letters, digits, dot, dash, plus and underscore"
+
+
+def _data(recipe: Recipe) -> Iterator[Fault]:
+    data = recipe.data
+    if data.autoencoder == "none":
+        if data.latent_size != data.image_size:
+            yield "data.latent_size", f"autoencoder none trains on pixels: data.latent_size must be {data.image_size}"
+        if data.channels != 3:
+            yield "data.channels", f"autoencoder none trains on pixels: data.channels must be 3, got {data.channels}"
+    elif not data.autoencoder:
+        yield "data.autoencoder", "data.autoencoder is empty: a Hub id, a folder, or none for pixels"
+    elif data.image_size % data.latent_size:
+        yield "data.latent_size", f"data.latent_size {data.latent_size} does not divide {data.image_size} pixels"
+    if data.normalise != "scale" and (data.scale, data.shift) != (1.0, 0.0):
+        yield "data.scale", f"data.scale and data.shift act with normalise: scale only, not {data.normalise}"
+    if data.source and not re.fullmatch(r"glyphs:[1-9][0-9]*", data.source):
+        yield "data.source", f"data.source {data.source!r} is no embedded set: the form is glyphs:4000"
+
+
+def _alpha(recipe: Recipe) -> Iterator[Fault]:
+    for path, schedule in _schedules(recipe):
+        if schedule.kind != "constant":
+            yield from _ends(path, schedule, recipe.train.steps)
+
+
+def _ends(path: str, schedule: Schedule, steps: int) -> Iterator[Fault]:
+    """A schedule copied from a longer run would keep its first value for the whole of a shorter one, silently."""
+    start, end = resolve_step(schedule.start, steps), resolve_step(schedule.end, steps)
+    if schedule.kind == "step":
+        end = start
+    if start > end:
+        yield f"{path}.start", f"{path} starts at step {start:,}, after its end at {end:,}"
+    elif (end > steps or start >= steps) and not schedule.unfinished:
+        line = "start" if schedule.kind == "step" else "end"
+        yield (
+            f"{path}.{line}",
+            f"{path} reaches its final value at step {end:,}, but the run has {steps:,} steps: "
+            f'write {line}: a percentage such as "{50 if line == "start" else 100}%", or unfinished: true if it is meant',
+        )
+
+
+def _equal_share(recipe: Recipe) -> Iterator[Fault]:
+    schedule, batch, path = recipe.times.equal_share, recipe.train.batch, "times.equal_share"
+    constant = schedule.kind == "constant"
+    for share in (schedule.initial,) if constant else (schedule.initial, schedule.final):
+        if share > 0 and int(batch * share) == 0:
+            yield path, f"{path} {share:g} of a batch of {batch} is no row at all: write 0, or a larger batch"
+    only_equal = schedule.initial == 1 and (constant or schedule.final == 1)
+    if only_equal and not (recipe.alpha.kind == "constant" and recipe.alpha.initial == 1):
+        yield path, f"{path} 1 leaves no row with r < t, so alpha would do nothing: write alpha: 1, or a smaller share"
+
+
+def _guidance(recipe: Recipe) -> Iterator[Fault]:
+    guidance, labels = recipe.guidance, recipe.data.classes > 0
+    active = (guidance.omega, guidance.kappa) != (1.0, 0.0)
+    if guidance.t_min >= guidance.t_max:
+        yield "guidance.t_min", f"guidance.t_min {guidance.t_min} is not below guidance.t_max {guidance.t_max}"
+    if not labels and guidance.label_dropout > 0:
+        yield "guidance.label_dropout", "guidance.label_dropout without labels (data.classes is 0): write 0"
+    if not labels and active:
+        yield "guidance.omega", "guidance without labels (data.classes is 0): write omega: 1 and kappa: 0"
+    null_share = 1 - guidance.omega - guidance.kappa
+    if labels and active and abs(null_share) > 1e-9 and guidance.label_dropout == 0:
+        yield (
+            "guidance.label_dropout",
+            f"guidance needs the null label (1 - omega - kappa = {null_share:g}), which only label_dropout trains: "
+            "published is 0.1",
+        )
+    if recipe.sample.guidance != 1 and active:
+        yield "sample.guidance", "guidance is built in by training (omega, kappa): sample.guidance must be 1"
+    elif recipe.sample.guidance != 1 and guidance.label_dropout == 0:
+        yield "sample.guidance", "sample.guidance needs a network that knows the null label: guidance.label_dropout is 0"
+
+
+def _loss(recipe: Recipe) -> Iterator[Fault]:
+    if recipe.loss.weight != "none" and recipe.loss.c == 0:
+        yield "loss.c", f"loss.c 0 lets the {recipe.loss.weight} weight grow without bound: published is 0.001"
+    alpha = recipe.alpha
+    ends = (alpha.initial,) if alpha.kind == "constant" else (alpha.initial, alpha.final)
+    for value in ends if recipe.loss.velocity == "network" else ():
+        if value < alpha.clamp or value > 1 - alpha.clamp or value in (0, 1):
+            yield (
+                "loss.velocity",
+                f"loss.velocity network needs alpha strictly between 0 and 1, it reaches {value:g}: "
+                "the Shortcut loss is alpha: 0.5",
+            )
+
+
+def _optim(recipe: Recipe) -> Iterator[Fault]:
+    optim = recipe.optim
+    if not all(0 <= beta < 1 for beta in optim.betas):
+        yield "optim.betas", f"optim.betas must be 0 or more and less than 1, got {list(optim.betas)}"
+    if optim.final_lr is not None and not 0 <= optim.final_lr <= optim.lr:
+        yield "optim.final_lr", f"optim.final_lr must lie between 0 and optim.lr, got {optim.final_lr}"
+    if not recipe.ema.half_lives or any(steps <= 0 for steps in recipe.ema.half_lives):
+        yield "ema.half_lives", "ema.half_lives wants at least one half-life, each more than 0 steps"
+
+
+def _sample(recipe: Recipe) -> Iterator[Fault]:
+    sample = recipe.sample
+    if sample.times is not None:
+        yield from _grid("sample.times", sample.times)
+        if len(sample.times) != sample.nfe + 1 and sample.sampler != "heun":
+            yield "sample.times", f"sample.times has {len(sample.times)} times, nfe {sample.nfe} wants one more than it"
+    yield from _grid("sample.two_step_times", sample.two_step_times)
+    if sample.sampler == "heun" and sample.nfe % 2:
+        yield "sample.nfe", f"heun evaluates the network twice per step: nfe must be even, got {sample.nfe}"
+
+
+def _grid(path: str, times: tuple[float, ...]) -> Iterator[Fault]:
+    falling = all(a > b for a, b in zip(times, times[1:], strict=False))
+    if len(times) < 2 or times[0] != 1 or times[-1] != 0 or not falling:
+        yield path, f"{path} must fall from 1 to 0, got {list(times)}"
+
+
+def _eval(recipe: Recipe) -> Iterator[Fault]:
+    if any(nfe < 1 for nfe in recipe.eval.nfe) or not recipe.eval.nfe:
+        yield "eval.nfe", f"eval.nfe wants at least one number of evaluations, each 1 or more, got {list(recipe.eval.nfe)}"
+    if not recipe.eval.metrics:
+        yield "eval.metrics", "eval.metrics is empty"
+    if recipe.eval.draw == "balanced" and recipe.data.classes == 0:
+        yield "eval.draw", "eval.draw balanced without labels (data.classes is 0): write random"

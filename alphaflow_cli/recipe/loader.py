@@ -1,0 +1,77 @@
+"""A recipe by name or file, checked in full: every fault is listed with its place before anything runs."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from alphaflow_cli.errors import AlphaflowError
+from alphaflow_cli.recipe.build import build, suggest, with_value
+from alphaflow_cli.recipe.checks import check
+from alphaflow_cli.recipe.schema import Recipe
+from alphaflow_cli.recipe.source import Faults, Mapping, parse, parse_value, read_text
+
+
+def shipped() -> dict[str, Path]:
+    """The recipes that come with the program, by name: beside the package in a checkout, inside it in a wheel."""
+    package = Path(__file__).resolve().parent.parent
+    for folder in (package / "_recipes", package.parent / "recipes"):
+        if folder.is_dir():
+            return {path.stem: path for path in sorted(folder.glob("*.yaml"), key=lambda path: path.stem)}
+    raise AlphaflowError(f"{package}: the shipped recipes are missing. Install alphaflow again")
+
+
+def find_recipe(name_or_path: str) -> Path:
+    """The file meant by RECIPE: a shipped name first, else a path."""
+    known = shipped()
+    if name_or_path in known:
+        return known[name_or_path]
+    path = Path(name_or_path)
+    if name_or_path.endswith((".yaml", ".yml")) or len(path.parts) > 1 or _exists(path):
+        return path
+    raise AlphaflowError(
+        f"{name_or_path!r} is neither a file nor a shipped recipe{suggest(name_or_path, known) or '.'} "
+        "List them: alphaflow recipe ls"
+    )
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # a name too long for the file system, or with a null byte
+        return False
+
+
+def load_recipe(name_or_path: str, sets: Sequence[str] = ()) -> Recipe:
+    """The recipe, complete and checked; AlphaflowError lists every fault with its file and line."""
+    path = find_recipe(name_or_path)
+    return recipe_from_text(read_text(path), str(path), sets, name=path.stem)
+
+
+def recipe_from_text(text: str, where: str, sets: Sequence[str] = (), *, name: str = "") -> Recipe:
+    """A recipe from its text, as inside a checkpoint; `where` stands before the line in a fault."""
+    faults = Faults()
+    tree = parse(text, where, faults)
+    for assignment in sets:
+        tree = _assign(tree, assignment, faults)
+    recipe, places = build(tree, faults)
+    check(recipe, lambda path: _place(path, places, where), faults)
+    faults.stop(where)
+    return recipe if recipe.name else replace(recipe, name=name)
+
+
+def _assign(tree: Mapping, assignment: str, faults: Faults) -> Mapping:
+    where = f"--set {assignment}"
+    dotted, equals, text = assignment.partition("=")
+    path = [part.strip() for part in dotted.split(".")]
+    if not equals or not all(path):
+        faults.add(where, "wants the form section.key=value, such as train.steps=1000")
+        return tree
+    value = parse_value(text, where, faults)
+    return tree if value is None else with_value(tree, path, value, where)
+
+
+def _place(path: str, places: dict[str, str], where: str) -> str:
+    """Where a field was said; a field left at its default is placed at its section, else at the file."""
+    while path and path not in places:
+        path = path.rpartition(".")[0]
+    return places.get(path, where)

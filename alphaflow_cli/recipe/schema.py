@@ -1,0 +1,201 @@
+"""What a recipe may say, and every default. A recipe is a frozen tree of these dataclasses.
+
+Times run from 0 (data) to 1 (noise). A field's comment gives its unit and meaning. Nothing here imports torch.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+ScheduleKind = Literal["constant", "step", "linear", "exponential", "log", "sigmoid"]
+TimeLaw = Literal["logit_normal", "uniform"]
+TimeOrder = Literal["minmax", "min", "r_in_t_range"]
+SecondTime = Literal["t-r", "r"]
+Prediction = Literal["velocity", "noise"]
+Normalise = Literal["position", "channel", "scale"]
+Posterior = Literal["sample", "mean"]
+PixelRule = Literal["truncate", "round"]
+Velocity = Literal["data", "network"]
+Weight = Literal["adaptive", "converging", "none"]
+Reduction = Literal["mean", "sum"]
+Precision = Literal["fp32", "bf16", "fp64"]
+NonFinite = Literal["skip", "rollback", "stop", "replace"]
+Sampler = Literal["trajectory", "consistency", "flow", "heun"]
+LabelDraw = Literal["random", "balanced"]
+Metric = Literal["fid", "fdd", "fcd", "fd-tiny", "kid", "is", "pr"]
+Tracker = Literal["tensorboard", "wandb", "trackio"]
+Strategy = Literal["ddp", "fsdp2"]
+Step = int | str  # an optimiser step, or a percentage of the run: "50%"
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A value over the steps; before `start` it is `initial`, after `end` it is `final`."""
+
+    kind: ScheduleKind = "constant"
+    initial: float = 1.0  # value before start; the value itself where kind is constant
+    final: float = 0.0  # value after end; unused where kind is constant
+    start: Step = 0  # first step of the change, a step or a percentage of train.steps
+    end: Step = "100%"  # last step of the change; start = end jumps there
+    gamma: float = 25.0  # steepness of sigmoid; exponent on progress of exponential (1 is the plain one)
+    clamp: float = 0.005  # values below it become 0, values above 1 - it become 1; 0 switches it off
+    unfinished: bool = False  # true accepts a schedule that does not reach `final` within train.steps
+
+
+@dataclass(frozen=True)
+class Model:
+    """The DiT. Sizes: S 384/12/6, B 768/12/12, L 1024/24/16, XL 1152/28/16 (dim/depth/heads)."""
+
+    dim: int = 768  # channels of a token
+    depth: int = 12  # blocks
+    heads: int = 12  # attention heads; divides dim
+    patch: int = 2  # side of a patch, in latent pixels; divides data.latent_size
+    mlp_ratio: float = 4.0  # hidden channels of the MLP / dim
+    qk_norm: bool = False  # LayerNorm on queries and keys (off in every published recipe)
+    second_time: SecondTime = "t-r"  # what the second time embedder is fed: the interval (published) or r
+    prediction: Prediction = "velocity"  # what the last layer gives: u itself, or the noise of a converted DiT (then
+    #                                      u is computed from it, and t is embedded as DDPM's discrete time)
+
+
+@dataclass(frozen=True)
+class Data:
+    """What the latents are. `train` refuses a store that says otherwise."""
+
+    store: str = ""  # folder made by prep-latents; empty: latents/<source or recipe name>. --data overrides it
+    source: str = ""  # an embedded set ("glyphs:4000") that train prepares itself when the store is missing
+    autoencoder: str = "stabilityai/sd-vae-ft-ema"  # Hub id or folder; "none" trains on pixels
+    image_size: int = 256  # pixels, side of the square picture
+    channels: int = 4  # of a latent (3 for pixels)
+    latent_size: int = 32  # side of a latent (image_size for pixels)
+    classes: int = 1000  # labels 0 … classes-1; 0 trains without labels
+    flips: bool = False  # each access shows the picture or its mirror image (a store made with --flips)
+    posterior: Posterior = "sample"  # draw the latent from the encoder's posterior at each access, or take its mean
+    normalise: Normalise = "position"  # x = (latent - mean) / std, per channel and position, or per channel; or
+    #                                    x = (latent - shift) · scale with the two numbers below
+    scale: float = 1.0  # only with normalise: scale (SD-VAE convention 0.18215)
+    shift: float = 0.0  # only with normalise: scale
+    stats_images: int = 2048  # latents that the mean and std are estimated on (published: 2048); 0 = all
+    pixels: PixelRule = "truncate"  # float → uint8 of a generated picture: (x+1)·127.5 truncated, or rounded
+
+
+@dataclass(frozen=True)
+class Times:
+    """How r ≤ t are drawn, and the share of rows with r = t (plain flow matching)."""
+
+    law: TimeLaw = "logit_normal"  # of one draw
+    mean: float = -0.4  # of the normal under the logistic function
+    std: float = 1.0  # of the same
+    order: TimeOrder = "minmax"  # minmax: t, r = max, min of two draws; min: t = first, r = min of both;
+    #                              r_in_t_range: t = first, r = t · second
+    equal_share: Schedule = field(  # share of the global batch with r = t; a bare number means constant
+        default_factory=lambda: Schedule(initial=0.5, final=0.5, clamp=0.0)
+    )
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """Guidance built into the training target: ṽ = ω v + κ u⁻(z,t,t|y) + (1-ω-κ) u⁻(z,t,t|∅) where t_min < t < t_max."""
+
+    omega: float = 1.0  # weight of the data's velocity; 1 and kappa 0 = no guidance
+    kappa: float = 0.0  # weight of the network's own conditional velocity; effective scale ω / (1 - κ)
+    t_min: float = 0.0  # guidance and label dropout act strictly inside (t_min, t_max)
+    t_max: float = 1.0
+    label_dropout: float = 0.0  # probability that a label becomes the null label; > 0 adds the null row
+
+
+@dataclass(frozen=True)
+class Loss:
+    """From a target to a number."""
+
+    velocity: Velocity = "data"  # ṽ on the first part of the step: the data's v, or u⁻(z_t, s, t) (Shortcut)
+    weight: Weight = "adaptive"  # a / (l + c) with a = α on r < t rows while α > 0 (published); converging:
+    #                              α / (l + α² c), whose gradient tends to MeanFlow's as α → 0; none: 1 (1/α on r < t)
+    c: float = 1e-3  # the weight's floor; it belongs to the reduction (sum: 1e-2 in MeanFlow's own code)
+    reduction: Reduction = "mean"  # of the squared error over C·H·W
+    clamp: float = 4.0  # bound of the target of r < t rows while α > 0; 0 = no bound
+
+
+@dataclass(frozen=True)
+class Optim:
+    """Adam."""
+
+    lr: float = 1e-4  # after the warm-up
+    final_lr: float | None = None  # cosine decay to this at the last step; null = constant
+    warmup_steps: int = 10_000  # linear, from lr / warmup_steps
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.0  # decoupled (AdamW) when > 0
+    clip_norm: float = 16.0  # of the gradient of the whole network; 0 = no clipping
+    nonfinite: NonFinite = "skip"  # a gradient that is not finite: skip the step, roll back to the last save, stop,
+    #                                or replace (NaN → 0, ±inf → ±1e5, as published); each is counted and shown
+    nonfinite_limit: int = 10  # so many bad steps in a row end the run
+
+
+@dataclass(frozen=True)
+class Ema:
+    """Running averages of the weights; the first is the one that is sampled, evaluated and published."""
+
+    half_lives: tuple[float, ...] = (6931.0,)  # steps; each makes one average
+    ramp: float = 0.05  # half-life ≤ ramp · step, so that the early average is short
+
+
+@dataclass(frozen=True)
+class Train:
+    """The run."""
+
+    steps: int = 400_000  # optimiser steps
+    batch: int = 256  # global batch: rows per step over all processes and micro-batches
+    seed: int = 0  # of the weights, the data order, the noise, the times and the label dropout
+    precision: Precision = "bf16"  # of the network's products; weights, targets and loss stay fp32. fp64: for proofs
+    tf32: bool = False  # lets fp32 matrix products use TF32
+    compile: bool = False  # torch.compile, block by block
+    gradient_checkpointing: bool = False  # recompute blocks in the backward pass: less memory, about 30% slower
+    strategy: Strategy = "ddp"  # how several processes share the work
+    save_every: int = 5_000  # steps between checkpoints
+    keep: int = 2  # newest checkpoints kept in checkpoints/
+    milestone_every: int = 100_000  # a checkpoint at a multiple of it is never deleted; 0 = none
+    log_every: int = 100  # steps between rows of metrics.jsonl
+    sample_every: int = 10_000  # steps between sample grids; 0 = none
+    eval_every: int = 0  # steps between small evaluations (eval section); 0 = none
+    conflict_every: int = 0  # steps between measurements of the gradient conflict; 0 = none
+    trackers: tuple[Tracker, ...] = ()  # besides metrics.jsonl
+
+
+@dataclass(frozen=True)
+class Sample:
+    """How a published checkpoint is meant to be sampled."""
+
+    sampler: Sampler = "trajectory"
+    nfe: int = 1  # network evaluations per image
+    times: tuple[float, ...] | None = None  # own grid from 1 to 0; null = nfe equal steps
+    two_step_sampler: Sampler = "trajectory"  # the published setting at 2 NFE
+    two_step_times: tuple[float, float, float] = (1.0, 0.5, 0.0)
+    guidance: float = 1.0  # at sampling; must stay 1 where guidance was built in by training
+
+
+@dataclass(frozen=True)
+class Eval:
+    """What `alphaflow eval` measures when nothing else is asked."""
+
+    metrics: tuple[Metric, ...] = ("fid", "fdd")
+    images: int = 50_000
+    draw: LabelDraw = "random"  # labels: uniform per seed (published), or the same number of each
+    nfe: tuple[int, ...] = (1, 2)
+    reference: str = ""  # reference statistics or a picture source; empty: asked for on the command line
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One run, complete."""
+
+    name: str = ""  # the file's name without .yaml when empty
+    model: Model = field(default_factory=Model)
+    data: Data = field(default_factory=Data)
+    times: Times = field(default_factory=Times)
+    alpha: Schedule = field(default_factory=Schedule)
+    guidance: Guidance = field(default_factory=Guidance)
+    loss: Loss = field(default_factory=Loss)
+    optim: Optim = field(default_factory=Optim)
+    ema: Ema = field(default_factory=Ema)
+    train: Train = field(default_factory=Train)
+    sample: Sample = field(default_factory=Sample)
+    eval: Eval = field(default_factory=Eval)

@@ -1,0 +1,57 @@
+"""Pictures side by side, with room for a word above each column and beside each row."""
+
+import io
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+GAP, INK, PAPER = 2, (26, 32, 44), (255, 255, 255)
+
+
+def grid_png(
+    rows: Sequence[Sequence[np.ndarray]], *, row_names: Sequence[str] = (), column_names: Sequence[str] = ()
+) -> bytes:
+    """PNG of rows of uint8 (H, W, 3) pictures; small ones are shown larger, without smoothing."""
+    side = rows[0][0].shape[0]
+    zoom = max(1, round(64 / side)) if side < 64 else 1
+    cell = side * zoom
+    font = ImageFont.load_default(max(11, min(16, cell // 4)))
+    left = _widest(row_names, font)
+    top = 20 if any(column_names) else 0
+    width = left + max(len(row) for row in rows) * (cell + GAP) + GAP
+    canvas = Image.new("RGB", (width, top + len(rows) * (cell + GAP) + GAP), PAPER)
+    draw = ImageDraw.Draw(canvas)
+    for j, name in enumerate(column_names):
+        draw.text((left + GAP + j * (cell + GAP) + cell // 2, 10), _fit(name, cell, font), INK, font, anchor="mm")
+    for i, row in enumerate(rows):
+        y = top + GAP + i * (cell + GAP)
+        if row_names:
+            draw.text((left - 6, y + cell // 2), row_names[i], INK, font, anchor="rm")
+        for j, picture in enumerate(row):
+            image = Image.fromarray(picture).resize((cell, cell), Image.Resampling.NEAREST)
+            canvas.paste(image, (left + GAP + j * (cell + GAP), y))
+    return encode(canvas)
+
+
+def picture_png(picture: np.ndarray) -> bytes:
+    """PNG of one uint8 (H, W, 3) picture."""
+    return encode(Image.fromarray(picture))
+
+
+def encode(image: Image.Image) -> bytes:
+    """PNG bytes."""
+    out = io.BytesIO()
+    image.save(out, "PNG")
+    return out.getvalue()
+
+
+def _widest(names: Sequence[str], font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> int:
+    return int(max(font.getlength(name) for name in names)) + 12 if names else 0
+
+
+def _fit(name: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
+    """As much of the name as fits."""
+    while len(name) > 1 and font.getlength(name) > width:
+        name = name[:-2] + "…" if not name.endswith("…") else name[:-2] + "…"
+    return name

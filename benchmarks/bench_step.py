@@ -1,0 +1,170 @@
+"""Our training step beside the published way of computing it, on the same network and batches, in one process.
+
+    python benchmarks/bench_step.py --size small --share 0.25 --alpha 0
+    python benchmarks/bench_step.py --size small --all
+    python benchmarks/bench_step.py --size XL/2 --device cuda --bf16 --compile --batch 64 --all
+
+Each round runs every variant once on the same batch, in rotated order; round 0 is dropped; what is told is the median
+of the per-round ratios, with the smallest and the largest. On the CPU a time is the process's own CPU time, so that
+other people's jobs count less; on a GPU it is wall time between two synchronisations. FLOPs, operators and peak bytes
+are counted, not timed. "fm" is the plain flow-matching step (all rows r = t), the unit of every cost.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+
+import torch
+from counting import Cost, count
+from record import record
+from reference_step import reference_step
+from torch import Tensor, nn
+from workload import SIZES, build, draw, flow_matching, objective
+
+from alphaflow_cli.engine.compile import compile_blocks
+from alphaflow_cli.engine.step import Objective, Rows, training_step
+
+PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # dense bf16 FLOP/s, from the makers' data sheets
+Work = Callable[[], object]
+
+
+def ours(net: nn.Module, rows: Rows, alpha: float, how: Objective) -> Tensor:
+    """The step of the trainer."""
+    return training_step(net, net, rows, alpha=alpha, how=how).loss
+
+
+def reference(net: nn.Module, rows: Rows, alpha: float, how: Objective) -> Tensor:
+    """The published way."""
+    return reference_step(net, rows, alpha=alpha, how=how)
+
+
+def fm(net: nn.Module, rows: Rows, alpha: float, how: Objective) -> Tensor:
+    """Plain flow matching: one forward and one backward of all rows."""
+    plain = objective(guided=False, bf16=how.bf16)
+    return training_step(net, net, flow_matching(rows), alpha=1.0, how=plain).loss
+
+
+VARIANTS = {"fm": fm, "ours": ours, "reference": reference}
+
+
+def work_of(name: str, net: nn.Module, rows: Rows, alpha: float, how: Objective) -> Work:
+    """Forward and backward, into gradient buffers that stay."""
+
+    def work() -> None:
+        net.zero_grad(set_to_none=False)
+        VARIANTS[name](net, rows, alpha, how).div(len(rows.t)).backward()  # type: ignore[no-untyped-call]
+
+    return work
+
+
+def seconds(work: Work, device: str) -> float:
+    """Of one call."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        work()
+        torch.cuda.synchronize()
+        return time.perf_counter() - start
+    start = time.process_time()
+    work()
+    return time.process_time() - start
+
+
+def paired(works: dict[str, Callable[[int], Work]], rounds: int, device: str) -> list[dict[str, float]]:
+    """Times per round; the order rotates, the batch is the round's, round 0 is dropped."""
+    names = list(works)
+    table = []
+    for turn in range(rounds + 1):
+        order = names[turn % len(names) :] + names[: turn % len(names)]
+        table.append({name: seconds(works[name](turn), device) for name in order})
+    return table[1:]
+
+
+def ratio(table: list[dict[str, float]], above: str, below: str) -> dict[str, float]:
+    """Median, smallest and largest of the per-round ratios."""
+    values = [times[above] / times[below] for times in table]
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def cell(options: argparse.Namespace, *, alpha: float, share: float, guided: bool) -> dict[str, object]:
+    """One row of the table: α, share of r = t rows, guidance."""
+    size, dtype = SIZES[options.size], torch.float32
+    how = objective(guided=guided, bf16=options.bf16)
+    net = build(size, seed=options.seed, device=options.device, dtype=dtype)
+    nets: dict[str, nn.Module] = {"fm": net, "ours": net, "reference": net}
+    if options.compile:
+        compiled = build(size, seed=options.seed, device=options.device, dtype=dtype)
+        nets |= {"fm compiled": compile_blocks(compiled), "ours compiled": compiled}
+
+    def maker(name: str) -> Callable[[int], Work]:
+        def make(turn: int) -> Work:
+            seed = options.seed + turn
+            rows = draw(size, options.batch, share, seed=seed, device=options.device, dtype=dtype)
+            return work_of(name.split()[0], nets[name], rows, alpha, how)
+
+        return make
+
+    works = {name: maker(name) for name in nets}
+    costs = {name: count(works[name](0)) for name in VARIANTS}
+    table = paired(works, options.rounds, options.device)
+    figures: dict[str, object] = {"alpha": alpha, "equal_share": share, "guided": guided}
+    figures["ours_over_fm"] = {"time": ratio(table, "ours", "fm"), **costs["ours"].over(costs["fm"])}
+    figures["reference_over_fm"] = {"time": ratio(table, "reference", "fm"), **costs["reference"].over(costs["fm"])}
+    figures["reference_over_ours"] = {"time": ratio(table, "reference", "ours"), **costs["reference"].over(costs["ours"])}
+    figures["host_waits"] = {name: cost.host_waits for name, cost in costs.items()}
+    figures["counts"] = {name: asdict(cost) for name, cost in costs.items()}
+    figures["speed"] = {name: speed(table, name, costs, options) for name in nets}
+    return figures
+
+
+def speed(table: list[dict[str, float]], name: str, costs: dict[str, Cost], options: argparse.Namespace) -> object:
+    """Images per second, and the share of the device's peak that the step's useful FLOPs reach."""
+    middle = statistics.median(times[name] for times in table)
+    useful = min(costs["ours"].flops, costs[name.split()[0]].flops)  # what the reference does twice is not useful
+    told: dict[str, float] = {"seconds": middle, "images_per_second": options.batch / middle}
+    if options.device == "cuda":
+        known = [peak for card, peak in PEAK.items() if card in torch.cuda.get_device_name()]
+        peak = options.peak_tflops * 1e12 if options.peak_tflops else (known or [0.0])[0]
+        told |= {"flop_utilisation": useful / middle / peak} if peak and options.bf16 else {}
+    return told
+
+
+def cells(options: argparse.Namespace) -> list[tuple[float, float, bool]]:
+    """(α, share, guided): the one asked for, or the whole table."""
+    if not options.all:
+        return [(options.alpha, options.share, options.guided)]
+    return [(a, share, guided) for guided in (False, True) for a in (1.0, 0.5, 0.0) for share in (0.25, 0.5, 0.75)]
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=sorted(SIZES), default="small")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--alpha", type=float, default=0.0)
+    parser.add_argument("--share", type=float, default=0.25, help="of r = t rows")
+    parser.add_argument("--guided", action="store_true")
+    parser.add_argument("--all", action="store_true", help="alpha 1, .5, 0 x share .25, .5, .75 x guidance")
+    parser.add_argument("--rounds", type=int, default=11, help="kept rounds")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--bf16", action="store_true", help="autocast")
+    parser.add_argument("--compile", action="store_true", help="adds compiled columns; minutes on a CPU")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--peak-tflops", type=float, default=0.0, help="dense bf16 peak of a card not in the list")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """A JSON line per cell."""
+    options = arguments()
+    torch.set_num_threads(options.threads)
+    setup = {"size": options.size, "batch": options.batch, "rounds": options.rounds, "bf16": options.bf16}
+    for alpha, share, guided in cells(options):
+        record("step", options.device, **setup, **cell(options, alpha=alpha, share=share, guided=guided))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,151 @@
+"""Mistakes on the command line, and how a command ends: one clear line, the right exit code, no traceback."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from alphaflow_cli.cli import run, split_debug
+
+USAGE = {
+    "unknown verb": (["recipo"], "No such command 'recipo'. Did you mean 'recipe'?"),
+    "unknown verb, unlike any": (["zzz"], "No such command 'zzz'."),
+    "unknown subcommand": (["recipe", "chek"], "No such command 'chek'. Did you mean 'check'?"),
+    "unknown option": (["recipe", "show", "b2", "--jsom"], "No such option '--jsom'. Did you mean '--json'?"),
+    "unknown option of the group": (["--verbose"], "No such option '--verbose'. Did you mean '--version'?"),
+    "missing argument": (["recipe", "show"], "Missing argument 'RECIPE'"),
+    "missing files": (["recipe", "check"], "Missing argument 'FILE...'"),
+    "missing option": (["recipe", "plot", "b2"], "Missing option '-o'"),
+    "missing value": (["recipe", "show", "b2", "--set"], "Option '--set' requires an argument"),
+    "too many arguments": (["recipe", "show", "b2", "b4"], "unexpected extra argument"),
+    "wrong ending": (["recipe", "plot", "b2", "-o", "b2.pdf"], "'b2.pdf' must end in .png or .svg"),
+    "copy without ending": (["recipe", "cp", "b2", "mine"], "'mine' must end in .yaml"),
+}
+FAULTS = {
+    "unknown recipe": (["recipe", "show", "b2cfg"], "error: 'b2cfg' is neither a file nor a shipped recipe. Did you mean 'b2-cfg'?"),
+    "missing file": (["recipe", "show", "x.yaml"], "error: x.yaml: no such file"),
+    "file name with a null byte": (["recipe", "show", "a\0.yaml"], "cannot be read"),
+    "plot into nowhere": (["recipe", "plot", "b2", "-o", "no/b2.png"], "no/b2.png: cannot be written (No such file"),
+    "copy into nowhere": (["recipe", "cp", "b2", "no/b2.yaml"], "no/b2.yaml: cannot be written"),
+}
+
+
+@pytest.mark.parametrize(("args", "message"), USAGE.values(), ids=USAGE)
+def test_a_wrong_command_line_shows_its_usage_and_exits_2(args, message, capsys):
+    assert run(args) == 2
+    out, err = capsys.readouterr()
+    assert message in err and err.startswith("Usage: alphaflow") and out == ""
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(("args", "message"), FAULTS.values(), ids=FAULTS)
+def test_a_file_at_fault_exits_1(args, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run(args) == 1
+    err = capsys.readouterr().err
+    assert message in err and "Traceback" not in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_cp_never_overwrites(tmp_path, capsys):
+    mine = tmp_path / "mine.yaml"
+    assert run(["recipe", "cp", "b2", str(mine)]) == 0
+    mine.write_text("# mine\n")
+    assert run(["recipe", "cp", "b4", str(mine)]) == 1
+    assert "exists already" in capsys.readouterr().err
+    assert mine.read_text() == "# mine\n"
+
+
+def test_check_goes_through_all_files_and_fails_if_any_does(tmp_path, capsys):
+    bad = tmp_path / "bad.yaml"
+    bad.write_text("x: 1")
+    assert run(["recipe", "check", str(bad), "b2"]) == 1
+    out, err = capsys.readouterr()
+    assert out == "b2: good\n" and "unknown key 'x'" in err
+
+
+@pytest.mark.parametrize("args", [["--debug", "recipe", "show", "b3"], ["recipe", "show", "b3", "--debug"]])
+def test_debug_shows_the_traceback_wherever_it_stands(args, capsys):
+    assert run(args) == 1
+    err = capsys.readouterr().err
+    assert "error: 'b3'" in err and "Traceback (most recent call last)" in err
+
+
+def test_debug_after_two_dashes_is_an_argument():
+    assert split_debug(["a", "--", "--debug"]) == (False, ["a", "--", "--debug"])
+
+
+def test_our_own_bug_keeps_its_traceback(monkeypatch):
+    monkeypatch.setattr("alphaflow_cli.recipe.loader.shipped", lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(["recipe", "show", "b2"])
+
+
+def alphaflow(*args, **kwargs):
+    return subprocess.run(
+        [sys.executable, "-m", "alphaflow_cli", *args], capture_output=True, text=True, check=False, **kwargs
+    )
+
+
+def test_the_process_exits_with_the_same_codes(tmp_path):
+    (tmp_path / "r.yaml").write_text("x: 1")
+    assert alphaflow("recipe", "check", "r.yaml", cwd=tmp_path).returncode == 1
+    assert alphaflow("recipe", "chek", cwd=tmp_path).returncode == 2
+    done = alphaflow("--version", cwd=tmp_path)
+    assert (done.returncode, done.stdout.split()[0], done.stderr) == (0, "alphaflow", "")
+
+
+def test_errors_are_plain_text_when_piped_and_ascii_terminals_get_an_answer(tmp_path):
+    done = alphaflow("recipe", "show", "b2", env={**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"})
+    assert done.returncode == 0 and "115,308" in done.stdout
+    assert "\x1b" not in alphaflow("recipe", "show", "b3").stderr
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX terminals and signals")
+def test_no_color_is_honoured_on_a_terminal():
+    import pty
+
+    for plain in (False, True):
+        env = {k: v for k, v in os.environ.items() if k != "NO_COLOR"} | ({"NO_COLOR": "1"} if plain else {})
+        env["TERM"] = "xterm"
+        parent, child = pty.openpty()
+        command = [sys.executable, "-m", "alphaflow_cli", "recipe", "show", "b3"]
+        subprocess.run(command, stdin=child, stdout=child, stderr=child, env=env, check=False)
+        os.close(child)
+        said = os.read(parent, 10_000)
+        os.close(parent)
+        assert b"error:" in said and (b"\x1b[" in said) is not plain
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_command_says_so_by_its_code(sent, code, tmp_path):
+    pipe = tmp_path / "slow.yaml"
+    os.mkfifo(pipe)  # reading a recipe from it waits until somebody writes
+    child = subprocess.Popen([sys.executable, "-m", "alphaflow_cli", "recipe", "check", str(pipe)], stderr=subprocess.PIPE)
+    time.sleep(1.0)
+    child.send_signal(sent)
+    _, err = child.communicate(timeout=20)
+    assert child.returncode == code
+    assert b"Traceback" not in err
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX pipes")
+def test_a_reader_that_leaves_is_met_quietly():
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "alphaflow_cli", "recipe", "show", "b2"]
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, check=False)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+def test_completion_offers_verbs_and_recipes():
+    env = {**os.environ, "_ALPHAFLOW_COMPLETE": "bash_complete", "COMP_CWORD": "3", "COMP_WORDS": "alphaflow recipe show xl"}
+    command = Path(sys.executable).with_name("alphaflow")
+    done = subprocess.run([command], env=env, capture_output=True, text=True, check=False)
+    assert {"plain,xl2-cfg", "plain,xl2-plus-cfg"} <= set(done.stdout.split())

@@ -1,0 +1,84 @@
+"""Label dropout and the guided velocity: strictly inside the interval, never outside."""
+
+import pytest
+import torch
+from exact_fields import batch
+
+from alphaflow_cli.core import guidance
+
+Z, T, _, _ = batch(6)
+V, U_Y, U_NULL = Z, 2 * Z + 1, Z.square()
+EDGES = torch.tensor([0.0, 0.25, 0.25 + 1e-7, 0.5, 0.75, 1.0])
+INSIDE = [False, False, True, True, False, False]
+
+
+def guided(t, omega, kappa, t_min=0.0, t_max=1.0, u_y=U_Y, u_null=U_NULL):
+    return guidance.guided_velocity(V, u_y, u_null, t, omega=omega, kappa=kappa, t_min=t_min, t_max=t_max)
+
+
+def test_the_interval_is_strict_at_both_ends():
+    assert guidance.inside(EDGES, 0.25, 0.75).tolist() == INSIDE
+    assert guidance.inside(torch.tensor([0.0, 1.0]), 0.0, 1.0).tolist() == [False, False]
+
+
+def test_the_guided_velocity_is_the_mix_of_three():
+    expected = 0.2 * V + 0.5 * U_Y + 0.3 * U_NULL
+    torch.testing.assert_close(guided(T, 0.2, 0.5), expected, rtol=1e-14, atol=1e-14)
+
+
+def test_outside_the_interval_the_velocity_is_the_datas_own():
+    v_guided = guided(EDGES.double(), 0.2, 0.92, 0.25, 0.75)
+    for row, inside in enumerate(INSIDE):
+        assert torch.equal(v_guided[row], V[row]) != inside
+
+
+def test_no_guidance_leaves_the_velocity_untouched():
+    assert torch.equal(guided(T, 1.0, 0.0, u_y=None, u_null=None), V)
+
+
+def test_what_has_no_weight_need_not_be_computed():
+    assert torch.equal(guided(T, 1.0 - 0.92, 0.92), guided(T, 1.0 - 0.92, 0.92, u_null=None))  # rounding noise is zero
+    assert torch.equal(guided(T, 2.0, 0.0), guided(T, 2.0, 0.0, u_y=None))
+
+
+@pytest.mark.parametrize("missing", ["u_y", "u_null"])
+def test_a_missing_velocity_that_has_a_weight_is_refused(missing):
+    with pytest.raises(AssertionError):
+        guided(T, 0.2, 0.5, **{missing: None})
+
+
+def test_the_published_scales():
+    assert guidance.effective_scale(1.0, 0.5) == 2.0
+    assert guidance.effective_scale(0.2, 0.92) == pytest.approx(2.5)
+    assert guidance.null_weight(0.2, 0.92) == pytest.approx(-0.12)
+    assert guidance.null_weight(0.1, 0.9) == guidance.null_weight(0.3, 0.7) == 0.0
+
+
+def test_a_constant_network_velocity_is_moved_by_the_effective_scale():
+    """Where u⁻ has converged to ṽ, ṽ = u_∅ + ω/(1 − κ) (v − u_∅): the fixed point of the mix."""
+    omega, kappa = 0.2, 0.92
+    v_guided = U_NULL + guidance.effective_scale(omega, kappa) * (V - U_NULL)
+    torch.testing.assert_close(guided(T, omega, kappa, u_y=v_guided), v_guided, rtol=1e-13, atol=1e-13)
+
+
+def dropped(t, uniforms, dropout=0.1, t_min=0.25, t_max=0.75):
+    y = torch.arange(len(t))
+    return guidance.drop_labels(y, t, uniforms, dropout=dropout, y_null=99, t_min=t_min, t_max=t_max).tolist()
+
+
+def test_labels_are_dropped_inside_the_interval_only():
+    assert dropped(EDGES, torch.zeros(6)) == [0, 1, 99, 99, 4, 5]
+
+
+def test_a_label_is_dropped_where_the_uniform_is_below_the_rate():
+    t = torch.full((4,), 0.5)
+    assert dropped(t, torch.tensor([0.0, 0.0999, 0.1, 0.9])) == [99, 99, 2, 3]
+    assert dropped(t, torch.zeros(4), dropout=0.0) == [0, 1, 2, 3]
+    assert dropped(t, torch.rand(4), dropout=1.0) == [99] * 4
+
+
+def test_dropping_gives_new_labels_and_leaves_the_old():
+    y, t = torch.arange(3), torch.full((3,), 0.5)
+    new = guidance.drop_labels(y, t, torch.zeros(3), dropout=1.0, y_null=7, t_min=0.0, t_max=1.0)
+    assert y.tolist() == [0, 1, 2]
+    assert new.dtype == torch.int64

@@ -1,0 +1,89 @@
+"""Every `--help` equals its committed snapshot and has an example; `python tests/test_help.py` writes them anew."""
+
+import os
+import re
+import shlex
+from pathlib import Path
+
+import click
+import pytest
+
+from alphaflow_cli.cli import VERBS, group, run
+
+SNAPSHOTS = Path(__file__).parent / "help"
+WIDTH = 100
+RUN_HERE = ("alphaflow", "recipe", "doctor")  # verbs whose examples run at once, with nothing but this package
+
+
+def pages():
+    """Command path → help text, over the whole tree."""
+
+    def walk(command, path, parent):
+        ctx = click.Context(command, info_name=path[-1], parent=parent, max_content_width=WIDTH, terminal_width=WIDTH)
+        yield path, command.get_help(ctx) + "\n"
+        if isinstance(command, click.Group):
+            for name in command.list_commands(ctx):
+                yield from walk(command.get_command(ctx, name), (*path, name), ctx)
+
+    return dict(walk(group, ("alphaflow",), None))
+
+
+PAGES = pages()
+
+
+def snapshot(path):
+    return SNAPSHOTS / ("-".join(path[1:] or path) + ".txt")
+
+
+def examples_of(text):
+    """The command lines under `Examples:`."""
+    return [line.strip() for line in text.partition("Examples:")[2].splitlines() if line.strip().startswith("alphaflow ")]
+
+
+@pytest.mark.parametrize("path", PAGES, ids=" ".join)
+def test_help_equals_its_snapshot(path):
+    file = snapshot(path)
+    assert file.exists(), f"no {file.name}: run python tests/test_help.py"
+    assert PAGES[path] == file.read_text(encoding="utf-8"), "if the change is meant: python tests/test_help.py"
+
+
+@pytest.mark.parametrize("path", PAGES, ids=" ".join)
+def test_help_has_an_example_of_that_very_command(path):
+    lines = examples_of(PAGES[path])
+    assert lines
+    assert all(line.startswith(" ".join(path)) for line in lines), lines
+
+
+def test_no_snapshot_is_left_over():
+    assert {file.name for file in SNAPSHOTS.glob("*.txt")} == {snapshot(path).name for path in PAGES}
+
+
+EXAMPLES = sorted(
+    {line for path, text in PAGES.items() if path[min(1, len(path) - 1)] in RUN_HERE for line in examples_of(text)}
+)
+
+
+@pytest.mark.parametrize("line", [line for line in EXAMPLES if line.split()[1] in RUN_HERE])
+def test_the_example_runs(line, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert run(shlex.split(line)[1:]) == 0, capsys.readouterr().err
+    assert capsys.readouterr().out
+
+
+def test_every_verb_has_the_line_that_its_own_help_begins_with():
+    lines = {verb: PAGES[("alphaflow", verb)] for verb in VERBS}
+    missing = [v for v, (_, line) in VERBS.items() if re.sub(r"\s+", " ", line) not in re.sub(r"\s+", " ", lines[v])]
+    assert missing == []
+
+
+def write_snapshots():
+    SNAPSHOTS.mkdir(exist_ok=True)
+    for file in SNAPSHOTS.glob("*.txt"):
+        file.unlink()
+    for path, text in PAGES.items():
+        snapshot(path).write_text(text, encoding="utf-8")
+        print(os.path.relpath(snapshot(path)))
+
+
+if __name__ == "__main__":
+    write_snapshots()

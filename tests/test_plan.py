@@ -1,0 +1,142 @@
+"""What follows from a recipe, against published figures and brute force."""
+
+import sys
+
+import pytest
+
+from alphaflow_cli.engine import plan
+from alphaflow_cli.engine.facts import facts, human, lines
+from alphaflow_cli.recipe import load_recipe, recipe_from_text, shipped
+from alphaflow_cli.recipe.steps import resolve_step
+
+PARAMETERS = {
+    "b2": 131_287_312,
+    "b2-cfg": 131_288_080,
+    "b4": 131_213_632,
+    "l2-cfg": 459_399_184,
+    "xl2-cfg": 676_735_504,
+}
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_the_parameter_count_is_the_published_one(name):
+    assert plan.parameter_count(load_recipe(name)) == PARAMETERS[name]
+
+
+@pytest.mark.parametrize("extra", ["", ", qk_norm: true", ", second_time: r", ", mlp_ratio: 2.5"])
+@pytest.mark.parametrize("labels", ["{classes: 0}", "{classes: 7}"])
+def test_the_parameter_count_is_that_of_the_built_network(extra, labels):
+    from alphaflow_cli.engine.build import build_network
+
+    recipe = recipe_from_text(f"model: {{dim: 32, depth: 2, heads: 4{extra}}}\ndata: {labels}", "r")
+    assert plan.parameter_count(recipe) == sum(p.numel() for p in build_network(recipe).parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "cuts"), [("b2", [115_308, 284_693]), ("xl2-cfg", [715_308, 884_693]), ("meanflow-b2", []), ("flow-b2", [])]
+)
+def test_the_phases_change_at_the_published_steps(name, cuts):
+    found = plan.phases(load_recipe(name))
+    assert [phase.first for phase in found] == [0, *cuts]
+    assert [phase.until for phase in found] == [*cuts, load_recipe(name).train.steps]
+
+
+@pytest.mark.parametrize(
+    "alpha",
+    [
+        "{kind: sigmoid}",
+        "{kind: linear, start: 100, end: 900}",
+        "{kind: linear, initial: 0, final: 1, clamp: 0.1}",
+        "{kind: step, start: 50%}",
+        "{kind: log, start: 30%, end: 31%}",
+        "{kind: exponential, final: 0.001}",
+        "{kind: linear, start: 0, end: 0}",
+        "0.5",
+        "{kind: sigmoid, end: 4000, unfinished: true}",
+    ],
+)
+def test_the_phases_are_what_every_single_step_says(alpha):
+    recipe = recipe_from_text(f"train: {{steps: 1000}}\nalpha: {alpha}", "r")
+    at = plan.alpha_at(recipe)
+    found = plan.phases(recipe)
+    spelt = [phase.kind for phase in found for _ in range(phase.first, phase.until)]
+    assert spelt == [plan.phase_kind(at(step)) for step in range(1000)]
+    assert all(a.kind != b.kind for a, b in zip(found, found[1:], strict=False))
+
+
+def test_percentages_are_of_the_run():
+    assert [resolve_step(s, 1_200_000) for s in ("50%", "0%", "33.4%", 17)] == [600_000, 0, 400_800, 17]
+
+
+def test_the_effective_guidance_is_the_published_one():
+    assert plan.effective_guidance(load_recipe("b2-cfg")) == pytest.approx(2.0)
+    assert plan.effective_guidance(load_recipe("xl2-cfg")) == pytest.approx(2.5)
+    assert plan.effective_guidance(load_recipe("b2")) == 1.0
+
+
+def test_disk_and_memory_grow_as_they_should():
+    base, longer = load_recipe("b2"), load_recipe("b2", ["train.steps=800000", "ema.half_lives=[100, 6931]"])
+    assert plan.latent_bytes(base) == 16_384
+    assert plan.latent_bytes(load_recipe("cifar10")) == 2 * 3 * 32 * 32
+    assert plan.kept_checkpoints(base) == 4 + 2 and plan.kept_checkpoints(longer) == 8 + 2
+    assert plan.checkpoint_bytes(longer) - plan.checkpoint_bytes(base) == 4 * PARAMETERS["b2"]
+    assert plan.activation_bytes(load_recipe("b2", ["train.gradient_checkpointing=true"])) < plan.activation_bytes(base) / 5
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_memory_estimate_is_what_autograd_keeps(precision):
+    """Bytes of the saved tensors of the real network, per row: two batch sizes, so that the weights drop out."""
+    from alphaflow_cli.engine.build import build_network
+
+    text = "model: {dim: 128, depth: 3, heads: 4}\ndata: {classes: 0}\n" + f"train: {{precision: {precision}}}"
+    recipe = recipe_from_text(text, "r")
+    net = build_network(recipe)
+    per_row = (saved_bytes(net, 4, precision) - saved_bytes(net, 2, precision)) / 2
+    assert plan.activation_bytes(recipe) == pytest.approx(per_row, rel=0.15)
+
+
+def saved_bytes(net, rows, precision):
+    """What autograd keeps of one forward of `rows` rows."""
+    import torch
+
+    kept = {}
+
+    def pack(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = (tensor.untyped_storage().nbytes(), tensor)
+        return tensor
+
+    z, t, y = torch.randn(rows, 4, 32, 32), torch.rand(rows), torch.zeros(rows, dtype=torch.long)
+    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+    with hooks, torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        net(z, t, t / 2, y)
+    return sum(size for size, _ in kept.values())
+
+
+def test_a_warm_up_longer_than_the_run_is_pointed_out():
+    recipe = load_recipe("b2", ["train.steps=1000"])
+    assert facts(recipe)["warnings"] == ["the warm-up (10,000 steps) outlasts the run: lr reaches 1e-05"]
+    assert ("beware", facts(recipe)["warnings"][0]) in lines(recipe)
+
+
+def test_an_unfinished_alpha_is_pointed_out():
+    recipe = load_recipe("b2", ["alpha.end=800000", "alpha.unfinished=true"])
+    assert any("alpha ends the run at 0.5, not at 0" in text for text in facts(recipe)["warnings"])
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_every_shipped_recipe_can_be_told_in_words(name):
+    assert dict(lines(load_recipe(name)))["network"]
+
+
+def test_sizes_are_readable():
+    assert [human(n) for n in (0, 999, 1000, 16_384, 2.1e9, 3e12)] == ["0 B", "999 B", "1 kB", "16.4 kB", "2.1 GB", "3 TB"]
+
+
+def test_nothing_of_this_needs_torch():
+    import subprocess
+
+    script = (
+        "import sys, alphaflow_cli.engine.facts as f; from alphaflow_cli.recipe import load_recipe\n"
+        "f.facts(load_recipe('b2')); sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0

@@ -1,0 +1,159 @@
+"""Recipes that are sound: the shipped ones, the dump, `--set`, and what `recipe show` says of them."""
+
+import json
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+
+import pytest
+import yaml
+
+from alphaflow_cli.cli import run
+from alphaflow_cli.recipe import Recipe, diff_recipes, dump_recipe, load_recipe, recipe_from_text, shipped
+from alphaflow_cli.recipe import schema as schema_module
+
+EXPECTED = (
+    "flow-b2 meanflow-b2 meanflow-b2-cfg meanflow-xl2-cfg b2 b4 b2-cfg l2-cfg xl2-cfg xl2-plus-cfg shortcut-b2 "
+    "cifar10 cifar10-meanflow cifar10-flow cifar10-shortcut quickstart"
+).split()
+
+# name: dim, depth, heads; label dropout; steps; batch; alpha; share; omega, kappa, t_min, t_max (method, section 7)
+PUBLISHED = {
+    "flow-b2": (768, 12, 12, 0, 400_000, 256, 1.0, 1.0, 1, 0, 0, 1),
+    "meanflow-b2": (768, 12, 12, 0, 400_000, 256, 0.0, 0.75, 1, 0, 0, 1),
+    "meanflow-b2-cfg": (768, 12, 12, 0.1, 1_200_000, 256, 0.0, 0.5, 1, 0.5, 0, 1),
+    "meanflow-xl2-cfg": (1152, 28, 16, 0.1, 1_200_000, 256, 0.0, 0.5, 0.2, 0.92, 0, 0.75),
+    "b2": (768, 12, 12, 0, 400_000, 256, (0, 400_000), 0.5, 1, 0, 0, 1),
+    "b2-cfg": (768, 12, 12, 0.1, 1_200_000, 256, (0, 1_200_000), 0.25, 1, 0.5, 0, 1),
+    "xl2-cfg": (1152, 28, 16, 0.1, 1_200_000, 256, (600_000, 1_000_000), 0.5, 0.2, 0.92, 0, 0.75),
+    "l2-cfg": (1024, 24, 16, 0.1, 1_200_000, 256, (600_000, 1_000_000), 0.5, 0.2, 0.92, 0, 0.8),
+    "xl2-plus-cfg": (1152, 28, 16, 0.1, 75_000, 1024, 0.0, 0.5, 0.2, 0.92, 0, 0.75),
+}
+
+
+def test_the_promised_recipes_are_shipped():
+    assert set(shipped()) >= set(EXPECTED)
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_a_shipped_recipe_loads_and_comes_back_from_its_dump(name):
+    recipe = load_recipe(name)
+    assert recipe.name == name
+    assert recipe_from_text(dump_recipe(recipe), "dump") == recipe
+    assert Recipe(**{f.name: getattr(recipe, f.name) for f in fields(recipe)}) == recipe
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_a_shipped_recipe_is_short_and_its_header_is_its_manual(name):
+    lines = shipped()[name].read_text(encoding="utf-8").splitlines()
+    header = [line for line in lines if line.startswith("#")]
+    assert len(lines) <= 60 and lines[: len(header)] == header
+    assert any(f"alphaflow train {name}" in line for line in header)
+    for word in ("Hardware and hours:", "Expected"):
+        assert any(word in line for line in header), word
+    assert all(len(line) <= 120 for line in lines)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_published_recipe_has_the_published_numbers(name):
+    dim, depth, heads, dropout, steps, batch, alpha, share, *guidance = PUBLISHED[name]
+    recipe = load_recipe(name)
+    m, g = recipe.model, recipe.guidance
+    assert (m.dim, m.depth, m.heads, m.patch) == (dim, depth, heads, 2)
+    assert (recipe.train.steps, recipe.train.batch, g.label_dropout) == (steps, batch, dropout)
+    assert [g.omega, g.kappa, g.t_min, g.t_max] == guidance
+    assert recipe.times.equal_share == schema_module.Schedule(initial=share, final=share, clamp=0.0)
+    if isinstance(alpha, float):
+        assert recipe.alpha == schema_module.Schedule(initial=alpha, final=alpha, clamp=0.0)
+    else:
+        ends = (recipe.alpha.start, recipe.alpha.end if recipe.alpha.end != "100%" else steps)
+        assert (recipe.alpha.kind, recipe.alpha.gamma, recipe.alpha.clamp, ends) == ("sigmoid", 25.0, 0.005, alpha)
+
+
+def test_the_family_differs_only_where_it_says():
+    allowed = {"name", "loss.velocity", "sample.sampler", "sample.nfe", "eval.nfe"}
+    for sibling in ("cifar10-meanflow", "cifar10-flow", "cifar10-shortcut"):
+        for field, _, _ in diff_recipes(load_recipe("cifar10"), load_recipe(sibling)):
+            assert field in allowed or field.startswith(("alpha.", "times.equal_share.")), field
+
+
+def test_set_changes_one_value_and_the_difference_says_which():
+    base, changed = load_recipe("b2"), load_recipe("b2", ["optim.lr=3e-4", "times.equal_share=0.25"])
+    assert diff_recipes(base, changed) == [
+        ("times.equal_share.initial", 0.5, 0.25),
+        ("times.equal_share.final", 0.5, 0.25),
+        ("optim.lr", 1e-4, 3e-4),
+    ]
+
+
+def test_set_reaches_into_a_schedule_that_the_file_wrote_as_a_number():
+    share = load_recipe("b2", ["times.equal_share.kind=linear", "times.equal_share.final=0.75"]).times.equal_share
+    assert (share.kind, share.initial, share.final, share.clamp) == ("linear", 0.5, 0.75, 0.0)
+
+
+def test_the_later_set_wins():
+    assert load_recipe("b2", ["train.seed=1", "train.seed=2"]).train.seed == 2
+
+
+@pytest.mark.parametrize("value", ['"no"', "'3'", "a: b # c", "α/ω", 'say "x"', "latents/with space"])
+def test_any_text_survives_the_dump(value):
+    recipe = recipe_from_text(f"data: {{store: {json.dumps(value)}}}", "r")
+    assert recipe.data.store == value
+    assert recipe_from_text(dump_recipe(recipe), "r") == recipe
+
+
+@pytest.mark.parametrize("value", [1e-8, 0.1 + 0.2, 1e22, 5e-324, 123456.789])
+def test_a_float_survives_the_dump_exactly(value):
+    recipe = recipe_from_text(f"optim: {{lr: {value!r}}}", "r")
+    assert recipe_from_text(dump_recipe(recipe), "r").optim.lr == value
+
+
+def test_the_dump_says_every_field_and_other_yaml_readers_understand_it():
+    plain = yaml.safe_load(dump_recipe(load_recipe("xl2-cfg")))
+
+    def names(section, prefix=""):
+        for field in fields(section):
+            value = getattr(section, field.name)
+            yield prefix + field.name
+            if is_dataclass(value) and not isinstance(value, schema_module.Schedule):
+                yield from names(value, f"{prefix}{field.name}.")
+
+    for name in names(Recipe()):
+        here = plain
+        for part in name.split("."):
+            assert part in here, name
+            here = here[part]
+
+
+def test_every_field_of_the_schema_is_explained_in_the_docs():
+    text = (Path(__file__).parent.parent / "docs" / "recipes.md").read_text(encoding="utf-8")
+    for section in fields(Recipe()):
+        value = getattr(Recipe(), section.name)
+        for field in fields(value) if is_dataclass(value) else ():
+            assert f"`{field.name}`" in text, f"{section.name}.{field.name}"
+
+
+def test_show_prints_a_recipe_and_what_follows_from_it(tmp_path, capsys):
+    assert run(["recipe", "show", "b2"]) == 0
+    out = capsys.readouterr().out
+    for fact in ("α = 1 until step 115,308", "JVP from step 284,693", "131,287,312 parameters", "102.4 M images seen"):
+        assert fact in out
+    (tmp_path / "b2.yaml").write_text(out, encoding="utf-8")
+    assert load_recipe(str(tmp_path / "b2.yaml")) == load_recipe("b2")
+
+
+def test_show_as_json_says_the_same(capsys):
+    assert run(["recipe", "show", "b2", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["alpha_one_until"], found["jvp_from"]) == (115_308, 284_693)
+    assert (found["parameters"], found["images_seen"]) == (131_287_312, 102_400_000)
+    assert found["recipe"]["times"]["equal_share"] == 0.5
+
+
+def test_cp_gives_a_recipe_of_its_own_name(tmp_path, capsys):
+    assert run(["recipe", "cp", "b2", str(tmp_path / "mine.yaml")]) == 0
+    assert run(["recipe", "cp", "b2", str(tmp_path / "short.yaml"), "--set", "train.steps=1000"]) == 0
+    assert run(["recipe", "cp", "b4", str(tmp_path)]) == 0
+    assert (tmp_path / "mine.yaml").read_bytes() == shipped()["b2"].read_bytes()
+    short = load_recipe(str(tmp_path / "short.yaml"))
+    assert (short.name, short.train.steps) == ("short", 1000)
+    assert capsys.readouterr().out.splitlines()[-1] == str(tmp_path / "b4.yaml")

@@ -1,0 +1,180 @@
+"""Broken recipes: each is refused with its one clear message, its place, exit code 1 and no traceback."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from alphaflow_cli.cli import run
+from alphaflow_cli.errors import AlphaflowError
+from alphaflow_cli.recipe import load_recipe, recipe_from_text
+from alphaflow_cli.recipe.source import MAX_BYTES
+
+BOMB = "a: &a [x, x]\nb: &b [*a, *a]\nc: &c [*b, *b]\n"
+
+# text of the recipe → what the message must say (the place, then the fault)
+BROKEN = {
+    "wrong type": ("train: {steps: many}", "r.yaml:1: train.steps wants a whole number, got 'many'"),
+    "typo": ("optim:\n  lrr: 1e-4", "r.yaml:2: unknown key 'optim.lrr'. Did you mean 'lr'?"),
+    "typo of a section": ("trian: {steps: 3}", "unknown key 'trian'. Did you mean 'train'?"),
+    "key of another section": ("lr: 1e-4", "unknown key 'lr'. It belongs to 'optim': optim.lr"),
+    "duplicate key": ("train:\n  steps: 3\n  steps: 4", "r.yaml:3: 'steps' stands twice; the first is at r.yaml:2"),
+    "duplicate section": ("train: {steps: 3}\nema: {}\ntrain: {}", "r.yaml:3: 'train' stands twice"),
+    "no": ("train: {compile: no}", "train.compile wants true or false, got 'no': write false"),
+    "on": ("train: {tf32: on}", "train.tf32 wants true or false, got 'on': write true"),
+    "on as a key": ("train:\n  on: 3", "r.yaml:2: unknown key 'train.on'"),
+    "no as text": ("data: {store: no}", "data.store wants text, got 'no': YAML reads that otherwise, write \"no\""),
+    "exponent for a count": ("train: {steps: 1e5}", "train.steps wants a whole number, got '1e5': write 100000"),
+    "fraction for a count": ("train: {batch: 2.5}", "train.batch wants a whole number, got '2.5'"),
+    "octal": ("train: {batch: 010}", "leading zeros mean octal"),
+    "sexagesimal": ("train: {batch: 12:30}", "train.batch wants a whole number, got '12:30'"),
+    "true for a count": ("train: {steps: true}", "train.steps wants a whole number, got 'true'"),
+    "number in quotes": ('optim: {lr: "1e-4"}', "optim.lr wants a number, got '1e-4' in quotes: leave them out"),
+    "not a number": ("optim: {lr: .nan}", "optim.lr wants a number, got '.nan': it must be finite"),
+    "infinite": ("optim: {lr: 1e999}", "it must be finite"),
+    "negative count": ("train: {steps: -5}", "train.steps must be 1 or more, got -5"),
+    "huge count": ("train: {steps: 9999999999999}", "more than 1,000,000,000,000"),
+    "empty value": ("train: {steps: }", "train.steps is empty, but wants a whole number"),
+    "empty section": ("train:", "train is a section"),
+    "list for a number": ("train: {steps: [1, 2]}", "train.steps wants a whole number, got a list"),
+    "number for a list": ("ema: {half_lives: 3}", "ema.half_lives wants a list: write [3]"),
+    "too short a list": ("optim: {betas: [0.9]}", "optim.betas wants 2 values, got 1"),
+    "unknown choice": ("alpha: {kind: sigmoyd}", "got 'sigmoyd'. Did you mean 'sigmoid'?"),
+    "fp16": ("train: {precision: fp16}", "fp16 is not offered"),
+    "alpha above 1": ("alpha: {initial: 1.5}", "alpha.initial must lie between 0 and 1, got 1.5"),
+    "alpha below 0": ("alpha: -0.1", "alpha.initial must lie between 0 and 1, got -0.1"),
+    "alpha a percentage": ("alpha: 50%", "got '50%': a schedule's steps may be percentages, its values not"),
+    "start after end": ("alpha: {kind: linear, start: 60%, end: 40%}", "alpha starts at step 240,000, after its end"),
+    "never ends": ("alpha: {kind: sigmoid, end: 800000}", "final value at step 800,000, but the run has 400,000 steps"),
+    "step never comes": ("alpha: {kind: step, start: 400000}", 'write start: a percentage such as "50%"'),
+    "exponential to 0": ("alpha: {kind: exponential, final: 0}", "an exponential cannot start or end at 0"),
+    "empty group": ("times: {equal_share: 0.001}", "0.001 of a batch of 256 is no row at all"),
+    "no r < t row": ("times: {equal_share: 1}\nalpha: 0", "leaves no row with r < t"),
+    "share above 1": ("times: {equal_share: 1.2}", "times.equal_share.initial must lie between 0 and 1"),
+    "dropout without labels": ("data: {classes: 0}\nguidance: {label_dropout: 0.1}", "label_dropout without labels"),
+    "guidance without labels": ("data: {classes: 0}\nguidance: {kappa: 0.5}", "guidance without labels"),
+    "guidance without null": ("guidance: {omega: 1, kappa: 0.5}", "needs the null label"),
+    "kappa 1": ("guidance: {kappa: 1}", "guidance.kappa must be 0 or more and less than 1"),
+    "empty t range": ("guidance: {t_min: 0.5, t_max: 0.5}", "t_min 0.5 is not below guidance.t_max 0.5"),
+    "guided twice": (
+        "guidance: {kappa: 0.5, label_dropout: 0.1}\nsample: {guidance: 2}",
+        "r.yaml:2: guidance is built in by training",
+    ),
+    "heads": ("model: {heads: 7}", "model.heads 7 does not divide model.dim 768"),
+    "patch": ("model: {patch: 3}", "model.patch 3 does not divide data.latent_size 32"),
+    "pixels of latent size": ("data: {autoencoder: none, channels: 3}", "data.latent_size must be 256"),
+    "pixels with 4 channels": ("data: {autoencoder: none, latent_size: 256}", "data.channels must be 3, got 4"),
+    "scale without its rule": ("data: {scale: 0.18215}", "act with normalise: scale only"),
+    "embedded set": ("data: {source: cats}", "'cats' is no embedded set: the form is glyphs:4000"),
+    "shortcut at alpha 1": ("loss: {velocity: network}", "needs alpha strictly between 0 and 1, it reaches 1"),
+    "half-life 0": ("ema: {half_lives: [0]}", "each more than 0 steps"),
+    "repeated metric": ("eval: {metrics: [fid, fid]}", "eval.metrics names fid twice"),
+    "grid": ("sample: {two_step_times: [1, 0.5, 0.5]}", "must fall from 1 to 0"),
+    "times and nfe": ("sample: {nfe: 1, times: [1, 0.5, 0]}", "sample.times has 3 times, nfe 1"),
+    "bad name": ("name: ../x", "names folders"),
+    "alias bomb": (BOMB, "r.yaml:1: anchors and aliases (& and *) are not allowed"),
+    "python tag": ("train: !!python/object/apply:os.system [echo]", "tags such as"),
+    "merge key": ("train: {<<: {steps: 3}}", "unknown key 'train.<<'"),
+    "tab": ("train:\n\tsteps: 3", "r.yaml:2: a tab: YAML indents with spaces"),
+    "not yaml": ("train: [3", "not valid YAML"),
+    "two documents": ("train: {steps: 3}\n---\ntrain: {steps: 4}", "a second document (---)"),
+    "a list": ("- train", "a recipe is a mapping of sections (model:, data:, train: …), this is a list"),
+    "empty": ("# nothing\n", "this is empty"),
+    "one word": ("b2", "this is one value"),
+    "deep": ("[" * 5000, "more than 12 levels"),
+    "complex key": ("? [a]\n: 3", "a key must be a name"),
+}
+
+
+@pytest.mark.parametrize(("text", "message"), BROKEN.values(), ids=BROKEN)
+def test_the_fault_is_said_with_its_place(text, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("r.yaml").write_text(text)
+    assert run(["recipe", "show", "r.yaml"]) == 1
+    out, err = capsys.readouterr()
+    assert message in err
+    assert err.startswith("error: r.yaml")
+    assert "Traceback" not in err and out == ""
+
+
+def test_every_fault_is_listed_in_the_order_of_the_lines():
+    text = "train:\n  steps: -1\n  btch: 3\noptim:\n  lr: x\n"
+    with pytest.raises(AlphaflowError) as caught:
+        recipe_from_text(text, "r.yaml", ["ema.ramp=0"])
+    said = str(caught.value).splitlines()
+    assert said[0] == "r.yaml has 4 faults:"
+    assert [line.split(": ")[0].strip() for line in said[1:]] == ["r.yaml:2", "r.yaml:3", "r.yaml:5", "--set ema.ramp=0"]
+
+
+@pytest.mark.parametrize(
+    ("assignment", "message"),
+    [
+        ("train.steps=many", "--set train.steps=many: train.steps wants a whole number"),
+        ("train.stps=3", "unknown key 'train.stps'. Did you mean 'steps'?"),
+        ("train.steps", "wants the form section.key=value"),
+        ("=3", "wants the form section.key=value"),
+        ("train..steps=3", "wants the form section.key=value"),
+        ("alpha.kind.deeper=3", "alpha.kind wants one of"),
+        ("train.steps=*a", "anchors and aliases"),
+        ("train.steps=", "train.steps is empty"),
+        ("train.steps=200000\x00", "not valid YAML"),
+    ],
+)
+def test_set_is_checked_like_a_line_of_the_file(assignment, message, capsys):
+    assert run(["recipe", "show", "b2", "--set", assignment]) == 1
+    err = capsys.readouterr().err
+    assert message in err and "Traceback" not in err
+
+
+def test_a_file_that_is_no_recipe_is_named(tmp_path, capsys):
+    big, binary, folder = tmp_path / "big.yaml", tmp_path / "binary.yaml", tmp_path / "folder.yaml"
+    big.write_bytes(b"#" * 50_000_000)
+    binary.write_bytes(bytes(range(256)))
+    folder.mkdir()
+    said = {
+        big: f"larger than {MAX_BYTES // 1024} KiB",
+        binary: "not UTF-8 text",
+        folder: "a directory, not a recipe",
+        tmp_path / "missing.yaml": "no such file",
+        tmp_path / ("x" * 300 + ".yaml"): "cannot be read",
+        binary / "r.yaml": "cannot be read",
+    }
+    for path, message in said.items():
+        assert run(["recipe", "check", str(path)]) == 1
+        assert f"{path}: {message}" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="needs a file that nobody can read from its start")
+def test_an_unreadable_file_is_named(capsys):
+    assert run(["recipe", "check", "/proc/self/mem"]) == 1
+    assert "/proc/self/mem: cannot be read (" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(sys.platform == "win32" or os.geteuid() == 0, reason="root reads everything")
+def test_a_file_without_permission_is_named(tmp_path, capsys):
+    path = tmp_path / "r.yaml"
+    path.write_text("train: {steps: 3}")
+    path.chmod(0)
+    assert run(["recipe", "check", str(path)]) == 1
+    assert "Permission denied" in capsys.readouterr().err
+
+
+def test_an_unknown_recipe_is_met_with_the_nearest_name():
+    with pytest.raises(AlphaflowError, match=r"'xl2-cgf' is neither .* Did you mean 'xl2-cfg'\?"):
+        load_recipe("xl2-cgf")
+
+
+@pytest.mark.parametrize("accepted", ["1e-4", "1E-4", "1.e-4", ".0001", "0.0001", "+1e-4"])
+def test_a_float_may_be_written_as_anyone_writes_it(accepted):
+    assert recipe_from_text(f"optim: {{lr: {accepted}}}", "r").optim.lr == 1e-4
+
+
+def test_a_whole_number_is_good_where_a_float_is_due_and_may_be_grouped():
+    recipe = recipe_from_text("optim: {lr: 1}\ntrain: {steps: 1_000}", "r")
+    assert (recipe.optim.lr, type(recipe.optim.lr), recipe.train.steps) == (1.0, float, 1000)
+
+
+def test_a_schedule_that_does_not_finish_is_good_when_it_says_so():
+    recipe = recipe_from_text("alpha: {kind: sigmoid, end: 800000, unfinished: true}", "r")
+    assert recipe.alpha.unfinished
