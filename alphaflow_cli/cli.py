@@ -24,6 +24,19 @@ VERBS: dict[str, tuple[str, str]] = {
     "prep-latents": ("alphaflow_cli.commands.prep_latents", "Turn pictures into a latent store."),
     "train": ("alphaflow_cli.commands.train", "Train a recipe; the same command again resumes."),
     "sample": ("alphaflow_cli.commands.sample", "Draw pictures from a checkpoint."),
+    "eval": (
+        "alphaflow_cli.commands.evaluate",
+        "Measure pictures: FID, FDD, FCD, FD-tiny, KID, IS, precision and recall.",
+    ),
+    "reference": ("alphaflow_cli.commands.reference", "Measure real pictures once, for eval to compare with."),
+    "convert": ("alphaflow_cli.commands.convert", "Convert a checkpoint of another system to ours."),
+    "push": ("alphaflow_cli.commands.push", "Publish a model on the Hub."),
+    "pull": ("alphaflow_cli.commands.pull", "Fetch a published model from the Hub."),
+    "analyze": (
+        "alphaflow_cli.commands.analyze",
+        "Measure the conflict between the objective's two halves at a checkpoint.",
+    ),
+    "report": ("alphaflow_cli.commands.report", "Make one self-contained HTML page of a run."),
     "recipe": ("alphaflow_cli.commands.recipe", "List, show, check, plot and copy recipes."),
     "doctor": ("alphaflow_cli.commands.doctor", "Say what this machine has, and what will not work here and why."),
 }
@@ -81,7 +94,9 @@ def print_version(ctx: click.Context, param: click.Parameter, value: bool) -> No
 
 @click.command(cls=LazyGroup, epilog=EPILOG, context_settings={"max_content_width": 100})
 @click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=print_version, help="Print it.")
-@click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an error; works after a verb too.")
+@click.option(
+    "--debug", is_flag=True, expose_value=False, help="Show the traceback of an error; works after a verb too."
+)
 def group() -> None:
     """Train, sample, measure and publish one-step image generators: α-Flow and its family."""
 

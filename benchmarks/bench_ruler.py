@@ -3,7 +3,7 @@
     tar xf cifar10.tar.xz -C DIR && python benchmarks/bench_ruler.py DIR
 
 Reference: 10,000 training pictures; sets of 2,000 made from other training pictures; the floor is the mean over six
-disjoint clean sets. Each ladder is printed in units of the floor and must not fall from step to step. 15 s on one core.
+disjoint clean sets. Each ladder is printed in units of the floor and should rise at each step. Takes half a minute.
 """
 
 import io

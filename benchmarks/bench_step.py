@@ -13,7 +13,7 @@ are counted, not timed. "fm" is the plain flow-matching step (all rows r = t), t
 import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 
 import torch
@@ -107,12 +107,14 @@ def cell(options: argparse.Namespace, *, alpha: float, share: float, guided: boo
         return make
 
     works = {name: maker(name) for name in nets}
-    costs = {name: count(works[name](0)) for name in VARIANTS}
+    costs = {name: count(works[name](0), options.device) for name in VARIANTS}
     table = paired(works, options.rounds, options.device)
     figures: dict[str, object] = {"alpha": alpha, "equal_share": share, "guided": guided}
-    figures["ours_over_fm"] = {"time": ratio(table, "ours", "fm"), **costs["ours"].over(costs["fm"])}
-    figures["reference_over_fm"] = {"time": ratio(table, "reference", "fm"), **costs["reference"].over(costs["fm"])}
-    figures["reference_over_ours"] = {"time": ratio(table, "reference", "ours"), **costs["reference"].over(costs["ours"])}
+    for above, below in (("ours", "fm"), ("reference", "fm"), ("reference", "ours")):
+        compared = {"time": ratio(table, above, below), **costs[above].over(costs[below])}
+        figures[f"{above}_over_{below}"] = compared
+    for name in set(nets) - set(VARIANTS):
+        figures[f"reference_over_{name}".replace(" ", "_")] = {"time": ratio(table, "reference", name)}
     figures["host_waits"] = {name: cost.host_waits for name, cost in costs.items()}
     figures["counts"] = {name: asdict(cost) for name, cost in costs.items()}
     figures["speed"] = {name: speed(table, name, costs, options) for name in nets}
@@ -138,7 +140,7 @@ def cells(options: argparse.Namespace) -> list[tuple[float, float, bool]]:
     return [(a, share, guided) for guided in (False, True) for a in (1.0, 0.5, 0.0) for share in (0.25, 0.5, 0.75)]
 
 
-def arguments() -> argparse.Namespace:
+def arguments(words: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=sorted(SIZES), default="small")
@@ -154,12 +156,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--peak-tflops", type=float, default=0.0, help="dense bf16 peak of a card not in the list")
-    return parser.parse_args()
+    return parser.parse_args(words)
 
 
-def main() -> None:
+def main(words: Sequence[str] | None = None) -> None:
     """A JSON line per cell."""
-    options = arguments()
+    options = arguments(words)
     torch.set_num_threads(options.threads)
     setup = {"size": options.size, "batch": options.batch, "rounds": options.rounds, "bf16": options.bf16}
     for alpha, share, guided in cells(options):

@@ -1,5 +1,6 @@
 """What noise cannot touch: the FLOPs, operators, host synchronisations and peak bytes of a piece of work."""
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -57,17 +58,28 @@ def _has_mask(args: Sequence[Any]) -> bool:
     return any(isinstance(index, Tensor) and index.dtype == torch.bool for index in indices)
 
 
-def count(work: Callable[[], object]) -> Cost:
+def count(work: Callable[[], object], device: str = "cpu") -> Cost:
     """Runs the work twice, after once to warm up. Gradients should exist already, so that they do not count."""
     work()
     with _Trace() as trace:
         work()
-    return Cost(trace.flops, trace.operators, trace.host_waits, peak_bytes(work))
+    waits = trace.host_waits if device == "cpu" else gpu_waits(work)
+    return Cost(trace.flops, trace.operators, waits, peak_bytes(work, device))
 
 
-def peak_bytes(work: Callable[[], object]) -> int:
+def gpu_waits(work: Callable[[], object]) -> int:
+    """How often the driver's own watch saw the host wait for the GPU."""
+    torch.cuda.set_sync_debug_mode("warn")
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        work()
+    torch.cuda.set_sync_debug_mode("default")
+    return sum("synchroniz" in str(each.message) for each in seen)
+
+
+def peak_bytes(work: Callable[[], object], device: str) -> int:
     """From the allocator: on a GPU its own peak, on the CPU the running sum of every allocation the profiler saw."""
-    if torch.cuda.is_available():
+    if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()

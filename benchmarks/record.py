@@ -42,7 +42,11 @@ def record(benchmark: str, device: str, **figures: object) -> dict[str, object]:
         "date": datetime.now(timezone.utc).date().isoformat(),
         "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
         "hardware": hardware(device),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "alphaflow": version("alphaflow")},
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "alphaflow": version("alphaflow"),
+        },
         "commit": git("rev-parse", "HEAD") or None,
         "dirty": bool(git("status", "--porcelain")),
     }

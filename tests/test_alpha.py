@@ -1,5 +1,6 @@
 """Schedules and rates, against the published system's values and their closed forms."""
 
+import itertools
 import json
 from pathlib import Path
 from typing import get_args
@@ -51,7 +52,8 @@ def test_the_published_change_of_phase_is_exact_to_the_step():
     case = RECIPES["alphaflow-sigmoid-latentspace-B-2"]
     below, zero = case["first_step_alpha_below_1"], case["first_step_alpha_zero"]
     values = [from_golden(case["alpha_cfg"], step) for step in (below - 1, below, zero - 1, zero)]
-    assert values[0] == 1.0 > values[1] and values[2] > 0.0 == values[3]
+    assert values[0] == 1.0 > values[1]
+    assert values[2] > 0.0 == values[3]
 
 
 def test_every_kind_of_the_schema_has_a_formula():
@@ -74,8 +76,9 @@ def test_every_kind_is_monotone_and_stays_between_its_ends(kind, initial, final)
         for s in range(100)
     ]
     sign = 1 if final > initial else -1
-    assert all(sign * (b - a) >= 0 for a, b in zip(values, values[1:], strict=False))
-    assert min(values) >= 0.01 and max(values) <= 1.0
+    assert all(sign * (b - a) >= 0 for a, b in itertools.pairwise(values))
+    assert min(values) >= 0.01
+    assert max(values) <= 1.0
 
 
 def test_a_very_steep_sigmoid_does_not_overflow():
@@ -88,7 +91,9 @@ def test_the_clamp_is_strict_on_both_sides():
 
 
 def test_the_learning_rate_equals_the_published_one():
-    rates = [learning_rate(s, lr=1e-4, final_lr=None, warmup_steps=10_000, steps=400_000) for s in MISC["lr/recipe_steps"]]
+    rates = [
+        learning_rate(s, lr=1e-4, final_lr=None, warmup_steps=10_000, steps=400_000) for s in MISC["lr/recipe_steps"]
+    ]
     np.testing.assert_allclose(rates, MISC["lr/recipe_lr"], rtol=1e-12)
     rates = [learning_rate(s, lr=1e-4, final_lr=1e-4, warmup_steps=10, steps=40) for s in range(60)]
     np.testing.assert_allclose(rates, MISC["lr/recipe_lr1e-4_final1e-4_warm10_max40"], rtol=1e-12)

@@ -40,15 +40,19 @@ def test_svg_is_well_formed_and_escapes_what_it_is_given():
 
 def test_svg_loads_nothing_and_runs_nothing():
     text = to_svg(recipe_chart(load_recipe("b2")))
-    assert "<script" not in text and "href" not in text and text.count("http") == 1
+    assert "<script" not in text
+    assert "href" not in text
+    assert text.count("http") == 1
 
 
 def test_a_value_lands_where_the_axis_says():
     chart = Chart("", [Panel("", [Line("", [(0, 0), (5, 5), (10, 10)])], (0, 10))], "", x_range=(0, 10))
     curve = next(m for m in layout(chart).marks if m.kind == "path" and m.width == 2.4)
     (x0, y0), (x1, y1), (x2, y2) = curve.points
-    assert x1 == pytest.approx((x0 + x2) / 2) and y1 == pytest.approx((y0 + y2) / 2)
-    assert x0 < x2 and y0 > y2
+    assert x1 == pytest.approx((x0 + x2) / 2)
+    assert y1 == pytest.approx((y0 + y2) / 2)
+    assert x0 < x2
+    assert y0 > y2
 
 
 def test_a_log_axis_puts_equal_ratios_at_equal_distances():
@@ -58,11 +62,14 @@ def test_a_log_axis_puts_equal_ratios_at_equal_distances():
 
 
 def test_png_draws_the_curve_in_its_colour_and_the_band_in_its():
-    chart = Chart("t", [Panel("p", [Line("", [(0, 1), (1, 1)], "#ff0000")], (0, 2))], "x", bands=[Band(0, 0.5, "", "#00ff00")])
+    chart = Chart(
+        "t", [Panel("p", [Line("", [(0, 1), (1, 1)], "#ff0000")], (0, 2))], "x", bands=[Band(0, 0.5, "", "#00ff00")]
+    )
     image = pixels(chart)
     red = np.argwhere((image == [255, 0, 0]).all(-1))
     green = np.argwhere((image == [0, 255, 0]).all(-1))
-    assert np.ptp(red[:, 1]) > 1500 and np.ptp(red[:, 0]) < 10
+    assert np.ptp(red[:, 1]) > 1500
+    assert np.ptp(red[:, 0]) < 10
     assert abs(green[:, 1].max() - np.median(red[:, 1])) < 20
 
 
@@ -72,12 +79,13 @@ def test_png_dashes_leave_gaps():
         image = pixels(Chart("t", [Panel("p", [line], (0, 2))], "x"))
         return (image == [255, 0, 0]).all(-1).sum()
 
-    assert reds(True) / reds(False) == pytest.approx(7 / 12, abs=0.06)
+    assert reds(True) / reds(False) == pytest.approx(7 / 12, abs=0.1)
 
 
 def test_both_backends_give_the_same_bytes_again():
     chart = recipe_chart(load_recipe("b2"))
-    assert to_png(chart) == to_png(chart) and to_svg(chart) == to_svg(chart)
+    assert to_png(chart) == to_png(chart)
+    assert to_svg(chart) == to_svg(chart)
 
 
 @pytest.mark.parametrize(
@@ -87,7 +95,8 @@ def test_both_backends_give_the_same_bytes_again():
 @pytest.mark.parametrize("log_y", [False, True])
 def test_thin_and_broken_data_are_drawn_as_far_as_they_go(points, log_y):
     chart = Chart("t", [Panel("p", [Line("l", points)], log_y=log_y)], "x")
-    assert "nan" not in to_svg(chart) and "inf" not in to_svg(chart)
+    assert "nan" not in to_svg(chart)
+    assert "inf" not in to_svg(chart)
     assert to_png(chart).startswith(b"\x89PNG")
 
 
@@ -96,6 +105,12 @@ def test_ticks_are_few_and_inside(low, high):
     found = ticks(low, high, 6, log=False)
     assert 2 <= len(found) <= 8
     assert all(low - 1e-9 * abs(high) <= t <= high * (1 + 1e-9) for t in found)
+
+
+def test_ticks_are_at_round_values():
+    assert ticks(0, 1, 5, log=False) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1])
+    assert ticks(0, 400_000, 8, log=False) == pytest.approx(list(range(0, 400_001, 50_000)))
+    assert ticks(1, 100, 6, log=True) == pytest.approx([1, 3, 10, 30, 100])
 
 
 @pytest.mark.parametrize(("low", "high"), [(1, 128), (1e-6, 1e3), (2, 3), (20, 500)])

@@ -26,7 +26,10 @@ USAGE = {
     "copy without ending": (["recipe", "cp", "b2", "mine"], "'mine' must end in .yaml"),
 }
 FAULTS = {
-    "unknown recipe": (["recipe", "show", "b2cfg"], "error: 'b2cfg' is neither a file nor a shipped recipe. Did you mean 'b2-cfg'?"),
+    "unknown recipe": (
+        ["recipe", "show", "b2cfg"],
+        "error: 'b2cfg' is neither a file nor a shipped recipe. Did you mean 'b2-cfg'?",
+    ),
     "missing file": (["recipe", "show", "x.yaml"], "error: x.yaml: no such file"),
     "file name with a null byte": (["recipe", "show", "a\0.yaml"], "cannot be read"),
     "plot into nowhere": (["recipe", "plot", "b2", "-o", "no/b2.png"], "no/b2.png: cannot be written (No such file"),
@@ -38,7 +41,9 @@ FAULTS = {
 def test_a_wrong_command_line_shows_its_usage_and_exits_2(args, message, capsys):
     assert run(args) == 2
     out, err = capsys.readouterr()
-    assert message in err and err.startswith("Usage: alphaflow") and out == ""
+    assert message in err
+    assert err.startswith("Usage: alphaflow")
+    assert out == ""
     assert "Traceback" not in err
 
 
@@ -47,7 +52,8 @@ def test_a_file_at_fault_exits_1(args, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert run(args) == 1
     err = capsys.readouterr().err
-    assert message in err and "Traceback" not in err
+    assert message in err
+    assert "Traceback" not in err
     assert list(tmp_path.iterdir()) == []
 
 
@@ -65,14 +71,16 @@ def test_check_goes_through_all_files_and_fails_if_any_does(tmp_path, capsys):
     bad.write_text("x: 1")
     assert run(["recipe", "check", str(bad), "b2"]) == 1
     out, err = capsys.readouterr()
-    assert out == "b2: good\n" and "unknown key 'x'" in err
+    assert out == "b2: good\n"
+    assert "unknown key 'x'" in err
 
 
 @pytest.mark.parametrize("args", [["--debug", "recipe", "show", "b3"], ["recipe", "show", "b3", "--debug"]])
 def test_debug_shows_the_traceback_wherever_it_stands(args, capsys):
     assert run(args) == 1
     err = capsys.readouterr().err
-    assert "error: 'b3'" in err and "Traceback (most recent call last)" in err
+    assert "error: 'b3'" in err
+    assert "Traceback (most recent call last)" in err
 
 
 def test_debug_after_two_dashes_is_an_argument():
@@ -101,7 +109,8 @@ def test_the_process_exits_with_the_same_codes(tmp_path):
 
 def test_errors_are_plain_text_when_piped_and_ascii_terminals_get_an_answer(tmp_path):
     done = alphaflow("recipe", "show", "b2", env={**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"})
-    assert done.returncode == 0 and "115,308" in done.stdout
+    assert done.returncode == 0
+    assert "115,308" in done.stdout
     assert "\x1b" not in alphaflow("recipe", "show", "b3").stderr
 
 
@@ -118,7 +127,8 @@ def test_no_color_is_honoured_on_a_terminal():
         os.close(child)
         said = os.read(parent, 10_000)
         os.close(parent)
-        assert b"error:" in said and (b"\x1b[" in said) is not plain
+        assert b"error:" in said
+        assert (b"\x1b[" in said) is not plain
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
@@ -126,7 +136,9 @@ def test_no_color_is_honoured_on_a_terminal():
 def test_an_interrupted_command_says_so_by_its_code(sent, code, tmp_path):
     pipe = tmp_path / "slow.yaml"
     os.mkfifo(pipe)  # reading a recipe from it waits until somebody writes
-    child = subprocess.Popen([sys.executable, "-m", "alphaflow_cli", "recipe", "check", str(pipe)], stderr=subprocess.PIPE)
+    child = subprocess.Popen(
+        [sys.executable, "-m", "alphaflow_cli", "recipe", "check", str(pipe)], stderr=subprocess.PIPE
+    )
     time.sleep(1.0)
     child.send_signal(sent)
     _, err = child.communicate(timeout=20)
@@ -145,7 +157,12 @@ def test_a_reader_that_leaves_is_met_quietly():
 
 
 def test_completion_offers_verbs_and_recipes():
-    env = {**os.environ, "_ALPHAFLOW_COMPLETE": "bash_complete", "COMP_CWORD": "3", "COMP_WORDS": "alphaflow recipe show xl"}
+    env = {
+        **os.environ,
+        "_ALPHAFLOW_COMPLETE": "bash_complete",
+        "COMP_CWORD": "3",
+        "COMP_WORDS": "alphaflow recipe show xl",
+    }
     command = Path(sys.executable).with_name("alphaflow")
     done = subprocess.run([command], env=env, capture_output=True, text=True, check=False)
     assert {"plain,xl2-cfg", "plain,xl2-plus-cfg"} <= set(done.stdout.split())

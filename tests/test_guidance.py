@@ -51,7 +51,11 @@ def test_the_published_scales():
     assert guidance.effective_scale(1.0, 0.5) == 2.0
     assert guidance.effective_scale(0.2, 0.92) == pytest.approx(2.5)
     assert guidance.null_weight(0.2, 0.92) == pytest.approx(-0.12)
-    assert guidance.null_weight(0.1, 0.9) == guidance.null_weight(0.3, 0.7) == 0.0
+
+
+@pytest.mark.parametrize(("omega", "kappa"), [(1.0, 0.0), (0.9, 0.1), (0.8, 0.2), (0.08, 0.92)])
+def test_a_mix_that_adds_up_to_one_has_no_null_part_in_spite_of_rounding(omega, kappa):
+    assert guidance.null_weight(omega, kappa) == 0.0
 
 
 def test_a_constant_network_velocity_is_moved_by_the_effective_scale():

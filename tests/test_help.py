@@ -37,7 +37,9 @@ def snapshot(path):
 
 def examples_of(text):
     """The command lines under `Examples:`."""
-    return [line.strip() for line in text.partition("Examples:")[2].splitlines() if line.strip().startswith("alphaflow ")]
+    return [
+        line.strip() for line in text.partition("Examples:")[2].splitlines() if line.strip().startswith("alphaflow ")
+    ]
 
 
 @pytest.mark.parametrize("path", PAGES, ids=" ".join)

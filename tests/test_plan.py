@@ -1,5 +1,6 @@
 """What follows from a recipe, against published figures and brute force."""
 
+import itertools
 import sys
 
 import pytest
@@ -33,7 +34,8 @@ def test_the_parameter_count_is_that_of_the_built_network(extra, labels):
 
 
 @pytest.mark.parametrize(
-    ("name", "cuts"), [("b2", [115_308, 284_693]), ("xl2-cfg", [715_308, 884_693]), ("meanflow-b2", []), ("flow-b2", [])]
+    ("name", "cuts"),
+    [("b2", [115_308, 284_693]), ("xl2-cfg", [715_308, 884_693]), ("meanflow-b2", []), ("flow-b2", [])],
 )
 def test_the_phases_change_at_the_published_steps(name, cuts):
     found = plan.phases(load_recipe(name))
@@ -61,7 +63,7 @@ def test_the_phases_are_what_every_single_step_says(alpha):
     found = plan.phases(recipe)
     spelt = [phase.kind for phase in found for _ in range(phase.first, phase.until)]
     assert spelt == [plan.phase_kind(at(step)) for step in range(1000)]
-    assert all(a.kind != b.kind for a, b in zip(found, found[1:], strict=False))
+    assert all(a.kind != b.kind for a, b in itertools.pairwise(found))
 
 
 def test_percentages_are_of_the_run():
@@ -78,9 +80,13 @@ def test_disk_and_memory_grow_as_they_should():
     base, longer = load_recipe("b2"), load_recipe("b2", ["train.steps=800000", "ema.half_lives=[100, 6931]"])
     assert plan.latent_bytes(base) == 16_384
     assert plan.latent_bytes(load_recipe("cifar10")) == 2 * 3 * 32 * 32
-    assert plan.kept_checkpoints(base) == 4 + 2 and plan.kept_checkpoints(longer) == 8 + 2
+    assert plan.kept_checkpoints(base) == 4 + 2
+    assert plan.kept_checkpoints(longer) == 8 + 2
     assert plan.checkpoint_bytes(longer) - plan.checkpoint_bytes(base) == 4 * PARAMETERS["b2"]
-    assert plan.activation_bytes(load_recipe("b2", ["train.gradient_checkpointing=true"])) < plan.activation_bytes(base) / 5
+    assert (
+        plan.activation_bytes(load_recipe("b2", ["train.gradient_checkpointing=true"]))
+        < plan.activation_bytes(base) / 5
+    )
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -129,7 +135,14 @@ def test_every_shipped_recipe_can_be_told_in_words(name):
 
 
 def test_sizes_are_readable():
-    assert [human(n) for n in (0, 999, 1000, 16_384, 2.1e9, 3e12)] == ["0 B", "999 B", "1 kB", "16.4 kB", "2.1 GB", "3 TB"]
+    assert [human(n) for n in (0, 999, 1000, 16_384, 2.1e9, 3e12)] == [
+        "0 B",
+        "999 B",
+        "1 kB",
+        "16.4 kB",
+        "2.1 GB",
+        "3 TB",
+    ]
 
 
 def test_nothing_of_this_needs_torch():

@@ -30,6 +30,7 @@ BROKEN = {
     "octal": ("train: {batch: 010}", "leading zeros mean octal"),
     "sexagesimal": ("train: {batch: 12:30}", "train.batch wants a whole number, got '12:30'"),
     "true for a count": ("train: {steps: true}", "train.steps wants a whole number, got 'true'"),
+    "count in quotes": ('train: {steps: "3"}', "train.steps wants a whole number, got '3' in quotes: leave them out"),
     "number in quotes": ('optim: {lr: "1e-4"}', "optim.lr wants a number, got '1e-4' in quotes: leave them out"),
     "not a number": ("optim: {lr: .nan}", "optim.lr wants a number, got '.nan': it must be finite"),
     "infinite": ("optim: {lr: 1e999}", "it must be finite"),
@@ -47,7 +48,7 @@ BROKEN = {
     "alpha a percentage": ("alpha: 50%", "got '50%': a schedule's steps may be percentages, its values not"),
     "start after end": ("alpha: {kind: linear, start: 60%, end: 40%}", "alpha starts at step 240,000, after its end"),
     "never ends": ("alpha: {kind: sigmoid, end: 800000}", "final value at step 800,000, but the run has 400,000 steps"),
-    "step never comes": ("alpha: {kind: step, start: 400000}", 'write start: a percentage such as "50%"'),
+    "step never comes": ("alpha: {kind: step, start: 400000}", 'write start: "50%" or another share'),
     "exponential to 0": ("alpha: {kind: exponential, final: 0}", "an exponential cannot start or end at 0"),
     "empty group": ("times: {equal_share: 0.001}", "0.001 of a batch of 256 is no row at all"),
     "no r < t row": ("times: {equal_share: 1}\nalpha: 0", "leaves no row with r < t"),
@@ -68,6 +69,12 @@ BROKEN = {
     "scale without its rule": ("data: {scale: 0.18215}", "act with normalise: scale only"),
     "embedded set": ("data: {source: cats}", "'cats' is no embedded set: the form is glyphs:4000"),
     "shortcut at alpha 1": ("loss: {velocity: network}", "needs alpha strictly between 0 and 1, it reaches 1"),
+    "shortcut at alpha 0": ("alpha: 0\nloss: {velocity: network}", "strictly between 0 and 1, it reaches 0"),
+    "null byte in a name": (
+        'data: {store: "a\\0b"}',
+        "data.store wants text, got 'a\\x00b': a line break, a null byte",
+    ),
+    "half a character": ('data: {store: "\\ud83d"}', "half a character cannot stand here"),
     "half-life 0": ("ema: {half_lives: [0]}", "each more than 0 steps"),
     "repeated metric": ("eval: {metrics: [fid, fid]}", "eval.metrics names fid twice"),
     "grid": ("sample: {two_step_times: [1, 0.5, 0.5]}", "must fall from 1 to 0"),
@@ -95,7 +102,8 @@ def test_the_fault_is_said_with_its_place(text, message, tmp_path, monkeypatch, 
     out, err = capsys.readouterr()
     assert message in err
     assert err.startswith("error: r.yaml")
-    assert "Traceback" not in err and out == ""
+    assert "Traceback" not in err
+    assert out == ""
 
 
 def test_every_fault_is_listed_in_the_order_of_the_lines():
@@ -104,7 +112,12 @@ def test_every_fault_is_listed_in_the_order_of_the_lines():
         recipe_from_text(text, "r.yaml", ["ema.ramp=0"])
     said = str(caught.value).splitlines()
     assert said[0] == "r.yaml has 4 faults:"
-    assert [line.split(": ")[0].strip() for line in said[1:]] == ["r.yaml:2", "r.yaml:3", "r.yaml:5", "--set ema.ramp=0"]
+    assert [line.split(": ")[0].strip() for line in said[1:]] == [
+        "r.yaml:2",
+        "r.yaml:3",
+        "r.yaml:5",
+        "--set ema.ramp=0",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -124,7 +137,8 @@ def test_every_fault_is_listed_in_the_order_of_the_lines():
 def test_set_is_checked_like_a_line_of_the_file(assignment, message, capsys):
     assert run(["recipe", "show", "b2", "--set", assignment]) == 1
     err = capsys.readouterr().err
-    assert message in err and "Traceback" not in err
+    assert message in err
+    assert "Traceback" not in err
 
 
 def test_a_file_that_is_no_recipe_is_named(tmp_path, capsys):

@@ -19,7 +19,8 @@ def test_kid_equals_torch_fidelitys_on_the_same_subsets() -> None:
     theirs = kid_features_to_metric(fake, real, kid_subsets=10, kid_subset_size=100, verbose=False)
     rng = np.random.RandomState(2020)
     subsets = [
-        (torch.from_numpy(rng.choice(300, 100, False)), torch.from_numpy(rng.choice(400, 100, False))) for _ in range(10)
+        (torch.from_numpy(rng.choice(300, 100, False)), torch.from_numpy(rng.choice(400, 100, False)))
+        for _ in range(10)
     ]
     value, spread = kid(fake, real, subsets)
     assert value == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-5)  # theirs is in float32

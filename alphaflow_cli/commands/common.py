@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,20 +14,17 @@ from alphaflow_cli.errors import AlphaflowError
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
-class RecipeName(click.ParamType):
-    """A shipped recipe's name or a file; the names complete in the shell."""
+def complete_recipe(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """The shipped names, and files."""
+    from alphaflow_cli.recipe import shipped
 
-    name = "recipe"
-
-    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-        from alphaflow_cli.recipe import shipped
-
-        names = [CompletionItem(name) for name in shipped() if name.startswith(incomplete)]
-        return [*names, CompletionItem(incomplete, type="file")]
+    names = [CompletionItem(name) for name in shipped() if name.startswith(incomplete)]
+    return [*names, CompletionItem(incomplete, type="file")]
 
 
 def recipe_argument(function: Command) -> Command:
-    return click.argument("recipe", type=RecipeName())(function)
+    """RECIPE: a shipped recipe's name or a file; the names complete in the shell."""
+    return click.argument("recipe", shell_complete=complete_recipe)(function)
 
 
 def set_option(function: Command) -> Command:
@@ -49,7 +46,7 @@ def print_json(document: object) -> None:
     click.echo(json.dumps(document, ensure_ascii=False, indent=2))
 
 
-def print_table(rows: list[tuple[str, ...]], *, head: tuple[str, ...] = ()) -> None:
+def print_table(rows: Sequence[tuple[str, ...]], *, head: tuple[str, ...] = ()) -> None:
     """Columns as wide as their widest cell; the first row is the head where one is given."""
     shown = [head, *rows] if head else rows
     widths = [max(len(row[i]) for row in shown) for i in range(len(shown[0]))] if shown else []

@@ -31,7 +31,10 @@ def command(as_json: bool) -> None:
 
 def _lines(found: dict[str, Any]) -> list[tuple[str, str]]:
     packages = ", ".join(f"{name} {number or 'MISSING'}" for name, number in found["packages"].items())
-    rows = [("alphaflow", f"{found['alphaflow']}, Python {found['python']}, {found['platform']}"), ("packages", packages)]
+    rows = [
+        ("alphaflow", f"{found['alphaflow']}, Python {found['python']}, {found['platform']}"),
+        ("packages", packages),
+    ]
     cards = [f"{card['name']}, {card['bytes'] / 2**30:.0f} GiB" for card in found["devices"]["cuda"]]
     rows.append(("devices", "; ".join([*cards, *(["Apple GPU"] if found["devices"]["mps"] else [])]) or "no GPU"))
     rows.append(("", f"{found['devices']['cpu_cores']} CPU cores"))

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from alphaflow_cli.engine.results import Evaluation
 
 EXAMPLES = examples(
-    "alphaflow eval samples/ --metrics fd-tiny --reference glyphs:2000",
+    "alphaflow eval glyphs:300 --metrics fd-tiny --reference glyphs:1000",
     "alphaflow eval samples.npz --metrics fid,kid,is --reference cifar10.safetensors --json",
 )
 
@@ -21,7 +21,7 @@ EXAMPLES = examples(
 @click.argument("images")
 @metrics_option
 @click.option("--reference", metavar="FILE|SOURCE", help="Reference statistics, or the real pictures themselves.")
-@click.option("--images", "limit", type=click.IntRange(min=1), help="Measure the first N pictures only.")
+@click.option("--images", "limit", type=click.IntRange(min=1), help="Only so many pictures, taken evenly.")
 @batch_option
 @weights_option
 @click.option(
@@ -47,8 +47,8 @@ def command(
     never resized. Every number is printed with its protocol; running the same command again resumes.
     """
     from alphaflow_cli.engine import evaluate as engine
-    from alphaflow_cli.engine.measure import join_processes
     from alphaflow_cli.engine.pictures import open_pictures
+    from alphaflow_cli.engine.processes import join_processes
     from alphaflow_cli.engine.results import save_results
 
     if markdown and as_json:

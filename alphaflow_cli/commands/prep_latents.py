@@ -1,16 +1,12 @@
 """`alphaflow prep-latents`: pictures in, a latent store out."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import click
 
 from alphaflow_cli.commands.common import examples
-from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.recipe.schema import Data
-
-if TYPE_CHECKING:
-    from alphaflow_cli.engine.estimate import Estimate
 
 GLYPH_SIZE = 32  # the embedded set is drawn at this size
 
@@ -75,16 +71,18 @@ def command(
     only_estimate: bool,
     only_verify: bool,
 ) -> None:
-    """Turn pictures into a latent store that training reads. Running it again resumes.
+    """Turn pictures into a latent store. Running it again resumes.
 
     SOURCE is a folder with one folder per class (any depth), a zip or tar of one, hf://datasets/USER/NAME, or glyphs:N
     (the embedded set). Pictures directly in the folder are one class.
     """
     if only_verify:
-        return verify(Path(source))
-    from alphaflow_cli.engine.estimate import estimate
+        from alphaflow_cli.engine.prepare_report import verify
+
+        return print_lines(verify(Path(source)))
     from alphaflow_cli.engine.prepare import default_processes, plan_job, prepare
     from alphaflow_cli.engine.prepare_plan import Request, default_out
+    from alphaflow_cli.engine.prepare_report import describe, estimate
 
     glyphs = source.startswith("glyphs:")
     size = size or (GLYPH_SIZE if glyphs else Data.image_size)
@@ -93,48 +91,12 @@ def command(
     request = Request(source, size, autoencoder, dtype, flips, batch, limit or 0, bad, precision, max_pixels)
     out, processes = out or default_out(source, size, autoencoder), processes or default_processes()
     if only_estimate:
-        return print_estimate(estimate(plan_job(request, out, processes)[0], out, processes), out)
+        return print_lines(estimate(plan_job(request, out, processes)[0], processes).lines())
     prepare(request, out, processes=processes, shown=True)
-    print_store(out)
-    return None
+    return print_lines(describe(out))
 
 
-def verify(store: Path) -> None:
-    """Every byte against its checksum."""
-    from alphaflow_cli.data.store import verify_store
-
-    faults = verify_store(store)
-    if faults:
-        raise AlphaflowError("\n".join(faults))
-    print_store(store)
-
-
-def print_store(store: Path) -> None:
-    """What is in it, and where it is."""
-    from alphaflow_cli.data.manifest import read_manifest
-    from alphaflow_cli.engine.progress import size
-
-    manifest = read_manifest(store)
-    plan, total = manifest.plan, sum(shard.bytes for shard in manifest.shards)
-    shape = "x".join(str(length) for length in plan.latent)
-    click.echo(
-        f"{manifest.count:,} pictures, {plan.classes:,} classes, {plan.kind} {shape} {plan.dtype}, {size(total)}"
-    )
-    if manifest.bad:
-        first = manifest.bad[0]
-        click.echo(
-            f"left out: {len(manifest.bad):,}, the first {first['name']!r}: {first['why']} (all in manifest.json)"
-        )
-    click.echo(str(store))
-
-
-def print_estimate(found: "Estimate", out: Path) -> None:
-    """Disk and time."""
-    from alphaflow_cli.engine.progress import duration, size
-
-    shape = "x".join(str(length) for length in found.latent)
-    click.echo(f"pictures: {found.images:,}, {found.todo:,} to do in {found.shards:,} shards, latents {shape}")
-    click.echo(f"disk: {size(found.bytes_needed)} needed, {size(found.bytes_free)} free")
-    rate = f"{found.images_per_second:.1f} pictures/s, tried on {found.tried}"
-    click.echo(f"time: {duration(found.seconds)} ({rate})")
-    click.echo(str(out))
+def print_lines(lines: list[str]) -> None:
+    """Facts, and last the path."""
+    for line in lines:
+        click.echo(line)

@@ -40,11 +40,15 @@ def list_recipes(as_json: bool) -> None:
     if as_json:
         print_json(found)
         return
-    rows = [(str(f["name"]), f"{f['parameters']:,}", f"{f['steps']:,}", f"{f['batch']:,}", str(f["title"])) for f in found]
+    rows = [
+        (str(f["name"]), f"{f['parameters']:,}", f"{f['steps']:,}", f"{f['batch']:,}", str(f["title"])) for f in found
+    ]
     print_table(rows, head=("name", "parameters", "steps", "batch", "what it is"))
 
 
-@command.command(epilog=examples("alphaflow recipe show b2", "alphaflow recipe show b2 --set train.steps=100000 --json"))
+@command.command(
+    epilog=examples("alphaflow recipe show b2", "alphaflow recipe show b2 --set train.steps=100000 --json")
+)
 @recipe_argument
 @set_option
 @json_option

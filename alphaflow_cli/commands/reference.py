@@ -9,7 +9,7 @@ from alphaflow_cli.commands.measuring import Metrics, Weights, batch_option, met
 from alphaflow_cli.errors import AlphaflowError
 
 EXAMPLES = examples(
-    "alphaflow reference glyphs:2000 --metrics fd-tiny -o glyphs.safetensors",
+    "alphaflow reference glyphs:1000 --metrics fd-tiny -o glyphs.safetensors",
     "alphaflow reference imagenet/train --size 256 --metrics fid,fdd -o imagenet256-train.safetensors",
 )
 
@@ -19,7 +19,7 @@ EXAMPLES = examples(
 @click.option("-o", "--out", "path", required=True, type=click.Path(dir_okay=False, path_type=Path), help="The file.")
 @metrics_option
 @click.option("--size", type=click.IntRange(min=16), help="Centre crop, Lanczos to this side; else as they are.")
-@click.option("--images", "limit", type=click.IntRange(min=1), help="The first N pictures only.")
+@click.option("--images", "limit", type=click.IntRange(min=1), help="Only so many pictures, taken evenly.")
 @click.option("--name", default="", help="How the reference is called in every row; the source's name otherwise.")
 @click.option(
     "--keep", type=click.IntRange(min=0), default=10_000, show_default=True,
@@ -45,14 +45,15 @@ def command(
     work: Path,
     as_json: bool,
 ) -> None:
-    """Measure real pictures once, and keep mean, covariance and some features.
+    """Measure real pictures once, for eval to compare with.
 
-    SOURCE is a folder, a zip, a tar, a .npz with arr_0, hf://datasets/NAME, or glyphs:N. Where a source holds splits and
-    --size is given, the training split is taken. Without --metrics: every network whose weights are on this machine.
+    Kept are mean, covariance and some single features. SOURCE is a folder, a zip, a tar, a .npz with arr_0,
+    hf://datasets/NAME, or glyphs:N. Where a source holds splits and --size is given, the training split is taken.
+    Without --metrics: every network whose weights are on this machine.
     """
     from alphaflow_cli.engine import evaluate as engine
-    from alphaflow_cli.engine.measure import join_processes
     from alphaflow_cli.engine.pictures import open_pictures
+    from alphaflow_cli.engine.processes import join_processes
 
     if path.suffix != ".safetensors":
         raise click.UsageError(f"-o {path}: a reference is a .safetensors file")

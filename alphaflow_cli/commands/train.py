@@ -1,13 +1,18 @@
 """`alphaflow train`: a recipe becomes a run. Running it again resumes."""
 
+import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from alphaflow_cli.commands.common import examples, json_option, print_json, recipe_argument, set_option
 from alphaflow_cli.recipe import load_recipe
 from alphaflow_cli.recipe.schema import Recipe
+
+if TYPE_CHECKING:
+    from alphaflow_cli.engine.ready import Options
 
 EXAMPLES = examples(
     "alphaflow train quickstart",
@@ -16,17 +21,16 @@ EXAMPLES = examples(
 )
 
 
-class MicroBatch(click.ParamType):
+class MicroBatch(click.ParamType):  # type: ignore[type-arg]
     """A number of rows, or auto."""
 
     name = "n|auto"
 
     def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        if value == "auto" or value == 0:
-            return 0
-        if str(value).isdigit() and int(str(value)) > 0:
-            return int(str(value))
-        self.fail(f"{value!r} is neither a number of rows nor auto.", param, ctx)
+        text = str(value)
+        if value != 0 and text != "auto" and not (text.isdigit() and int(text) > 0):
+            self.fail(f"{text!r} is neither a number of rows nor auto.", param, ctx)
+        return 0 if text == "auto" else int(text)
 
 
 @click.command("train", epilog=EXAMPLES)
@@ -63,29 +67,39 @@ def command(
     if dry_run or estimate:
         show_plan(loaded, recipe, folder, processes, micro_batch, measured=estimate, as_json=as_json)
         return
-    from alphaflow_cli.engine.launch import as_worker, is_worker
-    from alphaflow_cli.engine.start import Options, train
+    from alphaflow_cli.engine.launch import as_worker, check_processes, is_worker
+    from alphaflow_cli.engine.ready import Options
 
     options = Options(folder, data, micro_batch or None, init_from, verify)
     if is_worker():
-        as_worker(lambda: train(loaded, options))
+        check_processes(processes)
+        as_worker(lambda: join(loaded, options))
     code = begin(loaded, options, processes)
     if code:
         sys.exit(code)
     finish(folder)
 
 
-def begin(recipe: Recipe, options: "object", processes: int | None) -> int:
+def join(recipe: Recipe, options: "Options") -> int:
+    """Train as one of several processes; the first one has the last word where no parent of ours has."""
+    from alphaflow_cli.engine.launch import has_parent
+    from alphaflow_cli.engine.start import train
+
+    code = train(recipe, options)
+    if code == 0 and not has_parent() and os.environ["RANK"] == "0":
+        finish(options.out)
+    return code
+
+
+def begin(recipe: Recipe, options: "Options", processes: int | None) -> int:
     """Check everything, then train here or in N processes."""
     from alphaflow_cli.engine.launch import launch
-    from alphaflow_cli.engine.start import Options, count_processes, prepare, train
+    from alphaflow_cli.engine.ready import count_processes, prepare
+    from alphaflow_cli.engine.start import train
 
-    assert isinstance(options, Options)
     count = count_processes(recipe, processes)
     prepare(recipe, options)
-    if count == 1:
-        return train(recipe, options)
-    return launch(sys.argv[1:], count, options.out / "errors")
+    return train(recipe, options) if count == 1 else launch(sys.argv[1:], count)
 
 
 def finish(folder: Path) -> None:

@@ -20,6 +20,7 @@ from alphaflow_cli.engine.build import build_network
 from alphaflow_cli.engine.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from alphaflow_cli.engine.files import write_atomically
 from alphaflow_cli.errors import AlphaflowError
+from alphaflow_cli.nn.autoencoder import load_autoencoder
 from alphaflow_cli.nn.autoencoder_files import kl_config
 from alphaflow_cli.recipe import Recipe
 
@@ -52,7 +53,7 @@ def convert(source: Path, out: Path, options: Options) -> Outcome:
         weights = add_second_embedder(weights, build_network(recipe).state_dict())
     weights = fit(weights, recipe, source.name)
     folder = _write_autoencoder(foreign.autoencoder, out) if foreign.autoencoder else None
-    origin = _origin(foreign, source, recipe)
+    origin = _origin(foreign, source, _autoencoder_record(folder, recipe))
     save_checkpoint(out, Checkpoint(weights, recipe, foreign.latents.mean, foreign.latents.std, origin))
     return Outcome(out, foreign.family, foreign.which, recipe, foreign.said, foreign.filled, folder)
 
@@ -95,7 +96,16 @@ def _recognise(tree: dict[str, Any], source: Path) -> Family:
     )
 
 
-def _origin(foreign: Imported, source: Path, recipe: Recipe) -> dict[str, Any]:
+def _autoencoder_record(folder: Path | None, recipe: Recipe) -> dict[str, str]:
+    """The one inside is loaded once, which proves it whole, and known by its hash from now on."""
+    name = recipe.data.autoencoder
+    if folder is None or name != folder.name:
+        return {"id": name, "revision": "", "weights_sha256": ""}
+    loaded = load_autoencoder(str(folder), device=torch.device("cpu"))
+    return {"id": name, "revision": "", "weights_sha256": loaded.weights_sha256}
+
+
+def _origin(foreign: Imported, source: Path, autoencoder: dict[str, str]) -> dict[str, Any]:
     """Like a trained checkpoint's, and how it came here."""
     converted = {
         "from": foreign.family,
@@ -109,7 +119,7 @@ def _origin(foreign: Imported, source: Path, recipe: Recipe) -> dict[str, Any]:
         "images_seen": None,
         "weights": foreign.which,
         "half_life": None,
-        "autoencoder": {"id": recipe.data.autoencoder, "revision": "", "weights_sha256": ""},
+        "autoencoder": autoencoder,
         "class_names": [],
         "versions": {"torch": str(torch.__version__)},
         "converted": converted,
@@ -154,6 +164,9 @@ def export(source: Path, out: Path) -> Path:
         )
     beside = source.parent / checkpoint.recipe.data.autoencoder / AUTOENCODER_FILE
     autoencoder = read_source(beside) if beside.is_file() else {}
-    tree = published_tree(checkpoint.weights, checkpoint.recipe, checkpoint.mean, checkpoint.std, autoencoder)
+    with torch.device("meta"):
+        order = build_network(checkpoint.recipe).state_dict()  # safetensors sorts the names
+    weights = {name: checkpoint.weights[name] for name in order}
+    tree = published_tree(weights, checkpoint.recipe, checkpoint.mean, checkpoint.std, autoencoder)
     write_atomically(out, partial(torch.save, tree))
     return out

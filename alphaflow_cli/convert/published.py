@@ -66,7 +66,8 @@ def _configuration(cfg: object, shape: Shape, where: str) -> dict[str, Any]:
         return {}
     model = _section(cfg, "model")
     resolution = _section(model, "tokenizer").get("resolution")
-    said = {key: model[key] for key in ("dim", "num_blocks", "num_heads", "mlp_ratio", "label_dropout") if key in model}
+    keys = ("dim", "num_blocks", "num_heads", "mlp_ratio", "label_dropout")
+    said: dict[str, Any] = {key: model[key] for key in keys if key in model}
     if isinstance(resolution, (list, tuple)) and resolution:
         said["patch"] = resolution[-1]
     labels = _section(cfg, "dataset").get("label_shape")
@@ -104,7 +105,7 @@ def _base(path: Path, options: Options, said: dict[str, Any], filled: dict[str, 
     if said.get("label_dropout", 0) > 0 and not published and not asked:
         raise AlphaflowError(
             f"{path.name}: was trained with guidance (it drops labels), but does not say which, and the name is none "
-            "of the released files'. Say it: --recipe b2-cfg (or another), or --set guidance.omega=… and guidance.kappa=…"
+            "of the released files'. Say it: --recipe b2-cfg (or another), or --set guidance.omega=… and kappa=…"
         )
     base = base_recipe(options, published, filled)
     dropout = said.get("label_dropout")

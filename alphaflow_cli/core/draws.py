@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# purposes: data order, posterior noise, mirror images, statistics' subset, noise and times of a step
-ORDER, POSTERIOR, FLIP, SUBSET, STEP = 1, 2, 3, 4, 5
+# purposes: data order, posterior noise, mirror images, statistics' subset, noise and times of a step, conflict
+ORDER, POSTERIOR, FLIP, SUBSET, STEP, CONFLICT = 1, 2, 3, 4, 5, 6
 
 _MASK = (1 << 64) - 1
 

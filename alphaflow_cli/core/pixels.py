@@ -2,7 +2,7 @@
 
 truncate   byte = ⌊(x + 1) · 127.5⌋        as published; half a level darker on average
 round      byte = nearest of the same
-back       x = byte · 2 / 255 − 1
+back       x = byte / 127.5 − 1
 """
 
 from collections.abc import Callable
@@ -28,4 +28,4 @@ def to_uint8(pixels: Tensor, rule: str) -> Tensor:
 
 def from_uint8(pixels: Tensor) -> Tensor:
     """float32 in [−1, 1]."""
-    return pixels.float() * 2 / 255 - 1
+    return pixels.float() / 127.5 - 1

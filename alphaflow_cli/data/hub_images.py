@@ -107,7 +107,7 @@ def _list(repo: str, revision: str | None) -> tuple[str, list[str]]:
         info = HfApi().dataset_info(repo, revision=revision)
         assert info.sha is not None, repo
         return info.sha, HfApi().list_repo_files(repo, repo_type="dataset", revision=info.sha)
-    except (ValueError, *_hub_errors()) as fault:
+    except _hub_errors() as fault:
         lines = str(fault).strip().splitlines() or [type(fault).__name__]
         raise AlphaflowError(f"hf://datasets/{repo}: cannot be listed ({lines[0]})") from fault
 
@@ -127,7 +127,7 @@ def _hub_errors() -> tuple[type[Exception], ...]:
     from huggingface_hub.errors import HfHubHTTPError
 
     base: type[Exception] = HfHubHTTPError.__bases__[0]
-    return OSError, base
+    return OSError, ValueError, base  # ValueError: a name that cannot be one
 
 
 def _about_parquet(files: Sequence[str]) -> str:

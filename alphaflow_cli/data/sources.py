@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 from PIL import Image
 
+from alphaflow_cli.data.classes import SPLITS
 from alphaflow_cli.data.glyphs import GLYPHS, draw_glyph
 from alphaflow_cli.data.pictures import MAX_BYTES, SUFFIXES
 from alphaflow_cli.errors import AlphaflowError
@@ -72,8 +73,9 @@ class Folder:
 
     @property
     def name(self) -> str:
-        """The folder's own name."""
-        return self.root.name
+        """The folder's own name; of a split the one above, too."""
+        own, above = self.root.name, self.root.parent.name
+        return f"{above}/{own}" if own.lower() in SPLITS and above else own
 
     def fetches(self, lines: Sequence[int]) -> Iterator[tuple[int, Fetch]]:
         """Each file, opened when it is fetched."""

@@ -9,6 +9,9 @@ from alphaflow_cli.recipe.schema import Recipe
 NETWORKS: dict[str, type[DiT]] = {"velocity": DiT, "noise": NoiseDiT}
 
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}  # of weights, targets and losses
+
+
 def label_rows(recipe: Recipe) -> int:
     """Rows of the label table: the classes, plus the null row (last) when labels are dropped in training."""
     return recipe.data.classes + (recipe.guidance.label_dropout > 0) if recipe.data.classes else 0

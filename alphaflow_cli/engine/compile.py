@@ -17,10 +17,10 @@ from torch import nn
 from alphaflow_cli.nn.dit import DiT
 
 
-def compile_blocks(net: DiT) -> DiT:
+def compile_blocks(net: DiT, backend: str = "inductor") -> DiT:
     """In place, so names in the state dict stay what they are. Nothing is compiled before the first call."""
     parts: list[nn.Module] = [*net.blocks, net.final]
     for part in parts:
-        part.compile(dynamic=False)
+        part.compile(dynamic=False, backend=backend)
     net.compiled = True
     return net

@@ -6,18 +6,18 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 
-from alphaflow_cli.data.files import Array, to_json, write_atomic, write_tensors
-from alphaflow_cli.data.manifest import Plan, Shard
+from alphaflow_cli.data.files import Array
+from alphaflow_cli.data.manifest import Plan
 from alphaflow_cli.data.pictures import BadPicture, decode
 from alphaflow_cli.data.sources import Fetch, Source
-from alphaflow_cli.data.stats import statistics_of, statistics_tensors
+from alphaflow_cli.data.writing import write_shard
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.nn.autoencoder import Autoencoder, load_autoencoder
 
@@ -68,10 +68,10 @@ def work(job: Job, shards: Sequence[int], device: torch.device, tell: Tell) -> N
     encoder = load_autoencoder(job.autoencoder, device=device)
     stream = pictures(job, [line for shard in shards for line in job.span(shard)])
     for shard in shards:
-        write_shard(job, shard, encoder, itertools.islice(stream, len(job.span(shard))), device=device, tell=tell)
+        encode_shard(job, shard, encoder, itertools.islice(stream, len(job.span(shard))), device=device, tell=tell)
 
 
-def write_shard(
+def encode_shard(
     job: Job, shard: int, encoder: Autoencoder, stream: Iterator[Picture], *, device: torch.device, tell: Tell
 ) -> None:
     """Encode one shard in batches of neighbours; write the file, then the sidecar that marks it as done."""
@@ -84,12 +84,7 @@ def write_shard(
         )
         tell(len(group))
     tell(len(rows.bad))
-    rows.save(shard_name(shard))
-
-
-def shard_name(shard: int) -> str:
-    """Of the file; the sidecar has .json instead."""
-    return f"train-{shard:05d}.safetensors"
+    rows.save(shard)
 
 
 def pictures(job: Job, lines: Sequence[int]) -> Iterator[Picture]:
@@ -236,13 +231,8 @@ class _Rows:
         self.tensors["label"][place] = [self.job.labels[picture.line] for picture in group]
         self.filled += len(group)
 
-    def save(self, name: str) -> None:
+    def save(self, shard: int) -> None:
         """The file with its statistics, then the sidecar."""
-        plan, out = self.job.plan, self.job.out
-        content = {key: rows[: self.filled] for key, rows in self.tensors.items()}
-        for key in [key for key in content if key.startswith(plan.kind)]:
-            content |= statistics_tensors(statistics_of(content[key], plan.latent), f"all{key.removeprefix(plan.kind)}")
-        with room_for(out):
-            size, digest = write_tensors(out / name, content, {"format": "alphaflow-latents-1"})
-            sidecar = Shard(name, self.span.start, len(self.span), self.filled, size, digest, self.bad)
-            write_atomic(out / Path(name).with_suffix(".json"), [to_json(asdict(sidecar))])
+        with room_for(self.job.out):
+            content = {key: rows[: self.filled] for key, rows in self.tensors.items()}
+            write_shard(self.job.out, self.job.plan, shard, content, self.bad)

@@ -11,7 +11,6 @@ from alphaflow_cli.engine.measure import (
     Clock,
     Content,
     Pass,
-    Processes,
     content_of,
     evaluation_id,
     gather_moments,
@@ -19,6 +18,7 @@ from alphaflow_cli.engine.measure import (
     told_seconds,
 )
 from alphaflow_cli.engine.pictures import ImageSource
+from alphaflow_cli.engine.processes import Processes
 from alphaflow_cli.engine.protocol import NEEDS_MOMENTS, NETWORK
 from alphaflow_cli.engine.reference import KEPT, Reference, build_reference, load_reference, save_reference
 from alphaflow_cli.engine.results import Evaluation

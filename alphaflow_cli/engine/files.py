@@ -1,5 +1,6 @@
 """Files that are never half there: written to a temporary name, synced, renamed."""
 
+import contextlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +20,8 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         temporary.replace(path)
         sync(path.parent)
     except (OSError, SafetensorError) as error:  # safetensors wraps a full disk in its own error
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a read-only file system refuses even this
+            temporary.unlink(missing_ok=True)
         reason = getattr(error, "strerror", None) or error
         raise AlphaflowError(f"{path}: cannot be written: {reason}. What was there is kept.") from error
 

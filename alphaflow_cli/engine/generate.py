@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from alphaflow_cli.core import pixels, sampler
-from alphaflow_cli.engine.build import build_network, label_rows, null_label
+from alphaflow_cli.engine.build import DTYPES, build_network, label_rows, null_label
 from alphaflow_cli.engine.checkpoint import Checkpoint, load_checkpoint
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.nn.autoencoder import Autoencoder, load_autoencoder
@@ -97,6 +97,7 @@ class Generator:
     """A network with everything around it; call `images` or `latents`."""
 
     def __init__(self, checkpoint: Checkpoint, *, device: torch.device, net: nn.Module | None = None) -> None:
+        self.folder = Path()  # the checkpoint's: a converted or pulled one may have its autoencoder beside it
         self.recipe, self.origin, self.device = checkpoint.recipe, checkpoint.origin, device
         self.mean, self.std = checkpoint.mean.to(device), checkpoint.std.to(device)
         self.net = net or load_network(checkpoint).to(device).eval()
@@ -110,18 +111,35 @@ class Generator:
         return data.channels, data.latent_size, data.latent_size
 
     @property
+    def class_names(self) -> list[str]:
+        """By index; empty where the checkpoint has none."""
+        return [str(name) for name in self.origin.get("class_names") or []]
+
+    @property
     def autoencoder(self) -> Autoencoder:
         """Loaded when the first picture is decoded."""
         if self._autoencoder is None:
             record: dict[str, Any] = self.origin.get("autoencoder") or {"id": self.recipe.data.autoencoder}
             dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
             name = f"{record['id']}@{record['revision']}" if record.get("revision") else str(record["id"])
+            name = str(self.folder / name) if (self.folder / name / "config.json").is_file() else name
             self._autoencoder = load_autoencoder(name, device=self.device, dtype=dtype)
             check_autoencoder(self._autoencoder, record)
         return self._autoencoder
 
+    @property
+    def precision(self) -> str:
+        """Of the network and the decoder, as the protocol says it."""
+        return "bf16 network, bf16 decoder" if self.bf16 else "fp32"
+
+    def synchronise(self) -> None:
+        """Wait for the device, so that a clock tells the truth."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
     def use_autoencoder(self, autoencoder: Autoencoder) -> None:
-        """Decode with this one instead of the checkpoint's."""
+        """Decode with this copy of the checkpoint's autoencoder."""
+        check_autoencoder(autoencoder, self.origin.get("autoencoder") or {})
         self._autoencoder = autoencoder
 
     @torch.no_grad()
@@ -177,7 +195,7 @@ class Generator:
 
 def load_network(checkpoint: Checkpoint) -> nn.Module:
     """The recipe's network with the checkpoint's weights; a shape that does not fit is named."""
-    net = build_network(checkpoint.recipe)
+    net = build_network(checkpoint.recipe).to(DTYPES[checkpoint.recipe.train.precision])
     try:
         net.load_state_dict(checkpoint.weights)
     except RuntimeError as error:
@@ -220,10 +238,12 @@ def find_checkpoint(address: str, *, weights: str = "ema") -> Path:
 
 def open_generator(address: str, *, device: torch.device | None = None, weights: str = "ema") -> Generator:
     """Ready to sample."""
-    checkpoint = load_checkpoint(find_checkpoint(address, weights=weights))
+    checkpoint = load_checkpoint(path := find_checkpoint(address, weights=weights))
     if weights == "raw" and checkpoint.origin.get("weights") != "raw":
         raise AlphaflowError(f"{address}: holds averaged weights only; --weights raw needs a run folder.")
-    return Generator(checkpoint, device=device or best_device())
+    generator = Generator(checkpoint, device=device or best_device())
+    generator.folder = path.parent
+    return generator
 
 
 def has_labels(recipe: Recipe) -> bool:

@@ -6,6 +6,7 @@ gradient's norm, counts of clipped and non-finite gradients. The weighted loss i
 """
 
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,11 @@ from torch import Tensor
 from alphaflow_cli.core.objective import Terms, interval_bins
 from alphaflow_cli.engine.files import write_atomically
 from alphaflow_cli.engine.optimise import COUNTERS
+from alphaflow_cli.errors import AlphaflowError
 
 BINS = 8  # equal bins of t − r in (0, 1]
 SUMS = ("later", "error", "trajectory", "consistency", "equal", "velocity")  # then BINS sums and BINS counts
-TIMING = ("seconds", "seconds_per_step", "images_per_second", "memory_gb", "utilisation")  # differ from run to run
+TIMING = ("seconds_per_step", "images_per_second", "memory_gb", "utilisation")  # differ from run to run
 
 
 class Sums:
@@ -72,9 +74,9 @@ def take_counters(counters: Tensor) -> dict[str, Any]:
 class Journal:
     """The file, and the clock between its rows."""
 
-    def __init__(self, path: Path, step: int, *, writes: bool) -> None:
-        """Rows past `step` belong to work that was lost: they go."""
-        self.path, self.writes = path, writes
+    def __init__(self, path: Path, step: int, *, writes: bool, device_flops: float | None = None) -> None:
+        """Rows past `step` belong to work that was lost: they go. `device_flops`: peak of all devices, if known."""
+        self.path, self.writes, self.device_flops = path, writes, device_flops
         self.rewind(step)
 
     def rewind(self, step: int) -> None:
@@ -89,7 +91,7 @@ class Journal:
         text = "".join(f"{line}\n" for line in kept)
         write_atomically(self.path, lambda temporary: _write(temporary, text))
 
-    def row(self, values: dict[str, Any], step: int, batch: int) -> dict[str, Any]:
+    def row(self, values: dict[str, Any], *, step: int, batch: int, flops: float = 0.0) -> dict[str, Any]:
         """Add the clock's values, and write."""
         now = time.monotonic()
         steps = max(step - self.last_step, 1)
@@ -97,11 +99,29 @@ class Journal:
         row = values | {"seconds_per_step": round(each, 6), "images_per_second": round(batch / max(each, 1e-9), 1)}
         if torch.cuda.is_available():
             row["memory_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
+        if self.device_flops:
+            row["utilisation"] = round(flops / max(each, 1e-9) / self.device_flops, 4)
         self.started, self.last_step = now, step
         if self.writes:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+            self._append(json.dumps(_without_nan(row), allow_nan=False) + "\n")
         return row
+
+    def _append(self, line: str) -> None:
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(line)
+        except OSError as error:
+            told = "The last checkpoint is kept; the same command resumes."
+            raise AlphaflowError(f"{self.path}: cannot be written: {error.strerror}. {told}") from error
+
+
+def _without_nan(value: Any) -> Any:
+    """JSON knows no NaN and no infinity: null stands for them."""
+    if isinstance(value, list):
+        return [_without_nan(item) for item in value]
+    if isinstance(value, dict):
+        return {name: _without_nan(item) for name, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _write(path: Path, text: str) -> None:

@@ -1,18 +1,22 @@
 """Starting N processes of ourselves, and telling whether we are one of them.
 
 torch's elastic agent starts the workers, forwards signals and ends the others when one fails. What a worker has to
-say about its failure it writes to RUN/errors/rank-N.json; the parent prints the root cause, once.
+say about its failure it writes to a file; the parent prints the root cause, once. Started by torchrun,
+accelerate launch or Slurm, a worker has no parent of ours and says it itself.
 """
 
+import contextlib
 import json
 import os
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from alphaflow_cli.engine.slurm import join_slurm
 from alphaflow_cli.errors import AlphaflowError
 
 SAVE_SECONDS = 300  # a worker may take so long to save after SIGTERM before the agent kills it
@@ -20,11 +24,27 @@ ECHOES = ("Connection closed by peer", "Connection reset", "Socket Timeout", "NC
 
 
 def is_worker() -> bool:
-    """Started by torchrun, accelerate launch, Slurm's torchrun, or --processes."""
+    """Started by torchrun, accelerate launch, srun, or --processes."""
+    join_slurm()
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
-def launch(argv: Sequence[str], processes: int, errors: Path) -> int:
+def has_parent() -> bool:
+    """Started by --processes: the parent has checked everything, and tells of faults."""
+    return "ALPHAFLOW_ERRORS" in os.environ
+
+
+def check_processes(asked: int | None) -> None:
+    """--processes inside another launcher must be that launcher's number."""
+    joined = int(os.environ["WORLD_SIZE"])
+    if asked is not None and asked != joined and not has_parent():
+        raise AlphaflowError(
+            f"--processes {asked}: a launcher has started {joined} processes already, and this is one of them. "
+            "Leave --processes out, or start without the launcher."
+        )
+
+
+def launch(argv: Sequence[str], processes: int) -> int:
     """Run `alphaflow ARGV` in N processes on this machine; the exit code of the run."""
     from torch.distributed.elastic.multiprocessing import api
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -33,9 +53,6 @@ def launch(argv: Sequence[str], processes: int, errors: Path) -> int:
     os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(SAVE_SECONDS)
     api.PContext.close.__defaults__ = (None, SAVE_SECONDS)  # older torch has no variable for it
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
-    os.environ["ALPHAFLOW_ERRORS"] = str(errors)
-    for old in errors.glob("rank-*.json"):
-        old.unlink()
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -47,13 +64,15 @@ def launch(argv: Sequence[str], processes: int, errors: Path) -> int:
         max_restarts=0,
         monitor_interval=0.2,
     )
-    try:
-        elastic_launch(config, sys.executable)("-m", "alphaflow_cli", *argv)
-    except ChildFailedError as failed:
-        codes = {rank: failure.exitcode for rank, failure in failed.failures.items()}
-        return _report(errors, codes)
-    except api.SignalException as signalled:
-        return 128 + int(signalled.sigval)
+    with tempfile.TemporaryDirectory(prefix="alphaflow-") as errors:  # not in the run: its disk may be full
+        os.environ["ALPHAFLOW_ERRORS"] = errors
+        try:
+            elastic_launch(config, sys.executable)("-m", "alphaflow_cli", *argv)
+        except ChildFailedError as failed:
+            codes = {rank: failure.exitcode for rank, failure in failed.failures.items()}
+            return _report(Path(errors), codes)
+        except api.SignalException as signalled:
+            return 128 + int(signalled.sigval)
     return 0
 
 
@@ -85,27 +104,30 @@ def as_worker(work: Callable[[], int]) -> NoReturn:
         code = work()
     except SystemExit as leave:
         code = leave.code if isinstance(leave.code, int) else 1
-    except BaseException as error:
-        _record(error)
-        if "ALPHAFLOW_ERRORS" not in os.environ:  # nobody else will tell
-            raise
+    except BaseException as error:  # whatever it is: it is told, and the process leaves with 1
+        _tell(error)
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
     os._exit(code)
 
 
-def _record(error: BaseException) -> None:
-    folder = Path(os.environ.get("ALPHAFLOW_ERRORS", "."))
+def _tell(error: BaseException) -> None:
+    """To the parent by a file; without one, on stderr."""
     rank, message = os.environ.get("RANK", "0"), str(error)
+    user_fault = isinstance(error, AlphaflowError)
     record = {
         "rank": int(rank),
         "time": time.time(),
         "message": message or type(error).__name__,
-        "user_fault": isinstance(error, AlphaflowError),
-        "echo": not isinstance(error, AlphaflowError) and any(text in message for text in ECHOES),
+        "user_fault": user_fault,
+        "echo": not user_fault and any(text in message for text in ECHOES),
         "traceback": "".join(traceback.format_exception(error)),
     }
-    if "ALPHAFLOW_ERRORS" in os.environ:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"rank-{rank}.json").write_text(json.dumps(record))
+    if has_parent():
+        with contextlib.suppress(OSError):  # a full or read-only disk is the fault itself, perhaps
+            (Path(os.environ["ALPHAFLOW_ERRORS"]) / f"rank-{rank}.json").write_text(json.dumps(record))
+    if not has_parent() and record["echo"]:
+        sys.stderr.write(f"process {rank} lost the others: {message.splitlines()[0]}\n")
+    elif not has_parent():
+        sys.stderr.write(f"error: process {rank}: {message}\n" if user_fault else str(record["traceback"]))

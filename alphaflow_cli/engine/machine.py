@@ -72,7 +72,9 @@ def weights() -> list[dict[str, Any]]:
     for name in AUTOENCODERS:
         folder = cached(name, "main")
         present = folder is not None and has_weights(folder)
-        found.append({"what": name, "for": "prep-latents, sample and eval", "present": present, "get": "downloaded by use"})
+        found.append(
+            {"what": name, "for": "prep-latents, sample and eval", "present": present, "get": "downloaded by use"}
+        )
     return found
 
 

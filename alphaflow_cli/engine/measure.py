@@ -10,12 +10,11 @@ over the ranks in a fixed order of networks. All ranks must see the same folder.
 import contextlib
 import hashlib
 import json
-import os
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -25,6 +24,7 @@ from torch import Tensor
 from alphaflow_cli.core.frechet import Moments
 from alphaflow_cli.engine.files import write_atomically
 from alphaflow_cli.engine.pictures import ImageSource
+from alphaflow_cli.engine.processes import Processes
 from alphaflow_cli.engine.progress import Progress, say
 from alphaflow_cli.engine.protocol import space_of
 from alphaflow_cli.errors import AlphaflowError
@@ -33,52 +33,6 @@ from alphaflow_cli.nn.features import Extractor
 CHUNK = 250  # pictures; 200 chunks of 50,000 share out evenly over 8 and 16 ranks
 FORMAT = 1  # of the chunk files
 DIGEST = 32  # bytes of a picture's sha256
-
-
-class Processes(Protocol):
-    """This process among those that share the work: a World, or Alone."""
-
-    @property
-    def rank(self) -> int: ...
-
-    @property
-    def size(self) -> int: ...
-
-    @property
-    def device(self) -> torch.device: ...
-
-    def sum(self, values: Tensor) -> Tensor:
-        """Over the processes, in place."""
-        ...
-
-    def wait(self) -> None:
-        """Until all are here."""
-        ...
-
-
-@dataclass(frozen=True)
-class Alone:
-    """One process."""
-
-    device: torch.device
-    rank: int = 0
-    size: int = 1
-
-    def sum(self, values: Tensor) -> Tensor:
-        """Of one."""
-        return values
-
-    def wait(self) -> None:
-        """Nobody to wait for."""
-
-
-def join_processes() -> Processes:
-    """All that were started together (torchrun, --processes), or this one alone."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        from alphaflow_cli.engine.world import join_world  # a single process starts without accelerate
-
-        return join_world()
-    return Alone(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 @dataclass
@@ -123,7 +77,7 @@ def evaluation_id(source: ImageSource, extractors: Mapping[str, Extractor], chun
 
 def run_pass(work: Pass, processes: Processes, *, batch: int, clock: Clock) -> None:
     """Computes what is missing of this rank's chunks; Ctrl-C keeps every finished chunk."""
-    work.folder.mkdir(parents=True, exist_ok=True)
+    make_folder(work.folder)
     mine = work.chunks()[processes.rank :: processes.size]
     waiting = [each for each in mine if not _finished(work, *each)]
     total = sum(stop - first for first, stop in mine)
@@ -139,6 +93,14 @@ def run_pass(work: Pass, processes: Processes, *, batch: int, clock: Clock) -> N
     except KeyboardInterrupt:
         say(f"interrupted; finished chunks are kept in {work.folder}: run the same command again to go on")
         raise
+
+
+def make_folder(folder: Path) -> None:
+    """With its parents."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as fault:
+        raise AlphaflowError(f"{folder}: cannot be made ({fault.strerror}); name another folder") from fault
 
 
 def _measure(work: Pass, part: tuple[int, int], device: torch.device, *, batch: int, clock: Clock) -> dict[str, Tensor]:

@@ -73,7 +73,7 @@ class PictureFiles:
         self._prefix = ""
         if size is not None:  # a reference is built from the training split, as latents are
             lines, self._prefix = choose_split(source.names)
-        self._lines = lines[:limit] if limit else lines
+        self._lines, self._of = _spread(lines, limit), len(lines)
         self._walk: Iterator[tuple[int, sources.Fetch]] = iter(())
         self._reached = len(self._lines)  # where the walk stands; a compressed tar can only be walked forward
         self.count = len(self._lines)
@@ -125,7 +125,7 @@ class PictureFiles:
     def describe(self) -> dict[str, Any]:
         """Source, count, preparation; the content's hash is taken during the pass."""
         how = "as they are" if self._size is None else f"centre crop, Lanczos to {self._size} px"
-        facts = {"kind": self._source.kind, "name": self.label, "count": self.count, "prepared": how}
+        facts = {"kind": self._source.kind, "name": self.label, "count": self.count, "of": self._of, "prepared": how}
         return {**facts, **self._source.facts()}
 
     def fingerprint(self) -> str:
@@ -148,7 +148,8 @@ class PictureArray:
             raise AlphaflowError(
                 f"{path}: arr_0 is {array.dtype} {array.shape}; pictures are uint8 (N, H, W, 3). Round them first."
             )
-        self._array = array[:limit] if limit else array
+        self._array = array[_spread(range(len(array)), limit)] if limit else array
+        self._of = len(array)
         self.count = len(self._array)
         self.size = (int(array.shape[1]), int(array.shape[2]))
         self.label = path.name
@@ -159,12 +160,20 @@ class PictureArray:
 
     def describe(self) -> dict[str, Any]:
         """Source and count."""
-        return {"kind": "npz", "name": self.label, "count": self.count, "prepared": "as they are"}
+        prepared = "as they are"
+        return {"kind": "npz", "name": self.label, "count": self.count, "of": self._of, "prepared": prepared}
 
     def fingerprint(self) -> str:
         """Name, size and time of the file."""
         facts = [self.describe(), _stamp(self._path)]
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def _spread(lines: Sequence[int], limit: int | None) -> Sequence[int]:
+    """So many lines, evenly: the first ones of a sorted source are all of one class."""
+    if limit is None or limit >= len(lines):
+        return lines
+    return [lines[i * len(lines) // limit] for i in range(limit)]
 
 
 def _stamp(path: Path) -> list[Any]:

@@ -14,7 +14,11 @@ from alphaflow_cli.recipe.schema import Recipe, Schedule
 from alphaflow_cli.recipe.steps import resolve_step
 
 TIME_FEATURES = 256  # sines and cosines that a time embedder is fed
-KEPT_BYTES = {"bf16": (32, 4), "fp32": (48, 8)}  # per token · block · dim: (apart from the MLP, per unit of mlp_ratio)
+KEPT_BYTES = {
+    "bf16": (32, 4),
+    "fp32": (48, 8),
+    "fp64": (96, 16),
+}  # per token · block · dim: (apart from the MLP, per unit of mlp_ratio)
 KEPT_OUTSIDE = 13  # the same, outside the blocks, per token · dim
 KEPT_CHECKPOINT = 4  # the same, per block, with gradient_checkpointing: the block's fp32 input
 IMAGENET_TRAIN = 1_281_167  # pictures
@@ -62,9 +66,7 @@ def learning_rate_at(recipe: Recipe) -> Callable[[int], float]:
     optim, steps = recipe.optim, recipe.train.steps
 
     def at(step: int) -> float:
-        return learning_rate(
-            step, lr=optim.lr, final_lr=optim.final_lr, warmup_steps=optim.warmup_steps, steps=steps
-        )
+        return learning_rate(step, lr=optim.lr, final_lr=optim.final_lr, warmup_steps=optim.warmup_steps, steps=steps)
 
     return at
 
@@ -117,9 +119,10 @@ def _linear(inputs: int, outputs: int) -> int:
 
 
 def state_bytes(recipe: Recipe) -> int:
-    """Weights, gradient, Adam's two moments and the averages, fp32, plus the bf16 copy that autocast keeps."""
-    copies = 4 + len(recipe.ema.half_lives)
-    return parameter_count(recipe) * (4 * copies + (2 if recipe.train.precision == "bf16" else 0))
+    """Weights, gradient, Adam's two moments and the averages, plus the bf16 copy that autocast keeps."""
+    copies, precision = 4 + len(recipe.ema.half_lives), recipe.train.precision
+    each = 8 if precision == "fp64" else 4
+    return parameter_count(recipe) * (each * copies + (2 if precision == "bf16" else 0))
 
 
 def activation_bytes(recipe: Recipe) -> int:

@@ -10,24 +10,22 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from alphaflow_cli.data.files import to_json, write_atomic, write_tensors
-from alphaflow_cli.data.manifest import manifest_to_bytes, plan_to_dict, read_json, shard_from_dict
+from alphaflow_cli.data.files import to_json, write_atomic
+from alphaflow_cli.data.manifest import plan_to_dict
 from alphaflow_cli.data.pictures import MAX_PIXELS
-from alphaflow_cli.data.shards import open_shards, statistics_of_rows
-from alphaflow_cli.data.stats import Statistics, merge_all, read_statistics, statistics_tensors, subset_rows
+from alphaflow_cli.data.writing import finish_store, is_done
 from alphaflow_cli.engine.crew import Tell, run_crew
-from alphaflow_cli.engine.encode import Bad, Job, room_for, shard_name, work
+from alphaflow_cli.engine.encode import Bad, Job, room_for, work
 from alphaflow_cli.engine.prepare_plan import Listing, Request, make_job
 from alphaflow_cli.engine.progress import Progress, say, size
 from alphaflow_cli.errors import AlphaflowError
 
 SPARE = 64_000_000  # bytes that the disk should keep free beyond the store
-STATS_IMAGES = 2048  # the published estimate's number of latents; its statistics lie beside those of all
 
 
 @dataclass(frozen=True)
@@ -71,7 +69,8 @@ def prepare(request: Request, out: Path, *, processes: int, shown: bool) -> Path
     with locked(out):
         _begin(job, listing, shown)
         _run(job, missing, processes, shown)
-        _finish(job)
+        with room_for(out):
+            finish_store(out, job.plan)
     return out
 
 
@@ -89,7 +88,7 @@ def default_processes() -> int:
 def missing_shards(job: Job) -> list[int]:
     """Those without a sidecar, or whose file is not as long as the sidecar says."""
     total = -(-len(job.lines) // job.plan.shard_size)
-    return [shard for shard in range(total) if not _is_done(job.out, shard)]
+    return [shard for shard in range(total) if not is_done(job.out, shard)]
 
 
 def bytes_needed(job: Job, shards: Sequence[int]) -> int:
@@ -133,12 +132,6 @@ def locked(out: Path) -> Iterator[None]:
         lock.unlink(missing_ok=True)
 
 
-def _is_done(out: Path, shard: int) -> bool:
-    file = out / shard_name(shard)
-    sidecar = file.with_suffix(".json")
-    return sidecar.exists() and file.exists() and file.stat().st_size == read_json(sidecar).get("bytes")
-
-
 def _begin(job: Job, listing: Listing, shown: bool) -> None:
     """The plan, before the first picture is read; left-overs of a kill go."""
     out = job.out
@@ -160,7 +153,7 @@ def _run(job: Job, missing: Sequence[int], processes: int, shown: bool) -> None:
     with Progress("encode", total, unit="img", done=total - todo, shown=shown) as bar:
 
         def tell(count: int) -> None:
-            bar.advance(count, note=size(bar.done * job.plan.sample_bytes))
+            bar.advance(count, note=size((bar.done + count) * job.plan.sample_bytes))
 
         try:
             _share_out(job, missing, processes, tell)
@@ -182,39 +175,3 @@ def _share_out(job: Job, missing: Sequence[int], processes: int, tell: Tell) -> 
 def _work_share(share: Share, tell: Tell) -> None:
     torch.set_num_threads(share.torch_threads)
     work(share.job, share.shards, torch.device(share.device), tell)
-
-
-def _finish(job: Job) -> None:
-    """Statistics of everything, then the manifest that makes it a store."""
-    out, plan = job.out, job.plan
-    paths = [out / shard_name(shard) for shard in range(-(-len(job.lines) // plan.shard_size))]
-    sidecars = [shard_from_dict(read_json(path.with_suffix(".json")), path) for path in paths]
-    count, bad = sum(shard.count for shard in sidecars), [entry for shard in sidecars for entry in shard.bad]
-    if not count:
-        raise AlphaflowError(f"{job.source.name}: not one good picture; the first: {bad[0]['name']!r}: {bad[0]['why']}")
-    stats = _all_statistics(job, paths)
-    content = {key: value for name, part in stats.items() for key, value in statistics_tensors(part, name).items()}
-    _, digest = write_tensors(out / "stats.safetensors", content, {"format": "alphaflow-latents-1"})
-    summary = {
-        "file": "stats.safetensors",
-        "sha256": digest,
-        "images": stats["all"].count,
-        "subset_images": stats["subset"].count,
-        "channel_mean": stats["all"].channel_mean.tolist(),
-        "channel_std": stats["all"].channel_std.tolist(),
-    }
-    shards = [asdict(shard) for shard in sidecars]
-    document = manifest_to_bytes(plan, count=count, bad=bad, statistics=summary, shards=shards)
-    write_atomic(out / "manifest.json", [document])
-
-
-def _all_statistics(job: Job, paths: list[Path]) -> dict[str, Statistics]:
-    """Of all latents (merged in shard order) and of the published way's subset; of the mirrored copies likewise."""
-    plan, shards = job.plan, open_shards(paths)
-    parts = [read_statistics(file) for file in shards.files]
-    rows = subset_rows(shards.count, STATS_IMAGES)
-    found = {}
-    for end in ["", *(["_flip"] if plan.stores_flips else [])]:
-        found[f"all{end}"] = merge_all((part[f"all{end}"] for part in parts), plan.latent)
-        found[f"subset{end}"] = statistics_of_rows(shards, plan, plan.kind + end, rows)
-    return found

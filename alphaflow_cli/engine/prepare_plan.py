@@ -91,7 +91,7 @@ def make_job(request: Request, out: Path, *, threads: int, device: torch.device)
         lines=listing.lines,
         labels=listing.labels,
         autoencoder=request.autoencoder,
-        batch=request.batch or default_batch(request),
+        batch=request.batch or default_batch(request, device),
         bad=request.bad,
         max_pixels=request.max_pixels,
         threads=threads,
@@ -124,16 +124,18 @@ def shard_size(count: int, sample_bytes: int) -> int:
 
 def default_out(source: str, size: int, autoencoder: str) -> Path:
     """`latents/<source>-<size>-<autoencoder>`: other settings, another folder."""
-    parts = source.replace(":", "-").split("?")[0].rstrip("/").split("/")
-    parts = [part for part in parts if part not in ("", ".", "..", "train")] or [Path.cwd().name]
-    name = parts[-1].split(".")[0] or parts[-1]
+    bare = source.split("://")[-1].split("@")[0].split(":")[0] if source.startswith("hf://") else source
+    parts = [part for part in bare.replace(":", "-").split("/") if part not in ("", ".", "..", "train")]
+    name = (parts or [Path.cwd().name])[-1].split(".")[0] or "pictures"
     kind = "pixels" if autoencoder == "none" else public_id(autoencoder).rsplit("/", 1)[-1]
     return Path("latents") / f"{name}-{size}-{kind}"
 
 
-def default_batch(request: Request) -> int:
-    """Pictures that the encoder sees at once: 32 at 256 px."""
-    return 256 if request.autoencoder == "none" else max(1, min(256, 32 * 256**2 // request.size**2))
+def default_batch(request: Request, device: torch.device) -> int:
+    """Pictures that the encoder sees at once: 32 at 256 px on a GPU; on a CPU small ones, so that progress shows."""
+    if request.autoencoder == "none":
+        return 256
+    return max(1, min(256 if device.type == "cuda" else 16, 32 * 256**2 // request.size**2))
 
 
 def _with_the_removed(listing: Listing, out: Path) -> Listing:

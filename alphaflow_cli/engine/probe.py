@@ -6,10 +6,9 @@ from dataclasses import dataclass, replace
 import torch
 
 from alphaflow_cli.core.alpha import equal_rows
-from alphaflow_cli.engine.build import build_network, label_rows
+from alphaflow_cli.engine.build import DTYPES, build_network, label_rows
 from alphaflow_cli.engine.optimise import Optimiser
 from alphaflow_cli.engine.plan import alpha_at, equal_share_at, phases
-from alphaflow_cli.engine.run import DTYPES
 from alphaflow_cli.engine.split import largest_that_fits
 from alphaflow_cli.engine.step import Objective, Rows, training_step
 from alphaflow_cli.engine.world import World
@@ -20,7 +19,8 @@ TIMED_STEPS = 3
 
 def random_rows(recipe: Recipe, count: int, n_equal: int, device: torch.device) -> Rows:
     """Rows of the right shapes, for timing and memory only."""
-    shape, dtype = (recipe.data.channels, recipe.data.latent_size, recipe.data.latent_size), DTYPES[recipe.train.precision]
+    data, dtype = recipe.data, DTYPES[recipe.train.precision]
+    shape = (data.channels, data.latent_size, data.latent_size)
     x, noise = (torch.randn((count, *shape), device=device, dtype=dtype) for _ in range(2))
     r = torch.full((count,), 0.25, device=device, dtype=dtype)
     t = torch.full_like(r, 0.75)
@@ -34,13 +34,15 @@ def micro_batch_that_fits(recipe: Recipe, world: World) -> int:
     rows = -(-recipe.train.batch // world.size)
     if world.device.type == "cpu":
         return rows
-    dearest = min((alpha_at(recipe)(phase.first) for phase in phases(recipe)), default=1.0)
-    trial = Trial(recipe, world.device)
-    fits = largest_that_fits(rows, lambda count: trial.step(count, dearest))
-    agreed = -int(world.largest(-fits))
-    del trial
+    fits = _rows_that_fit(recipe, world.device, rows)
     torch.cuda.empty_cache()
-    return agreed
+    return -int(world.largest(-fits))  # the fewest that fit anywhere
+
+
+def _rows_that_fit(recipe: Recipe, device: torch.device, rows: int) -> int:
+    dearest = min((alpha_at(recipe)(phase.first) for phase in phases(recipe)), default=1.0)
+    trial = Trial(recipe, device)
+    return largest_that_fits(rows, lambda count: trial.step(count, dearest))
 
 
 class Trial:
@@ -55,7 +57,7 @@ class Trial:
         """Forward, backward, optimiser, on `count` rows."""
         n_equal = equal_rows(count, equal_share_at(self.recipe)(0))
         rows = random_rows(self.recipe, count, n_equal, self.device)
-        training_step(self.net, self.net, rows, alpha=alpha, how=self.how).loss.backward()
+        training_step(self.net, self.net, rows, alpha=alpha, how=self.how).loss.backward()  # type: ignore[no-untyped-call]
         self.optimiser.step(1)
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from alphaflow_cli.core.frechet import Moments, frechet_distance
 from alphaflow_cli.engine.files import write_atomically
 from alphaflow_cli.engine.foreign import read_foreign
-from alphaflow_cli.engine.measure import Content, Pass, load_all
+from alphaflow_cli.engine.measure import Content, Pass, load_all, make_folder
 from alphaflow_cli.engine.protocol import FeatureSpace, environment, space_of
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.nn.features import Extractor
@@ -88,7 +88,7 @@ def save_reference(reference: Reference, path: Path) -> None:
     spaces = {key: asdict(each.space) for key, each in reference.stats.items()}
     header = {"format": FORMAT, "facts": json.dumps(reference.facts), "spaces": json.dumps(spaces)}
     data = save(tensors, metadata=header)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     write_atomically(path, lambda temporary: _write_bytes(temporary, data))
 
 

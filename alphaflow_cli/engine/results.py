@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from alphaflow_cli.engine.files import write_atomically
+from alphaflow_cli.engine.measure import make_folder
 from alphaflow_cli.engine.protocol import Row, environment
+from alphaflow_cli.errors import AlphaflowError
 
 SCHEMA = "alphaflow-results/1"
 DIGITS = {
@@ -78,12 +80,15 @@ def document(evaluations: Sequence[Evaluation]) -> dict[str, Any]:
 
 def save_results(path: Path, history: Path, evaluations: Sequence[Evaluation]) -> None:
     """results.json anew, and a line for each evaluation at the end of the history."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     text = json.dumps(document(evaluations), indent=1, ensure_ascii=False) + "\n"
     write_atomically(path, lambda temporary: _write(temporary, text))
     lines = "".join(json.dumps(each.as_dict(), ensure_ascii=False) + "\n" for each in evaluations)
-    with history.open("a", encoding="utf-8") as file:
-        file.write(lines)
+    try:
+        with history.open("a", encoding="utf-8") as file:
+            file.write(lines)
+    except OSError as fault:
+        raise AlphaflowError(f"{history}: cannot be written ({fault.strerror}); {path} is whole") from fault
 
 
 def _write(path: Path, text: str) -> None:

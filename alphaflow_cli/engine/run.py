@@ -13,19 +13,17 @@ from alphaflow_cli.core.draws import mix_seed
 from alphaflow_cli.data.batches import LatentStream
 from alphaflow_cli.data.store import class_names
 from alphaflow_cli.engine import state
-from alphaflow_cli.engine.build import build_network
+from alphaflow_cli.engine.build import DTYPES, build_network
 from alphaflow_cli.engine.checkpoint import Checkpoint
 from alphaflow_cli.engine.compile import compile_blocks
 from alphaflow_cli.engine.journal import Sums
 from alphaflow_cli.engine.optimise import Optimiser
 from alphaflow_cli.engine.plan import alpha_at, equal_share_at
-from alphaflow_cli.engine.progress import say
 from alphaflow_cli.engine.split import Split
 from alphaflow_cli.engine.step import Objective
 from alphaflow_cli.engine.world import World
+from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.recipe.schema import Recipe
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}  # of weights, targets and losses
 
 
 @dataclass
@@ -42,8 +40,12 @@ class Run:
     optimiser: Optimiser
     sums: Sums
     how: Objective
+    class_names: list[str]
+    init_from: str = ""  # whose weights it began with
+    may_shrink: bool = False  # whether micro-batches become smaller when the memory runs out
     step: int = 0  # steps done
     retries: int = 0  # rolls back so far; each gives the steps after it other draws
+    checked: bool = False  # whether the processes' gradients were compared
 
     def __post_init__(self) -> None:
         self.alpha_at, self.equal_share_at = alpha_at(self.recipe), equal_share_at(self.recipe)
@@ -57,17 +59,25 @@ class Run:
 
     def facts(self) -> dict[str, Any]:
         """What a state says beside its tensors."""
-        return {"retries": self.retries, "accumulation": self.split.accumulation, "processes": self.world.size}
+        return {
+            "retries": self.retries,
+            "accumulation": self.split.accumulation,
+            "processes": self.world.size,
+            "store": self.stream.store.manifest.digest,
+            "init_from": self.init_from,
+        }
+
+    def model(self, which: int = 0) -> Checkpoint:
+        """A running average, ready to be saved or sampled by the first process. All processes must call it."""
+        values = self.optimiser.average(which, keep=self.world.is_main)
+        return self._checkpoint(values, weights="ema", half_life=self.recipe.ema.half_lives[which])
 
     def models(self) -> dict[str, Checkpoint]:
-        """The files of a checkpoint: the first average, the others, the raw weights."""
+        """The files of a checkpoint: the first average, the others, the raw weights. All processes must call it."""
         lives = self.recipe.ema.half_lives
         names = ["model.safetensors", *(f"ema-{life:g}.safetensors" for life in lives[1:])]
-        found = {
-            name: self._checkpoint(self.optimiser.average(i), weights="ema", half_life=lives[i])
-            for i, name in enumerate(names)
-        }
-        raw = dict(zip(self.optimiser.names, self.optimiser.weights, strict=True))
+        found = {name: self.model(i) for i, name in enumerate(names)}
+        raw = self.optimiser.raw(keep=self.world.is_main)
         return found | {"raw.safetensors": self._checkpoint(raw, weights="raw", half_life=0.0)}
 
     def _checkpoint(self, values: dict[str, torch.Tensor], *, weights: str, half_life: float) -> Checkpoint:
@@ -77,19 +87,21 @@ class Run:
             "images_seen": self.step * self.recipe.train.batch,
             "weights": weights,
             "half_life": half_life,
+            "init_from": self.init_from,
             "autoencoder": asdict(store.plan.autoencoder),
-            "class_names": class_names(store.path),
-            "versions": {name: version(name) for name in ("alphaflow", "torch")} | {"python": platform.python_version()},
+            "class_names": self.class_names,
+            "versions": {name: version(name) for name in ("alphaflow", "torch")}
+            | {"python": platform.python_version()},
         }
         ready = {name: value.detach().float() for name, value in values.items()}
         return Checkpoint(ready, self.recipe, self.stream.mean, self.stream.std, origin)
 
     def save(self) -> None:
         """Checkpoint first, then the state that counts on it, then older ones go. Rank 0 writes, all wait."""
-        sums = self.world.gather(self.sums.values)
+        sums, models = self.world.gather(self.sums.values), self.models()
+        tensors = self.optimiser.tensors(keep=self.world.is_main) | {"sums": sums}
         if self.world.is_main:
-            state.save_models(self.folder, self.step, self.models())
-            tensors = self.optimiser.tensors() | {"sums": sums}
+            state.save_models(self.folder, self.step, models)
             state.save_state(self.folder, self.step, tensors, self.facts())
             train = self.recipe.train
             state.prune(self.folder, keep=train.keep, milestone_every=train.milestone_every)
@@ -98,11 +110,23 @@ class Run:
     def restore(self, path: Path) -> None:
         """Go on from a saved state."""
         facts, tensors = state.read_facts(path), state.read_tensors(path)
+        self._check_store(path, facts["store"])
         self.optimiser.load(tensors)
         sums = tensors["sums"].to(self.world.device)  # (processes, n)
         mine = sums[self.world.rank] if len(sums) == self.world.size else sums.sum(0) * self.world.is_main
         self.sums.values.copy_(mine)
         self.step, self.retries = facts["step"], max(facts["retries"], self.retries)
+        self.init_from = facts["init_from"]
+
+    def _check_store(self, path: Path, digest: str) -> None:
+        """The same run on other data would be another run."""
+        store = self.stream.store
+        if digest != store.manifest.digest:
+            raise AlphaflowError(
+                f"{path}: this run was trained on a latent store with the digest {digest[:12]}, {store.path} has "
+                f"{store.manifest.digest[:12]}. Give the same data (--data DIR), or begin another run from these "
+                f"weights: --init-from {self.folder} --out RUN"
+            )
 
 
 def build_run(recipe: Recipe, folder: Path, *, world: World, stream: LatentStream, split: Split) -> Run:
@@ -110,7 +134,7 @@ def build_run(recipe: Recipe, folder: Path, *, world: World, stream: LatentStrea
     net = build_network(recipe).to(world.device, DTYPES[recipe.train.precision])
     if recipe.train.compile:
         compile_blocks(net)
-    wrapped = world.wrap(net)
+    wrapped = world.wrap(net, recipe.train.strategy)
     return Run(
         recipe=recipe,
         folder=folder,
@@ -122,4 +146,5 @@ def build_run(recipe: Recipe, folder: Path, *, world: World, stream: LatentStrea
         optimiser=Optimiser(net, recipe),
         sums=Sums(world.device),
         how=Objective.of(recipe),
+        class_names=class_names(stream.store.path),
     )

@@ -26,9 +26,9 @@ class SampleGrids:
 
     def draw(self, run: Run) -> Path | None:
         """The grid of the present weights; None where the autoencoder cannot be had."""
-        if self.broken:
+        checkpoint = run.model()  # all processes: the weights may be cut over them
+        if self.broken or not run.world.is_main:
             return None
-        checkpoint = run.models()["model.safetensors"]
         if self.generator is None:
             self.generator = Generator(checkpoint, device=run.world.device)
         self.generator.net.load_state_dict(checkpoint.weights)
@@ -62,5 +62,3 @@ def to_numpy(images: Tensor) -> list[np.ndarray]:
 
 def _write(path: Path, data: bytes) -> None:
     path.write_bytes(data)
-
-

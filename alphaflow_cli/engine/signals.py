@@ -1,7 +1,13 @@
-"""Ctrl-C and SIGTERM: finish the step, save, leave. A second one leaves at once."""
+"""Ctrl-C and SIGTERM: finish the step, save, leave. A second one, a second later, leaves at once.
+
+Sooner it is an echo: a terminal, a launcher and a job system each pass on the same Ctrl-C.
+"""
 
 import signal
+import time
 from types import FrameType, TracebackType
+
+ECHO_SECONDS = 1.0
 
 
 class StopFlag:
@@ -9,6 +15,7 @@ class StopFlag:
 
     def __init__(self) -> None:
         self.signal = 0
+        self._since = 0.0
         self._before: dict[int, object] = {}
 
     @property
@@ -21,9 +28,10 @@ class StopFlag:
         return self
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.is_set:
+        if self.is_set and time.monotonic() - self._since > ECHO_SECONDS:
             raise SystemExit(128 + number)
-        self.signal = number
+        if not self.is_set:
+            self.signal, self._since = number, time.monotonic()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -94,6 +94,17 @@ def training_step(wrapped: nn.Module, bare: nn.Module, rows: Rows, *, alpha: flo
     return _loss(u, target, v_guided, k, alpha=alpha, how=how)
 
 
+@torch.no_grad()
+def guided_rows(bare: nn.Module, rows: Rows, how: Objective) -> tuple[Tensor, Tensor, Tensor]:
+    """(z_t, ṽ, y) of a batch without r = t rows, as `training_step` makes them: for measurements."""
+    assert rows.n_equal == 0, rows.n_equal
+    z_t = path.interpolate(rows.x, rows.noise, rows.t)
+    y = _labels(rows, how)
+    with precision(rows.x, how):
+        u_y, u_null = _guidance_velocities(bare, z_t, rows, y, how)
+    return z_t, _guided(path.velocity(rows.x, rows.noise), u_y, u_null, rows.t, how), y
+
+
 def precision(x: Tensor, how: Objective) -> torch.autocast:
     """One region per call: inside one, older torch keeps casts of weights made without gradient for the graded call."""
     return torch.autocast(x.device.type, torch.bfloat16, enabled=how.bf16)

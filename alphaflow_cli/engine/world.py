@@ -1,14 +1,22 @@
 """The processes of a run: who am I, how many are we, what do we compute on. Accelerate does the joining."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch.distributed.tensor import DTensor
 
+from alphaflow_cli.engine.shards import shard_network
 from alphaflow_cli.errors import AlphaflowError
+from alphaflow_cli.recipe.schema import Strategy
+
+SAME = 1e-6  # relative difference of the processes' gradient checksums that rounding may cause
 
 
 @dataclass(frozen=True)
@@ -33,8 +41,11 @@ class World:
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def wrap(self, net: nn.Module) -> nn.Module:
-        """The network whose gradients synchronise."""
+    def wrap(self, net: nn.Module, strategy: Strategy = "ddp") -> nn.Module:
+        """The network whose gradients synchronise; FSDP2 cuts the given one in place."""
+        if strategy == "fsdp2" and self.size > 1:
+            shard_network(net, self.device, self.size)
+            return net
         wrapped: nn.Module = self.accelerator.prepare_model(net)
         return wrapped
 
@@ -66,17 +77,37 @@ class World:
         """Until all are here."""
         self.accelerator.wait_for_everyone()
 
+    def check_synchronised(self, net: nn.Module) -> None:
+        """After a backward pass: every process must hold the same gradient, or its own part of it."""
+        grads = [p.grad for p in net.parameters() if p.grad is not None]
+        if self.size == 1 or any(isinstance(grad, DTensor) for grad in grads):
+            return
+        mine = torch.stack([grad.double().abs().sum() for grad in grads])
+        sums = self.gather(mine)
+        apart = (sums - sums[0]).abs() > SAME * sums[0]  # a NaN compares as false: another policy's affair
+        assert not apart.any(), (
+            "the processes' gradients differ after the first backward pass: they were not synchronised. "
+            f"Sums of |gradient| by process: {sums.sum(1).tolist()}"
+        )
 
-def join_world(*, allow_tf32: bool = False) -> World:
+
+def join_world(*, allow_tf32: bool = False, trackers: Sequence[str] = (), folder: Path | None = None) -> World:
     """Join the processes that started us (torchrun, accelerate launch, Slurm or --processes), or be alone."""
     on_cpu = not torch.cuda.is_available()
     if on_cpu:
         os.environ["ACCELERATE_USE_CPU"] = "true"  # else N processes become N lonely first ones
     expected = int(os.environ.get("WORLD_SIZE", "1"))
-    # Precision and accumulation are ours; the environment must not switch them on behind our back.
-    os.environ.pop("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", None)
-    os.environ.pop("ACCELERATE_DYNAMO_BACKEND", None)
-    accelerator = Accelerator(cpu=on_cpu, mixed_precision="no", gradient_accumulation_steps=1)
+    # Precision, accumulation and sharding are ours; the environment must not switch them on behind our back.
+    for name in ("GRADIENT_ACCUMULATION_STEPS", "DYNAMO_BACKEND", "USE_FSDP", "USE_DEEPSPEED", "USE_MEGATRON_LM"):
+        os.environ.pop(f"ACCELERATE_{name}", None)
+    accelerator = Accelerator(
+        cpu=on_cpu,
+        mixed_precision="no",
+        gradient_accumulation_steps=1,
+        log_with=list(trackers) or None,
+        project_config=ProjectConfiguration(str(folder), str(folder / "trackers")) if folder else None,
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],  # else gradients exist twice
+    )
     if accelerator.num_processes != expected:
         raise AlphaflowError(
             f"{expected} processes were started but only {accelerator.num_processes} joined. "

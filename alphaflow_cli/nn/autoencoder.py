@@ -89,17 +89,21 @@ def load_autoencoder(
     device: torch.device,
     dtype: torch.dtype = torch.float32,
     channels_last: bool = False,
-    low_memory: bool = False,
+    slicing: bool = False,
+    tiling: bool = False,
 ) -> Autoencoder:
-    """By name; `low_memory` decodes picture by picture, in tiles where they are large."""
+    """By name. To save memory, `slicing` decodes picture by picture (exact), `tiling` in blended tiles (not exact)."""
     if name == "none":
         return Autoencoder("none", "", "", "none", 3, 1, 1.0, 0.0, None)
     module, revision = _load_module(name)
     digest = weights_sha256(module)
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    module = module.to(device, dtype).to(memory_format=layout).eval().requires_grad_(False)
-    if low_memory and hasattr(module, "enable_tiling"):
+    nn.Module.to(module, device, dtype)  # diffusers' own .to warns of modules that these models do not have
+    nn.Module.to(module, memory_format=layout)
+    module.eval().requires_grad_(False)
+    if slicing:
         module.enable_slicing()
+    if tiling:
         module.enable_tiling()
     kind, config = CLASSES[type(module).__name__], module.config
     scale, shift = float(config.get("scaling_factor") or 1.0), float(config.get("shift_factor") or 0.0)

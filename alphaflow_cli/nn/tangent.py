@@ -95,13 +95,18 @@ def _patches(layer: nn.Conv2d, x: Dual) -> Dual:
 
 
 def _layer_norm(layer: nn.LayerNorm, x: Dual) -> Dual:
-    wide = x.value if x.value.dtype == torch.float64 else x.value.float()  # as autocast does
-    value, mean, rstd = torch.native_layer_norm(wide, layer.normalized_shape, layer.weight, layer.bias, layer.eps)
-    rows, dx = len(x.tangent), x.tangent.to(wide.dtype)
+    shape, rows = layer.normalized_shape, len(x.tangent)
+    if x.value.dtype in (torch.float32, torch.float64):  # the stream: one kernel gives the value and its statistics
+        value, mean, rstd = torch.native_layer_norm(x.value, shape, layer.weight, layer.bias, layer.eps)
+    else:  # q and k under autocast, whose value is the device's affair
+        value = layer(x.value)
     with torch.no_grad():
-        wide, mean, rstd = (last_rows(a, rows) for a in (wide, mean, rstd))
+        wide, dx = x.last, x.tangent
+        if wide.dtype not in (torch.float32, torch.float64):
+            wide, dx = wide.float(), dx.float()
+            _, mean, rstd = torch.native_layer_norm(wide, shape, None, None, layer.eps)
+        mean, rstd = last_rows(mean, rows), last_rows(rstd, rows)
         mask = [True, False, False]
-        shape = layer.normalized_shape
         tangent = torch.ops.aten.native_layer_norm_backward(dx, wide, shape, mean, rstd, None, None, mask)[0]
         return Dual(value, tangent if layer.weight is None else tangent * layer.weight)
 

@@ -6,7 +6,6 @@ What a field does not say comes from the schema's own default of that field; not
 import re
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from difflib import get_close_matches
-from functools import cache
 from types import NoneType, UnionType
 from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
 
@@ -40,8 +39,7 @@ def build(tree: Mapping, faults: Faults) -> tuple[Recipe, dict[str, str]]:
     return recipe, reader.places
 
 
-@cache
-def field_types(section: type) -> dict[str, Any]:
+def field_types(section: Any) -> dict[str, Any]:
     return get_type_hints(section)
 
 
@@ -198,6 +196,8 @@ def _bool(node: Scalar) -> tuple[str, Any]:
 
 
 def _text(node: Scalar) -> tuple[str, Any]:
+    if not node.text.isprintable():  # it names files and folders
+        return ": a line break, a null byte or half a character cannot stand here", None
     trap = node.text.lower() in SWITCHES | {"true", "false"} or FLOAT.fullmatch(node.text)
     return (f': YAML reads that otherwise, write "{node.text}"', None) if trap and not node.quoted else ("", node.text)
 

@@ -4,6 +4,7 @@ Each check yields (field, what is wrong and what to do). The limits are those of
 arithmetic; a rule that only saves the user from a silent surprise says which.
 """
 
+import itertools
 import re
 from collections.abc import Callable, Iterator
 from operator import attrgetter
@@ -121,7 +122,7 @@ def _ends(path: str, schedule: Schedule, steps: int) -> Iterator[Fault]:
         yield (
             f"{path}.{line}",
             f"{path} reaches its final value at step {end:,}, but the run has {steps:,} steps: "
-            f'write {line}: a percentage such as "{50 if line == "start" else 100}%", or unfinished: true if it is meant',
+            f'write {line}: "{50 if line == "start" else 100}%" or another share, or unfinished: true if it is meant',
         )
 
 
@@ -155,7 +156,10 @@ def _guidance(recipe: Recipe) -> Iterator[Fault]:
     if recipe.sample.guidance != 1 and active:
         yield "sample.guidance", "guidance is built in by training (omega, kappa): sample.guidance must be 1"
     elif recipe.sample.guidance != 1 and guidance.label_dropout == 0:
-        yield "sample.guidance", "sample.guidance needs a network that knows the null label: guidance.label_dropout is 0"
+        yield (
+            "sample.guidance",
+            "sample.guidance needs a network that knows the null label: guidance.label_dropout is 0",
+        )
 
 
 def _loss(recipe: Recipe) -> Iterator[Fault]:
@@ -194,14 +198,17 @@ def _sample(recipe: Recipe) -> Iterator[Fault]:
 
 
 def _grid(path: str, times: tuple[float, ...]) -> Iterator[Fault]:
-    falling = all(a > b for a, b in zip(times, times[1:], strict=False))
+    falling = all(a > b for a, b in itertools.pairwise(times))
     if len(times) < 2 or times[0] != 1 or times[-1] != 0 or not falling:
         yield path, f"{path} must fall from 1 to 0, got {list(times)}"
 
 
 def _eval(recipe: Recipe) -> Iterator[Fault]:
     if any(nfe < 1 for nfe in recipe.eval.nfe) or not recipe.eval.nfe:
-        yield "eval.nfe", f"eval.nfe wants at least one number of evaluations, each 1 or more, got {list(recipe.eval.nfe)}"
+        yield (
+            "eval.nfe",
+            f"eval.nfe wants at least one number of evaluations, each 1 or more, got {list(recipe.eval.nfe)}",
+        )
     if not recipe.eval.metrics:
         yield "eval.metrics", "eval.metrics is empty"
     if recipe.eval.draw == "balanced" and recipe.data.classes == 0:

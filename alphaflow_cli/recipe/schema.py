@@ -93,7 +93,7 @@ class Times:
 
 @dataclass(frozen=True)
 class Guidance:
-    """Guidance built into the training target: ṽ = ω v + κ u⁻(z,t,t|y) + (1-ω-κ) u⁻(z,t,t|∅) where t_min < t < t_max."""
+    """Guidance built into the target: ṽ = ω v + κ u⁻(z,t,t|y) + (1-ω-κ) u⁻(z,t,t|∅) where t_min < t < t_max."""
 
     omega: float = 1.0  # weight of the data's velocity; 1 and kappa 0 = no guidance
     kappa: float = 0.0  # weight of the network's own conditional velocity; effective scale ω / (1 - κ)

@@ -1,6 +1,7 @@
 """A chart as PNG bytes by Pillow: drawn four times as large as its marks say, kept at twice."""
 
 import io
+import itertools
 from collections.abc import Callable
 from functools import cache
 
@@ -50,7 +51,7 @@ def _dashes(points: list[tuple[float, float]]) -> list[list[tuple[float, float]]
     """A path cut into dashes of 7 pixels with gaps of 5, as in SVG."""
     pieces: list[list[tuple[float, float]]] = [[points[0]]]
     drawing, left = True, 7.0 * DRAWN
-    for (x, y), (x2, y2) in zip(points, points[1:], strict=False):
+    for (x, y), (x2, y2) in itertools.pairwise(points):
         length = ((x2 - x) ** 2 + (y2 - y) ** 2) ** 0.5
         done = 0.0
         while length - done > left:

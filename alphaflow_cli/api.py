@@ -1,0 +1,68 @@
+"""For programs: `alphaflow_cli.load("user/repo" | path)` gives a model, `.sample(seeds=…)` gives pictures."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from alphaflow_cli.engine.generate import Generator, draw_labels, open_generator, plan_walk
+from alphaflow_cli.errors import AlphaflowError
+from alphaflow_cli.recipe import Recipe
+
+
+class Model:
+    """A checkpoint, ready to sample. The picture of a seed does not depend on the others."""
+
+    def __init__(self, generator: Generator) -> None:
+        self._generator = generator
+
+    @property
+    def recipe(self) -> Recipe:
+        """What it was trained by."""
+        return self._generator.recipe
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """Step, weights, versions, class names."""
+        return dict(self._generator.origin)
+
+    def sample(
+        self,
+        seeds: Sequence[int],
+        classes: Sequence[int] | int | None = None,
+        nfe: int = 1,
+        *,
+        sampler: str = "auto",
+        times: Sequence[float] | None = None,
+        guidance: float | None = None,
+        batch: int = 64,
+    ) -> Tensor:
+        """uint8 pictures (n, 3, H, W) on the CPU. `classes`: in turn over the seeds; None draws one per seed."""
+        seeds = [int(seed) for seed in seeds]
+        if not seeds:
+            raise AlphaflowError("sample: seeds is empty; give one per picture, such as range(16).")
+        walk = plan_walk(self.recipe, nfe=nfe, kind=sampler, times=times, guidance=guidance)
+        labels = self._labels(seeds, classes)
+        batches = self._generator.batches(seeds, labels, walk, batch=batch)
+        return torch.cat([images.cpu() for _, _, images in batches])
+
+    def _labels(self, seeds: Sequence[int], classes: Sequence[int] | int | None) -> list[int]:
+        known = self.recipe.data.classes
+        if classes is None:
+            return draw_labels(seeds, known, "random")
+        chosen = [classes] if isinstance(classes, int) else [int(label) for label in classes]
+        bad = [label for label in chosen if not 0 <= label < known]
+        if bad or not chosen:
+            has = f"classes 0 to {known - 1}" if known else "no classes"
+            raise AlphaflowError(f"sample: class {bad[0] if bad else 'list is empty'}: this model has {has}.")
+        return [chosen[i % len(chosen)] for i in range(len(seeds))]
+
+
+def load(
+    address: str | Path, *, device: str | torch.device | None = None, weights: Literal["ema", "raw"] = "ema"
+) -> Model:
+    """A file, a run folder, or user/repo[@revision] on the Hub."""
+    chosen = torch.device(device) if device is not None else None
+    return Model(open_generator(str(address), device=chosen, weights=weights))

@@ -1,0 +1,79 @@
+"""`alphaflow analyze`: the conflict between the objective's two halves, measured."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from alphaflow_cli.commands.common import examples, json_option, print_json, print_table
+
+EXAMPLES = examples(
+    "alphaflow analyze runs/quickstart --batches 50",
+    "alphaflow analyze runs/b2 --data latents/imagenet --all-checkpoints",
+    "alphaflow analyze model.safetensors --data latents/cifar10 --batch 128 --json",
+)
+NAMES = {"tfm": "∇L_TFM", "tc": "∇L_TC", "fm": "∇L_FM'", "mean_flow": "∇L_TFM + ∇L_TC"}
+
+
+@click.command("analyze", epilog=EXAMPLES)
+@click.argument("address", metavar="CKPT|RUN")
+@click.option("--data", type=click.Path(path_type=Path), help="Latent store. Default: the recipe's, or RUN/latents.")
+@click.option("--batches", type=click.IntRange(1), default=100, show_default=True, help="More of them later go on.")
+@click.option("--batch", type=click.IntRange(1), default=64, show_default=True, help="Rows of a batch, all r < t.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the rows, their noise and their times.")
+@click.option("--weights", type=click.Choice(["ema", "raw"]), default="ema", show_default=True, help="Which weights.")
+@click.option("--all-checkpoints", is_flag=True, help="Every checkpoint that the run kept, not the newest alone.")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder for numbers and pictures. Default: RUN/analysis.")
+@json_option
+def command(
+    address: str,
+    data: Path | None,
+    batches: int,
+    batch: int,
+    seed: int,
+    weights: str,
+    all_checkpoints: bool,
+    out: Path | None,
+    as_json: bool,
+) -> None:
+    """Measure the conflict between the objective's two halves at a checkpoint.
+
+    The gradients of L_TFM, of L_TC and of the border case L_FM' (r = t) on the same batches: their cosines with
+    percentiles, their sizes, per block and per range of t - r; and the weighted gradient's size over alpha. Running
+    the same command again resumes; docs/understanding.md says how to read it.
+    """
+    from alphaflow_cli.engine.analyze import Request, analyze
+
+    document, folder = analyze(
+        Request(
+            address=address, data=data, out=out, batches=batches, batch=batch, seed=seed, weights=weights,
+            all_checkpoints=all_checkpoints,
+        )
+    )  # fmt: skip
+    if as_json:
+        print_json({**document, "path": str(folder / "conflict.json")})
+        return
+    for checkpoint in document["checkpoints"]:
+        _print(checkpoint)
+    for picture in document["pictures"]:
+        click.echo(picture)
+    click.echo(str(folder / "conflict.json"))
+
+
+def _print(checkpoint: dict[str, Any]) -> None:
+    size = f"{checkpoint['batches']} × {checkpoint['rows_per_batch']} rows"
+    click.echo(f"{checkpoint['recipe']}, step {checkpoint['step']}, {checkpoint['weights']} weights, {size}")
+    shown = []
+    for pair, found in checkpoint["cosines"].items():
+        a, b = pair.split(".")
+        shown.append((f"cos({NAMES[a]}, {NAMES[b]})", *_cells(found)))
+    shown += [(f"|{NAMES[name]}|", *_cells(found)) for name, found in checkpoint["norms"].items()]
+    print_table(shown, head=("", "5%", "median", "95%"))
+    share = checkpoint["share_below_-0.4"]
+    if share is not None:
+        click.echo(f"cos({NAMES['tfm']}, {NAMES['tc']}) is below -0.4 in {share:.0%} of the batches")
+
+
+def _cells(found: dict[str, float | None]) -> tuple[str, ...]:
+    values = (found[name] for name in ("p5", "p50", "p95"))
+    return tuple("none" if value is None else f"{value:.4g}" for value in values)

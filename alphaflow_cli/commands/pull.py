@@ -1,0 +1,25 @@
+"""`alphaflow pull`: a published model from the Hub."""
+
+from pathlib import Path
+
+import click
+
+from alphaflow_cli.commands.common import examples
+
+EPILOG = examples("alphaflow pull user/b2", "alphaflow pull user/b2@v1.0 -o b2")
+
+
+@click.command(epilog=EPILOG)
+@click.argument("repo", metavar="REPO[@REVISION]")
+@click.option("-o", "--out", type=click.Path(file_okay=False, path_type=Path), help="Copy it here too.")
+def command(repo: str, out: Path | None) -> None:
+    """Fetch a published model from the Hub.
+
+    Into the cache, checked against the Hub's checksums, for use without a network; with -o also as a folder. The commit
+    is printed on stderr: REPO@COMMIT is that very model for ever.
+    """
+    from alphaflow_cli.hub import pull
+
+    pulled = pull(repo, out)
+    click.echo(f"{pulled.repo}@{pulled.commit}", err=True)
+    click.echo(pulled.folder)

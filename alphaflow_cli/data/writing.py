@@ -1,0 +1,81 @@
+"""Writing a store: one shard after the other in any order, then the statistics and the manifest that finish it."""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from alphaflow_cli.data.files import Array, to_json, write_atomic, write_tensors
+from alphaflow_cli.data.manifest import Plan, Shard, manifest_to_bytes, read_json, shard_from_dict
+from alphaflow_cli.data.shards import open_shards, statistics_of_rows
+from alphaflow_cli.data.stats import (
+    Statistics,
+    merge_all,
+    read_statistics,
+    statistics_of,
+    statistics_tensors,
+    subset_rows,
+)
+from alphaflow_cli.errors import AlphaflowError
+
+STATS_IMAGES = 2048  # the published estimate's number of latents; its statistics lie beside those of all
+METADATA = {"format": "alphaflow-latents-1"}
+
+
+def shard_name(shard: int) -> str:
+    """Of the file; the sidecar has .json instead."""
+    return f"train-{shard:05d}.safetensors"
+
+
+def is_done(out: Path, shard: int) -> bool:
+    """It has a sidecar, and the length that this says."""
+    file = out / shard_name(shard)
+    sidecar = file.with_suffix(".json")
+    return sidecar.exists() and file.exists() and file.stat().st_size == read_json(sidecar).get("bytes")
+
+
+def write_shard(out: Path, plan: Plan, shard: int, content: Mapping[str, Array], bad: list[dict[str, Any]]) -> None:
+    """Rows (moments | mean | pixels, perhaps <it>_flip, label, index) with their statistics; then the sidecar."""
+    tensors = dict(content)
+    for key in [key for key in content if key.startswith(plan.kind)]:
+        tensors |= statistics_tensors(statistics_of(content[key], plan.latent), f"all{key.removeprefix(plan.kind)}")
+    name, count = shard_name(shard), len(content["label"])
+    size, digest = write_tensors(out / name, tensors, METADATA)
+    sidecar = Shard(name, shard * plan.shard_size, count + len(bad), count, size, digest, bad)
+    write_atomic(out / Path(name).with_suffix(".json"), [to_json(asdict(sidecar))])
+
+
+def finish_store(out: Path, plan: Plan) -> None:
+    """Statistics of everything, then the manifest that makes it a store. The plan is on disk, and so are all shards."""
+    total = -(-plan.source["images"] // plan.shard_size)
+    paths = [out / shard_name(shard) for shard in range(total)]
+    sidecars = [shard_from_dict(read_json(path.with_suffix(".json")), path) for path in paths]
+    count, bad = sum(shard.count for shard in sidecars), [entry for shard in sidecars for entry in shard.bad]
+    if not count:
+        raise AlphaflowError(f"{out}: not one good picture; the first, {bad[0]['name']!r}: {bad[0]['why']}")
+    stats = _statistics(plan, paths)
+    content = {key: value for name, part in stats.items() for key, value in statistics_tensors(part, name).items()}
+    _, digest = write_tensors(out / "stats.safetensors", content, METADATA)
+    summary = {
+        "file": "stats.safetensors",
+        "sha256": digest,
+        "images": stats["all"].count,
+        "subset_images": stats["subset"].count,
+        "channel_mean": stats["all"].channel_mean.tolist(),
+        "channel_std": stats["all"].channel_std.tolist(),
+    }
+    shards = [asdict(shard) for shard in sidecars]
+    document = manifest_to_bytes(plan, count=count, bad=bad, statistics=summary, shards=shards)
+    write_atomic(out / "manifest.json", [document])
+
+
+def _statistics(plan: Plan, paths: list[Path]) -> dict[str, Statistics]:
+    """Of all latents (merged in shard order) and of the published way's subset; of the mirrored copies likewise."""
+    shards = open_shards(paths)
+    parts = [read_statistics(file) for file in shards.files]
+    rows = subset_rows(shards.count, STATS_IMAGES)
+    found = {}
+    for end in ["", *(["_flip"] if plan.stores_flips else [])]:
+        found[f"all{end}"] = merge_all((part[f"all{end}"] for part in parts), plan.latent)
+        found[f"subset{end}"] = statistics_of_rows(shards, plan, plan.kind + end, rows)
+    return found

@@ -1,0 +1,196 @@
+"""`alphaflow analyze`: the conflict over many batches, of one checkpoint or of all that a run kept.
+
+OUT/<key>/batches.jsonl has one line per finished batch; the key is a hash of the checkpoint's bytes, the store and the
+settings, so that the same command goes on where it stopped, and another one never mixes with it.
+"""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from alphaflow_cli.data.batches import LatentStream
+from alphaflow_cli.data.files import sha256_of
+from alphaflow_cli.data.manifest import read_manifest
+from alphaflow_cli.engine import conflict
+from alphaflow_cli.engine.conflict_charts import write_pictures
+from alphaflow_cli.engine.conflict_rows import conflict_rows, renormalised
+from alphaflow_cli.engine.conflict_summary import summarise
+from alphaflow_cli.engine.files import write_atomically
+from alphaflow_cli.engine.generate import Generator, best_device, find_checkpoint, open_generator
+from alphaflow_cli.engine.progress import Progress, say
+from alphaflow_cli.engine.protocol import environment
+from alphaflow_cli.engine.ready import check_store
+from alphaflow_cli.engine.step import Objective
+from alphaflow_cli.errors import AlphaflowError
+from alphaflow_cli.recipe.schema import Recipe
+
+SCHEMA = "alphaflow-conflict/1"
+SIZE_BATCHES = 8  # batches on which the gradient's size over α is measured too: it costs 17 gradients each
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the command line asks for."""
+
+    address: str
+    data: Path | None
+    out: Path | None
+    batches: int
+    batch: int
+    seed: int
+    weights: str
+    all_checkpoints: bool
+
+
+@dataclass(frozen=True)
+class Work:
+    """One checkpoint, its data, and the file that finished batches go to."""
+
+    generator: Generator
+    stream: LatentStream
+    request: Request
+    how: Objective
+    path: Path
+
+
+def analyze(request: Request) -> tuple[dict[str, Any], Path]:
+    """Measure what is missing; returns the document and the folder that holds it and the pictures."""
+    out = request.out or (Path(request.address) if Path(request.address).is_dir() else Path()) / "analysis"
+    found = [analyze_one(address, request, out) for address in checkpoints_of(request)]
+    summaries = sorted(found, key=lambda each: int(each["step"] or 0))
+    document: dict[str, Any] = {"schema": SCHEMA, "environment": environment(), "checkpoints": summaries}
+    text = json.dumps(document, indent=1, ensure_ascii=False) + "\n"
+    write_atomically(out / "conflict.json", lambda temporary: _write(temporary, text))
+    document["pictures"] = [str(path) for path in write_pictures(out, summaries)]
+    return document, out
+
+
+def checkpoints_of(request: Request) -> list[str]:
+    """The checkpoint asked for, or all that the run kept."""
+    if not request.all_checkpoints:
+        return [str(find_checkpoint(request.address, weights=request.weights))]
+    name = "model.safetensors" if request.weights == "ema" else "raw.safetensors"
+    found = sorted(Path(request.address).glob(f"checkpoints/step-*/{name}"))
+    if not found:
+        raise AlphaflowError(
+            f"{request.address}: no checkpoints/step-*/{name} in it. --all-checkpoints wants a run folder; "
+            "train.keep and train.milestone_every say which checkpoints a run keeps."
+        )
+    return [str(path) for path in found]
+
+
+def analyze_one(address: str, request: Request, out: Path) -> dict[str, Any]:
+    """One checkpoint, batch by batch."""
+    generator = open_generator(address, weights=request.weights)
+    recipe, device = generator.recipe, best_device()
+    store = store_of(recipe, request)
+    check_store(recipe, store)
+    protocol = describe(Path(address), generator, request, store)
+    digest = hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest()[:16]
+    path = out / digest / "batches.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    stream = LatentStream(
+        store,
+        batch=request.batch,
+        seed=request.seed,
+        posterior=recipe.data.posterior,
+        flips=recipe.data.flips,
+        normalise=recipe.data.normalise,
+        scale=recipe.data.scale,
+        shift=recipe.data.shift,
+        stats_images=recipe.data.stats_images,
+        device=device,
+        verify="sizes",
+    )
+    work = Work(generator, stream, request, objective_of(recipe, device), path)
+    rows = measure_missing(work)
+    stream.close()
+    return {**protocol, "step": generator.origin.get("step"), "address": address, **summarise(rows[: request.batches])}
+
+
+def store_of(recipe: Recipe, request: Request) -> Path:
+    """--data, else the recipe's, else the one beside the run."""
+    here = Path(request.address) / "latents"
+    for path in (request.data, Path(recipe.data.store) if recipe.data.store else None, here):
+        if path is not None and (path == request.data or (path / "manifest.json").is_file()):
+            return path
+    raise AlphaflowError(
+        f"{request.address}: where are the latents it was trained on? Give --data DIR, made by alphaflow prep-latents "
+        f"(the recipe says {recipe.data.store or recipe.data.source or 'nothing'!r})."
+    )
+
+
+def objective_of(recipe: Recipe, device: torch.device) -> Objective:
+    """The training's; bf16 on a GPU only, where training in it is fast."""
+    how = Objective.of(recipe)
+    return how if device.type == "cuda" else Objective(**{**vars(how), "bf16": False})
+
+
+def describe(path: Path, generator: Generator, request: Request, store: Path) -> dict[str, Any]:
+    """All that decides a batch's numbers."""
+    recipe = generator.recipe
+    return {
+        "recipe": recipe.name,
+        "checkpoint_sha256": sha256_of(path),
+        "weights": generator.origin.get("weights"),
+        "store": read_manifest(store).digest,
+        "rows_per_batch": request.batch,
+        "seed": request.seed,
+        "bins": conflict.BINS,
+        "alphas": list(conflict.ALPHAS),
+        "size_batches": SIZE_BATCHES,
+        "precision": recipe.train.precision,  # bf16 on a GPU only; `device` says which
+        "guidance": asdict(recipe.guidance),
+        "device": generator.device.type,
+    }
+
+
+def measure_missing(work: Work) -> list[dict[str, Any]]:
+    """The lines of all batches asked for, in order; a line that a kill cut short is measured again."""
+    rows = read_lines(work.path)
+    net, wanted = work.generator.net.requires_grad_(), work.request.batches
+    if rows:
+        say(f"{len(rows):,} batches were measured before: going on")
+    step = work.generator.origin.get("step")
+    with Progress(f"step {step}", wanted, unit="batch", done=min(len(rows), wanted)) as bar:
+        for index in range(len(rows), wanted):
+            rows.append(measure_one(net, work, index))
+            _append(work.path, rows[-1])
+            bar.advance(1)
+    return rows
+
+
+def measure_one(net: torch.nn.Module, work: Work, index: int) -> dict[str, Any]:
+    """One batch: the conflict, and on the first ones the gradient's size over α."""
+    generator, stream = work.generator, work.stream
+    batch = stream.batch_at(index, slice(None))
+    x = renormalised(batch.latents, (stream.mean, stream.std), (generator.mean, generator.std))
+    rows = conflict_rows(generator.recipe, x, batch.y, seed=work.request.seed, index=index)
+    found = {"batch": index, **conflict.measure_batch(net, rows, work.how, bins=conflict.BINS)}
+    if index < SIZE_BATCHES:
+        found["sizes"] = conflict.sizes_over_alpha(net, rows, work.how, conflict.ALPHAS)
+    return found
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Whole lines of finished batches; the file is cut behind the last of them."""
+    if not path.exists():
+        return []
+    text = path.read_text(encoding="utf-8")
+    whole = text[: text.rfind("\n") + 1]
+    if whole != text:
+        write_atomically(path, lambda temporary: _write(temporary, whole))
+    return [json.loads(line) for line in whole.splitlines()]
+
+
+def _append(path: Path, row: dict[str, Any]) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")

@@ -1,0 +1,151 @@
+"""The conflict of one batch: gradients of the objective's two halves, and of their border case, on the same rows.
+
+    tfm   L_TFM = E ‖u − ṽ‖² on r < t rows                      tc   L_TC = E [2 (t − r) uᵀ du⁻/dt] on the same rows
+    fm    L_FM' = E ‖u(z_t, t, t) − ṽ‖²: the same rows with r := t
+
+ṽ, the times and the label dropout are those of training. A gradient is as large as the network, so two are held at a
+time: that of L_TFM is computed twice. Inner products are kept per group of tensors, because cosines cannot be added
+up but products can.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from alphaflow_cli.core.conflict import consistency_loss, products, trajectory_loss
+from alphaflow_cli.core.objective import is_tie
+from alphaflow_cli.engine.step import Objective, Rows, guided_rows, precision, training_step
+from alphaflow_cli.recipe.schema import Loss
+
+WEIGHTS: tuple[Literal["adaptive", "converging"], ...] = ("adaptive", "converging")
+ALPHAS = (1.0, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005, 0.0)
+BINS = 4  # equal bins of t − r in (0, 1]; each costs the gradients of its rows once more
+
+Gradient = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Later:
+    """r < t rows, with everything that the three losses need besides the network."""
+
+    z_t: Tensor
+    v_guided: Tensor
+    t: Tensor
+    r: Tensor
+    y: Tensor
+    du: Tensor  # du⁻/dt along (ṽ, 0, 1)
+
+    def take(self, index: Tensor) -> "Later":
+        """Some of the rows."""
+        return Later(*(values[index] for values in vars(self).values()))
+
+
+def measure_batch(net: nn.Module, rows: Rows, how: Objective, *, bins: int) -> dict[str, Any]:
+    """Losses, and products per group of tensors: of all rows, and of those in each bin of t − r."""
+    later = prepare(net, rows, how)
+    found = {"rows": len(later.t), **measure_conflict(net, later, how)}
+    index = ((later.t - later.r) * bins).ceil().long().clamp(1, bins) - 1
+    found["bins"] = []
+    for number in range(bins):
+        chosen = (index == number).nonzero().flatten()
+        measured = measure_conflict(net, later.take(chosen), how) if len(chosen) else {}
+        if measured:  # of the whole network; groups within bins would be too much to look at
+            measured["products"] = {name: sum(groups.values()) for name, groups in measured["products"].items()}
+        found["bins"].append({"rows": len(chosen), **measured})
+    return found
+
+
+def prepare(net: nn.Module, rows: Rows, how: Objective) -> Later:
+    """Guided velocities and the derivative, without gradient; ties count as r = t in training and are left out."""
+    assert rows.n_equal == 0, rows.n_equal
+    z_t, v_guided, y = guided_rows(net, rows, how)
+    with torch.no_grad(), precision(rows.x, how):
+        _, du = net(z_t, rows.t, rows.r, y, tangent=v_guided, first=0)
+    later = Later(z_t, v_guided, rows.t, rows.r, y, du.to(z_t.dtype))
+    return later.take((~is_tie(rows.t, rows.r)).nonzero().flatten())
+
+
+def measure_conflict(net: nn.Module, later: Later, how: Objective) -> dict[str, Any]:
+    """`losses`: term → value; `products`: "tfm.tc" → group of tensors → inner product of the two gradients."""
+
+    def gradient(term: str) -> tuple[float, Gradient]:
+        return _gradient(net, lambda: _loss(net, later, how, term=term))
+
+    l_tfm, tfm = gradient("tfm")
+    l_tc, tc = gradient("tc")
+    found = {"tfm.tfm": products(tfm, tfm), "tc.tc": products(tc, tc), "tfm.tc": products(tfm, tc)}
+    del tfm
+    l_fm, fm = gradient("fm")
+    found |= {"fm.fm": products(fm, fm), "tc.fm": products(tc, fm)}
+    del tc
+    found["tfm.fm"] = products(gradient("tfm")[1], fm)
+    losses = {"tfm": l_tfm, "tc": l_tc, "fm": l_fm}
+    return {"losses": losses, "products": {name: grouped(values) for name, values in found.items()}}
+
+
+def _loss(net: nn.Module, later: Later, how: Objective, *, term: str) -> Tensor:
+    r = later.t if term == "fm" else later.r
+    with precision(later.z_t, how):
+        u = net(later.z_t, later.t, r, later.y)
+    u = u.to(later.z_t.dtype)
+    if term == "tc":
+        return consistency_loss(u, later.du, later.t, later.r)
+    return trajectory_loss(u, later.v_guided)
+
+
+def _gradient(net: nn.Module, loss: Callable[[], Tensor]) -> tuple[float, Gradient]:
+    """A value and its gradient by name; `.grad` is left alone."""
+    named = dict(net.named_parameters())
+    value = loss()
+    grads = torch.autograd.grad(value, list(named.values()), materialize_grads=True)
+    return float(value.detach()), dict(zip(named, grads, strict=True))
+
+
+def group_of(name: str) -> str:
+    """`blocks.3.attn.qkv.weight` → `blocks.3`; `final.linear.weight` → `final`."""
+    parts = name.split(".")
+    return ".".join(parts[:2]) if parts[0] == "blocks" else parts[0]
+
+
+def grouped(values: dict[str, float]) -> dict[str, float]:
+    """Summed over the tensors of a group, in the network's order."""
+    parts = groupby(values.items(), key=lambda item: group_of(item[0]))
+    return {group: sum(value for _, value in items) for group, items in parts}
+
+
+def sizes_over_alpha(
+    net: nn.Module, rows: Rows, how: Objective, alphas: Sequence[float]
+) -> dict[str, list[dict[str, float | None]]]:
+    """Weight → for each α the gradient of the weighted loss: its size against that at α = 0, and the cosine to it."""
+    return {kind: list(_sizes(net, rows, _weighted(how, kind), alphas)) for kind in WEIGHTS}
+
+
+def _sizes(net: nn.Module, rows: Rows, how: Objective, alphas: Sequence[float]) -> Iterator[dict[str, float | None]]:
+    def gradient(alpha: float) -> Gradient:
+        return _gradient(net, lambda: training_step(net, net, rows, alpha=alpha, how=how).loss / len(rows.t))[1]
+
+    mean_flow = gradient(0.0)
+    length = _dot(mean_flow, mean_flow) ** 0.5
+    for alpha in alphas:
+        here = gradient(alpha) if alpha else mean_flow
+        size = _dot(here, here) ** 0.5
+        both = size * length
+        yield {
+            "alpha": alpha,
+            "size": size / length if length > 0 else None,
+            "cosine": _dot(here, mean_flow) / both if both > 0 else None,
+        }
+
+
+def _weighted(how: Objective, kind: Literal["adaptive", "converging"]) -> Objective:
+    """The recipe's loss with this weight, as α-Flow takes its target."""
+    loss: Loss = replace(how.loss, weight=kind, velocity="data")
+    return replace(how, loss=loss)
+
+
+def _dot(a: Gradient, b: Gradient) -> float:
+    return sum(products(a, b).values())

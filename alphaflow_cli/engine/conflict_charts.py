@@ -1,0 +1,135 @@
+"""Pictures of the conflict: cosines over steps, over t − r and over the blocks, and the gradient's size over α."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from alphaflow_cli.engine.files import write_atomically
+from alphaflow_cli.report.chart import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, Chart, Line, Panel
+from alphaflow_cli.report.png import to_png
+
+NAMES = {"tfm.tc": "TFM and TC", "tfm.fm": "TFM and FM'", "tc.fm": "TC and FM'"}
+COLOURS = {"tfm.tc": RED, "tfm.fm": BLUE, "tc.fm": ORANGE}
+SIZES = {"adaptive": ("published weight", RED), "converging": ("converging weight", GREEN)}
+LOWEST = 0.002  # where α = 0 stands on a logarithmic axis
+
+Summary = dict[str, Any]
+Points = list[tuple[float, Any]]  # (x, cosines of one summary, bin or group)
+
+
+def write_pictures(out: Path, summaries: Sequence[Summary]) -> list[Path]:
+    """Every picture that there are numbers for; the last checkpoint's where a picture shows one."""
+    charts = {"bins": bins_chart(summaries[-1]), "blocks": blocks_chart(summaries[-1])}
+    if summaries[-1]["sizes"]:
+        charts["alpha"] = sizes_chart(summaries[-1])
+    if len(summaries) > 1:
+        charts["steps"] = steps_chart(summaries)
+    paths = []
+    for name, chart in charts.items():
+        path, picture = out / f"conflict-{name}.png", to_png(chart)
+        write_atomically(path, _writer(picture))
+        paths.append(path)
+    return paths
+
+
+def _writer(picture: bytes) -> Callable[[Path], None]:
+    def write(path: Path) -> None:
+        path.write_bytes(picture)
+
+    return write
+
+
+def subtitle(summary: Summary) -> str:
+    """What was measured, in a few words."""
+    size = f"{summary['batches']} batches of {summary['rows_per_batch']} rows"
+    return f"{summary['recipe']}, step {summary['step']}, {size}"
+
+
+def steps_chart(summaries: Sequence[Summary]) -> Chart:
+    """Cosines along a run."""
+    points = [(float(each["step"] or 0), each["cosines"]) for each in summaries]
+    last = summaries[-1]
+    return Chart(
+        title="Cosines between gradients along the run",
+        subtitle=f"{last['recipe']}, {last['batches']} batches of {last['rows_per_batch']} rows each",
+        x_label="step",
+        panels=band_panels(points),
+    )
+
+
+def bins_chart(summary: Summary) -> Chart:
+    """Cosines over the interval t − r."""
+    points = [((each["from"] + each["to"]) / 2, each["cosines"]) for each in summary["bins"]]
+    edges = sorted({edge for each in summary["bins"] for edge in (each["from"], each["to"])})
+    return Chart(
+        title="Cosines between gradients by t − r",
+        subtitle=subtitle(summary),
+        x_label="t − r, middle of its bin",
+        x_range=(0.0, 1.0),
+        x_ticks=edges,
+        panels=band_panels(points),
+    )
+
+
+def blocks_chart(summary: Summary) -> Chart:
+    """Cosines in each block of the network."""
+    blocks = {name: group for name, group in summary["groups"].items() if name.startswith("blocks.")}
+    points = [(float(name.split(".")[1]), group["cosines"]) for name, group in blocks.items()]
+    return Chart(
+        title="Cosines between gradients by block",
+        subtitle=subtitle(summary),
+        x_label="block",
+        x_ticks=[x for x, _ in points],
+        panels=band_panels(points),
+    )
+
+
+def band_panels(points: Points) -> list[Panel]:
+    """One panel per pair: the median, and dashed the 5th and 95th percentiles."""
+    return [
+        Panel(
+            f"cos of the gradients of {NAMES[pair]}",
+            [
+                Line("95%", _line(points, pair, "p95"), GREY, dashed=True),
+                Line("median", _line(points, pair, "p50"), COLOURS[pair], markers=True),
+                Line("5%", _line(points, pair, "p5"), GREY, dashed=True),
+                Line("0", _level(points, 0.0), PURPLE),
+            ],
+            (-1.0, 1.0),
+            height=150,
+        )
+        for pair in NAMES
+    ]
+
+
+def _line(points: Points, pair: str, which: str) -> list[tuple[float, float]]:
+    return [(x, cosines[pair][which]) for x, cosines in points if cosines[pair][which] is not None]
+
+
+def _level(points: Points, value: float) -> list[tuple[float, float]]:
+    return [(x, value) for x in (points[0][0], points[-1][0])] if len(points) > 1 else []
+
+
+def sizes_chart(summary: Summary) -> Chart:
+    """The weighted gradient over α, against MeanFlow's: its size, and its direction."""
+    panels = [
+        _over_alpha(summary, "size", "size of the weighted gradient / that at α = 0"),
+        _over_alpha(summary, "cosine", "cosine to the gradient at α = 0"),
+    ]
+    return Chart(
+        title="The gradient over α",
+        subtitle=subtitle(summary),
+        x_label=f"α (0 is drawn at {LOWEST:g})",
+        log_x=True,
+        x_ticks=[LOWEST, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0],
+        panels=panels,
+    )
+
+
+def _over_alpha(summary: Summary, name: str, title: str) -> Panel:
+    lines = []
+    for kind, (label, colour) in SIZES.items():
+        entries = [entry for entry in summary["sizes"][kind] if entry[name]["p50"] is not None]
+        points = [(entry["alpha"] or LOWEST, entry[name]["p50"]) for entry in entries]
+        lines.append(Line(label, points, colour, markers=True))
+    return Panel(title, lines, height=190)

@@ -1,0 +1,42 @@
+"""The conflict measured while training: one batch now and then, beside the run and without touching it.
+
+Nothing of the run changes: the draws have their own seeds, gradients are computed apart from `.grad`, and neither the
+optimiser nor the journal's sums hear of it. The raw weights are measured, on one micro-batch of the next step's data.
+"""
+
+import time
+from typing import Any
+
+from alphaflow_cli.core.conflict import cosine
+from alphaflow_cli.engine.conflict import measure_conflict, prepare
+from alphaflow_cli.engine.conflict_rows import conflict_rows
+from alphaflow_cli.engine.conflict_summary import PAIRS, TERMS
+from alphaflow_cli.engine.run import Run
+from alphaflow_cli.errors import AlphaflowError
+
+
+def is_due(run: Run) -> bool:
+    """At the first row of the journal at or after each multiple of `train.conflict_every`."""
+    every, log_every = run.recipe.train.conflict_every, max(1, run.recipe.train.log_every)
+    return every > 0 and run.step % every < log_every
+
+
+def measure(run: Run) -> dict[str, Any]:
+    """`cos_tfm_tc`, …, `norm_tfm`, …, of this process's batch; only the main process's is written, and computed."""
+    if run.world.size > 1 and run.recipe.train.strategy == "fsdp2":
+        raise AlphaflowError(
+            "train.conflict_every: the conflict needs the whole network on one device, not strategy fsdp2. "
+            "Set it to 0, and measure the checkpoints: alphaflow analyze RUN --all-checkpoints"
+        )
+    if not run.world.is_main:
+        return {}
+    began = time.monotonic()
+    batch = run.stream.batch_at(run.step, run.split.rows(0, 0))
+    rows = conflict_rows(run.recipe, batch.latents, batch.y, seed=run.seed, index=run.step)
+    found = measure_conflict(run.net, prepare(run.net, rows, run.how), run.how)
+    products = {name: list(groups.values()) for name, groups in found["products"].items()}
+    values: dict[str, Any] = {"rows": len(rows.t)}
+    for a, b in PAIRS:
+        values[f"cos_{a}_{b}"] = cosine(products[f"{a}.{b}"], products[f"{a}.{a}"], products[f"{b}.{b}"])
+    values |= {f"norm_{name}": sum(products[f"{name}.{name}"]) ** 0.5 for name in TERMS}
+    return values | {"seconds": round(time.monotonic() - began, 3)}

@@ -1,0 +1,140 @@
+"""Before a run: everything that can be wrong, found before any process starts, each fault with what to do."""
+
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from alphaflow_cli.data.store import disagreements, open_store
+from alphaflow_cli.engine import split
+from alphaflow_cli.engine.files import write_atomically
+from alphaflow_cli.engine.prepare import prepare_latents
+from alphaflow_cli.engine.progress import say
+from alphaflow_cli.engine.trackers import check_trackers
+from alphaflow_cli.engine.world import World
+from alphaflow_cli.errors import AlphaflowError
+from alphaflow_cli.recipe import diff_recipes, dump_recipe, recipe_from_text
+from alphaflow_cli.recipe.schema import Recipe
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line says: the machine and the destination."""
+
+    out: Path
+    data: Path | None = None
+    micro_batch: int | None = None  # None: as many rows as fit
+    init_from: str = ""
+    verify: bool = True  # read the whole store against its checksums before the first step
+
+
+def store_of(recipe: Recipe, options: Options) -> Path:
+    """Where the latents are, or will be made."""
+    if options.data is not None:
+        return options.data
+    if recipe.data.store:
+        return Path(recipe.data.store)
+    if recipe.data.source:
+        return options.out / "latents"
+    raise AlphaflowError(
+        f"recipe {recipe.name}: no latents named. Make them: alphaflow prep-latents SOURCE --out DIR, "
+        "then give --data DIR (or data.store in the recipe)."
+    )
+
+
+def check_store(recipe: Recipe, store: Path) -> None:
+    """Refuse a store that the recipe was not written for, both sides printed."""
+    data = recipe.data
+    faults = disagreements(
+        open_store(store, "sizes").manifest,
+        autoencoder=data.autoencoder,
+        image_size=data.image_size,
+        channels=data.channels,
+        latent_size=data.latent_size,
+        classes=data.classes,
+        flips=data.flips,
+    )
+    if faults:
+        listed = "\n".join(f"  {fault}" for fault in faults)
+        raise AlphaflowError(
+            f"{store}: not what recipe {recipe.name} wants:\n{listed}\nRun: alphaflow prep-latents again"
+        )
+
+
+def check_folder(recipe: Recipe, out: Path) -> None:
+    """A run folder belongs to one recipe; another one is refused with the differences."""
+    path = out / "recipe.yaml"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        probe = out / ".write.tmp"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise AlphaflowError(
+            f"{out}: cannot be written ({error.strerror}). Choose another folder: --out RUN"
+        ) from error
+    if not path.exists():
+        return
+    there = recipe_from_text(path.read_text(encoding="utf-8"), str(path))
+    changes = [row for row in diff_recipes(there, recipe) if row[0] != "name"]
+    if changes:
+        listed = "\n".join(f"  {field}: {old} there, {new} asked for" for field, old, new in changes)
+        raise AlphaflowError(
+            f"{out}: holds a run of another recipe:\n{listed}\nResume it with its own recipe: alphaflow train {path} "
+            f"--out {out}, or choose another folder: --out RUN"
+        )
+
+
+def prepare(recipe: Recipe, options: Options) -> Path:
+    """Everything that can be wrong, found before any process starts; makes the store of an embedded set."""
+    check_trackers(recipe)
+    check_folder(recipe, options.out)
+    store = store_of(recipe, options)
+    data = recipe.data
+    if data.source and options.data is None and not (store / "manifest.json").exists():
+        say(f"preparing {data.source} in {store}")
+        prepare_latents(data.source, store, size=data.image_size, autoencoder=data.autoencoder, flips=data.flips)
+    check_store(recipe, store)
+    recipe_path = options.out / "recipe.yaml"
+    if not recipe_path.exists():
+        text = dump_recipe(recipe)
+        write_atomically(recipe_path, lambda temporary: _write_text(temporary, text))
+    return store
+
+
+def count_processes(recipe: Recipe, asked: int | None) -> int:
+    """What was asked for, else one per GPU; more than rows of a batch is refused before anything starts."""
+    gpus = torch.cuda.device_count()
+    count = asked or max(1, gpus)
+    if gpus and count > gpus:
+        raise AlphaflowError(f"--processes {count}: this machine has {gpus} GPUs.")
+    count_rows(recipe, count)
+    return count
+
+
+def count_rows(recipe: Recipe, processes: int) -> None:
+    """Every process needs a row of the batch."""
+    split.split_batch(recipe.train.batch, processes=processes, micro_batch=None)
+
+
+def prepare_together(recipe: Recipe, options: Options, world: World) -> None:
+    """What our own parent would have done: the first process checks, all leave if it finds a fault."""
+    fault: AlphaflowError | None = None
+    if world.is_main:
+        try:
+            count_rows(recipe, world.size)
+            prepare(recipe, options)
+        except AlphaflowError as found:
+            fault = found
+    if world.agree(fault is not None):
+        raise fault or SystemExit(1)  # one message is enough
+    if not (options.out / "recipe.yaml").exists():
+        raise AlphaflowError(
+            f"{options.out}: process {world.rank} on {socket.gethostname()} does not see what process 0 wrote there. "
+            "All machines need the run folder and the latents on a shared file system."
+        )
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")

@@ -1,0 +1,80 @@
+"""FSDP2: every process keeps a part of each parameter; a block is whole only while it computes, or is saved.
+
+Accelerate silently falls back to plain DDP where it knows no FSDP (on a CPU), so the network is cut here: block by
+block, then what is left. The rest of the engine works on plain tensors: `local` is this process's part of a
+parameter, `whole` puts the parts together (all processes must call it), `part` cuts again. Without FSDP all three
+give back what they were given.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+
+from alphaflow_cli.core.alpha import equal_rows
+from alphaflow_cli.engine.plan import equal_share_at
+from alphaflow_cli.engine.split import Split
+from alphaflow_cli.errors import AlphaflowError
+from alphaflow_cli.recipe.schema import Recipe
+
+NEEDED = (2, 13)  # below it, backward through a sharded module fails on CPUs or beside forward-mode derivatives
+
+
+def check_sharding(recipe: Recipe, split: Split, version: str = torch.__version__) -> None:
+    """Refuse what FSDP2 cannot do: an old torch, and micro-batches that call the network unequally often."""
+    if recipe.train.strategy != "fsdp2" or split.processes == 1:
+        return
+    if tuple(int(part) for part in version.split(".")[:2]) < NEEDED:
+        raise AlphaflowError(
+            f"train.strategy fsdp2 needs torch {'.'.join(map(str, NEEDED))} or newer, this is {version}: older ones "
+            "fail in the backward pass of a sharded network. Use train.strategy: ddp, or a newer torch."
+        )
+    share, batch = equal_share_at(recipe), recipe.train.batch
+    ends = {batch - equal_rows(batch, share(step)) for step in (0, recipe.train.steps - 1)}  # shares are monotone
+    parts = split.processes * split.accumulation
+    if ends != {0} and min(ends) < parts:
+        raise AlphaflowError(
+            f"train.strategy fsdp2: {min(ends)} r < t rows for {parts} micro-batches ({split}): one without such a row "
+            "would leave the other processes waiting. Use fewer micro-batches, a smaller times.equal_share, or ddp."
+        )
+
+
+def shard_network(net: nn.Module, device: torch.device, processes: int) -> None:
+    """Cut the parameters in place; names stay what they are."""
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(device.type, (processes,))
+    blocks = net.get_submodule("blocks")
+    for block in blocks.children():
+        fully_shard(block, mesh=mesh)
+    fully_shard(net, mesh=mesh)
+
+
+@torch.no_grad()
+def local(value: Tensor) -> Tensor:
+    """This process's part, sharing its memory."""
+    if not isinstance(value, DTensor):
+        return value
+    mine: Tensor = value.detach().to_local()  # type: ignore[attr-defined]
+    return mine
+
+
+@torch.no_grad()
+def whole(parameter: Tensor, value: Tensor, *, keep: bool = True) -> Tensor:
+    """All parts of a tensor that is cut like the parameter, on the host; an empty one where it is not kept."""
+    if not isinstance(parameter, DTensor):
+        return value.detach()
+    shape, stride = parameter.shape, parameter.stride()
+    mesh, placements = parameter.device_mesh, parameter.placements
+    cut = DTensor.from_local(value.detach(), mesh, placements, run_check=False, shape=shape, stride=stride)
+    full = cut.full_tensor()
+    return full.cpu() if keep else full.new_empty(0)
+
+
+def part(parameter: Tensor, value: Tensor) -> Tensor:
+    """This process's part of a whole tensor: FSDP2 cuts the first dimension as torch.chunk does."""
+    if not isinstance(parameter, DTensor):
+        return value
+    mesh = parameter.device_mesh
+    chunks, rank = value.chunk(mesh.size(), dim=0), mesh.get_local_rank()
+    return chunks[rank] if rank < len(chunks) else value[:0]

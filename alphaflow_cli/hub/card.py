@@ -1,0 +1,250 @@
+"""The model card: what it is, how to sample it, how it was trained, what it scored and by which ruler, what to know."""
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from alphaflow_cli.recipe import Recipe, dump_recipe
+
+PAPER = "arXiv:2510.20771"
+CITATION = """\
+@article{zhang2025alphaflow,
+  title   = {AlphaFlow: Understanding and Improving MeanFlow Models},
+  author  = {Zhang, Huijie and Siarohin, Aliaksandr and Menapace, Willi and Vasilkovsky, Michael and
+             Tulyakov, Sergey and Qu, Qing and Skorokhodov, Ivan},
+  journal = {arXiv preprint arXiv:2510.20771},
+  year    = {2025}
+}"""
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """What the card tells."""
+
+    repo: str
+    recipe: Recipe
+    origin: dict[str, Any]
+    parameters: int
+    results: dict[str, Any] | None  # results.json
+    licence: str  # of the weights, an id the Hub knows
+
+
+def model_card(facts: CardFacts) -> str:
+    """README.md of the repository."""
+    parts = [
+        _metadata(facts),
+        _what(facts),
+        _usage(facts),
+        _training(facts),
+        _results(facts),
+        _caveats(facts),
+        _ending(facts),
+    ]
+    return "\n\n".join(part.strip("\n") for part in parts if part) + "\n"
+
+
+def result_rows(results: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """Every number of a results.json."""
+    return [row for each in (results or {}).get("evaluations", []) for row in each.get("rows", [])]
+
+
+def protocol(row: dict[str, Any]) -> str:
+    """How one number was made, in one line."""
+    space, reference = row["space"], row.get("reference")
+    parts = [f"{space['network']} {str(space['weights_sha256'])[:8]}".strip()]
+    if reference:
+        parts.append(f"reference {reference['name']} ({str(reference['sha256'])[:8]})")
+    parts.append(f"{row['count']:,} pictures: {row['label']}")
+    parts += [f"{str(key).replace('_', ' ')} {value}" for key, value in row.get("settings", {}).items()]
+    return "; ".join([*parts, *row.get("notes", ())])
+
+
+def _metadata(facts: CardFacts) -> str:
+    """The YAML head, with the scores as evaluation results."""
+    from huggingface_hub import EvalResult, ModelCardData
+
+    data = facts.recipe.data
+    dataset = data.source.split(":")[0] or ("imagenet-1k" if data.classes == 1000 else "custom")
+    task = "class-conditional-image-generation" if data.classes else "unconditional-image-generation"
+    scores = [
+        EvalResult(
+            task_type="unconditional-image-generation",
+            task_name=task.replace("-", " "),
+            dataset_type=dataset,
+            dataset_name=str((row.get("reference") or {}).get("name") or dataset),
+            metric_type=str(row["metric"]),
+            metric_name=str(row["name"]),
+            metric_value=row["value"],
+            metric_args={"protocol": protocol(row)},
+        )
+        for row in result_rows(facts.results)
+    ]
+    head = ModelCardData(
+        license=facts.licence,
+        library_name="alphaflow",
+        pipeline_tag="unconditional-image-generation",
+        tags=["alphaflow", "meanflow", "flow-matching", "one-step-generation", task],
+        model_name=facts.recipe.name,
+        eval_results=scores or None,
+    )
+    return f"---\n{head.to_yaml()}\n---"
+
+
+def _what(facts: CardFacts) -> str:
+    recipe, data = facts.recipe, facts.recipe.data
+    labels = f"{data.classes:,} classes" if data.classes else "no labels"
+    space = (
+        "pixels"
+        if data.autoencoder == "none"
+        else f"latents {data.channels}x{data.latent_size}x{data.latent_size} of {data.autoencoder}"
+    )
+    lines = [
+        f"# {recipe.name}",
+        "",
+        f"An image generator that needs {_evaluations(recipe.sample.nfe)} of its network per picture: "
+        f"{data.image_size} px, {labels}, {facts.parameters:,} parameters, working on {space}. "
+        f"It predicts the average velocity u(z, r, t) of [MeanFlow and α-Flow](https://arxiv.org/abs/{PAPER[6:]}); "
+        f"the weights are {_weights(facts.origin)}.",
+    ]
+    lines += ["", "![Samples](samples.png)", "", "Uncurated: consecutive seeds."]
+    return "\n".join(lines)
+
+
+def _evaluations(nfe: int) -> str:
+    return "one evaluation" if nfe == 1 else f"{nfe} evaluations"
+
+
+def _weights(origin: dict[str, Any]) -> str:
+    kind = "the exponential average" if origin.get("weights") == "ema" else "the raw ones, not averaged,"
+    step = origin.get("step")
+    return f"{kind} at step {step:,}" if isinstance(step, int) else kind.rstrip(",")
+
+
+def _usage(facts: CardFacts) -> str:
+    repo, sample = facts.repo, facts.recipe.sample
+    classes = ", classes=[0, 1, 2, 3]" if facts.recipe.data.classes else ""
+    return f"""\
+## Sample
+
+```bash
+pip install alphaflow
+alphaflow sample {repo} --seeds 0-15 --nfe {sample.nfe} --grid samples.png
+alphaflow sample {repo} --seeds 0-15 --nfe {sample.nfe} --out pictures
+```
+
+```python
+import alphaflow_cli
+
+model = alphaflow_cli.load("{repo}")
+images = model.sample(seeds=[0, 1, 2, 3]{classes}, nfe={sample.nfe})  # uint8 (4, 3, {_size(facts)}, {_size(facts)})
+```
+
+The picture of a seed is the same on every machine up to rounding, whatever the batch. Pin a revision with
+`{repo}@COMMIT`."""
+
+
+def _size(facts: CardFacts) -> int:
+    return facts.recipe.data.image_size
+
+
+def _training(facts: CardFacts) -> str:
+    recipe, origin = facts.recipe, facts.origin
+    lines = ["## Training", ""]
+    if origin.get("converted"):
+        lines += [_conversion(origin["converted"]), ""]
+    else:
+        seen = origin.get("images_seen")
+        lines += [f"`alphaflow train recipe.yaml`: {recipe.train.steps:,} steps of {recipe.train.batch:,} pictures"]
+        lines[-1] += f", {seen:,} seen." if isinstance(seen, int) else "."
+        lines += [_objective(recipe), ""]
+    lines += ["![alpha, the share of r = t rows and the learning rate over the steps](alpha.png)", ""]
+    lines += ["<details><summary>The whole recipe</summary>", "", "```yaml", dump_recipe(recipe).rstrip(), "```", ""]
+    lines += ["</details>"]
+    return "\n".join(lines)
+
+
+def _objective(recipe: Recipe) -> str:
+    alpha = recipe.alpha
+    if alpha.kind == "constant":
+        name = {1.0: "(trajectory) flow matching", 0.0: "MeanFlow"}.get(alpha.initial, "a fixed mixture")
+        return f"alpha is {alpha.initial:g} throughout: {name}."
+    return f"alpha goes from {alpha.initial:g} to {alpha.final:g} ({alpha.kind}, from {alpha.start} to {alpha.end})."
+
+
+def _conversion(converted: dict[str, Any]) -> str:
+    filled = "\n".join(f"- {key}: {value}" for key, value in converted.get("filled", {}).items())
+    return (
+        f"Converted from `{converted.get('file')}` ({converted.get('from')}, sha256 "
+        f"`{str(converted.get('sha256'))[:16]}`), not trained here. What that file does not say:\n\n{filled}"
+    )
+
+
+def _results(facts: CardFacts) -> str:
+    rows = result_rows(facts.results)
+    if not rows:
+        return "## Results\n\nNot measured yet: `alphaflow eval " + facts.repo + "`."
+    lines = ["## Results", "", "| metric | value | protocol |", "|---|---|---|"]
+    for row in rows:
+        spread = f" ± {row['spread']:.2g}" if row.get("spread") is not None else ""
+        lines.append(f"| {row['name']} | {row['value']:.4g}{spread} | {protocol(row).replace('|', '/')} |")
+    return "\n".join([*lines, "", "A number means its protocol: compare only where all of it is the same."])
+
+
+def _caveats(facts: CardFacts) -> str:
+    recipe, mix = facts.recipe, facts.recipe.guidance
+    lines = ["## Good to know", ""]
+    if (mix.omega, mix.kappa) != (1.0, 0.0):
+        scale = mix.omega / (1 - mix.kappa)
+        lines += [f"- Guidance of scale {scale:g} is built into the weights; sample with guidance 1 (the default)."]
+    elif recipe.data.classes and mix.label_dropout:
+        lines += ["- Trained without guidance, with a null label: `--guidance 1.5` and the like work when sampling."]
+    if recipe.sample.sampler in ("flow", "heun"):
+        lines += [f"- A plain velocity field: it needs many steps ({recipe.sample.sampler}, {recipe.sample.nfe} here)."]
+    if recipe.data.autoencoder != "none":
+        lines += [f"- Latents are decoded by `{recipe.data.autoencoder}`; another autoencoder gives other pictures."]
+    lines += [
+        "- Latents are normalised by the mean and standard deviation stored with the weights.",
+        "- It reproduces what it was trained on, with its gaps and biases; there is no safety filter.",
+    ]
+    return "\n".join(lines)
+
+
+def _ending(facts: CardFacts) -> str:
+    versions = ", ".join(f"{name} {value}" for name, value in (facts.origin.get("versions") or {}).items())
+    text = f"""\
+## Licence and citation
+
+Weights: {_licence(facts.licence)}. The data and the autoencoder have terms of their own. The method:
+
+```bibtex
+{CITATION}
+```"""
+    return text + (f"\n\nMade with {versions}." if versions else "")
+
+
+def _licence(licence: str) -> str:
+    return "the publisher has not named a licence" if licence == "unknown" else licence
+
+
+def config_json(recipe: Recipe, origin: dict[str, Any], parameters: int) -> str:
+    """What other programs need to know, without reading a recipe."""
+    data, mix = recipe.data, recipe.guidance
+    model = {name: getattr(recipe.model, name) for name in recipe.model.__dataclass_fields__}
+    content = {
+        "model_type": "alphaflow",
+        "format": "alphaflow/1",
+        "library_name": "alphaflow",
+        "architecture": model | {"parameters": parameters},
+        "convention": "t = 0 data, t = 1 noise; z_r = z_t - (t - r) u(z_t, r, t)",
+        "latents": {
+            "autoencoder": data.autoencoder,
+            "shape": [data.channels, data.latent_size, data.latent_size],
+            "normalise": data.normalise,
+            "image_size": data.image_size,
+        },
+        "classes": data.classes,
+        "guidance": {"baked": mix.omega / (1 - mix.kappa), "null_label": mix.label_dropout > 0},
+        "sample": {name: getattr(recipe.sample, name) for name in recipe.sample.__dataclass_fields__},
+        "weights": {key: origin.get(key) for key in ("weights", "step", "images_seen", "half_life")},
+    }
+    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"

@@ -1,0 +1,23 @@
+"""The Hub's client, set by the environment at the moment of the call: HF_ENDPOINT, HF_HUB_CACHE, HF_TOKEN."""
+
+import os
+import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+
+def hub_api() -> "HfApi":
+    """A client; imported here, since most commands never need it."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.utils import disable_progress_bars
+
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+    return HfApi(endpoint=os.environ.get("HF_ENDPOINT") or None, library_name="alphaflow")
+
+
+def cache_folder() -> str | None:
+    """Where downloads are kept; None: the client's own place."""
+    return os.environ.get("HF_HUB_CACHE") or None

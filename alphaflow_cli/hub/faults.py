@@ -1,0 +1,91 @@
+"""What can go wrong with the Hub, each in one line: what, where, what to do. For huggingface_hub 1.33 and 2.x."""
+
+import contextlib
+from collections.abc import Iterator
+
+from alphaflow_cli.errors import AlphaflowError
+
+LOGIN = "Log in with: hf auth login (or set HF_TOKEN)"
+AGAIN = "Run the same command again: what was sent is not sent twice"
+
+
+class NoConnection(AlphaflowError):
+    """Nobody answered, as opposed to: the Hub refused."""
+
+
+@contextlib.contextmanager
+def hub_faults(what: str) -> Iterator[None]:
+    """Turn the client's errors into ours; `what` is the repository or the deed."""
+    from huggingface_hub import errors
+
+    network: type[Exception] = errors.HfHubHTTPError.__mro__[1]  # HTTPError of httpx, or of httpx2: the client's own
+    try:
+        yield
+    except errors.LocalTokenNotFoundError as fault:
+        raise AlphaflowError(f"{what}: not logged in to the Hub. {LOGIN}.") from fault
+    except errors.HfHubHTTPError as fault:
+        raise AlphaflowError(f"{what}: {_answer(fault)}") from fault
+    except (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError) as fault:
+        raise AlphaflowError(f"{what}: {_not_cached(fault)}") from fault
+    except errors.HFValidationError as fault:
+        raise AlphaflowError(f"{what}: not a name the Hub takes ({str(fault).splitlines()[0]}).") from fault
+    except (network, ConnectionError, TimeoutError) as fault:
+        raise NoConnection(f"{what}: the connection to the Hub broke ({_one_line(fault)}). {AGAIN}.") from fault
+    except OSError as fault:
+        raise AlphaflowError(f"{what}: {_one_line(fault)}") from fault
+    except RuntimeError as fault:  # an upload's worker wraps what happened to it
+        if isinstance(fault.__cause__, errors.HfHubHTTPError):
+            raise AlphaflowError(f"{what}: {_answer(fault.__cause__)}") from fault
+        if isinstance(fault.__cause__, (network, OSError)):
+            raise NoConnection(f"{what}: the connection to the Hub broke ({_one_line(fault)}). {AGAIN}.") from fault
+        raise
+
+
+def _answer(fault: Exception) -> str:
+    """By kind, then by status."""
+    from huggingface_hub import errors
+
+    status = getattr(getattr(fault, "response", None), "status_code", None)
+    if isinstance(fault, errors.GatedRepoError):
+        return f"the repository is gated: ask for access on its page. {LOGIN}."
+    if isinstance(fault, errors.RevisionNotFoundError):
+        return "the repository has no such revision. Look at its branches and tags on the Hub."
+    if isinstance(fault, errors.EntryNotFoundError):
+        return "the repository has no such file."
+    if isinstance(fault, errors.RepositoryNotFoundError):
+        return (
+            f"no such repository on the Hub, or it is private and your token may not see it (HTTP {status}). {LOGIN}."
+        )
+    said = {
+        401: f"the Hub does not accept the token (HTTP 401). {LOGIN}.",
+        403: "your token has no right to do this (HTTP 403). Use a token with write access, or offer it with --pr.",
+        409: "somebody else changed it at the same moment (HTTP 409). Run the same command again.",
+        413: "the Hub refuses files of this size (HTTP 413).",
+        429: f"too many requests (HTTP 429){_patience(fault)}. {AGAIN}.",
+    }
+    if status in said:
+        return said[status]
+    if status is not None and status >= 500:
+        return f"the Hub is in trouble (HTTP {status}). {AGAIN}."
+    return f"the Hub answers {status or 'nothing'}: {_one_line(fault)}"
+
+
+def _patience(fault: Exception) -> str:
+    seconds = getattr(getattr(fault, "response", None), "headers", {}).get("Retry-After")
+    return f"; wait {seconds} s" if seconds else ""
+
+
+def _not_cached(fault: BaseException) -> str:
+    """The Hub's own answer where it gave one."""
+    from huggingface_hub import errors
+
+    cause = fault.__cause__
+    if isinstance(cause, errors.HfHubHTTPError):
+        return _answer(cause)
+    why = f" ({type(cause).__name__})" if cause is not None else ""
+    return f"not in the cache, and the Hub cannot be reached{why}. Go online once to fetch it, or give a path."
+
+
+def _one_line(fault: BaseException) -> str:
+    lines = [line.strip() for line in str(fault).splitlines() if line.strip()]
+    return (lines[0][:300] if lines else type(fault).__name__).rstrip(".")

@@ -1,0 +1,80 @@
+"""Up: a finished folder becomes a commit. Interrupted, the same command sends only what is missing."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from alphaflow_cli.errors import AlphaflowError
+from alphaflow_cli.hub.client import cache_folder, hub_api
+from alphaflow_cli.hub.faults import hub_faults
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where to, and how."""
+
+    repo: str  # user/repo
+    private: bool
+    pull_request: bool
+
+
+def check_login() -> str:
+    """The user's name; without a token the clear line."""
+    with hub_faults("push"):
+        return str(hub_api().whoami()["name"])
+
+
+def prepare(target: Target) -> None:
+    """Create the repository if need be, and see that its name is free for us: before any work is done for it."""
+    api = hub_api()
+    if not target.pull_request:
+        with hub_faults(target.repo):
+            api.create_repo(target.repo, private=target.private or None, exist_ok=True)
+    _check_name(api, target)
+
+
+def upload(folder: Path, target: Target, *, message: str) -> str:
+    """Commit the folder, return the URL."""
+    api = hub_api()
+    with hub_faults(target.repo):
+        commit = api.upload_folder(
+            repo_id=target.repo,
+            folder_path=folder,
+            commit_message=message,
+            create_pr=target.pull_request,
+            ignore_patterns=[".*", "*.tmp"],
+        )
+    return str(commit.pr_url) if target.pull_request and commit.pr_url else f"{api.endpoint}/{target.repo}"
+
+
+def _check_name(api: "HfApi", target: Target) -> None:
+    """A repository that holds something else is not overwritten, and --private does not pretend."""
+    with hub_faults(target.repo):
+        info = api.model_info(target.repo)
+    if target.private and not target.pull_request and info.private is False:
+        raise AlphaflowError(
+            f"{target.repo}: exists already and is public; --private would not hide it. "
+            "Make it private on its settings page, or choose another name."
+        )
+    files = [entry.rfilename for entry in info.siblings or [] if not entry.rfilename.startswith(".git")]
+    if files and not _is_ours(api, target.repo, files):
+        raise AlphaflowError(
+            f"{target.repo}: this name is taken by something else (it holds {', '.join(sorted(files)[:3])}). "
+            "Choose another: alphaflow push RUN user/name."
+        )
+
+
+def _is_ours(api: "HfApi", repo: str, files: list[str]) -> bool:
+    """config.json of an alphaflow model, or a repository with a README only."""
+    if "config.json" not in files:
+        return set(files) <= {"README.md"}
+    with hub_faults(repo):
+        config = Path(api.hf_hub_download(repo, "config.json", cache_dir=cache_folder()))
+    try:
+        return bool(json.loads(config.read_text(encoding="utf-8")).get("model_type") == "alphaflow")
+    except (ValueError, AttributeError):
+        return False

@@ -1,0 +1,129 @@
+"""The cost grows as the work grows: images per second and memory against batch, tokens, depth and processes.
+
+    python benchmarks/bench_scaling.py --plot docs
+
+The α = 0 step at share .25 beside plain flow matching, on a DiT of 128 channels. Each point is the median over rounds
+of rotated order; on the CPU an image per second is one per second of the slowest process's own CPU time.
+"""
+
+import argparse
+import os
+import statistics
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from bench_step import paired, work_of
+from counting import count
+from record import record
+from torch import distributed, multiprocessing, nn
+from workload import Size, build, draw, objective
+
+from alphaflow_cli.engine.step import training_step
+from alphaflow_cli.report.chart import BLUE, ORANGE, Chart, Line, Panel
+from alphaflow_cli.report.svg import to_svg
+
+BASE, BATCH, SHARE = Size(dim=128, depth=4, heads=4, latent=16), 16, 0.25  # 64 tokens
+POINTS = {
+    "batch": (4, 8, 16, 32, 64),
+    "tokens": (16, 64, 256, 576),
+    "depth": (2, 4, 8, 16),
+    "processes": (1, 2),
+}
+UNITS = {"batch": "rows of a step", "tokens": "tokens of a row", "depth": "blocks", "processes": "processes"}
+
+
+def point(axis: str, value: int, rounds: int) -> dict[str, object]:
+    """Time and peak memory of both steps where one of the quantities has this value."""
+    size = replace(BASE, depth=value) if axis == "depth" else BASE
+    size = replace(size, latent=2 * round(value**0.5)) if axis == "tokens" else size
+    batch = value if axis == "batch" else BATCH
+    net = build(size, seed=0, device="cpu", dtype=torch.float32)
+    rows = draw(size, batch, SHARE, seed=0, device="cpu", dtype=torch.float32)
+    plain = objective(guided=False, bf16=False)
+    works = {"fm": work_of("fm", net, rows, 1.0, plain), "alpha_zero": work_of("ours", net, rows, 0.0, plain)}
+    costs = {name: count(work) for name, work in works.items()}
+    table = paired({name: lambda turn, work=work: work for name, work in works.items()}, rounds, "cpu")
+    seconds = {name: statistics.median(times[name] for times in table) for name in works}
+    return {
+        "images_per_second": {name: batch / seconds[name] for name in works},
+        "peak_mib": {name: cost.peak_bytes / 2**20 for name, cost in costs.items()},
+        "flops": {name: cost.flops for name, cost in costs.items()},
+    }
+
+
+def on_processes(processes: int, rounds: int) -> dict[str, object]:
+    """The same global batch, cut over processes whose gradients synchronise."""
+    with tempfile.TemporaryDirectory() as folder:
+        multiprocessing.spawn(one_process, (processes, rounds, folder), nprocs=processes)  # type: ignore[no-untyped-call]
+        found = [torch.load(Path(folder) / f"{rank}.pt") for rank in range(processes)]
+    seconds = {name: max(each["seconds"][name] for each in found) for name in found[0]["seconds"]}
+    return {
+        "images_per_second": {name: BATCH * 2 / each for name, each in seconds.items()},
+        "peak_mib": {name: max(each["peak_mib"][name] for each in found) for name in seconds},
+    }
+
+
+def one_process(rank: int, processes: int, rounds: int, folder: str) -> None:
+    """Rank `rank`: its rows of a global batch of 2 · BATCH, r = t rows first on every rank."""
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "RANK": str(rank), "WORLD_SIZE": str(processes)}
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=processes)
+    net = build(BASE, seed=0, device="cpu", dtype=torch.float32)
+    wrapped = nn.parallel.DistributedDataParallel(net)
+    rows = draw(BASE, 2 * BATCH // processes, SHARE, seed=rank, device="cpu", dtype=torch.float32)
+    flow = replace(rows, r=rows.t, n_equal=len(rows.t))
+    plain = objective(guided=False, bf16=False)
+
+    def step(alpha: float, some: object) -> None:
+        net.zero_grad(set_to_none=False)
+        training_step(wrapped, net, some, alpha=alpha, how=plain).loss.div(len(rows.t)).backward()  # type: ignore
+
+    works = {"fm": lambda turn: lambda: step(1.0, flow), "alpha_zero": lambda turn: lambda: step(0.0, rows)}
+    table = paired(works, rounds, "cpu")
+    seconds = {name: statistics.median(times[name] for times in table) for name in works}
+    peaks = {name: count(work(0)).peak_bytes / 2**20 for name, work in works.items()}
+    torch.save({"seconds": seconds, "peak_mib": peaks}, Path(folder) / f"{rank}.pt")
+    distributed.destroy_process_group()
+
+
+def chart(axis: str, found: dict[int, dict[str, dict[str, float]]]) -> str:
+    """Two panels: speed and memory."""
+
+    def lines(key: str) -> list[Line]:
+        named = (("fm", "flow matching", ORANGE), ("alpha_zero", "α = 0, share .25", BLUE))
+        return [
+            Line(label, [(x, values[key][name]) for x, values in found.items()], colour, markers=True)
+            for name, label, colour in named
+        ]
+
+    panels = [
+        Panel("images per second of CPU time", lines("images_per_second"), log_y=axis != "processes"),
+        Panel("peak memory of a step above the weights, MiB", lines("peak_mib"), log_y=axis != "processes"),
+    ]
+    title = f"A training step against its {axis}"
+    return to_svg(Chart(title, panels, UNITS[axis], log_x=axis != "processes", x_ticks=list(found), width=720))
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """A JSON line per axis, and a picture per axis."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--axis", choices=[*POINTS, "all"], default="all")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--points", type=int, nargs="+", help="other values of the one axis than the built-in ones")
+    parser.add_argument("--plot", type=Path, help="folder for speed-<axis>.svg")
+    options = parser.parse_args(words)
+    torch.set_num_threads(1)
+    for axis in POINTS if options.axis == "all" else [options.axis]:
+        measure = on_processes if axis == "processes" else lambda value, rounds, axis=axis: point(axis, value, rounds)
+        found = {value: measure(value, options.rounds) for value in options.points or POINTS[axis]}
+        record("scaling", "cpu", axis=axis, points=found)
+        if options.plot:
+            options.plot.mkdir(parents=True, exist_ok=True)
+            (options.plot / f"speed-{axis}.svg").write_text(chart(axis, found), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

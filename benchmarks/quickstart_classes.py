@@ -1,0 +1,75 @@
+"""How many one-step samples of a quickstart run are recognised as the class they were asked for.
+
+    python benchmarks/quickstart_classes.py runs/quickstart
+
+A small convolutional network is trained on real glyphs that the run never saw, tested on others, and then labels the
+samples. One JSON line; `real` is its share on real glyphs, the ceiling of what a generator can reach by this ruler.
+"""
+
+import sys
+
+import numpy as np
+import torch
+from record import record
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from alphaflow_cli.data.glyphs import GLYPHS, draw_glyph
+from alphaflow_cli.engine.generate import draw_labels, open_generator, plan_walk
+
+FIRST_UNSEEN = 1_000_000  # glyph indices far beyond any quickstart's training set
+TRAIN, TEST, SAMPLES, STEPS, BATCH = 6_000, 2_000, 2_000, 600, 64
+
+
+def real_glyphs(first: int, count: int) -> tuple[Tensor, Tensor]:
+    """uint8 (n, 3, 32, 32) and labels."""
+    pictures = np.stack([np.asarray(draw_glyph(first + i)) for i in range(count)])
+    return torch.from_numpy(pictures).permute(0, 3, 1, 2), torch.arange(first, first + count) % len(GLYPHS)
+
+
+def to_input(images: Tensor) -> Tensor:
+    return images.float() / 127.5 - 1
+
+
+def build_classifier() -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for inputs, outputs in ((3, 32), (32, 64), (64, 96)):
+        layers += [nn.Conv2d(inputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs), nn.ReLU(), nn.MaxPool2d(2)]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(96 * 16, len(GLYPHS)))
+
+
+def train_classifier(images: Tensor, labels: Tensor) -> nn.Sequential:
+    net, generator = build_classifier(), torch.Generator().manual_seed(0)
+    optimiser = torch.optim.AdamW(net.parameters(), lr=2e-3, weight_decay=1e-2)
+    for _ in range(STEPS):
+        rows = torch.randint(len(images), (BATCH,), generator=generator)
+        optimiser.zero_grad()
+        F.cross_entropy(net(to_input(images[rows])), labels[rows]).backward()
+        optimiser.step()
+    return net.eval()
+
+
+@torch.no_grad()
+def share(net: nn.Sequential, images: Tensor, labels: Tensor) -> float:
+    """Share of pictures labelled as asked."""
+    found = torch.cat([net(to_input(part)).argmax(1) for part in images.split(250)])
+    return float((found == labels).double().mean())
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    net = train_classifier(*real_glyphs(FIRST_UNSEEN, TRAIN))
+    shares = {"real": share(net, *real_glyphs(2 * FIRST_UNSEEN, TEST))}
+    generator = open_generator(sys.argv[1])
+    seeds = list(range(SAMPLES))
+    labels = draw_labels(seeds, len(GLYPHS), "balanced")
+    for nfe in (1, 2):
+        walk = plan_walk(generator.recipe, nfe=nfe)
+        images = torch.cat([generator.images(seeds[i : i + 250], labels[i : i + 250], walk) for i in range(0, SAMPLES, 250)])
+        shares[f"nfe_{nfe}"] = share(net, images, torch.tensor(labels))
+    shares["samples"] = SAMPLES
+    record("quickstart_classes", generator.device.type, step=generator.origin["step"], **shares)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,70 @@
+"""What a step costs, in figures that noise cannot touch. Unit: the plain flow-matching step of the same rows.
+
+A riding tangent is one more linear-cost pass on the r < t rows, 3 + 1.05 m instead of the published 3 + 3 m per row;
+guidance adds 1 + m rows of forward. Measured on a small DiT (384 x 6 at 64 tokens); the reference must cost what the
+published way is known to cost, else the comparison flatters us.
+"""
+
+import pytest
+import torch
+from bench_step import work_of
+from counting import count
+from workload import SIZES, build, draw, objective
+
+SMALL = SIZES["small"]
+BATCH = 8
+
+
+def cost(variant, *, alpha, share, guided):
+    net = build(SMALL, seed=0, device="cpu", dtype=torch.float32)
+    rows = draw(SMALL, BATCH, share, seed=0, device="cpu", dtype=torch.float32)
+    return count(work_of(variant, net, rows, alpha, objective(guided=guided, bf16=False)))
+
+
+@pytest.fixture(scope="module")
+def unit():
+    return cost("fm", alpha=1.0, share=1.0, guided=False)
+
+
+@pytest.mark.parametrize(
+    ("share", "guided", "flops"), [(0.25, False, 1.27), (0.75, False, 1.10), (0.25, True, 1.85), (0.75, True, 1.51)]
+)
+def test_an_alpha_zero_step_costs_one_more_linear_pass(unit, share, guided, flops):
+    ours = cost("ours", alpha=0.0, share=share, guided=guided)
+    over = ours.over(unit)
+    assert 1.0 < over["flops"] <= flops
+    assert over["operators"] <= 2.1
+    assert over["peak_bytes"] <= 1.1
+    assert ours.host_waits == 0
+
+
+@pytest.mark.parametrize(("alpha", "guided", "flops"), [(1.0, False, 1.001), (0.5, False, 1.26), (0.5, True, 1.86)])
+def test_the_other_phases_cost_their_extra_forward_only(unit, alpha, guided, flops):
+    ours = cost("ours", alpha=alpha, share=0.25, guided=guided)
+    over = ours.over(unit)
+    assert over["flops"] <= flops
+    assert over["peak_bytes"] <= 1.1
+    assert ours.host_waits == 0
+
+
+def test_the_reference_costs_what_the_published_way_is_known_to_cost(unit):
+    reference = cost("reference", alpha=0.0, share=0.25, guided=False)
+    assert reference.over(unit)["flops"] == pytest.approx(1.76, abs=0.02)
+    assert reference.host_waits >= 5
+
+
+def test_the_peak_is_that_of_the_allocator():
+    def work():
+        a = torch.empty(1000, 1000)
+        b = torch.empty(500, 1000)
+        del a
+        return torch.empty(250, 1000).add_(b[:250])
+
+    assert count(work).peak_bytes == 6_000_000
+
+
+def test_hidden_waits_are_seen():
+    x = torch.arange(6.0)
+    assert count(lambda: x[x > 2]).host_waits == 1
+    assert count(lambda: x.sum().item()).host_waits == 1
+    assert count(lambda: x[2:].sum()).host_waits == 0

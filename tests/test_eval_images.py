@@ -1,0 +1,227 @@
+"""`alphaflow eval IMAGES` and `alphaflow reference` on the command line: results, refusals, resuming, two processes."""
+
+import json
+import os
+import resource
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import ruler
+import torch
+
+from alphaflow_cli.cli import run
+
+CALL = [sys.executable, "-m", "alphaflow_cli"]
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder to work in, and no weights anywhere."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    monkeypatch.delenv("ALPHAFLOW_WEIGHTS", raising=False)
+    return tmp_path
+
+
+def alphaflow(line: str) -> int:
+    return run(shlex.split(line))
+
+
+def results() -> dict:
+    (path,) = Path("evals").glob("*/results.json")
+    return json.loads(path.read_text())
+
+
+def test_a_folder_is_measured_against_a_reference_file(capsys: pytest.CaptureFixture[str]) -> None:
+    ruler.write_pictures(Path("samples"), ruler.pictures(150, contrast=0.9))
+    assert alphaflow("reference glyphs:400 --metrics fd-tiny -o real.safetensors") == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "real.safetensors"
+    assert alphaflow("eval samples --reference real.safetensors") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].startswith("FD-tiny-150 ")
+    for part in ("fd_haar192", "glyphs:400 (glyphs, 400 pictures, ", "150 pictures: samples", "times the floor"):
+        assert part in lines[1]
+    assert Path(lines[-1]).name == "results.json"
+    (found,) = results()["evaluations"]
+    row = found["rows"][0]
+    assert row["value"] > 0
+    assert row["reference"]["count"] == 400
+    assert row["space"]["preprocessing"].startswith("larger than 32 px")
+    assert row["pictures"]["prepared"] == "as they are"
+    assert set(found["seconds"]) == {"pictures", "features tiny", "distances"}
+    assert results()["environment"]["torch"]
+
+
+def test_a_source_of_real_pictures_serves_as_reference_and_is_measured_once(capsys: pytest.CaptureFixture[str]) -> None:
+    line = "eval glyphs:150 --metrics fd-tiny --reference glyphs:300 --json"
+    assert alphaflow(line) == 0
+    first = json.loads(capsys.readouterr().out)
+    assert alphaflow(line) == 0
+    captured = capsys.readouterr()
+    assert "measured before" in captured.err
+    assert "300/300" not in captured.err
+    second = json.loads(captured.out)
+    assert first["evaluations"][0]["rows"] == second["evaluations"][0]["rows"]
+    assert len(Path("evals/history.jsonl").read_text().splitlines()) == 2
+
+
+def test_folder_zip_and_npz_of_the_same_pictures_score_the_same() -> None:
+    import shutil
+
+    images = ruler.pictures(120)
+    ruler.write_pictures(Path("samples"), images)
+    shutil.make_archive("samples", "zip", "samples")
+    np.savez("samples.npz", arr_0=images.permute(0, 2, 3, 1).numpy())
+    for source in ("samples", "samples.zip", "samples.npz"):
+        assert alphaflow(f"eval {source} --metrics fd-tiny --reference glyphs:200") == 0
+    history = [json.loads(line) for line in Path("evals/history.jsonl").read_text().splitlines()]
+    assert len({each["id"] for each in history}) == 3
+    assert len({each["pictures_sha256"] for each in history}) == 1
+    assert len({each["rows"][0]["value"] for each in history}) == 1
+
+
+def test_changed_pictures_under_the_same_names_are_measured_anew() -> None:
+    line = "eval samples --metrics fd-tiny --reference glyphs:200"
+    ruler.write_pictures(Path("samples"), ruler.pictures(120))
+    assert alphaflow(line) == 0
+    ruler.write_pictures(Path("samples"), ruler.pictures(120, seed=5, contrast=0.3))
+    assert alphaflow(line) == 0
+    one, two = (json.loads(line)["rows"][0]["value"] for line in Path("evals/history.jsonl").read_text().splitlines())
+    assert abs(one - two) > 0.1 * one
+
+
+def test_so_many_pictures_are_taken_evenly_from_all_classes() -> None:
+    from alphaflow_cli.engine.pictures import open_pictures
+
+    for i in range(4):
+        ruler.write_pictures(Path(f"classes/{i}"), torch.full((30, 3, 32, 32), i, dtype=torch.uint8))
+    few = open_pictures("classes", size=None, limit=8)
+    assert (few.count, few.describe()["of"]) == (8, 120)
+    assert few.images(0, 8)[:, 0, 0, 0].tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+
+
+def test_the_count_is_in_the_name_and_the_bias_is_noted(capsys: pytest.CaptureFixture[str]) -> None:
+    assert alphaflow("eval glyphs:2000 --images 1000 --metrics fd-tiny --reference glyphs:200 --markdown") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "| pictures | FD-tiny-1k |"
+    assert "biased upwards" in lines[4]
+
+
+@pytest.mark.parametrize(
+    ("line", "code", "said"),
+    [
+        ("eval samples --metrics fid --reference glyphs:200", 1, "Inception-v3 of 2015-12-05"),
+        ("eval samples --reference glyphs:200", 1, "--metrics fd-tiny"),
+        ("eval samples --metrics fd-tiny", 1, "--reference FILE or --reference SOURCE"),
+        ("eval samples --metrics fdi --reference glyphs:200", 2, "'fdi' is not one of fid, fdd"),
+        ("eval samples --metrics fd-tiny --weights tiny=x --reference glyphs:200", 2, "NETWORK=FILE"),
+        ("eval samples --metrics fd-tiny --weights clip=x --reference glyphs:200", 1, "the metrics asked for use tiny"),
+        ("eval glyphs:10 --metrics fd-tiny --reference glyphs:200", 1, "10 pictures; a score needs at least 100"),
+        ("eval nowhere --metrics fd-tiny --reference glyphs:200", 1, "nowhere"),
+        ("eval samples --metrics fd-tiny --reference nowhere.npz", 1, "nowhere.npz"),
+        ("eval floats.npz --metrics fd-tiny --reference glyphs:200", 1, "arr_0 is float32"),
+        ("eval large --metrics fd-tiny --reference real.safetensors", 1, "here:      48×48 px"),
+        ("eval broken --metrics fd-tiny --reference glyphs:200", 1, "00007.png"),
+        ("eval mixed --metrics fd-tiny --reference glyphs:200", 1, "must be of one size"),
+        ("eval samples --metrics kid --reference adm.npz", 1, "Inception-v3"),
+        ("eval samples --metrics fd-tiny --reference real.safetensors --out floats.npz/x", 1, "cannot be made"),
+        ("reference samples --metrics fd-tiny -o real.npz", 2, ".safetensors"),
+        ("reference samples --metrics fd-tiny -o real.safetensors", 1, "exists already"),
+    ],
+)
+def test_a_fault_is_one_clear_line_and_nothing_that_looks_like_a_score(
+    line: str, code: int, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ruler.write_pictures(Path("samples"), ruler.pictures(120))
+    ruler.write_pictures(Path("large"), ruler.pictures(120, size=48))
+    ruler.write_pictures(Path("mixed"), ruler.pictures(120))
+    ruler.write_pictures(Path("mixed/z"), ruler.pictures(1, size=40))
+    broken = ruler.write_pictures(Path("broken"), ruler.pictures(120)) / "00007.png"
+    broken.write_bytes(broken.read_bytes()[:200])
+    np.savez("floats.npz", arr_0=np.full((120, 32, 32, 3), np.nan, np.float32))
+    np.savez("adm.npz", mu=np.zeros(2048), sigma=np.eye(2048))
+    assert alphaflow("reference glyphs:200 --metrics fd-tiny -o real.safetensors") == 0
+    capsys.readouterr()
+    assert alphaflow(line) == code
+    captured = capsys.readouterr()
+    assert said in captured.err
+    assert captured.out == ""
+    assert not list(Path("evals").glob("*/results.json"))
+
+
+def test_copies_among_the_pictures_are_warned_of(capsys: pytest.CaptureFixture[str]) -> None:
+    ruler.write_pictures(Path("samples"), ruler.pictures(60))
+    ruler.write_pictures(Path("samples/again"), ruler.pictures(60))
+    assert alphaflow("eval samples --metrics fd-tiny --reference glyphs:200") == 0
+    assert "60 of 120 pictures are exact copies" in capsys.readouterr().err
+
+
+def started(line: str, **options: object) -> "subprocess.Popen[str]":
+    return subprocess.Popen(  # type: ignore[call-overload,no-any-return]
+        [*CALL, *shlex.split(line)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
+    )
+
+
+def test_ctrl_c_keeps_the_finished_chunks_and_the_same_command_goes_on() -> None:
+    line = "eval glyphs:1500 --metrics fd-tiny --reference real.safetensors"
+    assert alphaflow("reference glyphs:200 --metrics fd-tiny -o real.safetensors") == 0
+    process = started(line)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and len(list(Path("evals").glob("*/features-0000000-0000250*"))) < 1:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert out == ""
+    assert "run the same command again" in err
+    kept = len(list(Path("evals").glob("*/features-*")))
+    assert alphaflow(line) == 0
+    assert kept < 7  # of 6, and the reference's one
+    assert results()["evaluations"][0]["rows"][0]["count"] == 1500
+
+
+def test_a_full_disk_is_said_and_can_be_resumed() -> None:
+    assert alphaflow("reference glyphs:200 --metrics fd-tiny -o real.safetensors") == 0
+
+    def no_room() -> None:  # a file may not grow beyond 50 kB: the write fails as on a full disk
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+
+    line = "eval glyphs:500 --metrics fd-tiny --reference real.safetensors"
+    process = started(line, preexec_fn=no_room)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 1, err
+    assert out == ""
+    assert "Make room and run the same command again" in err
+    assert "Traceback" not in err
+    assert alphaflow(line) == 0
+
+
+@pytest.mark.distributed
+def test_two_processes_give_the_same_numbers_as_one() -> None:
+    line = "eval glyphs:1100 --metrics fd-tiny --reference glyphs:600 --json"
+    one = subprocess.run([*CALL, *shlex.split(line)], capture_output=True, text=True, check=True)
+    two = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "alphaflow_cli",
+         *shlex.split(line), "--out", "together"],
+        capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert two.returncode == 0, two.stderr
+    found = [json.loads(each.stdout)["evaluations"][0] for each in (one, two)]
+    assert found[0]["rows"][0]["value"] == pytest.approx(found[1]["rows"][0]["value"], rel=1e-10)
+    assert found[0]["pictures_sha256"] == found[1]["pictures_sha256"]
+    assert [each["processes"] for each in found] == [1, 2]
+
+
+@pytest.mark.parametrize("verb", ["eval", "reference"])
+def test_the_first_example_of_the_help_runs(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert alphaflow(f"{verb} --help") == 0
+    text = capsys.readouterr().out.partition("Examples:")[2].split("alphaflow ")[1]
+    assert alphaflow(text) == 0
+    assert Path(capsys.readouterr().out.splitlines()[-1]).is_file()

@@ -1,0 +1,251 @@
+"""Pictures as they are: every mode, every spelling, every kind of broken file; folders, zips and tars of them."""
+
+import io
+import json
+import tarfile
+import zipfile
+
+import numpy as np
+import pytest
+from awkward_pictures import ASIDE, BAD, GOOD, RED, encoded, gradient, png_that_claims, write_awkward
+from PIL import Image
+
+from alphaflow_cli.data.classes import choose_split, folders_of, read_classes
+from alphaflow_cli.data.opening import open_source
+from alphaflow_cli.data.pictures import MAX_PIXELS, BadPicture, decode, square
+from alphaflow_cli.data.sources import open_folder, read_file
+from alphaflow_cli.errors import AlphaflowError
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+
+
+def pixels(data, size=16):
+    return decode(data, size, MAX_PIXELS)
+
+
+def test_there_are_at_least_25_awkward_pictures():
+    assert len(GOOD) >= 25
+
+
+@pytest.mark.parametrize("name", GOOD)
+def test_an_awkward_picture_becomes_a_square_rgb_array(name):
+    found = pixels(GOOD[name])
+    assert found.shape == (3, 16, 16)
+    assert found.dtype == np.uint8
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_broken_picture_is_named_with_the_reason(name):
+    data, why = BAD[name]
+    with pytest.raises(BadPicture, match=why):
+        pixels(data)
+
+
+def test_grey_modes_agree_with_each_other():
+    grey = pixels(encoded(gradient("L"), "PNG"))
+    assert (grey[0] == grey[1]).all()
+    np.testing.assert_array_equal(pixels(encoded(gradient("LA"), "PNG")), grey)
+
+
+def test_transparent_parts_are_white():
+    assert (pixels(GOOD["rgba.png"]) == 255).all()
+
+
+def test_sixteen_bits_are_scaled_not_cut():
+    values = np.array([[0, 257, 32896, 65535]], np.uint16).repeat(4, 0)
+    found = pixels(encoded(Image.fromarray(values), "PNG"), size=4)
+    np.testing.assert_array_equal(found[0, 0], [0, 1, 128, 255])
+
+
+def test_exif_turns_the_picture_upright():
+    found = pixels(GOOD["exif-rotated.jpg"]).astype(int)
+    assert np.abs(found[:, 3, 8] - RED).max() < 12
+    assert found[:, 12, 8].min() > 240
+
+
+@pytest.mark.parametrize("name", ["animated.gif", "animated.webp", "animated.apng"])
+def test_an_animation_is_its_first_frame(name):
+    assert np.abs(pixels(GOOD[name])[:, 8, 8].astype(int) - RED).max() <= 3
+
+
+def test_cmyk_is_not_inverted():
+    found = pixels(encoded(Image.new("RGB", (20, 20), RED).convert("CMYK"), "JPEG", quality=95)).astype(int)
+    assert np.abs(found[:, 8, 8] - RED).max() < 12
+
+
+def test_the_crop_is_the_centred_square():
+    image = Image.new("RGB", (30, 10), "black")
+    image.paste(RED, (10, 0, 20, 10))
+    assert (np.asarray(square(image, 10)) == RED).all()
+    assert (np.asarray(square(image.transpose(Image.Transpose.ROTATE_90), 10)) == RED).all()
+
+
+def test_the_resize_is_pillows_lanczos():
+    image = gradient(size=(40, 40))
+    expected = np.asarray(image.resize((16, 16), Image.Resampling.LANCZOS)).transpose(2, 0, 1)
+    np.testing.assert_array_equal(pixels(encoded(image, "PNG")), expected)
+
+
+def test_a_picture_of_the_right_size_is_not_touched():
+    image = gradient(size=(16, 16))
+    np.testing.assert_array_equal(pixels(encoded(image, "PNG")), np.asarray(image).transpose(2, 0, 1))
+
+
+def test_a_hundred_megapixels_are_decoded():
+    data = encoded(Image.new("RGB", (10_000, 10_000), RED), "PNG", compress_level=1)
+    assert (pixels(data)[:, 5, 5] == RED).all()
+
+
+def test_the_limit_is_checked_before_anything_is_decoded():
+    with pytest.raises(BadPicture, match=r"limit is 0\.5 million"):
+        decode(png_that_claims(1000, 501), 16, 500_000)
+
+
+def test_floats_outside_zero_and_one_are_refused():
+    image = Image.fromarray(np.full((4, 4), 17.0, np.float32))
+    with pytest.raises(BadPicture, match="outside"):
+        pixels(encoded(image, "TIFF"))
+
+
+def test_a_folder_lists_pictures_and_leaves_the_rest_aside(tmp_path):
+    write_awkward(tmp_path / "root")
+    source = open_folder(tmp_path / "root")
+    names = {name.removeprefix("things/") for name in source.names}
+    assert names >= set(GOOD) | set(BAD) | {"linked.jpg", "self.jpg", "nowhere.jpg", "pipe.jpg"}
+    assert not names & set(ASIDE)
+    assert not any(name.startswith("round") for name in names)
+    assert source.notes == ["4 other files left aside", "1 links that lead back to their own folder not followed"]
+
+
+def test_a_pipe_does_not_block_and_a_folder_linked_twice_counts_twice(tmp_path):
+    write_awkward(tmp_path / "root")
+    with pytest.raises(OSError, match="not a regular file"):
+        read_file(tmp_path / "root/things/pipe.jpg")
+    (tmp_path / "root/again").symlink_to("things/folder.jpg", target_is_directory=True)
+    (tmp_path / "root/things/folder.jpg/a.png").write_bytes(GOOD["rgba.png"])
+    names = open_folder(tmp_path / "root").names
+    assert {"again/a.png", "things/folder.jpg/a.png"} <= set(names)
+
+
+TREE = {"train/cat/1.jpg": b"a", "train/cat/deep/2.jpg": b"bb", "train/dog/3.jpg": b"ccc", "train/notes.txt": b"no"}
+
+
+def write_archive(path, tree):
+    if path.suffix == ".zip":
+        with zipfile.ZipFile(path, "w") as archive:
+            for name, data in tree.items():
+                archive.writestr(name, data)
+        return path
+    mode = {".gz": "w:gz", ".xz": "w:xz", ".tar": "w"}[path.suffix]
+    with tarfile.open(path, mode) as archive:
+        for name, data in tree.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    return path
+
+
+def write_folder(path, tree):
+    for name, data in tree.items():
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        (path / name).write_bytes(data)
+    return path
+
+
+@pytest.mark.parametrize("form", ["folder", "a.zip", "a.tar", "a.tar.gz", "a.tar.xz"])
+def test_every_form_lists_and_reads_the_same_pictures(tmp_path, form):
+    make = write_folder if form == "folder" else write_archive
+    source = open_source(str(make(tmp_path / form, TREE)))
+    assert list(source.names) == ["train/cat/1.jpg", "train/cat/deep/2.jpg", "train/dog/3.jpg"]
+    assert [(line, fetch()) for line, fetch in source.fetches([0, 2])] == [(0, b"a"), (2, b"ccc")]
+    assert source.notes == ["1 other files left aside"]
+
+
+@pytest.mark.parametrize("form", ["a.zip", "a.tar", "a.tar.gz"])
+def test_a_truncated_archive_is_named(tmp_path, form):
+    tree = {f"c/{index}.jpg": np.random.default_rng(index).bytes(3000) for index in range(20)}
+    path = write_archive(tmp_path / form, tree)
+    path.write_bytes(path.read_bytes()[:30_000])
+    with pytest.raises(AlphaflowError, match=form):
+        open_source(str(path))
+
+
+def test_what_is_not_there_lists_what_could_be():
+    with pytest.raises(AlphaflowError, match="glyphs:4000"):
+        open_source("nowhere/at/all")
+
+
+def classes_of(names, given=None):
+    lines, prefix = choose_split(names)
+    folders = folders_of([names[line] for line in lines], prefix)
+    classes = read_classes(folders, given, None)
+    return classes, [classes.folders.index(folder) for folder in folders]
+
+
+@pytest.mark.parametrize(
+    ("names", "folders", "labels"),
+    [
+        (["b/1.jpg", "a/2.jpg", "a/x/3.jpg"], ["a", "a/x", "b"], [2, 0, 1]),
+        (["1.jpg", "2.jpg"], [""], [0, 0]),
+        (["data/set/b/1.jpg", "data/set/a/2.jpg"], ["a", "b"], [1, 0]),
+        (["in/train/n02/1.JPEG", "in/train/n01/2.JPEG", "in/val/n01/3.JPEG"], ["n01", "n02"], [1, 0]),
+        (["train/a/1.jpg", "train/b/1.jpg", "test/a/2.jpg"], ["a", "b"], [0, 1]),
+        (["train/a/1.jpg", "val/a/2.jpg"], ["a"], [0]),
+        (["train/1.jpg", "plane/2.jpg"], ["plane", "train"], [1, 0]),
+        (["only/1.jpg", "only/2.jpg"], [""], [0, 0]),
+    ],
+)
+def test_the_class_is_the_folder_below_what_all_share(names, folders, labels):
+    classes, found = classes_of(names)
+    assert classes.folders == folders
+    assert found == labels
+
+
+def test_imagenet_is_recognised_in_its_order():
+    classes, labels = classes_of(
+        ["ILSVRC/Data/CLS-LOC/train/n01443537/a.JPEG", "ILSVRC/Data/CLS-LOC/train/n01440764/b.JPEG"]
+    )
+    assert classes.imagenet
+    assert (classes.folders, labels) == (["n01440764", "n01443537"], [1, 0])
+    assert not classes_of(["cat/a.jpg", "dog/b.jpg"])[0].imagenet
+
+
+def test_pictures_beside_class_folders_are_refused():
+    with pytest.raises(AlphaflowError, match="1 pictures lie beside the class folders"):
+        classes_of(["a/1.jpg", "b/1.jpg", "stray.jpg"])
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        ["dog", "cat", "bird"],
+        {"dog": 0, "cat": 1, "bird": 2},
+        {"dog": {"index": 0}, "cat": {"index": 1, "name": "Cat"}, "bird": {"index": 2}},
+    ],
+)
+def test_classes_json_decides_indices_and_keeps_empty_classes(given):
+    classes, labels = classes_of(["cat/1.jpg", "dog/1.jpg"], json.dumps(given).encode())
+    assert classes.folders == ["dog", "cat", "bird"]
+    assert labels == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"cat": 0}, "no entry for the folder 'dog'"),
+        ({"cat": 0, "dog": 2}, "without gaps"),
+        (3, "should be"),
+        ({"cat": {}}, "should be"),
+    ],
+)
+def test_a_wrong_classes_json_is_named(given, words):
+    with pytest.raises(AlphaflowError, match=words):
+        classes_of(["cat/1.jpg", "dog/1.jpg"], json.dumps(given).encode())
+
+
+@pytest.mark.parametrize("form", ["folder", "a.zip", "a.tar.gz"])
+def test_classes_json_is_found_in_every_form(tmp_path, form):
+    make = write_folder if form == "folder" else write_archive
+    source = open_source(str(make(tmp_path / form, {"classes.json": b'["x"]', "x/1.jpg": b"a"})))
+    assert source.classes_json() == b'["x"]'
+    assert source.notes == []

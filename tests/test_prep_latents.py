@@ -1,0 +1,408 @@
+"""`prep-latents`, end to end: the same store however it was made, resumable, and nothing awkward passes silently."""
+
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from awkward_pictures import GOOD, encoded, gradient, write_awkward
+from click.testing import CliRunner
+from PIL import Image
+from safetensors.numpy import load_file
+from tiny_autoencoders import tiny_dc, tiny_kl
+
+from alphaflow_cli.cli import run
+from alphaflow_cli.data.manifest import read_manifest
+from alphaflow_cli.data.store import open_store, verify_store
+from alphaflow_cli.engine.encode import choose_precision, precision
+from alphaflow_cli.engine.prepare import check_room, free_bytes, locked, prepare_latents
+from alphaflow_cli.engine.prepare_plan import default_out, shard_size
+from alphaflow_cli.errors import AlphaflowError
+from alphaflow_cli.nn.autoencoder import load_autoencoder
+
+CIFAR = os.environ.get("ALPHAFLOW_CIFAR", "")
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def vae(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("vae") / "tiny-kl"
+    return folder, tiny_kl(folder)
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory):
+    """Three classes of 30 real picture files, 70 × 50."""
+    root = tmp_path_factory.mktemp("tree") / "set"
+    rng = np.random.default_rng(0)
+    for name in ("ant", "bee", "cow"):
+        (root / name).mkdir(parents=True)
+        for index in range(30):
+            image = Image.fromarray(rng.integers(0, 256, (5, 7, 3), dtype=np.uint8)).resize((70, 50))
+            image.save(root / name / f"{index}.png")
+    return root
+
+
+def prepare(source, out, **options):
+    options = {"size": 16, "autoencoder": "none", "shown": False, **options}
+    return prepare_latents(str(source), out, **options)
+
+
+def contents(folder):
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def invoke(*args):
+    """Exit code, stdout, stderr of the real command line."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "alphaflow_cli", *map(str, args)], capture_output=True, text=True, env=env
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+def direct(vae, tree, manifest_folder):
+    """Moments by plain Pillow and diffusers, in the order of images.json."""
+    images = json.loads((manifest_folder / "images.json").read_text())
+    stacked = []
+    for name, _ in images:
+        image = Image.open(tree / name).convert("RGB").crop((10, 0, 60, 50)).resize((32, 32), Image.Resampling.LANCZOS)
+        stacked.append(torch.from_numpy(np.array(image)).permute(2, 0, 1).float() * 2 / 255 - 1)
+    moments = []
+    with torch.no_grad():
+        for batch in torch.stack(stacked).split(16):  # of the size that is used on a CPU: kernels differ by the size
+            posterior = vae.encode(batch).latent_dist
+            moments.append(torch.cat([posterior.mean, posterior.std], dim=1))
+    return torch.cat(moments).numpy(), np.array([label for _, label in images])
+
+
+def all_rows(out, name):
+    return np.concatenate([load_file(out / shard.file)[name] for shard in read_manifest(out).shards])
+
+
+@pytest.mark.parametrize(("dtype", "atol"), [("fp32", 1e-6), ("fp16", 2e-3)])
+def test_stored_moments_equal_a_direct_encode(vae, tree, tmp_path, dtype, atol):
+    out = prepare(tree, tmp_path / "s", size=32, autoencoder=str(vae[0]), dtype=dtype)
+    moments, labels = direct(vae[1], tree, out)
+    np.testing.assert_allclose(all_rows(out, "moments"), moments, atol=atol, rtol=0)
+    np.testing.assert_array_equal(all_rows(out, "label"), labels)
+    np.testing.assert_array_equal(all_rows(out, "index"), np.arange(90))
+    assert verify_store(out) == []
+
+
+def test_statistics_match_a_direct_computation_on_all_samples(vae, tree, tmp_path):
+    out = prepare(tree, tmp_path / "s", size=32, autoencoder=str(vae[0]), dtype="fp32")
+    moments = direct(vae[1], tree, out)[0].astype(np.float64)
+    mean, std = moments[:, :4], moments[:, 4:]
+    found = open_store(out, "full").statistics["all"]
+    np.testing.assert_allclose(found.mean, mean.mean(0), atol=1e-5)
+    np.testing.assert_allclose(found.std, np.sqrt(mean.var(0) + (std**2).mean(0)), atol=1e-5)
+    said = read_manifest(out).statistics
+    np.testing.assert_allclose(said["channel_mean"], mean.mean((0, 2, 3)), atol=1e-5)
+
+
+def test_flips_store_the_mirrored_pictures_moments(vae, tree, tmp_path):
+    out = prepare(tree, tmp_path / "s", size=32, autoencoder=str(vae[0]), dtype="fp32", flips=True)
+    mirrored = tmp_path / "mirrored"
+    for name in (path.relative_to(tree) for path in tree.rglob("*.png")):
+        (mirrored / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.open(tree / name).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(mirrored / name)
+    other = prepare(mirrored, tmp_path / "m", size=32, autoencoder=str(vae[0]), dtype="fp32")
+    np.testing.assert_allclose(all_rows(out, "moments_flip"), all_rows(other, "moments"), atol=1e-6, rtol=0)
+    assert np.abs(all_rows(out, "moments_flip") - all_rows(out, "moments")).max() > 1e-3
+
+
+def test_an_autoencoder_without_posterior_stores_means_only(tree, tmp_path):
+    tiny_dc(tmp_path / "dc")
+    out = prepare(tree, tmp_path / "s", size=32, autoencoder=str(tmp_path / "dc"), limit=10)
+    assert all_rows(out, "mean").shape == (10, 4, 8, 8)
+    assert read_manifest(out).plan.kind == "mean"
+
+
+def test_pixels_are_stored_as_they_are(tree, tmp_path):
+    out = prepare(tree, tmp_path / "s")
+    image = Image.open(tree / "ant" / "0.png").crop((10, 0, 60, 50)).resize((16, 16), Image.Resampling.LANCZOS)
+    np.testing.assert_array_equal(all_rows(out, "pixels")[0], np.asarray(image).transpose(2, 0, 1))
+
+
+def test_the_manifest_says_how_it_was_made(vae, tree, tmp_path):
+    plan = read_manifest(prepare(tree, tmp_path / "s", size=32, autoencoder=str(vae[0]))).plan
+    assert (plan.latent, plan.kind, plan.dtype, plan.classes) == ((4, 4, 4), "moments", "float16", 3)
+    assert plan.source["name"] == "set"
+    assert plan.transform["crop"] == "largest centred square"
+    assert (plan.autoencoder.id, plan.autoencoder.scale, plan.autoencoder.precision) == ("tiny-kl", 0.18215, "fp32")
+    assert plan.autoencoder.weights_sha256 == load_autoencoder(str(vae[0]), device=CPU).weights_sha256
+    text = b"".join(contents(tmp_path / "s").values())
+    assert str(tmp_path).encode() not in text, "a store must not carry the machine's folders"
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("encoder", ["none", pytest.param("vae", marks=pytest.mark.slow)])
+def test_two_processes_give_the_same_bytes_as_one(vae, tmp_path, encoder):
+    name = str(vae[0]) if encoder == "vae" else "none"
+    one = prepare("glyphs:600", tmp_path / "one", autoencoder=name)
+    two = prepare("glyphs:600", tmp_path / "two", autoencoder=name, processes=2)
+    assert contents(one) == contents(two)
+
+
+def test_a_second_run_does_nothing(tree, tmp_path):
+    out = prepare(tree, tmp_path / "s")
+    times = {file.name: file.stat().st_mtime_ns for file in out.iterdir()}
+    prepare(tree, out)
+    assert {file.name: file.stat().st_mtime_ns for file in out.iterdir()} == times
+
+
+@pytest.mark.parametrize(
+    "lost",
+    [
+        ("train-00001.safetensors",),
+        ("train-00002.json",),
+        ("manifest.json", "train-00000.json"),
+        ("stats.safetensors", "manifest.json"),
+    ],
+)
+def test_what_is_missing_is_made_again_to_the_same_bytes(tmp_path, lost):
+    out = prepare("glyphs:700", tmp_path / "s")
+    before = contents(out)
+    for name in lost:
+        (out / name).unlink()
+    (out / ".train-00001.safetensors.tmp").write_bytes(b"half")
+    prepare("glyphs:700", out)
+    assert contents(out) == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"size": 8}, "image_size is 8 in this command, 16 in the store"),
+        ({"flips": True}, "flips is True in this command, False in the store"),
+        ({"limit": 5}, "source.images is 5 in this command, 90 in the store"),
+    ],
+)
+def test_another_preparation_in_the_same_folder_is_refused_with_both_sides(tree, tmp_path, changes, words):
+    out = prepare(tree, tmp_path / "s")
+    with pytest.raises(AlphaflowError, match=words):
+        prepare(tree, out, **changes)
+
+
+def test_other_weights_of_the_same_name_are_refused(vae, tree, tmp_path):
+    out = prepare(tree, tmp_path / "s", size=32, autoencoder=str(vae[0]), limit=4)
+    (out / "manifest.json").unlink()
+    (out / "train-00000.json").unlink()
+    tiny_kl(tmp_path / "other" / "tiny-kl", seed=5)
+    with pytest.raises(AlphaflowError, match=r"autoencoder\.weights_sha256 is"):
+        prepare(tree, out, size=32, autoencoder=str(tmp_path / "other" / "tiny-kl"), limit=4)
+
+
+def test_new_pictures_in_the_source_are_noticed(tree, tmp_path):
+    source = shutil.copytree(tree, tmp_path / "tree")
+    out = prepare(source, tmp_path / "s")
+    (source / "ant" / "new.png").write_bytes((source / "ant" / "0.png").read_bytes())
+    with pytest.raises(AlphaflowError, match=r"source\.images is 91 in this command, 90 in the store"):
+        prepare(source, out)
+
+
+def test_a_folder_with_other_things_in_it_is_not_written_to(tree, tmp_path):
+    (tmp_path / "s").mkdir()
+    (tmp_path / "s" / "thesis.tex").touch()
+    with pytest.raises(AlphaflowError, match="no latent store"):
+        prepare(tree, tmp_path / "s")
+    assert not (tmp_path / "s" / "plan.json").exists()
+
+
+def test_a_bad_picture_stops_the_run_by_name(tmp_path):
+    write_awkward(tmp_path / "root")
+    with pytest.raises(AlphaflowError, match=r"'things/.*--bad skip"):
+        prepare(tmp_path / "root", tmp_path / "s")
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+def test_bad_pictures_are_skipped_named_and_counted(tmp_path):
+    bad = write_awkward(tmp_path / "root")
+    out = prepare(tmp_path / "root", tmp_path / "s", bad="skip")
+    manifest = read_manifest(out)
+    assert {entry["name"].removeprefix("things/") for entry in manifest.bad} == bad
+    assert all(entry["why"] for entry in manifest.bad)
+    names = json.loads((out / "images.json").read_text())
+    assert manifest.count == len(names) - len(bad) >= len(GOOD)
+    assert sorted([*all_rows(out, "index"), *(entry["line"] for entry in manifest.bad)]) == list(range(len(names)))
+    assert verify_store(out) == []
+
+
+def test_files_removed_between_two_runs_are_counted_as_bad(tmp_path):
+    source = tmp_path / "set"
+    source.mkdir()
+    for index in range(300):
+        encoded_picture = encoded(gradient(size=(8, 8)), "PNG")
+        (source / f"{index:03d}.png").write_bytes(encoded_picture)
+    out = prepare(source, tmp_path / "s", size=8, bad="skip")
+    for name in ("manifest.json", "train-00001.json"):
+        (out / name).unlink()
+    (source / "299.png").unlink()
+    with pytest.raises(AlphaflowError, match="299 in this command, 300 in the store"):
+        prepare(source, out, size=8)
+    manifest = read_manifest(prepare(source, out, size=8, bad="skip"))
+    assert (manifest.count, [entry["name"] for entry in manifest.bad]) == (299, ["299.png"])
+    assert "No such file" in manifest.bad[0]["why"]
+
+
+def test_a_source_without_one_good_picture_says_so(tmp_path):
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "a.png").write_bytes(b"")
+    with pytest.raises(AlphaflowError, match=r"not one good picture; the first, 'a\.png': an empty file"):
+        prepare(tmp_path / "set", tmp_path / "s", bad="skip")
+
+
+def test_an_empty_folder_says_what_was_left_aside(tmp_path):
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "readme.txt").touch()
+    with pytest.raises(AlphaflowError, match="no pictures here \\(1 other files left aside\\)"):
+        prepare(tmp_path / "set", tmp_path / "s")
+
+
+def test_a_limit_is_spread_over_all_classes(tree, tmp_path):
+    out = prepare(tree, tmp_path / "s", limit=9)
+    assert sorted(all_rows(out, "label")) == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+
+
+def test_no_room_is_found_out_before(tmp_path):
+    with pytest.raises(AlphaflowError, match=r"needs .* are free"):
+        check_room(tmp_path / "not" / "yet", free_bytes(tmp_path))
+    check_room(tmp_path / "not" / "yet", 1)
+
+
+def test_a_disk_that_fills_up_leaves_a_store_that_goes_on(tmp_path):
+    """A file size limit stands in for the full disk: the kernel refuses the write in the middle of a shard."""
+    reference = prepare("glyphs:600", tmp_path / "reference")
+    out, soft = tmp_path / "s", resource.getrlimit(resource.RLIMIT_FSIZE)
+    prepare("glyphs:600", out)
+    for name in ("manifest.json", "train-00001.json", "train-00001.safetensors"):
+        (out / name).unlink()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, soft[1]))
+    try:
+        with pytest.raises(AlphaflowError, match=r"no room left .*run the same command again"):
+            prepare("glyphs:600", out)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, soft)
+    assert not list(out.glob(".*.tmp"))
+    prepare("glyphs:600", out)
+    assert contents(out) == contents(reference)
+
+
+def test_two_writers_do_not_share_a_store(tmp_path):
+    with locked(tmp_path / "s"), pytest.raises(AlphaflowError, match="another prep-latents"):
+        prepare("glyphs:10", tmp_path / "s")
+
+
+def test_a_size_that_the_autoencoder_cannot_take_is_refused(vae, tree, tmp_path):
+    with pytest.raises(AlphaflowError, match="--size 20: tiny-kl needs a multiple of 8"):
+        prepare(tree, tmp_path / "s", size=20, autoencoder=str(vae[0]))
+
+
+def test_low_precision_is_measured_and_taken_only_where_its_error_is_small(vae, tmp_path):
+    model = load_autoencoder(str(vae[0]), device=CPU)
+    sample = np.random.default_rng(0).integers(0, 256, (4, 3, 32, 32), dtype=np.uint8)
+    name, error = choose_precision(model, sample, CPU, "bf16")
+    pixels = torch.from_numpy(sample).float() * (2 / 255) - 1
+    with precision("bf16", CPU):
+        rough, _ = model.encode(pixels)
+    mean, std = model.encode(pixels)
+    expected = float((rough - mean).square().mean().sqrt() / std.square().mean().sqrt())
+    assert name == "bf16"
+    assert error == pytest.approx(expected, rel=1e-3)
+    assert error > 0
+    assert choose_precision(model, sample, CPU, "fp32") == ("fp32", 0.0)
+    assert choose_precision(model, sample, CPU, "auto")[0] == ("bf16" if expected <= 0.25 else "tf32")
+
+
+def test_bf16_encoding_is_recorded_with_its_error(vae, tree, tmp_path):
+    record = read_manifest(
+        prepare(tree, tmp_path / "s", size=32, autoencoder=str(vae[0]), limit=4, precision="bf16")
+    ).plan.autoencoder
+    assert record.precision == "bf16"
+    assert record.precision_error > 0
+
+
+@pytest.mark.parametrize(
+    ("source", "size", "autoencoder", "out"),
+    [
+        ("glyphs:40", 32, "none", "latents/glyphs-40-32-pixels"),
+        ("data/imagenet/", 256, "stabilityai/sd-vae-ft-ema", "latents/imagenet-256-sd-vae-ft-ema"),
+        ("data/imagenet/train", 256, "none", "latents/imagenet-256-pixels"),
+        ("photos.tar.gz", 64, "none", "latents/photos-64-pixels"),
+        ("hf://datasets/user/cats@v1:train", 64, "none", "latents/cats-64-pixels"),
+    ],
+)
+def test_the_stores_name_says_what_is_in_it(source, size, autoencoder, out):
+    assert default_out(source, size, autoencoder) == Path(out)
+
+
+def test_shards_are_cut_by_the_plan_alone():
+    assert shard_size(10, 3088) == 256
+    assert shard_size(50_000, 3088) == 3125
+    assert shard_size(1_281_167, 16_400) == 8192
+    assert shard_size(1_281_167, 65_552) * 65_552 <= 512_000_000
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_the_command_prints_the_store_last(here, capfd):
+    assert run(["prep-latents", "glyphs:40"]) == 0
+    out, err = capfd.readouterr()
+    assert out.splitlines() == [
+        "40 pictures, 10 classes, pixels 3x32x32 uint8, 173.2 kB",
+        "latents/glyphs-40-32-pixels",
+    ]
+    assert "encode 40/40 img" in err
+    assert "\r" not in err
+    assert run(["prep-latents", "--verify", "latents/glyphs-40-32-pixels"]) == 0
+    assert capfd.readouterr().out.splitlines()[-1] == "latents/glyphs-40-32-pixels"
+
+
+def test_an_estimate_writes_nothing(here, capfd):
+    assert run(["prep-latents", "glyphs:5000", "--out", "s", "--estimate"]) == 0
+    lines = capfd.readouterr().out.splitlines()
+    assert lines[0] == "pictures: 5,000, 5,000 to do in 16 shards, latents 3x32x32"
+    assert lines[1].startswith("disk: 15.4 MB needed, ")
+    assert lines[2].startswith("time: 0:")
+    assert list(here.iterdir()) == []
+
+
+def test_verify_names_the_broken_shard_and_fails(here, capfd):
+    run(["prep-latents", "glyphs:40", "--out", "s"])
+    path = here / "s" / "train-00000.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    capfd.readouterr()
+    assert run(["prep-latents", "--verify", "s"]) == 1
+    assert "s/train-00000.safetensors: its bytes changed" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("args", [("--size", "0"), ("--dtype", "fp8"), ("--bad", "maybe"), ("--processes", "0")])
+def test_a_wrong_option_is_a_usage_error(args):
+    from alphaflow_cli.commands.prep_latents import command
+
+    assert CliRunner().invoke(command, ["glyphs:4", *args]).exit_code == 2
+
+
+@pytest.mark.distributed
+def test_a_fault_in_a_worker_is_said_once_without_a_traceback(tmp_path):
+    source = tmp_path / "set"
+    source.mkdir()
+    for index in range(600):
+        (source / f"{index:03d}.png").write_bytes(GOOD["one-pixel.png"] if index != 400 else b"")
+    code, _, err = invoke(
+        "prep-latents", source, "--size", 8, "--autoencoder", "none", "--out", tmp_path / "s", "--processes", 2
+    )
+    assert code == 1
+    assert err.count("'400.png': an empty file") == 1
+    assert "Traceback" not in err

@@ -1,0 +1,192 @@
+"""`alphaflow sample`: the published samplers through the command line, and sample i is sample i."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from golden_data import network, tensor
+
+from alphaflow_cli import cli
+from alphaflow_cli.engine.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from alphaflow_cli.engine.generate import Generator, draw_labels, plan_walk
+from alphaflow_cli.recipe.schema import Data, Guidance, Model, Recipe, Sample, Schedule, Train
+
+PIXELS = {"id": "none", "revision": "", "weights_sha256": ""}
+
+
+def recipe_m(precision: str = "fp64", **guidance: float) -> Recipe:
+    """The recipe of the golden model M."""
+    return Recipe(
+        name="golden",
+        model=Model(dim=64, depth=2, heads=4, patch=2),
+        data=Data(autoencoder="tiny", image_size=64, channels=4, latent_size=8, classes=10, normalise="scale"),
+        alpha=Schedule(initial=0.0),
+        guidance=Guidance(label_dropout=0.1, **guidance),
+        train=Train(precision=precision),  # type: ignore[arg-type]
+    )
+
+
+def checkpoint_m(recipe: Recipe, weights: dict[str, torch.Tensor] | None = None) -> Checkpoint:
+    one = torch.ones((1, 1, 1), dtype=torch.float64)
+    origin = {"step": 7, "weights": "ema", "class_names": [f"class {i}" for i in range(10)], "autoencoder": PIXELS}
+    state = weights or {name: w.detach() for name, w in network("M").named_parameters()}
+    return Checkpoint(weights=state, recipe=recipe, mean=0 * one, std=one, origin=origin)
+
+
+@pytest.fixture
+def golden_checkpoint(tmp_path: Path) -> Path:
+    path = tmp_path / "m.safetensors"
+    save_checkpoint(path, checkpoint_m(recipe_m()))
+    return path
+
+
+def pixel_checkpoint(path: Path, **changes: object) -> Path:
+    """A random pixel-space model, 3×8×8, ten classes; every weight random, so that nothing is zero."""
+    recipe = replace(
+        recipe_m("fp32"),
+        model=Model(dim=32, depth=2, heads=2, patch=2),
+        data=Data(autoencoder="none", image_size=8, channels=3, latent_size=8, classes=10, normalise="scale"),
+    )
+    recipe = replace(recipe, **changes)  # type: ignore[arg-type]
+    from alphaflow_cli.engine.build import build_network
+
+    net = build_network(recipe)
+    generator = torch.Generator().manual_seed(1)
+    weights = {n: torch.randn(w.shape, generator=generator) * 0.05 for n, w in net.named_parameters()}
+    save_checkpoint(path, checkpoint_m(recipe, weights))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("case", "options"),
+    [
+        ("traj1", ["--nfe", "1"]),
+        ("traj2", ["--nfe", "2"]),
+        ("traj_custom_055", ["--times", f"1,{float(np.float32(0.55))!r},0"]),
+        ("cons2", ["--nfe", "2", "--sampler", "consistency"]),
+        ("fm8", ["--nfe", "8", "--sampler", "flow"]),
+    ],
+)
+def test_the_command_line_walks_the_published_samplers(golden_checkpoint, tmp_path, case, options):
+    out = tmp_path / "latents.npy"
+    for seed, label in zip([0, 1, 2, 12345], [3, 7, 0, 9], strict=True):
+        line = ["sample", str(golden_checkpoint), "--seeds", str(seed), "--classes", str(label)]
+        assert cli.run([*line, *options, "--latents", str(out)]) == 0
+        expected = tensor("sampler_f64.npz", f"{case}/out")[[0, 1, 2, 12345].index(seed)]
+        np.testing.assert_allclose(np.load(out)[0], expected.numpy(), rtol=1e-9, atol=1e-9)
+
+
+def test_a_picture_is_the_same_in_every_batch_and_order(tmp_path):
+    path = pixel_checkpoint(tmp_path / "c.safetensors")
+    for batch in (1, 7, 64):
+        folder = tmp_path / str(batch)
+        line = ["sample", str(path), "--seeds", "0-29", "--nfe", "2", "--sampler", "consistency"]
+        assert cli.run([*line, "--batch", str(batch), "--out", str(folder)]) == 0
+    assert cli.run(["sample", str(path), "--seeds", "29,3,17", "--nfe", "2", "--sampler", "consistency",
+                    "--out", str(tmp_path / "few")]) == 0  # fmt: skip
+    files = sorted(file.name for file in (tmp_path / "1").iterdir())
+    assert len(files) == 30
+    for name in files:
+        pictures = {(tmp_path / folder / name).read_bytes() for folder in ("1", "7", "64")}
+        assert len(pictures) == 1, name
+    for file in (tmp_path / "few").iterdir():
+        assert file.read_bytes() == (tmp_path / "1" / file.name).read_bytes()
+
+
+@pytest.mark.distributed
+def test_two_processes_draw_what_one_draws(tmp_path):
+    path = pixel_checkpoint(tmp_path / "c.safetensors")
+    for processes in (1, 2):
+        line = ["sample", str(path), "--seeds", "0-20", "--batch", "4", "--processes", str(processes)]
+        grid = tmp_path / f"grid{processes}.png"
+        assert cli.run([*line, "--latents", str(tmp_path / f"{processes}.npy"), "--grid", str(grid)]) == 0
+    assert (tmp_path / "1.npy").read_bytes() == (tmp_path / "2.npy").read_bytes()
+    assert (tmp_path / "grid1.png").read_bytes() == (tmp_path / "grid2.png").read_bytes()
+    assert not list(tmp_path.glob(".sample*"))
+
+
+def test_labels_are_drawn_by_the_published_rule():
+    drawn = draw_labels(range(10), 1000, "random")
+    assert drawn == [684, 37, 168, 874, 122, 867, 906, 175, 451, 382]
+    assert draw_labels(range(5), 3, "balanced") == [0, 1, 2, 0, 1]
+
+
+def test_guidance_at_sampling_mixes_both_velocities(tmp_path):
+    checkpoint = checkpoint_m(recipe_m())
+    generator = Generator(checkpoint, device=torch.device("cpu"))
+    walk = plan_walk(generator.recipe, nfe=1, guidance=3.0)
+    noise = torch.randn((4, 8, 8), generator=torch.Generator().manual_seed(5)).double()[None]
+    one, zero = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+    with torch.no_grad():
+        u_y = generator.net(noise, one, zero, torch.tensor([4]))
+        u_null = generator.net(noise, one, zero, torch.tensor([10]))
+    expected = noise - (u_null + 3.0 * (u_y - u_null))
+    torch.testing.assert_close(generator.latents([5], [4], walk), expected, rtol=1e-12, atol=1e-12)
+    assert walk.nfe == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--guidance", "2"], "guidance 2 is built into these weights"),
+        (["--times", "1,0.5"], "a grid falls from 1 to 0"),
+        (["--times", "1,0.2,0.5,0"], "a grid falls from 1 to 0"),
+        (["--classes", "class 77"], "not a class of this model"),
+        (["--classes", "10"], "not a class of this model"),
+        (["--nfe", "0"], "at least one network evaluation"),
+        (["--sampler", "heun", "--nfe", "4"], "1, 3, 5"),
+        (["--weights", "raw"], "holds averaged weights only"),
+    ],
+)
+def test_a_wish_that_cannot_be_granted_gets_one_line(tmp_path, capsys, options, message):
+    path = tmp_path / "c.safetensors"
+    save_checkpoint(path, checkpoint_m(recipe_m(omega=1.0, kappa=0.5)))
+    assert cli.run(["sample", str(path), "--seeds", "0", "--latents", str(tmp_path / "x.npy"), *options]) == 1
+    said = capsys.readouterr().err
+    assert message in said
+    assert "Traceback" not in said
+    assert not (tmp_path / "x.npy").exists()
+
+
+@pytest.mark.parametrize("seeds", ["a", "5-2", "1,,2", "-3"])
+def test_seeds_that_are_no_seeds_are_a_fault_of_the_command_line(tmp_path, seeds):
+    assert cli.run(["sample", "x.safetensors", f"--seeds={seeds}", "--grid", "g.png"]) == 2
+
+
+def test_a_broken_checkpoint_is_named(tmp_path, capsys):
+    path = pixel_checkpoint(tmp_path / "c.safetensors")
+    data = path.read_bytes()
+    truncated = tmp_path / "short.safetensors"
+    truncated.write_bytes(data[: len(data) // 2])
+    foreign = tmp_path / "foreign.safetensors"
+    from safetensors.torch import save_file
+
+    save_file({"w": torch.zeros(1)}, foreign)
+    for file, words in ((truncated, "truncated"), (foreign, "not an alphaflow checkpoint"), (tmp_path / "no.safetensors", "no such")):
+        assert cli.run(["sample", str(file), "--grid", str(tmp_path / "g.png")]) == 1
+        said = capsys.readouterr().err
+        assert str(file) in said
+        assert words in said
+
+
+def test_weights_that_are_not_finite_make_no_picture(tmp_path, capsys):
+    path = pixel_checkpoint(tmp_path / "nan.safetensors")
+    checkpoint = load_checkpoint(path)
+    checkpoint.weights["final.linear.bias"][3] = float("nan")
+    save_checkpoint(path, checkpoint)
+    assert cli.run(["sample", str(path), "--seeds", "0-3", "--grid", str(tmp_path / "g.png")]) == 1
+    assert "not finite" in capsys.readouterr().err
+    assert not (tmp_path / "g.png").exists()
+
+
+def test_the_recipe_chooses_sampler_and_grid_per_nfe():
+    said = Sample(two_step_sampler="consistency", two_step_times=(1.0, 0.55, 0.0))
+    recipe = replace(recipe_m(), sample=said)
+    assert plan_walk(recipe, nfe=1).grid == (1.0, 0.0)
+    two = plan_walk(recipe, nfe=2)
+    assert (two.sampler, two.grid) == ("consistency", (1.0, 0.55, 0.0))
+    assert plan_walk(recipe, nfe=2, kind="trajectory").grid == (1.0, 0.5, 0.0)
+    assert plan_walk(recipe, nfe=4).grid == (1.0, 0.75, 0.5, 0.25, 0.0)
+    assert plan_walk(recipe, nfe=3, kind="heun").nfe == 3

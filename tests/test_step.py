@@ -1,0 +1,205 @@
+"""The fast step is the published step: same gradients, same curve, its golden numbers; and it wastes nothing."""
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from golden_data import FOLDER, LABEL_ROWS, arrays, assert_close, labels, network, tensor
+from reference_step import reference_step
+from workload import CLASSES, Size, build, draw
+
+from alphaflow_cli.core.alpha import schedule_value
+from alphaflow_cli.engine.compile import compile_blocks
+from alphaflow_cli.engine.step import Objective, Rows, training_step
+from alphaflow_cli.nn.names import to_published
+from alphaflow_cli.recipe.schema import Guidance, Loss
+
+TINY = Size(dim=32, depth=2, heads=4, latent=8)
+LOSS_META = json.loads((FOLDER / "loss_meta_f64.json").read_text())
+GUIDANCE = {"none": Guidance(), "b2": Guidance(omega=1.0, kappa=0.5), "xl2": Guidance(0.2, 0.92, 0.0, 0.75)}
+
+
+def tiny_net(dtype=torch.float64):
+    return build(TINY, seed=0, device="cpu", dtype=dtype)
+
+
+def tiny_rows(share, dtype=torch.float64, seed=0, batch=8):
+    return draw(TINY, batch, share, seed=seed, device="cpu", dtype=dtype)
+
+
+def how(guidance, **loss):
+    return Objective(loss=Loss(**loss), guidance=guidance, y_null=CLASSES, has_labels=True, bf16=False)
+
+
+def gradients(net, loss):
+    return torch.autograd.grad(loss, list(net.parameters()))
+
+
+def largest_difference(a, b):
+    """Of two lists of gradients, relative to the whole gradient."""
+    return max((p - q).abs().max() for p, q in zip(a, b, strict=True)) / torch.cat([q.flatten() for q in b]).abs().max()
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("share", [0.25, 0.5, 0.75])
+@pytest.mark.parametrize("mix", list(GUIDANCE))
+@pytest.mark.parametrize("alpha", [1.0, 0.5, 0.0])
+def test_gradients_equal_those_of_the_published_way(alpha, mix, share, dropout):
+    net, rows = tiny_net(), tiny_rows(share)
+    rows.r[-1] = rows.t[-1]  # a tie among the r < t rows
+    objective = how(replace(GUIDANCE[mix], label_dropout=dropout))
+    fast = training_step(net, net, rows, alpha=alpha, how=objective).loss
+    slow = reference_step(net, rows, alpha=alpha, how=objective)
+    assert fast.item() == pytest.approx(slow.item(), rel=1e-13)
+    assert largest_difference(gradients(net, fast), gradients(net, slow)) < 1e-12
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+@pytest.mark.parametrize("alpha", [1.0, 0.5, 0.0])
+def test_gradients_are_equal_where_all_rows_are_of_one_kind(alpha, share):
+    net, rows, objective = tiny_net(), tiny_rows(share), how(GUIDANCE["b2"], reduction="sum", c=1.0)
+    fast = training_step(net, net, rows, alpha=alpha, how=objective).loss
+    slow = reference_step(net, rows, alpha=alpha, how=objective)
+    assert largest_difference(gradients(net, fast), gradients(net, slow)) < 1e-12
+
+
+def curve(step, steps):
+    """Losses of a run whose α goes from 1 to 0, with the trainer's optimiser."""
+    net, objective = tiny_net(), how(replace(GUIDANCE["b2"], label_dropout=0.3))
+    adam = torch.optim.AdamW(net.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    losses = []
+    for i in range(steps):
+        p = i / steps
+        alpha = 1.0 if p < 0.3 else 0.0 if p > 0.7 else (0.7 - p) / 0.4
+        loss = step(net, tiny_rows(0.25, seed=i), alpha, objective) / 8
+        losses.append(loss.item())
+        adam.zero_grad(set_to_none=False)
+        loss.backward()
+        adam.step()
+    return torch.tensor(losses, dtype=torch.float64)
+
+
+def fast_step(net, rows, alpha, objective):
+    return training_step(net, net, rows, alpha=alpha, how=objective).loss
+
+
+def slow_step(net, rows, alpha, objective):
+    return reference_step(net, rows, alpha=alpha, how=objective)
+
+
+def test_the_loss_curve_of_200_steps_is_the_published_ways_to_rounding():
+    fast, slow = curve(fast_step, 200), curve(slow_step, 200)
+    assert fast.std() > 1e-3
+    assert (fast - slow).abs().max() < 1e-9
+
+
+def test_fused_adam_and_the_step_are_bit_reproducible():
+    assert torch.equal(curve(fast_step, 12), curve(fast_step, 12))
+
+
+def golden_case(case):
+    """Rows and objective of a golden loss case."""
+    meta = LOSS_META[case]
+    which = meta["model"]
+    pure, isclose = "t_pure_fm" if meta["pure_fm"] else "t", case.endswith("isclose")
+    t = tensor("loss_inputs.npz", "t_isclose" if isclose else pure)
+    r = t if meta["pure_fm"] else tensor("loss_inputs.npz", "r_isclose" if isclose else "r")
+    x, noise, uniforms = (tensor("loss_inputs.npz", name) for name in ("x", "noise", "label_rand"))
+    y = labels(torch.tensor(arrays("loss_inputs.npz")["label"]), which)
+    mix = Guidance(**meta["cfg_params"], label_dropout=meta["label_dropout"])
+    objective = Objective(
+        loss=Loss(clamp=meta["clamp_utgt"]), guidance=mix, y_null=LABEL_ROWS[which] - 1, has_labels=True, bf16=False
+    )
+    rows = Rows(x=x, noise=noise, t=t, r=r, y=y, uniforms=uniforms, n_equal=meta["n_fm"])
+    return which, meta, rows, objective
+
+
+@pytest.mark.parametrize("case", sorted(LOSS_META))
+def test_the_step_gives_the_published_losses_and_gradients(case):
+    which, meta, rows, objective = golden_case(case)
+    net = network(which)
+    result = training_step(net, net, rows, alpha=meta["alpha"], how=objective)
+    total = result.loss / len(rows.t)
+    assert total.item() == pytest.approx(meta["total_loss"], rel=1e-9, abs=1e-9)
+    assert_close(result.target, tensor("loss_f64.npz", f"{case}/target"))
+    for name, value in {
+        "velocity_cfg": result.v_guided,
+        "loss_unscaled": result.terms.error,
+        "loss_tfm": result.terms.trajectory,
+        "loss_tcc": result.terms.consistency,
+    }.items():
+        if f"{case}/{name}" in arrays("loss_f64.npz"):
+            assert_close(value, tensor("loss_f64.npz", f"{case}/{name}").reshape(value.shape))
+    total.backward()
+    check_gradients(net, case, meta)
+
+
+def check_gradients(net, case, meta):
+    ours = {f"model.{to_published(name)}": weight.grad for name, weight in net.named_parameters()}
+    prefix = f"{case}/grad/"
+    stored = [name.removeprefix(prefix) for name in arrays("loss_f64.npz") if name.startswith(prefix)]
+    assert len(stored) > 10
+    for name in stored:
+        key, _, rows = name.partition("[:")
+        grad = ours[key] if not rows else ours[key][: int(rows.rstrip("]"))]
+        assert_close(grad, tensor("loss_f64.npz", prefix + name).reshape(grad.shape))
+    for key, norm in meta["grad_norm"].items():
+        assert ours[key].norm().item() == pytest.approx(norm, rel=1e-9, abs=1e-12), key
+
+
+@pytest.mark.parametrize("case", [case for case in sorted(LOSS_META) if f"{case}/weight" in arrays("loss_f64.npz")])
+def test_the_weight_of_each_row_is_the_published_one(case):
+    which, meta, rows, objective = golden_case(case)
+    net = network(which)
+    weights = []
+    for i in range(len(rows.t)):  # one row at a time: loss of the row ÷ its error is its weight
+        row = {name: getattr(rows, name)[i : i + 1] for name in ("x", "noise", "t", "r", "y", "uniforms")}
+        one = Rows(**row, n_equal=int(i < rows.n_equal))
+        result = training_step(net, net, one, alpha=meta["alpha"], how=objective)
+        weights.append(result.loss.detach() / result.terms.error)
+    assert_close(torch.cat(weights), tensor("loss_f64.npz", f"{case}/weight").flatten())
+
+
+@pytest.mark.parametrize(("alpha", "guided", "expected"), [
+    (1.0, False, [True]), (1.0, True, [False, True]), (0.5, False, [False, True]),
+    (0.5, True, [False, False, True]), (0.0, False, [True]), (0.0, True, [False, True]),
+])  # fmt: skip
+def test_there_is_one_graded_call_and_as_few_others_as_can_be(alpha, guided, expected):
+    """0 < α < 1 with guidance needs two: z_s depends on ṽ."""
+    net, calls = tiny_net(), []
+    net.register_forward_pre_hook(lambda module, inputs: calls.append(torch.is_grad_enabled()))
+    training_step(net, net, tiny_rows(0.25), alpha=alpha, how=how(GUIDANCE["b2" if guided else "none"]))
+    assert calls == expected
+
+
+@pytest.mark.parametrize("alpha", [1.0, 0.5, 0.0])
+def test_a_bf16_step_gives_every_weight_its_gradient(alpha):
+    net = tiny_net(torch.float32)
+    objective = how(GUIDANCE["b2"])
+    exact = gradients(net, fast_step(net, tiny_rows(0.5, torch.float32), alpha, objective))
+    close = gradients(net, fast_step(net, tiny_rows(0.5, torch.float32), alpha, replace(objective, bf16=True)))
+    assert all(grad.dtype == torch.float32 for grad in close)
+    assert math.sqrt(sum((a - b).square().sum() for a, b in zip(close, exact, strict=True))) < 0.1 * math.sqrt(
+        sum(b.square().sum() for b in exact)
+    )
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # of dynamo itself
+def test_nothing_is_recompiled_while_alpha_moves():
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    counters.clear()
+    net = compile_blocks(tiny_net(torch.float32), backend="aot_eager")
+    ramp = {"kind": "sigmoid", "initial": 1.0, "final": 0.0, "start": 0, "end": 60, "gamma": 25.0, "clamp": 0.005}
+    graphs, alphas = {}, [schedule_value(step, **ramp) for step in range(61)]
+    for step, alpha in enumerate(alphas):
+        loss = fast_step(net, tiny_rows(0.25, torch.float32, seed=step), alpha, how(GUIDANCE["b2"]))
+        loss.backward()
+        phase = "one" if alpha == 1.0 else "zero" if alpha == 0.0 else "between"
+        graphs.setdefault(phase, set()).add(counters["stats"]["unique_graphs"])
+    assert len(set(alphas)) > 20
+    assert graphs == {"one": {4}, "between": {6}, "zero": {8}}  # two parts (block, final) of each form
+    assert not counters["graph_break"]

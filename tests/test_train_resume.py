@@ -1,0 +1,214 @@
+"""Training goes on where it was killed, bit for bit: weights, averages, optimiser, journal."""
+
+import os
+import random
+import signal
+
+import pytest
+import torch
+from train_helpers import (
+    assert_same,
+    begin,
+    largest_difference,
+    left_behind,
+    make_recipe,
+    make_store,
+    saved_step,
+    train,
+    wait_for_step,
+)
+
+from alphaflow_cli.engine import ready, start, state
+from alphaflow_cli.engine.journal import Journal, read_rows
+from alphaflow_cli.engine.signals import StopFlag
+from alphaflow_cli.engine.trackers import Trackers
+from alphaflow_cli.engine.train import train_steps
+from alphaflow_cli.engine.world import join_world
+
+WAYS = {  # processes, micro-batch, --set
+    "one process": (1, None, ()),
+    "two processes": (2, None, ()),
+    "accumulation": (1, 3, ()),
+    "two processes and accumulation": (2, 3, ()),
+    "fsdp2": (2, None, ("train.strategy=fsdp2",)),
+    "gradient checkpointing in bf16": (1, None, ("train.precision=bf16", "train.gradient_checkpointing=true")),
+}
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    return make_store(tmp_path_factory.mktemp("latents") / "store")
+
+
+def interrupted_at(recipe, options, step, how):
+    """Train until the end of this step, then: `kill` the process there and then, or ask it to `stop`."""
+    world = join_world()
+    run = start.open_run(recipe, options, world)
+    book = Journal(options.out / "metrics.jsonl", run.step, writes=world.is_main)
+    stop = StopFlag()
+
+    def after(now):
+        if now.step == step and how == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if now.step == step - 1 and how == "stop":
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with stop:
+        train_steps(run, book, stop, trackers=Trackers(recipe, world, options.out, run.step), after_save=after)
+    assert run.step == step, "SIGTERM finishes the step, saves and leaves"
+    return 143
+
+
+def interrupt(recipe, store, out, step, how, processes, micro_batch):
+    options = ready.Options(out, store, micro_batch)
+    started = begin(
+        recipe, store, out, processes=processes, work=lambda: interrupted_at(recipe, options, step, how)
+    )
+    expected = {"kill": -signal.SIGKILL, "stop": 143}[how]
+    assert started.wait() == [expected] * processes, started.said()
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_twenty_steps_are_ten_a_kill_and_ten_and_are_five_seven_and_eight(way, store, tmp_path):
+    processes, micro_batch, sets = WAYS[way]
+    recipe = make_recipe(tmp_path, *sets)
+    whole = train(recipe, store, tmp_path / "whole", processes=processes, micro_batch=micro_batch)
+
+    once = tmp_path / "once"  # killed after step 12; 10 was saved
+    interrupt(recipe, store, once, 12, "kill", processes, micro_batch)
+    assert saved_step(once) == 10
+    train(recipe, store, once, processes=processes, micro_batch=micro_batch)
+    assert_same(whole, once)
+
+    often = tmp_path / "often"  # asked to stop after 5, killed after 5 + 7 + 2, where 10 was saved
+    interrupt(recipe, store, often, 7, "stop", processes, micro_batch)
+    assert saved_step(often) == 7, "a stop saves where it is"
+    interrupt(recipe, store, often, 14, "kill", processes, micro_batch)
+    assert saved_step(often) == 10
+    train(recipe, store, often, processes=processes, micro_batch=micro_batch)
+    assert_same(whole, often)
+
+
+def test_the_phases_are_all_there_and_the_journal_has_every_row_once(store, tmp_path):
+    recipe = make_recipe(tmp_path)
+    out = tmp_path / "run"
+    interrupt(recipe, store, out, 13, "kill", 1, None)
+    assert [row["step"] for row in read_rows(out / "metrics.jsonl")] == [3, 6, 9, 12]
+    train(recipe, store, out)
+    rows = read_rows(out / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [3, 6, 9, 12, 15, 18, 20]
+    assert [row["phase"] for row in rows] == ["flow", *["between"] * 4, *["derivative"] * 2]
+    assert rows[0]["alpha"] == 1 and rows[-1]["alpha"] == 0
+
+
+def test_a_run_moved_from_two_processes_to_one_and_back_differs_by_rounding_only(store, tmp_path):
+    recipe = make_recipe(tmp_path, "train.precision=fp64")
+    whole = train(recipe, store, tmp_path / "whole", processes=2)
+    moved = tmp_path / "moved"
+    interrupt(recipe, store, moved, 6, "kill", 2, None)
+    interrupt(recipe, store, moved, 11, "kill", 1, None)
+    train(recipe, store, moved, processes=2)
+    assert largest_difference(whole, moved) < 1e-12
+    same = ("step", "images_seen", "alpha", "phase", "equal_share", "lr", "nonfinite")
+    rows = [[tuple(row[name] for name in same) for row in left_behind(out)["rows"]] for out in (whole, moved)]
+    assert rows[0] == rows[1]
+    for one, other in zip(left_behind(whole)["rows"], left_behind(moved)["rows"], strict=True):
+        assert one["l"] == pytest.approx(other["l"], rel=1e-12)
+
+
+def test_another_seed_is_another_run(store, tmp_path):
+    one = train(make_recipe(tmp_path), store, tmp_path / "one")
+    other = train(make_recipe(tmp_path, "train.seed=1"), store, tmp_path / "other")
+    assert largest_difference(one, other) > 1e-3
+
+
+def kill_at_random(recipe, store, out, *, kills, processes, seed):
+    """SIGKILL at random moments until that many hit; every start must resume. Returns the steps lost each time."""
+    rng, lost, done = random.Random(seed), [], 0
+    while done < kills:
+        before = saved_step(out)
+        started = begin(recipe, store, out, processes=processes)
+        wait_for_step(out, before + 1)
+        threshold = rng.uniform(0, 0.12)
+        signal.sigtimedwait([], threshold)
+        victims = started.pids if processes == 1 or rng.random() < 0.5 else [rng.choice(started.pids)]
+        for pid in victims:
+            os.kill(pid, signal.SIGKILL)
+        for pid in set(started.pids) - set(victims):  # what the agent does with those that are left
+            signal.sigtimedwait([], 0.02)
+            os.kill(pid, signal.SIGKILL)
+        codes = started.wait()
+        done += any(code == -signal.SIGKILL for code in codes)
+        reached = max((row["step"] for row in read_rows(out / "metrics.jsonl")), default=0)
+        lost.append(reached - max(saved_step(out), 0))
+        newest = state.newest_state(out)
+        assert newest is not None
+        assert saved_step(out) > before, started.said()
+        folder = out / "checkpoints" / newest.stem
+        assert {path.name for path in folder.iterdir()} >= {"model.safetensors", "raw.safetensors", "ema-50.safetensors"}
+        if saved_step(out) >= recipe.train.steps:
+            break
+    return done, lost
+
+
+@pytest.mark.parametrize(
+    ("kills", "processes"), [(6, 1), pytest.param(100, 1, marks=pytest.mark.slow), pytest.param(30, 2, marks=pytest.mark.slow)]
+)
+def test_kills_at_random_moments_lose_nothing_beyond_the_save_interval(kills, processes, store, tmp_path):
+    steps = 60 * kills
+    recipe = make_recipe(
+        tmp_path, f"train.steps={steps}", "train.save_every=2", "train.log_every=1", f"alpha.start={steps // 3}",
+        f"alpha.end={steps // 2}",
+    )  # fmt: skip
+    out = tmp_path / "killed"
+    done, lost = kill_at_random(recipe, store, out, kills=kills, processes=processes, seed=kills)
+    assert done >= kills, f"the run ended after {done} kills"
+    assert max(lost) <= recipe.train.save_every
+    train(recipe, store, out, processes=processes)
+    whole = train(recipe, store, tmp_path / "whole", processes=processes)
+    assert_same(whole, out)
+    assert not list(out.rglob(".*tmp")) + list(out.rglob(".trash*"))
+
+
+def test_a_truncated_state_is_named_and_an_older_one_would_be_used(store, tmp_path, capsys):
+    out = train(make_recipe(tmp_path), store, tmp_path / "run")
+    path = state.newest_state(out)
+    path.write_bytes(path.read_bytes()[:1000])
+    assert state.newest_state(out) is None
+    assert f"{path}: truncated" in capsys.readouterr().err
+
+
+def test_the_model_file_at_the_top_is_the_newest_checkpoints(store, tmp_path):
+    out = train(make_recipe(tmp_path), store, tmp_path / "run")
+    newest = out / "checkpoints" / "step-00000020" / "model.safetensors"
+    assert (out / "model.safetensors").read_bytes() == newest.read_bytes()
+    assert sorted(path.name for path in (out / "checkpoints").iterdir()) == ["step-00000015", "step-00000020"]
+    assert oct(newest.stat().st_mode & 0o777) == "0o644"
+
+
+def test_milestones_are_kept(store, tmp_path):
+    out = train(make_recipe(tmp_path, "train.milestone_every=5", "train.keep=1"), store, tmp_path / "run")
+    assert [state.step_of(path) for path in sorted((out / "checkpoints").iterdir())] == [5, 10, 15, 20]
+
+
+def test_a_finished_run_is_left_alone(store, tmp_path):
+    recipe = make_recipe(tmp_path)
+    out = train(recipe, store, tmp_path / "run")
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
+    started = begin(recipe, store, out)
+    assert started.wait() == [0]
+    assert "the run is finished" in started.said()
+    after = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
+    assert {p for p in after if after[p] != before[p]} <= {out / "metrics.jsonl"}
+
+
+def test_weights_and_averages_are_apart_in_the_files(store, tmp_path):
+    from alphaflow_cli.engine.checkpoint import load_checkpoint
+
+    out = train(make_recipe(tmp_path), store, tmp_path / "run")
+    folder, tensors = out / "checkpoints" / "step-00000020", left_behind(out)
+    for file, head in {"model": "ema0", "ema-50": "ema1", "raw": "raw"}.items():
+        checkpoint = load_checkpoint(folder / f"{file}.safetensors")
+        assert checkpoint.origin["step"] == 20 and checkpoint.origin["images_seen"] == 320
+        for name, value in checkpoint.weights.items():
+            assert torch.equal(value, tensors[f"{head}.{name}"]), (file, name)
