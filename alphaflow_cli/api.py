@@ -7,7 +7,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from alphaflow_cli.engine.generate import Generator, draw_labels, open_generator, plan_walk
+from alphaflow_cli.engine.generate import Generator, open_generator
+from alphaflow_cli.engine.walk import draw_labels, plan_walk
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.recipe import Recipe
 

@@ -150,7 +150,7 @@ def main() -> NoReturn:
     signal.signal(signal.SIGTERM, _terminate)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # an α must not end a run on an ASCII terminal
+            stream.reconfigure(errors="backslashreplace")  # an α must not end a run where the terminal has no Greek
     code = run(sys.argv[1:])
     if code == 141:  # else the interpreter complains on flushing stdout at exit
         with contextlib.suppress(OSError):

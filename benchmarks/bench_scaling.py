@@ -28,7 +28,7 @@ from alphaflow_cli.report.svg import to_svg
 BASE, BATCH, SHARE = Size(dim=128, depth=4, heads=4, latent=16), 16, 0.25  # 64 tokens
 POINTS = {
     "batch": (4, 8, 16, 32, 64),
-    "tokens": (16, 64, 256, 576),
+    "tokens": (16, 64, 256),
     "depth": (2, 4, 8, 16),
     "processes": (1, 2),
 }

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from alphaflow_cli.data.glyphs import GLYPHS, draw_glyph
-from alphaflow_cli.engine.generate import draw_labels, open_generator, plan_walk
+from alphaflow_cli.engine.generate import open_generator
+from alphaflow_cli.engine.walk import draw_labels, plan_walk
 
 FIRST_UNSEEN = 1_000_000  # glyph indices far beyond any quickstart's training set
 TRAIN, TEST, SAMPLES, STEPS, BATCH = 6_000, 2_000, 2_000, 600, 64
@@ -65,7 +66,8 @@ def main() -> None:
     labels = draw_labels(seeds, len(GLYPHS), "balanced")
     for nfe in (1, 2):
         walk = plan_walk(generator.recipe, nfe=nfe)
-        images = torch.cat([generator.images(seeds[i : i + 250], labels[i : i + 250], walk) for i in range(0, SAMPLES, 250)])
+        parts = [slice(i, i + 250) for i in range(0, SAMPLES, 250)]
+        images = torch.cat([generator.images(seeds[part], labels[part], walk) for part in parts])
         shares[f"nfe_{nfe}"] = share(net, images, torch.tensor(labels))
     shares["samples"] = SAMPLES
     record("quickstart_classes", generator.device.type, step=generator.origin["step"], **shares)

@@ -14,7 +14,8 @@ import alphaflow_cli
 from alphaflow_cli.commands.convert import command
 from alphaflow_cli.convert import Options, convert, export
 from alphaflow_cli.engine.checkpoint import load_checkpoint
-from alphaflow_cli.engine.generate import open_generator, plan_walk
+from alphaflow_cli.engine.generate import open_generator
+from alphaflow_cli.engine.walk import plan_walk
 from alphaflow_cli.errors import AlphaflowError
 
 SEEDS, LABELS = [0, 1, 7], [3, 9, 0]

@@ -197,6 +197,12 @@ def test_each_weight_is_its_formula(alpha):
         assert not ours.requires_grad
 
 
+def test_what_is_logged_keeps_no_graph():
+    u = torch.ones(2, 1, 2, 2, requires_grad=True)
+    terms = objective.loss_terms(u, torch.zeros_like(u), torch.zeros_like(u))
+    assert not any(term.requires_grad for term in (terms.error, terms.trajectory, terms.consistency))
+
+
 def test_bins_hold_the_sums_and_counts_of_r_below_t_rows_only():
     t = torch.tensor([0.5, 0.25, 0.26, 1.0, 0.9, 0.5])
     r = torch.tensor([0.5, 0.00, 0.00, 0.0, 0.8, 0.5])

@@ -46,9 +46,14 @@ def test_a_picture_that_is_not_finite_is_refused_not_blackened(bad):
 
 
 def test_gradients_become_finite_as_published_and_are_counted():
-    grads = [torch.tensor([float("nan"), float("inf"), -float("inf"), 3.0, -2e6]), torch.ones(2)]
+    grads = [
+        torch.tensor([float("nan"), float("inf"), -float("inf"), 3.0, -2e6]),
+        torch.ones(2),
+        torch.tensor(torch.inf),
+    ]
     count = replace_nonfinite(grads)
     assert torch.equal(grads[0], torch.tensor(arrays("misc.npz")["misc/grad_nan_to_num"]))
     assert torch.equal(grads[1], torch.ones(2))
-    assert int(count) == 3
+    assert grads[2] == 1e5
+    assert int(count) == 4
     assert int(replace_nonfinite(grads)) == 0

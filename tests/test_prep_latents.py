@@ -309,7 +309,7 @@ def test_low_precision_is_measured_and_taken_only_where_its_error_is_small(vae, 
     model = load_autoencoder(str(vae[0]), device=CPU)
     sample = np.random.default_rng(0).integers(0, 256, (4, 3, 32, 32), dtype=np.uint8)
     name, error = choose_precision(model, sample, CPU, "bf16")
-    pixels = torch.from_numpy(sample).float() * (2 / 255) - 1
+    pixels = torch.from_numpy(sample).float() * 2 / 255 - 1
     with precision("bf16", CPU):
         rough, _ = model.encode(pixels)
     mean, std = model.encode(pixels)

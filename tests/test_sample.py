@@ -10,7 +10,8 @@ from golden_data import network, tensor
 
 from alphaflow_cli import cli
 from alphaflow_cli.engine.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from alphaflow_cli.engine.generate import Generator, draw_labels, plan_walk
+from alphaflow_cli.engine.generate import Generator
+from alphaflow_cli.engine.walk import draw_labels, plan_walk
 from alphaflow_cli.recipe.schema import Data, Guidance, Model, Recipe, Sample, Schedule, Train
 
 PIXELS = {"id": "none", "revision": "", "weights_sha256": ""}
@@ -164,7 +165,8 @@ def test_a_broken_checkpoint_is_named(tmp_path, capsys):
     from safetensors.torch import save_file
 
     save_file({"w": torch.zeros(1)}, foreign)
-    for file, words in ((truncated, "truncated"), (foreign, "not an alphaflow checkpoint"), (tmp_path / "no.safetensors", "no such")):
+    missing = tmp_path / "no.safetensors"
+    for file, words in ((truncated, "truncated"), (foreign, "not an alphaflow checkpoint"), (missing, "no such")):
         assert cli.run(["sample", str(file), "--grid", str(tmp_path / "g.png")]) == 1
         said = capsys.readouterr().err
         assert str(file) in said

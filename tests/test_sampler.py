@@ -109,7 +109,8 @@ def test_every_single_step_is_the_published_one(name):
 
 def test_the_state_is_float64_whatever_the_network_returns():
     z, _, _, _ = batch()
-    out = walk(lambda z, t, r, y: z.bfloat16(), "trajectory", [1.0, 0.0], noise=z.float())
+    scale = torch.ones((), requires_grad=True)
+    out = walk(lambda z, t, r, y: (scale * z).bfloat16(), "trajectory", [1.0, 0.0], noise=z.float())
     assert out.dtype == torch.float64
     assert not out.requires_grad
 

@@ -63,9 +63,9 @@ def test_precision_and_recall_equal_torch_fidelitys_in_any_blocks(block: int) ->
 def test_density_counts_balls_and_coverage_counts_hits() -> None:
     real = torch.tensor([[0.0], [1.0], [2.0], [10.0], [11.0], [12.0]])
     fake = torch.tensor([[0.9], [1.1], [50.0], [0.5]])
-    found = precision_recall(fake, real, 1, block=2)  # every real ball has radius 1
-    # 0.9 lies in the balls of 0 and 1, 1.1 in those of 1 and 2, 50 in none, 0.5 in those of 0 and 1
-    assert found.density == pytest.approx(6 / 4)
+    found = precision_recall(fake, real, 2, block=2)  # radii 2, 1, 2, 2, 1, 2
+    # 0.9, 1.1 and 0.5 lie in the balls of 0, 1 and 2; 50 lies in none
+    assert found.density == pytest.approx(9 / (2 * 4))
     assert found.coverage == pytest.approx(3 / 6)
     assert found.precision == pytest.approx(3 / 4)
 

@@ -61,14 +61,15 @@ def interrupted_at(recipe, options, step, how):
 
 def interrupt(recipe, store, out, step, how, processes, micro_batch):
     options = ready.Options(out, store, micro_batch)
-    started = begin(
-        recipe, store, out, processes=processes, work=lambda: interrupted_at(recipe, options, step, how)
-    )
+    started = begin(recipe, store, out, processes=processes, work=lambda: interrupted_at(recipe, options, step, how))
     expected = {"kill": -signal.SIGKILL, "stop": 143}[how]
     assert started.wait() == [expected] * processes, started.said()
 
 
-@pytest.mark.parametrize("way", WAYS)
+SLOW = ("accumulation", "gradient checkpointing in bf16")
+
+
+@pytest.mark.parametrize("way", [pytest.param(w, marks=pytest.mark.slow) if w in SLOW else w for w in WAYS])
 def test_twenty_steps_are_ten_a_kill_and_ten_and_are_five_seven_and_eight(way, store, tmp_path):
     processes, micro_batch, sets = WAYS[way]
     recipe = make_recipe(tmp_path, *sets)
@@ -97,8 +98,8 @@ def test_the_phases_are_all_there_and_the_journal_has_every_row_once(store, tmp_
     train(recipe, store, out)
     rows = read_rows(out / "metrics.jsonl")
     assert [row["step"] for row in rows] == [3, 6, 9, 12, 15, 18, 20]
-    assert [row["phase"] for row in rows] == ["flow", *["between"] * 4, *["derivative"] * 2]
-    assert rows[0]["alpha"] == 1 and rows[-1]["alpha"] == 0
+    assert [row["phase"] for row in rows] == [*["flow"] * 2, *["between"] * 3, *["derivative"] * 2]
+    assert (rows[0]["alpha"], rows[-1]["alpha"]) == (1, 0)
 
 
 def test_a_run_moved_from_two_processes_to_one_and_back_differs_by_rounding_only(store, tmp_path):
@@ -145,19 +146,24 @@ def kill_at_random(recipe, store, out, *, kills, processes, seed):
         assert newest is not None
         assert saved_step(out) > before, started.said()
         folder = out / "checkpoints" / newest.stem
-        assert {path.name for path in folder.iterdir()} >= {"model.safetensors", "raw.safetensors", "ema-50.safetensors"}
+        assert {path.name for path in folder.iterdir()} >= {
+            "model.safetensors",
+            "raw.safetensors",
+            "ema-50.safetensors",
+        }
         if saved_step(out) >= recipe.train.steps:
             break
     return done, lost
 
 
 @pytest.mark.parametrize(
-    ("kills", "processes"), [(6, 1), pytest.param(100, 1, marks=pytest.mark.slow), pytest.param(30, 2, marks=pytest.mark.slow)]
+    ("kills", "processes"),
+    [(6, 1), pytest.param(100, 1, marks=pytest.mark.slow), pytest.param(30, 2, marks=pytest.mark.slow)],
 )
 def test_kills_at_random_moments_lose_nothing_beyond_the_save_interval(kills, processes, store, tmp_path):
-    steps = 60 * kills
+    steps = 40 * kills
     recipe = make_recipe(
-        tmp_path, f"train.steps={steps}", "train.save_every=2", "train.log_every=1", f"alpha.start={steps // 3}",
+        tmp_path, f"train.steps={steps}", "train.save_every=4", "train.log_every=1", f"alpha.start={steps // 3}",
         f"alpha.end={steps // 2}",
     )  # fmt: skip
     out = tmp_path / "killed"
@@ -170,12 +176,21 @@ def test_kills_at_random_moments_lose_nothing_beyond_the_save_interval(kills, pr
     assert not list(out.rglob(".*tmp")) + list(out.rglob(".trash*"))
 
 
-def test_a_truncated_state_is_named_and_an_older_one_would_be_used(store, tmp_path, capsys):
-    out = train(make_recipe(tmp_path), store, tmp_path / "run")
+def test_a_truncated_state_is_named_and_never_begins_a_run_anew(store, tmp_path):
+    recipe = make_recipe(tmp_path)
+    out = train(recipe, store, tmp_path / "run")
     path = state.newest_state(out)
-    path.write_bytes(path.read_bytes()[:1000])
-    assert state.newest_state(out) is None
-    assert f"{path}: truncated" in capsys.readouterr().err
+    older = path.with_name("step-00000010.safetensors")
+    older.write_bytes(path.read_bytes())
+    path.write_bytes(path.read_bytes()[:100_000])
+    assert state.newest_state(out) == older
+    older.unlink()
+    rows = (out / "metrics.jsonl").read_text()
+    started = begin(recipe, store, out)
+    assert started.wait() == [1]
+    assert f"{path}: truncated" in started.said()
+    assert f"--init-from {out} with another --out" in started.said()
+    assert (out / "metrics.jsonl").read_text() == rows
 
 
 def test_the_model_file_at_the_top_is_the_newest_checkpoints(store, tmp_path):
@@ -209,6 +224,6 @@ def test_weights_and_averages_are_apart_in_the_files(store, tmp_path):
     folder, tensors = out / "checkpoints" / "step-00000020", left_behind(out)
     for file, head in {"model": "ema0", "ema-50": "ema1", "raw": "raw"}.items():
         checkpoint = load_checkpoint(folder / f"{file}.safetensors")
-        assert checkpoint.origin["step"] == 20 and checkpoint.origin["images_seen"] == 320
+        assert (checkpoint.origin["step"], checkpoint.origin["images_seen"]) == (20, 320)
         for name, value in checkpoint.weights.items():
             assert torch.equal(value, tensors[f"{head}.{name}"]), (file, name)

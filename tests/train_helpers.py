@@ -32,7 +32,8 @@ alpha: {kind: linear, start: 5, end: 15, clamp: 0.05}
 guidance: {omega: 0.6, kappa: 0.2, label_dropout: 0.2}
 optim: {lr: 1e-3, warmup_steps: 4}
 ema: {half_lives: [5, 50], ramp: 0.5}
-train: {steps: 20, batch: 16, precision: fp32, save_every: 5, keep: 2, milestone_every: 0, log_every: 3, sample_every: 0}
+train:
+  {steps: 20, batch: 16, precision: fp32, save_every: 5, keep: 2, milestone_every: 0, log_every: 3, sample_every: 0}
 eval: {metrics: [fd-tiny], draw: balanced}
 """
 

@@ -1,7 +1,7 @@
 """`alphaflow convert`: foreign checkpoints to ours, and ours to the published form."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import click
 
@@ -9,6 +9,7 @@ from alphaflow_cli.commands.common import examples, json_option, print_json, set
 
 if TYPE_CHECKING:
     from alphaflow_cli.convert import Outcome
+    from alphaflow_cli.convert.imported import Family
 
 EPILOG = examples(
     "alphaflow convert alphaflow-B-2.pt -o b2.safetensors",
@@ -63,12 +64,15 @@ def command(
     if target:
         click.echo(export(path, out))
         return
-    asked = {"family": family, "weights": weights}
-    outcome = convert(
-        path,
-        out,
-        Options(recipe=recipe, sets=sets, latents=latents, autoencoder=autoencoder, **asked),  # type: ignore[arg-type]
+    options = Options(
+        family=cast("Family", family),
+        recipe=recipe,
+        sets=sets,
+        latents=latents,
+        autoencoder=autoencoder,
+        weights="raw" if weights == "raw" else "ema",
     )
+    outcome = convert(path, out, options)
     _report(outcome, as_json)
 
 

@@ -1,12 +1,16 @@
 """`alphaflow reference`: statistics of real pictures, with their protocol inside."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from alphaflow_cli.commands.common import examples, json_option, print_json, print_table
 from alphaflow_cli.commands.measuring import Metrics, Weights, batch_option, metrics_option, weights_option
 from alphaflow_cli.errors import AlphaflowError
+
+if TYPE_CHECKING:
+    from alphaflow_cli.engine.reference import Reference
 
 EXAMPLES = examples(
     "alphaflow reference glyphs:1000 --metrics fd-tiny -o glyphs.safetensors",
@@ -64,9 +68,11 @@ def command(
     chosen = metrics or engine.available_metrics(weights)
     ruler = engine.Ruler(engine.build_extractors(chosen, processes.device, weights), processes, work, batch)
     made = engine.make_reference(pictures, ruler, path, name=name, kept=keep)
-    if made is None:
-        return
-    reference, warnings = made
+    if made is not None:
+        _print(*made, path, as_json=as_json)
+
+
+def _print(reference: "Reference", warnings: list[str], path: Path, *, as_json: bool) -> None:
     for warning in warnings:
         click.echo(f"warning: {warning}", err=True)
     spaces = {key: each.space for key, each in reference.stats.items()}

@@ -13,35 +13,23 @@ EXAMPLES = examples(
 )
 
 
-class Seeds(click.ParamType):
+def to_seeds(ctx: click.Context, param: click.Parameter, value: str) -> list[int]:
     """0-63, 5, or a comma-separated list of both."""
-
-    name = "seeds"
-
-    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> list[int]:
-        if isinstance(value, list):
-            return value
-        found: list[int] = []
-        for part in str(value).split(","):
-            first, dash, last = part.strip().partition("-")
-            if not first.isdigit() or (dash and not last.isdigit()) or (dash and int(last) < int(first)):
-                self.fail(f"{value!r}: seeds are numbers and ranges such as 0-63 or 1,5,9.", param, ctx)
-            found.extend(range(int(first), int(last or first) + 1))
-        return found
+    found: list[int] = []
+    for part in value.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdigit() or (dash and not last.isdigit()) or (dash and int(last) < int(first)):
+            raise click.BadParameter(f"{value!r}: seeds are numbers and ranges such as 0-63 or 1,5,9.")
+        found.extend(range(int(first), int(last or first) + 1))
+    return found
 
 
-class Times(click.ParamType):
+def to_times(ctx: click.Context, param: click.Parameter, value: str | None) -> list[float] | None:
     """A falling grid: 1,0.55,0."""
-
-    name = "times"
-
-    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> list[float]:
-        if isinstance(value, list):
-            return value
-        try:
-            return [float(part) for part in str(value).split(",")]
-        except ValueError:
-            self.fail(f"{value!r}: a grid is numbers from 1 to 0, such as 1,0.55,0.", param, ctx)
+    try:
+        return None if value is None else [float(part) for part in value.split(",")]
+    except ValueError:
+        raise click.BadParameter(f"{value!r}: a grid is numbers from 1 to 0, such as 1,0.55,0.") from None
 
 
 SAMPLERS = ["auto", "trajectory", "consistency", "flow", "heun"]
@@ -49,11 +37,11 @@ SAMPLERS = ["auto", "trajectory", "consistency", "flow", "heun"]
 
 @click.command("sample", epilog=EXAMPLES)
 @click.argument("checkpoint", metavar="CKPT")
-@click.option("--seeds", type=Seeds(), default="0-63", show_default=True, help="One picture per seed.")
+@click.option("--seeds", callback=to_seeds, default="0-63", metavar="SEEDS", show_default=True, help="One picture per seed.")
 @click.option("--classes", default="", help="Numbers or names, comma-separated, in turn. Default: drawn per seed.")
 @click.option("--nfe", multiple=True, type=int, help="Network evaluations per picture; repeat to compare. Default: 1.")
 @click.option("--sampler", type=click.Choice(SAMPLERS), default="auto", show_default=True, help="auto: the recipe's.")
-@click.option("--times", type=Times(), help="Own grid, such as 1,0.55,0; instead of --nfe.")
+@click.option("--times", callback=to_times, metavar="TIMES", help="Own grid, such as 1,0.55,0; instead of --nfe.")
 @click.option("--guidance", type=float, help="At sampling, for models trained without guidance.")
 @click.option("--weights", type=click.Choice(["ema", "raw"]), default="ema", show_default=True, help="Which weights.")
 @click.option("--autoencoder", default="", help="Decode with this one: a folder or Hub id. Default: the checkpoint's.")

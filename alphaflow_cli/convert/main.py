@@ -114,11 +114,9 @@ def _origin(foreign: Imported, source: Path, autoencoder: dict[str, str]) -> dic
         "said": foreign.said,
         "filled": foreign.filled | {"latents": foreign.latents.source},
     }
-    return {
-        "step": foreign.step,
-        "images_seen": None,
+    known = {"step": foreign.step} if foreign.step is not None else {}
+    return known | {
         "weights": foreign.which,
-        "half_life": None,
         "autoencoder": autoencoder,
         "class_names": [],
         "versions": {"torch": str(torch.__version__)},

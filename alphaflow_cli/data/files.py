@@ -28,7 +28,8 @@ _WIDTH = {name: -np.dtype(code).itemsize for name, code in DTYPES.items()}
 
 def write_atomic(path: Path, pieces: Iterable[bytes | memoryview]) -> tuple[int, str]:
     """Write, sync, rename; returns size and sha256. A kill leaves the old file or the new one, never half of one."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # a worker that outlives its killed parent meets
+    #                                                                the next run here; both write the same bytes
     digest, size = hashlib.sha256(), 0
     try:
         with temporary.open("wb") as file:

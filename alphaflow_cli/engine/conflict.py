@@ -71,20 +71,21 @@ def prepare(net: nn.Module, rows: Rows, how: Objective) -> Later:
 
 def measure_conflict(net: nn.Module, later: Later, how: Objective) -> dict[str, Any]:
     """`losses`: term → value; `products`: "tfm.tc" → group of tensors → inner product of the two gradients."""
-
-    def gradient(term: str) -> tuple[float, Gradient]:
-        return _gradient(net, lambda: _loss(net, later, how, term=term))
-
-    l_tfm, tfm = gradient("tfm")
-    l_tc, tc = gradient("tc")
+    l_tfm, tfm = gradient_of(net, later, how, "tfm")
+    l_tc, tc = gradient_of(net, later, how, "tc")
     found = {"tfm.tfm": products(tfm, tfm), "tc.tc": products(tc, tc), "tfm.tc": products(tfm, tc)}
     del tfm
-    l_fm, fm = gradient("fm")
+    l_fm, fm = gradient_of(net, later, how, "fm")
     found |= {"fm.fm": products(fm, fm), "tc.fm": products(tc, fm)}
     del tc
-    found["tfm.fm"] = products(gradient("tfm")[1], fm)
+    found["tfm.fm"] = products(gradient_of(net, later, how, "tfm")[1], fm)
     losses = {"tfm": l_tfm, "tc": l_tc, "fm": l_fm}
     return {"losses": losses, "products": {name: grouped(values) for name, values in found.items()}}
+
+
+def gradient_of(net: nn.Module, later: Later, how: Objective, term: str) -> tuple[float, Gradient]:
+    """One of the three losses and its gradient."""
+    return _gradient(net, lambda: _loss(net, later, how, term=term))
 
 
 def _loss(net: nn.Module, later: Later, how: Objective, *, term: str) -> Tensor:

@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from alphaflow_cli.engine.files import write_atomically
-from alphaflow_cli.report.chart import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, Chart, Line, Panel
+from alphaflow_cli.report.chart import BLUE, GREEN, GREY, ORANGE, RED, Chart, Line, Panel
 from alphaflow_cli.report.png import to_png
 
-NAMES = {"tfm.tc": "TFM and TC", "tfm.fm": "TFM and FM'", "tc.fm": "TC and FM'"}
+NAMES = {"tfm.tc": "cos(TFM, TC)", "tfm.fm": "cos(TFM, FM')", "tc.fm": "cos(TC, FM')"}
 COLOURS = {"tfm.tc": RED, "tfm.fm": BLUE, "tc.fm": ORANGE}
-SIZES = {"adaptive": ("published weight", RED), "converging": ("converging weight", GREEN)}
+SIZES = {"adaptive": ("published", RED), "converging": ("converging", GREEN)}
 LOWEST = 0.002  # where α = 0 stands on a logarithmic axis
 
 Summary = dict[str, Any]
@@ -88,12 +88,11 @@ def band_panels(points: Points) -> list[Panel]:
     """One panel per pair: the median, and dashed the 5th and 95th percentiles."""
     return [
         Panel(
-            f"cos of the gradients of {NAMES[pair]}",
+            NAMES[pair],
             [
                 Line("95%", _line(points, pair, "p95"), GREY, dashed=True),
                 Line("median", _line(points, pair, "p50"), COLOURS[pair], markers=True),
                 Line("5%", _line(points, pair, "p5"), GREY, dashed=True),
-                Line("0", _level(points, 0.0), PURPLE),
             ],
             (-1.0, 1.0),
             height=150,
@@ -106,18 +105,14 @@ def _line(points: Points, pair: str, which: str) -> list[tuple[float, float]]:
     return [(x, cosines[pair][which]) for x, cosines in points if cosines[pair][which] is not None]
 
 
-def _level(points: Points, value: float) -> list[tuple[float, float]]:
-    return [(x, value) for x in (points[0][0], points[-1][0])] if len(points) > 1 else []
-
-
 def sizes_chart(summary: Summary) -> Chart:
     """The weighted gradient over α, against MeanFlow's: its size, and its direction."""
     panels = [
-        _over_alpha(summary, "size", "size of the weighted gradient / that at α = 0"),
-        _over_alpha(summary, "cosine", "cosine to the gradient at α = 0"),
+        _over_alpha(summary, "size", "relative size"),
+        _over_alpha(summary, "cosine", "cosine"),
     ]
     return Chart(
-        title="The gradient over α",
+        title="Gradient over α / at α = 0",
         subtitle=subtitle(summary),
         x_label=f"α (0 is drawn at {LOWEST:g})",
         log_x=True,

@@ -129,7 +129,7 @@ def encode(encoder: Autoencoder, plan: Plan, group: Sequence[Array], device: tor
 
 
 def _rows_of(encoder: Autoencoder, plan: Plan, stacked: Array, device: torch.device) -> Array:
-    pixels = torch.from_numpy(stacked).to(device).float() * (2 / 255) - 1
+    pixels = torch.from_numpy(stacked).to(device).float() * 2 / 255 - 1
     with precision(plan.autoencoder.precision, device):
         mean, std = encoder.encode(pixels)
     rows = torch.cat([mean, std], dim=1) if plan.kind == "moments" else mean
@@ -182,7 +182,7 @@ def choose_precision(encoder: Autoencoder, sample: Array, device: torch.device, 
 
 def _moments(encoder: Autoencoder, sample: Array, name: str, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     with precision(name, device):
-        mean, std = encoder.encode(torch.from_numpy(sample).to(device).float() * (2 / 255) - 1)
+        mean, std = encoder.encode(torch.from_numpy(sample).to(device).float() * 2 / 255 - 1)
     return mean.double(), std.double()
 
 

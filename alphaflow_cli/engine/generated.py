@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from alphaflow_cli.engine.generate import Generator, Walk, draw_labels
+from alphaflow_cli.engine.generate import Generator
+from alphaflow_cli.engine.walk import Walk, draw_labels
 
 FIRST_SEED = 0  # published evaluations use seeds 0 … 49,999
 

@@ -52,7 +52,9 @@ class Optimiser:
 
     def forget_gradients(self) -> None:
         """In place: DDP's buckets are views of them."""
-        self.adam.zero_grad(set_to_none=False)
+        grads = [local(p.grad) for p in self.parameters.values() if p.grad is not None]
+        if grads:
+            torch._foreach_zero_(grads)
 
     def _gradients(self) -> list[Tensor]:
         """Of every parameter, whole or cut; the parts that Adam steps on get theirs."""

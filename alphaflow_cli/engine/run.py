@@ -101,11 +101,18 @@ class Run:
         sums, models = self.world.gather(self.sums.values), self.models()
         tensors = self.optimiser.tensors(keep=self.world.is_main) | {"sums": sums}
         if self.world.is_main:
+            self._write(models, tensors)
+        self.world.wait()
+
+    def _write(self, models: dict[str, Checkpoint], tensors: dict[str, torch.Tensor]) -> None:
+        train = self.recipe.train
+        try:
             state.save_models(self.folder, self.step, models)
             state.save_state(self.folder, self.step, tensors, self.facts())
-            train = self.recipe.train
             state.prune(self.folder, keep=train.keep, milestone_every=train.milestone_every)
-        self.world.wait()
+        except OSError as error:
+            where = error.filename or self.folder
+            raise AlphaflowError(f"{where}: cannot be written: {error.strerror}. What was there is kept.") from error
 
     def restore(self, path: Path) -> None:
         """Go on from a saved state."""

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from alphaflow_cli.engine.files import write_atomically
-from alphaflow_cli.engine.generate import Generator, plan_walk
+from alphaflow_cli.engine.generate import Generator
+from alphaflow_cli.engine.walk import plan_walk
 from alphaflow_cli.engine.progress import say
 from alphaflow_cli.engine.run import Run
 from alphaflow_cli.engine.state import step_name

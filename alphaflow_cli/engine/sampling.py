@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ import torch
 
 from alphaflow_cli.engine.crew import run_crew
 from alphaflow_cli.engine.files import write_atomically
-from alphaflow_cli.engine.generate import Generator, Walk, draw_labels, has_labels, open_generator, plan_walk
+from alphaflow_cli.engine.generate import Generator, has_labels, open_generator
+from alphaflow_cli.engine.walk import Walk, draw_labels, plan_walk
 from alphaflow_cli.engine.progress import Progress, say
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.nn.autoencoder import load_autoencoder
@@ -189,7 +191,7 @@ def write(
     made: list[Path] = []
     if request.latents is not None:
         array = np.stack([row["latent"] for row in drawn[0]])
-        write_atomically(request.latents, lambda path: _save_array(path, array))
+        write_atomically(request.latents, partial(_save_array, array=array))
         made.append(request.latents)
     if request.out is not None:
         request.out.mkdir(parents=True, exist_ok=True)
@@ -198,7 +200,7 @@ def write(
         made.append(request.out)
     if request.grid is not None:
         data = grid(request, generator, walks, labels, drawn)
-        write_atomically(request.grid, lambda path: _save_bytes(path, data))
+        write_atomically(request.grid, partial(_save_bytes, data=data))
         made.append(request.grid)
     return made
 
@@ -211,8 +213,7 @@ def write_pictures(
     for seed, label, row in zip(request.seeds, labels, rows, strict=True):
         name = f"seed-{seed:06d}" + (f"-class-{label}" if has_labels(generator.recipe) else "")
         name = f"nfe-{walk.nfe}-{name}" if len(request.nfe) > 1 else name
-        data = picture_png(row["image"])
-        write_atomically(request.out / f"{name}.png", lambda path, data=data: _save_bytes(path, data))
+        write_atomically(request.out / f"{name}.png", partial(_save_bytes, data=picture_png(row["image"])))
 
 
 def grid(

@@ -108,13 +108,21 @@ def discard(folder: Path) -> None:
 
 
 def newest_state(run: Path) -> Path | None:
-    """The newest state file; one that cannot be read is named and passed over."""
+    """The newest state file, None before the first save; one that cannot be read is named, and an older one taken."""
+    fault = None
     for path in sorted((run / "state").glob("step-*.safetensors"), reverse=True):
         try:
             read_facts(path)
-            return path
         except AlphaflowError as error:
-            say(f"warning: {error} An older state is used, if there is one.")
+            say(f"warning: {error}")
+            fault = fault or error
+            continue
+        return path
+    if fault is not None:  # beginning anew would throw the journal away
+        raise AlphaflowError(
+            f"{fault} There is no other to resume from. Go on from the weights: --init-from {run} with another --out, "
+            f"or remove {run / 'state'} to begin anew."
+        )
     return None
 
 

@@ -1,6 +1,5 @@
 """The model card: what it is, how to sample it, how it was trained, what it scored and by which ruler, what to know."""
 
-import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -126,8 +125,9 @@ def _usage(facts: CardFacts) -> str:
     return f"""\
 ## Sample
 
+With `alphaflow` installed (the program that wrote this card):
+
 ```bash
-pip install alphaflow
 alphaflow sample {repo} --seeds 0-15 --nfe {sample.nfe} --grid samples.png
 alphaflow sample {repo} --seeds 0-15 --nfe {sample.nfe} --out pictures
 ```
@@ -155,7 +155,8 @@ def _training(facts: CardFacts) -> str:
     else:
         seen = origin.get("images_seen")
         lines += [f"`alphaflow train recipe.yaml`: {recipe.train.steps:,} steps of {recipe.train.batch:,} pictures"]
-        lines[-1] += f", {seen:,} seen." if isinstance(seen, int) else "."
+        lines[-1] += f", {seen:,} seen" if isinstance(seen, int) else ""
+        lines[-1] += f", from `{recipe.data.source}`." if recipe.data.source else "."
         lines += [_objective(recipe), ""]
     lines += ["![alpha, the share of r = t rows and the learning rate over the steps](alpha.png)", ""]
     lines += ["<details><summary>The whole recipe</summary>", "", "```yaml", dump_recipe(recipe).rstrip(), "```", ""]
@@ -224,27 +225,3 @@ Weights: {_licence(facts.licence)}. The data and the autoencoder have terms of t
 
 def _licence(licence: str) -> str:
     return "the publisher has not named a licence" if licence == "unknown" else licence
-
-
-def config_json(recipe: Recipe, origin: dict[str, Any], parameters: int) -> str:
-    """What other programs need to know, without reading a recipe."""
-    data, mix = recipe.data, recipe.guidance
-    model = {name: getattr(recipe.model, name) for name in recipe.model.__dataclass_fields__}
-    content = {
-        "model_type": "alphaflow",
-        "format": "alphaflow/1",
-        "library_name": "alphaflow",
-        "architecture": model | {"parameters": parameters},
-        "convention": "t = 0 data, t = 1 noise; z_r = z_t - (t - r) u(z_t, r, t)",
-        "latents": {
-            "autoencoder": data.autoencoder,
-            "shape": [data.channels, data.latent_size, data.latent_size],
-            "normalise": data.normalise,
-            "image_size": data.image_size,
-        },
-        "classes": data.classes,
-        "guidance": {"baked": mix.omega / (1 - mix.kappa), "null_label": mix.label_dropout > 0},
-        "sample": {name: getattr(recipe.sample, name) for name in recipe.sample.__dataclass_fields__},
-        "weights": {key: origin.get(key) for key in ("weights", "step", "images_seen", "half_life")},
-    }
-    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"

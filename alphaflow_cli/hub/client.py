@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 def hub_api() -> "HfApi":
     """A client; imported here, since most commands never need it."""
     from huggingface_hub import HfApi
-    from huggingface_hub.utils import disable_progress_bars
+    from huggingface_hub.utils.tqdm import disable_progress_bars
 
     if not sys.stderr.isatty():
         disable_progress_bars()

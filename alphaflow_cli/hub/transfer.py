@@ -72,7 +72,7 @@ def _fetch(repo: Repo, patterns: list[str], *, wanted: str) -> Pulled:
     damaged = [path.name for path in sorted(folder.rglob("*")) if path.is_file() and not _is_whole(path)]
     if damaged:
         raise AlphaflowError(
-            f"{repo}: {', '.join(damaged)} came damaged: the checksum is not the Hub's. Removed; run the same command again."
+            f"{repo}: {', '.join(damaged)} came damaged (not the Hub's checksum). Removed; run the same command again."
         )
     if not (folder / wanted).is_file():
         raise AlphaflowError(f"{repo.id}@{folder.name[:8]}: no {wanted} there{_others(repo, folder.name)}")

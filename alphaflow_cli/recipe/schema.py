@@ -155,7 +155,6 @@ class Train:
     milestone_every: int = 100_000  # a checkpoint at a multiple of it is never deleted; 0 = none
     log_every: int = 100  # steps between rows of metrics.jsonl
     sample_every: int = 10_000  # steps between sample grids; 0 = none
-    eval_every: int = 0  # steps between small evaluations (eval section); 0 = none
     conflict_every: int = 0  # steps between measurements of the gradient conflict; 0 = none
     trackers: tuple[Tracker, ...] = ()  # besides metrics.jsonl
 

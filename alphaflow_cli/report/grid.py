@@ -53,5 +53,5 @@ def _widest(names: Sequence[str], font: ImageFont.FreeTypeFont | ImageFont.Image
 def _fit(name: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
     """As much of the name as fits."""
     while len(name) > 1 and font.getlength(name) > width:
-        name = name[:-2] + "…" if not name.endswith("…") else name[:-2] + "…"
+        name = name[:-2] + "…"
     return name

@@ -1,0 +1,64 @@
+"""FD-tiny of a finished run at 1, 2 and 4 NFE, and the conflict at its last checkpoint. What is there is kept."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from alphaflow_cli.data.files import sha256_of
+from alphaflow_cli.engine.analyze import Request, analyze
+from alphaflow_cli.engine.evaluate import Ruler, build_extractors, evaluate, make_reference
+from alphaflow_cli.engine.generate import open_generator
+from alphaflow_cli.engine.walk import plan_walk
+from alphaflow_cli.engine.generated import GeneratedImages
+from alphaflow_cli.engine.pictures import open_pictures
+from alphaflow_cli.engine.processes import Alone
+from alphaflow_cli.engine.reference import Reference, load_reference
+from alphaflow_cli.engine.results import save_results
+
+NFE = (1, 2, 4)
+
+
+def evaluate_run(run: Path, pictures: Path, out: Path, *, images: int, name: str) -> None:
+    """results.json of the run, unless it has these very weights' already."""
+    digest = sha256_of(run / "model.safetensors")
+    if digest in measured_weights(run / "results.json", images):
+        return
+    torch.set_num_threads(1)
+    ruler = Ruler(
+        build_extractors(("fd-tiny",), torch.device("cpu"), {}), Alone(torch.device("cpu")), out / "evals", 250
+    )
+    reference = reference_of(pictures, out / f"reference-{name}.safetensors", ruler, name)
+    generator, found = open_generator(str(run), device=torch.device("cpu")), []
+    for nfe in NFE:
+        walk = plan_walk(generator.recipe, nfe=nfe)
+        source = GeneratedImages(generator, walk, count=images, draw=generator.recipe.eval.draw, digest=digest)
+        evaluation = evaluate(source, ("fd-tiny",), ruler, reference=reference)
+        assert evaluation is not None, "one process is always the first"
+        found.append(evaluation)
+    save_results(run / "results.json", out / "history.jsonl", found)
+
+
+def measured_weights(path: Path, images: int) -> set[str]:
+    """Hashes of the checkpoints that the file has scores of that many pictures of."""
+    if not path.is_file():
+        return set()
+    rows = [row for each in json.loads(path.read_text(encoding="utf-8"))["evaluations"] for row in each["rows"]]
+    return {row["pictures"]["checkpoint_sha256"] for row in rows if row["count"] == images}
+
+
+def reference_of(pictures: Path, path: Path, ruler: Ruler, name: str) -> Reference:
+    """The training pictures at 16 px, measured once."""
+    if not path.is_file():
+        make_reference(open_pictures(str(pictures), size=16, limit=None), ruler, path, name=name)
+    return load_reference(path)
+
+
+def conflict_of(run: Path, store: Path, batches: int) -> dict[str, Any]:
+    """What `alphaflow analyze` finds at the last checkpoint, averaged weights."""
+    request = Request(
+        address=str(run), data=store, out=None, batches=batches, batch=64, seed=0, weights="ema", all_checkpoints=False
+    )
+    checkpoint: dict[str, Any] = analyze(request)[0]["checkpoints"][-1]
+    return checkpoint

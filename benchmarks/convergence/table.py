@@ -1,0 +1,218 @@
+"""RESULTS.md and its picture, every number from the runs' own files; and the sentences that the numbers support."""
+
+import argparse
+import json
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any, Protocol
+
+from alphaflow_cli.recipe import load_recipe
+from alphaflow_cli.report.chart import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, Chart, Line, Panel
+from alphaflow_cli.report.png import to_png
+
+NFE = (1, 2, 4)
+NAMES = {
+    "flow": "flow matching",
+    "trajectory-25": "trajectory flow matching .25",
+    "shortcut-75": "Shortcut .75",
+    "meanflow-25": "MeanFlow .25",
+    "meanflow-75": "MeanFlow .75",
+    "alphaflow-25": "α-Flow .25",
+    "alphaflow-50": "α-Flow .5",
+    "alphaflow-25-converging": "α-Flow .25, converging weight",
+    "alphaflow-25-linear": "α-Flow .25, linear schedule",
+}
+PANELS = (  # title, members with their colours
+    ("baselines", (("flow", GREY), ("trajectory-25", BLUE), ("shortcut-75", ORANGE))),
+    (
+        "MeanFlow, α-Flow",
+        (("meanflow-25", ORANGE), ("meanflow-75", RED), ("alphaflow-25", BLUE), ("alphaflow-50", GREEN)),
+    ),
+    ("α-Flow .25", (("alphaflow-25", BLUE), ("alphaflow-25-converging", PURPLE), ("alphaflow-25-linear", GREEN))),
+)
+PAIRS = (  # each is judged at 1 and 2 NFE
+    ("alphaflow-25", "meanflow-25", "α-Flow against MeanFlow, both at share .25"),
+    ("alphaflow-50", "meanflow-75", "α-Flow at share .5 against MeanFlow at share .75, as published"),
+    ("alphaflow-25", "meanflow-75", "α-Flow at share .25 against MeanFlow at share .75"),
+    ("alphaflow-25-converging", "alphaflow-25", "the converging weight against the published one, share .25"),
+    ("alphaflow-25-linear", "alphaflow-25", "the linear schedule against the sigmoid, share .25"),
+)
+
+
+class Job(Protocol):
+    """A run of the comparison."""
+
+    @property
+    def member(self) -> str: ...
+
+    @property
+    def seed(self) -> int: ...
+
+    @property
+    def folder(self) -> Path: ...
+
+
+@dataclass(frozen=True)
+class Run:
+    """One finished run's numbers."""
+
+    member: str
+    seed: int
+    scores: dict[int, float]  # NFE → FD-tiny
+    seconds: float
+    steps: int
+    images_seen: int
+
+
+def read_run(job: Job) -> Run:
+    """From metrics.jsonl and results.json."""
+    rows = [json.loads(line) for line in (job.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    results = json.loads((job.folder / "results.json").read_text(encoding="utf-8"))["evaluations"]
+    scores = {row["pictures"]["nfe"]: row["value"] for each in results for row in each["rows"]}
+    steps = [0, *(row["step"] for row in rows)]
+    seconds = sum(row["seconds_per_step"] * (b - a) for row, a, b in zip(rows, steps, steps[1:], strict=False))
+    return Run(job.member, job.seed, scores, seconds, rows[-1]["step"], rows[-1]["images_seen"])
+
+
+def told(values: Sequence[float]) -> str:
+    """`12.3 ± 0.4` over seeds; one seed has no spread."""
+    shown = f"{mean(values):.2f}"
+    return f"{shown} ± {stdev(values):.2f}" if len(values) > 1 else shown
+
+
+def table(runs: Sequence[Run]) -> list[str]:
+    """One line per member."""
+    lines = [
+        "| member | seeds | FD-tiny, 1 NFE | 2 NFE | 4 NFE | images seen | seconds per run |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for member, name in NAMES.items():
+        mine = [run for run in runs if run.member == member]
+        if mine:
+            scores = " | ".join(told([run.scores[nfe] for run in mine]) for nfe in NFE)
+            spent = f"{mine[0].images_seen:,} | {mean(run.seconds for run in mine):,.0f}"
+            lines.append(f"| {name} | {len(mine)} | {scores} | {spent} |")
+    return lines
+
+
+def verdict(runs: Sequence[Run], first: str, second: str, nfe: int) -> str:
+    """What may be said of two members: an order only where no seed of one lies among the other's."""
+    a, b = ([run.scores[nfe] for run in runs if run.member == member] for member in (first, second))
+    if not a or not b:
+        return "not finished yet."
+    numbers = f"{told(a)} against {told(b)}"
+    if len(a) < 3 or len(b) < 3:
+        fewer = min(len(a), len(b))
+        return f"{numbers}; {fewer} seed{'s' if fewer > 1 else ''} of one of them: no order is claimed."
+    if max(a) < min(b) or max(b) < min(a):
+        better = "better" if mean(a) < mean(b) else "worse"
+        return f"{numbers}: {better} on every seed ({len(a)} and {len(b)} seeds)."
+    return f"{numbers}: the seeds overlap, so these runs show no order."
+
+
+def chart(runs: Sequence[Run]) -> Chart:
+    """FD-tiny over NFE, the mean over seeds."""
+    panels = []
+    for title, members in PANELS:
+        lines = []
+        for member, colour in members:
+            mine = [run for run in runs if run.member == member]
+            points = [(float(nfe), mean(run.scores[nfe] for run in mine)) for nfe in NFE] if mine else []
+            lines.append(Line(NAMES[member], points, colour, markers=True))
+        panels.append(Panel(f"FD-tiny, {title}", lines, log_y=True))
+    return Chart(
+        title="CIFAR-10 at 16 px, equal budget",
+        subtitle="mean over seeds; lower is better",
+        x_label="network evaluations per picture",
+        x_ticks=[float(nfe) for nfe in NFE],
+        log_x=True,
+        panels=panels,
+    )
+
+
+def conflict_lines(conflicts: dict[str, dict[str, Any]]) -> list[str]:
+    """The cosine of each run that was analyzed."""
+    lines = []
+    for member, found in conflicts.items():
+        c, share = found["cosines"]["tfm.tc"], found["share_below_-0.4"]
+        size = f"{found['batches']} batches of {found['rows_per_batch']} rows"
+        lines += [
+            f"- {NAMES[member]}: cos(∇L_TFM, ∇L_TC) is {c['p50']:+.3f} in the median, {c['p5']:+.3f} to {c['p95']:+.3f}",
+            f"  between the 5th and 95th percentile, and below -0.4 in {share:.0%} of {size}",
+            f"  ({found['weights']} weights of step {found['step']}).",
+        ]
+    return lines
+
+
+def write_results(
+    done: Sequence[Job], jobs: Sequence[Job], conflicts: dict[str, Any], options: argparse.Namespace
+) -> None:
+    """RESULTS.md and results.png."""
+    runs = [read_run(job) for job in done]
+    options.results.mkdir(parents=True, exist_ok=True)
+    if runs:
+        (options.results / "results.png").write_bytes(to_png(chart(runs)))
+    text = document(runs, len(jobs), conflicts, options)
+    (options.results / "RESULTS.md").write_text(text, encoding="utf-8")
+
+
+def conditions(runs: Sequence[Run], jobs: int, options: argparse.Namespace) -> list[str]:
+    """Data, network, score, machine."""
+    from record import git, processor
+
+    recipe = load_recipe(str(Path(__file__).parent / "recipes" / "alphaflow-25.yaml"))
+    m, name = recipe.model, options.reference_name
+    return [
+        f"- Data: CIFAR-10 at 16 px (Lanczos), pixel space, ten classes, no flips, no guidance; named {name}.",
+        f"- Network: DiT dim {m.dim}, depth {m.depth}, heads {m.heads}, patch {m.patch}; Adam, lr {recipe.optim.lr:g},",
+        f"  batch {recipe.train.batch}, {options.steps:,} steps, the same for every member.",
+        f"- Score: FD-tiny of {options.images:,} pictures against the training pictures; labels drawn per seed, averaged",
+        "  weights; trajectory sampler with equal steps (flow matching: Euler).",
+        f"- Hardware: {processor()}, {options.jobs} runs at a time, one thread each; Python {platform.python_version()};",
+        f"  commit {git('rev-parse', '--short', 'HEAD') or 'unknown'}.",
+        f"- Finished: {len(runs)} of {jobs} runs. ± is the standard deviation over seeds.",
+    ]
+
+
+LIMITS = """## What it does not support
+
+- FD-tiny is no FID: it sees texture and colour, and hardly the class. The orders above hold for it alone.
+- A network of this size after so few steps says nothing about ImageNet, long training, or other shares.
+- One learning rate and one budget for all: a member may prefer another.
+- Seconds were measured with other runs on the same machine; compare them with care."""
+
+
+def document(runs: Sequence[Run], jobs: int, conflicts: dict[str, Any], options: argparse.Namespace) -> str:
+    """The whole page."""
+    judged = [f"- {what}, {nfe} NFE: {verdict(runs, a, b, nfe)}" for a, b, what in PAIRS for nfe in (1, 2)]
+    command = f"python benchmarks/convergence/run.py CIFAR10 --steps {options.steps} --jobs {options.jobs}"
+    return "\n".join(
+        [
+            "# The family at equal budget",
+            "",
+            "Written by `run.py`; do not edit. Regenerate every number, table and picture:",
+            "",
+            f"    {command}",
+            "",
+            *conditions(runs, jobs, options),
+            "",
+            *table(runs),
+            "",
+            *(["![FD-tiny over NFE](results.png)", ""] if runs else []),
+            "## What the evidence supports",
+            "",
+            *judged,
+            "",
+            "## The conflict at the end of training",
+            "",
+            *(conflict_lines(conflicts) or ["- not measured yet."]),
+            "",
+            "The paper: typically below -0.4 during more than 95% of training, on ImageNet latents with larger networks.",
+            "",
+            LIMITS,
+            "",
+        ]
+    )

@@ -1,0 +1,285 @@
+"""`alphaflow analyze`: known gradients on a linear network, resuming, and a probe that leaves training alone."""
+
+import json
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from alphaflow_cli.cli import run as cli
+from alphaflow_cli.core.conflict import cosine
+from alphaflow_cli.engine import conflict, conflict_probe
+from alphaflow_cli.engine.conflict_summary import percentile, spread, summarise
+from alphaflow_cli.engine.step import Objective, Rows
+from alphaflow_cli.recipe.schema import Guidance, Loss
+
+BATCH, DIM = 200, 3
+PLAIN = Objective(loss=Loss(clamp=0.0), guidance=Guidance(), y_null=0, has_labels=False, bf16=False)
+
+
+class Linear(nn.Module):
+    """u = A z + b t + c (t − r): a network whose gradients can be written down."""
+
+    def __init__(self, scale=0.5):
+        super().__init__()
+        generator = torch.Generator().manual_seed(1)
+        for name, shape in (("A", (DIM, DIM)), ("b", (DIM,)), ("c", (DIM,))):
+            value = scale * torch.randn(shape, generator=generator, dtype=torch.float64)
+            self.register_parameter(name, nn.Parameter(value))
+
+    def forward(self, z, t, r, y, tangent=None, first=0):
+        flat = z.flatten(1)
+        u = flat @ self.A.T + t[:, None] * self.b + (t - r)[:, None] * self.c
+        if tangent is None:
+            return u.view_as(z)
+        with torch.no_grad():
+            du = tangent.flatten(1) @ self.A.T + self.b + self.c
+        return u.view_as(z), du.view_as(z[first:])
+
+
+def linear_rows(batch=BATCH, seed=0):
+    """Gaussian data of standard deviation 0.7, uniform times r < t."""
+    generator = torch.Generator().manual_seed(seed)
+    x = 0.7 * torch.randn(batch, DIM, 1, 1, generator=generator, dtype=torch.float64)
+    noise = torch.randn(batch, DIM, 1, 1, generator=generator, dtype=torch.float64)
+    both = torch.rand(2, batch, generator=generator, dtype=torch.float64)
+    zeros = torch.zeros(batch, dtype=torch.long)
+    return Rows(x=x, noise=noise, t=both.amax(0), r=both.amin(0), y=zeros, uniforms=both[0], n_equal=0)
+
+
+def analytic(net, rows):
+    """The three gradients by hand: 2/n Σ (u − v) fᵀ and 2/n Σ (t − r) du fᵀ, with f = (z, t, t − r) and n = B·DIM."""
+    A, b, c = (p.detach() for p in net.parameters())
+    x, noise = rows.x.flatten(1), rows.noise.flatten(1)
+    t, interval = rows.t[:, None], (rows.t - rows.r)[:, None]
+    z, v = (1 - t) * x + t * noise, noise - x
+    du = v @ A.T + b + c
+    size = z.numel()
+
+    def gradient(residual, second):
+        features = {"A": z, "b": t, "c": second}
+        return {name: 2 * (residual.T @ f).squeeze(-1) / size for name, f in features.items()}
+
+    at_r, at_t = z @ A.T + t * b + interval * c, z @ A.T + t * b
+    return {
+        "tfm": gradient(at_r - v, interval),
+        "tc": gradient(interval * du, interval),
+        "fm": gradient(at_t - v, torch.zeros_like(interval)),
+    }
+
+
+def dot(a, b):
+    return sum(float((a[name] * b[name]).sum()) for name in a)
+
+
+def test_on_a_linear_network_every_product_is_the_analytic_one():
+    net, rows = Linear(), linear_rows()
+    expected = analytic(net, rows)
+    found = conflict.measure_batch(net, rows, PLAIN, bins=4)
+    for pair, groups in found["products"].items():
+        a, b = pair.split(".")
+        for name, value in groups.items():
+            assert value == pytest.approx(dot({0: expected[a][name]}, {0: expected[b][name]}), rel=1e-10, abs=1e-12)
+    cosines = summarise([found])["cosines"]
+    for pair, got in cosines.items():
+        a, b = (expected[name] for name in pair.split("."))
+        assert got["p50"] == pytest.approx(dot(a, b) / math.sqrt(dot(a, a) * dot(b, b)), abs=1e-12)
+
+
+def test_gradients_themselves_are_the_analytic_ones():
+    net, rows = Linear(), linear_rows()
+    later, expected = conflict.prepare(net, rows, PLAIN), analytic(net, rows)
+    for term, wanted in expected.items():
+        _, found = conflict.gradient_of(net, later, PLAIN, term)
+        for name in wanted:
+            torch.testing.assert_close(found[name], wanted[name], rtol=1e-10, atol=1e-12)
+
+
+def test_in_expectation_the_cosine_is_the_closed_form():
+    """u = a z on Gaussian data of variance s², fixed r < t: ∇L_TFM = 2 (a E z² − E zv), ∇L_TC = 2 (t − r) a E zv.
+
+    With E z² = (1 − t)² s² + t² and E zv = t − (1 − t) s². In one parameter per direction the cosine is a sign; two
+    independent coordinates of different variance make it a number. The rows are moment-matched, so that their
+    empirical second moments are exactly those of the Gaussian.
+    """
+    a, s2, t, r = torch.tensor([0.9, -0.4]), torch.tensor([0.3, 2.0]), 0.6, 0.25
+    z2, zv = (1 - t) ** 2 * s2 + t**2, t - (1 - t) * s2
+    tfm, tc = 2 * (a * z2 - zv), 2 * (t - r) * a * zv
+    expected = float(torch.dot(tfm, tc) / (tfm.norm() * tc.norm()))
+
+    class Diagonal(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Parameter(a.double())
+
+        def forward(self, z, t, r, y, tangent=None, first=0):
+            u = z * self.a.view(1, 2, 1, 1)
+            return u if tangent is None else (u, tangent * self.a.detach().view(1, 2, 1, 1))
+
+    signs = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0])] * 4).double()  # 16 rows with unit, uncorrelated moments
+    x, noise = signs[:, :2] * s2.double().sqrt(), signs[:, 2:]
+    times = torch.full((16,), t, dtype=torch.float64)
+    rows = Rows(
+        x=x.view(16, 2, 1, 1), noise=noise.reshape(16, 2, 1, 1), t=times, r=torch.full_like(times, r),
+        y=torch.zeros(16, dtype=torch.long), uniforms=times, n_equal=0,
+    )  # fmt: skip
+    found = summarise([conflict.measure_batch(Diagonal(), rows, PLAIN, bins=2)])
+    assert found["cosines"]["tfm.tc"]["p50"] == pytest.approx(expected, abs=1e-6)
+    assert abs(expected) < 0.99  # a sign would prove nothing
+
+
+def test_bins_add_up_to_the_whole_gradient():
+    net, rows = Linear(), linear_rows()
+    found = conflict.measure_batch(net, rows, PLAIN, bins=4)
+    assert sum(each["rows"] for each in found["bins"]) == found["rows"] == BATCH
+    for number, each in enumerate(found["bins"]):
+        interval = rows.t - rows.r
+        inside = (interval > number / 4) & (interval <= (number + 1) / 4)
+        some = Rows(**{name: v[inside] if torch.is_tensor(v) else v for name, v in vars(rows).items()})
+        g = analytic(net, some)
+        assert each["rows"] == int(inside.sum())
+        assert each["products"]["tfm.tc"] == pytest.approx(dot(g["tfm"], g["tc"]), rel=1e-10, abs=1e-12)
+
+
+def test_ties_have_no_say():
+    rows = linear_rows(8)
+    rows.r[3] = rows.t[3]
+    assert conflict.measure_batch(Linear(), rows, PLAIN, bins=2)["rows"] == 7
+
+
+def test_the_published_weight_fades_and_the_converging_one_does_not():
+    found = conflict.sizes_over_alpha(Linear(), linear_rows(), PLAIN, (1.0, 0.01, 0.001, 0.0))
+    fading, steady = ([entry["size"] for entry in found[kind]] for kind in ("adaptive", "converging"))
+    assert fading[-1] == steady[-1] == 1.0
+    assert fading[2] < 0.05
+    assert steady[2] == pytest.approx(1.0, abs=0.01)
+    assert found["converging"][2]["cosine"] == pytest.approx(1.0, abs=1e-4)
+
+
+def test_no_gradient_is_left_in_the_network():
+    net = Linear()
+    conflict.measure_batch(net, linear_rows(), PLAIN, bins=2)
+    conflict.sizes_over_alpha(net, linear_rows(), PLAIN, (0.1, 0.0))
+    assert all(parameter.grad is None for parameter in net.parameters())
+
+
+def test_percentiles_are_those_of_linear_interpolation():
+    values = [3.0, 1.0, 2.0, 10.0]
+    assert [percentile(sorted(values), p) for p in (0.0, 0.5, 1.0)] == [1.0, 2.5, 10.0]
+    assert spread([*values, None, float("nan")])["count"] == 4
+    assert spread([])["p50"] is None
+
+
+def test_tensors_are_grouped_by_block():
+    values = {"pos_embed": 1.0, "blocks.0.attn.qkv.weight": 2.0, "blocks.0.mlp.fc1.bias": 3.0, "final.linear.bias": 4.0}
+    assert conflict.grouped(values) == {"pos_embed": 1.0, "blocks.0": 5.0, "final": 4.0}
+
+
+TINY = [
+    "model.dim=16", "model.depth=2", "model.heads=2", "model.patch=8", "data.source=glyphs:60", "train.batch=8",
+    "train.steps=6", "train.save_every=3", "train.keep=2", "train.log_every=2", "train.sample_every=0", "alpha=0",
+    "optim.warmup_steps=1", "guidance.omega=0.7", "guidance.kappa=0.2", "guidance.label_dropout=0.3",
+]  # fmt: skip
+
+
+def train(folder, *sets):
+    line = ["train", "quickstart", "--out", str(folder)]
+    for value in (*TINY, *sets):
+        line += ["--set", value]
+    assert cli(line) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tiny_run(tmp_path_factory):
+    return train(tmp_path_factory.mktemp("runs") / "tiny")
+
+
+def analyze(folder, out, capsys, *options):
+    capsys.readouterr()
+    assert cli(["analyze", str(folder), "--out", str(out), "--batch", "8", "--json", *options]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_a_run_is_analyzed_along_its_checkpoints_with_pictures(tiny_run, tmp_path, capsys):
+    found = analyze(tiny_run, tmp_path, capsys, "--batches", "2", "--all-checkpoints")
+    assert [each["step"] for each in found["checkpoints"]] == [3, 6]
+    for each in found["checkpoints"]:
+        assert each["batches"] == 2
+        assert {"blocks.0", "blocks.1", "final"} <= set(each["groups"])
+        assert all(-1 <= value["p5"] <= value["p95"] <= 1 for value in each["cosines"].values())
+        assert each["guidance"]["omega"] == 0.7
+    assert {path.name for path in tmp_path.glob("*.png")} == {
+        f"conflict-{name}.png" for name in ("bins", "blocks", "alpha", "steps")
+    }
+
+
+def test_an_interrupted_analysis_goes_on_and_ends_the_same(tiny_run, tmp_path, capsys):
+    whole = analyze(tiny_run, tmp_path / "a", capsys, "--batches", "3")
+    analyze(tiny_run, tmp_path / "b", capsys, "--batches", "2")
+    (lines,) = (tmp_path / "b").glob("*/batches.jsonl")
+    kept = lines.read_text()
+    lines.write_text(kept[:-30])  # a kill in the middle of the second line
+    parts = analyze(tiny_run, tmp_path / "b", capsys, "--batches", "3")
+    assert parts["checkpoints"] == whole["checkpoints"]
+    assert lines.read_text().startswith(kept)
+
+
+def test_another_seed_never_mixes_with_the_lines_of_the_first(tiny_run, tmp_path, capsys):
+    one = analyze(tiny_run, tmp_path, capsys, "--batches", "1")
+    two = analyze(tiny_run, tmp_path, capsys, "--batches", "1", "--seed", "1")
+    assert one["checkpoints"][0]["cosines"] != two["checkpoints"][0]["cosines"]
+    assert len(list(tmp_path.glob("*/batches.jsonl"))) == 2
+
+
+def test_raw_weights_give_other_numbers_than_the_average(tiny_run, tmp_path, capsys):
+    averaged, raw = (
+        analyze(tiny_run, tmp_path, capsys, "--batches", "1", "--weights", kind)["checkpoints"][0]
+        for kind in ("ema", "raw")
+    )
+    assert (averaged["weights"], raw["weights"]) == ("ema", "raw")
+    assert averaged["losses"] != raw["losses"]
+
+
+def test_a_missing_store_is_told_with_what_to_do(tiny_run, tmp_path, capsys):
+    file = tiny_run / "checkpoints" / "step-00000006" / "model.safetensors"
+    assert cli(["analyze", str(file), "--out", str(tmp_path)]) == 1
+    assert "Give --data DIR" in capsys.readouterr().err
+
+
+def test_measuring_while_training_changes_no_weight(tiny_run, tmp_path):
+    measured = train(tmp_path / "measured", "train.conflict_every=2")
+    rows = [json.loads(line) for line in (measured / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "conflict" in row] == [2, 4, 6]
+    assert all(-1 <= row["conflict"]["cos_tfm_tc"] <= 1 for row in rows)
+    from safetensors.torch import load_file
+
+    for name in ("model", "raw"):
+        place = f"checkpoints/step-00000006/{name}.safetensors"
+        one, other = load_file(tiny_run / place), load_file(measured / place)
+        assert all(torch.equal(one[key], other[key]) for key in one), name
+    plain = [json.loads(line) for line in (tiny_run / "metrics.jsonl").read_text().splitlines()]
+    assert [(row["l_tfm"], row["l_tc"], row["grad_norm"]) for row in rows] == [
+        (row["l_tfm"], row["l_tc"], row["grad_norm"]) for row in plain
+    ]
+
+
+@pytest.mark.parametrize(("every", "due"), [(0, []), (3, [4, 6, 10]), (4, [4, 8]), (5, [6, 10])])
+def test_the_probe_is_due_at_the_first_row_after_each_multiple(every, due):
+    from types import SimpleNamespace as Space
+
+    def at(step):
+        return conflict_probe.is_due(Space(step=step, recipe=Space(train=Space(conflict_every=every, log_every=2))))
+
+    assert [step for step in (2, 4, 6, 8, 10) if at(step)] == due
+
+
+def test_cosine_of_the_sum_is_that_of_meanflow():
+    net, rows = Linear(), linear_rows()
+    g = analytic(net, rows)
+    whole = {name: g["tfm"][name] + g["tc"][name] for name in g["tfm"]}
+    found = summarise([conflict.measure_batch(net, rows, PLAIN, bins=1)])["norms"]["mean_flow"]["p50"]
+    assert found == pytest.approx(math.sqrt(dot(whole, whole)), rel=1e-10)
+    mean_flow = conflict.sizes_over_alpha(net, rows, PLAIN, (0.0,))
+    assert cosine([1.0], [1.0], [1.0]) == mean_flow["adaptive"][0]["cosine"] == pytest.approx(1.0)

@@ -1,0 +1,263 @@
+"""The run page: complete, self-contained, honest about what is missing; and alive in a real browser."""
+
+import base64
+import io
+import json
+import re
+import shlex
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from urllib.parse import quote
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from alphaflow_cli.cli import run as cli
+from alphaflow_cli.engine.build import build_network
+from alphaflow_cli.engine.checkpoint import Checkpoint, save_checkpoint
+from alphaflow_cli.engine.protocol import FeatureSpace, Row
+from alphaflow_cli.engine.results import Evaluation, document
+from alphaflow_cli.recipe import dump_recipe, load_recipe
+from alphaflow_cli.report.embedded import BUDGET, embed, spread_over
+from alphaflow_cli.report.grid import grid_png
+
+STEPS = (100, 200, 300)
+SETS = (
+    "train.steps=300",
+    "model.dim=16",
+    "model.depth=1",
+    "model.heads=2",
+    "optim.lr=2e-3",
+    "train.conflict_every=100",
+)
+
+
+def journal_row(step):
+    row = {"step": step, "images_seen": 64 * step, "alpha": 0.5, "phase": "between", "equal_share": 0.5, "lr": 1e-3}
+    row |= {"l": 1.0, "l_tfm": 100 / step, "l_tc": None if step == 100 else -0.1, "v_loss": 0.5, "grad_norm": 2.0}
+    cosines = {"cos_tfm_tc": -0.5, "cos_tfm_fm": 0.6, "cos_tc_fm": -0.2}
+    norms = {"norm_tfm": 1.0, "norm_tc": 2.0, "norm_fm": 0.5}
+    return row | {"seconds_per_step": 0.25, "conflict": cosines | norms}
+
+
+def score(nfe, value):
+    space = FeatureSpace("fd_haar192", "", "as they are", 192)
+    reference = {"name": "glyphs", "kind": "pictures", "count": 2000, "sha256": "ab" * 32}
+    pictures = {"kind": "checkpoint", "nfe": nfe, "checkpoint_sha256": "cd" * 32}
+    return Row("FD-tiny-2k", value, None, "fd-tiny", space, 2000, pictures, f"quickstart, {nfe} NFE", reference)
+
+
+def write_run(folder):
+    recipe = load_recipe("quickstart", SETS)
+    (folder / "samples").mkdir(parents=True)
+    (folder / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(journal_row(step)) + "\n" for step in STEPS))
+    for step in STEPS:
+        picture = np.full((32, 32, 3), step % 256, np.uint8)
+        (folder / "samples" / f"step-{step:08d}.png").write_bytes(grid_png([[picture] * 4] * 2))
+    evaluation = Evaluation("e", [score(2, 3.25), score(1, 7.5)], "ef" * 32, [], {}, 1)
+    (folder / "results.json").write_text(json.dumps(document([evaluation])))
+    one = torch.ones(3, 1, 1, dtype=torch.float64)
+    origin = {
+        "step": 300,
+        "weights": "ema",
+        "versions": {"alphaflow": "0.1.0", "torch": "x.y"},
+        "autoencoder": {"id": "none"},
+    }
+    weights = build_network(recipe).state_dict()
+    save_checkpoint(folder / "model.safetensors", Checkpoint(weights, recipe, 0 * one, one, origin))
+    return folder
+
+
+def report(folder, capsys):
+    capsys.readouterr()
+    assert cli(["report", str(folder)]) == 0
+    path = folder / "report.html"
+    assert capsys.readouterr().out.splitlines()[-1] == str(path)
+    return path
+
+
+class Page(HTMLParser):
+    """What a test wants to know of a page."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.ids, self.links, self.sources, self.tags, self.words, self.open = [], [], [], [], [], []
+        self.feed(text)
+        self.close()
+        self.text = " ".join(self.words)
+
+    def handle_starttag(self, tag, attrs):
+        values = dict(attrs)
+        self.tags.append(tag)
+        if tag not in ("meta", "img", "input", "br"):
+            self.open.append(tag)
+        self.ids += [values["id"]] if "id" in values else []
+        self.links += [values["href"]] if "href" in values else []
+        self.sources += [values[name] for name in ("src", "srcset", "data", "poster") if name in values]
+
+    def handle_startendtag(self, tag, attrs):
+        self.handle_starttag(tag, attrs)
+        if self.open and self.open[-1] == tag:
+            self.open.pop()
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag, tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] not in ("style", "script"):
+            self.words.append(data)
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+    return write_run(tmp_path_factory.mktemp("runs") / "quickstart")
+
+
+@pytest.fixture
+def page(run_folder, capsys):
+    return Page(report(run_folder, capsys).read_text(encoding="utf-8"))
+
+
+def test_the_page_loads_nothing_from_anywhere(run_folder, capsys):
+    text = report(run_folder, capsys).read_text(encoding="utf-8")
+    page = Page(text)
+    assert page.open == []  # every element was closed
+    assert page.sources
+    assert all(source.startswith("data:image/webp;base64,") for source in page.sources)
+    assert page.links
+    assert (
+        {link[1:] for link in page.links if link[0] == "#"}
+        == {link.lstrip("#") for link in page.links}
+        <= set(page.ids)
+    )
+    assert not {"link", "iframe", "object", "embed"} & set(page.tags)
+    assert not re.search(r"url\(|@import|fetch\(|XMLHttpRequest", text)
+    assert "default-src &#x27;none&#x27;" in text
+    assert len(set(page.ids)) == len(page.ids)
+
+
+def test_the_page_tells_the_run(page):
+    for words in (
+        "finished: step 300 of 300, 19,200 images seen",
+        "optim.lr", "0.002", "the shipped recipe quickstart",
+        "α = 1 until step 87",
+        "FD-tiny-2k", "7.5", "3.25", "reference glyphs (pictures, 2,000 pictures, abababab)",
+        "x.y", "alphaflow train quickstart --set model.dim=16",
+        "step 300", "Recorded while training",
+    ):  # fmt: skip
+        assert words in page.text, words
+    assert {"run", "alpha", "curves", "conflict", "samples", "scores", "recipe", "environment", "reproduce"} <= set(
+        page.ids
+    )
+    assert page.tags.count("img") == len(STEPS)
+    assert page.tags.count("svg") == 2 * 3  # plan, curves, conflict, each wide and narrow
+
+
+def test_scores_stand_in_the_order_of_nfe(page):
+    assert page.text.index("7.5") < page.text.index("3.25")
+
+
+def test_the_command_it_gives_makes_this_very_recipe(page, run_folder):
+    words = shlex.split(re.search(r"alphaflow train [^\n]*", page.text).group())
+    sets = [words[i + 1] for i, word in enumerate(words) if word == "--set"]
+    assert dump_recipe(load_recipe(words[2], sets)) == (run_folder / "recipe.yaml").read_text(encoding="utf-8")
+
+
+def test_a_run_that_has_just_begun_says_what_is_missing(tmp_path, capsys):
+    recipe = load_recipe("quickstart")
+    (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
+    text = Page(report(tmp_path, capsys).read_text(encoding="utf-8")).text
+    for words in ("not begun", "No difference from", "No sample grids", "Not measured", "Not recorded", "no row yet"):
+        assert words in text
+
+
+def test_a_folder_that_is_no_run_is_told(tmp_path, capsys):
+    assert cli(["report", str(tmp_path)]) == 1
+    assert "not a run folder" in capsys.readouterr().err
+
+
+def test_what_a_file_says_cannot_become_markup(tmp_path, capsys):
+    folder = write_run(tmp_path / "r")
+    results = folder / "results.json"
+    results.write_text(results.read_text().replace("glyphs", "<script>alert(1)</script>"))
+    text = report(folder, capsys).read_text(encoding="utf-8")
+    assert "<script>alert" not in text
+    assert "&lt;script&gt;alert" in text
+
+
+def test_noisy_grids_stay_below_the_budget_and_the_last_one_stays(tmp_path):
+    rng = np.random.default_rng(0)
+    noise = Image.fromarray(rng.integers(0, 256, (60, 80, 3), np.uint8))
+    for step in range(9):
+        noise.save(tmp_path / f"step-{step:08d}.png")
+    whole = embed(sorted(tmp_path.glob("*.png")))
+    assert len(whole) == 9
+    budget = sum(map(decoded_size, whole)) // 3
+    found = embed(sorted(tmp_path.glob("*.png")), budget)
+    assert 1 < len(found) < 9
+    assert found[-1][0] == "step-00000008"
+    assert sum(map(decoded_size, found)) <= budget
+    Image.open(io.BytesIO(base64.b64decode(found[0][1].partition(",")[2]))).load()
+    assert 4 * BUDGET / 3 < 4_500_000  # base64, and room for curves in a page of 5 MB
+
+
+def decoded_size(picture):
+    return len(base64.b64decode(picture[1].partition(",")[2]))
+
+
+def test_spreading_keeps_order_and_the_last():
+    assert spread_over(range(5), 10) == [0, 1, 2, 3, 4]
+    assert spread_over(range(101), 5) == [0, 25, 50, 75, 100]
+    assert spread_over(range(7), 1) == [6]
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+FLAGS = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--virtual-time-budget=3000",
+]
+
+
+def browse(address, tmp_path, *options):
+    """The page's DOM after its script has run."""
+    line = [CHROMIUM, *FLAGS, f"--user-data-dir={tmp_path / 'profile'}", *options, "--dump-dom", address]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=120, check=True)
+    return done.stdout
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on the PATH")
+def test_in_a_real_browser_the_slider_moves_through_the_samples(run_folder, tmp_path, capsys):
+    text = report(run_folder, capsys).read_text(encoding="utf-8")
+    probe = """<script>
+      window.addEventListener("load", () => {
+        const pictures = Array.from(document.querySelectorAll("#sample-pictures img"));
+        const told = document.getElementById("sample-step"), slider = document.getElementById("sample-slider");
+        const states = [told.textContent + ":" + pictures.map(p => p.hidden ? 0 : 1).join("")];
+        slider.value = 0;
+        slider.dispatchEvent(new Event("input"));
+        states.push(told.textContent + ":" + pictures.map(p => p.hidden ? 0 : 1).join(""));
+        const drawn = pictures.every(p => p.complete && p.naturalWidth > 0);
+        const wide = getComputedStyle(document.querySelector(".wide")).display;
+        const over = document.documentElement.scrollWidth - document.documentElement.clientWidth;
+        document.body.setAttribute("data-found", [...states, drawn, wide, over].join("|"));
+      });
+    </script></body>"""
+    path = tmp_path / "probed.html"
+    path.write_text(text.replace("</body>", probe), encoding="utf-8")
+    found = {}
+    for width in (1200, 500):
+        dom = browse("file://" + quote(str(path)), tmp_path, f"--window-size={width},900")
+        found[width] = re.search(r'data-found="([^"]*)"', dom).group(1).split("|")
+    assert found[1200] == ["step 300:001", "step 100:100", "true", "block", "0"]
+    assert found[500] == ["step 300:001", "step 100:100", "true", "none", "0"]

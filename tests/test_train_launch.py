@@ -1,0 +1,184 @@
+"""Through the command line, in real processes: --processes, signals, a killed rank, torchrun and accelerate launch."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from train_helpers import assert_same, make_recipe, make_store, saved_step, train
+
+pytestmark = pytest.mark.distributed
+STEPS = 5_000  # more than a test waits for
+FEW = ("train.steps=8", "alpha.start=0", "alpha.end=8", "train.save_every=4")
+OTHERS = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+BIN = Path(sys.executable).parent
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    return make_store(tmp_path_factory.mktemp("latents") / "store")
+
+
+def command(tmp_path, store, *more, head=(sys.executable, "-m", "alphaflow_cli")):
+    make_recipe(tmp_path)
+    return [
+        *map(str, head),
+        "train",
+        str(tmp_path / "tiny.yaml"),
+        "--data",
+        str(store),
+        "--out",
+        str(tmp_path / "run"),
+        *more,
+    ]
+
+
+def sets(*values):
+    return [part for value in values for part in ("--set", value)]
+
+
+LONG = sets(f"train.steps={STEPS}", "alpha.start=10", "alpha.end=20", "train.save_every=50", "train.log_every=10")
+
+
+def popen(line, cwd, **environment):
+    return subprocess.Popen(
+        line, cwd=cwd, env={**os.environ, **OTHERS, **environment}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True, start_new_session=True,
+    )  # fmt: skip
+
+
+def wait_until(true, what, seconds=90):
+    until = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < until, what
+        time.sleep(0.05)
+
+
+def workers_of(parent):
+    """pids of the processes that torch's agent started."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = path.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(fields[1]) == parent.pid:
+            found.append(int(path.parent.name))
+    return sorted(found)
+
+
+def is_alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize(
+    ("number", "group"),
+    [
+        (signal.SIGTERM, False),
+        pytest.param(signal.SIGINT, False, marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, True, marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, True, marks=pytest.mark.slow),
+    ],
+)
+def test_a_signal_to_the_parent_saves_on_every_rank_and_leaves_no_orphan(number, group, store, tmp_path):
+    parent = popen(command(tmp_path, store, "--processes", "2", *LONG), tmp_path)
+    wait_until(lambda: saved_step(tmp_path / "run") >= 50, "no save")
+    workers = workers_of(parent)
+    assert len(workers) == 2
+    (os.killpg if group else os.kill)(parent.pid, number)
+    out, err = parent.communicate(timeout=60)
+    assert parent.returncode == 128 + number, err
+    stopped = int(re.search(r"stopped and saved at step ([\d,]+)", err)[1].replace(",", ""))
+    assert saved_step(tmp_path / "run") == stopped
+    assert out == "", "nothing was finished"
+    assert not any(is_alive(pid) for pid in workers)
+
+
+def test_a_killed_rank_is_named_once_and_the_rest_ends(store, tmp_path):
+    parent = popen(command(tmp_path, store, "--processes", "2", *LONG), tmp_path)
+    wait_until(lambda: saved_step(tmp_path / "run") >= 50, "no save")
+    workers = workers_of(parent)
+    os.kill(workers[1], signal.SIGKILL)
+    _, err = parent.communicate(timeout=60)
+    assert parent.returncode == 1, err
+    assert err.count("error:") == 1
+    assert re.search(r"error: process [01] was killed by signal 9\. What was saved is kept", err)
+    assert "Traceback" not in err
+    assert not any(is_alive(pid) for pid in workers)
+    assert saved_step(tmp_path / "run") >= 50
+
+
+@pytest.mark.slow
+def test_a_failing_rank_says_its_own_message_once(store, tmp_path):
+    make_recipe(tmp_path)
+    parent = popen(
+        command(tmp_path, store, "--processes", "2", "--init-from", str(tmp_path / "none.safetensors")), tmp_path
+    )
+    _, err = parent.communicate(timeout=90)
+    assert parent.returncode == 1
+    assert err.count("no such checkpoint") == 1, err
+    assert "Traceback" not in err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_one_process_saves_at_a_signal_too(number, store, tmp_path):
+    alone = popen(command(tmp_path, store, *LONG), tmp_path)
+    wait_until(lambda: saved_step(tmp_path / "run") >= 50, "no save")
+    alone.send_signal(number)
+    _, err = alone.communicate(timeout=60)
+    assert alone.returncode == 128 + number
+    assert f"stopped and saved at step {saved_step(tmp_path / 'run'):,}" in err
+
+
+LAUNCHERS = {
+    "--processes": ([sys.executable, "-m", "alphaflow_cli"], ["--processes", "2"], {}),
+    "torchrun": ([BIN / "torchrun", "--nproc-per-node", "2", "-m", "alphaflow_cli"], [], {}),
+    "accelerate launch": (
+        [BIN / "accelerate", "launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
+         "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "alphaflow_cli"],
+        [],
+        {"ACCELERATE_USE_CPU": "true"},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_every_launcher_makes_the_same_run(launcher, store, tmp_path):
+    head, more, environment = LAUNCHERS[launcher]
+    done = popen(command(tmp_path, store, *more, *sets(*FEW), head=head), tmp_path, **environment)
+    out, err = done.communicate(timeout=120)
+    assert done.returncode == 0, err
+    assert out.splitlines()[-1] == str(tmp_path / "run" / "model.safetensors"), "said once, by the first process"
+    assert out.count("model.safetensors") == 1
+    assert "2 processes × 1 micro-batches of 8 rows = batch 16" in err
+    recipe = make_recipe(tmp_path, *FEW)
+    assert_same(train(recipe, store, tmp_path / "forked", processes=2), tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_srun_joins_by_its_own_variables(store, tmp_path):
+    line = command(tmp_path, store, *sets(*FEW))
+    task = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_NODELIST": "localhost"}
+    tasks = [popen(line, tmp_path, **task, SLURM_PROCID=str(i), SLURM_LOCALID=str(i)) for i in range(2)]
+    ends = [each.communicate(timeout=120) for each in tasks]
+    assert [each.returncode for each in tasks] == [0, 0], ends
+    assert sum(out.count("model.safetensors") for out, _ in ends) == 1
+    assert_same(train(make_recipe(tmp_path, *FEW), store, tmp_path / "forked", processes=2), tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_torchrun_with_a_fault_says_it_once(store, tmp_path):
+    head = LAUNCHERS["torchrun"][0]
+    done = popen(command(tmp_path, store, *sets("data.classes=7"), head=head), tmp_path)
+    _, err = done.communicate(timeout=120)
+    assert done.returncode == 1
+    assert err.count("classes: the store has 10, the recipe wants 7") == 1, err

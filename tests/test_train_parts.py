@@ -1,0 +1,260 @@
+"""The parts of the engine that stand alone: Slurm's variables, trackers, utilisation, signals, --init-from, FSDP2."""
+
+import json
+import os
+import signal
+from dataclasses import asdict, replace
+from importlib.util import find_spec
+
+import pytest
+import torch
+from counting import count
+from train_helpers import CPU, begin, make_recipe, make_store, train
+
+from alphaflow_cli.engine import start
+from alphaflow_cli.engine.build import build_network
+from alphaflow_cli.engine.checkpoint import load_checkpoint
+from alphaflow_cli.engine.journal import Journal, console_line, read_rows
+from alphaflow_cli.engine.launch import check_processes
+from alphaflow_cli.engine.probe import random_rows
+from alphaflow_cli.engine.shards import check_sharding
+from alphaflow_cli.engine.signals import StopFlag
+from alphaflow_cli.engine.slurm import first_host, slurm_environment
+from alphaflow_cli.engine.split import Split
+from alphaflow_cli.engine.step import Objective, training_step
+from alphaflow_cli.engine.trackers import check_trackers, flat
+from alphaflow_cli.engine.utilisation import forward_flops, peak_of, step_flops
+from alphaflow_cli.errors import AlphaflowError
+from alphaflow_cli.recipe import load_recipe
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    return make_store(tmp_path_factory.mktemp("latents") / "store")
+
+
+# Slurm.
+
+TASK = {
+    "SLURM_STEP_NUM_TASKS": "16",
+    "SLURM_PROCID": "9",
+    "SLURM_LOCALID": "1",
+    "SLURM_JOB_ID": "4711",
+    "SLURM_STEP_ID": "0",
+    "SLURM_STEP_NODELIST": "gpu[003-004]",
+    "SLURM_STEP_TASKS_PER_NODE": "8(x2)",
+}
+
+
+def test_a_task_of_a_job_step_is_a_worker():
+    found = slurm_environment(TASK)
+    assert found["RANK"] == "9"
+    assert (found["WORLD_SIZE"], found["LOCAL_RANK"], found["LOCAL_WORLD_SIZE"]) == ("16", "1", "8")
+    assert found["MASTER_ADDR"] == "gpu003"
+    assert 20_000 <= int(found["MASTER_PORT"]) < 60_000
+    assert found == slurm_environment({**TASK, "SLURM_PROCID": "9"}), "all tasks find the same port"
+    assert slurm_environment({**TASK, "MASTER_PORT": "1234"})["MASTER_PORT"] == "1234", "what is set is kept"
+
+
+@pytest.mark.parametrize(
+    "there",
+    [{}, {**TASK, "RANK": "3"}, {**TASK, "SLURM_STEP_NUM_TASKS": "1"}, {"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}],
+)
+def test_a_batch_script_a_single_task_and_torchrun_inside_srun_are_not(there):
+    assert slurm_environment(there) == {}
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [
+        ("gpu[003-005,9],login1", "gpu003"),
+        ("a1,b2", "a1"),
+        ("node7", "node7"),
+        ("n[1,3]", "n1"),
+        ("r[2-3]-ib", "r2-ib"),
+    ],
+)
+def test_the_first_host_of_a_node_list(nodes, first):
+    assert first_host(nodes) == first
+
+
+def test_processes_inside_a_launcher_must_be_its_own_number(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.delenv("ALPHAFLOW_ERRORS", raising=False)
+    check_processes(None)
+    check_processes(4)
+    with pytest.raises(AlphaflowError, match="--processes 2: a launcher has started 4 processes"):
+        check_processes(2)
+
+
+# Trackers.
+
+
+def test_a_missing_tracker_names_the_extra(tmp_path, monkeypatch):
+    recipe = make_recipe(tmp_path)
+    check_trackers(recipe)
+    absent = replace(recipe, train=replace(recipe.train, trackers=("wandb",)))
+    monkeypatch.setattr("alphaflow_cli.engine.trackers.find_spec", lambda name: None)
+    with pytest.raises(AlphaflowError, match=r"pip install 'alphaflow\[wandb\]'"):
+        check_trackers(absent)
+
+
+def test_tensorboard_gets_the_rows_of_the_journal(store, tmp_path):
+    if not find_spec("tensorboard"):
+        pytest.skip("tensorboard is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    recipe = make_recipe(tmp_path, "train.trackers=[tensorboard]")
+    out = train(recipe, store, tmp_path / "run", processes=2)
+    events = EventAccumulator(str(next((out / "trackers").rglob("events*")).parent)).Reload()
+    rows = read_rows(out / "metrics.jsonl")
+    written = {event.step: event.value for event in events.Scalars("l")}
+    assert written == {row["step"]: pytest.approx(row["l"]) for row in rows}
+
+
+def test_numbers_are_flat():
+    tree = {"step": 3, "l": 0.5, "l_bins": [None, 1.0], "phase": "flow", "model": {"dim": 8}, "none": None}
+    assert flat(tree) == {"step": 3, "l": 0.5, "l_bins.1": 1.0, "phase": "flow", "model.dim": 8}
+    assert all(isinstance(value, bool | int | float | str) for value in flat(asdict(load_recipe("b2"))).values())
+
+
+# Utilisation.
+
+
+@pytest.mark.parametrize("alpha", [1.0, 0.5, 0.0])
+@pytest.mark.parametrize("guided", [False, True])
+def test_the_formula_counts_what_the_dispatcher_counts(alpha, guided, tmp_path):
+    guidance = () if guided else ("guidance.omega=1", "guidance.kappa=0")
+    sizes = ("data.latent_size=16", "data.image_size=128", "model.dim=192", "model.heads=3")
+    recipe = make_recipe(tmp_path, *guidance, *sizes)
+    net, rows, how = build_network(recipe), random_rows(recipe, 16, 4, CPU), Objective.of(recipe)
+    counted = count(lambda: training_step(net, net, rows, alpha=alpha, how=how).loss.backward()).flops
+    assert step_flops(recipe, alpha, 4) == pytest.approx(counted, rel=0.04)
+
+
+def test_the_peak_is_known_for_bf16_on_known_devices_only():
+    assert peak_of("NVIDIA H200", "bf16") == 989e12
+    assert peak_of("NVIDIA H100 PCIe", "bf16") == 756e12
+    assert peak_of("NVIDIA H200", "fp32") is None
+    assert peak_of("Some other GPU", "bf16") is None
+
+
+def test_b4_needs_the_published_gigaflops():
+    """5.6 per forward of DiT-B/4 at 256 px, multiply-adds counted once: arXiv:2212.09748, table 1."""
+    assert forward_flops(load_recipe("b4")) / 2e9 == pytest.approx(5.6, rel=0.02)
+
+
+def test_the_journal_tells_the_share_of_the_peak(tmp_path):
+    book = Journal(tmp_path / "metrics.jsonl", 0, writes=True, device_flops=1e12)
+    book.started -= 2.0
+    row = book.row({"step": 4}, step=4, batch=8, flops=1e11)
+    assert row["utilisation"] == pytest.approx(0.2, rel=0.05)
+    assert "utilisation" not in Journal(tmp_path / "other.jsonl", 0, writes=True).row({}, step=1, batch=1, flops=1.0)
+
+
+# Signals.
+
+
+def test_one_signal_asks_its_echo_is_ignored_a_later_one_leaves(monkeypatch):
+    clock = [100.0]
+    monkeypatch.setattr("alphaflow_cli.engine.signals.time.monotonic", lambda: clock[0])
+    with StopFlag() as stop:
+        assert not stop.is_set
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.signal == signal.SIGINT
+        clock[0] += 0.5
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.signal == signal.SIGINT
+        clock[0] += 1.0
+        with pytest.raises(SystemExit) as leaving:
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert leaving.value.code == 143
+
+
+# --init-from.
+
+
+def test_a_run_begins_with_the_weights_of_another(store, tmp_path):
+    first = train(make_recipe(tmp_path), store, tmp_path / "first")
+    recipe = make_recipe(tmp_path, "train.seed=5", "train.steps=1", "optim.lr=1e-30", "alpha=1")
+    out = tmp_path / "second"
+    started = begin(recipe, store, out, init_from=str(first))
+    assert started.wait() == [0], started.said()
+    assert "tensors taken (step 20)" in started.said()
+    there, here = (load_checkpoint(folder / "model.safetensors") for folder in (first, out))
+    assert here.origin["init_from"] == str(first)
+    for name, value in there.weights.items():
+        torch.testing.assert_close(here.weights[name], value)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_a_label_table_of_another_size_is_fresh_and_said(strategy, store, tmp_path):
+    first = train(make_recipe(tmp_path), store, tmp_path / "first")
+    sets = ("guidance.label_dropout=0", "guidance.omega=1", "guidance.kappa=0", "model.second_time=r", "train.steps=1")
+    recipe = make_recipe(tmp_path, *sets, "alpha=1", "optim.lr=1e-30", f"train.strategy={strategy}")
+    started = begin(recipe, store, tmp_path / "second", init_from=str(first), processes=2)
+    assert started.wait() == [0, 0], started.said()
+    assert "freshly initialised: label_embed.weight" in started.said()
+    assert "beware: model.second_time: t-r there, r here" in started.said()
+    there, here = (load_checkpoint(folder / "model.safetensors").weights for folder in (first, tmp_path / "second"))
+    assert here["label_embed.weight"].shape == (10, 32)
+    torch.testing.assert_close(here["blocks.0.mlp.fc1.weight"], there["blocks.0.mlp.fc1.weight"])
+
+
+def test_another_architecture_is_refused_with_shapes(store, tmp_path):
+    first = train(make_recipe(tmp_path), store, tmp_path / "first")
+    started = begin(make_recipe(tmp_path, "model.dim=64"), store, tmp_path / "second", init_from=str(first))
+    assert started.wait() == [1]
+    assert "another architecture" in started.said()
+    assert "there," in started.said()
+
+
+# FSDP2.
+
+
+def test_fsdp2_needs_a_newer_torch_and_a_later_row_in_every_micro_batch(tmp_path):
+    recipe = make_recipe(tmp_path, "train.strategy=fsdp2")
+    check_sharding(recipe, Split(16, 2, 1), "2.13.0")
+    check_sharding(recipe, Split(16, 1, 16), "2.6.0")  # one process shards nothing
+    with pytest.raises(AlphaflowError, match=r"fsdp2 needs torch 2\.13 or newer, this is 2\.12\.1\+cu128"):
+        check_sharding(recipe, Split(16, 2, 1), "2.12.1+cu128")
+    check_sharding(recipe, Split(16, 4, 3), "2.13.0")  # 12 r < t rows, 12 parts
+    with pytest.raises(AlphaflowError, match="12 r < t rows for 16 micro-batches"):
+        check_sharding(recipe, Split(16, 4, 4), "2.13.0")
+
+
+# The journal and the console.
+
+
+def test_the_journal_has_the_promised_fields_and_the_line_is_readable(store, tmp_path):
+    out = train(make_recipe(tmp_path), store, tmp_path / "run")
+    row = read_rows(out / "metrics.jsonl")[-1]
+    assert list(row) == [
+        "step", "images_seen", "alpha", "phase", "equal_share", "lr", "l", "l_later", "l_tfm", "l_tc", "v_loss",
+        "l_bins", "grad_norm", "clipped", "nonfinite", "seconds_per_step", "images_per_second",
+    ]  # fmt: skip
+    assert row["images_seen"] == 320
+    assert len(row["l_bins"]) == 8
+    assert row["lr"] == 1e-3
+    line = console_line({**row, "nonfinite": 2})
+    assert line.startswith("α 0.000  l ")
+    assert "NON-FINITE 2" in line
+
+
+def test_the_unweighted_loss_is_the_mean_over_all_rows(store, tmp_path):
+    out = train(make_recipe(tmp_path), store, tmp_path / "run")
+    for row in read_rows(out / "metrics.jsonl"):
+        assert row["l"] == pytest.approx(0.75 * row["l_later"] + 0.25 * row["v_loss"], rel=1e-9)
+
+
+def test_rows_that_a_kill_cut_off_are_dropped(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(json.dumps({"step": 2}) + "\n" + json.dumps({"step": 4}) + "\n" + '{"step": 6, "l": 0.')
+    Journal(path, 4, writes=True)
+    assert read_rows(path) == [{"step": 2}, {"step": 4}]
+    Journal(path, 3, writes=True)
+    assert path.read_text() == '{"step": 2}\n'
+
+
+def test_the_store_stays_on_the_host_without_a_gpu(store):
+    assert not start.fits_on_device(store, False, CPU)
