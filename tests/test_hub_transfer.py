@@ -195,10 +195,12 @@ def published(hub, staged):  # noqa: F811
     return [hub.add("me/tiny", staged[0]), hub.repos["me/tiny"].commit(staged[1])]
 
 
-def test_a_pinned_revision_is_that_very_model(hub, published, staged):  # noqa: F811
+def test_a_pinned_revision_is_that_very_model_and_the_commit_is_said(hub, published, staged, capsys):  # noqa: F811
     first, second = published
+    capsys.readouterr()
     assert resolve_checkpoint(f"me/tiny@{first}").read_bytes() == staged[0]["model.safetensors"]
     assert resolve_checkpoint("me/tiny").read_bytes() == staged[1]["model.safetensors"]
+    assert [line.split("@")[1] for line in capsys.readouterr().err.splitlines()] == [first, second]
     assert pull("me/tiny", None).commit == second
 
 

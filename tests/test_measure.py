@@ -94,6 +94,7 @@ def check_both(theirs: dict, ours: dict, *, rel: float) -> None:
     assert ours["recall"].value == pytest.approx(theirs["recall"], abs=1e-6)
 
 
+@pytest.mark.timeout(900)
 def test_fid_kid_is_and_precision_recall_equal_torch_fidelitys_own_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -175,6 +176,7 @@ def test_ranks_share_the_chunks_and_their_moments_add_up(tmp_path: Path, world: 
         work = Pass(Held(images), {"tiny": Tiny()}, shared, 25)
         run_pass(work, Alone(CPU, rank=rank, size=world), batch=16, clock=Clock())
         assert isinstance(work.source, Held)
+        assert work.source.asked == work.chunks()[rank::world]
         seen += work.source.asked
     assert sorted(seen) == whole.chunks()  # each once, also with more ranks than chunks
     for rank in range(world):

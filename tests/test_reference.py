@@ -13,7 +13,7 @@ import ruler
 import torch
 
 from alphaflow_cli.engine.evaluate import Ruler, make_reference
-from alphaflow_cli.engine.foreign import TF1, TF1_DINO, read_foreign
+from alphaflow_cli.engine.foreign import HALF_PIXEL, TF1, TF1_DINO, read_foreign
 from alphaflow_cli.engine.pictures import open_pictures
 from alphaflow_cli.engine.processes import Alone
 from alphaflow_cli.engine.reference import Reference, check_fit, floor_of, load_reference
@@ -65,7 +65,7 @@ def test_adm_edm_and_meanflow_npz_are_told_apart(tmp_path: Path) -> None:
     (adm,), (edm,), (jax,) = (read_foreign(tmp_path / name) for name in ("adm.npz", "edm.npz", "jax.npz"))
     assert (adm.kind, edm.kind) == ("ADM npz", "npz of mu, sigma (ADM, EDM)")
     assert adm.preprocessing == edm.preprocessing == TF1
-    assert "half-pixel" in jax.preprocessing
+    assert jax.preprocessing == HALF_PIXEL != TF1
     for each in (adm, edm, jax):
         assert each.name == "inception"
         np.testing.assert_array_equal(each.mean, MU)

@@ -11,6 +11,7 @@ from train_helpers import (
     assert_same,
     begin,
     fork,
+    largest_difference,
     left_behind,
     make_recipe,
     make_store,
@@ -180,6 +181,17 @@ def test_a_folder_of_another_recipe_is_refused_with_the_differences(store, tmp_p
         ready.prepare(make_recipe(tmp_path, "optim.lr=2e-3", "train.seed=4"), ready.Options(tmp_path / "run", store))
     assert "optim.lr: 0.001 there, 0.002 asked for" in str(fault.value)
     assert "train.seed: 0 there, 4 asked for" in str(fault.value)
+
+
+def test_a_run_may_go_on_with_another_journal_and_strategy(store, tmp_path):
+    whole = train(make_recipe(tmp_path), store, tmp_path / "whole", processes=2)
+    out = tmp_path / "run"
+    run_disturbed(make_recipe(tmp_path), store, out, leave_at(12), processes=2).wait()
+    changed = make_recipe(tmp_path, "train.log_every=1", "train.strategy=fsdp2", "train.keep=1")
+    train(changed, store, out, processes=2)
+    assert "log_every: 1\n" in (out / "recipe.yaml").read_text()
+    assert largest_difference(whole, out) < 1e-4
+    assert row_values(out, "step") == [3, 6, 9, *range(11, 21)]
 
 
 def test_another_store_for_the_same_run_is_refused(store, tmp_path):

@@ -129,9 +129,10 @@ def kill_at_random(recipe, store, out, *, kills, processes, seed):
     while done < kills:
         before = saved_step(out)
         started = begin(recipe, store, out, processes=processes)
-        wait_for_step(out, before + 1)
-        threshold = rng.uniform(0, 0.12)
-        signal.sigtimedwait([], threshold)
+        early = rng.random() < 0.2  # while it starts, perhaps; else some time after its first save, perhaps in the next
+        if not early:
+            wait_for_step(out, before + 1)
+        signal.sigtimedwait([], rng.uniform(0, 0.4 if early else 0.12))
         victims = started.pids if processes == 1 or rng.random() < 0.5 else [rng.choice(started.pids)]
         for pid in victims:
             os.kill(pid, signal.SIGKILL)
@@ -143,25 +144,23 @@ def kill_at_random(recipe, store, out, *, kills, processes, seed):
         reached = max((row["step"] for row in read_rows(out / "metrics.jsonl")), default=0)
         lost.append(reached - max(saved_step(out), 0))
         newest = state.newest_state(out)
-        assert newest is not None
-        assert saved_step(out) > before, started.said()
-        folder = out / "checkpoints" / newest.stem
-        assert {path.name for path in folder.iterdir()} >= {
-            "model.safetensors",
-            "raw.safetensors",
-            "ema-50.safetensors",
-        }
+        assert saved_step(out) >= before + (not early), started.said()
+        if newest is not None:
+            files = {path.name for path in (out / "checkpoints" / newest.stem).iterdir()}
+            assert files >= {"model.safetensors", "raw.safetensors", "ema-50.safetensors"}
         if saved_step(out) >= recipe.train.steps:
             break
     return done, lost
 
 
+MANY = (pytest.mark.slow, pytest.mark.timeout(3600))
+
+
 @pytest.mark.parametrize(
-    ("kills", "processes"),
-    [(6, 1), pytest.param(100, 1, marks=pytest.mark.slow), pytest.param(30, 2, marks=pytest.mark.slow)],
+    ("kills", "processes"), [(6, 1), pytest.param(100, 1, marks=MANY), pytest.param(30, 2, marks=MANY)]
 )
 def test_kills_at_random_moments_lose_nothing_beyond_the_save_interval(kills, processes, store, tmp_path):
-    steps = 40 * kills
+    steps = 24 * kills
     recipe = make_recipe(
         tmp_path, f"train.steps={steps}", "train.save_every=4", "train.log_every=1", f"alpha.start={steps // 3}",
         f"alpha.end={steps // 2}",

@@ -1,5 +1,7 @@
-"""`alphaflow eval`: numbers with their protocol."""
+"""`alphaflow eval`: numbers with their protocol, of a checkpoint or of pictures."""
 
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -7,86 +9,164 @@ import click
 
 from alphaflow_cli.commands.common import examples, json_option, print_json, print_table
 from alphaflow_cli.commands.measuring import Metrics, Weights, batch_option, metrics_option, weights_option
+from alphaflow_cli.commands.sample import SAMPLERS, to_times
+from alphaflow_cli.recipe.schema import LabelDraw
 
 if TYPE_CHECKING:
+    from alphaflow_cli.engine.evaluate_checkpoint import Report, Request
     from alphaflow_cli.engine.results import Evaluation
 
 EXAMPLES = examples(
+    "alphaflow eval runs/quickstart --nfe 1 --nfe 2",
+    "alphaflow eval runs/b2 --metrics fid,fdd --reference imagenet.safetensors --processes 8",
     "alphaflow eval glyphs:300 --metrics fd-tiny --reference glyphs:1000",
     "alphaflow eval samples.npz --metrics fid,kid,is --reference cifar10.safetensors --json",
 )
 
 
-@click.command(epilog=EXAMPLES)
-@click.argument("images")
+@click.command("eval", epilog=EXAMPLES)
+@click.argument("subject", metavar="CKPT|IMAGES")
+@click.option("--nfe", multiple=True, type=int, help="Evaluations per picture; repeatable. Default: the recipe's.")
+@click.option("--sampler", type=click.Choice(SAMPLERS), default="auto", show_default=True, help="auto: the recipe's.")
+@click.option("--times", callback=to_times, metavar="TIMES", help="Own grid, such as 1,0.55,0; instead of --nfe.")
+@click.option("--guidance", type=float, help="At sampling, for models trained without guidance.")
+@click.option("--sweep-midpoint", is_flag=True, help="Two steps, with the midpoint at 0.1, 0.2, … 0.9.")
 @metrics_option
 @click.option("--reference", metavar="FILE|SOURCE", help="Reference statistics, or the real pictures themselves.")
-@click.option("--images", "limit", type=click.IntRange(min=1), help="Only so many pictures, taken evenly.")
+@click.option("--images", type=click.IntRange(min=1), help="So many pictures. Default: the recipe's; all of IMAGES.")
+@click.option("--draw", type=click.Choice(["random", "balanced"]), help="Labels of a checkpoint's pictures.")
 @batch_option
+@click.option("--processes", type=click.IntRange(1), help="Processes to share the work. Default: one per GPU.")
 @weights_option
-@click.option(
-    "--out", type=click.Path(file_okay=False, path_type=Path), default=Path("evals"), show_default=True,
-    help="Folder for results, history and unfinished work.",
-)  # fmt: skip
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Folder. Default: the run's, else evals.")
 @click.option("--markdown", is_flag=True, help="Print a Markdown table for a README instead.")
 @json_option
 def command(
-    images: str,
+    subject: str,
+    nfe: tuple[int, ...],
+    sampler: str,
+    times: list[float] | None,
+    guidance: float | None,
+    sweep_midpoint: bool,
     metrics: Metrics,
     reference: str | None,
-    limit: int | None,
+    images: int | None,
+    draw: LabelDraw | None,
     batch: int,
+    processes: int | None,
     weights: Weights,
-    out: Path,
+    out: Path | None,
     markdown: bool,
     as_json: bool,
 ) -> None:
-    """Measure pictures: FID, FDD, FCD, FD-tiny, KID, IS, precision and recall.
+    """Measure a checkpoint or pictures: FID, FDD, FCD, FD-tiny, KID, IS, precision and recall.
 
-    IMAGES is a folder, a zip, a tar, a .npz with arr_0, hf://datasets/NAME, or glyphs:N. They are measured as they are,
-    never resized. Every number is printed with its protocol; running the same command again resumes.
+    CKPT is a file, a run folder, or a Hub id. IMAGES is a folder, a zip, a tar, a .npz with arr_0, hf://datasets/NAME,
+    or glyphs:N; pictures are measured as they are, never resized. Every number is printed with its protocol; running
+    the same command again resumes.
     """
+    from alphaflow_cli.engine.evaluate_checkpoint import Request, is_checkpoint
+
+    if (markdown and as_json) or (times is not None and nfe) or (sweep_midpoint and (nfe or times)):
+        raise click.UsageError("--markdown and --json exclude each other; so do --nfe, --times and --sweep-midpoint.")
+    request = Request(
+        checkpoint=subject, nfe=nfe, sampler=sampler, times=times, guidance=guidance, sweep_midpoint=sweep_midpoint,
+        metrics=metrics, reference=reference, images=images, draw=draw, batch=batch, weights=weights, out=out,
+    )  # fmt: skip
+    of_checkpoint = is_checkpoint(subject)
+    if not of_checkpoint and (nfe or times or sweep_midpoint or draw or guidance or sampler != "auto"):
+        raise click.UsageError(f"{subject} is a source of pictures: --nfe, --sampler and --draw are for checkpoints.")
+    run(request, processes or 0, of_checkpoint, markdown=markdown, as_json=as_json)
+
+
+def run(request: "Request", processes: int, of_checkpoint: bool, *, markdown: bool, as_json: bool) -> None:
+    """Here, or in N processes of which the first prints."""
+    import torch
+
+    from alphaflow_cli.engine.launch import as_worker, is_worker, launch
+
+    def measure() -> int:
+        found = measure_checkpoint(request) if of_checkpoint else measure_pictures(request)
+        if found is not None:
+            show(found, markdown=markdown, as_json=as_json)
+        return 0
+
+    if is_worker():
+        as_worker(measure)
+    count = processes or max(1, torch.cuda.device_count())
+    code = measure() if count == 1 else launch(sys.argv[1:], count)
+    if code:
+        sys.exit(code)
+
+
+def measure_checkpoint(request: "Request") -> "Report | None":
+    """Every walk asked for."""
+    from alphaflow_cli.engine.evaluate_checkpoint import evaluate_checkpoint
+    from alphaflow_cli.engine.processes import join_processes
+
+    return evaluate_checkpoint(request, join_processes())
+
+
+def measure_pictures(request: "Request") -> "Report | None":
+    """A folder of pictures from anywhere."""
     from alphaflow_cli.engine import evaluate as engine
+    from alphaflow_cli.engine.evaluate_checkpoint import Report
     from alphaflow_cli.engine.pictures import open_pictures
     from alphaflow_cli.engine.processes import join_processes
     from alphaflow_cli.engine.results import save_results
 
-    if markdown and as_json:
-        raise click.UsageError("--markdown and --json exclude each other")
-    source = open_pictures(images, size=None, limit=limit)
+    source, out = open_pictures(request.checkpoint, size=None, limit=request.images), request.out or Path("evals")
     processes = join_processes()
-    chosen = metrics or engine.default_metrics(reference)
-    extractors = engine.build_extractors(chosen, processes.device, weights)
-    ruler = engine.Ruler(extractors, processes, out, batch)
+    chosen = request.metrics or engine.default_metrics(request.reference)
+    extractors = engine.build_extractors(chosen, processes.device, request.weights)
+    ruler = engine.Ruler(extractors, processes, out, request.batch)
     engine.check_count(source)
     found = None
-    if reference is not None:
+    if request.reference is not None:
+        text = request.reference
         found = engine.find_reference(
-            reference, source.size, ruler, opened=lambda size: open_pictures(str(reference), size=size, limit=None)
+            text, source.size, ruler, opened=lambda size: open_pictures(text, size=size, limit=None)
         )
     evaluation = engine.evaluate(source, chosen, ruler, reference=found)
     if evaluation is None:
-        return
+        return None
     path = out / evaluation.id / "results.json"
     save_results(path, out / "history.jsonl", [evaluation])
-    _print(evaluation, path, markdown=markdown, as_json=as_json)
+    return Report([evaluation], path, None)
 
 
-def _print(evaluation: "Evaluation", path: Path, *, markdown: bool, as_json: bool) -> None:
+def show(report: "Report", *, markdown: bool, as_json: bool) -> None:
+    """The table and the file; what is talk goes to stderr."""
     from alphaflow_cli.engine import results
 
     if as_json:
-        print_json({**results.document([evaluation]), "path": str(path)})
+        print_json({**results.document(report.evaluations), "path": str(report.results)})
         return
+    for evaluation in report.evaluations:
+        tell_notes(evaluation)
+    if markdown:
+        click.echo(results.markdown(report.evaluations), nl=False)
+    else:
+        print_table(table(report.evaluations), head=("metric", "value", "protocol"))
+    if report.picture is not None:
+        click.echo(str(report.picture))
+    click.echo(str(report.results))
+
+
+def table(evaluations: Sequence["Evaluation"]) -> list[tuple[str, ...]]:
+    """One row per number."""
+    from alphaflow_cli.engine import results
+
+    return [(row.name, results.told_value(row), row.told()) for each in evaluations for row in each.rows]
+
+
+def tell_notes(evaluation: "Evaluation") -> None:
+    """Warnings, notes and the time split."""
+    from alphaflow_cli.engine import results
+
     for warning in evaluation.warnings:
         click.echo(f"warning: {warning}", err=True)
     for note, names in results.notes(evaluation).items():
         click.echo(f"note: {', '.join(names)}: {note}", err=True)
     spent = ", ".join(f"{part} {seconds:.1f} s" for part, seconds in evaluation.seconds.items())
     click.echo(f"time: {spent}", err=True)
-    if markdown:
-        click.echo(results.markdown([evaluation]), nl=False)
-    else:
-        rows: list[tuple[str, ...]] = [(row.name, results.told_value(row), row.told()) for row in evaluation.rows]
-        print_table(rows, head=("metric", "value", "protocol"))
-    click.echo(str(path))

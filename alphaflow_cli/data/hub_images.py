@@ -78,7 +78,7 @@ def open_hub(text: str) -> Source:
 
 
 def download(repo: str, commit: str, file: str) -> bytes:
-    """The bytes of one file; a few tries, then an OSError."""
+    """The bytes of one file. One that is not there is an OSError; a Hub that stays away ends the run."""
     from huggingface_hub import get_session, hf_hub_url
     from huggingface_hub.errors import HfHubHTTPError
     from huggingface_hub.utils import build_hf_headers, hf_raise_for_status  # type: ignore[attr-defined]
@@ -90,11 +90,13 @@ def download(repo: str, commit: str, file: str) -> bytes:
             hf_raise_for_status(answer)
             return bytes(answer.content)
         except HfHubHTTPError as fault:
-            if attempt == TRIES - 1 or fault.response.status_code in (401, 403, 404):
+            if fault.response.status_code in (401, 403, 404):
                 raise OSError(f"the Hub answers {fault.response.status_code}") from fault
+            if attempt == TRIES - 1:
+                raise AlphaflowError(f"{url}: the Hub answers {fault.response.status_code}; try again later") from fault
         except _hub_errors() as fault:
             if attempt == TRIES - 1:
-                raise OSError(f"the Hub cannot be reached: {fault}") from fault
+                raise AlphaflowError(f"{url}: the Hub cannot be reached ({fault}); try again later") from fault
         time.sleep(PAUSE * 2**attempt)
     raise AssertionError("unreachable")
 

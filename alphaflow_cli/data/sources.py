@@ -80,7 +80,7 @@ class Folder:
     def fetches(self, lines: Sequence[int]) -> Iterator[tuple[int, Fetch]]:
         """Each file, opened when it is fetched."""
         for line in lines:
-            yield line, partial(read_file, self.root / self.names[line])
+            yield line, partial(_read_below, self.root, self.names[line])
 
     def facts(self) -> dict[str, Any]:
         """Nothing beyond the names."""
@@ -171,6 +171,16 @@ def read_file(path: Path) -> bytes:
         if status.st_size > MAX_BYTES:
             raise OSError(f"{status.st_size:,} bytes, the limit is {MAX_BYTES:,}")
         return file.read()
+
+
+def _read_below(root: Path, name: str) -> bytes:
+    """One picture that is gone is a bad picture; a folder that is gone (unmounted) is the end of the run."""
+    try:
+        return read_file(root / name)
+    except FileNotFoundError as fault:
+        if not root.is_dir():
+            raise AlphaflowError(f"{root}: the folder is gone") from fault
+        raise
 
 
 def parse_glyphs(text: str) -> Glyphs:

@@ -24,6 +24,7 @@ from alphaflow_cli.nn.autoencoder import Autoencoder, load_autoencoder
 Bad = Literal["stop", "skip"]
 Tell = Callable[[int], None]
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+SOURCE_DOWN = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EMFILE, errno.ENFILE}  # no fault of the picture
 PRECISIONS = ("bf16", "tf32", "fp32")  # fastest first
 MAX_ERROR, MAX_ERROR_PLAIN = 0.25, 0.01  # see choose_precision
 TOGETHER = 16  # pictures decoded by one call in another thread: small ones cost less than the call
@@ -114,6 +115,8 @@ def _decode_one(line: int, fetch: Fetch, size: int, max_pixels: int) -> Picture:
     except BadPicture as fault:
         return Picture(line, None, str(fault))
     except OSError as fault:  # removed while we run, no permission, a link to nowhere
+        if fault.errno in SOURCE_DOWN:
+            raise AlphaflowError(f"the source cannot be read any more ({fault}); try again later") from fault
         return Picture(line, None, f"cannot be read ({fault.strerror or fault})")
 
 

@@ -24,8 +24,8 @@ class GeneratedImages:
 
     @property
     def label(self) -> str:
-        """`quickstart, 1 NFE`."""
-        return f"{self._generator.recipe.name or 'checkpoint'}, {self._walk.nfe} NFE"
+        """`quickstart, 1 NFE, trajectory on 1, 0`."""
+        return f"{self._generator.recipe.name or 'checkpoint'}, {self._walk.nfe} NFE, {self._walk}"
 
     def images(self, start: int, stop: int) -> Tensor:
         """uint8 on the generator's device, clocked by part."""

@@ -35,11 +35,7 @@ def _runs_out(run: Run, gradients: Callable[[], None]) -> bool:
         rows = run.split.micro_batch
         if run.may_shrink and run.world.size == 1 and rows > 1:
             return True
-        way = (
-            f"--micro-batch {-(-rows // 2)}"
-            if rows > 1
-            else "--set train.gradient_checkpointing=true and another --out"
-        )
+        way = f"--micro-batch {-(-rows // 2)}" if rows > 1 else "--set train.gradient_checkpointing=true"
         raise AlphaflowError(
             f"{run.folder}: out of memory at step {run.step} with micro-batches of {rows} rows ({error}). The last "
             f"checkpoint is kept; go on from it with: {way}"

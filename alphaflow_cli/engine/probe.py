@@ -1,7 +1,10 @@
 """Measuring before training: how many rows fit the memory, and how long a step of each phase takes."""
 
+import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
@@ -14,7 +17,7 @@ from alphaflow_cli.engine.step import Objective, Rows, training_step
 from alphaflow_cli.engine.world import World
 from alphaflow_cli.recipe.schema import Recipe
 
-TIMED_STEPS = 3
+TIMED_STEPS = 5  # of which the median counts
 
 
 def random_rows(recipe: Recipe, count: int, n_equal: int, device: torch.device) -> Rows:
@@ -87,12 +90,16 @@ def measure_phases(recipe: Recipe, micro_batch: int, *, per_process: int) -> lis
         trial.step(micro_batch, alpha)  # warm up
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        started = time.perf_counter()
-        for _ in range(TIMED_STEPS):
-            trial.step(micro_batch, alpha)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        each = (time.perf_counter() - started) / TIMED_STEPS * turns
+        each = statistics.median(_timed(partial(trial.step, micro_batch, alpha)) for _ in range(TIMED_STEPS)) * turns
         memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
         found.append(PhaseTime(phase.kind, phase.until - phase.first, each, memory))
     return found
+
+
+def _timed(work: Callable[[], None]) -> float:
+    """Seconds until it is done, on the device too."""
+    started = time.perf_counter()
+    work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - started

@@ -17,6 +17,12 @@ from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.recipe import diff_recipes, dump_recipe, recipe_from_text
 from alphaflow_cli.recipe.schema import Recipe
 
+ADJUSTABLE = {  # what a run may change when it goes on: none of it changes what is learnt, beyond rounding
+    "data.store",
+    *(f"train.{name}" for name in ("strategy", "compile", "gradient_checkpointing", "tf32", "trackers", "keep")),
+    *(f"train.{name}_every" for name in ("save", "milestone", "log", "sample")),
+}
+
 
 @dataclass(frozen=True)
 class Options:
@@ -62,9 +68,8 @@ def check_store(recipe: Recipe, store: Path) -> None:
         )
 
 
-def check_folder(recipe: Recipe, out: Path) -> None:
-    """A run folder belongs to one recipe; another one is refused with the differences."""
-    path = out / "recipe.yaml"
+def check_folder(out: Path) -> None:
+    """The run folder can be written."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         probe = out / ".write.tmp"
@@ -74,32 +79,38 @@ def check_folder(recipe: Recipe, out: Path) -> None:
         raise AlphaflowError(
             f"{out}: cannot be written ({error.strerror}). Choose another folder: --out RUN"
         ) from error
-    if not path.exists():
-        return
-    there = recipe_from_text(path.read_text(encoding="utf-8"), str(path))
+
+
+def check_recipe(recipe: Recipe, out: Path) -> list[tuple[str, str, str]]:
+    """A run folder belongs to one recipe; another one is refused with the differences. Returns what may change."""
+    path = out / "recipe.yaml"
+    there = recipe_from_text(path.read_text(encoding="utf-8"), str(path)) if path.exists() else recipe
     changes = [row for row in diff_recipes(there, recipe) if row[0] != "name"]
-    if changes:
+    if any(field not in ADJUSTABLE for field, _, _ in changes):
         listed = "\n".join(f"  {field}: {old} there, {new} asked for" for field, old, new in changes)
         raise AlphaflowError(
             f"{out}: holds a run of another recipe:\n{listed}\nResume it with its own recipe: alphaflow train {path} "
             f"--out {out}, or choose another folder: --out RUN"
         )
+    return changes
 
 
 def prepare(recipe: Recipe, options: Options) -> Path:
     """Everything that can be wrong, found before any process starts; makes the store of an embedded set."""
     check_trackers(recipe)
-    check_folder(recipe, options.out)
+    check_folder(options.out)
+    changes = check_recipe(recipe, options.out)
     store = store_of(recipe, options)
     data = recipe.data
     if data.source and options.data is None and not (store / "manifest.json").exists():
         say(f"preparing {data.source} in {store}")
         prepare_latents(data.source, store, size=data.image_size, autoencoder=data.autoencoder, flips=data.flips)
     check_store(recipe, store)
-    recipe_path = options.out / "recipe.yaml"
-    if not recipe_path.exists():
-        text = dump_recipe(recipe)
-        write_atomically(recipe_path, lambda temporary: _write_text(temporary, text))
+    path = options.out / "recipe.yaml"
+    for field, old, new in changes:
+        say(f"{options.out}: {field} was {old}, and is {new} from here on")
+    if changes or not path.exists():
+        write_atomically(path, lambda temporary: _write_text(temporary, dump_recipe(recipe)))
     return store
 
 

@@ -16,11 +16,12 @@ def slurm_environment(there: Mapping[str, str]) -> dict[str, str]:
     tasks = int(there.get("SLURM_STEP_NUM_TASKS", "1"))  # of the step: a batch script is none, whatever the job has
     if "RANK" in there or tasks < 2 or "SLURM_PROCID" not in there:
         return {}
+    sees_one = len(there.get("CUDA_VISIBLE_DEVICES", ",").split(",")) == 1  # --gpus-per-task 1: its GPU is number 0
     job, step = int(there.get("SLURM_JOB_ID", "0")), int(there.get("SLURM_STEP_ID", "0"))
     found = {
         "RANK": there["SLURM_PROCID"],
         "WORLD_SIZE": str(tasks),
-        "LOCAL_RANK": there.get("SLURM_LOCALID", "0"),
+        "LOCAL_RANK": "0" if sees_one else there.get("SLURM_LOCALID", "0"),
         "LOCAL_WORLD_SIZE": there.get("SLURM_STEP_TASKS_PER_NODE", "1").split("(")[0].split(",")[0],
         "MASTER_ADDR": first_host(there.get("SLURM_STEP_NODELIST", "127.0.0.1")),
         "MASTER_PORT": str(PORTS[(job * 7 + step) % len(PORTS)]),

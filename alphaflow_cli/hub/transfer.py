@@ -31,12 +31,14 @@ class Pulled:
 
 
 def resolve_checkpoint(address: str) -> Path:
-    """The checkpoint's file: a path as it is, a repository's weights from the cache or the Hub."""
+    """The checkpoint's file: a path as it is, a repository's weights from the cache or the Hub; the commit is said."""
     found = parse_address(address)
     if isinstance(found, Path):
         return found
     name = found.file or MODEL
-    return _fetch(found, [name, *NEEDED], wanted=name).folder / name
+    pulled = _fetch(found, [name, *NEEDED], wanted=name)
+    print(f"{pulled.repo}@{pulled.commit}", file=sys.stderr)
+    return pulled.folder / name
 
 
 def resolve_file(address: str) -> Path:

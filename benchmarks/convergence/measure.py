@@ -10,34 +10,38 @@ from alphaflow_cli.data.files import sha256_of
 from alphaflow_cli.engine.analyze import Request, analyze
 from alphaflow_cli.engine.evaluate import Ruler, build_extractors, evaluate, make_reference
 from alphaflow_cli.engine.generate import open_generator
-from alphaflow_cli.engine.walk import plan_walk
 from alphaflow_cli.engine.generated import GeneratedImages
 from alphaflow_cli.engine.pictures import open_pictures
 from alphaflow_cli.engine.processes import Alone
-from alphaflow_cli.engine.reference import Reference, load_reference
+from alphaflow_cli.engine.reference import load_reference
 from alphaflow_cli.engine.results import save_results
+from alphaflow_cli.engine.walk import plan_walk
 
 NFE = (1, 2, 4)
 
 
-def evaluate_run(run: Path, pictures: Path, out: Path, *, images: int, name: str) -> None:
+def evaluate_run(run: Path, reference: Path, out: Path, *, images: int) -> None:
     """results.json of the run, unless it has these very weights' already."""
+    torch.set_num_threads(1)
     digest = sha256_of(run / "model.safetensors")
     if digest in measured_weights(run / "results.json", images):
         return
-    torch.set_num_threads(1)
-    ruler = Ruler(
-        build_extractors(("fd-tiny",), torch.device("cpu"), {}), Alone(torch.device("cpu")), out / "evals", 250
-    )
-    reference = reference_of(pictures, out / f"reference-{name}.safetensors", ruler, name)
+    ruler = tiny_ruler(out)
     generator, found = open_generator(str(run), device=torch.device("cpu")), []
     for nfe in NFE:
         walk = plan_walk(generator.recipe, nfe=nfe)
         source = GeneratedImages(generator, walk, count=images, draw=generator.recipe.eval.draw, digest=digest)
-        evaluation = evaluate(source, ("fd-tiny",), ruler, reference=reference)
+        evaluation = evaluate(source, ("fd-tiny",), ruler, reference=load_reference(reference))
         assert evaluation is not None, "one process is always the first"
         found.append(evaluation)
-    save_results(run / "results.json", out / "history.jsonl", found)
+    save_results(run / "results.json", run / "history.jsonl", found)
+
+
+def tiny_ruler(out: Path) -> Ruler:
+    """FD-tiny's features need no weights."""
+    return Ruler(
+        build_extractors(("fd-tiny",), torch.device("cpu"), {}), Alone(torch.device("cpu")), out / "evals", 250
+    )
 
 
 def measured_weights(path: Path, images: int) -> set[str]:
@@ -48,15 +52,17 @@ def measured_weights(path: Path, images: int) -> set[str]:
     return {row["pictures"]["checkpoint_sha256"] for row in rows if row["count"] == images}
 
 
-def reference_of(pictures: Path, path: Path, ruler: Ruler, name: str) -> Reference:
+def prepare_reference(pictures: Path, out: Path, name: str) -> Path:
     """The training pictures at 16 px, measured once."""
+    path = out / f"reference-{name}.safetensors"
     if not path.is_file():
-        make_reference(open_pictures(str(pictures), size=16, limit=None), ruler, path, name=name)
-    return load_reference(path)
+        make_reference(open_pictures(str(pictures), size=16, limit=None), tiny_ruler(out), path, name=name)
+    return path
 
 
 def conflict_of(run: Path, store: Path, batches: int) -> dict[str, Any]:
     """What `alphaflow analyze` finds at the last checkpoint, averaged weights."""
+    torch.set_num_threads(1)
     request = Request(
         address=str(run), data=store, out=None, batches=batches, batch=64, seed=0, weights="ema", all_checkpoints=False
     )

@@ -13,13 +13,16 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
-from measure import conflict_of, evaluate_run  # noqa: E402
+from measure import conflict_of, evaluate_run, prepare_reference  # noqa: E402
 from table import write_results  # noqa: E402
 
 MEMBERS = (
@@ -35,6 +38,7 @@ MEMBERS = (
 )
 CLAIMED = ("alphaflow-25", "meanflow-25", "alphaflow-50", "meanflow-75", "alphaflow-25-converging")  # several seeds
 SEEDS = 3
+TOLD = ("meanflow-25", "alphaflow-25")  # whose conflict RESULTS.md tells, at seed 0
 
 
 @dataclass(frozen=True)
@@ -105,6 +109,25 @@ def train_all(jobs: list[Job], store: Path, *, steps: int, at_once: int, deadlin
             say(f"{name} was stopped and saved, code {process.wait()}")
 
 
+def measure_all(done: list[Job], store: Path, options: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Scores and page of every finished run, and the conflict of two; one process and one thread each."""
+    out = options.out.resolve()
+    if not done:
+        return {}
+    reference = prepare_reference(options.pictures, out, options.reference_name)
+    told = [job for job in done if job.seed == 0 and job.member in TOLD]
+    with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
+        measured = [pool.submit(evaluate_run, job.folder, reference, out, images=options.images) for job in done]
+        conflicts = {job.member: pool.submit(conflict_of, job.folder, store, options.batches) for job in told}
+        for job, score in zip(done, measured, strict=True):
+            score.result()
+            say(f"measured {job.folder.name}")
+        found = {member: conflict.result() for member, conflict in conflicts.items()}
+    for job in done:
+        subprocess.run(alphaflow("report", job.folder), check=True, stdout=subprocess.DEVNULL)
+    return found
+
+
 def say(text: str) -> None:
     print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
 
@@ -121,7 +144,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--images", type=int, default=5000, help="generated for each score")
     parser.add_argument("--reference-name", default="cifar10-jpeg", help="what the pictures are; the score's protocol")
     parser.add_argument("--results", type=Path, default=HERE, help="where RESULTS.md and results.png are written")
-    parser.add_argument("--batches", type=int, default=100, help="for the conflict of the MeanFlow run")
+    parser.add_argument("--batches", type=int, default=60, help="for the conflict of the MeanFlow run")
     return parser.parse_args()
 
 
@@ -135,18 +158,10 @@ def main() -> None:
     deadline = began + 60 * options.minutes
     train_all(jobs, store, steps=options.steps, at_once=options.jobs, deadline=deadline)
     done = [job for job in jobs if is_done(job, options.steps)]
-    for job in done:
-        evaluate_run(job.folder, options.pictures, out, images=options.images, name=options.reference_name)
-        subprocess.run(alphaflow("report", job.folder), check=True, stdout=subprocess.DEVNULL)
-    conflicts = {job.member: conflict_of(job.folder, store, options.batches) for job in done if is_told(job)}
+    conflicts = measure_all(done, store, options)
     write_results(done, jobs, conflicts, options)
     say(f"{len(done)} of {len(jobs)} runs are finished")
     print(options.results / "RESULTS.md")
-
-
-def is_told(job: Job) -> bool:
-    """The runs whose conflict RESULTS.md tells: the first seed of MeanFlow and of α-Flow at the same share."""
-    return job.seed == 0 and job.member in ("meanflow-25", "alphaflow-25")
 
 
 if __name__ == "__main__":

@@ -140,8 +140,8 @@ def conflict_lines(conflicts: dict[str, dict[str, Any]]) -> list[str]:
         c, share = found["cosines"]["tfm.tc"], found["share_below_-0.4"]
         size = f"{found['batches']} batches of {found['rows_per_batch']} rows"
         lines += [
-            f"- {NAMES[member]}: cos(∇L_TFM, ∇L_TC) is {c['p50']:+.3f} in the median, {c['p5']:+.3f} to {c['p95']:+.3f}",
-            f"  between the 5th and 95th percentile, and below -0.4 in {share:.0%} of {size}",
+            f"- {NAMES[member]}: cos(∇L_TFM, ∇L_TC) is {c['p50']:+.3f} in the median, between {c['p5']:+.3f} and",
+            f"  {c['p95']:+.3f} (5th and 95th percentile), and below -0.4 in {share:.0%} of {size}",
             f"  ({found['weights']} weights of step {found['step']}).",
         ]
     return lines
@@ -169,10 +169,10 @@ def conditions(runs: Sequence[Run], jobs: int, options: argparse.Namespace) -> l
         f"- Data: CIFAR-10 at 16 px (Lanczos), pixel space, ten classes, no flips, no guidance; named {name}.",
         f"- Network: DiT dim {m.dim}, depth {m.depth}, heads {m.heads}, patch {m.patch}; Adam, lr {recipe.optim.lr:g},",
         f"  batch {recipe.train.batch}, {options.steps:,} steps, the same for every member.",
-        f"- Score: FD-tiny of {options.images:,} pictures against the training pictures; labels drawn per seed, averaged",
-        "  weights; trajectory sampler with equal steps (flow matching: Euler).",
-        f"- Hardware: {processor()}, {options.jobs} runs at a time, one thread each; Python {platform.python_version()};",
-        f"  commit {git('rev-parse', '--short', 'HEAD') or 'unknown'}.",
+        f"- Score: FD-tiny of {options.images:,} pictures against the training pictures; labels drawn per seed,",
+        "  averaged weights; trajectory sampler with equal steps (flow matching: Euler).",
+        f"- Hardware: {processor()}, {options.jobs} runs at a time, one thread each;",
+        f"  Python {platform.python_version()}; commit {git('rev-parse', '--short', 'HEAD') or 'unknown'}.",
         f"- Finished: {len(runs)} of {jobs} runs. ± is the standard deviation over seeds.",
     ]
 
@@ -210,7 +210,8 @@ def document(runs: Sequence[Run], jobs: int, conflicts: dict[str, Any], options:
             "",
             *(conflict_lines(conflicts) or ["- not measured yet."]),
             "",
-            "The paper: typically below -0.4 during more than 95% of training, on ImageNet latents with larger networks.",
+            "The paper: typically below -0.4 during more than 95% of training, on ImageNet latents, larger networks",
+            "and many more steps.",
             "",
             LIMITS,
             "",

@@ -1,0 +1,75 @@
+"""The comparison: members differ where they should and nowhere else, and no order is claimed without its seeds."""
+
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+FOLDER = Path(__file__).parent.parent / "benchmarks" / "convergence"
+sys.path.append(str(FOLDER))
+
+import table  # noqa: E402
+from table import Run, document, read_run, told, verdict  # noqa: E402
+
+from alphaflow_cli.recipe import diff_recipes, load_recipe  # noqa: E402
+from alphaflow_cli.report.png import to_png  # noqa: E402
+
+MEMBERS = {path.stem: load_recipe(str(path)) for path in sorted((FOLDER / "recipes").glob("*.yaml"))}
+MAY_DIFFER = ("name", "alpha.", "times.equal_share.", "loss.weight", "loss.velocity", "sample.")
+
+
+def runs_of(member, *scores):
+    return [Run(member, seed, {1: s, 2: s / 2, 4: s / 4}, 100.0, 3000, 192_000) for seed, s in enumerate(scores)]
+
+
+def test_every_member_has_a_recipe_and_a_name():
+    assert set(MEMBERS) == set(table.NAMES)
+    assert {member for _, members in table.PANELS for member, _ in members} == set(table.NAMES)
+
+
+@pytest.mark.parametrize("member", MEMBERS)
+def test_members_differ_in_the_objective_only(member):
+    fields = [name for name, _, _ in diff_recipes(MEMBERS["alphaflow-25"], MEMBERS[member])]
+    assert [name for name in fields if not name.startswith(MAY_DIFFER)] == []
+
+
+def test_an_order_is_claimed_only_where_the_seeds_do_not_overlap():
+    apart = runs_of("a", 1.0, 1.1, 1.2) + runs_of("b", 2.0, 2.1, 2.2)
+    assert "better on every seed (3 and 3 seeds)" in verdict(apart, "a", "b", 1)
+    assert "worse on every seed" in verdict(apart, "b", "a", 1)
+    assert "no order" in verdict(runs_of("a", 1.0, 1.1, 2.05) + runs_of("b", 2.0, 2.1, 2.2), "a", "b", 1)
+    assert "1 seed of one of them: no order" in verdict(runs_of("a", 1.0) + runs_of("b", 2.0, 2.1, 2.2), "a", "b", 1)
+    assert verdict(runs_of("a", 1.0), "a", "b", 1) == "not finished yet."
+
+
+def test_the_spread_is_the_standard_deviation_over_seeds():
+    assert told([1.0, 2.0, 3.0]) == "2.00 ± 1.00"
+    assert told([2.0]) == "2.00"
+
+
+def test_a_run_is_read_from_its_own_files(tmp_path):
+    rows = [{"step": 50, "images_seen": 3200, "seconds_per_step": 0.1}]
+    rows.append({"step": 60, "images_seen": 3840, "seconds_per_step": 0.2})
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    results = {"evaluations": [{"rows": [{"pictures": {"nfe": nfe}, "value": 10.0 / nfe}]} for nfe in (1, 2, 4)]}
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    run = read_run(SimpleNamespace(member="flow", seed=0, folder=tmp_path))
+    assert run.scores == {1: 10.0, 2: 5.0, 4: 2.5}
+    assert run.seconds == pytest.approx(50 * 0.1 + 10 * 0.2)
+    assert (run.steps, run.images_seen) == (60, 3840)
+
+
+def test_the_page_has_a_line_per_member_and_says_what_is_unfinished():
+    runs = runs_of("meanflow-25", 5.0, 6.0, 7.0) + runs_of("alphaflow-25", 1.0, 2.0, 3.0)
+    options = SimpleNamespace(steps=3000, jobs=2, images=5000, reference_name="cifar10-jpeg")
+    found = {"p5": -0.7, "p50": -0.5, "p95": -0.2}
+    conflict = {"cosines": {"tfm.tc": found}, "share_below_-0.4": 0.8, "batches": 60, "rows_per_batch": 64}
+    text = document(runs, 19, {"meanflow-25": conflict | {"weights": "ema", "step": 3000}}, options)
+    assert "| MeanFlow .25 | 3 | 6.00 ± 1.00 | 3.00 ± 0.50 | 1.50 ± 0.25 | 192,000 | 100 |" in text
+    assert "Finished: 6 of 19 runs" in text
+    assert "-0.500 in the median" in text
+    assert "below -0.4 in 80%" in text
+    assert "not finished yet" in text
+    assert to_png(table.chart(runs)).startswith(b"\x89PNG")

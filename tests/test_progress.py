@@ -1,0 +1,81 @@
+"""Progress in a file is plain dated lines; on a terminal it is a bar."""
+
+import io
+import re
+import sys
+
+import pytest
+
+from alphaflow_cli.engine import progress
+from alphaflow_cli.engine.progress import Progress, duration, say, size
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_piped_progress_is_dated_lines_with_rate_and_time_left(monkeypatch, capsys):
+    monkeypatch.setattr(progress, "LINE_EVERY", 0.0)
+    with Progress("encode", 100, unit="img", done=20) as bar:
+        bar.advance(30, note="9.8 MB")
+        bar.advance(50)
+    lines = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(
+        r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d encode 50/100 img, [\d.]+ img/s, 0:\d\d left, 9\.8 MB", lines[0]
+    )
+    assert re.search(r" encode 100/100 img, [\d.]+ img/s, 9\.8 MB$", lines[-1])
+
+
+def test_piped_progress_is_quiet_between_its_lines(capsys):
+    with Progress("encode", 1000, unit="img") as bar:
+        for _ in range(1000):
+            bar.advance(1)
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_what_was_done_before_does_not_count_for_the_speed():
+    bar = Progress("encode", 100, unit="img", done=99, shown=False)
+    bar._started_at -= 10
+    assert "0.0 img/s" in bar.line()
+    bar.advance(1)
+    assert "0.1 img/s" in bar.line()
+
+
+def test_only_the_main_process_shows(capsys):
+    with Progress("encode", 2, unit="img", shown=False) as bar:
+        bar.advance(2)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_terminal_gets_a_bar_and_talk_above_it(monkeypatch):
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with Progress("encode", 10, unit="img") as bar:
+        bar.advance(4, note="1.0 kB")
+        say("hello")
+        bar.advance(6)
+    shown = terminal.getvalue()
+    assert "10/10" in shown
+    assert "hello\n" in shown
+    assert "1.0 kB" in shown
+
+
+def test_a_failure_ends_the_lines_without_a_summary(capsys):
+    with pytest.raises(RuntimeError), Progress("encode", 10, unit="img"):
+        raise RuntimeError
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.4, "0:00"), (9, "0:09"), (760, "12:40"), (11220, "3:07:00"), (190_800, "2 d 5:00:00")]
+)
+def test_durations_read_like_a_clock(seconds, text):
+    assert duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(0, "0 B"), (512, "512 B"), (9_800_000, "9.8 MB"), (21e9, "21.0 GB"), (4.2e13, "42.0 TB")]
+)
+def test_sizes_are_decimal(count, text):
+    assert size(count) == text
