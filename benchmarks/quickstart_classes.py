@@ -10,6 +10,7 @@ import sys
 
 import numpy as np
 import torch
+from PIL import Image
 from record import record
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -22,9 +23,10 @@ FIRST_UNSEEN = 1_000_000  # glyph indices far beyond any quickstart's training s
 TRAIN, TEST, SAMPLES, STEPS, BATCH = 6_000, 2_000, 2_000, 600, 64
 
 
-def real_glyphs(first: int, count: int) -> tuple[Tensor, Tensor]:
-    """uint8 (n, 3, 32, 32) and labels."""
-    pictures = np.stack([np.asarray(draw_glyph(first + i)) for i in range(count)])
+def real_glyphs(first: int, count: int, side: int) -> tuple[Tensor, Tensor]:
+    """uint8 (n, 3, side, side) and labels; made smaller as prep-latents does it."""
+    drawn = (draw_glyph(first + i).resize((side, side), Image.Resampling.LANCZOS) for i in range(count))
+    pictures = np.stack([np.asarray(picture) for picture in drawn])
     return torch.from_numpy(pictures).permute(0, 3, 1, 2), torch.arange(first, first + count) % len(GLYPHS)
 
 
@@ -36,7 +38,7 @@ def build_classifier() -> nn.Sequential:
     layers: list[nn.Module] = []
     for inputs, outputs in ((3, 32), (32, 64), (64, 96)):
         layers += [nn.Conv2d(inputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs), nn.ReLU(), nn.MaxPool2d(2)]
-    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(96 * 16, len(GLYPHS)))
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(96 * 4, len(GLYPHS)))
 
 
 def train_classifier(images: Tensor, labels: Tensor) -> nn.Sequential:
@@ -59,9 +61,10 @@ def share(net: nn.Sequential, images: Tensor, labels: Tensor) -> float:
 
 def main() -> None:
     torch.manual_seed(0)
-    net = train_classifier(*real_glyphs(FIRST_UNSEEN, TRAIN))
-    shares = {"real": share(net, *real_glyphs(2 * FIRST_UNSEEN, TEST))}
     generator = open_generator(sys.argv[1])
+    side = generator.recipe.data.image_size
+    net = train_classifier(*real_glyphs(FIRST_UNSEEN, TRAIN, side))
+    shares = {"real": share(net, *real_glyphs(2 * FIRST_UNSEEN, TEST, side))}
     seeds = list(range(SAMPLES))
     labels = draw_labels(seeds, len(GLYPHS), "balanced")
     for nfe in (1, 2):
@@ -69,8 +72,7 @@ def main() -> None:
         parts = [slice(i, i + 250) for i in range(0, SAMPLES, 250)]
         images = torch.cat([generator.images(seeds[part], labels[part], walk) for part in parts])
         shares[f"nfe_{nfe}"] = share(net, images, torch.tensor(labels))
-    shares["samples"] = SAMPLES
-    record("quickstart_classes", generator.device.type, step=generator.origin["step"], **shares)
+    record("quickstart_classes", generator.device.type, step=generator.origin["step"], samples=SAMPLES, **shares)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from torch import nn
 
 from alphaflow_cli.cli import run as cli
 from alphaflow_cli.core.conflict import cosine
+from alphaflow_cli.engine import analyze as engine
 from alphaflow_cli.engine import conflict, conflict_probe
 from alphaflow_cli.engine.conflict_summary import percentile, spread, summarise
 from alphaflow_cli.engine.step import Objective, Rows
@@ -191,6 +192,13 @@ def train(folder, *sets):
     return folder
 
 
+@pytest.fixture(autouse=True)
+def short(monkeypatch):
+    """The gradient's size over α is measured on one batch at three α: the rest would be waiting."""
+    monkeypatch.setattr(engine, "SIZE_BATCHES", 1)
+    monkeypatch.setattr(conflict, "ALPHAS", (1.0, 0.1, 0.0))
+
+
 @pytest.fixture(scope="module")
 def tiny_run(tmp_path_factory):
     return train(tmp_path_factory.mktemp("runs") / "tiny")
@@ -240,6 +248,13 @@ def test_raw_weights_give_other_numbers_than_the_average(tiny_run, tmp_path, cap
     )
     assert (averaged["weights"], raw["weights"]) == ("ema", "raw")
     assert averaged["losses"] != raw["losses"]
+
+
+def test_averaged_weights_never_pass_as_raw_ones(tiny_run, tmp_path, capsys):
+    file = tiny_run / "checkpoints" / "step-00000006" / "model.safetensors"
+    line = ["analyze", str(file), "--data", str(tiny_run / "latents"), "--out", str(tmp_path), "--weights", "raw"]
+    assert cli(line) == 1
+    assert "averaged weights only" in capsys.readouterr().err
 
 
 def test_a_missing_store_is_told_with_what_to_do(tiny_run, tmp_path, capsys):

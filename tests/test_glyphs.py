@@ -31,6 +31,10 @@ def test_no_two_pictures_are_alike():
     assert len({hashlib.sha256(draw_glyph(index).tobytes()).digest() for index in range(2000)}) == 2000
 
 
+def test_neighbours_have_nothing_in_common():
+    assert len({draw_glyph(index).getpixel((0, 0)) for index in range(200)}) > 190
+
+
 def test_the_glyph_is_brighter_than_its_ground():
     for index in range(200):
         brightest = array(index).max(axis=2)

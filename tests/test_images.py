@@ -52,9 +52,9 @@ def test_transparent_parts_are_white():
 
 
 def test_sixteen_bits_are_scaled_not_cut():
-    values = np.array([[0, 257, 32896, 65535]], np.uint16).repeat(4, 0)
+    values = np.array([[0, 200, 32896, 65400]], np.uint16).repeat(4, 0)
     found = pixels(encoded(Image.fromarray(values), "PNG"), size=4)
-    np.testing.assert_array_equal(found[0, 0], [0, 1, 128, 255])
+    np.testing.assert_array_equal(found[0, 0], [0, 1, 128, 254])
 
 
 def test_exif_turns_the_picture_upright():
@@ -249,3 +249,15 @@ def test_classes_json_is_found_in_every_form(tmp_path, form):
     source = open_source(str(make(tmp_path / form, {"classes.json": b'["x"]', "x/1.jpg": b"a"})))
     assert source.classes_json() == b'["x"]'
     assert source.notes == []
+
+
+def test_a_picture_that_is_gone_is_its_own_fault_but_a_folder_that_is_gone_ends_the_run(tmp_path):
+    source = open_source(str(write_folder(tmp_path / "set", {"a/1.jpg": b"a", "a/2.jpg": b"b"})))
+    (one, fetch_one), (_, fetch_two) = source.fetches([0, 1])
+    (tmp_path / "set/a/1.jpg").unlink()
+    with pytest.raises(FileNotFoundError):
+        fetch_one()
+    (tmp_path / "set").rename(tmp_path / "elsewhere")
+    with pytest.raises(AlphaflowError, match="the folder is gone"):
+        fetch_two()
+    assert one == 0

@@ -177,6 +177,14 @@ def test_what_is_missing_is_made_again_to_the_same_bytes(tmp_path, lost):
     assert contents(out) == before
 
 
+def test_a_shard_of_another_length_than_its_sidecar_says_is_made_again(tmp_path):
+    out = prepare("glyphs:300", tmp_path / "s")
+    before = contents(out)
+    (out / "train-00000.safetensors").write_bytes(before["train-00000.safetensors"][:-9])
+    prepare("glyphs:300", out)
+    assert contents(out) == before
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

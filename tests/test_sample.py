@@ -43,14 +43,13 @@ def golden_checkpoint(tmp_path: Path) -> Path:
     return path
 
 
-def pixel_checkpoint(path: Path, **changes: object) -> Path:
-    """A random pixel-space model, 3×8×8, ten classes; every weight random, so that nothing is zero."""
+def pixel_checkpoint(path: Path, side: int = 8) -> Path:
+    """A random pixel-space model, ten classes; every weight random, so that nothing is zero."""
     recipe = replace(
         recipe_m("fp32"),
         model=Model(dim=32, depth=2, heads=2, patch=2),
-        data=Data(autoencoder="none", image_size=8, channels=3, latent_size=8, classes=10, normalise="scale"),
+        data=Data(autoencoder="none", image_size=side, channels=3, latent_size=side, classes=10, normalise="scale"),
     )
-    recipe = replace(recipe, **changes)  # type: ignore[arg-type]
     from alphaflow_cli.engine.build import build_network
 
     net = build_network(recipe)

@@ -134,10 +134,10 @@ def begin(recipe, store: Path, out: Path, *, processes: int = 1, micro_batch=Non
     return fork(work or (lambda: start.train(recipe, options)), errors, processes)
 
 
-def train(recipe, store: Path, out: Path, *, processes: int = 1, **options) -> Path:
+def train(recipe, store: Path, out: Path, *, processes: int = 1, seconds: float = 120, **options) -> Path:
     """To the end, without a fault."""
     started = begin(recipe, store, out, processes=processes, **options)
-    assert started.wait() == [0] * processes, started.said()
+    assert started.wait(seconds) == [0] * processes, started.said()
     return out
 
 

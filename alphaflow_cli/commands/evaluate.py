@@ -76,14 +76,13 @@ def command(
     of_checkpoint = is_checkpoint(subject)
     if not of_checkpoint and (nfe or times or sweep_midpoint or draw or guidance or sampler != "auto"):
         raise click.UsageError(f"{subject} is a source of pictures: --nfe, --sampler and --draw are for checkpoints.")
-    run(request, processes or 0, of_checkpoint, markdown=markdown, as_json=as_json)
+    run(request, processes, of_checkpoint, markdown=markdown, as_json=as_json)
 
 
-def run(request: "Request", processes: int, of_checkpoint: bool, *, markdown: bool, as_json: bool) -> None:
+def run(request: "Request", processes: int | None, of_checkpoint: bool, *, markdown: bool, as_json: bool) -> None:
     """Here, or in N processes of which the first prints."""
-    import torch
-
     from alphaflow_cli.engine.launch import as_worker, is_worker, launch
+    from alphaflow_cli.engine.processes import processes_here
 
     def measure() -> int:
         found = measure_checkpoint(request) if of_checkpoint else measure_pictures(request)
@@ -93,7 +92,7 @@ def run(request: "Request", processes: int, of_checkpoint: bool, *, markdown: bo
 
     if is_worker():
         as_worker(measure)
-    count = processes or max(1, torch.cuda.device_count())
+    count = processes_here(processes)
     code = measure() if count == 1 else launch(sys.argv[1:], count)
     if code:
         sys.exit(code)

@@ -157,7 +157,7 @@ def read_manifest(folder: Path) -> Manifest:
     edited = differences(document, plan_document, "manifest.json", "plan.json")
     if edited:
         raise AlphaflowError(f"{path}: was changed after it was written: {'; '.join(edited)}. Make the store again")
-    if False:
+    if document.get("digest") != digest_of(document):
         raise AlphaflowError(f"{path}: was changed after it was written (its digest differs). Make the store again")
     shards = [shard_from_dict(entry, path) for entry in _field(document, "shards", path)]
     names = ("count", "bad", "statistics", "digest")

@@ -52,3 +52,8 @@ def join_processes() -> Processes:
 
         return join_world()
     return Alone(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def processes_here(asked: int | None) -> int:
+    """What was asked for, else one per GPU."""
+    return asked or max(1, torch.cuda.device_count())

@@ -1,0 +1,133 @@
+"""`alphaflow eval CKPT`: the same pictures as `sample`, one ruler for every NFE, the whole protocol in results.json."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from test_sample import pixel_checkpoint
+
+from alphaflow_cli import cli
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run folder with a model that draws noise, 3×16×16."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    pixel_checkpoint(folder / "model.safetensors", side=16)
+    (folder / "recipe.yaml").write_text("name: noise\n")
+    return folder
+
+
+@pytest.fixture
+def real(tmp_path: Path) -> Path:
+    """Pictures to compare with, 16×16."""
+    folder = tmp_path / "real" / "one"
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for i in range(120):
+        Image.fromarray(rng.integers(0, 255, (16, 16, 3), dtype=np.uint8)).save(folder / f"{i:03d}.png")
+    return folder.parent
+
+
+def rows(path: Path) -> list[dict]:
+    return [row for each in json.loads(path.read_text())["evaluations"] for row in each["rows"]]
+
+
+def evaluate(run: Path, real: Path, *options: str) -> int:
+    line = ["eval", str(run), "--metrics", "fd-tiny", "--reference", str(real), "--images", "110", *options]
+    return cli.run(line)
+
+
+def test_every_nfe_is_a_row_with_its_whole_protocol(run, real, capsys):
+    assert evaluate(run, real, "--nfe", "1", "--nfe", "2") == 0
+    out = capsys.readouterr().out
+    assert out.strip().endswith(str(run / "results.json"))
+    assert "FID" not in out
+    one, two = rows(run / "results.json")
+    assert (one["name"], one["pictures"]["nfe"], two["pictures"]["nfe"]) == ("FD-tiny-110", 1, 2)
+    told = one["pictures"]
+    assert told["weights"] == "ema"
+    assert told["seeds"] == [0, 109]
+    assert told["labels"] == "random"
+    assert told["times"] == [1.0, 0.0]
+    assert len(told["checkpoint_sha256"]) == 64
+    assert one["reference"]["count"] == 120
+    assert (run / "scores.png").is_file()
+    assert len((run / "evals" / "history.jsonl").read_text().splitlines()) == 2
+
+
+def test_measured_pictures_are_the_sampled_ones(run, real, tmp_path):
+    assert evaluate(run, real, "--nfe", "1") == 0
+    direct = rows(run / "results.json")[0]["value"]
+    folder = tmp_path / "pictures"
+    assert cli.run(["sample", str(run), "--seeds", "0-109", "--out", str(folder)]) == 0
+    line = ["eval", str(folder), "--metrics", "fd-tiny", "--reference", str(real), "--out", str(tmp_path / "e")]
+    assert cli.run(line) == 0
+    (written,) = (tmp_path / "e").glob("*/results.json")
+    assert rows(written)[0]["value"] == pytest.approx(direct, rel=1e-9)
+
+
+def test_a_second_run_measures_nothing_again(run, real, capsys):
+    for _ in range(2):
+        assert evaluate(run, real, "--nfe", "1", "--json") == 0
+    first, second = (json.loads(text) for text in _documents(capsys.readouterr().out))
+    assert first["evaluations"][0]["rows"][0]["value"] == second["evaluations"][0]["rows"][0]["value"]
+    assert second["evaluations"][0]["seconds"].get("network", 0.0) == 0.0
+
+
+def _documents(text: str) -> list[str]:
+    cut = text.index("\n}\n") + 3
+    return [text[:cut], text[cut:]]
+
+
+def test_the_midpoint_is_swept(run, real):
+    assert evaluate(run, real, "--sweep-midpoint") == 0
+    found = rows(run / "results.json")
+    assert [row["pictures"]["times"][1] for row in found] == pytest.approx([0.1 * i for i in range(1, 10)])
+    assert (run / "midpoints.png").is_file()
+
+
+@pytest.mark.distributed
+def test_two_processes_measure_what_one_measures(run, real):
+    assert evaluate(run, real, "--nfe", "1") == 0
+    alone = rows(run / "results.json")[0]["value"]
+    line = ["eval", str(run), "--metrics", "fd-tiny", "--reference", str(real), "--images", "110", "--nfe", "1"]
+    done = subprocess.run(
+        [sys.executable, "-m", "alphaflow_cli", *line, "--processes", "2", "--out", str(run / "two")],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (written,) = (run / "two").glob("*/results.json")
+    assert rows(written)[0]["value"] == pytest.approx(alone, rel=1e-6)
+    assert json.loads(written.read_text())["evaluations"][0]["processes"] == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "words"),
+    [
+        (["--nfe", "1", "--times", "1,0"], 2, "exclude each other"),
+        (["--times", "1,0.5"], 1, "a grid falls from 1 to 0"),
+        (["--images", "20"], 1, "a score needs at least"),
+    ],
+)
+def test_a_wish_that_cannot_be_granted_gets_one_line(run, real, capsys, options, code, words):
+    assert evaluate(run, real, *options) == code
+    said = capsys.readouterr()
+    assert words in said.err
+    assert not said.out
+    assert not (run / "results.json").exists()
+
+
+def test_a_checkpoint_without_a_reference_asks_for_one(run, capsys):
+    assert cli.run(["eval", str(run), "--metrics", "fd-tiny", "--images", "110"]) == 1
+    assert "--reference" in capsys.readouterr().err
+
+
+def test_pictures_take_no_sampler(real, capsys):
+    assert cli.run(["eval", str(real), "--nfe", "2", "--metrics", "fd-tiny", "--reference", "glyphs:200"]) == 2
+    assert "for checkpoints" in capsys.readouterr().err
