@@ -20,6 +20,7 @@ from typing import Any, Literal
 from alphaflow_cli.data.files import to_json
 from alphaflow_cli.errors import AlphaflowError
 
+AGAIN = "Remove it and run the same prep-latents command again"
 FORMAT, VERSION = "alphaflow-latents", 1
 Kind = Literal["moments", "mean", "pixels"]
 TRANSFORM = {  # a picture becomes the encoder's input like this, in this order; part of every plan
@@ -156,9 +157,9 @@ def read_manifest(folder: Path) -> Manifest:
     plan = plan_from_dict(document, path)
     edited = differences(document, plan_document, "manifest.json", "plan.json")
     if edited:
-        raise AlphaflowError(f"{path}: was changed after it was written: {'; '.join(edited)}. Make the store again")
+        raise AlphaflowError(f"{path}: was changed after it was written: {'; '.join(edited)}. {AGAIN}")
     if document.get("digest") != digest_of(document):
-        raise AlphaflowError(f"{path}: was changed after it was written (its digest differs). Make the store again")
+        raise AlphaflowError(f"{path}: was changed after it was written (its digest differs). {AGAIN}")
     shards = [shard_from_dict(entry, path) for entry in _field(document, "shards", path)]
     names = ("count", "bad", "statistics", "digest")
     return Manifest(plan, shards=shards, **{name: _field(document, name, path) for name in names})

@@ -25,6 +25,7 @@ from alphaflow_cli.engine.prepare_plan import Listing, Request, make_job
 from alphaflow_cli.engine.progress import Progress, say, size
 from alphaflow_cli.errors import AlphaflowError
 
+FINISHED = ("images.json", "stats.safetensors", "manifest.json")  # beside the shards
 SPARE = 64_000_000  # bytes that the disk should keep free beyond the store
 
 
@@ -63,7 +64,7 @@ def prepare(request: Request, out: Path, *, processes: int, shown: bool) -> Path
     """The same for a request."""
     job, listing = plan_job(request, out, processes)
     missing = missing_shards(job)
-    if not missing and (out / "manifest.json").exists():
+    if not missing and all((out / name).exists() for name in FINISHED):
         return out
     check_room(out, bytes_needed(job, missing))
     with locked(out):

@@ -121,7 +121,7 @@ def chart(runs: Sequence[Run]) -> Chart:
         for member, colour in members:
             mine = [run for run in runs if run.member == member]
             points = [(float(nfe), mean(run.scores[nfe] for run in mine)) for nfe in NFE] if mine else []
-            lines.append(Line(NAMES[member], points, colour, markers=True))
+            lines.append(Line(NAMES[member].replace("α", "alpha"), points, colour, markers=True))
         panels.append(Panel(f"FD-tiny, {title}", lines, log_y=True))
     return Chart(
         title="CIFAR-10 at 16 px, equal budget",
