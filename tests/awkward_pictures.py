@@ -34,7 +34,14 @@ def rotated_by_exif():
 
 def animated(kind):
     frames = [Image.new("RGB", (20, 20), colour) for colour in (RED, "blue", "green")]
-    return encoded(frames[0], kind, save_all=True, append_images=frames[1:], duration=100, **({"lossless": True} if kind == "WEBP" else {}))
+    return encoded(
+        frames[0],
+        kind,
+        save_all=True,
+        append_images=frames[1:],
+        duration=100,
+        **({"lossless": True} if kind == "WEBP" else {}),
+    )
 
 
 def png_that_claims(width, height):
@@ -44,7 +51,12 @@ def png_that_claims(width, height):
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 1000)) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(b"\0" * 1000))
+        + chunk(b"IEND", b"")
+    )
 
 
 def transparent_palette():

@@ -63,9 +63,7 @@ def test_the_reference_derivative_is_the_published_jvp():
     x, t, r, y = model_inputs()
     net = network("M")
     tangent = tensor("model_f64.npz", "tangent_x")
-    du = objective.jvp_derivative(
-        lambda z, t, r, y: net(z, t, r, y, "math"), x, tangent, t=t, r=r, y=y
-    )
+    du = objective.jvp_derivative(lambda z, t, r, y: net(z, t, r, y, "math"), x, tangent, t=t, r=r, y=y)
     assert_close(du, tensor("model_f64.npz", "M/jvp"))
     assert_close(du, tensor("model_f64.npz", "M/jvp_func"))
 
@@ -174,9 +172,11 @@ def test_a_sampler_walks_the_published_way(name):
     kind = kind or ("trajectory" if config["enable_trajectory_sampling"] else "flow")
     custom = config["custom_t_steps"]
     grid = [float(np.float32(t)) for t in custom] if custom else sampler.time_grid(config["num_steps"])
-    fresh = iter(tensor("sampler_f64.npz", f"{name}/noise_step{i}") for i in range(len(grid) - 1)) if kind == (
-        "consistency"
-    ) else iter(())
+    fresh = (
+        iter(tensor("sampler_f64.npz", f"{name}/noise_step{i}") for i in range(len(grid) - 1))
+        if kind == ("consistency")
+        else iter(())
+    )
     y = labels(tensor("sampler_f64.npz", "label"), "M")
     noise = tensor("sampler_f64.npz", "noise_init")
     out = sampler.sample(network("M"), noise, y, grid=grid, sampler=kind, fresh_noise=lambda: next(fresh))

@@ -1,5 +1,6 @@
 """The riding tangent goes through the module's own forward, so the hooks that synchronise gradients fire."""
 
+import os
 import re
 from dataclasses import fields
 
@@ -45,7 +46,8 @@ def one_process(rank, kinds, folder):
             for a, b in zip(net.parameters(), single.parameters(), strict=True):
                 grad = a.grad.full_tensor() if hasattr(a.grad, "full_tensor") else a.grad
                 torch.testing.assert_close(grad, b.grad, rtol=1e-12, atol=1e-13, msg=f"{kind}, α = {alpha}")
-    distributed.destroy_process_group()
+    distributed.barrier()
+    os._exit(0)  # tearing gloo down aborts now and then, after the right result
 
 
 @pytest.mark.distributed

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate.state import AcceleratorState, GradientState
 from latent_stores import random_moments, write_store
 
 from alphaflow_cli.engine import launch, ready, start, state
@@ -119,6 +120,8 @@ def _child(work, folder: Path, rank: int, processes: int, port: int) -> None:
             os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         else:
             os.environ.pop("RANK", None)
+        AcceleratorState._reset_state(reset_partial_state=True)  # what earlier tests joined in this process
+        GradientState._reset_state()
         launch.as_worker(lambda: work() or 0)
     except BaseException:
         traceback.print_exc()

@@ -37,7 +37,9 @@ SAMPLERS = ["auto", "trajectory", "consistency", "flow", "heun"]
 
 @click.command("sample", epilog=EXAMPLES)
 @click.argument("checkpoint", metavar="CKPT")
-@click.option("--seeds", callback=to_seeds, default="0-63", metavar="SEEDS", show_default=True, help="One picture per seed.")
+@click.option(
+    "--seeds", callback=to_seeds, default="0-63", metavar="SEEDS", show_default=True, help="One picture per seed."
+)
 @click.option("--classes", default="", help="Numbers or names, comma-separated, in turn. Default: drawn per seed.")
 @click.option("--nfe", multiple=True, type=int, help="Network evaluations per picture; repeat to compare. Default: 1.")
 @click.option("--sampler", type=click.Choice(SAMPLERS), default="auto", show_default=True, help="auto: the recipe's.")

@@ -38,7 +38,7 @@ class StepDraws:
 
 
 def step_draws(seed: int, step: int, *, batch: int, shape: tuple[int, int, int], device: torch.device) -> StepDraws:
-    """The draws of a step, made on the device: the same on any number of processes, another stream on another device."""
+    """The draws of a step, made on the device: the same on any number of processes; other devices, other streams."""
     generator = torch.Generator(device).manual_seed(mix_seed(seed, STEP, step))
     return StepDraws(
         noise=torch.randn((batch, *shape), generator=generator, device=device),

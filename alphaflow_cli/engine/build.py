@@ -23,7 +23,7 @@ def null_label(recipe: Recipe) -> int:
 
 
 def build_network(recipe: Recipe, *, seed: int | None = None) -> DiT:
-    """The recipe's network, initialised from `seed` (the recipe's own where None) without touching global randomness."""
+    """The recipe's network, initialised from `seed` (None: the recipe's own); global randomness stays as it was."""
     model, data = recipe.model, recipe.data
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.train.seed if seed is None else seed)

@@ -75,7 +75,9 @@ class Generator:
     @torch.no_grad()
     def latents(self, seeds: Sequence[int], labels: Sequence[int], walk: Walk) -> Tensor:
         """(n, C, h, w) float64, the network's own normalised latents."""
-        groups = [slice(i, i + GROUP) for i in range(0, len(seeds), GROUP)] if self.device.type == "cpu" else [slice(None)]
+        groups = (
+            [slice(i, i + GROUP) for i in range(0, len(seeds), GROUP)] if self.device.type == "cpu" else [slice(None)]
+        )
         return torch.cat([self._group(seeds[part], labels[part], walk) for part in groups])
 
     def _group(self, seeds: Sequence[int], labels: Sequence[int], walk: Walk) -> Tensor:
@@ -157,7 +159,9 @@ def find_checkpoint(address: str, *, weights: str = "ema") -> Path:
         name = "model.safetensors" if weights == "ema" else "raw.safetensors"
         found = [path / name] if (path / name).exists() else sorted(path.glob(f"checkpoints/step-*/{name}"))
         if not found:
-            raise AlphaflowError(f"{path}: no checkpoint in this folder yet. Train one: alphaflow train RECIPE --out {path}")
+            raise AlphaflowError(
+                f"{path}: no checkpoint in this folder yet. Train one: alphaflow train RECIPE --out {path}"
+            )
         return found[-1]
     if path.exists() or address.endswith((".safetensors", ".pt", ".yaml")) or address.startswith((".", "/", "~")):
         return path

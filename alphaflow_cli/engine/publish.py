@@ -12,9 +12,9 @@ from alphaflow_cli.engine.checkpoint import Checkpoint, load_checkpoint, save_ch
 from alphaflow_cli.engine.curves import recipe_chart
 from alphaflow_cli.engine.files import write_atomically
 from alphaflow_cli.engine.generate import best_device, find_checkpoint, open_generator
-from alphaflow_cli.engine.walk import plan_walk
 from alphaflow_cli.engine.plan import parameter_count
 from alphaflow_cli.engine.state import step_name
+from alphaflow_cli.engine.walk import plan_walk
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.hub.card import CardFacts, model_card, result_rows
 from alphaflow_cli.hub.config import config_json

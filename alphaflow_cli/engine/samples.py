@@ -8,10 +8,10 @@ from torch import Tensor
 
 from alphaflow_cli.engine.files import write_atomically
 from alphaflow_cli.engine.generate import Generator
-from alphaflow_cli.engine.walk import plan_walk
 from alphaflow_cli.engine.progress import say
 from alphaflow_cli.engine.run import Run
 from alphaflow_cli.engine.state import step_name
+from alphaflow_cli.engine.walk import plan_walk
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.report.grid import grid_png
 

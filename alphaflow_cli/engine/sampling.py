@@ -13,8 +13,8 @@ import torch
 from alphaflow_cli.engine.crew import run_crew
 from alphaflow_cli.engine.files import write_atomically
 from alphaflow_cli.engine.generate import Generator, has_labels, open_generator
-from alphaflow_cli.engine.walk import Walk, draw_labels, plan_walk
 from alphaflow_cli.engine.progress import Progress, say
+from alphaflow_cli.engine.walk import Walk, draw_labels, plan_walk
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.nn.autoencoder import load_autoencoder
 from alphaflow_cli.report.grid import grid_png, picture_png
@@ -102,7 +102,9 @@ def find_class(text: str, names: Sequence[str], count: int) -> int:
     if len(matches) == 1:
         return matches[0]
     known = ", ".join(names[:12]) + (", …" if len(names) > 12 else "")
-    raise AlphaflowError(f"--classes {text}: not a class of this model: 0 to {count - 1}" + (f", {known}" if names else ""))
+    raise AlphaflowError(
+        f"--classes {text}: not a class of this model: 0 to {count - 1}" + (f", {known}" if names else "")
+    )
 
 
 def draw(

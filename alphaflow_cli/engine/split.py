@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from alphaflow_cli.core.times import rows_of
 from alphaflow_cli.errors import AlphaflowError
 
 
@@ -27,11 +28,15 @@ class Split:
 
     def rows(self, rank: int, turn: int) -> slice:
         """The rows of the global batch that a process sees in a micro-batch."""
-        return slice(turn * self.processes + rank, None, self.processes * self.accumulation)
+        return self._part(rank, turn, 0)[0]
 
     def equal_rows(self, rank: int, turn: int, n_equal: int) -> int:
         """How many of them are r = t rows; over all parts they add up to n_equal."""
-        return len(range(n_equal)[self.rows(rank, turn)])
+        return self._part(rank, turn, n_equal)[1]
+
+    def _part(self, rank: int, turn: int, n_equal: int) -> tuple[slice, int]:
+        parts = self.processes * self.accumulation
+        return rows_of(self.batch, n_equal=n_equal, parts=parts, part=turn * self.processes + rank)
 
     def __str__(self) -> str:
         return (

@@ -55,7 +55,9 @@ def plan_walk(
 def _check_grid(times: Sequence[float]) -> None:
     falls = all(a > b for a, b in pairwise(times))
     if len(times) < 2 or times[0] != 1.0 or times[-1] != 0.0 or not falls:
-        raise AlphaflowError(f"--times {','.join(f'{t:g}' for t in times)}: a grid falls from 1 to 0, such as 1,0.55,0.")
+        raise AlphaflowError(
+            f"--times {','.join(f'{t:g}' for t in times)}: a grid falls from 1 to 0, such as 1,0.55,0."
+        )
 
 
 def _check_guidance(recipe: Recipe, scale: float) -> None:

@@ -1,6 +1,7 @@
 """What a user may write for a checkpoint: a path, `hf://user/repo@revision/file`, or `user/repo@revision:file`.
 
-An existing path wins. A name that ends like a file of ours, or starts with `.`, `/` or `~`, is never a repository.
+An existing path wins. A name that ends like a file of ours is never a repository, nor is one that starts with `.`, `/`
+or `~`: names on the Hub do not.
 """
 
 import re
@@ -37,7 +38,7 @@ def parse_address(text: str) -> Path | Repo:
     if text.startswith("hf://"):
         return _repo(LONG.fullmatch(text), text)
     path = Path(text).expanduser()
-    if _exists(path) or (text.endswith(FILE_ENDINGS) and ":" not in text) or text.startswith((".", "/", "~")):
+    if _exists(path) or (text.endswith(FILE_ENDINGS) and ":" not in text):
         return path
     match = SHORT.fullmatch(text)
     return _repo(match, text) if match else path
