@@ -239,3 +239,16 @@ def test_initialisation_has_the_published_statistics():
         else:  # random: the same law within four standard errors
             assert value.std().item() == pytest.approx(expected["std"], rel=4 / value.numel() ** 0.5 + 0.02), name
             assert abs(value.mean().item()) < 5 * expected["std"] / value.numel() ** 0.5, name
+
+
+@pytest.mark.parametrize("name", sorted(SAMPLERS))
+def test_a_sampler_step_sees_the_published_guess_of_the_data(name):
+    config = SAMPLERS[name]["cfg"]
+    y, x = labels(tensor("sampler_f64.npz", "label"), "M"), tensor("sampler_f64.npz", "noise_init")
+    net = network("M")
+    for i, (t, to) in enumerate(SAMPLERS[name]["t_pairs"]):
+        r = 0.0 if config["enable_consistency_sampling"] else to if config["enable_trajectory_sampling"] else t
+        step = sampler.Step(net, y, t, to, lambda: x)
+        with torch.no_grad():
+            assert_close(x - t * step.u(x, t, r), tensor("sampler_f64.npz", f"{name}/step{i}/x_denoised"))
+        x = tensor("sampler_f64.npz", f"{name}/step{i}/x_next")
