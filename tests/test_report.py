@@ -18,6 +18,7 @@ from PIL import Image
 from alphaflow_cli.cli import run as cli
 from alphaflow_cli.engine.build import build_network
 from alphaflow_cli.engine.checkpoint import Checkpoint, save_checkpoint
+from alphaflow_cli.engine.plan import phases
 from alphaflow_cli.engine.protocol import FeatureSpace, Row
 from alphaflow_cli.engine.results import Evaluation, document
 from alphaflow_cli.recipe import dump_recipe, load_recipe
@@ -144,7 +145,7 @@ def test_the_page_tells_the_run(page):
     for words in (
         "finished: step 300 of 300, 19,200 images seen",
         "optim.lr", "0.002", "the shipped recipe quickstart",
-        "α = 1 until step 87",
+        f"α = 1 until step {phases(load_recipe('quickstart', SETS))[0].until}",
         "FD-tiny-2k", "7.5", "3.25", "reference glyphs (pictures, 2,000 pictures, abababab)",
         "x.y", "alphaflow train quickstart --set model.dim=16",
         "step 300", "Recorded while training",
