@@ -35,6 +35,7 @@ MEMBERS = (
     "alphaflow-50",
     "alphaflow-25-converging",
     "alphaflow-25-linear",
+    "alphaflow-25-unclamped",
 )
 CLAIMED = ("alphaflow-25", "meanflow-25", "alphaflow-50", "meanflow-75", "alphaflow-25-converging")  # several seeds
 SEEDS = 3

@@ -22,8 +22,9 @@ NAMES = {
     "meanflow-75": "MeanFlow .75",
     "alphaflow-25": "α-Flow .25",
     "alphaflow-50": "α-Flow .5",
-    "alphaflow-25-converging": "α-Flow .25, converging weight",
+    "alphaflow-25-converging": "α-Flow .25, converging weight, no clamp",
     "alphaflow-25-linear": "α-Flow .25, linear schedule",
+    "alphaflow-25-unclamped": "α-Flow .25, no clamp",
 }
 PANELS = (  # title, members with their colours
     ("baselines", (("flow", GREY), ("trajectory-25", BLUE), ("shortcut-75", ORANGE))),
@@ -31,13 +32,30 @@ PANELS = (  # title, members with their colours
         "MeanFlow, α-Flow",
         (("meanflow-25", ORANGE), ("meanflow-75", RED), ("alphaflow-25", BLUE), ("alphaflow-50", GREEN)),
     ),
-    ("α-Flow .25", (("alphaflow-25", BLUE), ("alphaflow-25-converging", PURPLE), ("alphaflow-25-linear", GREEN))),
+    (
+        "α-Flow .25",
+        (
+            ("alphaflow-25", BLUE),
+            ("alphaflow-25-unclamped", ORANGE),
+            ("alphaflow-25-converging", PURPLE),
+            ("alphaflow-25-linear", GREEN),
+        ),
+    ),
 )
 PAIRS = (  # each is judged at 1 and 2 NFE
     ("alphaflow-25", "meanflow-25", "α-Flow against MeanFlow, both at share .25"),
     ("alphaflow-50", "meanflow-75", "α-Flow at share .5 against MeanFlow at share .75, as published"),
     ("alphaflow-25", "meanflow-75", "α-Flow at share .25 against MeanFlow at share .75"),
-    ("alphaflow-25-converging", "alphaflow-25", "the converging weight against the published one, share .25"),
+    (
+        "alphaflow-25-converging",
+        "alphaflow-25",
+        "the converging weight without clamp against the published settings, share .25",
+    ),
+    (
+        "alphaflow-25-converging",
+        "alphaflow-25-unclamped",
+        "the converging weight against the published one, both without clamp",
+    ),
     ("alphaflow-25-linear", "alphaflow-25", "the linear schedule against the sigmoid, share .25"),
 )
 
