@@ -70,7 +70,7 @@ def test_turning_time_twice_gives_the_first_weights():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("index", [0, 1, 250, 500, 750, 900])
+@pytest.mark.parametrize("index", [0, 1, 250, 500, 750, 900, 990, 999])
 def test_a_converted_dit_gives_the_velocity_of_its_noise_at_every_discrete_time(tmp_path, index):
     w = sit_weights()
     _, checkpoint, net = converted(tmp_path, w, "dit")
@@ -85,8 +85,10 @@ def test_a_converted_dit_gives_the_velocity_of_its_noise_at_every_discrete_time(
     z = (1 - t) * x + t * noise
     rows = torch.full((6,), float(t), dtype=torch.float64)
     torch.testing.assert_close(net.double()(z, rows, rows, y), predicted - x_hat, rtol=1e-5, atol=1e-5)
-    u = net.float()(z.float(), rows.float(), rows.float(), y)
-    torch.testing.assert_close(u.double(), predicted - x_hat, rtol=1e-3, atol=1e-3)
+    u = net.float()(z.float(), rows.float(), rows.float(), y).double()
+    size = float((predicted - x_hat).abs().max())  # up to 900: the noise divided by 1 − t
+    torch.testing.assert_close(u, predicted - x_hat, rtol=0, atol=1e-5 * size)
+    torch.testing.assert_close(z + (1 - t) * u, predicted, rtol=1e-5, atol=2e-5)
 
 
 def test_the_riding_derivative_of_a_converted_dit_is_the_forward_mode_derivative(tmp_path):

@@ -8,14 +8,17 @@ are the same picture up to a factor where the ratio of noise to data agrees:
 
 The embedding of t is fed the index i(t), linear between two times t_i. Beyond t_999 = 0.9937 there is no index: i and
 the factor 1/(1−t) keep their last value. Rows, channels and the riding tangent are those of nn/dit.py.
+
+Near t_999 one float32 step of t is 1/1000 of an index, and an angle near 999 is off by 6e-5 in float32. Therefore an
+index that t cannot tell from a whole one is whole, and angles are taken in float64.
 """
 
 import torch
 from torch import Tensor
 
 from alphaflow_cli.nn.dit import Attend, DiT
-from alphaflow_cli.nn.layers import TimeEmbedding
-from alphaflow_cli.nn.tangent import Dual, Ride, last_rows
+from alphaflow_cli.nn.layers import TimeEmbedding, time_features, time_features_speed
+from alphaflow_cli.nn.tangent import Dual, Ride, last_rows, through
 
 DISCRETE_TIMES = 1000
 BETAS = (1e-4, 0.02)  # the linear schedule of DDPM and DiT
@@ -30,13 +33,15 @@ def discrete_times(device: torch.device) -> Tensor:
 
 
 def discrete_index(t: Tensor) -> tuple[Tensor, Tensor]:
-    """(B,) i(t) and di/dt, in the precision of t; constant beyond the first and the last time."""
+    """(B,) i(t) and di/dt in float64, i whole within the rounding of t; constant beyond the first and last time."""
     times, at = discrete_times(t.device), t.double()
     below = (torch.searchsorted(times, at.detach().contiguous(), right=True) - 1).clamp(0, DISCRETE_TIMES - 2)
     width = times[below + 1] - times[below]
     index = below + (at - times[below]) / width
+    off = (index.round() - index).detach()
+    index = index + off * (off.abs() * width <= torch.finfo(t.dtype).eps * at.detach())
     inside = (index >= 0) & (index <= DISCRETE_TIMES - 1)
-    return index.clamp(0, DISCRETE_TIMES - 1).to(t.dtype), (inside / width).to(t.dtype)
+    return index.clamp(0, DISCRETE_TIMES - 1), inside / width
 
 
 class DiscreteTimeEmbedding(TimeEmbedding):
@@ -44,8 +49,10 @@ class DiscreteTimeEmbedding(TimeEmbedding):
 
     def forward(self, s: Ride) -> Ride:
         if isinstance(s, Tensor):
-            return super().forward(discrete_index(s)[0])
-        return super().forward(Dual(discrete_index(s.value)[0], s.tangent * discrete_index(s.last)[1]))
+            return through(self.mlp, time_features(discrete_index(s)[0]).to(s.dtype))
+        index, rows = discrete_index(s.value)[0], len(s.tangent)
+        speed = time_features_speed(last_rows(index, rows)) * (s.tangent * discrete_index(s.last)[1])[:, None]
+        return through(self.mlp, Dual(time_features(index).to(s.value.dtype), speed.to(s.tangent.dtype)))
 
 
 class NoiseDiT(DiT):
