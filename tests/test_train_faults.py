@@ -323,7 +323,7 @@ def test_a_step_that_runs_out_of_memory_goes_on_in_smaller_parts(store, tmp_path
     recipe = make_recipe(tmp_path)
     started = run_disturbed(recipe, store, tmp_path / "run", out_of_memory_above(4))
     assert started.wait() == [0], started.said()
-    assert "out of memory at step 0: going on with 1 processes × 4 micro-batches of 4 rows = batch 16" in started.said()
+    assert "out of memory at step 0: going on with 1 process × 4 micro-batches of 4 rows = batch 16" in started.said()
     assert_same(train(recipe, store, tmp_path / "four", micro_batch=4), tmp_path / "run")
 
 

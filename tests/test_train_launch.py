@@ -159,7 +159,7 @@ def test_every_launcher_makes_the_same_run(launcher, store, tmp_path):
     assert done.returncode == 0, err
     assert out.splitlines()[-1] == str(tmp_path / "run" / "model.safetensors"), "said once, by the first process"
     assert out.count("model.safetensors") == 1
-    assert "2 processes × 1 micro-batches of 8 rows = batch 16" in err
+    assert "2 processes × 1 micro-batch of 8 rows = batch 16" in err
     recipe = make_recipe(tmp_path, *FEW)
     assert_same(train(recipe, store, tmp_path / "forked", processes=2), tmp_path / "run")
 

@@ -214,12 +214,16 @@ def test_another_architecture_is_refused_with_shapes(store, tmp_path):
 # FSDP2.
 
 
-def test_fsdp2_needs_a_newer_torch_and_a_later_row_in_every_micro_batch(tmp_path):
+def test_fsdp2_needs_a_newer_torch_no_conflict_and_a_later_row_in_every_micro_batch(tmp_path):
     recipe = make_recipe(tmp_path, "train.strategy=fsdp2")
     check_sharding(recipe, Split(16, 2, 1), "2.13.0")
     check_sharding(recipe, Split(16, 1, 16), "2.6.0")  # one process shards nothing
     with pytest.raises(AlphaflowError, match=r"fsdp2 needs torch 2\.13 or newer, this is 2\.12\.1\+cu128"):
         check_sharding(recipe, Split(16, 2, 1), "2.12.1+cu128")
+    measured = replace(recipe, train=replace(recipe.train, conflict_every=5))
+    check_sharding(measured, Split(16, 1, 1), "2.13.0")
+    with pytest.raises(AlphaflowError, match="conflict_every: the conflict needs the whole network on one device"):
+        check_sharding(measured, Split(16, 2, 1), "2.13.0")
     check_sharding(recipe, Split(16, 4, 3), "2.13.0")  # 12 r < t rows, 12 parts
     with pytest.raises(AlphaflowError, match="12 r < t rows for 16 micro-batches"):
         check_sharding(recipe, Split(16, 4, 4), "2.13.0")

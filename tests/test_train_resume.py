@@ -81,10 +81,10 @@ def test_twenty_steps_are_ten_a_kill_and_ten_and_are_five_seven_and_eight(way, s
     train(recipe, store, once, processes=processes, micro_batch=micro_batch)
     assert_same(whole, once)
 
-    often = tmp_path / "often"  # asked to stop after 5, killed after 5 + 7 + 2, where 10 was saved
-    interrupt(recipe, store, often, 7, "stop", processes, micro_batch)
-    assert saved_step(often) == 7, "a stop saves where it is"
-    interrupt(recipe, store, often, 14, "kill", processes, micro_batch)
+    often = tmp_path / "often"  # asked to stop after 5, killed after 7 more, where 10 was saved
+    interrupt(recipe, store, often, 5, "stop", processes, micro_batch)
+    assert saved_step(often) == 5, "a stop saves where it is"
+    interrupt(recipe, store, often, 12, "kill", processes, micro_batch)
     assert saved_step(often) == 10
     train(recipe, store, often, processes=processes, micro_batch=micro_batch)
     assert_same(whole, often)

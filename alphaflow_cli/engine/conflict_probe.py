@@ -12,7 +12,6 @@ from alphaflow_cli.engine.conflict import measure_conflict, prepare
 from alphaflow_cli.engine.conflict_rows import conflict_rows
 from alphaflow_cli.engine.conflict_summary import PAIRS, TERMS
 from alphaflow_cli.engine.run import Run
-from alphaflow_cli.errors import AlphaflowError
 
 
 def is_due(run: Run) -> bool:
@@ -23,11 +22,6 @@ def is_due(run: Run) -> bool:
 
 def measure(run: Run) -> dict[str, Any]:
     """`cos_tfm_tc`, …, `norm_tfm`, …, of this process's batch; only the main process's is written, and computed."""
-    if run.world.size > 1 and run.recipe.train.strategy == "fsdp2":
-        raise AlphaflowError(
-            "train.conflict_every: the conflict needs the whole network on one device, not strategy fsdp2. "
-            "Set it to 0, and measure the checkpoints: alphaflow analyze RUN --all-checkpoints"
-        )
     if not run.world.is_main:
         return {}
     began = time.monotonic()

@@ -21,13 +21,18 @@ NEEDED = (2, 13)  # below it, backward through a sharded module fails on CPUs or
 
 
 def check_sharding(recipe: Recipe, split: Split, version: str = torch.__version__) -> None:
-    """Refuse what FSDP2 cannot do: an old torch, and micro-batches that call the network unequally often."""
+    """Refuse what FSDP2 cannot do: an old torch, a gradient of one process, micro-batches that call unequally often."""
     if recipe.train.strategy != "fsdp2" or split.processes == 1:
         return
     if tuple(int(part) for part in version.split(".")[:2]) < NEEDED:
         raise AlphaflowError(
             f"train.strategy fsdp2 needs torch {'.'.join(map(str, NEEDED))} or newer, this is {version}: older ones "
             "fail in the backward pass of a sharded network. Use train.strategy: ddp, or a newer torch."
+        )
+    if recipe.train.conflict_every:
+        raise AlphaflowError(
+            "train.conflict_every: the conflict needs the whole network on one device, not strategy fsdp2. "
+            "Set it to 0, and measure the checkpoints: alphaflow analyze RUN --all-checkpoints"
         )
     share, batch = equal_share_at(recipe), recipe.train.batch
     ends = {batch - equal_rows(batch, share(step)) for step in (0, recipe.train.steps - 1)}  # shares are monotone

@@ -39,10 +39,9 @@ class Split:
         return rows_of(self.batch, n_equal=n_equal, parts=parts, part=turn * self.processes + rank)
 
     def __str__(self) -> str:
-        return (
-            f"{self.processes} processes × {self.accumulation} micro-batches of {self.micro_batch} rows "
-            f"= batch {self.batch}"
-        )
+        processes = "1 process" if self.processes == 1 else f"{self.processes} processes"
+        turns = "1 micro-batch" if self.accumulation == 1 else f"{self.accumulation} micro-batches"
+        return f"{processes} × {turns} of {self.micro_batch} rows = batch {self.batch}"
 
 
 def split_batch(batch: int, *, processes: int, micro_batch: int | None) -> Split:

@@ -29,6 +29,7 @@ MEMBERS = (
     "flow",
     "trajectory-25",
     "shortcut-75",
+    "shortcut-75-adaptive",
     "meanflow-25",
     "meanflow-75",
     "alphaflow-25",

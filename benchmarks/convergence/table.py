@@ -17,7 +17,8 @@ NFE = (1, 2, 4)
 NAMES = {
     "flow": "flow matching",
     "trajectory-25": "trajectory flow matching .25",
-    "shortcut-75": "Shortcut .75",
+    "shortcut-75": "Shortcut .75, plain square",
+    "shortcut-75-adaptive": "Shortcut .75, adaptive weight",
     "meanflow-25": "MeanFlow .25",
     "meanflow-75": "MeanFlow .75",
     "alphaflow-25": "α-Flow .25",
@@ -27,7 +28,7 @@ NAMES = {
     "alphaflow-25-unclamped": "α-Flow .25, no clamp",
 }
 PANELS = (  # title, members with their colours
-    ("baselines", (("flow", GREY), ("trajectory-25", BLUE), ("shortcut-75", ORANGE))),
+    ("baselines", (("flow", GREY), ("trajectory-25", BLUE), ("shortcut-75", ORANGE), ("shortcut-75-adaptive", RED))),
     (
         "MeanFlow, α-Flow",
         (("meanflow-25", ORANGE), ("meanflow-75", RED), ("alphaflow-25", BLUE), ("alphaflow-50", GREEN)),
