@@ -16,7 +16,7 @@ from alphaflow_cli.engine.evaluate import Ruler, make_reference
 from alphaflow_cli.engine.foreign import HALF_PIXEL, TF1, TF1_DINO, read_foreign
 from alphaflow_cli.engine.pictures import open_pictures
 from alphaflow_cli.engine.processes import Alone
-from alphaflow_cli.engine.reference import Reference, check_fit, floor_of, load_reference
+from alphaflow_cli.engine.reference import Reference, check_fit, floor_of, load_reference, save_reference
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.nn.tiny import Tiny
 
@@ -56,6 +56,16 @@ def test_the_pictures_hash_does_not_depend_on_the_container(tmp_path: Path) -> N
     two = build(tmp_path / "b", str(tmp_path / "same.npz"))
     assert one.facts["pictures_sha256"] == two.facts["pictures_sha256"]
     assert one.facts["sha256"] != two.facts["sha256"]
+
+
+def test_a_reference_built_again_has_the_same_hash_and_another_mean_another(tmp_path: Path) -> None:
+    real = ruler.write_pictures(tmp_path / "real", ruler.pictures(120))
+    hashes = {build(tmp_path / str(i), str(real)).facts["sha256"] for i in range(8)}  # bytes of a header come in any order
+    assert len(hashes) == 1
+    reference = build(tmp_path / "again", str(real))
+    reference.stats["tiny"].mean[0] += 1e-9
+    save_reference(reference, tmp_path / "moved.safetensors")
+    assert load_reference(tmp_path / "moved.safetensors").facts["sha256"] not in hashes
 
 
 def test_adm_edm_and_meanflow_npz_are_told_apart(tmp_path: Path) -> None:

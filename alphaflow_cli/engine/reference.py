@@ -100,19 +100,19 @@ def load_reference(path: Path) -> Reference:
     """Ours, or a file of another system."""
     if not path.is_file():
         raise AlphaflowError(f"{path}: no such reference; build one with: alphaflow reference SOURCE -o {path}")
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
     if path.suffix == ".safetensors":
-        return _load_own(path, digest)
+        return _load_own(path)
     found = read_foreign(path)
     stats = {
         each.name: Stats(FeatureSpace("", "", each.preprocessing, each.mean.numel()), each.mean, each.cov, None)
         for each in found
     }
-    facts = {"name": path.name, "kind": found[0].kind, "count": found[0].count, "size": None, "sha256": digest}
+    facts = {"name": path.name, "kind": found[0].kind, "count": found[0].count, "size": None}
+    facts["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
     return Reference(stats, {**facts, "prepared": "not stated"})
 
 
-def _load_own(path: Path, digest: str) -> Reference:
+def _load_own(path: Path) -> Reference:
     try:
         with safe_open(str(path), "pt") as file:
             header = file.metadata() or {}
@@ -125,7 +125,16 @@ def _load_own(path: Path, digest: str) -> Reference:
         key: Stats(FeatureSpace(**space), tensors[f"{key}.mean"], tensors[f"{key}.cov"], tensors.get(f"{key}.features"))
         for key, space in json.loads(header["spaces"]).items()
     }
-    return Reference(stats, {**json.loads(header["facts"]), "sha256": digest})
+    return Reference(stats, {**json.loads(header["facts"]), "sha256": _content_sha256(header, tensors)})
+
+
+def _content_sha256(header: dict[str, str], tensors: dict[str, Tensor]) -> str:
+    """Of what the file says: safetensors writes the entries of a header in any order, so equal files differ in bytes."""
+    digest = hashlib.sha256("".join(f"{key}={header[key]};" for key in sorted(header)).encode())
+    for key in sorted(tensors):
+        digest.update(key.encode())
+        digest.update(tensors[key].contiguous().numpy())
+    return digest.hexdigest()
 
 
 def check_fit(reference: Reference, key: str, extractor: Extractor, size: tuple[int, int]) -> list[str]:
