@@ -11,6 +11,7 @@ FOLDER = Path(__file__).parent.parent / "benchmarks" / "convergence"
 sys.path.append(str(FOLDER))
 
 import table  # noqa: E402
+from conflict import conflict_lines, training_lines  # noqa: E402
 from table import Run, document, read_run, told, verdict  # noqa: E402
 
 from alphaflow_cli.recipe import diff_recipes, load_recipe  # noqa: E402
@@ -73,10 +74,21 @@ def test_the_page_has_a_line_per_member_and_says_what_is_unfinished():
     options = SimpleNamespace(steps=3000, jobs=2, images=5000, reference_name="cifar10-jpeg")
     found = {"p5": -0.7, "p50": -0.5, "p95": -0.2}
     conflict = {"cosines": {"tfm.tc": found}, "share_below_-0.4": 0.8, "batches": 60, "rows_per_batch": 64}
-    text = document(runs, 19, {"meanflow-25": conflict | {"weights": "ema", "step": 3000}}, options)
+    lines = conflict_lines({"meanflow-25": conflict | {"weights": "ema", "step": 3000}}, table.NAMES)
+    text = document(runs, 19, lines, options)
     assert "| MeanFlow .25 | 3 | 6.00 ± 1.00 | 3.00 ± 0.50 | 1.50 ± 0.25 | 192,000 | 100 |" in text
     assert "Finished: 6 of 19 runs" in text
     assert "-0.500 in the median" in text
     assert "below -0.4 in 80%" in text
     assert "not finished yet" in text
     assert to_png(table.chart(runs)).startswith(b"\x89PNG")
+
+
+def test_the_conflict_along_training_is_counted_over_the_seeds(tmp_path):
+    jobs = [SimpleNamespace(member="meanflow-25", folder=tmp_path / f"s{seed}") for seed in range(2)]
+    for job, cosines in zip(jobs, ([-0.5, -0.3, None], [-0.45, -0.6, -0.9]), strict=True):
+        job.folder.mkdir()
+        rows = [{"step": 50}, *({"step": 250, "conflict": {"cos_tfm_tc": cosine}} for cosine in cosines)]
+        (job.folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert "| MeanFlow .25 | -0.50 | 4 of 5 (80%) |" in training_lines(jobs, table.NAMES)
+    assert training_lines([], table.NAMES) == []

@@ -133,7 +133,7 @@ def _content_sha256(header: dict[str, str], tensors: dict[str, Tensor]) -> str:
     digest = hashlib.sha256("".join(f"{key}={header[key]};" for key in sorted(header)).encode())
     for key in sorted(tensors):
         digest.update(key.encode())
-        digest.update(tensors[key].contiguous().numpy())
+        digest.update(tensors[key].contiguous().numpy().data)
     return digest.hexdigest()
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, Protocol
 
+from conflict import conflict_lines, training_lines
+
 from alphaflow_cli.recipe import load_recipe
 from alphaflow_cli.report.chart import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, Chart, Line, Panel
 from alphaflow_cli.report.png import to_png
@@ -152,29 +154,16 @@ def chart(runs: Sequence[Run]) -> Chart:
     )
 
 
-def conflict_lines(conflicts: dict[str, dict[str, Any]]) -> list[str]:
-    """The cosine of each run that was analyzed."""
-    lines = []
-    for member, found in conflicts.items():
-        c, share = found["cosines"]["tfm.tc"], found["share_below_-0.4"]
-        size = f"{found['batches']} batches of {found['rows_per_batch']} rows"
-        lines += [
-            f"- {NAMES[member]}: cos(∇L_TFM, ∇L_TC) is {c['p50']:+.3f} in the median, between {c['p5']:+.3f} and",
-            f"  {c['p95']:+.3f} (5th and 95th percentile), and below -0.4 in {share:.0%} of {size}",
-            f"  ({found['weights']} weights of step {found['step']}).",
-        ]
-    return lines
-
-
 def write_results(
     done: Sequence[Job], jobs: Sequence[Job], conflicts: dict[str, Any], options: argparse.Namespace
 ) -> None:
     """RESULTS.md and results.png."""
     runs = [read_run(job) for job in done]
+    told_conflicts = conflict_lines(conflicts, NAMES) + training_lines(done, NAMES)
     options.results.mkdir(parents=True, exist_ok=True)
     if runs:
         (options.results / "results.png").write_bytes(to_png(chart(runs)))
-    text = document(runs, len(jobs), conflicts, options)
+    text = document(runs, len(jobs), told_conflicts, options)
     (options.results / "RESULTS.md").write_text(text, encoding="utf-8")
 
 
@@ -204,7 +193,7 @@ LIMITS = """## What it does not support
 - Seconds were measured with other runs on the same machine; compare them with care."""
 
 
-def document(runs: Sequence[Run], jobs: int, conflicts: dict[str, Any], options: argparse.Namespace) -> str:
+def document(runs: Sequence[Run], jobs: int, conflicts: Sequence[str], options: argparse.Namespace) -> str:
     """The whole page."""
     judged = [f"- {what}, {nfe} NFE: {verdict(runs, a, b, nfe)}" for a, b, what in PAIRS for nfe in (1, 2)]
     command = f"python benchmarks/convergence/run.py CIFAR10 --steps {options.steps} --jobs {options.jobs}"
@@ -225,12 +214,9 @@ def document(runs: Sequence[Run], jobs: int, conflicts: dict[str, Any], options:
             "",
             *judged,
             "",
-            "## The conflict at the end of training",
+            "## The conflict",
             "",
-            *(conflict_lines(conflicts) or ["- not measured yet."]),
-            "",
-            "The paper: typically below -0.4 during more than 95% of training, on ImageNet latents, larger networks",
-            "and many more steps.",
+            *(conflicts or ["- not measured yet."]),
             "",
             LIMITS,
             "",
