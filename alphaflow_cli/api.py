@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from alphaflow_cli.engine.decoder import DecoderChoice
 from alphaflow_cli.engine.generate import Generator, open_generator
 from alphaflow_cli.engine.walk import draw_labels, plan_walk
 from alphaflow_cli.errors import AlphaflowError
@@ -62,8 +63,12 @@ class Model:
 
 
 def load(
-    address: str | Path, *, device: str | torch.device | None = None, weights: Literal["ema", "raw"] = "ema"
+    address: str | Path,
+    *,
+    device: str | torch.device | None = None,
+    weights: Literal["ema", "raw"] = "ema",
+    decoder: DecoderChoice = "auto",
 ) -> Model:
-    """A file, a run folder, or user/repo[@revision] on the Hub."""
+    """A file, a run folder, or user/repo[@revision] on the Hub; `decoder` auto is bf16 on a GPU, fp32 on a CPU."""
     chosen = torch.device(device) if device is not None else None
-    return Model(open_generator(str(address), device=chosen, weights=weights))
+    return Model(open_generator(str(address), device=chosen, weights=weights, decoder=decoder))

@@ -138,7 +138,7 @@ def unique_classes(kept: int) -> Callable[[Tensor], Tensor]:
 
 def moments(features: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and covariance."""
-    sums = Moments(192)
+    sums = Moments(features.shape[1])
     sums.update(features)
     return sums.finalise()
 

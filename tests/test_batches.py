@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from counting import peak_bytes
 from latent_stores import moments_store, random_moments, write_store
 
 from alphaflow_cli.core.draws import mix_seed
@@ -92,6 +93,22 @@ def test_the_way_of_reading_changes_no_bit(mirrored, options, flips):
         for rows in (slice(0, 12), slice(12, 24)):
             assert same(plain.batch_at(step, rows), other.batch_at(step, rows))
     other.close()
+
+
+@pytest.mark.parametrize("flips", [False, True])
+def test_a_resident_store_needs_one_shard_beside_it_to_load(tmp_path, flips):
+    """The highest sum of live allocations, as the profiler saw them; 20 shards and half a shard."""
+    tensors = {"moments": random_moments(328, side=8), "moments_flip": random_moments(328, side=8, seed=1)}
+    path = write_store(tmp_path / "s", tensors, np.arange(328) % 10, flips=True)
+    kept = []
+    peak = peak_bytes(lambda: kept.append(stream(path, flips=flips, resident=True)), "cpu")
+    there = kept[0]._resident
+    for name in there.keys() - {"label"}:
+        np.testing.assert_array_equal(there[name].numpy(), tensors[name])
+    assert set(there) == {"label", "moments"} | ({"moments_flip"} if flips else set())
+    assert there["label"].tolist() == [i % 10 for i in range(328)]
+    size, shard = sum(tensor.nbytes for tensor in there.values()), tensors["moments"][:16].nbytes
+    assert size <= peak < size + 1.5 * shard
 
 
 def test_labels_and_latents_belong_together(store):

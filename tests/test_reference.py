@@ -60,7 +60,9 @@ def test_the_pictures_hash_does_not_depend_on_the_container(tmp_path: Path) -> N
 
 def test_a_reference_built_again_has_the_same_hash_and_another_mean_another(tmp_path: Path) -> None:
     real = ruler.write_pictures(tmp_path / "real", ruler.pictures(120))
-    hashes = {build(tmp_path / str(i), str(real)).facts["sha256"] for i in range(8)}  # bytes of a header come in any order
+    hashes = {
+        build(tmp_path / str(i), str(real)).facts["sha256"] for i in range(8)
+    }  # bytes of a header come in any order
     assert len(hashes) == 1
     reference = build(tmp_path / "again", str(real))
     reference.stats["tiny"].mean[0] += 1e-9

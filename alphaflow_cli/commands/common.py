@@ -37,6 +37,13 @@ def json_option(function: Command) -> Command:
     return click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead.")(function)
 
 
+def decoder_option(function: Command) -> Command:
+    """`--decoder auto|fp32|bf16`, of `sample` and `eval`."""
+    help_text = "Precision of the autoencoder's decoder. auto: bf16 on a GPU, fp32 on a CPU."
+    choice = click.Choice(["auto", "fp32", "bf16"])
+    return click.option("--decoder", type=choice, default="auto", show_default=True, help=help_text)(function)
+
+
 def examples(*lines: str) -> str:
     """An epilog that shows command lines; a test runs each of them."""
     return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)

@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING
 
 import click
 
-from alphaflow_cli.commands.common import examples, json_option, print_json, print_table
+from alphaflow_cli.commands.common import decoder_option, examples, json_option, print_json, print_table
 from alphaflow_cli.commands.measuring import Metrics, Weights, batch_option, metrics_option, weights_option
 from alphaflow_cli.commands.sample import SAMPLERS, to_times
 from alphaflow_cli.recipe.schema import LabelDraw
 
 if TYPE_CHECKING:
+    from alphaflow_cli.engine.decoder import DecoderChoice
     from alphaflow_cli.engine.evaluate_checkpoint import Report, Request
     from alphaflow_cli.engine.results import Evaluation
 
@@ -35,6 +36,7 @@ EXAMPLES = examples(
 @click.option("--reference", metavar="FILE|SOURCE", help="Reference statistics, or the real pictures themselves.")
 @click.option("--images", type=click.IntRange(min=1), help="So many pictures. Default: the recipe's; all of IMAGES.")
 @click.option("--draw", type=click.Choice(["random", "balanced"]), help="Labels of a checkpoint's pictures.")
+@decoder_option
 @batch_option
 @click.option("--processes", type=click.IntRange(1), help="Processes to share the work. Default: one per GPU.")
 @weights_option
@@ -52,6 +54,7 @@ def command(
     reference: str | None,
     images: int | None,
     draw: LabelDraw | None,
+    decoder: "DecoderChoice",
     batch: int,
     processes: int | None,
     weights: Weights,
@@ -71,11 +74,13 @@ def command(
         raise click.UsageError("--markdown and --json exclude each other; so do --nfe, --times and --sweep-midpoint.")
     request = Request(
         checkpoint=subject, nfe=nfe, sampler=sampler, times=times, guidance=guidance, sweep_midpoint=sweep_midpoint,
-        metrics=metrics, reference=reference, images=images, draw=draw, batch=batch, weights=weights, out=out,
+        metrics=metrics, reference=reference, images=images, draw=draw, decoder=decoder, batch=batch,
+        weights=weights, out=out,
     )  # fmt: skip
     of_checkpoint = is_checkpoint(subject)
-    if not of_checkpoint and (nfe or times or sweep_midpoint or draw or guidance or sampler != "auto"):
-        raise click.UsageError(f"{subject} is a source of pictures: --nfe, --sampler and --draw are for checkpoints.")
+    if not of_checkpoint and (nfe or times or sweep_midpoint or draw or guidance or {sampler, decoder} != {"auto"}):
+        only = "--nfe, --sampler, --draw and --decoder"
+        raise click.UsageError(f"{subject} is a source of pictures: {only} are for checkpoints.")
     run(request, processes, of_checkpoint, markdown=markdown, as_json=as_json)
 
 

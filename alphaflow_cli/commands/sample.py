@@ -1,10 +1,14 @@
 """`alphaflow sample`: pictures from a checkpoint."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from alphaflow_cli.commands.common import examples
+from alphaflow_cli.commands.common import decoder_option, examples
+
+if TYPE_CHECKING:
+    from alphaflow_cli.engine.decoder import DecoderChoice
 
 EXAMPLES = examples(
     "alphaflow sample runs/quickstart --grid grid.png",
@@ -47,6 +51,7 @@ SAMPLERS = ["auto", "trajectory", "consistency", "flow", "heun"]
 @click.option("--guidance", type=float, help="At sampling, for models trained without guidance.")
 @click.option("--weights", type=click.Choice(["ema", "raw"]), default="ema", show_default=True, help="Which weights.")
 @click.option("--autoencoder", default="", help="Decode with this one: a folder or Hub id. Default: the checkpoint's.")
+@decoder_option
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for one PNG per picture.")
 @click.option("--grid", type=click.Path(path_type=Path), help="One PNG with all of them.")
 @click.option("--latents", type=click.Path(path_type=Path), help="The network's own latents as .npy (n, C, h, w).")
@@ -62,6 +67,7 @@ def command(
     guidance: float | None,
     weights: str,
     autoencoder: str,
+    decoder: "DecoderChoice",
     out: Path | None,
     grid: Path | None,
     latents: Path | None,
@@ -80,8 +86,8 @@ def command(
 
     request = SampleRequest(
         checkpoint=checkpoint, seeds=seeds, classes=classes, nfe=nfe or (1,), sampler=sampler, times=times,
-        guidance=guidance, weights=weights, autoencoder=autoencoder, out=out, grid=grid, latents=latents, batch=batch,
-        processes=processes or 0,
+        guidance=guidance, weights=weights, autoencoder=autoencoder, decoder=decoder, out=out, grid=grid,
+        latents=latents, batch=batch, processes=processes or 0,
     )  # fmt: skip
     for path in sample_to_files(request):
         click.echo(path)

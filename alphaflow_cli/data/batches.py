@@ -14,6 +14,7 @@ Shapes: B global batch, n rows asked for, (C, h, w) a latent; a stored row has 2
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from alphaflow_cli.core.draws import FLIP, ORDER, POSTERIOR, mix_seed
 from alphaflow_cli.data.files import Array
-from alphaflow_cli.data.shards import statistics_of_rows
+from alphaflow_cli.data.shards import Shards, statistics_of_rows
 from alphaflow_cli.data.stats import Statistics, merge, mirrored, subset_rows
 from alphaflow_cli.data.store import Store, Verify, open_store
 from alphaflow_cli.errors import AlphaflowError
@@ -231,6 +232,13 @@ def _load(store: Store, device: torch.device, flips: bool) -> dict[str, Tensor]:
     """The whole store on the device."""
     plan = store.plan
     names = [plan.kind, "label", *([f"{plan.kind}_flip"] if flips and plan.stores_flips else [])]
-    return {
-        name: torch.cat([torch.tensor(file.tensors[name]).to(device) for file in store.shards.files]) for name in names
-    }
+    return {name: _whole(store.shards, name, device) for name in names}
+
+
+def _whole(shards: Shards, name: str, device: torch.device) -> Tensor:
+    """One tensor of all shards, each copied to its place: joining copies would need the memory twice."""
+    rows = shards.files[0].tensors[name]
+    whole = torch.empty((shards.count, *rows.shape[1:]), dtype=getattr(torch, str(rows.dtype)), device=device)
+    for (start, stop), file in zip(pairwise(shards.starts), shards.files, strict=True):
+        whole[start:stop].copy_(torch.tensor(file.tensors[name]))  # without a name: gone before the next is read
+    return whole

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from alphaflow_cli.engine import evaluate as engine
+from alphaflow_cli.engine.decoder import DecoderChoice
 from alphaflow_cli.engine.files import write_atomically
 from alphaflow_cli.engine.generate import Generator, find_checkpoint, open_generator
 from alphaflow_cli.engine.generated import GeneratedImages
@@ -38,6 +39,7 @@ class Request:
     reference: str | None
     images: int | None
     draw: LabelDraw | None
+    decoder: DecoderChoice
     batch: int
     weights: dict[str, Path]
     out: Path | None
@@ -64,10 +66,11 @@ def is_checkpoint(text: str) -> bool:
 
 def evaluate_checkpoint(request: Request, processes: Processes) -> Report | None:
     """Every walk asked for; None on all processes but the first."""
-    generator = open_generator(request.checkpoint, device=processes.device)
+    generator = open_generator(request.checkpoint, device=processes.device, decoder=request.decoder)
     said = generator.recipe.eval
     walks = choose_walks(request, generator)
     count, draw = request.images or said.images, request.draw or said.draw
+    generator.expect(count)
     metrics = request.metrics or said.metrics
     folder = results_folder(request)
     extractors = engine.build_extractors(metrics, processes.device, request.weights)

@@ -15,23 +15,30 @@ from torch import Tensor, nn
 from alphaflow_cli.core import pixels, sampler
 from alphaflow_cli.engine.build import DTYPES, build_network, label_rows, null_label
 from alphaflow_cli.engine.checkpoint import Checkpoint, load_checkpoint
+from alphaflow_cli.engine.decoder import GROUP, DecoderChoice, decode_in_groups, plan_decoder, told_precision
 from alphaflow_cli.engine.walk import Walk
 from alphaflow_cli.errors import AlphaflowError
-from alphaflow_cli.nn.autoencoder import Autoencoder, load_autoencoder
+from alphaflow_cli.nn.autoencoder import Autoencoder
 from alphaflow_cli.recipe.schema import Recipe
-
-GROUP = 16
 
 
 class Generator:
     """A network with everything around it; call `images` or `latents`."""
 
-    def __init__(self, checkpoint: Checkpoint, *, device: torch.device, net: nn.Module | None = None) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        *,
+        device: torch.device,
+        net: nn.Module | None = None,
+        decoder: DecoderChoice = "auto",
+    ) -> None:
         self.folder = Path()  # the checkpoint's: a converted or pulled one may have its autoencoder beside it
         self.recipe, self.origin, self.device = checkpoint.recipe, checkpoint.origin, device
         self.mean, self.std = checkpoint.mean.to(device), checkpoint.std.to(device)
         self.net = net or load_network(checkpoint).to(device).eval()
         self.bf16 = self.recipe.train.precision == "bf16" and device.type == "cuda"
+        self.decoder = plan_decoder(decoder, device, pictures=0)
         self._autoencoder: Autoencoder | None = None
 
     @property
@@ -49,28 +56,45 @@ class Generator:
     def autoencoder(self) -> Autoencoder:
         """Loaded when the first picture is decoded."""
         if self._autoencoder is None:
-            record: dict[str, Any] = self.origin.get("autoencoder") or {"id": self.recipe.data.autoencoder}
-            dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+            record = self._record
             name = f"{record['id']}@{record['revision']}" if record.get("revision") else str(record["id"])
             name = str(self.folder / name) if (self.folder / name / "config.json").is_file() else name
-            self._autoencoder = load_autoencoder(name, device=self.device, dtype=dtype)
-            check_autoencoder(self._autoencoder, record)
+            self.use_autoencoder(name)
+        assert self._autoencoder is not None
         return self._autoencoder
+
+    @property
+    def _record(self) -> dict[str, Any]:
+        """The autoencoder that the latents are of."""
+        return self.origin.get("autoencoder") or {"id": self.recipe.data.autoencoder}
+
+    @property
+    def has_decoder(self) -> bool:
+        """Whether the network makes latents, not pixels."""
+        return bool(self._record.get("id") != "none")
 
     @property
     def precision(self) -> str:
         """Of the network and the decoder, as the protocol says it."""
-        return "bf16 network, bf16 decoder" if self.bf16 else "fp32"
+        said = self.recipe.train.precision
+        network = "fp32" if said == "bf16" and not self.bf16 else said
+        return told_precision(network, self.decoder.precision if self.has_decoder else None)
 
     def synchronise(self) -> None:
         """Wait for the device, so that a clock tells the truth."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
-    def use_autoencoder(self, autoencoder: Autoencoder) -> None:
+    def expect(self, pictures: int) -> None:
+        """So many will be decoded, by all processes together: said before the first, for compiling has to pay."""
+        assert self._autoencoder is None, "expect comes before the first picture"
+        self.decoder = plan_decoder(self.decoder.precision, self.device, pictures=pictures)
+
+    def use_autoencoder(self, name: str) -> None:
         """Decode with this copy of the checkpoint's autoencoder."""
-        check_autoencoder(autoencoder, self.origin.get("autoencoder") or {})
-        self._autoencoder = autoencoder
+        found = self.decoder.load(name, self.device)
+        check_autoencoder(found, self._record)
+        self._autoencoder = found
 
     @torch.no_grad()
     def latents(self, seeds: Sequence[int], labels: Sequence[int], walk: Walk) -> Tensor:
@@ -106,10 +130,7 @@ class Generator:
 
     def decode(self, latents: Tensor) -> Tensor:
         """Normalised latents to uint8 pictures (n, 3, H, W); whole groups again, for the same reason."""
-        raw = latents * self.std + self.mean
-        spare = -len(raw) % GROUP if self.autoencoder.module is not None else 0
-        raw = torch.cat([raw, raw.new_zeros((spare, *raw.shape[1:]))]) if spare else raw
-        decoded = torch.cat([self.autoencoder.decode(part.float()) for part in torch.split(raw, GROUP)])[: len(latents)]
+        decoded = decode_in_groups(self.autoencoder, latents * self.std + self.mean)
         return pixels.to_uint8(decoded, self.recipe.data.pixels)
 
     def images(self, seeds: Sequence[int], labels: Sequence[int], walk: Walk) -> Tensor:
@@ -170,12 +191,16 @@ def find_checkpoint(address: str, *, weights: str = "ema") -> Path:
     return resolve_checkpoint(address)
 
 
-def open_generator(address: str, *, device: torch.device | None = None, weights: str = "ema") -> Generator:
+def open_generator(
+    address: str, *, device: torch.device | None = None, weights: str = "ema", decoder: DecoderChoice = "auto"
+) -> Generator:
     """Ready to sample."""
     checkpoint = load_checkpoint(path := find_checkpoint(address, weights=weights))
     if weights == "raw" and checkpoint.origin.get("weights") != "raw":
         raise AlphaflowError(f"{address}: holds averaged weights only; --weights raw needs a run folder.")
-    generator = Generator(checkpoint, device=device or best_device())
+    generator = Generator(checkpoint, device=device or best_device(), decoder=decoder)
+    if decoder != "auto" and not generator.has_decoder:
+        raise AlphaflowError(f"--decoder {decoder}: this model makes pixels without a decoder; leave it out.")
     generator.folder = path.parent
     return generator
 

@@ -129,7 +129,7 @@ def _load_own(path: Path) -> Reference:
 
 
 def _content_sha256(header: dict[str, str], tensors: dict[str, Tensor]) -> str:
-    """Of what the file says: safetensors writes the entries of a header in any order, so equal files differ in bytes."""
+    """Of what the file says: safetensors writes a header's entries in any order, so equal files differ in bytes."""
     digest = hashlib.sha256("".join(f"{key}={header[key]};" for key in sorted(header)).encode())
     for key in sorted(tensors):
         digest.update(key.encode())

@@ -11,12 +11,12 @@ import numpy as np
 import torch
 
 from alphaflow_cli.engine.crew import run_crew
+from alphaflow_cli.engine.decoder import DecoderChoice
 from alphaflow_cli.engine.files import write_atomically
 from alphaflow_cli.engine.generate import Generator, has_labels, open_generator
 from alphaflow_cli.engine.progress import Progress, say
 from alphaflow_cli.engine.walk import Walk, draw_labels, plan_walk
 from alphaflow_cli.errors import AlphaflowError
-from alphaflow_cli.nn.autoencoder import load_autoencoder
 from alphaflow_cli.report.grid import grid_png, picture_png
 
 COLUMNS = 10  # of a grid
@@ -35,6 +35,7 @@ class SampleRequest:
     guidance: float | None
     weights: str
     autoencoder: str
+    decoder: DecoderChoice
     out: Path | None
     grid: Path | None
     latents: Path | None
@@ -76,10 +77,10 @@ def sample_to_files(request: SampleRequest) -> list[Path]:
 def make_generator(request: SampleRequest, *, rank: int) -> Generator:
     """On this process's device, decoding as asked."""
     device = torch.device("cuda", rank % torch.cuda.device_count()) if torch.cuda.is_available() else None
-    generator = open_generator(request.checkpoint, device=device, weights=request.weights)
+    generator = open_generator(request.checkpoint, device=device, weights=request.weights, decoder=request.decoder)
+    generator.expect(len(request.seeds))
     if request.autoencoder:
-        dtype = torch.bfloat16 if generator.device.type == "cuda" else torch.float32
-        generator.use_autoencoder(load_autoencoder(request.autoencoder, device=generator.device, dtype=dtype))
+        generator.use_autoencoder(request.autoencoder)
     return generator
 
 

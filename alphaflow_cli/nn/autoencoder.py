@@ -38,27 +38,37 @@ class Autoencoder:
     scale: float
     shift: float
     module: nn.Module | None
+    layout: torch.memory_format  # that the module's input is brought to
 
     @property
     def has_posterior(self) -> bool:
         """Latents are drawn, not looked up."""
         return self.kind == "kl"
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return torch.float32 if self.module is None else next(self.module.parameters()).dtype
+
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Posterior mean and std, float32."""
         if self.module is None:
             return pixels, torch.zeros_like(pixels)
-        mean, std = ENCODE[self.kind](self.module, pixels.to(_dtype(self.module)))
+        mean, std = ENCODE[self.kind](self.module, self._input(pixels))
         return mean.float(), std.float()
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Pixels, float32, not clipped."""
+        """Pixels, float32, not clipped, in the plain layout."""
         if self.module is None:
             return latents
-        pixels: Tensor = self.module.decode(latents.to(_dtype(self.module))).sample  # type: ignore[operator]
-        return pixels.float()
+        pixels: Tensor = self.module.decode(self._input(latents)).sample  # type: ignore[operator]
+        return pixels.float().contiguous()
+
+    def _input(self, x: Tensor) -> Tensor:
+        """In the weights' own precision, and in channels_last where they are."""
+        return x.to(self.dtype, memory_format=self.layout)
 
 
 def _encode_kl(module: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
@@ -94,12 +104,11 @@ def load_autoencoder(
 ) -> Autoencoder:
     """By name. To save memory, `slicing` decodes picture by picture (exact), `tiling` in blended tiles (not exact)."""
     if name == "none":
-        return Autoencoder("none", "", "", "none", 3, 1, 1.0, 0.0, None)
+        return Autoencoder("none", "", "", "none", 3, 1, 1.0, 0.0, None, torch.preserve_format)
     module, revision = _load_module(name)
     digest = weights_sha256(module)
-    layout = torch.channels_last if channels_last else torch.contiguous_format
     nn.Module.to(module, device, dtype)  # diffusers' own .to warns of modules that these models do not have
-    nn.Module.to(module, memory_format=layout)
+    nn.Module.to(module, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
     module.eval().requires_grad_(False)
     if slicing:
         module.enable_slicing()
@@ -108,8 +117,9 @@ def load_autoencoder(
     kind, config = CLASSES[type(module).__name__], module.config
     scale, shift = float(config.get("scaling_factor") or 1.0), float(config.get("shift_factor") or 0.0)
     channels = int(config["latent_channels"])
+    layout = torch.channels_last if channels_last else torch.preserve_format
     return Autoencoder(
-        public_id(name), revision, digest, kind, channels, _downscale(kind, config), scale, shift, module
+        public_id(name), revision, digest, kind, channels, _downscale(kind, config), scale, shift, module, layout
     )
 
 
@@ -120,10 +130,6 @@ def weights_sha256(module: nn.Module) -> str:
         digest.update(name.encode())
         digest.update(value.detach().to("cpu", torch.float32).contiguous().numpy())
     return digest.hexdigest()
-
-
-def _dtype(module: nn.Module) -> torch.dtype:
-    return next(module.parameters()).dtype
 
 
 def _downscale(kind: Kind, config: Mapping[str, Any]) -> int:

@@ -1,0 +1,164 @@
+"""The decoder: bf16 in channels_last, compiled where it pays, in whole groups; and the words for it in a protocol."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from latent_models import latent_models
+from test_sample import checkpoint_m, pixel_checkpoint, recipe_m
+from tiny_autoencoders import tiny_dc, tiny_kl, tiny_taesd
+
+import alphaflow_cli
+from alphaflow_cli.engine import decoder
+from alphaflow_cli.engine.decoder import (
+    COMPILED_FROM,
+    Decoder,
+    decode_in_groups,
+    plan_decoder,
+    told_precision,
+)
+from alphaflow_cli.engine.generate import Generator, open_generator
+from alphaflow_cli.engine.walk import plan_walk
+from alphaflow_cli.errors import AlphaflowError
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A random latent model and its autoencoder."""
+    return latent_models(tmp_path_factory.mktemp("latent"))
+
+
+@pytest.fixture
+def checkpoint(folder):
+    return str(folder / "fp32.safetensors")
+
+
+def latents(count):
+    return torch.randn((count, 4, 2, 2), generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+
+
+def tf32_mode():
+    """Of convolutions."""
+    cudnn = torch.backends.cudnn
+    return cudnn.conv.fp32_precision if hasattr(cudnn, "conv") else cudnn.allow_tf32
+
+
+@pytest.mark.parametrize(
+    ("asked", "device", "pictures", "expected"),
+    [
+        ("auto", CPU, 50_000, Decoder("fp32")),
+        ("fp32", GPU, 50_000, Decoder("fp32")),
+        ("bf16", CPU, 50_000, Decoder("bf16")),
+        ("auto", GPU, COMPILED_FROM - 1, Decoder("bf16")),
+        ("auto", GPU, COMPILED_FROM, Decoder("bf16", compiled=True)),
+        ("bf16", GPU, COMPILED_FROM, Decoder("bf16", compiled=True)),
+    ],
+)
+def test_a_gpu_decodes_in_bf16_and_compiles_where_it_pays(asked, device, pictures, expected, monkeypatch):
+    monkeypatch.setattr(decoder, "can_compile", lambda: True)
+    assert plan_decoder(asked, device, pictures=pictures) == expected
+    monkeypatch.setattr(decoder, "can_compile", lambda: False)
+    assert plan_decoder(asked, device, pictures=pictures) == replace(expected, compiled=False)
+
+
+@pytest.mark.parametrize(("triton", "compiler", "can"), [(True, "gcc", True), (True, "", False), (False, "gcc", False)])
+def test_compiling_for_a_gpu_needs_triton_and_a_c_compiler(triton, compiler, can, monkeypatch):
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(decoder, "find_spec", lambda _: object() if triton else None)
+    monkeypatch.setattr(decoder, "which", lambda name: name if name == compiler else None)
+    assert decoder.can_compile() == can
+
+
+def test_bf16_means_weights_and_inputs_in_bf16_and_channels_last(folder):
+    found, seen = Decoder("bf16").load(str(folder / "tiny-kl"), CPU), []
+    assert found.module is not None
+    assert {weight.dtype for weight in found.module.parameters()} == {torch.bfloat16}
+    assert found.module.decoder.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+    for part in (found.module.post_quant_conv, found.module.decoder.conv_in):
+        part.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    pixels = decode_in_groups(found, latents(3))
+    assert [(z.dtype, z.is_contiguous(memory_format=torch.channels_last), len(z)) for z in seen] == [
+        (torch.bfloat16, True, 16)
+    ] * 2
+    assert pixels.is_contiguous()
+    assert pixels.dtype == torch.float32
+
+
+def test_fp32_decodes_as_diffusers_does_and_without_tf32(folder):
+    found, modes = Decoder("fp32").load(str(folder / "tiny-kl"), CPU), []
+    with torch.no_grad():
+        expected = found.module.decode(latents(16).float()).sample
+    other = Decoder("bf16").load(str(folder / "tiny-kl"), CPU)
+    for each in (found, other):
+        each.module.decoder.register_forward_pre_hook(lambda *_: modes.append(tf32_mode()))
+    assert torch.equal(decode_in_groups(found, latents(16)), expected)
+    decode_in_groups(other, latents(16))
+    assert modes == ["ieee" if hasattr(torch.backends.cudnn, "conv") else False, tf32_mode()]
+
+
+@pytest.mark.parametrize("make", [tiny_kl, tiny_taesd, tiny_dc])
+def test_a_compiled_decoder_has_one_form_whatever_the_count_and_the_same_pictures(tmp_path, make):
+    make(tmp_path / "a")
+    forms = []
+
+    def backend(graph, inputs):
+        forms.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled = Decoder("bf16", compiled=True, backend=backend).load(str(tmp_path / "a"), CPU)
+    plain = Decoder("bf16").load(str(tmp_path / "a"), CPU)
+    assert compiled.weights_sha256 == plain.weights_sha256
+    first = decode_in_groups(compiled, latents(16))
+    once = len(forms)
+    for count in (1, 16, 40):
+        assert torch.equal(decode_in_groups(compiled, latents(count)), decode_in_groups(plain, latents(count)))
+    assert torch.equal(first, decode_in_groups(plain, latents(16)))
+    assert len(forms) == once > 0
+
+
+def test_a_generator_decodes_by_its_plan(checkpoint):
+    seeds, labels, forms = list(range(5)), [0] * 5, []
+
+    def backend(graph, inputs):
+        forms.append(graph)
+        return graph.forward
+
+    plain, compiled = (open_generator(checkpoint, device=CPU, decoder="bf16") for _ in range(2))
+    plain.expect(50_000)
+    compiled.decoder = replace(compiled.decoder, compiled=True, backend=backend)
+    walk = plan_walk(plain.recipe, nfe=1)
+    torch._dynamo.reset()
+    expected = plain.images(seeds, labels, walk)
+    assert not forms
+    assert torch.equal(compiled.images(seeds, labels, walk), expected)
+    assert forms
+
+
+@pytest.mark.parametrize(
+    ("file", "decoder", "told"),
+    [
+        ("fp32", "auto", "fp32"),
+        ("fp32", "bf16", "fp32 network, bf16 decoder"),
+        ("bf16", "fp32", "fp32"),  # on a CPU the products are float32
+        ("bf16", "bf16", "fp32 network, bf16 decoder"),
+        ("fp64", "auto", "fp64 network, fp32 decoder"),
+        ("fp64", "bf16", "fp64 network, bf16 decoder"),
+    ],
+)
+def test_the_protocol_tells_both_precisions(folder, file, decoder, told):
+    assert open_generator(str(folder / f"{file}.safetensors"), device=CPU, decoder=decoder).precision == told
+
+
+def test_a_model_of_pixels_tells_no_decoder(tmp_path):
+    assert open_generator(str(pixel_checkpoint(tmp_path / "c.safetensors")), device=CPU).precision == "fp32"
+    told = [told_precision("bf16", decoder) for decoder in ("bf16", "fp32", None)]
+    assert told == ["bf16 network, bf16 decoder", "bf16 network, fp32 decoder", "bf16 network"]
+    assert Generator(checkpoint_m(recipe_m("fp64")), device=CPU).precision == "fp64 network"
+
+
+def test_a_precision_that_is_none_is_named(checkpoint):
+    with pytest.raises(AlphaflowError, match="'fp16': there are auto, fp32, bf16"):
+        alphaflow_cli.load(checkpoint, device="cpu", decoder="fp16")  # type: ignore[arg-type]
