@@ -12,9 +12,12 @@ sys.path.append(str(FOLDER))
 
 import table  # noqa: E402
 from conflict import conflict_lines, training_lines  # noqa: E402
-from table import Run, document, read_run, told, verdict  # noqa: E402
+from measure import is_measured  # noqa: E402
+from page import document  # noqa: E402
+from run import Job, is_done, parser, told_options  # noqa: E402
+from table import Run, read_run, told, verdict  # noqa: E402
 
-from alphaflow_cli.recipe import diff_recipes, load_recipe  # noqa: E402
+from alphaflow_cli.recipe import diff_recipes, dump_recipe, load_recipe  # noqa: E402
 from alphaflow_cli.report.png import to_png  # noqa: E402
 
 MEMBERS = {path.stem: load_recipe(str(path)) for path in sorted((FOLDER / "recipes").glob("*.yaml"))}
@@ -23,7 +26,7 @@ UNCLAMPED = ("alphaflow-25-converging", "alphaflow-25-unclamped")  # as their he
 
 
 def runs_of(member, *scores):
-    return [Run(member, seed, {1: s, 2: s / 2, 4: s / 4}, 100.0, 3000, 192_000) for seed, s in enumerate(scores)]
+    return [Run(member, seed, {1: s, 2: s / 2, 4: s / 4}, 0.5, 100.0, 3000, 192_000) for seed, s in enumerate(scores)]
 
 
 def test_every_member_has_a_recipe_and_a_name():
@@ -58,30 +61,65 @@ def test_the_spread_is_the_standard_deviation_over_seeds():
 
 
 def test_a_run_is_read_from_its_own_files(tmp_path):
-    rows = [{"step": 50, "images_seen": 3200, "seconds_per_step": 0.1}]
-    rows.append({"step": 60, "images_seen": 3840, "seconds_per_step": 0.2})
+    rows = [{"step": 50, "images_seen": 3200, "seconds_per_step": 0.1, "v_loss": 0.75}]
+    rows.append({"step": 60, "images_seen": 3840, "seconds_per_step": 0.2, "v_loss": 0.25})
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     results = {"evaluations": [{"rows": [{"pictures": {"nfe": nfe}, "value": 10.0 / nfe}]} for nfe in (1, 2, 4)]}
     (tmp_path / "results.json").write_text(json.dumps(results))
     run = read_run(SimpleNamespace(member="flow", seed=0, folder=tmp_path))
     assert run.scores == {1: 10.0, 2: 5.0, 4: 2.5}
     assert run.seconds == pytest.approx(50 * 0.1 + 10 * 0.2)
-    assert (run.steps, run.images_seen) == (60, 3840)
+    assert (run.steps, run.images_seen, run.velocity_loss) == (60, 3840, 0.5)
 
 
-def test_the_page_has_a_line_per_member_and_says_what_is_unfinished():
+def test_the_page_has_a_line_per_member_and_says_what_is_unfinished_and_what_failed():
     runs = runs_of("meanflow-25", 5.0, 6.0, 7.0) + runs_of("alphaflow-25", 1.0, 2.0, 3.0)
-    options = SimpleNamespace(steps=3000, jobs=2, images=5000, reference_name="cifar10-jpeg")
+    how = SimpleNamespace(steps=3000, jobs=2, images=5000, reference_name="cifar10-jpeg", told=" --jobs 4")
     found = {"p5": -0.7, "p50": -0.5, "p95": -0.2}
-    conflict = {"cosines": {"tfm.tc": found}, "share_below_-0.4": 0.8, "batches": 60, "rows_per_batch": 64}
-    lines = conflict_lines({"meanflow-25": conflict | {"weights": "ema", "step": 3000}}, table.NAMES)
-    text = document(runs, 19, lines, options)
-    assert "| MeanFlow .25 | 3 | 6.00 ± 1.00 | 3.00 ± 0.50 | 1.50 ± 0.25 | 192,000 | 100 |" in text
+    conflict = {"member": "meanflow-25", "cosines": {"tfm.tc": found, "tfm.fm": found}, "share_below_-0.4": 0.8}
+    lines = conflict_lines([conflict | {"batches": 60, "rows_per_batch": 64}], table.NAMES)
+    text = document(runs, {"flow-s0": "ended with code 1"}, 19, lines, ["abc1234"], how)
+    assert "run.py CIFAR10 --jobs 4\n" in text
+    assert "| MeanFlow .25 | 3 | 6.00 ± 1.00 | 3.00 ± 0.50 | 1.50 ± 0.25 | 0.50 ± 0.00 | 192,000 | 100 |" in text
     assert "Finished: 6 of 19 runs" in text
-    assert "-0.500 in the median" in text
-    assert "below -0.4 in 80%" in text
+    assert "Failed: flow-s0: ended with code 1" in text
+    assert "trained at commit abc1234" in text
+    assert "| MeanFlow .25 | 60 × 64 | -0.50 (-0.70 to -0.20) | 80% | -0.50 (-0.70 to -0.20) |" in text
     assert "not finished yet" in text
     assert to_png(table.chart(runs)).startswith(b"\x89PNG")
+
+
+def test_scores_count_only_with_these_weights_pictures_reference_and_every_nfe(tmp_path):
+    def write(nfes=(1, 2, 4), weights="w", reference="r", count=9):
+        pictures = [{"nfe": nfe, "checkpoint_sha256": weights} for nfe in nfes]
+        rows = [{"pictures": each, "reference": {"sha256": reference}, "count": count} for each in pictures]
+        (tmp_path / "results.json").write_text(json.dumps({"evaluations": [{"rows": [row]} for row in rows]}))
+        return is_measured(tmp_path / "results.json", "w", "r", 9)
+
+    assert not is_measured(tmp_path / "results.json", "w", "r", 9)
+    assert write()
+    assert not any([write(nfes=(1,)), write(weights="v"), write(reference="q"), write(count=8), write((1, 2, 4, 8))])
+
+
+def test_the_command_on_the_page_repeats_every_option_that_changes_a_number():
+    assert told_options(parser().parse_args(["C", "--out", "x", "--minutes", "3"])) == ""
+    line = ["C", "--steps", "9", "--members", "flow", "meanflow-25", "--images", "120", "--reference-name", "a b"]
+    assert told_options(parser().parse_args(line)) == (
+        " --steps 9 --members flow meanflow-25 --images 120 --reference-name 'a b'"
+    )
+
+
+def test_a_run_of_another_recipe_is_refused(tmp_path):
+    job = Job("flow", 0, tmp_path / "flow-s0")
+    (job.folder / "checkpoints" / "step-00000009").mkdir(parents=True)
+    recipe = load_recipe(str(job.recipe), ["train.steps=9", "train.seed=0"])
+    (job.folder / "recipe.yaml").write_text(dump_recipe(recipe))
+    assert is_done(job, 9)
+    assert not is_done(job, 10)
+    changed = load_recipe(str(job.recipe), ["train.steps=9", "train.seed=0", "optim.lr=0.9"])
+    (job.folder / "recipe.yaml").write_text(dump_recipe(changed))
+    with pytest.raises(SystemExit, match=r"another optim\.lr: give another --out"):
+        is_done(job, 9)
 
 
 def test_the_conflict_along_training_is_counted_over_the_seeds(tmp_path):

@@ -6,6 +6,12 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Protocol
 
+BIAS = (
+    "The gradients of one batch share its rows and noise, and what they share adds to their products: the smaller the",
+    "batch, the nearer a cosine comes to that of the noise. So a cosine, and a share below -0.4, belongs to its number",
+    "of rows. Where training has come to rest, the weighted sum of the gradients is nearly zero, and large batches",
+    "show the halves opposed whatever else is true.",
+)
 PAPER = "below -0.4 during more than 95% of training"  # arXiv:2510.20771, typically
 
 
@@ -19,18 +25,23 @@ class Job(Protocol):
     def folder(self) -> Path: ...
 
 
-def conflict_lines(conflicts: Mapping[str, dict[str, Any]], names: Mapping[str, str]) -> list[str]:
+def conflict_lines(conflicts: Sequence[dict[str, Any]], names: Mapping[str, str]) -> list[str]:
     """The last checkpoint of each run that was analyzed."""
-    lines = []
-    for member, found in conflicts.items():
-        c, share = found["cosines"]["tfm.tc"], found["share_below_-0.4"]
-        size = f"{found['batches']} batches of {found['rows_per_batch']} rows"
-        lines += [
-            f"- {names[member]}: cos(∇L_TFM, ∇L_TC) is {c['p50']:+.3f} in the median, between {c['p5']:+.3f} and",
-            f"  {c['p95']:+.3f} (5th and 95th percentile), and below -0.4 in {share:.0%} of {size}",
-            f"  ({found['weights']} weights of step {found['step']}).",
-        ]
-    return lines
+    if not conflicts:
+        return []
+    lines = [
+        "At the last step, averaged weights: cos(∇L_TFM, ∇L_TC) and cos(∇L_TFM, ∇L_FM'), the median over batches with",
+        "the 5th and 95th percentile.",
+        "",
+        "| member | batches × rows | TFM, TC | below -0.4 | TFM, FM' |",
+        "|---|---|---|---|---|",
+    ]
+    for found in conflicts:
+        cosines, share = found["cosines"], found["share_below_-0.4"]
+        size = f"{found['batches']} × {found['rows_per_batch']}"
+        pair = [f"{c['p50']:+.2f} ({c['p5']:+.2f} to {c['p95']:+.2f})" for c in (cosines["tfm.tc"], cosines["tfm.fm"])]
+        lines.append(f"| {names[found['member']]} | {size} | {pair[0]} | {share:.0%} | {pair[1]} |")
+    return [*lines, "", *BIAS]
 
 
 def recorded(run: Path) -> list[float]:

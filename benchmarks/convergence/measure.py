@@ -23,15 +23,15 @@ NFE = (1, 2, 4)
 def evaluate_run(run: Path, reference: Path, out: Path, *, images: int) -> None:
     """results.json of the run, unless it has these very weights' already."""
     torch.set_num_threads(1)
-    digest = sha256_of(run / "model.safetensors")
-    if digest in measured_weights(run / "results.json", images):
+    digest, wanted = sha256_of(run / "model.safetensors"), load_reference(reference)
+    if is_measured(run / "results.json", digest, wanted.facts["sha256"], images):
         return
     ruler = tiny_ruler(out)
     generator, found = open_generator(str(run), device=torch.device("cpu")), []
     for nfe in NFE:
         walk = plan_walk(generator.recipe, nfe=nfe)
         source = GeneratedImages(generator, walk, count=images, draw=generator.recipe.eval.draw, digest=digest)
-        evaluation = evaluate(source, ("fd-tiny",), ruler, reference=load_reference(reference))
+        evaluation = evaluate(source, ("fd-tiny",), ruler, reference=wanted)
         assert evaluation is not None, "one process is always the first"
         found.append(evaluation)
     save_results(run / "results.json", run / "history.jsonl", found)
@@ -44,12 +44,18 @@ def tiny_ruler(out: Path) -> Ruler:
     )
 
 
-def measured_weights(path: Path, images: int) -> set[str]:
-    """Hashes of the checkpoints that the file has scores of that many pictures of."""
+def is_measured(path: Path, digest: str, reference: str, images: int) -> bool:
+    """Whether the file has these weights' scores at every NFE, of that many pictures, against this reference."""
     if not path.is_file():
-        return set()
+        return False
     rows = [row for each in json.loads(path.read_text(encoding="utf-8"))["evaluations"] for row in each["rows"]]
-    return {row["pictures"]["checkpoint_sha256"] for row in rows if row["count"] == images}
+    found = {
+        row["pictures"]["nfe"]
+        for row in rows
+        if (row["pictures"]["checkpoint_sha256"], row["reference"]["sha256"], row["count"])
+        == (digest, reference, images)
+    }
+    return found == set(NFE) and len(rows) == len(NFE)
 
 
 def prepare_reference(pictures: Path, out: Path, name: str) -> Path:
@@ -60,11 +66,11 @@ def prepare_reference(pictures: Path, out: Path, name: str) -> Path:
     return path
 
 
-def conflict_of(run: Path, store: Path, batches: int) -> dict[str, Any]:
+def conflict_of(run: Path, store: Path, *, batches: int, rows: int, out: Path) -> dict[str, Any]:
     """What `alphaflow analyze` finds at the last checkpoint, averaged weights."""
     torch.set_num_threads(1)
     request = Request(
-        address=str(run), data=store, out=None, batches=batches, batch=64, seed=0, weights="ema", all_checkpoints=False
+        address=str(run), data=store, out=out, batches=batches, batch=rows, seed=0, weights="ema", all_checkpoints=False
     )
     checkpoint: dict[str, Any] = analyze(request)[0]["checkpoints"][-1]
     return checkpoint

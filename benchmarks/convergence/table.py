@@ -1,19 +1,13 @@
-"""RESULTS.md and its picture, every number from the runs' own files; and the sentences that the numbers support."""
+"""The comparison's numbers, all from the runs' own files; their table and picture; and what they say of two members."""
 
-import argparse
 import json
-import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any, Protocol
+from typing import Protocol
 
-from conflict import conflict_lines, training_lines
-
-from alphaflow_cli.recipe import load_recipe
 from alphaflow_cli.report.chart import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, Chart, Line, Panel
-from alphaflow_cli.report.png import to_png
 
 NFE = (1, 2, 4)
 NAMES = {
@@ -59,6 +53,7 @@ PAIRS = (  # each is judged at 1 and 2 NFE
         "alphaflow-25-unclamped",
         "the converging weight against the published one, both without clamp",
     ),
+    ("shortcut-75", "shortcut-75-adaptive", "Shortcut with the plain square against the adaptive weight, share .75"),
     ("alphaflow-25-linear", "alphaflow-25", "the linear schedule against the sigmoid, share .25"),
 )
 
@@ -83,6 +78,7 @@ class Run:
     member: str
     seed: int
     scores: dict[int, float]  # NFE → FD-tiny
+    velocity_loss: float  # r = t rows, mean of the last ten points of the journal
     seconds: float
     steps: int
     images_seen: int
@@ -95,7 +91,8 @@ def read_run(job: Job) -> Run:
     scores = {row["pictures"]["nfe"]: row["value"] for each in results for row in each["rows"]}
     steps = [0, *(row["step"] for row in rows)]
     seconds = sum(row["seconds_per_step"] * (b - a) for row, a, b in zip(rows, steps, steps[1:], strict=False))
-    return Run(job.member, job.seed, scores, seconds, rows[-1]["step"], rows[-1]["images_seen"])
+    velocity_loss = mean(row["v_loss"] for row in rows[-10:] if row["v_loss"] is not None)
+    return Run(job.member, job.seed, scores, velocity_loss, seconds, rows[-1]["step"], rows[-1]["images_seen"])
 
 
 def told(values: Sequence[float]) -> str:
@@ -107,15 +104,16 @@ def told(values: Sequence[float]) -> str:
 def table(runs: Sequence[Run]) -> list[str]:
     """One line per member."""
     lines = [
-        "| member | seeds | FD-tiny, 1 NFE | 2 NFE | 4 NFE | images seen | seconds per run |",
-        "|---|---|---|---|---|---|---|",
+        "| member | seeds | FD-tiny, 1 NFE | 2 NFE | 4 NFE | velocity loss | images seen | seconds per run |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for member, name in NAMES.items():
         mine = [run for run in runs if run.member == member]
         if mine:
             scores = " | ".join(told([run.scores[nfe] for run in mine]) for nfe in NFE)
+            loss = told([run.velocity_loss for run in mine])
             spent = f"{mine[0].images_seen:,} | {mean(run.seconds for run in mine):,.0f}"
-            lines.append(f"| {name} | {len(mine)} | {scores} | {spent} |")
+            lines.append(f"| {name} | {len(mine)} | {scores} | {loss} | {spent} |")
     return lines
 
 
@@ -151,74 +149,4 @@ def chart(runs: Sequence[Run]) -> Chart:
         x_ticks=[float(nfe) for nfe in NFE],
         log_x=True,
         panels=panels,
-    )
-
-
-def write_results(
-    done: Sequence[Job], jobs: Sequence[Job], conflicts: dict[str, Any], options: argparse.Namespace
-) -> None:
-    """RESULTS.md and results.png."""
-    runs = [read_run(job) for job in done]
-    told_conflicts = conflict_lines(conflicts, NAMES) + training_lines(done, NAMES)
-    options.results.mkdir(parents=True, exist_ok=True)
-    if runs:
-        (options.results / "results.png").write_bytes(to_png(chart(runs)))
-    text = document(runs, len(jobs), told_conflicts, options)
-    (options.results / "RESULTS.md").write_text(text, encoding="utf-8")
-
-
-def conditions(runs: Sequence[Run], jobs: int, options: argparse.Namespace) -> list[str]:
-    """Data, network, score, machine."""
-    from record import git, processor
-
-    recipe = load_recipe(str(Path(__file__).parent / "recipes" / "alphaflow-25.yaml"))
-    m, name = recipe.model, options.reference_name
-    return [
-        f"- Data: CIFAR-10 at 16 px (Lanczos), pixel space, ten classes, no flips, no guidance; named {name}.",
-        f"- Network: DiT dim {m.dim}, depth {m.depth}, heads {m.heads}, patch {m.patch}; Adam, lr {recipe.optim.lr:g},",
-        f"  batch {recipe.train.batch}, {options.steps:,} steps, the same for every member.",
-        f"- Score: FD-tiny of {options.images:,} pictures against the training pictures; labels drawn per seed,",
-        "  averaged weights; trajectory sampler with equal steps (flow matching: Euler).",
-        f"- Hardware: {processor()}, {options.jobs} runs at a time, one thread each;",
-        f"  Python {platform.python_version()}; commit {git('rev-parse', '--short', 'HEAD') or 'unknown'}.",
-        f"- Finished: {len(runs)} of {jobs} runs. ± is the standard deviation over seeds.",
-    ]
-
-
-LIMITS = """## What it does not support
-
-- FD-tiny is no FID: it sees texture and colour, and hardly the class. The orders above hold for it alone.
-- A network of this size after so few steps says nothing about ImageNet, long training, or other shares.
-- One learning rate and one budget for all: a member may prefer another.
-- Seconds were measured with other runs on the same machine; compare them with care."""
-
-
-def document(runs: Sequence[Run], jobs: int, conflicts: Sequence[str], options: argparse.Namespace) -> str:
-    """The whole page."""
-    judged = [f"- {what}, {nfe} NFE: {verdict(runs, a, b, nfe)}" for a, b, what in PAIRS for nfe in (1, 2)]
-    command = f"python benchmarks/convergence/run.py CIFAR10 --steps {options.steps} --jobs {options.jobs}"
-    return "\n".join(
-        [
-            "# The family at equal budget",
-            "",
-            "Written by `run.py`; do not edit. Regenerate every number, table and picture:",
-            "",
-            f"    {command}",
-            "",
-            *conditions(runs, jobs, options),
-            "",
-            *table(runs),
-            "",
-            *(["![FD-tiny over NFE](results.png)", ""] if runs else []),
-            "## What the evidence supports",
-            "",
-            *judged,
-            "",
-            "## The conflict",
-            "",
-            *(conflicts or ["- not measured yet."]),
-            "",
-            LIMITS,
-            "",
-        ]
     )
