@@ -2,8 +2,9 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -12,6 +13,8 @@ from alphaflow_cli.engine.generate import Generator, open_generator
 from alphaflow_cli.engine.walk import draw_labels, plan_walk
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.recipe import Recipe
+
+SamplerChoice = Literal["auto", "trajectory", "consistency", "flow", "heun"]
 
 
 class Model:
@@ -36,7 +39,7 @@ class Model:
         classes: Sequence[int] | int | None = None,
         nfe: int = 1,
         *,
-        sampler: str = "auto",
+        sampler: SamplerChoice = "auto",
         times: Sequence[float] | None = None,
         guidance: float | None = None,
         batch: int = 64,
@@ -45,6 +48,12 @@ class Model:
         seeds = [int(seed) for seed in seeds]
         if not seeds:
             raise AlphaflowError("sample: seeds is empty; give one per picture, such as range(16).")
+        if times is not None and nfe != 1:
+            raise AlphaflowError("sample: give nfe or times, not both; the times say how many evaluations there are.")
+        if batch < 1:
+            raise AlphaflowError(f"sample: batch {batch}: at least one picture at a time is needed.")
+        if sampler not in get_args(SamplerChoice):
+            raise AlphaflowError(f"sample: sampler {sampler!r}: there are {', '.join(get_args(SamplerChoice))}.")
         walk = plan_walk(self.recipe, nfe=nfe, kind=sampler, times=times, guidance=guidance)
         labels = self._labels(seeds, classes)
         batches = self._generator.batches(seeds, labels, walk, batch=batch)
@@ -54,7 +63,7 @@ class Model:
         known = self.recipe.data.classes
         if classes is None:
             return draw_labels(seeds, known, "random")
-        chosen = [classes] if isinstance(classes, int) else [int(label) for label in classes]
+        chosen = [int(label) for label in np.atleast_1d(classes)]
         bad = [label for label in chosen if not 0 <= label < known]
         if bad or not chosen:
             has = f"classes 0 to {known - 1}" if known else "no classes"
@@ -70,5 +79,7 @@ def load(
     decoder: DecoderChoice = "auto",
 ) -> Model:
     """A file, a run folder, or user/repo[@revision] on the Hub; `decoder` auto is bf16 on a GPU, fp32 on a CPU."""
+    if weights not in ("ema", "raw"):
+        raise AlphaflowError(f"load: weights {weights!r}: there are ema and raw.")
     chosen = torch.device(device) if device is not None else None
     return Model(open_generator(str(address), device=chosen, weights=weights, decoder=decoder))

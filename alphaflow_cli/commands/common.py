@@ -37,6 +37,12 @@ def json_option(function: Command) -> Command:
     return click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead.")(function)
 
 
+def autoencoder_option(function: Command) -> Command:
+    """`--autoencoder`, of `sample` and `eval`."""
+    help_text = "Decode with this one: a folder or Hub id. Default: the checkpoint's."
+    return click.option("--autoencoder", default="", help=help_text)(function)
+
+
 def decoder_option(function: Command) -> Command:
     """`--decoder auto|fp32|bf16`, of `sample` and `eval`."""
     help_text = "Precision of the autoencoder's decoder. auto: bf16 on a GPU, fp32 on a CPU."

@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING
 
 import click
 
-from alphaflow_cli.commands.common import decoder_option, examples, json_option, print_json, print_table
+from alphaflow_cli.commands.common import (
+    autoencoder_option,
+    decoder_option,
+    examples,
+    json_option,
+    print_json,
+    print_table,
+)
 from alphaflow_cli.commands.measuring import Metrics, Weights, batch_option, metrics_option, weights_option
 from alphaflow_cli.commands.sample import SAMPLERS, to_times
 from alphaflow_cli.recipe.schema import LabelDraw
@@ -36,6 +43,7 @@ EXAMPLES = examples(
 @click.option("--reference", metavar="FILE|SOURCE", help="Reference statistics, or the real pictures themselves.")
 @click.option("--images", type=click.IntRange(min=1), help="So many pictures. Default: the recipe's; all of IMAGES.")
 @click.option("--draw", type=click.Choice(["random", "balanced"]), help="Labels of a checkpoint's pictures.")
+@autoencoder_option
 @decoder_option
 @batch_option
 @click.option("--processes", type=click.IntRange(1), help="Processes to share the work. Default: one per GPU.")
@@ -54,6 +62,7 @@ def command(
     reference: str | None,
     images: int | None,
     draw: LabelDraw | None,
+    autoencoder: str,
     decoder: "DecoderChoice",
     batch: int,
     processes: int | None,
@@ -74,12 +83,14 @@ def command(
         raise click.UsageError("--markdown and --json exclude each other; so do --nfe, --times and --sweep-midpoint.")
     request = Request(
         checkpoint=subject, nfe=nfe, sampler=sampler, times=times, guidance=guidance, sweep_midpoint=sweep_midpoint,
-        metrics=metrics, reference=reference, images=images, draw=draw, decoder=decoder, batch=batch,
-        weights=weights, out=out,
+        metrics=metrics, reference=reference, images=images, draw=draw, autoencoder=autoencoder,
+        decoder=decoder, batch=batch, weights=weights, out=out,
     )  # fmt: skip
     of_checkpoint = is_checkpoint(subject)
-    if not of_checkpoint and (nfe or times or sweep_midpoint or draw or guidance or {sampler, decoder} != {"auto"}):
-        only = "--nfe, --sampler, --draw and --decoder"
+    if not of_checkpoint and (
+        nfe or times or sweep_midpoint or draw or guidance or autoencoder or {sampler, decoder} != {"auto"}
+    ):
+        only = "--nfe, --sampler, --draw, --autoencoder and --decoder"
         raise click.UsageError(f"{subject} is a source of pictures: {only} are for checkpoints.")
     run(request, processes, of_checkpoint, markdown=markdown, as_json=as_json)
 

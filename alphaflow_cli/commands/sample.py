@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from alphaflow_cli.commands.common import decoder_option, examples
+from alphaflow_cli.commands.common import autoencoder_option, decoder_option, examples
 
 if TYPE_CHECKING:
     from alphaflow_cli.engine.decoder import DecoderChoice
@@ -50,7 +50,7 @@ SAMPLERS = ["auto", "trajectory", "consistency", "flow", "heun"]
 @click.option("--times", callback=to_times, metavar="TIMES", help="Own grid, such as 1,0.55,0; instead of --nfe.")
 @click.option("--guidance", type=float, help="At sampling, for models trained without guidance.")
 @click.option("--weights", type=click.Choice(["ema", "raw"]), default="ema", show_default=True, help="Which weights.")
-@click.option("--autoencoder", default="", help="Decode with this one: a folder or Hub id. Default: the checkpoint's.")
+@autoencoder_option
 @decoder_option
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for one PNG per picture.")
 @click.option("--grid", type=click.Path(path_type=Path), help="One PNG with all of them.")

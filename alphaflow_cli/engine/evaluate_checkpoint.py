@@ -39,6 +39,7 @@ class Request:
     reference: str | None
     images: int | None
     draw: LabelDraw | None
+    autoencoder: str
     decoder: DecoderChoice
     batch: int
     weights: dict[str, Path]
@@ -55,10 +56,12 @@ class Report:
 
 
 def is_checkpoint(text: str) -> bool:
-    """A weights file, a run folder or a Hub id; anything else is a source of pictures."""
-    path = Path(text)
+    """A weights file, a run folder or a model on the Hub; anything else is a source of pictures."""
+    path = Path(text).expanduser()
     if path.is_dir():
         return (path / "model.safetensors").is_file() or (path / "checkpoints").is_dir()
+    if text.startswith("hf://"):
+        return not text.startswith("hf://datasets/")
     if path.exists() or ":" in text:
         return path.suffix == ".safetensors"
     return path.suffix == ".safetensors" or (text.count("/") == 1 and not text.startswith((".", "/", "~")))
@@ -71,6 +74,8 @@ def evaluate_checkpoint(request: Request, processes: Processes) -> Report | None
     walks = choose_walks(request, generator)
     count, draw = request.images or said.images, request.draw or said.draw
     generator.expect(count)
+    if request.autoencoder:
+        generator.use_autoencoder(request.autoencoder)
     metrics = request.metrics or said.metrics
     folder = results_folder(request)
     extractors = engine.build_extractors(metrics, processes.device, request.weights)

@@ -56,12 +56,19 @@ class Generator:
     def autoencoder(self) -> Autoencoder:
         """Loaded when the first picture is decoded."""
         if self._autoencoder is None:
-            record = self._record
-            name = f"{record['id']}@{record['revision']}" if record.get("revision") else str(record["id"])
-            name = str(self.folder / name) if (self.folder / name / "config.json").is_file() else name
-            self.use_autoencoder(name)
+            self.use_autoencoder(self._autoencoder_name())
         assert self._autoencoder is not None
         return self._autoencoder
+
+    def _autoencoder_name(self) -> str:
+        """Beside the checkpoint, else by its id; a store made with a local one knows its bare name only, so then the
+        recipe's. Whichever it is, its weights are checked against those that made the latents."""
+        record = self._record
+        name = f"{record['id']}@{record['revision']}" if record.get("revision") else str(record["id"])
+        if (self.folder / name / "config.json").is_file():
+            return str(self.folder / name)
+        said = self.recipe.data.autoencoder
+        return said if "/" not in name and not Path(name).exists() and said != "none" and self.has_decoder else name
 
     @property
     def _record(self) -> dict[str, Any]:
@@ -172,8 +179,8 @@ def best_device() -> torch.device:
 
 
 def find_checkpoint(address: str, *, weights: str = "ema") -> Path:
-    """A file, a run folder (its newest), or a Hub id."""
-    path = Path(address)
+    """A file, a run folder (its newest), or an address on the Hub."""
+    path = Path(address).expanduser()
     if path.is_dir():
         if weights == "ema" and (path / "model.safetensors").exists():
             return path / "model.safetensors"
@@ -184,8 +191,6 @@ def find_checkpoint(address: str, *, weights: str = "ema") -> Path:
                 f"{path}: no checkpoint in this folder yet. Train one: alphaflow train RECIPE --out {path}"
             )
         return found[-1]
-    if path.exists() or address.endswith((".safetensors", ".pt", ".yaml")) or address.startswith((".", "/", "~")):
-        return path
     from alphaflow_cli.hub import resolve_checkpoint
 
     return resolve_checkpoint(address)

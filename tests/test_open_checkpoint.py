@@ -1,0 +1,116 @@
+"""What may be named as a checkpoint, where its autoencoder is found, and what the Python API refuses."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hub_fixtures import hub, write_checkpoint  # noqa: F401 (a fixture)
+from latent_models import latent_models
+from safetensors.torch import load_file, save_file
+from tiny_autoencoders import tiny_kl
+
+import alphaflow_cli
+from alphaflow_cli import cli
+from alphaflow_cli.engine.checkpoint import load_checkpoint, save_checkpoint
+from alphaflow_cli.engine.evaluate_checkpoint import is_checkpoint
+from alphaflow_cli.engine.generate import find_checkpoint, open_generator
+from alphaflow_cli.engine.publish import open_source, stage
+from alphaflow_cli.errors import AlphaflowError
+
+ADDRESSES = ("me/tiny", "me/tiny@main", "me/tiny:model.safetensors", "me/tiny@main:model.safetensors")
+LONG = ("hf://me/tiny", "hf://me/tiny@main", "hf://me/tiny@main/model.safetensors")
+
+
+def test_every_form_of_an_address_is_a_checkpoint(hub, tmp_path):  # noqa: F811
+    model = write_checkpoint(tmp_path / "m.safetensors")
+    stage(open_source(model, with_results=False), tmp_path / "hub", repo="me/tiny", licence="unknown")
+    hub.add("me/tiny", {path.name: path.read_bytes() for path in (tmp_path / "hub").iterdir()})
+    published = (tmp_path / "hub" / "model.safetensors").read_bytes()
+    for address in (*ADDRESSES, *LONG):
+        assert is_checkpoint(address), address
+        assert find_checkpoint(address).read_bytes() == published, address
+
+
+def test_pictures_on_the_hub_are_no_checkpoint():
+    assert not is_checkpoint("hf://datasets/me/pictures")
+
+
+def test_a_path_may_begin_at_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    model = write_checkpoint(tmp_path / "m.safetensors")
+    assert find_checkpoint("~/m.safetensors") == model
+    assert is_checkpoint("~/m.safetensors")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Latent models whose store was made with a local autoencoder: they know its bare name."""
+    return latent_models(tmp_path_factory.mktemp("latent"))
+
+
+@pytest.fixture
+def lonely(folder, tmp_path):
+    """The same model somewhere else; its recipe says where the autoencoder is."""
+
+    def make(said):
+        checkpoint = load_checkpoint(folder / "fp32.safetensors")
+        recipe = replace(checkpoint.recipe, data=replace(checkpoint.recipe.data, autoencoder=said))
+        save_checkpoint(tmp_path / "lonely.safetensors", replace(checkpoint, recipe=recipe))
+        return str(tmp_path / "lonely.safetensors")
+
+    return make
+
+
+def test_an_autoencoder_known_by_its_bare_name_is_found_by_the_recipe(folder, lonely):
+    moved = alphaflow_cli.load(lonely(str(folder / "tiny-kl")), device="cpu")
+    beside = alphaflow_cli.load(folder / "fp32.safetensors", device="cpu")
+    assert torch.equal(moved.sample(range(3)), beside.sample(range(3)))
+
+
+def test_the_recipes_autoencoder_must_be_the_one_that_made_the_latents(lonely, tmp_path):
+    tiny_kl(tmp_path / "other")
+    weights = load_file(tmp_path / "other" / "diffusion_pytorch_model.safetensors")
+    save_file(
+        {name: 2 * value for name, value in weights.items()}, tmp_path / "other" / "diffusion_pytorch_model.safetensors"
+    )
+    generator = open_generator(lonely(str(tmp_path / "other")), device=torch.device("cpu"))
+    with pytest.raises(AlphaflowError, match="the latents were made"):
+        _ = generator.autoencoder
+
+
+def test_eval_decodes_with_the_autoencoder_that_it_is_given(folder, lonely, tmp_path, capsys):
+    pictures = np.random.default_rng(0).integers(0, 255, (100, 16, 16, 3), dtype=np.uint8)
+    np.savez(tmp_path / "real.npz", arr_0=pictures)
+    checkpoint = lonely("nobody/there")
+    line = ["eval", checkpoint, "--metrics", "fd-tiny", "--nfe", "1", "--images", "100", "--json"]
+    line += ["--reference", str(tmp_path / "real.npz"), "--out", str(tmp_path / "e")]
+    assert cli.run([*line, "--autoencoder", str(folder / "tiny-kl")]) == 0
+    assert json.loads(capsys.readouterr().out)
+    shutil.rmtree(tmp_path / "e")
+    assert cli.run(["eval", str(tmp_path / "real.npz"), "--autoencoder", "x"]) == 2
+    assert "--autoencoder and --decoder are for checkpoints" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"sampler": "foo"}, "sampler 'foo': there are auto, trajectory"),
+        ({"batch": 0}, "batch 0: at least one picture"),
+        ({"nfe": 2, "times": (1.0, 0.5, 0.0)}, "nfe or times, not both"),
+        ({"classes": [10]}, "class 10: this model has classes 0 to 9"),
+    ],
+)
+def test_the_api_refuses_in_one_line(tmp_path, wrong, said):
+    model = alphaflow_cli.load(write_checkpoint(tmp_path / "m.safetensors"), device="cpu")
+    with pytest.raises(AlphaflowError, match=said):
+        model.sample([0], **wrong)
+
+
+def test_the_api_takes_one_class_as_a_number_of_numpy_too(tmp_path):
+    model = alphaflow_cli.load(write_checkpoint(tmp_path / "m.safetensors"), device="cpu")
+    assert torch.equal(model.sample([0, 1], classes=np.int64(3)), model.sample([0, 1], classes=[3, 3]))
+    with pytest.raises(AlphaflowError, match="weights 'foo': there are ema and raw"):
+        alphaflow_cli.load(tmp_path / "m.safetensors", weights="foo")  # type: ignore[arg-type]
