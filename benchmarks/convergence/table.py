@@ -23,19 +23,33 @@ NAMES = {
     "alphaflow-25-linear": "α-Flow .25, linear schedule",
     "alphaflow-25-unclamped": "α-Flow .25, no clamp",
 }
-PANELS = (  # title, members with their colours
-    ("baselines", (("flow", GREY), ("trajectory-25", BLUE), ("shortcut-75", ORANGE), ("shortcut-75-adaptive", RED))),
+FIRST_SEED = "seed 0 alone"  # of a panel some of whose members have no other
+PANELS = (  # title, members with their colours and short names
     (
-        "MeanFlow, α-Flow",
-        (("meanflow-25", ORANGE), ("meanflow-75", RED), ("alphaflow-25", BLUE), ("alphaflow-50", GREEN)),
+        "baselines",
+        (
+            ("flow", GREY, "FM"),
+            ("trajectory-25", BLUE, "TFM .25"),
+            ("shortcut-75", ORANGE, "Shortcut .75"),
+            ("shortcut-75-adaptive", RED, "the same, adaptive"),
+        ),
     ),
     (
-        "α-Flow .25",
+        "MeanFlow, alpha-Flow",
         (
-            ("alphaflow-25", BLUE),
-            ("alphaflow-25-unclamped", ORANGE),
-            ("alphaflow-25-converging", PURPLE),
-            ("alphaflow-25-linear", GREEN),
+            ("meanflow-25", ORANGE, "MeanFlow .25"),
+            ("meanflow-75", RED, "MeanFlow .75"),
+            ("alphaflow-25", BLUE, "alpha-Flow .25"),
+            ("alphaflow-50", GREEN, "alpha-Flow .5"),
+        ),
+    ),
+    (
+        f"alpha-Flow .25, {FIRST_SEED}",
+        (
+            ("alphaflow-25", BLUE, "published"),
+            ("alphaflow-25-unclamped", ORANGE, "no clamp"),
+            ("alphaflow-25-converging", PURPLE, "converging"),
+            ("alphaflow-25-linear", GREEN, "linear"),
         ),
     ),
 )
@@ -119,16 +133,21 @@ def table(runs: Sequence[Run]) -> list[str]:
 
 def verdict(runs: Sequence[Run], first: str, second: str, nfe: int) -> str:
     """What may be said of two members: an order only where no seed of one lies among the other's."""
-    a, b = ([run.scores[nfe] for run in runs if run.member == member] for member in (first, second))
+    a, b = ({run.seed: run.scores[nfe] for run in runs if run.member == member} for member in (first, second))
     if not a or not b:
         return "not finished yet."
-    numbers = f"{told(a)} against {told(b)}"
     if len(a) < 3 or len(b) < 3:
-        fewer = min(len(a), len(b))
-        return f"{numbers}; {fewer} seed{'s' if fewer > 1 else ''} of one of them: no order is claimed."
-    if max(a) < min(b) or max(b) < min(a):
-        better = "better" if mean(a) < mean(b) else "worse"
-        return f"{numbers}: {better} on every seed ({len(a)} and {len(b)} seeds)."
+        common = sorted(set(a) & set(b))
+        numbers = (
+            f"{told([a[seed] for seed in common])} against {told([b[seed] for seed in common])}" if common else "–"
+        )
+        seeds = f"seed{'s' if len(common) > 1 else ''} {', '.join(map(str, common)) or 'none'}"
+        return f"{numbers} on their common {seeds}: no order is claimed."
+    x, y = list(a.values()), list(b.values())
+    numbers = f"{told(x)} against {told(y)}"
+    if max(x) < min(y) or max(y) < min(x):
+        better = "better" if mean(x) < mean(y) else "worse"
+        return f"{numbers}: {better} on every seed ({len(x)} and {len(y)} seeds)."
     return f"{numbers}: the seeds overlap, so these runs show no order."
 
 
@@ -137,10 +156,11 @@ def chart(runs: Sequence[Run]) -> Chart:
     panels = []
     for title, members in PANELS:
         lines = []
-        for member, colour in members:
-            mine = [run for run in runs if run.member == member]
+        for member, colour, name in members:
+            alone = FIRST_SEED in title
+            mine = [run for run in runs if run.member == member and not (alone and run.seed)]
             points = [(float(nfe), mean(run.scores[nfe] for run in mine)) for nfe in NFE] if mine else []
-            lines.append(Line(NAMES[member].replace("α", "alpha"), points, colour, markers=True))
+            lines.append(Line(name, points, colour, markers=True))
         panels.append(Panel(f"FD-tiny, {title}", lines, log_y=True))
     return Chart(
         title="CIFAR-10 at 16 px, equal budget",
