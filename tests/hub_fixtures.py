@@ -1,5 +1,6 @@
 """A Hub on loopback, an empty cache, a user; and a tiny trained-looking run to publish."""
 
+import hashlib
 import json
 
 import huggingface_hub
@@ -7,6 +8,7 @@ import pytest
 import torch
 from hub_server import HubServer
 
+from alphaflow_cli.cli import run
 from alphaflow_cli.engine.build import build_network
 from alphaflow_cli.engine.checkpoint import Checkpoint, save_checkpoint
 from alphaflow_cli.recipe import recipe_from_text
@@ -43,7 +45,7 @@ def write_checkpoint(path, *, seed=0, sets=(), **origin):
     }
     facts = {"step": 100, "images_seen": 800, "weights": "ema", "half_life": 50.0, "class_names": []}
     facts |= {"versions": {"alphaflow": "0.1.0", "torch": "2.6"}, "autoencoder": {"id": recipe.data.autoencoder}}
-    mean = torch.tensor([0.1, 0.0, -0.1], dtype=torch.float64)[:, None, None]
+    mean = torch.tensor([0.1, 0.0, -0.1, 0.05], dtype=torch.float64)[: recipe.data.channels, None, None]
     save_checkpoint(path, Checkpoint(weights, recipe, mean, 0.5 + 0 * mean, facts | origin))
     return path
 
@@ -68,3 +70,31 @@ def results_of(checkpoint_sha256):
 
 def write_results(path, checkpoint_sha256):
     path.write_text(json.dumps(results_of(checkpoint_sha256)))
+
+
+@pytest.fixture
+def project_run(tmp_path, monkeypatch):
+    """runs/tiny in a project folder, where we are: weights, and results that belong to them."""
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "runs" / "tiny"
+    folder.mkdir(parents=True)
+    scored(folder, seed=0)
+    return folder
+
+
+def scored(folder, seed):
+    model = write_checkpoint(folder / "model.safetensors", seed=seed)
+    write_results(folder / "results.json", sha256(model.read_bytes()))
+
+
+def sha256(content):
+    return hashlib.sha256(content).hexdigest()
+
+
+def alphaflow(*args, capsys):
+    """The exit code and stderr of a command; a fault is one line."""
+    code = run([*map(str, args)])
+    out = capsys.readouterr()
+    assert "Traceback" not in out.err
+    assert out.err.lower().count("error:") == (code != 0)
+    return code, out.err

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -258,7 +259,8 @@ def test_averaged_weights_never_pass_as_raw_ones(tiny_run, tmp_path, capsys):
 
 
 def test_a_missing_store_is_told_with_what_to_do(tiny_run, tmp_path, capsys):
-    file = tiny_run / "checkpoints" / "step-00000006" / "model.safetensors"
+    file = tmp_path / "alone.safetensors"
+    shutil.copy(tiny_run / "model.safetensors", file)
     assert cli(["analyze", str(file), "--out", str(tmp_path)]) == 1
     assert "Give --data DIR" in capsys.readouterr().err
 

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,8 @@ from PIL import Image
 from test_sample import pixel_checkpoint
 
 from alphaflow_cli import cli
+from alphaflow_cli.engine.checkpoint import load_checkpoint, save_checkpoint
+from alphaflow_cli.engine.generate import run_folder
 
 
 @pytest.fixture
@@ -90,6 +93,58 @@ def test_the_midpoint_is_swept(run, real):
     found = rows(run / "results.json")
     assert [row["pictures"]["times"][1] for row in found] == pytest.approx([0.1 * i for i in range(1, 10)])
     assert (run / "midpoints.png").is_file()
+
+
+def test_a_guided_sweep_is_guided(run, real):
+    assert evaluate(run, real, "--sweep-midpoint", "--guidance", "2") == 0
+    assert {row["pictures"]["guidance_at_sampling"] for row in rows(run / "results.json")} == {2.0}
+
+
+def test_a_sweep_refuses_guidance_where_it_is_built_in(run, real, capsys):
+    path = run / "model.safetensors"
+    model = load_checkpoint(path)
+    built_in = replace(model.recipe.guidance, omega=1.0, kappa=0.5)
+    save_checkpoint(path, replace(model, recipe=replace(model.recipe, guidance=built_in)))
+    assert evaluate(run, real, "--sweep-midpoint", "--guidance", "2") == 1
+    assert "built into these weights" in capsys.readouterr().err
+
+
+def test_scores_of_an_older_checkpoint_do_not_replace_those_of_the_run(run, real, capsys):
+    assert evaluate(run, real, "--nfe", "1") == 0
+    before = (run / "results.json").read_bytes()
+    older = run / "checkpoints" / "step-00000010" / "model.safetensors"
+    older.parent.mkdir(parents=True)
+    model = load_checkpoint(run / "model.safetensors")
+    weights = {name: 2 * tensor for name, tensor in model.weights.items()}
+    save_checkpoint(older, replace(model, weights=weights))
+    capsys.readouterr()
+    assert evaluate(older, real, "--nfe", "1", "--nfe", "2") == 0
+    assert (run / "results.json").read_bytes() == before
+    assert not (run / "scores.png").exists()
+    beside = Path(capsys.readouterr().out.splitlines()[-1])
+    assert beside.is_relative_to(run / "evals")
+    assert (beside.parent / "scores.png").is_file()
+    assert len((run / "evals" / "history.jsonl").read_text().splitlines()) == 3
+
+
+def test_the_newest_checkpoint_is_the_runs_whatever_it_is_called(run, real):
+    newest = run / "checkpoints" / "step-00000020" / "model.safetensors"
+    newest.parent.mkdir(parents=True)
+    newest.write_bytes((run / "model.safetensors").read_bytes())
+    assert evaluate(newest, real, "--nfe", "1") == 0
+    assert len(rows(run / "results.json")) == 1
+
+
+def test_the_run_of_a_checkpoint_is_found_and_no_other_folder_taken_for_it(run):
+    step = run / "checkpoints" / "step-00000020"
+    step.mkdir(parents=True)
+    (step / "model.safetensors").touch()
+    for place in (run, run / "model.safetensors", step, step / "model.safetensors"):
+        assert run_folder(str(place)) == run
+    converted = run / "converted"
+    converted.mkdir()
+    assert run_folder(str(converted)) is None
+    assert run_folder("user/model") is None
 
 
 @pytest.mark.distributed

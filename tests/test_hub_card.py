@@ -19,8 +19,9 @@ import alphaflow_cli
 from alphaflow_cli.cli import run
 from alphaflow_cli.convert import Options, convert
 from alphaflow_cli.engine.checkpoint import load_checkpoint, save_checkpoint
-from alphaflow_cli.engine.publish import open_source, scrub, stage
+from alphaflow_cli.engine.publish import open_source, stage
 from alphaflow_cli.errors import AlphaflowError
+from alphaflow_cli.hub.scrub import scrub
 from alphaflow_cli.recipe import load_recipe
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
@@ -118,12 +119,31 @@ PATHS = {
     "stabilityai/sd-vae-ft-ema": "stabilityai/sd-vae-ft-ema",
     "0.1 img/s, r/t": "0.1 img/s, r/t",
     "latents/glyphs": "latents/glyphs",
+    f"file://{HOME}/x.pt": "x.pt",
+    f"see file://{HOME}/x.pt": "see x.pt",
+    "key:/data/a/b": "key:b",
+    "D:/data/x": "x",
+    "C:\\data\\x": "x",
+    "\\\\srv\\share\\x": "x",
+    "on \\\\srv\\share\\x now": "on x now",
+    f"from /{HOME}/x": "from x",
+    "hf://datasets/me/x": "hf://datasets/me/x",
+    "http://127.0.0.1:80/a/b": "http://127.0.0.1:80/a/b",
+    "me/b2:sub/x.safetensors": "me/b2:sub/x.safetensors",
+    "ratio 3:1, ~50 of them": "ratio 3:1, ~50 of them",
 }
 
 
 @pytest.mark.parametrize("text", PATHS)
 def test_a_path_becomes_its_last_part(text):
     assert scrub({"a": [text, 1, None]}) == {"a": [PATHS[text], 1, None]}
+
+
+def test_names_of_classes_are_no_paths():
+    assert scrub({"class_names": ["/m/01g317", "~x"], "store": f"{HOME}/x"}) == {
+        "class_names": ["/m/01g317", "~x"],
+        "store": "x",
+    }
 
 
 def test_no_path_no_state_and_no_secret_leaves(finished, tmp_path, monkeypatch):

@@ -135,6 +135,7 @@ def test_guidance_at_sampling_mixes_both_velocities(tmp_path):
         (["--times", "1,0.2,0.5,0"], "a grid falls from 1 to 0"),
         (["--classes", "class 77"], "not a class of this model"),
         (["--classes", "10"], "not a class of this model"),
+        (["--classes", "²"], "not a class of this model"),
         (["--nfe", "0"], "at least one network evaluation"),
         (["--sampler", "heun", "--nfe", "4"], "1, 3, 5"),
         (["--weights", "raw"], "holds averaged weights only"),
@@ -150,7 +151,7 @@ def test_a_wish_that_cannot_be_granted_gets_one_line(tmp_path, capsys, options, 
     assert not (tmp_path / "x.npy").exists()
 
 
-@pytest.mark.parametrize("seeds", ["a", "5-2", "1,,2", "-3"])
+@pytest.mark.parametrize("seeds", ["a", "5-2", "1,,2", "-3", "²", "1-²"])
 def test_seeds_that_are_no_seeds_are_a_fault_of_the_command_line(tmp_path, seeds):
     assert cli.run(["sample", "x.safetensors", f"--seeds={seeds}", "--grid", "g.png"]) == 2
 

@@ -35,7 +35,7 @@ EPILOG = examples(
 @set_option
 @click.option("--latents", metavar="STATS", help="scale:0.18215, meanflow, or a .safetensors with mean and std.")
 @click.option("--autoencoder", metavar="ID|DIR|none", help="What decodes the latents, where it is not inside SRC.")
-@click.option("--weights", type=click.Choice(["ema", "raw"]), default="ema", help="Which of SRC's weights.")
+@click.option("--weights", type=click.Choice(["ema", "raw"]), help="Which of SRC's weights.")
 @json_option
 def command(
     source: str,
@@ -46,7 +46,7 @@ def command(
     sets: tuple[str, ...],
     latents: str | None,
     autoencoder: str | None,
-    weights: str,
+    weights: str | None,
     as_json: bool,
 ) -> None:
     """Convert a checkpoint of another system to ours.
@@ -58,8 +58,11 @@ def command(
     from alphaflow_cli.convert import Options, convert, export
     from alphaflow_cli.hub import resolve_file
 
-    if target and (recipe or sets or latents or family != "auto"):
-        raise click.UsageError("--to alphaflow takes everything from SRC: no --from, --recipe, --set or --latents")
+    if target and (recipe or sets or latents or autoencoder or weights or as_json or family != "auto"):
+        raise click.UsageError(
+            "--to alphaflow takes everything from SRC and prints a path: no --from, --recipe, --set, --latents, "
+            "--autoencoder, --weights or --json"
+        )
     path = resolve_file(source)
     if target:
         click.echo(export(path, out))

@@ -86,10 +86,8 @@ def command(
         metrics=metrics, reference=reference, images=images, draw=draw, autoencoder=autoencoder,
         decoder=decoder, batch=batch, weights=weights, out=out,
     )  # fmt: skip
-    of_checkpoint = is_checkpoint(subject)
-    if not of_checkpoint and (
-        nfe or times or sweep_midpoint or draw or guidance or autoencoder or {sampler, decoder} != {"auto"}
-    ):
+    asked = (nfe, times, sweep_midpoint, draw, guidance, autoencoder, sampler != "auto", decoder != "auto")
+    if not (of_checkpoint := is_checkpoint(subject)) and any(asked):
         only = "--nfe, --sampler, --draw, --autoencoder and --decoder"
         raise click.UsageError(f"{subject} is a source of pictures: {only} are for checkpoints.")
     run(request, processes, of_checkpoint, markdown=markdown, as_json=as_json)

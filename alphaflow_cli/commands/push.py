@@ -1,5 +1,6 @@
 """`alphaflow push`: a run to the Hub."""
 
+import re
 import tempfile
 from pathlib import Path
 
@@ -14,9 +15,36 @@ EPILOG = examples(
 )
 
 
+def check_licence(_context: click.Context, _parameter: click.Parameter, value: str) -> str:
+    """The form that the Hub's ids of licences have."""
+    if not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", value):
+        raise click.BadParameter(f"{value!r} is no id the Hub knows; they look like apache-2.0, cc-by-nc-4.0 or other.")
+    return value
+
+
+def check_repository(_context: click.Context, _parameter: click.Parameter, value: str | None) -> str | None:
+    """A name that the Hub can have."""
+    from alphaflow_cli.hub.address import is_repository
+
+    if value is not None and not is_repository(value):
+        raise click.BadParameter(f"{value!r} is not of the form user/name, in the letters the Hub takes.")
+    return value
+
+
+def local_source(source: str, repo: str | None) -> Path:
+    """Only what lies here is published: the Hub's copy is not sent back under another name."""
+    from alphaflow_cli.hub.address import is_repository
+
+    path = Path(source).expanduser()
+    if not path.exists():
+        target = repo or (source if is_repository(source) else "")
+        raise click.UsageError(f"{source}: not here; say the run: {f'alphaflow push runs/NAME {target}'.strip()}")
+    return path
+
+
 @click.command(epilog=EPILOG)
 @click.argument("source", metavar="[RUN|CKPT]", required=False)
-@click.argument("repo", required=False)
+@click.argument("repo", required=False, callback=check_repository)
 @click.option("--private", is_flag=True, help="Create the repository for your eyes only.")
 @click.option("--pr", "pull_request", is_flag=True, help="Open a pull request instead of committing.")
 @click.option("--dry-run", is_flag=True, help="Write the folder and list it; nothing is sent.")
@@ -24,7 +52,17 @@ EPILOG = examples(
     "--out", type=click.Path(path_type=Path), help="Where --dry-run writes it. Default: RUN/hub or <name>-hub."
 )
 @click.option(
-    "--license", "licence", default="unknown", show_default=True, help="Of the weights, in the Hub's spelling."
+    "--license",
+    "licence",
+    default="unknown",
+    show_default=True,
+    callback=check_licence,
+    help="Of the weights, in the Hub's spelling.",
+)
+@click.option(
+    "--autoencoder",
+    type=click.Path(exists=True, path_type=Path),
+    help="The model's own autoencoder, a folder or a weights file, where it is not found beside it.",
 )
 @click.option("--without-results", is_flag=True, help="Leave results.json out.")
 def command(
@@ -35,6 +73,7 @@ def command(
     dry_run: bool,
     out: Path | None,
     licence: str,
+    autoencoder: Path | None,
     without_results: bool,
 ) -> None:
     """Publish a model on the Hub.
@@ -44,24 +83,23 @@ def command(
     """
     from alphaflow_cli.engine.progress import say
     from alphaflow_cli.engine.publish import newest_run, open_source, stage
-    from alphaflow_cli.hub.upload import Target, check_login, prepare, upload
+    from alphaflow_cli.hub.upload import Target, check_login, check_name, upload
 
-    if repo is not None and repo.count("/") != 1:
-        raise click.UsageError(f"REPO {repo!r} has the form user/name.")
     if out is not None and not dry_run:
         raise click.UsageError("--out goes with --dry-run.")
-    path = Path(source) if source else newest_run()
+    path = local_source(source, repo) if source else newest_run()
     opened = open_source(path, with_results=not without_results)
     if dry_run:
         folder = out or (path / "hub" if path.is_dir() else path.with_name(f"{path.stem}-hub"))
-        files = stage(opened, folder, repo=repo or f"user/{opened.name}", licence=licence)
+        name = repo or f"user/{opened.name}"
+        files = stage(opened, folder, repo=name, licence=licence, autoencoder=autoencoder)
         print_table([(name, f"{size:,} bytes") for name, size in files.items()])
         click.echo(folder)
         return
     user = check_login()
     target = Target(repo or f"{user}/{opened.name}", private, pull_request)
-    prepare(target)
+    check_name(target)
     with tempfile.TemporaryDirectory(prefix="alphaflow-push-") as temporary:
-        files = stage(opened, Path(temporary), repo=target.repo, licence=licence)
+        files = stage(opened, Path(temporary), repo=target.repo, licence=licence, autoencoder=autoencoder)
         say(f"sending {len(files)} files, {sum(files.values()):,} bytes, to {target.repo}")
         click.echo(upload(Path(temporary), target, message=opened.title))

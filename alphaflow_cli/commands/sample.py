@@ -22,7 +22,7 @@ def to_seeds(ctx: click.Context, param: click.Parameter, value: str) -> list[int
     found: list[int] = []
     for part in value.split(","):
         first, dash, last = part.strip().partition("-")
-        if not first.isdigit() or (dash and not last.isdigit()) or (dash and int(last) < int(first)):
+        if not first.isdecimal() or (dash and not last.isdecimal()) or (dash and int(last) < int(first)):
             raise click.BadParameter(f"{value!r}: seeds are numbers and ranges such as 0-63 or 1,5,9.")
         found.extend(range(int(first), int(last or first) + 1))
     return found

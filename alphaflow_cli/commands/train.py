@@ -28,7 +28,7 @@ class MicroBatch(click.ParamType):  # type: ignore[type-arg]
 
     def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int:
         text = str(value)
-        if value != 0 and text != "auto" and not (text.isdigit() and int(text) > 0):
+        if value != 0 and text != "auto" and not (text.isdecimal() and int(text) > 0):
             self.fail(f"{text!r} is neither a number of rows nor auto.", param, ctx)
         return 0 if text == "auto" else int(text)
 

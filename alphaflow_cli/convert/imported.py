@@ -1,5 +1,6 @@
 """What a family's reader hands over, and how it becomes a recipe: each fact with where it comes from."""
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -36,6 +37,7 @@ class Latents:
     std: Tensor
     normalise: Literal["position", "channel", "scale"]
     source: str  # where the numbers come from, in words
+    inside: bool = False  # whether they stood in the file itself
 
 
 @dataclass
@@ -55,9 +57,9 @@ class Imported:
     filled: dict[str, str] = field(default_factory=dict)  # facts that did not, and where they were taken from
 
 
-def base_recipe(options: Options, published: str | None, found: dict[str, str]) -> Recipe:
-    """The recipe named on the command line, else the published one that the file's name points to, else b2."""
-    name = options.recipe or published or "b2"
+def base_recipe(options: Options, published: str | None, found: dict[str, str], *, default: str) -> Recipe:
+    """The recipe named on the command line, else the published one that the file's name points to, else a default."""
+    name = options.recipe or published or default
     how = "--recipe" if options.recipe else "the file's name" if published else "no better knowledge"
     found["recipe"] = f"{name} ({how}): everything that is not listed as said"
     return load_recipe(name)
@@ -65,8 +67,10 @@ def base_recipe(options: Options, published: str | None, found: dict[str, str]) 
 
 def complete(foreign: Imported, options: Options, out: Path) -> Recipe:
     """The base recipe with what the file says, then what the command line says, checked as a whole."""
+    _check_sets(options)
     shape, base = foreign.shape, foreign.base
-    dropout = base.guidance.label_dropout if shape.label_rows else 0.0
+    said = number_set(options, "guidance.label_dropout")
+    dropout = (base.guidance.label_dropout if said is None else said) if shape.label_rows else 0.0
     classes = max(shape.label_rows - (dropout > 0), 0)
     model = replace(
         base.model,
@@ -95,10 +99,35 @@ def complete(foreign: Imported, options: Options, out: Path) -> Recipe:
     return recipe_from_text(dump_recipe(recipe), f"{out.name} (its recipe)", options.sets)
 
 
-def heads_set(options: Options) -> int | None:
-    """`--set model.heads=N`, needed before the recipe stands."""
-    values = [text.partition("=")[2].strip() for text in options.sets if text.strip().startswith("model.heads")]
-    return int(values[-1]) if values and values[-1].isdigit() else None
+def is_set(options: Options, key: str) -> bool:
+    """Whether `--set` names this key."""
+    return any(text.partition("=")[0].strip() == key for text in options.sets)
+
+
+def _check_sets(options: Options) -> None:
+    """The recipe's normalisation and the statistics beside it are one thing, and --latents sets both."""
+    for key in ("data.scale", "data.shift", "data.normalise"):
+        if is_set(options, key):
+            raise AlphaflowError(
+                f"--set {key}: would change the recipe and not the statistics stored with it. "
+                "Say it with --latents: scale:0.18215, meanflow, or a .safetensors file with mean and std."
+            )
+
+
+def number_set(options: Options, key: str) -> float | None:
+    """`--set model.heads=N` and others that are needed before the recipe stands; text is left to the recipe's check."""
+    values = [text.partition("=")[2].strip() for text in options.sets if text.partition("=")[0].strip() == key]
+    try:
+        value = float(values[-1]) if values else None
+    except ValueError:
+        return None
+    return value if value is not None and math.isfinite(value) else None
+
+
+def note_heads(heads: int, dim: int, options: Options, filled: dict[str, str]) -> None:
+    """Where the number of heads comes from, when the file does not say it."""
+    how = "--set model.heads" if is_set(options, "model.heads") else f"of the published size with {dim} channels"
+    filled["heads"] = f"{heads} ({how})"
 
 
 def _scale(foreign: Imported) -> tuple[float, float]:
@@ -117,8 +146,12 @@ def _downscale(foreign: Imported, options: Options) -> int:
 
 def _autoencoder(foreign: Imported, options: Options, out: Path) -> str:
     if options.autoencoder:
+        foreign.filled["autoencoder"] = f"{options.autoencoder} (--autoencoder)"
         return options.autoencoder
-    return autoencoder_folder(out).name if foreign.autoencoder else foreign.base.data.autoencoder
+    if foreign.autoencoder:
+        return autoencoder_folder(out).name
+    foreign.filled["autoencoder"] = f"{foreign.base.data.autoencoder} (the recipe's; --autoencoder names another)"
+    return foreign.base.data.autoencoder
 
 
 def autoencoder_folder(out: Path) -> Path:
@@ -131,7 +164,7 @@ def _name(out: Path) -> str:
 
 
 def pick(
-    tree: dict[str, Any], names: Mapping[str, tuple[str, ...]], options: Options, where: str
+    tree: dict[str, Any], names: Mapping[str, tuple[str, ...]], options: Options, where: str, *, filled: dict[str, str]
 ) -> tuple[object, str]:
     """The EMA or raw table of a checkpoint; where the wanted one is missing, both sides are said."""
     for key in names[options.weights]:
@@ -142,4 +175,6 @@ def pick(
         raise AlphaflowError(
             f"{where}: holds no {options.weights} weights, only {other}. Convert those knowingly: --weights {other}"
         )
-    return tree, "ema"  # a bare table, as released: by custom the EMA
+    how = "--weights raw" if options.weights == "raw" else "released tables are by custom"
+    filled["weights"] = f"{options.weights} ({how}; a bare table does not say)"
+    return tree, options.weights

@@ -62,8 +62,13 @@ def _from_file(path: Path) -> Latents:
 
 def statistics(mean: Tensor, std: Tensor, source: str) -> Latents:
     """Per position where they have positions, else per channel; the batch axis goes."""
+    if mean.ndim not in (3, 4) or mean.shape != std.shape or mean.shape[:-3] not in ((), (1,)):
+        raise AlphaflowError(
+            f"{source}: mean and std have the shapes {tuple(mean.shape)} and {tuple(std.shape)}; "
+            "wanted (C, 1, 1) or (C, h, w), both the same."
+        )
     mean, std = (value.double().reshape(value.shape[-3:]) for value in (mean, std))
     good = torch.isfinite(mean).all() and torch.isfinite(std).all() and (std > 0).all()
-    if not good or mean.shape != std.shape:
-        raise AlphaflowError(f"{source}: the latents' mean and std are not finite and positive, or differ in shape.")
+    if not good:
+        raise AlphaflowError(f"{source}: the latents' mean and std are not finite and positive.")
     return Latents(mean=mean, std=std, normalise="position" if mean.shape[-1] > 1 else "channel", source=source)

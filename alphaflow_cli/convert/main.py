@@ -5,7 +5,7 @@ import json
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from safetensors.torch import save_file
@@ -13,11 +13,11 @@ from torch import Tensor
 
 from alphaflow_cli.convert.imported import FAMILIES, Family, Imported, Options, autoencoder_folder, complete
 from alphaflow_cli.convert.published import looks_published, published_tree, read_published
-from alphaflow_cli.convert.shape import fit
-from alphaflow_cli.convert.sit import add_second_embedder, fields, looks_like, read_sit
+from alphaflow_cli.convert.shape import check_fit, finite
+from alphaflow_cli.convert.sit import add_second_embedder, fields, looks_like, read_sit, turn_time
 from alphaflow_cli.convert.source import read_source
 from alphaflow_cli.engine.build import build_network
-from alphaflow_cli.engine.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from alphaflow_cli.engine.checkpoint import Checkpoint, check_latents, load_checkpoint, save_checkpoint
 from alphaflow_cli.engine.files import write_atomically
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.nn.autoencoder import load_autoencoder
@@ -46,16 +46,26 @@ def convert(source: Path, out: Path, options: Options) -> Outcome:
     _check_out(source, out)
     foreign = _read(source, options)
     recipe = complete(foreign, options, out)
-    weights = foreign.weights
     if foreign.family == "dit":
         recipe = replace(recipe, model=replace(recipe.model, prediction="noise"))
-    if foreign.family in ("sit", "dit"):
-        weights = add_second_embedder(weights, build_network(recipe).state_dict())
-    weights = fit(weights, recipe, source.name)
+    facts = foreign.said if foreign.latents.inside else foreign.filled
+    facts["latents"] = foreign.latents.source
+    check_latents(foreign.latents.mean, foreign.latents.std, recipe, foreign.latents.source)
+    weights = _network_weights(foreign, recipe, source.name)
     folder = _write_autoencoder(foreign.autoencoder, out) if foreign.autoencoder else None
     origin = _origin(foreign, source, _autoencoder_record(folder, recipe))
     save_checkpoint(out, Checkpoint(weights, recipe, foreign.latents.mean, foreign.latents.std, origin))
     return Outcome(out, foreign.family, foreign.which, recipe, foreign.said, foreign.filled, folder)
+
+
+def _network_weights(foreign: Imported, recipe: Recipe, where: str) -> dict[str, Tensor]:
+    """Checked by names and shapes before anything is built, then with our time and the embedder that is missing."""
+    one_embedder = foreign.family in ("sit", "dit")
+    check_fit(foreign.weights, recipe, where, without=("second_embed.",) if one_embedder else ())
+    weights = turn_time(foreign.weights) if foreign.family == "sit" else foreign.weights
+    if one_embedder:
+        weights = add_second_embedder(weights, build_network(recipe).state_dict())
+    return finite(weights, where)
 
 
 def _check_out(source: Path, out: Path) -> None:
@@ -66,24 +76,35 @@ def _check_out(source: Path, out: Path) -> None:
 
 
 def _read(source: Path, options: Options) -> Imported:
-    """By --from, else by what only one family has."""
+    """By --from, else by what only one family has; a file that says another family is not forced."""
     tree = read_source(source)
-    family = options.family if options.family != "auto" else _recognise(tree, source)
+    said = _said_family(tree)
+    family = options.family if options.family != "auto" else said or _unknown(tree, source)
+    if said and said != family:
+        raise AlphaflowError(
+            f"{source.name}: --from {family}, but the names and arguments in it are those of {said}. "
+            f"Leave --from out, or say --from {said}"
+        )
     if family == "alphaflow":
         return read_published(tree, source, options)
     assert family in ("sit", "dit", "meanflow"), family
     return read_sit(tree, source, options, family)
 
 
-def _recognise(tree: dict[str, Any], source: Path) -> Family:
+def _names(tree: dict[str, Any]) -> dict[str, Any]:
     tables = [tree.get(key) for key in ("ema", "net", "model")] + [tree]
-    table = next(table for table in tables if isinstance(table, dict) and table)
-    names = {str(name).replace("_orig_mod.", "").removeprefix("module."): value for name, value in table.items()}
-    if looks_published(names):
-        return "alphaflow"
-    found = looks_like(names, fields(tree))
-    if found:
-        return found
+    table = next((table for table in tables if isinstance(table, dict) and table), {})
+    return {str(name).replace("_orig_mod.", "").removeprefix("module."): value for name, value in table.items()}
+
+
+def _said_family(tree: dict[str, Any]) -> Family | None:
+    """What the names, or the arguments kept beside them, can only be."""
+    names = _names(tree)
+    return "alphaflow" if looks_published(names) else looks_like(names, fields(tree))
+
+
+def _unknown(tree: dict[str, Any], source: Path) -> NoReturn:
+    names = _names(tree)
     if "t_embedder.mlp.0.weight" in names:
         raise AlphaflowError(
             f"{source.name}: SiT and DiT have the same tables of weights, and the file does not say which it is: "
@@ -112,7 +133,7 @@ def _origin(foreign: Imported, source: Path, autoencoder: dict[str, str]) -> dic
         "file": source.name,
         "sha256": _sha256(source),
         "said": foreign.said,
-        "filled": foreign.filled | {"latents": foreign.latents.source},
+        "filled": foreign.filled,
     }
     known = {"step": foreign.step} if foreign.step is not None else {}
     return known | {

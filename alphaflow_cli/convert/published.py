@@ -1,5 +1,6 @@
 """The published α-Flow and MeanFlow snapshots, both ways: a `.pt` of net, ema and cfg with the autoencoder inside."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alphaflow_cli.convert.imported import Imported, Latents, Options, base_recipe, heads_set, pick
+from alphaflow_cli.convert.imported import (
+    Imported,
+    Latents,
+    Options,
+    base_recipe,
+    is_set,
+    note_heads,
+    number_set,
+    pick,
+)
 from alphaflow_cli.convert.latents import parse_latents, statistics
 from alphaflow_cli.convert.shape import Shape, heads_of, read_shape, to_our_names
 from alphaflow_cli.convert.source import state_dict
@@ -35,19 +45,22 @@ def looks_published(table: dict[str, Tensor]) -> bool:
 
 def read_published(tree: dict[str, Any], path: Path, options: Options) -> Imported:
     """Network, statistics, autoencoder; the configuration is checked against the shapes."""
-    table, which = pick(tree, TABLES, options, path.name)
+    filled: dict[str, str] = {}
+    table, which = pick(tree, TABLES, options, path.name, filled=filled)
     state = state_dict(table, path.name)
     weights = to_our_names(_under(state, "model."), path.name, second=None)
     shape = read_shape(weights, path.name)
     said = _configuration(tree.get("cfg"), shape, path.name)
-    filled: dict[str, str] = {}
-    base = _base(path, options, said, filled)
+    base = _base(path, options, said, filled, shape.label_rows)
+    heads = heads_of(shape.dim, path.name, said.get("num_heads", number_set(options, "model.heads")))
+    if "num_heads" not in said or is_set(options, "model.heads"):
+        note_heads(heads, shape.dim, options, filled)
     return Imported(
         family="alphaflow",
         weights=weights,
         which=which,
         shape=shape,
-        heads=heads_of(shape.dim, path.name, said.get("num_heads") or heads_set(options)),
+        heads=heads,
         latents=_latents(state, options, path.name),
         base=base,
         autoencoder=_under(state, AUTOENCODER),
@@ -83,7 +96,7 @@ def _section(tree: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def _check(said: dict[str, Any], shape: Shape, where: str) -> None:
-    if any(not isinstance(value, (int, float)) for value in said.values()):
+    if any(not isinstance(value, (int, float)) or not math.isfinite(value) for value in said.values()):
         raise AlphaflowError(f"{where}: its configuration is not one of numbers: {str(said)[:200]}.")
     seen: dict[str, float] = {
         "dim": shape.dim,
@@ -98,7 +111,7 @@ def _check(said: dict[str, Any], shape: Shape, where: str) -> None:
             raise AlphaflowError(f"{where}: its configuration says {key} {said[key]}, its weights say {value:g}.")
 
 
-def _base(path: Path, options: Options, said: dict[str, Any], filled: dict[str, str]) -> Recipe:
+def _base(path: Path, options: Options, said: dict[str, Any], filled: dict[str, str], rows: int) -> Recipe:
     """Guidance is baked in and not in the file: asked for, unless there is no null row or the name is known."""
     published = RECIPES.get(path.stem.lower())
     asked = options.recipe or any(text.startswith("guidance.") for text in options.sets)
@@ -107,9 +120,18 @@ def _base(path: Path, options: Options, said: dict[str, Any], filled: dict[str, 
             f"{path.name}: was trained with guidance (it drops labels), but does not say which, and the name is none "
             "of the released files'. Say it: --recipe b2-cfg (or another), or --set guidance.omega=… and kappa=…"
         )
-    base = base_recipe(options, published, filled)
     dropout = said.get("label_dropout")
+    dropped = is_set(options, "guidance.label_dropout")
+    if rows and dropout is None and not (published or options.recipe or dropped):
+        raise AlphaflowError(
+            f"{path.name}: has {rows} rows of labels, and no configuration that says what they are: {rows} classes, or "
+            f"{rows - 1} and the null label of a guided model. Say it: --recipe b2 or b2-cfg (or another), or --set "
+            "guidance.label_dropout=0 (all are classes) or 0.1 (the last is the null label; omega and kappa as well)"
+        )
+    base = base_recipe(options, published, filled, default="b2")
     if dropout is None:
+        null = (number_set(options, "guidance.label_dropout") if dropped else base.guidance.label_dropout) or 0.0
+        filled["labels"] = f"{rows} rows read as {max(rows - (null > 0), 0)} classes, label_dropout {null}"
         return base
     return replace(base, guidance=replace(base.guidance, label_dropout=float(dropout)))
 
@@ -124,7 +146,8 @@ def _latents(state: dict[str, Tensor], options: Options, where: str) -> Latents:
             f"{where}: holds no latents' statistics (autoencoder_mean, autoencoder_var, filled in). "
             "Give them: --latents FILE.safetensors with mean and std, or --latents scale:0.18215"
         )
-    return statistics(mean, variance.double().sqrt(), f"{where} (autoencoder_mean, autoencoder_var)")
+    found = statistics(mean, variance.double().sqrt(), f"{where} (autoencoder_mean, autoencoder_var)")
+    return replace(found, inside=True)
 
 
 def published_tree(

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from alphaflow_cli.engine.checkpoint import misfits
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.nn.names import from_published
 from alphaflow_cli.recipe.schema import Recipe
@@ -50,15 +51,22 @@ def read_shape(weights: dict[str, Tensor], where: str) -> Shape:
     try:
         dim, channels, patch, _ = weights["patch_embed.proj.weight"].shape
         tokens = weights["pos_embed"].shape[1]
-        depth = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks."))
+        blocks = {int(name.split(".")[1]) for name in weights if name.startswith("blocks.")}
         hidden = weights["blocks.0.mlp.fc1.weight"].shape[0]
         last = weights["final.linear.weight"].shape[0]
     except (KeyError, ValueError, IndexError) as error:
-        raise AlphaflowError(f"{where}: a checkpoint of another family, or not whole: {error} is missing.") from error
+        raise AlphaflowError(f"{where}: a checkpoint of another family, or not whole ({error}).") from error
+    if blocks != set(range(len(blocks))):  # a few bytes may name block 3,000,000
+        raise AlphaflowError(f"{where}: has {len(blocks)} blocks, but numbers them up to {max(blocks)}.")
+    if 0 in (dim, channels, patch, tokens) or last % patch**2:
+        raise AlphaflowError(
+            f"{where}: no network has {dim} channels, {tokens} tokens, and patches of {patch}x{patch} with {channels} "
+            f"channels in and {last} numbers out."
+        )
     table = weights.get("label_embed.weight")
     return Shape(
         dim=dim,
-        depth=depth,
+        depth=len(blocks),
         patch=patch,
         channels=channels,
         latent_size=math.isqrt(tokens) * patch,
@@ -69,29 +77,28 @@ def read_shape(weights: dict[str, Tensor], where: str) -> Shape:
     )
 
 
-def heads_of(dim: int, where: str, said: int | None) -> int:
+def heads_of(dim: int, where: str, said: float | None) -> int:
     """From the file, else from the family's sizes."""
-    if said or dim in HEADS:
-        return said or HEADS[dim]
+    if said is not None or dim in HEADS:
+        heads = HEADS[dim] if said is None else int(said)
+        if heads < 1 or dim % heads or (said is not None and heads != said):
+            raise AlphaflowError(f"{where}: {said} attention heads do not divide {dim} channels. --set model.heads=N")
+        return heads
     raise AlphaflowError(
         f"{where}: does not say how many attention heads it has, and {dim} channels are none of the published sizes "
         f"({', '.join(map(str, HEADS))}). Say it: --set model.heads=N"
     )
 
 
-def fit(weights: dict[str, Tensor], recipe: Recipe, where: str) -> dict[str, Tensor]:
-    """The weights as float32, after a look that the recipe's network has exactly these names and shapes."""
-    from alphaflow_cli.engine.build import build_network
-
-    with torch.device("meta"):
-        wanted = {name: tuple(value.shape) for name, value in build_network(recipe).state_dict().items()}
-    there = {name: tuple(value.shape) for name, value in weights.items()}
-    missing, extra = sorted(wanted.keys() - there.keys()), sorted(there.keys() - wanted.keys())
-    wrong = sorted(name for name in wanted.keys() & there.keys() if wanted[name] != there[name])
-    if missing or extra or wrong:
-        parts = {"missing": missing, "unknown": extra, "of another shape": wrong}
-        told = "; ".join(f"{len(names)} {what}, such as {names[0]}" for what, names in parts.items() if names)
+def check_fit(weights: dict[str, Tensor], recipe: Recipe, where: str, *, without: tuple[str, ...]) -> None:
+    """The recipe's network has exactly these names and shapes, but for those that are still to be added."""
+    told = misfits(weights, recipe, without=without)
+    if told:
         raise AlphaflowError(f"{where}: not the weights of the network it describes ({told}).")
+
+
+def finite(weights: dict[str, Tensor], where: str) -> dict[str, Tensor]:
+    """The weights as float32, after a look that none has values that are not finite."""
     broken = sorted(name for name, value in weights.items() if not torch.isfinite(value).all())
     if broken:
         raise AlphaflowError(f"{where}: {broken[0]} has values that are not finite ({len(broken)} tables do).")

@@ -11,6 +11,7 @@ Both predict a variance too (twice the channels): dropped. Both get a second tim
 that u does not depend on r until it is trained to.
 """
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +19,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from alphaflow_cli.convert.imported import Imported, Latents, Options, base_recipe, heads_set, pick
+from alphaflow_cli.convert.imported import (
+    Imported,
+    Latents,
+    Options,
+    base_recipe,
+    is_set,
+    note_heads,
+    number_set,
+    pick,
+)
 from alphaflow_cli.convert.latents import SD_SCALE, meanflow, parse_latents, scaled
 from alphaflow_cli.convert.shape import Shape, heads_of, read_shape, to_our_names
 from alphaflow_cli.convert.source import state_dict
@@ -30,7 +40,11 @@ from alphaflow_cli.recipe.schema import Data, Guidance, Sample, Schedule, Times
 Kind = Literal["sit", "dit", "meanflow"]
 TABLES = {"ema": ("ema",), "raw": ("model", "net")}
 DROPOUT = 0.1  # of labels, in every released SiT, DiT and MeanFlow; the table then has a null row
-EXPECTED = {"path_type": ("Linear", "linear"), "prediction": ("velocity",)}  # what a SiT's own arguments must say
+EXPECTED = {  # what the file's own arguments must say
+    "path_type": ("Linear", "linear"),
+    "prediction": ("velocity", "v"),  # of a SiT; its descendants abbreviate
+}
+MODELS: dict[str, Kind] = {"SiT": "sit", "DiT": "dit"}  # how the argument `model` begins
 MIX = {"omega": "cfg_omega", "kappa": "cfg_kappa", "t_min": "cfg_min_t", "t_max": "cfg_max_t"}
 
 
@@ -42,29 +56,29 @@ def looks_like(table: dict[str, Tensor], arguments: dict[str, Any]) -> Kind | No
         return None
     if "path_type" in arguments:
         return "sit"
-    return "dit" if str(arguments.get("model", "")).startswith("DiT") else None
+    return MODELS.get(str(arguments.get("model"))[:3])
 
 
 def read_sit(tree: dict[str, Any], path: Path, options: Options, kind: Kind) -> Imported:
     """Our names, our time, our sign."""
-    table, which = pick(tree, TABLES, options, path.name)
+    filled: dict[str, str] = {}
+    table, which = pick(tree, TABLES, options, path.name, filled=filled)
     state = state_dict(table, path.name)
     weights = to_our_names(state, path.name, second="r_embedder." if kind == "meanflow" else None)
     shape = read_shape(weights, path.name)
     arguments = fields(tree)
     weights = _keep_prediction(weights, shape, path.name)
-    if kind == "sit":
-        _check_sit(arguments, path.name)
-        weights = turn_time(weights)
-    filled: dict[str, str] = {}
+    _check_path(arguments, path.name, kind)
     base = _meanflow_base(arguments, options, path, filled) if kind == "meanflow" else _flow_base(kind, filled)
+    heads = heads_of(shape.dim, path.name, number_set(options, "model.heads"))
+    note_heads(heads, shape.dim, options, filled)
     steps = tree.get("steps", tree.get("train_steps"))
     return Imported(
         family=kind,
         weights=weights,
         which=which,
         shape=shape,
-        heads=heads_of(shape.dim, path.name, heads_set(options)),
+        heads=heads,
         latents=_latents(kind, options),
         base=_labels(base, shape),
         step=steps if isinstance(steps, int) else None,
@@ -80,11 +94,14 @@ def fields(tree: dict[str, Any]) -> dict[str, Any]:
     return {str(key): value for key, value in found.items() if isinstance(value, (str, int, float))}
 
 
-def _check_sit(arguments: dict[str, Any], where: str) -> None:
-    for key, good in EXPECTED.items():
-        if key in arguments and arguments[key] not in good:
+def _check_path(arguments: dict[str, Any], where: str, kind: Kind) -> None:
+    """A SiT's path and prediction, a MeanFlow's path; a DiT has neither argument."""
+    keys = {"sit": ("path_type", "prediction"), "meanflow": ("path_type",), "dit": ()}[kind]
+    for key in keys:
+        if key in arguments and arguments[key] not in EXPECTED[key]:
             raise AlphaflowError(
-                f"{where}: a SiT with {key} {arguments[key]!r}; only {good[0]!r} is a velocity on the straight path."
+                f"{where}: a {kind} with {key} {arguments[key]!r}; only {EXPECTED[key][0]!r} is a velocity on the "
+                "straight path."
             )
 
 
@@ -96,7 +113,9 @@ def _keep_prediction(weights: dict[str, Tensor], shape: Shape, where: str) -> di
         raise AlphaflowError(f"{where}: {shape.channels} channels in and {shape.out} out; wanted as many, or twice.")
     kept = {}
     for name in ("final.linear.weight", "final.linear.bias"):
-        value = weights[name]
+        value = weights.get(name, torch.zeros(0))
+        if len(value) != shape.patch**2 * shape.out:
+            raise AlphaflowError(f"{where}: not the weights of the network it describes ({name} is missing or short).")
         pixels = value.reshape(shape.patch**2, shape.out, *value.shape[1:])
         kept[name] = pixels[:, : shape.channels].reshape(-1, *value.shape[1:])
     return weights | kept
@@ -138,18 +157,48 @@ def _flow_base(kind: Kind, filled: dict[str, str]) -> Recipe:
 
 def _meanflow_base(arguments: dict[str, Any], options: Options, path: Path, filled: dict[str, str]) -> Recipe:
     """Guidance is baked in: from the file's arguments, else from --recipe or --set, else asked for."""
-    said = {ours: float(arguments[theirs]) for ours, theirs in MIX.items() if theirs in arguments}
+    said = _mix(arguments, options, path.name, filled)
     asked = options.recipe or any(text.startswith("guidance.") for text in options.sets)
     if not said and not asked:
         raise AlphaflowError(
             f"{path.name}: does not say with which guidance it was trained. Say it: --recipe meanflow-xl2-cfg "
             "(or another), or --set guidance.omega=… --set guidance.kappa=… (1 and 0: none)"
         )
-    base = base_recipe(options, "meanflow-b2", filled)
-    mix = replace(
-        base.guidance, label_dropout=float(arguments.get("cfg_prob") or DROPOUT)
-    )  # its null row is always there
+    base = base_recipe(options, None, filled, default="meanflow-b2")
+    share = _number(arguments, "cfg_prob", path.name) if arguments.get("cfg_prob") else DROPOUT
+    if not 0 < share < 1:
+        raise AlphaflowError(f"{path.name}: its argument cfg_prob is {share:g}; a share of dropped labels is below 1.")
+    if not arguments.get("cfg_prob"):
+        filled["labels"] = f"the last row is the null label, dropped with probability {DROPOUT}"
+    mix = replace(base.guidance, label_dropout=share)  # its null row is always there
     return replace(base, guidance=replace(mix, **said) if said else mix)
+
+
+def _mix(arguments: dict[str, Any], options: Options, where: str, filled: dict[str, str]) -> dict[str, float]:
+    """omega, kappa and their times from the arguments; where --set says one, the file's does not matter."""
+    said = {ours: _number(arguments, theirs, where) for ours, theirs in MIX.items() if theirs in arguments}
+    if said.get("t_max", 1.0) <= said.get("t_min", 0.0):  # no time lies between: trained without guidance
+        filled["guidance"] = f"none: cfg_max_t {said.get('t_max', 1.0):g} leaves no time for it; omega 1, kappa 0"
+        return {"omega": 1.0, "kappa": 0.0, "t_min": 0.0, "t_max": 1.0}
+    said = {ours: value for ours, value in said.items() if not is_set(options, f"guidance.{ours}")}
+    for ours, value in said.items():
+        low, high = {"omega": (1e-12, math.inf), "kappa": (0.0, 1 - 1e-12)}.get(ours, (0.0, 1.0))
+        if not low <= value <= high:
+            raise AlphaflowError(
+                f"{where}: its argument {MIX[ours]} is {value:g}, which no guidance of ours has (omega above 0, kappa "
+                f"from 0 to below 1, times within [0, 1]). Say what was meant: --set guidance.{ours}=…"
+            )
+    return said
+
+
+def _number(arguments: dict[str, Any], key: str, where: str) -> float:
+    try:
+        value = float(arguments[key])
+    except ValueError as error:
+        raise AlphaflowError(f"{where}: its argument {key} is {arguments[key]!r}, not a number.") from error
+    if not math.isfinite(value):
+        raise AlphaflowError(f"{where}: its argument {key} is {value}, not a finite number.")
+    return value
 
 
 def _latents(kind: Kind, options: Options) -> Latents:

@@ -167,7 +167,15 @@ def state_dict(tree: object, where: str) -> dict[str, Tensor]:
         if value.layout != torch.strided or value.is_meta or value.is_quantized or _lies(value):
             raise AlphaflowError(f"{where}: {name[:80]} claims more numbers than the file holds.")
         weights[name.replace("_orig_mod.", "").removeprefix("module.")] = value
+    if _share(weights):
+        raise AlphaflowError(f"{where}: its tables share their bytes, and claim more numbers than the file holds.")
     return weights
+
+
+def _share(weights: dict[str, Tensor]) -> bool:
+    """Whether all tables together are larger than what they lie in."""
+    held = {value.untyped_storage().data_ptr(): value.untyped_storage().nbytes() for value in weights.values()}
+    return sum(value.numel() * value.element_size() for value in weights.values()) > sum(held.values())
 
 
 def _lies(value: Tensor) -> bool:

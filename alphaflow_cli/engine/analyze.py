@@ -1,11 +1,14 @@
 """`alphaflow analyze`: the conflict over many batches, of one checkpoint or of all that a run kept.
 
 OUT/<key>/batches.jsonl has one line per finished batch; the key is a hash of the checkpoint's bytes, the store and the
-settings, so that the same command goes on where it stopped, and another one never mixes with it.
+settings, so that the same command goes on where it stopped, and another one never mixes with it. A line says which
+batch it is, so two analyses at once, or a damaged line, cost time but change no number.
 """
 
 import hashlib
 import json
+import math
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,10 +23,10 @@ from alphaflow_cli.engine.conflict_charts import write_pictures
 from alphaflow_cli.engine.conflict_rows import conflict_rows, renormalised
 from alphaflow_cli.engine.conflict_summary import summarise
 from alphaflow_cli.engine.files import write_atomically
-from alphaflow_cli.engine.generate import Generator, best_device, find_checkpoint, open_generator
+from alphaflow_cli.engine.generate import Generator, best_device, find_checkpoint, open_generator, run_folder
 from alphaflow_cli.engine.progress import Progress, say
 from alphaflow_cli.engine.protocol import environment
-from alphaflow_cli.engine.ready import check_store
+from alphaflow_cli.engine.ready import check_folder, check_store
 from alphaflow_cli.engine.step import Objective
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.recipe.schema import Recipe
@@ -59,14 +62,21 @@ class Work:
 
 def analyze(request: Request) -> tuple[dict[str, Any], Path]:
     """Measure what is missing; returns the document and the folder that holds it and the pictures."""
-    out = request.out or (Path(request.address) if Path(request.address).is_dir() else Path()) / "analysis"
-    found = [analyze_one(address, request, out) for address in checkpoints_of(request)]
+    addresses, out = checkpoints_of(request), request.out or home_of(request) / "analysis"
+    check_folder(out)
+    found = [analyze_one(address, request, out) for address in addresses]
     summaries = sorted(found, key=lambda each: int(each["step"] or 0))
     document: dict[str, Any] = {"schema": SCHEMA, "environment": environment(), "checkpoints": summaries}
     text = json.dumps(document, indent=1, ensure_ascii=False) + "\n"
     write_atomically(out / "conflict.json", lambda temporary: _write(temporary, text))
     document["pictures"] = [str(path) for path in write_pictures(out, summaries)]
     return document, out
+
+
+def home_of(request: Request) -> Path:
+    """The run that the checkpoint belongs to, else its folder if that was named, else here."""
+    path = Path(request.address)
+    return run_folder(request.address) or (path if path.is_dir() else Path())
 
 
 def checkpoints_of(request: Request) -> list[str]:
@@ -109,12 +119,12 @@ def analyze_one(address: str, request: Request, out: Path) -> dict[str, Any]:
     work = Work(generator, stream, request, objective_of(recipe, device), path)
     rows = measure_missing(work)
     stream.close()
-    return {**protocol, "step": generator.origin.get("step"), "address": address, **summarise(rows[: request.batches])}
+    return {**protocol, "step": generator.origin.get("step"), "address": address, **summarise(rows)}
 
 
 def store_of(recipe: Recipe, request: Request) -> Path:
     """--data, else the recipe's, else the one beside the run."""
-    here = Path(request.address) / "latents"
+    here = home_of(request) / "latents"
     for path in (request.data, Path(recipe.data.store) if recipe.data.store else None, here):
         if path is not None and (path == request.data or (path / "manifest.json").is_file()):
             return path
@@ -146,22 +156,25 @@ def describe(path: Path, generator: Generator, request: Request, store: Path) ->
         "precision": recipe.train.precision,  # bf16 on a GPU only; `device` says which
         "guidance": asdict(recipe.guidance),
         "device": generator.device.type,
+        "ties": "drawn again",
     }
 
 
 def measure_missing(work: Work) -> list[dict[str, Any]]:
-    """The lines of all batches asked for, in order; a line that a kill cut short is measured again."""
+    """The lines of all batches asked for, in order; one that a kill cut short, or lost, is measured again."""
     rows = read_lines(work.path)
     net, wanted = work.generator.net.requires_grad_(), work.request.batches
+    missing = [index for index in range(wanted) if index not in rows]
     if rows:
         say(f"{len(rows):,} batches were measured before: going on")
     step = work.generator.origin.get("step")
-    with Progress(f"step {step}", wanted, unit="batch", done=min(len(rows), wanted)) as bar:
-        for index in range(len(rows), wanted):
-            rows.append(measure_one(net, work, index))
-            _append(work.path, rows[-1])
+    with Progress(f"step {step}", wanted, unit="batch", done=wanted - len(missing)) as bar:
+        for index in missing:
+            rows[index] = measure_one(net, work, index)
+            check_finite(work, rows[index])
+            _append(work.path, rows[index])
             bar.advance(1)
-    return rows
+    return [rows[index] for index in range(wanted)]
 
 
 def measure_one(net: torch.nn.Module, work: Work, index: int) -> dict[str, Any]:
@@ -176,20 +189,57 @@ def measure_one(net: torch.nn.Module, work: Work, index: int) -> dict[str, Any]:
     return found
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Whole lines of finished batches; the file is cut behind the last of them."""
+def check_finite(work: Work, found: dict[str, Any]) -> None:
+    """Weights that are not finite have no gradient, and times that never differ have none of the r < t loss."""
+    where = f"{work.generator.recipe.name or 'checkpoint'}, batch {found['batch']}"
+    if found["rows"] < work.request.batch:
+        raise AlphaflowError(
+            f"{where}: {work.request.batch - found['rows']} of {work.request.batch} rows never got r < t: the recipe's "
+            "times are all but equal; raise times.std."
+        )
+    if not all(math.isfinite(number) for number in numbers_in(found)):
+        raise AlphaflowError(
+            f"{where}: a loss or a gradient is not finite, so the checkpoint has no conflict to measure: its weights "
+            "are damaged, or the training diverged. Analyze an earlier one."
+        )
+
+
+def numbers_in(value: Any) -> Iterator[float]:
+    """Every number of a line, at any depth."""
+    if isinstance(value, dict | list):
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from numbers_in(each)
+    elif isinstance(value, float | int):
+        yield value
+
+
+def read_lines(path: Path) -> dict[int, dict[str, Any]]:
+    """Whole lines by the batch they are of, the first of each; the file is cut behind the last whole line."""
     if not path.exists():
-        return []
-    text = path.read_text(encoding="utf-8")
+        return {}
+    text = path.read_text(encoding="utf-8", errors="replace")
     whole = text[: text.rfind("\n") + 1]
     if whole != text:
         write_atomically(path, lambda temporary: _write(temporary, whole))
-    return [json.loads(line) for line in whole.splitlines()]
+    found: dict[int, dict[str, Any]] = {}
+    for line in whole.split("\n"):
+        batch = _batch_of(line)
+        if batch is not None:
+            found.setdefault(batch, json.loads(line))
+    return found
+
+
+def _batch_of(line: str) -> int | None:
+    """Which batch a line is of; None where a power cut or another writer damaged it."""
+    try:
+        return int(json.loads(line)["batch"])
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 def _append(path: Path, row: dict[str, Any]) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+    with path.open("ab", buffering=0) as file:  # one write: the line of another analysis cannot come between
+        file.write(json.dumps(row, allow_nan=False).encode() + b"\n")
 
 
 def _write(path: Path, text: str) -> None:

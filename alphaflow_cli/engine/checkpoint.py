@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from alphaflow_cli.engine.build import build_network
 from alphaflow_cli.engine.files import write_atomically
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.recipe import dump_recipe, recipe_from_text
@@ -73,6 +74,47 @@ def _checkpoint(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]
         origin = json.loads(metadata["origin"])
     except (KeyError, json.JSONDecodeError) as error:
         raise AlphaflowError(f"{path}: the checkpoint lacks {error}; it was not written by alphaflow.") from error
+    if not isinstance(origin, dict):
+        raise AlphaflowError(f"{path}: its origin is a {type(origin).__name__}, not the table that alphaflow writes.")
     if not (torch.isfinite(mean).all() and torch.isfinite(std).all() and (std > 0).all()):
         raise AlphaflowError(f"{path}: the latents' normalisation in it is not finite and positive.")
-    return Checkpoint(weights=weights, recipe=recipe, mean=mean, std=std, origin=origin)
+    check_latents(mean, std, recipe, str(path))
+    checkpoint = Checkpoint(weights=weights, recipe=recipe, mean=mean, std=std, origin=origin)
+    check_shapes(checkpoint, str(path))
+    return checkpoint
+
+
+def check_latents(mean: Tensor, std: Tensor, recipe: Recipe, where: str) -> None:
+    """One number, one per channel, or one per channel and position."""
+    channels, side = recipe.data.channels, recipe.data.latent_size
+    shapes = ((1, 1, 1), (channels, 1, 1), (channels, side, side))
+    if tuple(mean.shape) not in shapes or mean.shape != std.shape:
+        raise AlphaflowError(
+            f"{where}: the latents' mean and std have the shapes {tuple(mean.shape)} and {tuple(std.shape)}; "
+            f"wanted {shapes[1]} or {shapes[2]}, both the same."
+        )
+
+
+def check_shapes(checkpoint: Checkpoint, where: str) -> None:
+    """The weights are those of the recipe's network: seen before a byte of it is allocated."""
+    told = misfits(checkpoint.weights, checkpoint.recipe)
+    if told:
+        raise AlphaflowError(f"{where}: its weights are not those of its recipe's network ({told}).")
+
+
+def misfits(weights: dict[str, Tensor], recipe: Recipe, *, without: tuple[str, ...] = ()) -> str:
+    """How the weights differ from the recipe's network, which is built without memory; empty: not at all."""
+    blocks = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
+    if blocks != recipe.model.depth:  # first: a list of a billion blocks takes memory even when they are empty
+        return f"{blocks} blocks there, model.depth {recipe.model.depth}"
+    try:
+        with torch.device("meta"):
+            state = build_network(recipe).state_dict()
+    except (RuntimeError, OverflowError) as error:
+        return f"no network has such sizes: {str(error).splitlines()[0][:200]}"
+    wanted = {name: tuple(value.shape) for name, value in state.items() if not name.startswith(without)}
+    there = {name: tuple(value.shape) for name, value in weights.items()}
+    missing, extra = sorted(wanted.keys() - there.keys()), sorted(there.keys() - wanted.keys())
+    wrong = sorted(name for name in wanted.keys() & there.keys() if wanted[name] != there[name])
+    parts = {"missing": missing, "unknown": extra, "of another shape": wrong}
+    return "; ".join(f"{len(names)} {what}, such as {names[0]}" for what, names in parts.items() if names)

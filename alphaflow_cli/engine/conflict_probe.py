@@ -21,15 +21,21 @@ def is_due(run: Run) -> bool:
 
 
 def measure(run: Run) -> dict[str, Any]:
-    """`cos_tfm_tc`, …, `norm_tfm`, …, of this process's batch; only the main process's is written, and computed."""
+    """`cos_tfm_tc`, …, `norm_tfm`, …, of this process's batch; only the main process's is written, and computed.
+
+    `rows` are those measured; times that never differ leave none, and then there is nothing else to tell.
+    """
     if not run.world.is_main:
         return {}
     began = time.monotonic()
     batch = run.stream.batch_at(run.step, run.split.rows(0, 0))
     rows = conflict_rows(run.recipe, batch.latents, batch.y, seed=run.seed, index=run.step)
-    found = measure_conflict(run.net, prepare(run.net, rows, run.how), run.how)
+    later = prepare(run.net, rows, run.how)
+    if not len(later.t):
+        return {"rows": 0, "seconds": round(time.monotonic() - began, 3)}
+    found = measure_conflict(run.net, later, run.how)
     products = {name: list(groups.values()) for name, groups in found["products"].items()}
-    values: dict[str, Any] = {"rows": len(rows.t)}
+    values: dict[str, Any] = {"rows": len(later.t)}
     for a, b in PAIRS:
         values[f"cos_{a}_{b}"] = cosine(products[f"{a}.{b}"], products[f"{a}.{a}"], products[f"{b}.{b}"])
     values |= {f"norm_{name}": sum(products[f"{name}.{name}"]) ** 0.5 for name in TERMS}

@@ -1,24 +1,28 @@
 """Which rows the conflict is measured on: a batch of the store with times, noise and dropout drawn as in training.
 
-All of them are r < t rows. Draws come from seeds of their own, so that no training step sees them.
+All of them are r < t rows: where a draw gives r = t (half the time with times.order min), that row's times are drawn
+again; after TRIES draws a tie stays one. Draws come from seeds of their own, so that no training step sees them.
 """
 
 import torch
 from torch import Tensor
 
 from alphaflow_cli.core.draws import CONFLICT, mix_seed, step_draws
+from alphaflow_cli.core.objective import is_tie
 from alphaflow_cli.core.times import sample_times
 from alphaflow_cli.engine.build import DTYPES
 from alphaflow_cli.engine.step import Rows
 from alphaflow_cli.recipe.schema import Recipe
 
+TRIES = 64  # a row of times.order min stays a tie with the probability 2^-64
+
 
 def conflict_rows(recipe: Recipe, x: Tensor, y: Tensor, *, seed: int, index: int) -> Rows:
     """Latents and labels with the draws of measurement `index`."""
-    dtype, law = DTYPES[recipe.train.precision], recipe.times
+    dtype = DTYPES[recipe.train.precision]
     shape = (int(x.shape[1]), int(x.shape[2]), int(x.shape[3]))
     draws = step_draws(mix_seed(seed, CONFLICT), index, batch=len(x), shape=shape, device=x.device)
-    t, r = sample_times(draws.normals, 0, law=law.law, mean=law.mean, std=law.std, order=law.order)
+    t, r = later_times(recipe, draws.normals, mix_seed(seed, CONFLICT, index))
     return Rows(
         x=x.to(dtype),
         noise=draws.noise.to(dtype),
@@ -28,6 +32,21 @@ def conflict_rows(recipe: Recipe, x: Tensor, y: Tensor, *, seed: int, index: int
         uniforms=draws.uniforms,
         n_equal=0,
     )
+
+
+def later_times(recipe: Recipe, normals: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    """(t, r) from normals (3, B); ties are drawn again, the other rows keep theirs."""
+    law, device = recipe.times, normals.device
+    t, r = sample_times(normals, 0, law=law.law, mean=law.mean, std=law.std, order=law.order)
+    for again in range(1, TRIES):
+        tie = is_tie(t, r)
+        if not tie.any():
+            break
+        generator = torch.Generator(device).manual_seed(mix_seed(seed, again))
+        normals = torch.randn(normals.shape, generator=generator, device=device)
+        new_t, new_r = sample_times(normals, 0, law=law.law, mean=law.mean, std=law.std, order=law.order)
+        t, r = torch.where(tie, new_t, t), torch.where(tie, new_r, r)
+    return t, r
 
 
 def renormalised(x: Tensor, old: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor]) -> Tensor:

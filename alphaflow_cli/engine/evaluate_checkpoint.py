@@ -8,7 +8,7 @@ from typing import Any
 from alphaflow_cli.engine import evaluate as engine
 from alphaflow_cli.engine.decoder import DecoderChoice
 from alphaflow_cli.engine.files import write_atomically
-from alphaflow_cli.engine.generate import Generator, find_checkpoint, open_generator
+from alphaflow_cli.engine.generate import Generator, find_checkpoint, open_generator, run_folder
 from alphaflow_cli.engine.generated import GeneratedImages
 from alphaflow_cli.engine.pictures import open_pictures
 from alphaflow_cli.engine.processes import Processes
@@ -88,7 +88,7 @@ def evaluate_checkpoint(request: Request, processes: Processes) -> Report | None
         evaluation = engine.evaluate(source, metrics, ruler, reference=reference)
         if evaluation is not None:
             found.append(evaluation)
-    return write_report(request, found, folder) if found else None
+    return write_report(request, found, folder, digest) if found else None
 
 
 def choose_walks(request: Request, generator: Generator) -> list[Walk]:
@@ -96,7 +96,8 @@ def choose_walks(request: Request, generator: Generator) -> list[Walk]:
     recipe = generator.recipe
     if request.sweep_midpoint:
         kind = recipe.sample.two_step_sampler if request.sampler == "auto" else request.sampler
-        return [plan_walk(recipe, nfe=2, kind=kind, times=(1.0, middle, 0.0)) for middle in MIDPOINTS]
+        grids = [(1.0, middle, 0.0) for middle in MIDPOINTS]
+        return [plan_walk(recipe, nfe=2, kind=kind, times=grid, guidance=request.guidance) for grid in grids]
     counts = request.nfe or recipe.eval.nfe
     if request.times is not None:
         counts = (1,)
@@ -124,25 +125,17 @@ def find_reference(
     )
 
 
-def run_folder(checkpoint: str) -> Path | None:
-    """The run that a checkpoint belongs to."""
-    path = Path(checkpoint)
-    for folder in (path, path.parent, path.parent.parent.parent):
-        if (folder / "recipe.yaml").is_file() and path.exists():
-            return folder
-    return None
-
-
 def results_folder(request: Request) -> Path:
     """Where unfinished work and history go: in the run, or beside."""
     run = run_folder(request.checkpoint)
     return request.out or (run / "evals" if run else Path("evals"))
 
 
-def write_report(request: Request, evaluations: list[Evaluation], folder: Path) -> Report:
-    """results.json in the run folder where there is one, the history, the picture."""
+def write_report(request: Request, evaluations: list[Evaluation], folder: Path, digest: str) -> Report:
+    """results.json in the run folder where the run's own model was measured, else beside; the history, the picture."""
     run = run_folder(request.checkpoint)
-    place = run if run is not None and request.out is None else folder / evaluations[0].id
+    own = run is not None and request.out is None and is_model_of(run, digest)
+    place = run if run is not None and own else folder / evaluations[0].id
     path = place / "results.json"
     save_results(path, folder / "history.jsonl", evaluations)
     chart = score_chart(evaluations, sweep=request.sweep_midpoint)
@@ -152,6 +145,12 @@ def write_report(request: Request, evaluations: list[Evaluation], folder: Path) 
     data = to_png(chart)
     write_atomically(picture, lambda temporary: _write(temporary, data))
     return Report(evaluations, path, picture)
+
+
+def is_model_of(run: Path, digest: str) -> bool:
+    """Whether the run's newest model has this checksum: numbers of other weights must not stand as the run's."""
+    model = run / "model.safetensors"
+    return model.is_file() and sha256_of(model) == digest
 
 
 def score_chart(evaluations: Sequence[Evaluation], *, sweep: bool) -> Chart | None:

@@ -9,6 +9,8 @@ from safetensors import SafetensorError
 
 from alphaflow_cli.errors import AlphaflowError
 
+TORCH_WRITER = "inline_container"  # torch.save's writer names itself so in the RuntimeError of a full disk
+
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     """`write` fills a temporary file beside `path`; it takes the name only when it is whole and on the disk."""
@@ -19,10 +21,13 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         sync(temporary)
         temporary.replace(path)
         sync(path.parent)
-    except (OSError, SafetensorError) as error:  # safetensors wraps a full disk in its own error
+    except (OSError, SafetensorError, RuntimeError) as error:  # each writer wraps a full disk in its own error
         with contextlib.suppress(OSError):  # a read-only file system refuses even this
             temporary.unlink(missing_ok=True)
-        reason = getattr(error, "strerror", None) or error
+        if isinstance(error, RuntimeError) and TORCH_WRITER not in str(error):
+            raise
+        full = "the file did not take all its bytes; is the disk full?" if isinstance(error, RuntimeError) else error
+        reason = getattr(error, "strerror", None) or full
         raise AlphaflowError(f"{path}: cannot be written: {reason}. What was there is kept.") from error
 
 

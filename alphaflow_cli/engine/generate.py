@@ -196,6 +196,14 @@ def find_checkpoint(address: str, *, weights: str = "ema") -> Path:
     return resolve_checkpoint(address)
 
 
+def run_folder(address: str) -> Path | None:
+    """The run that a checkpoint belongs to: RUN, RUN/model.safetensors, RUN/checkpoints/step-N/model.safetensors."""
+    path = Path(address).expanduser()
+    folder = path if path.is_dir() else path.parent
+    run = folder.parent.parent if folder.parent.name == "checkpoints" else folder
+    return run if path.exists() and (run / "recipe.yaml").is_file() else None
+
+
 def open_generator(
     address: str, *, device: torch.device | None = None, weights: str = "ema", decoder: DecoderChoice = "auto"
 ) -> Generator:

@@ -17,7 +17,7 @@ from torch import Tensor
 from alphaflow_cli.core.objective import Terms, interval_bins
 from alphaflow_cli.engine.files import write_atomically
 from alphaflow_cli.engine.optimise import COUNTERS
-from alphaflow_cli.errors import AlphaflowError
+from alphaflow_cli.errors import AlphaflowError, blamed_on
 
 BINS = 8  # equal bins of t − r in (0, 1]
 SUMS = ("later", "error", "trajectory", "consistency", "equal", "velocity")  # then BINS sums and BINS counts
@@ -138,7 +138,8 @@ def _step_of(line: str) -> int | None:
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """All whole rows."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    with blamed_on(path, "the journal of a run"):
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     return [json.loads(line) for line in lines if _step_of(line) is not None]
 
 

@@ -8,25 +8,29 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from alphaflow_cli.engine.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from alphaflow_cli.engine.curves import recipe_chart
 from alphaflow_cli.engine.files import write_atomically
-from alphaflow_cli.engine.generate import best_device, find_checkpoint, open_generator
+from alphaflow_cli.engine.generate import best_device, check_autoencoder, find_checkpoint, open_generator
 from alphaflow_cli.engine.plan import parameter_count
 from alphaflow_cli.engine.state import step_name
 from alphaflow_cli.engine.walk import plan_walk
 from alphaflow_cli.errors import AlphaflowError
+from alphaflow_cli.hub.address import is_repository
 from alphaflow_cli.hub.card import CardFacts, model_card, result_rows
 from alphaflow_cli.hub.config import config_json
+from alphaflow_cli.hub.folder import AUTOENCODER, CONFIG, MODEL, prepare_folder, remove_stale
+from alphaflow_cli.hub.scrub import scrub
+from alphaflow_cli.nn.autoencoder import load_autoencoder
 from alphaflow_cli.nn.weights import sha256_of
-from alphaflow_cli.recipe import Recipe, dump_recipe
+from alphaflow_cli.recipe import dump_recipe
 from alphaflow_cli.report.grid import grid_png
 from alphaflow_cli.report.png import to_png
 
-AUTOENCODER = "autoencoder"  # its folder in the repository, where it is not one of the Hub's
-AUTOENCODER_FILES = ("config.json", "*.safetensors")
+HUB_ID = re.compile(r"\w[\w.-]*(?:/\w[\w.-]*){1,2}(?:@\S+)?")  # user/repo or user/repo/subfolder
 GRID = (4, 8)  # rows and columns of a sample grid drawn for the card
-LOCAL_PATH = re.compile(r"(?<![\w/:.<>])(?:~|[A-Za-z]:\\|/(?=[\w.]))[^\s\"',;:()]*")
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,7 @@ class Source:
 
     run: Path | None  # its run folder, where it is one
     path: Path
+    sha256: str  # of the file, when it was read
     checkpoint: Checkpoint
     results: dict[str, Any] | None
 
@@ -61,32 +66,58 @@ def newest_run(root: Path = Path("runs")) -> Path:
 def open_source(address: Path, *, with_results: bool) -> Source:
     """A run folder or a checkpoint; results that belong to other weights are refused here, before anything is sent."""
     path = find_checkpoint(str(address))
-    checkpoint = load_checkpoint(path)
+    sha256, checkpoint = sha256_of(path), load_checkpoint(path)
+    _see_same(path, sha256, path)
     run = address if address.is_dir() else None
-    return Source(run, path, checkpoint, _results(run, path) if run and with_results else None)
+    return Source(run, path, sha256, checkpoint, _results(run, path, sha256) if run and with_results else None)
 
 
-def stage(source: Source, folder: Path, *, repo: str, licence: str) -> dict[str, int]:
-    """Fill `folder` for the repository user/repo; returns its files' sizes."""
-    folder.mkdir(parents=True, exist_ok=True)
-    clean = _clean(source.checkpoint, source.path, folder)
-    recipe, parameters, model = clean.recipe, parameter_count(clean.recipe), folder / "model.safetensors"
-    if (clean.recipe, clean.origin) == (source.checkpoint.recipe, source.checkpoint.origin):
-        shutil.copyfile(source.path, model)
-    else:
-        save_checkpoint(model, clean)
+def _see_same(path: Path, sha256: str, original: Path) -> None:
+    """A run that still trains replaces its weights: steps and scores of others must not be told of these."""
+    if sha256_of(path) != sha256:
+        raise AlphaflowError(f"{original}: changed while it was read; is it training? Run the same command again.")
+
+
+def stage(source: Source, folder: Path, *, repo: str, licence: str, autoencoder: Path | None = None) -> dict[str, int]:
+    """Fill `folder` for the repository user/repo, with the autoencoder given or found; returns its files' sizes."""
+    if folder.resolve() == source.path.parent.resolve():
+        raise AlphaflowError(f"{folder}: the weights to publish lie there. Give another folder.")
+    if not is_repository(repo):  # made of the recipe's name, perhaps
+        raise AlphaflowError(f"{repo}: not a name the Hub takes. Give one: alphaflow push RUN user/name")
+    decoder = local_autoencoder(source, autoencoder)
+    prepare_folder(folder)
+    remove_stale(folder)
+    clean = _clean(source.checkpoint, packaged=decoder is not None)
+    recipe, parameters = clean.recipe, parameter_count(clean.recipe)
+    _write(folder / CONFIG, config_json(recipe, clean.origin, parameters))  # first: by it the folder is known as ours
+    if decoder is not None:
+        _package_autoencoder(decoder, folder / AUTOENCODER, source)
+    sha256 = _write_model(source, clean, folder / MODEL)
     _write(folder / "recipe.yaml", dump_recipe(recipe))
-    _write(folder / "config.json", config_json(recipe, clean.origin, parameters))
     results = scrub(source.results)
     if results:
-        text = json.dumps(results, indent=1, ensure_ascii=False).replace(sha256_of(source.path), sha256_of(model))
+        text = json.dumps(results, indent=1, ensure_ascii=False).replace(source.sha256, sha256)
         _write(folder / "results.json", text + "\n")
     _write(folder / "alpha.png", to_png(recipe_chart(recipe)))
-    _write(folder / "samples.png", _samples(source))
+    _write(folder / "samples.png", _samples(source, folder / MODEL))
     facts = CardFacts(repo, recipe, clean.origin, parameters, results, licence)
     _write(folder / "README.md", model_card(facts))
     found = sorted(path for path in folder.rglob("*") if path.is_file())
     return {path.relative_to(folder).as_posix(): path.stat().st_size for path in found}
+
+
+def _write_model(source: Source, clean: Checkpoint, model: Path) -> str:
+    """The file as it is where nothing is private, else the cleaned one; returns its sha256."""
+    if (clean.recipe, clean.origin) != (source.checkpoint.recipe, source.checkpoint.origin):
+        save_checkpoint(model, clean)
+        return sha256_of(model)
+    write_atomically(model, partial(shutil.copyfile, source.path))
+    try:
+        _see_same(model, source.sha256, source.path)
+    except AlphaflowError:
+        model.unlink()
+        raise
+    return source.sha256
 
 
 def _write(path: Path, content: str | bytes) -> None:
@@ -98,27 +129,10 @@ def _put(data: bytes, path: Path) -> None:
     path.write_bytes(data)
 
 
-def scrub(value: Any) -> Any:
-    """Every path of this machine becomes its last part, wherever it stands in a tree of plain values."""
-    if isinstance(value, dict):
-        return {scrub(key): scrub(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [scrub(item) for item in value]
-    if not isinstance(value, str):
-        return value
-    if value.startswith(("/", "~")):
-        return Path(value).name
-    for known in sorted({str(Path.home()), str(Path.cwd())} - {"/"}, key=len, reverse=True):
-        value = value.replace(known + "/", "")
-    return LOCAL_PATH.sub(lambda found: re.split(r"[/\\]", found[0].rstrip("/\\"))[-1], value)
-
-
-def _clean(checkpoint: Checkpoint, path: Path, folder: Path) -> Checkpoint:
-    """The same weights; recipe and origin without paths, a local autoencoder under its name in the repository."""
+def _clean(checkpoint: Checkpoint, *, packaged: bool) -> Checkpoint:
+    """The same weights; recipe and origin without paths, a packaged autoencoder under its name in the repository."""
     recipe, origin = checkpoint.recipe, scrub(checkpoint.origin)
-    beside = local_autoencoder(recipe, path)
-    if beside is not None:
-        _copy_autoencoder(beside, folder / AUTOENCODER)
+    if packaged:
         recipe = replace(recipe, data=replace(recipe.data, autoencoder=AUTOENCODER))
         origin = origin | {"autoencoder": (origin.get("autoencoder") or {}) | {"id": AUTOENCODER, "revision": ""}}
     data = replace(recipe.data, store=scrub(recipe.data.store), autoencoder=scrub(recipe.data.autoencoder))
@@ -126,22 +140,43 @@ def _clean(checkpoint: Checkpoint, path: Path, folder: Path) -> Checkpoint:
     return replace(checkpoint, recipe=recipe, origin=origin)
 
 
-def local_autoencoder(recipe: Recipe, checkpoint: Path) -> Path | None:
-    """The folder of an autoencoder that is none of the Hub's: beside the checkpoint, else from here."""
-    name = recipe.data.autoencoder
+def _autoencoder_record(checkpoint: Checkpoint) -> dict[str, Any]:
+    record, said = checkpoint.origin.get("autoencoder") or {}, checkpoint.recipe.data.autoencoder
+    return record | {"id": str(record.get("id") or said)}
+
+
+def local_autoencoder(source: Source, given: Path | None) -> Path | None:
+    """The autoencoder that has to go along: the one given, else beside the checkpoint, else from here. None: it is the
+    Hub's, or there is none."""
+    name, said = _autoencoder_record(source.checkpoint)["id"], source.checkpoint.recipe.data.autoencoder
     if name == "none":
+        if given:
+            raise AlphaflowError(f"--autoencoder {given}: this model makes pixels without a decoder; leave it out.")
         return None
-    places = [checkpoint.parent / name, Path(name).expanduser()]
-    return next((place for place in places if place.is_dir()), None)
+    on_hub = HUB_ID.fullmatch(name)
+    names = [name] if on_hub or said == "none" else [name, said]
+    places = [place for each in names for place in (source.path.parent / each, Path(each).expanduser())]
+    found = given or next((place for place in places if place.is_file() or (place / CONFIG).is_file()), None)
+    if found is None and not on_hub:
+        raise AlphaflowError(
+            f"{source.path}: its latents are of the autoencoder {Path(name).name}, which is none of the Hub's and not "
+            "found here. It has to go along: --autoencoder DIR (or its weights file)."
+        )
+    return found
 
 
-def _copy_autoencoder(source: Path, target: Path) -> None:
-    target.mkdir(exist_ok=True)
-    for path in (path for pattern in AUTOENCODER_FILES for path in source.glob(pattern)):
-        shutil.copyfile(path, target / path.name)
+def _package_autoencoder(place: Path, target: Path, source: Source) -> None:
+    """Any form of it becomes a folder of safetensors; its weights are those that made the latents."""
+    found = load_autoencoder(str(place), device=torch.device("cpu"))
+    check_autoencoder(found, _autoencoder_record(source.checkpoint))
+    module: Any = found.module
+    module.save_pretrained(target, safe_serialization=True)
+    config = json.loads((target / "config.json").read_text(encoding="utf-8"))
+    config.pop("_name_or_path", None)  # the folder it was loaded from
+    _write(target / "config.json", json.dumps(scrub(config), indent=2) + "\n")
 
 
-def _results(run: Path, checkpoint: Path) -> dict[str, Any] | None:
+def _results(run: Path, checkpoint: Path, ours: str) -> dict[str, Any] | None:
     """results.json, if its numbers were measured on these very weights."""
     path = run / "results.json"
     if not path.is_file():
@@ -151,7 +186,6 @@ def _results(run: Path, checkpoint: Path) -> dict[str, Any] | None:
         rows = result_rows(results)
     except (ValueError, AttributeError) as error:
         raise AlphaflowError(f"{path}: cannot be read ({error}). Measure again: alphaflow eval {run}") from error
-    ours = sha256_of(checkpoint)
     for row in rows:
         theirs = str((row.get("pictures") or {}).get("checkpoint_sha256") or "")
         if theirs != ours:
@@ -162,14 +196,14 @@ def _results(run: Path, checkpoint: Path) -> dict[str, Any] | None:
     return results if isinstance(results, dict) and rows else None
 
 
-def _samples(source: Source) -> bytes:
-    """The run's own grid of these weights, else a new one."""
+def _samples(source: Source, model: Path) -> bytes:
+    """The run's own grid of these weights, else one by the file that is published."""
     recipe, step = source.checkpoint.recipe, source.checkpoint.origin.get("step")
     if source.run is not None and isinstance(step, int):
         drawn = source.run / "samples" / f"{step_name(step)}.png"
         if drawn.is_file():
             return drawn.read_bytes()
-    generator = open_generator(str(source.path), device=best_device())
+    generator = open_generator(str(model), device=best_device())
     rows, columns = GRID
     seeds, classes = list(range(rows * columns)), recipe.data.classes
     labels = [seed % classes if classes else 0 for seed in seeds]

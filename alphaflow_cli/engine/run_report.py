@@ -11,8 +11,10 @@ from alphaflow_cli.engine.facts import lines
 from alphaflow_cli.engine.files import write_atomically
 from alphaflow_cli.engine.journal import read_rows
 from alphaflow_cli.engine.plan import phases
+from alphaflow_cli.engine.run_report_commands import commands_of, shown
+from alphaflow_cli.engine.run_report_conflict import analysis_of
 from alphaflow_cli.engine.run_report_scores import scores_of
-from alphaflow_cli.errors import AlphaflowError
+from alphaflow_cli.errors import AlphaflowError, blamed_on
 from alphaflow_cli.recipe import diff_recipes, load_recipe, recipe_from_text, shipped
 from alphaflow_cli.recipe.schema import Recipe
 from alphaflow_cli.report import chart
@@ -64,13 +66,13 @@ def page_of(run: Path) -> RunPage:
         )
     text = path.read_text(encoding="utf-8")
     recipe, rows = recipe_from_text(text, str(path)), read_rows(run / "metrics.jsonl")
-    origin = origin_of(run)
+    origin, digest = origin_of(run), digest_of(run)
     compared, other = counterpart(recipe)
     changes = [(name, shown(there), shown(here)) for name, there, here in diff_recipes(other, recipe) if name != "name"]
     conflict, told = conflict_of(run, recipe, rows)
     return RunPage(
         name=recipe.name or run.name,
-        status=status_of(recipe, rows),
+        status=status_of(recipe, rows, origin),
         made_by="α-Flow and its family, by alphaflow " + origin.get("versions", {}).get("alphaflow", ""),
         facts=lines(recipe),
         plan=recipe_chart(recipe),
@@ -78,17 +80,19 @@ def page_of(run: Path) -> RunPage:
         conflict=conflict,
         conflict_rows=told,
         samples=embed(sorted((run / "samples").glob("step-*.png"))),
-        scores=scores_of(run / "results.json"),
+        scores=scores_of(run / "results.json", digest),
         compared_with=compared,
         changes=changes,
         recipe=text,
-        environment=environment_of(run, origin, rows),
-        commands=commands_of(recipe, run, compared, diff_recipes(other, recipe)),
+        environment=environment_of(origin, digest, rows),
+        commands=commands_of(recipe, run, diff_recipes(other, recipe), str(origin.get("init_from") or "")),
     )
 
 
-def status_of(recipe: Recipe, rows: Sequence[dict[str, Any]]) -> str:
-    """How far it is."""
+def status_of(recipe: Recipe, rows: Sequence[dict[str, Any]], origin: dict[str, Any]) -> str:
+    """How far it is; a fetched model comes without a journal."""
+    if not rows and isinstance(origin.get("step"), int):
+        return f"checkpoint of step {origin['step']:,}; no journal here"
     if not rows:
         return f"not begun, {recipe.train.steps:,} steps planned"
     step, seen = rows[-1]["step"], rows[-1]["images_seen"]
@@ -101,14 +105,6 @@ def counterpart(recipe: Recipe) -> tuple[str, Recipe]:
     if recipe.name in shipped():
         return f"the shipped recipe {recipe.name}", load_recipe(recipe.name)
     return "the defaults", Recipe()
-
-
-def shown(value: Any) -> str:
-    """A recipe's value as `--set` takes it."""
-    if isinstance(value, tuple):
-        return "[" + ", ".join(shown(item) for item in value) + "]"
-    plain = {None: "null", True: "true", False: "false"} if value is None or isinstance(value, bool) else {}
-    return plain.get(value, str(value)) if plain else str(value) or '""'
 
 
 def curves_of(recipe: Recipe, rows: Sequence[dict[str, Any]]) -> chart.Chart | None:
@@ -141,77 +137,45 @@ def conflict_of(
     run: Path, recipe: Recipe, rows: Sequence[dict[str, Any]]
 ) -> tuple[list[chart.Chart], list[tuple[str, ...]]]:
     """What training recorded, and what `alphaflow analyze` found."""
-    charts, told = [], []
+    charts = []
     recorded = [{"step": row["step"], **row["conflict"]} for row in rows if row.get("conflict")]
     if recorded:
         cosines = chart.Panel("cosines", [line(recorded, *each) for each in COSINES], (-1, 1))
         norms = chart.Panel("norms", [line(recorded, *each) for each in NORMS], log_y=True)
         charts.append(over_steps(recipe, recorded, "Recorded while training", [cosines, norms]))
-    path = run / "analysis" / "conflict.json"
-    if path.is_file():
-        from alphaflow_cli.engine.conflict_charts import NAMES, bins_chart, sizes_chart, steps_chart
-
-        found = json.loads(path.read_text(encoding="utf-8"))["checkpoints"]
-        charts += [steps_chart(found)] if len(found) > 1 else []
-        charts.append(bins_chart(found[-1]))
-        charts += [sizes_chart(found[-1])] if found[-1]["sizes"] else []
-        for each in found:
-            for pair, values in each["cosines"].items():
-                cells = ["none" if values[p] is None else f"{values[p]:+.3f}" for p in ("p5", "p50", "p95")]
-                told.append((f"step {each['step']}, {NAMES[pair]}", *cells))
-    return charts, told
+    analysed, told = analysis_of(run)
+    return charts + analysed, told
 
 
 def origin_of(run: Path) -> dict[str, Any]:
     """What the newest checkpoint says of itself."""
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
     path = run / "model.safetensors"
     if not path.is_file():
         return {}
-    with safe_open(str(path), framework="np") as file:
-        origin: dict[str, Any] = json.loads((file.metadata() or {}).get("origin", "{}"))
+    with blamed_on(path, "a checkpoint", SafetensorError), safe_open(str(path), framework="np") as file:
+        origin = json.loads((file.metadata() or {}).get("origin", "{}"))
+        if not isinstance(origin, dict):
+            raise TypeError("its origin is no table")
     return origin
 
 
-def environment_of(run: Path, origin: dict[str, Any], rows: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
+def digest_of(run: Path) -> str:
+    """The newest checkpoint's checksum; empty where there is none."""
+    path = run / "model.safetensors"
+    return sha256_of(path) if path.is_file() else ""
+
+
+def environment_of(origin: dict[str, Any], digest: str, rows: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
     """Versions, weights, speed."""
     found = [(name, str(number)) for name, number in origin.get("versions", {}).items()]
     if origin:
         found.append(("checkpoint", f"step {origin.get('step')}, {origin.get('weights')} weights"))
-        found.append(("its sha256", sha256_of(run / "model.safetensors")))
+        found.append(("its sha256", digest))
         found.append(("autoencoder", str((origin.get("autoencoder") or {}).get("id", ""))))
     speeds = [row["seconds_per_step"] for row in rows if row.get("seconds_per_step")]
     if speeds:
         found.append(("seconds per step", f"{sorted(speeds)[len(speeds) // 2]:.4g} (median)"))
     memory = [row["memory_gb"] for row in rows if row.get("memory_gb")]
     return found + ([("device memory", f"{max(memory):.4g} GB")] if memory else [])
-
-
-def commands_of(recipe: Recipe, run: Path, compared: str, changes: Sequence[tuple[str, Any, Any]]) -> list[str]:
-    """What a reader types."""
-    if recipe.name in shipped():
-        sets = [f"--set {name}={quoted(shown(here))}" for name, _, here in changes if name != "name"]
-        train = " ".join(["alphaflow train", recipe.name, *sets])
-    else:
-        train = f"alphaflow train {recipe.name or 'recipe'}.yaml"
-    folder = f"runs/{recipe.name or run.name}"
-    prepare = []
-    if not recipe.data.source:
-        flips = " --flips" if recipe.data.flips else ""
-        size, autoencoder = recipe.data.image_size, recipe.data.autoencoder
-        prepare = [f"alphaflow prep-latents SOURCE --size {size} --autoencoder {autoencoder}{flips} --out DIR"]
-        train += " --data DIR"
-    return [
-        *([] if recipe.name in shipped() else [f"# save the recipe above as {recipe.name or 'recipe'}.yaml"]),
-        *prepare,
-        train,
-        f"alphaflow sample {folder} --grid grid.png",
-        f"alphaflow analyze {folder} --batches 100" + (" --data DIR" if prepare else ""),
-        f"alphaflow report {folder}",
-    ]
-
-
-def quoted(value: str) -> str:
-    """For a shell, where needed."""
-    return value if all(c.isalnum() or c in "._-%:/" for c in value) else f"'{value}'"

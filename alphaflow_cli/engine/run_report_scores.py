@@ -6,20 +6,29 @@ from typing import Any
 
 from alphaflow_cli.engine.protocol import FeatureSpace, Row
 from alphaflow_cli.engine.results import told_value
+from alphaflow_cli.errors import blamed_on
 from alphaflow_cli.report.page import Score
 
 
-def scores_of(path: Path) -> list[Score]:
-    """Every number, by NFE; none where nothing was measured."""
+def scores_of(path: Path, model: str) -> list[Score]:
+    """Every number, by NFE; none where nothing was measured. `model`: checksum of the run's model, empty: none."""
     if not path.is_file():
         return []
-    document = json.loads(path.read_text(encoding="utf-8"))
-    rows = [row for evaluation in document.get("evaluations", []) for row in evaluation["rows"]]
-    return sorted(map(score_of, rows), key=lambda score: (score.name, score.nfe))
+    with blamed_on(path, "the results of alphaflow eval"):
+        document = json.loads(path.read_text(encoding="utf-8"))
+        rows = [row_of(row) for evaluation in document["evaluations"] for row in evaluation["rows"]]
+        rows.sort(key=lambda row: (row.name, float(row.pictures.get("nfe", 0))))
+        return [score_of(row, model) for row in rows]
 
 
-def score_of(values: dict[str, Any]) -> Score:
-    """One number with its protocol in a line."""
-    notes = tuple(values.get("notes", ()))
-    row = Row(**{**values, "space": FeatureSpace(**values["space"]), "notes": notes})
-    return Score(row.name, str(row.pictures.get("nfe", "")), told_value(row), "; ".join([row.told(), *notes]))
+def row_of(values: dict[str, Any]) -> Row:
+    """A row as it was written."""
+    return Row(**{**values, "space": FeatureSpace(**values["space"]), "notes": tuple(values.get("notes", ()))})
+
+
+def score_of(row: Row, model: str) -> Score:
+    """One number with its protocol in a line; that of other weights than the run's model says so."""
+    digest = row.pictures.get("checkpoint_sha256", "")
+    other = [f"of other weights (sha {digest[:8]})"] if model and digest and digest != model else []
+    told = "; ".join([*other, row.told(), *row.notes])
+    return Score(row.name, str(row.pictures.get("nfe", "")), told_value(row), told)

@@ -97,7 +97,7 @@ def choose_labels(request: SampleRequest, generator: Generator) -> list[int]:
 
 def find_class(text: str, names: Sequence[str], count: int) -> int:
     """A class by number or name."""
-    if text.isdigit() and int(text) < count:
+    if text.isdecimal() and int(text) < count:
         return int(text)
     matches = [i for i, name in enumerate(names) if text.lower() in (part.strip().lower() for part in name.split(","))]
     if len(matches) == 1:

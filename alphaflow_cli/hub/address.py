@@ -33,6 +33,11 @@ class Repo:
         return f"{self.id}{at}" + (f":{self.file}" if self.file else "")
 
 
+def is_repository(text: str) -> bool:
+    """Whether it is user/repo, as the Hub spells names."""
+    return bool(re.fullmatch(f"{PART}/{PART}", text)) and ".." not in text and "--" not in text
+
+
 def parse_address(text: str) -> Path | Repo:
     """A path or a repository; what is neither is said to be a missing path."""
     if text.startswith("hf://"):

@@ -4,20 +4,23 @@ The cache of huggingface_hub names a file's content by its checksum (sha256 of a
 what was downloaded is hashed again and compared. Offline, what is in the cache is used.
 """
 
+import contextlib
 import hashlib
 import re
 import shutil
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.hub.address import Repo, parse_address
 from alphaflow_cli.hub.client import cache_folder, hub_api
-from alphaflow_cli.hub.faults import NoConnection, hub_faults
+from alphaflow_cli.hub.faults import HubFault, NoConnection, NotThere, hub_faults
+from alphaflow_cli.hub.folder import CONFIG, MODEL, prepare_folder, remove_stale
 
-MODEL = "model.safetensors"
 NEEDED = ["config.json", "recipe.yaml", "autoencoder/*"]  # beside the weights, enough to sample
+PATIENCE = 20.0  # seconds for the first answer
 PUBLISHED = [MODEL, *NEEDED, "README.md", "results.json", "samples.png", "alpha.png"]
 
 
@@ -36,7 +39,8 @@ def resolve_checkpoint(address: str) -> Path:
     if isinstance(found, Path):
         return found
     name = found.file or MODEL
-    pulled = _fetch(found, [name, *NEEDED], wanted=name)
+    with _perhaps_a_path(address):
+        pulled = _fetch(found, [name, *NEEDED], wanted=name)
     print(f"{pulled.repo}@{pulled.commit}", file=sys.stderr)
     return pulled.folder / name
 
@@ -48,7 +52,8 @@ def resolve_file(address: str) -> Path:
         return found
     if not found.file:
         raise AlphaflowError(f"{address}: say which file of the repository: hf://{found.id}/FILE")
-    return _fetch(found, [found.file], wanted=found.file).folder / found.file
+    with _perhaps_a_path(address):
+        return _fetch(found, [found.file], wanted=found.file).folder / found.file
 
 
 def pull(address: str, out: Path | None) -> Pulled:
@@ -56,16 +61,39 @@ def pull(address: str, out: Path | None) -> Pulled:
     found = parse_address(address)
     if isinstance(found, Path):
         raise AlphaflowError(f"{address}: not a repository. The form is user/repo or user/repo@revision.")
+    if out is not None:
+        prepare_folder(out, also=[found.file.split("/")[0]] if found.file else [])
     pulled = _fetch(found, PUBLISHED if not found.file else [found.file, *NEEDED], wanted=found.file or MODEL)
     if out is None:
         return pulled
-    for path in sorted(path for path in pulled.folder.rglob("*") if path.is_file()):
-        target = out / path.relative_to(pulled.folder)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(f".{target.name}.part")
-        shutil.copyfile(path, partial)
-        partial.replace(target)
+    _copy(pulled.folder, out)
     return Pulled(out, pulled.repo, pulled.commit)
+
+
+def _copy(folder: Path, out: Path) -> None:
+    """config.json first: by it a copy that broke off is known as one."""
+    names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+    remove_stale(out, names)
+    for name in sorted(names, key=lambda name: (name != CONFIG, name)):
+        target = out / name
+        partial = target.with_name(f".{target.name}.part")
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(folder / name, partial)
+            partial.replace(target)
+        except OSError as fault:
+            raise AlphaflowError(f"{target}: cannot be written ({fault.strerror}).") from fault
+
+
+@contextlib.contextmanager
+def _perhaps_a_path(address: str) -> Iterator[None]:
+    """user/repo may be the misspelt path of a run: then that comes first."""
+    try:
+        yield
+    except (NotThere, NoConnection) as fault:
+        if "@" in address or ":" in address:
+            raise
+        raise HubFault(address, f"no such folder here, and {fault.why}") from fault
 
 
 def _fetch(repo: Repo, patterns: list[str], *, wanted: str) -> Pulled:
@@ -82,28 +110,48 @@ def _fetch(repo: Repo, patterns: list[str], *, wanted: str) -> Pulled:
 
 
 def _download(repo: Repo, patterns: list[str]) -> Path:
-    """From the Hub; where the connection breaks, what the cache has, and that is said."""
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    api, cache = hub_api(), cache_folder()
+    """The commit the Hub names; where it does not answer, what the cache has, and that is said. A refusal is one."""
     try:
         with hub_faults(str(repo)):
-            return Path(
-                api.snapshot_download(repo.id, revision=repo.revision, allow_patterns=patterns, cache_dir=cache)
-            )
-    except NoConnection:
-        try:
-            kept = Path(
-                api.snapshot_download(
-                    repo.id, revision=repo.revision, allow_patterns=patterns, cache_dir=cache, local_files_only=True
-                )
-            )
-        except LocalEntryNotFoundError:
-            kept = None
+            commit = _commit(repo)
+            if commit is None:
+                return _snapshot(repo, repo.revision, patterns, cached=True)
+            folder = _snapshot(repo, repo.revision, patterns, cached=False)  # under its name, to be found offline
+            return folder if folder.name == commit else _snapshot(repo, commit, patterns, cached=False)
+    except NoConnection as fault:
+        kept = _kept(repo, patterns)
         if kept is None:
             raise
-        print(f"{repo}: no connection to the Hub; using the cache, commit {kept.name}", file=sys.stderr)
+        print(f"{repo}: {fault.said}; using the cache, commit {kept.name}", file=sys.stderr)
         return kept
+
+
+def _commit(repo: Repo) -> str | None:
+    """What the Hub says the revision is; None where HF_HUB_OFFLINE forbids to ask."""
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
+    try:
+        return str(hub_api().repo_info(repo.id, revision=repo.revision, timeout=PATIENCE).sha)
+    except OfflineModeIsEnabled:
+        return None
+
+
+def _snapshot(repo: Repo, revision: str | None, patterns: list[str], *, cached: bool) -> Path:
+    return Path(
+        hub_api().snapshot_download(
+            repo.id, revision=revision, allow_patterns=patterns, cache_dir=cache_folder(), local_files_only=cached
+        )
+    )
+
+
+def _kept(repo: Repo, patterns: list[str]) -> Path | None:
+    """The cache's copy, if there is one."""
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return _snapshot(repo, repo.revision, patterns, cached=True)
+    except LocalEntryNotFoundError:
+        return None
 
 
 def _others(repo: Repo, commit: str) -> str:

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.hub.client import cache_folder, hub_api
-from alphaflow_cli.hub.faults import hub_faults
+from alphaflow_cli.hub.faults import NotThere, hub_faults
+from alphaflow_cli.hub.folder import NOT_ALWAYS
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -28,33 +29,34 @@ def check_login() -> str:
         return str(hub_api().whoami()["name"])
 
 
-def prepare(target: Target) -> None:
-    """Create the repository if need be, and see that its name is free for us: before any work is done for it."""
+def upload(folder: Path, target: Target, *, message: str) -> str:
+    """Create the repository if need be and commit the folder, without leaving old scores beside new weights."""
     api = hub_api()
     if not target.pull_request:
         with hub_faults(target.repo):
             api.create_repo(target.repo, private=target.private or None, exist_ok=True)
-    _check_name(api, target)
-
-
-def upload(folder: Path, target: Target, *, message: str) -> str:
-    """Commit the folder, return the URL."""
-    api = hub_api()
-    with hub_faults(target.repo):
+    with hub_faults(target.repo, sending=True):
         commit = api.upload_folder(
             repo_id=target.repo,
             folder_path=folder,
             commit_message=message,
             create_pr=target.pull_request,
             ignore_patterns=[".*", "*.tmp"],
+            delete_patterns=list(NOT_ALWAYS),
         )
     return str(commit.pr_url) if target.pull_request and commit.pr_url else f"{api.endpoint}/{target.repo}"
 
 
-def _check_name(api: "HfApi", target: Target) -> None:
-    """A repository that holds something else is not overwritten, and --private does not pretend."""
-    with hub_faults(target.repo):
-        info = api.model_info(target.repo)
+def check_name(target: Target) -> None:
+    """A repository that holds something else is not overwritten, and --private does not pretend. Makes nothing."""
+    api = hub_api()
+    try:
+        with hub_faults(target.repo):
+            info = api.model_info(target.repo)
+    except NotThere:
+        if target.pull_request:
+            raise
+        return
     if target.private and not target.pull_request and info.private is False:
         raise AlphaflowError(
             f"{target.repo}: exists already and is public; --private would not hide it. "

@@ -62,7 +62,7 @@ class Faults:
 
 def _line(fault: tuple[str, str]) -> float:
     number = fault[0].rpartition(":")[2]
-    return int(number) if number.isdigit() else float("inf")  # what --set says comes after the file
+    return int(number) if number.isdecimal() else float("inf")  # what --set says comes after the file
 
 
 class _Refused(yaml.YAMLError):

@@ -138,8 +138,8 @@ def layout(chart: Chart) -> Picture:
 
 
 def _x_axis(chart: Chart) -> tuple[Axis, list[float]]:
-    xs = [x for panel in chart.panels for line in panel.lines for x, _ in line.points]
-    low, high = chart.x_range or (min(xs, default=0.0), max(xs, default=1.0))
+    xs = [x for panel in chart.panels for line in panel.lines for x, _ in line.points if x > 0 or not chart.log_x]
+    low, high = chart.x_range or (min(xs, default=1.0 if chart.log_x else 0.0), max(xs, default=1.0))
     low, high = _spread(low, high, chart.log_x)
     inside = [x for x in (chart.x_ticks or ticks(low, high, 8, log=chart.log_x)) if low <= x <= high]
     return Axis(low, high, LEFT, chart.width - RIGHT, chart.log_x), inside
@@ -147,7 +147,7 @@ def _x_axis(chart: Chart) -> tuple[Axis, list[float]]:
 
 def _y_axis(panel: Panel, top: float) -> tuple[Axis, list[float]]:
     ys = [y for line in panel.lines for _, y in line.points if math.isfinite(y) and (y > 0 or not panel.log_y)]
-    low, high = panel.y_range or (min(ys, default=0.1), max(ys, default=1.0))
+    low, high = panel.y_range or (min(ys, default=1.0 if panel.log_y else 0.1), max(ys, default=1.0))
     low, high = _spread(low, high, panel.log_y)
     if panel.y_range is None and not panel.log_y:
         room = 0.06 * (high - low)

@@ -8,6 +8,8 @@ from typing import TypeVar
 
 from PIL import Image
 
+from alphaflow_cli.errors import blamed_on
+
 BUDGET = 3_000_000  # bytes of all pictures together; base64 makes a third more of them
 MOST = 40  # steps on the slider; of more, evenly spread ones and the last
 ATTEMPTS = ((1200, 82), (1000, 70), (800, 55), (640, 40))  # (largest width in pixels, quality)
@@ -40,7 +42,7 @@ def spread_over(items: Sequence[Item], most: int) -> list[Item]:
 
 def to_webp(path: Path, width: int, quality: int) -> bytes:
     """At most so wide."""
-    with Image.open(path) as image:
+    with blamed_on(path, "a picture"), Image.open(path) as image:
         picture = image.convert("RGB")
     if picture.width > width:
         picture = picture.resize((width, round(picture.height * width / picture.width)), Image.Resampling.LANCZOS)

@@ -97,7 +97,8 @@ def _curves(page: RunPage) -> str:
         return note("metrics.jsonl has no row yet.")
     told = (
         "All losses are unweighted means over the rows since the last point: the weighted loss is near 1 by "
-        "construction. Shaded: the phases of alpha."
+        "construction. TC is L_TC at alpha = 0; before, it is that of alpha's own target, so it jumps there. "
+        "Shaded: the phases of alpha."
     )
     return drawn(page.curves) + note(told)
 
@@ -134,7 +135,7 @@ def _samples(page: RunPage) -> str:
 def step_words(name: str) -> str:
     """`step-00001000` → `step 1,000`."""
     number = name.removeprefix("step-")
-    return f"step {int(number):,}" if number.isdigit() else name
+    return f"step {int(number):,}" if number.isdecimal() else name
 
 
 def _scores(page: RunPage) -> str:

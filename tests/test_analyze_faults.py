@@ -1,0 +1,131 @@
+"""`alphaflow analyze` on damaged files, diverged weights, other places, and rows that training would call ties."""
+
+import json
+import math
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from test_analyze import analyze, short, tiny_run, train  # noqa: F401 (fixtures)
+
+from alphaflow_cli.cli import run as cli
+from alphaflow_cli.core.objective import is_tie
+from alphaflow_cli.engine.checkpoint import load_checkpoint, save_checkpoint
+from alphaflow_cli.engine.conflict_rows import conflict_rows
+from alphaflow_cli.recipe.schema import Recipe, Times
+from alphaflow_cli.report.chart import Chart, Line, Panel, layout
+
+
+def fault_of(capsys, *line):
+    capsys.readouterr()
+    assert cli(["analyze", *map(str, line)]) == 1
+    said = capsys.readouterr().err
+    assert "Traceback" not in said
+    return said
+
+
+def test_an_out_that_is_a_file_is_told(tiny_run, tmp_path, capsys):  # noqa: F811
+    file = tmp_path / "taken"
+    file.write_text("mine")
+    said = fault_of(capsys, tiny_run, "--out", file, "--batches", "1")
+    assert f"{file}: cannot be written" in said
+    assert file.read_text() == "mine"
+
+
+def test_weights_that_are_not_finite_stop_the_analysis(tiny_run, tmp_path, capsys):  # noqa: F811
+    model = load_checkpoint(tiny_run / "model.safetensors")
+    path = tmp_path / "nan.safetensors"
+    save_checkpoint(path, replace(model, weights={n: w * math.nan for n, w in model.weights.items()}))
+    line = (path, "--data", tiny_run / "latents", "--out", tmp_path / "a", "--batch", "8", "--batches", "1")
+    assert "a loss or a gradient is not finite" in fault_of(capsys, *line)
+    assert not list((tmp_path / "a").glob("*/batches.jsonl"))
+    assert not (tmp_path / "a" / "conflict.json").exists()
+
+
+def test_a_logarithmic_axis_without_points_is_drawn():
+    panel = Panel("nothing", [Line("none", [(0.0, 1.0)])], log_y=True)
+    for lines in ([panel], [replace(panel, lines=[])]):
+        assert layout(Chart("empty", lines, "α", log_x=True)).marks
+
+
+@pytest.mark.parametrize("damage", ["\0" * 40, '{"batch": 0, "ro', "[1, 2]", "{}", "ÿ"])
+def test_a_damaged_line_is_measured_again(tiny_run, tmp_path, capsys, damage):  # noqa: F811
+    whole = analyze(tiny_run, tmp_path / "a", capsys, "--batches", "2")
+    (lines,) = (tmp_path / "a").glob("*/batches.jsonl")
+    first, second = lines.read_bytes().splitlines()
+    lines.write_bytes(damage.encode("latin-1") + b"\n" + second + b"\n")
+    again = analyze(tiny_run, tmp_path / "a", capsys, "--batches", "2")
+    assert again["checkpoints"] == whole["checkpoints"]
+    assert lines.read_bytes().splitlines()[1:] == [second, first]
+
+
+def test_two_analyses_at_once_count_no_batch_twice(tiny_run, tmp_path, capsys):  # noqa: F811
+    whole = analyze(tiny_run, tmp_path / "a", capsys, "--batches", "3")
+    (lines,) = (tmp_path / "a").glob("*/batches.jsonl")
+    first, second, third = lines.read_text().splitlines()
+    other = json.dumps({**json.loads(first), "rows": 1})  # what a second process wrote for the same batch
+    lines.write_text("\n".join([first, other, third, ""]))
+    again = analyze(tiny_run, tmp_path / "a", capsys, "--batches", "3")
+    assert again["checkpoints"] == whole["checkpoints"]
+    assert lines.read_text().splitlines()[-1] == second
+
+
+@pytest.mark.parametrize("place", ["model.safetensors", "checkpoints/step-00000006/model.safetensors"])
+def test_a_file_in_a_run_finds_the_runs_latents_and_folder(tiny_run, tmp_path, capsys, monkeypatch, place):  # noqa: F811
+    run = tmp_path / "run"
+    shutil.copytree(tiny_run, run, ignore=shutil.ignore_patterns("analysis"))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert cli(["analyze", str(run / place), "--batch", "8", "--batches", "1"]) == 0
+    assert (run / "analysis" / "conflict.json").is_file()
+    assert not list((tmp_path / "elsewhere").iterdir())
+
+
+def drawn(times, index=0):
+    x = torch.zeros(64, 1, 2, 2)
+    return conflict_rows(Recipe(times=times), x, torch.zeros(64, dtype=torch.long), seed=3, index=index)
+
+
+@pytest.mark.parametrize("order", ["min", "minmax", "r_in_t_range"])
+def test_every_row_has_r_before_t_and_the_same_one_again(order):
+    one, same, other = drawn(Times(order=order)), drawn(Times(order=order)), drawn(Times(order=order), index=1)
+    assert not is_tie(one.t, one.r).any()
+    assert torch.equal(one.t, same.t)
+    assert torch.equal(one.r, same.r)
+    assert not torch.equal(one.t, other.t)
+
+
+def test_of_ties_only_the_times_are_drawn_again():
+    """Under order min, t is the first draw and r the smaller one: rows that were r < t keep both."""
+    kept, all_later = drawn(Times(order="minmax")), drawn(Times(order="min"))
+    same = (kept.t == all_later.t) & (kept.r == all_later.r)
+    assert 16 < int(same.sum()) < 48
+    assert torch.equal(kept.noise, all_later.noise)
+
+
+def changed(tiny_run, path, **times):  # noqa: F811
+    model = load_checkpoint(tiny_run / "model.safetensors")
+    save_checkpoint(path, replace(model, recipe=replace(model.recipe, times=Times(**times))))
+    return path
+
+
+def test_all_rows_are_measured_whatever_the_order_of_times(tiny_run, tmp_path, capsys):  # noqa: F811
+    path = changed(tiny_run, tmp_path / "min.safetensors", order="min")
+    found = analyze(path, tmp_path / "a", capsys, "--batches", "2", "--data", str(tiny_run / "latents"))
+    assert found["checkpoints"][0]["rows"] == 16
+
+
+def test_times_that_never_differ_are_told(tiny_run, tmp_path, capsys):  # noqa: F811
+    path = changed(tiny_run, tmp_path / "equal.safetensors", std=1e-12)
+    line = (path, "--data", tiny_run / "latents", "--out", tmp_path / "a", "--batch", "8", "--batches", "1")
+    assert "8 of 8 rows never got r < t" in fault_of(capsys, *line)
+
+
+@pytest.mark.parametrize(("law", "rows"), [("times.order=min", 8), ("times.std=1e-12", 0)])
+def test_training_records_how_many_rows_it_measured(tmp_path, law, rows):
+    run = train(tmp_path / "run", law, "train.conflict_every=2", "train.steps=2")
+    text = (run / "metrics.jsonl").read_text().splitlines()[-1]
+    found = json.loads(text)["conflict"]
+    assert found["rows"] == rows
+    assert ("norm_tfm" in found) == (rows > 0)

@@ -1,0 +1,104 @@
+"""A model whose latents are of a local autoencoder goes out with it, or not at all."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from hub_fixtures import alphaflow, hub, write_checkpoint  # noqa: F401 (a fixture)
+from safetensors.torch import load_file
+from tiny_autoencoders import tiny_kl
+
+import alphaflow_cli
+from alphaflow_cli.engine.state import step_name
+from alphaflow_cli.nn.autoencoder import load_autoencoder
+
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+SHAPE = ("data.latent_size=2", "data.channels=4", "model.patch=1")
+PACKAGED = {"autoencoder/config.json", "autoencoder/diffusion_pytorch_model.safetensors"}
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """A folder with an autoencoder in three forms; write_run makes runs/tiny of it."""
+    monkeypatch.chdir(tmp_path)
+    tiny_kl(Path("vae"))
+    weights = Path("vae/diffusion_pytorch_model.safetensors")
+    shutil.copyfile(weights, "vae.safetensors")
+    Path("bin").mkdir()
+    shutil.copyfile("vae/config.json", "bin/config.json")
+    torch.save(load_file(weights), "bin/diffusion_pytorch_model.bin")
+    return tmp_path
+
+
+def write_run(name):
+    """Trained on latents of that autoencoder, which the store knows by its bare name."""
+    digest = load_autoencoder("vae", device=torch.device("cpu")).weights_sha256
+    record = {"id": name, "revision": "", "weights_sha256": digest}
+    Path("runs/tiny").mkdir(parents=True)
+    sets = (*SHAPE, f"data.autoencoder={name}")
+    write_checkpoint(Path("runs/tiny/model.safetensors"), sets=sets, autoencoder=record)
+
+
+@pytest.mark.parametrize("name", ["vae", "vae.safetensors", "bin"])
+def test_an_autoencoder_of_any_form_goes_along(hub, project, capsys, monkeypatch, name):  # noqa: F811
+    write_run(name)
+    code, said = alphaflow("push", "runs/tiny", capsys=capsys)
+    assert code == 0, said
+    files = hub.files("me/tiny")
+    assert {path for path in files if path.startswith("autoencoder/")} == PACKAGED
+    assert str(project).encode() not in b"".join(files.values())
+    local = alphaflow_cli.load("runs/tiny/model.safetensors").sample(seeds=[0, 1], classes=3)
+    (project / "elsewhere").mkdir()
+    monkeypatch.chdir(project / "elsewhere")
+    assert torch.equal(alphaflow_cli.load("me/tiny").sample(seeds=[0, 1], classes=3), local)
+
+
+def test_one_that_is_not_found_is_said_before_anything_is_made(hub, project, capsys):  # noqa: F811
+    write_run("lost")
+    code, said = alphaflow("push", "runs/tiny", capsys=capsys)
+    assert code == 1
+    assert "autoencoder lost, which is none of the Hub's and not found here" in said
+    assert "me/tiny" not in hub.repos
+    code, said = alphaflow("push", "runs/tiny", "--autoencoder", "bin", capsys=capsys)
+    assert code == 0, said
+    assert set(hub.files("me/tiny")) >= PACKAGED
+
+
+@pytest.mark.parametrize("args", [(), ("--autoencoder", "other")])
+def test_another_of_the_same_name_is_refused_before_anything_is_made(hub, project, capsys, args):  # noqa: F811
+    write_run("vae")
+    tiny_kl(project / "other", seed=9)
+    if not args:
+        shutil.rmtree("vae")
+        Path("other").rename("vae")
+    code, said = alphaflow("push", "runs/tiny", *args, capsys=capsys)
+    assert code == 1
+    assert "the latents were made with" in said
+    assert "me/tiny" not in hub.repos
+
+
+def test_one_of_the_hub_stays_there(hub, project, capsys):  # noqa: F811
+    write_run("user/vae")
+    (project / "runs/tiny/samples").mkdir()
+    (project / "runs/tiny/samples" / f"{step_name(100)}.png").write_bytes(b"drawn")
+    assert alphaflow("push", "runs/tiny", capsys=capsys)[0] == 0
+    assert not {path for path in hub.files("me/tiny") if path.startswith("autoencoder/")}
+
+
+def test_a_model_of_pixels_takes_none(hub, project, capsys):  # noqa: F811
+    path = write_checkpoint(project / "pixels.safetensors")
+    code, said = alphaflow("push", path, "me/tiny", "--autoencoder", "vae", capsys=capsys)
+    assert code == 1
+    assert "makes pixels without a decoder" in said
+    assert "me/tiny" not in hub.repos
+
+
+def test_a_pulled_model_can_be_pushed_again(hub, project, capsys):  # noqa: F811
+    write_run("vae")
+    assert alphaflow("push", "runs/tiny", capsys=capsys)[0] == 0
+    assert alphaflow("pull", "me/tiny", "-o", "got", capsys=capsys)[0] == 0
+    shutil.rmtree("vae")
+    assert alphaflow("push", "got", "me/again", capsys=capsys)[0] == 0
+    assert hub.files("me/again")["model.safetensors"] == hub.files("me/tiny")["model.safetensors"]
+    assert set(hub.files("me/again")) >= PACKAGED
