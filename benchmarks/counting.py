@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+ATTENTION = "_scaled_dot_product_flash_attention_for_cpu"  # some versions of torch have no formula for it
 WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "item", "unique"}
 
 
@@ -48,9 +49,18 @@ class _Trace(TorchDispatchMode):
         name = func.overloadpacket.__name__
         self.host_waits += name in WAITING or (name.startswith("index") and _has_mask(args))
         out = func(*args, **(kwargs or {}))
-        if func.overloadpacket in flop_registry:
+        if name in (ATTENTION, f"{ATTENTION}_backward"):
+            self.flops += _attention_flops(name, args)
+        elif func.overloadpacket in flop_registry:
             self.flops += flop_registry[func.overloadpacket](*args, **(kwargs or {}), out_val=out)
         return out
+
+
+def _attention_flops(name: str, args: Sequence[Any]) -> int:
+    """As torch counts other fused kernels: q kᵀ and p v; backward q kᵀ once more, and four gradients."""
+    backward = name.endswith("_backward")
+    rows, heads, tokens, size = args[1 if backward else 0].shape
+    return int((5 if backward else 2) * 2 * rows * heads * tokens * args[2].shape[2] * size)
 
 
 def _has_mask(args: Sequence[Any]) -> bool:
@@ -86,7 +96,8 @@ def peak_bytes(work: Callable[[], object], device: str) -> int:
         work()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    seen = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=seen, profile_memory=True, acc_events=True) as profile:
         work()
     kineto = profile.profiler.kineto_results
     moves = [(e.start_ns(), e.nbytes()) for e in kineto.events() if e.name() == "[memory]"]
