@@ -1,6 +1,6 @@
 """How long the command line takes to start. Promise: --help and a recipe error in under 0.3 s.
 
-    python benchmarks/bench_start.py
+    python benchmarks/bench_start.py --rounds 7
 
 Wall time of fresh processes, best and median over rounds of rotated order; `python` and `import torch` for comparison.
 """
@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from record import record
@@ -42,11 +43,11 @@ def seconds(command: list[str], code: int) -> float:
     return took
 
 
-def main() -> None:
+def main(words: Sequence[str] | None = None) -> None:
     """One JSON line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7, help="kept rounds")
-    options = parser.parse_args()
+    options = parser.parse_args(words)
     with tempfile.TemporaryDirectory() as folder:
         broken = Path(folder) / "broken.yaml"
         broken.write_text("train: {stpes: 3}\n")
