@@ -17,6 +17,7 @@ from alphaflow_cli.commands import evaluate, sample
 from alphaflow_cli.engine.decoder import DecoderChoice
 from alphaflow_cli.engine.generate import Generator
 from alphaflow_cli.engine.generated import GeneratedImages
+from alphaflow_cli.engine.measure import CHUNK
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +128,7 @@ def test_a_pass_begun_in_float32_is_not_continued_in_bf16(checkpoint, reference,
     line = ["eval", checkpoint, "--metrics", "fd-tiny", "--nfe", "1", "--images", "300", "--decoder", "fp32"]
     assert cli.run([*line, "--reference", str(reference), "--out", str(tmp_path / "cut")]) == 130
     monkeypatch.undo()
-    finished = list((tmp_path / "cut").glob("*/features-0000000-0000250.safetensors"))
+    finished = list((tmp_path / "cut").glob(f"*/features-0000000-{CHUNK:07d}.safetensors"))
     assert len(finished) == 2  # the reference's, and ours
     found = evaluation(checkpoint, reference, tmp_path / "cut", "--decoder", "bf16")
     assert found["rows"][0]["value"] == whole["bf16"]["rows"][0]["value"]

@@ -16,6 +16,7 @@ import ruler
 import torch
 
 from alphaflow_cli.cli import run
+from alphaflow_cli.engine.measure import CHUNK
 
 CALL = [sys.executable, "-m", "alphaflow_cli"]
 
@@ -174,7 +175,7 @@ def test_ctrl_c_keeps_the_finished_chunks_and_the_same_command_goes_on() -> None
     assert alphaflow("reference glyphs:200 --metrics fd-tiny -o real.safetensors") == 0
     process = started(line)
     deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and len(list(Path("evals").glob("*/features-0000000-0000250*"))) < 1:
+    while time.monotonic() < deadline and len(list(Path("evals").glob(f"*/features-0000000-{CHUNK:07d}*"))) < 1:
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
@@ -206,14 +207,13 @@ def test_a_full_disk_is_said_and_can_be_resumed() -> None:
 @pytest.mark.distributed
 def test_two_processes_give_the_same_numbers_as_one() -> None:
     line = "eval glyphs:1100 --metrics fd-tiny --reference glyphs:600 --json"
-    one = subprocess.run([*CALL, *shlex.split(line)], capture_output=True, text=True, check=True)
-    two = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "alphaflow_cli",
-         *shlex.split(line), "--out", "together"],
-        capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert two.returncode == 0, two.stderr
-    found = [json.loads(each.stdout)["evaluations"][0] for each in (one, two)]
+    together = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "alphaflow_cli"]
+    commands = ([*CALL, *shlex.split(line)], [*together, *shlex.split(line), "--out", "together"])
+    environment, pipe = {**os.environ, "OMP_NUM_THREADS": "1"}, subprocess.PIPE
+    running = [subprocess.Popen(each, stdout=pipe, stderr=pipe, text=True, env=environment) for each in commands]
+    said = [process.communicate(timeout=200) for process in running]
+    assert [process.returncode for process in running] == [0, 0], said
+    found = [json.loads(out)["evaluations"][0] for out, _ in said]
     assert found[0]["rows"][0]["value"] == pytest.approx(found[1]["rows"][0]["value"], rel=1e-10)
     assert found[0]["pictures_sha256"] == found[1]["pictures_sha256"]
     assert [each["processes"] for each in found] == [1, 2]

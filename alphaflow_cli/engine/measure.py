@@ -30,7 +30,7 @@ from alphaflow_cli.engine.protocol import space_of
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.nn.features import Extractor
 
-CHUNK = 250  # pictures; 200 chunks of 50,000 share out evenly over 8 and 16 ranks
+CHUNK = 256  # pictures: whole groups of the sampler and the decoder (16), so that none is filled up but the last
 FORMAT = 1  # of the chunk files
 DIGEST = 32  # bytes of a picture's sha256
 
