@@ -151,7 +151,9 @@ def test_a_wish_that_cannot_be_granted_gets_one_line(tmp_path, capsys, options, 
     assert not (tmp_path / "x.npy").exists()
 
 
-@pytest.mark.parametrize("seeds", ["a", "5-2", "1,,2", "-3", "²", "1-²"])
+@pytest.mark.parametrize(
+    "seeds", ["a", "5-2", "1,,2", "-3", "²", "1-²", str(2**64), "0-9999999999", "0-999999,7", "0-" + "9" * 5000]
+)
 def test_seeds_that_are_no_seeds_are_a_fault_of_the_command_line(tmp_path, seeds):
     assert cli.run(["sample", "x.safetensors", f"--seeds={seeds}", "--grid", "g.png"]) == 2
 

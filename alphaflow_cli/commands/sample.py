@@ -17,14 +17,22 @@ EXAMPLES = examples(
 )
 
 
+MOST_SEEDS = 1_000_000  # the pictures of one command are held in memory
+
+
 def to_seeds(ctx: click.Context, param: click.Parameter, value: str) -> list[int]:
     """0-63, 5, or a comma-separated list of both."""
     found: list[int] = []
     for part in value.split(","):
-        first, dash, last = part.strip().partition("-")
-        if not first.isdecimal() or (dash and not last.isdecimal()) or (dash and int(last) < int(first)):
+        low, dash, high = part.strip().partition("-")
+        first, last = (int(s) if s.isdecimal() and len(s) <= 20 else None for s in (low, high if dash else low))
+        if first is None or last is None or last < first:
             raise click.BadParameter(f"{value!r}: seeds are numbers and ranges such as 0-63 or 1,5,9.")
-        found.extend(range(int(first), int(last or first) + 1))
+        if last >= 2**64:
+            raise click.BadParameter(f"{value!r}: seeds lie below 2^64.")
+        if len(found) + last - first >= MOST_SEEDS:
+            raise click.BadParameter(f"{value!r}: more than {MOST_SEEDS:,} pictures; sample them in several commands.")
+        found.extend(range(first, last + 1))
     return found
 
 
