@@ -21,7 +21,7 @@ from counting import Cost, count
 from record import record
 from reference_step import reference_step
 from torch import Tensor, nn
-from workload import SIZES, build, draw, flow_matching, objective
+from workload import SIZES, asking, build, draw, flow_matching, objective
 
 from alphaflow_cli.engine.compile import compile_blocks
 from alphaflow_cli.engine.step import Objective, Rows, training_step
@@ -102,6 +102,8 @@ def cell(options: argparse.Namespace, *, alpha: float, share: float, guided: boo
         def make(turn: int) -> Work:
             seed = options.seed + turn
             rows = draw(size, options.batch, share, seed=seed, device=options.device, dtype=dtype)
+            if "compiled" not in name:  # there the number of rows asked must not change
+                rows = asking(rows, how)
             return work_of(name.split()[0], nets[name], rows, alpha, how)
 
         return make

@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from alphaflow_cli.engine.guide import ask
 from alphaflow_cli.engine.step import Objective, Rows
 from alphaflow_cli.nn.dit import DiT
 from alphaflow_cli.recipe.schema import Guidance, Loss
@@ -75,6 +76,13 @@ def draw(size: Size, batch: int, share: float, *, seed: int, device: str, dtype:
     uniforms = torch.rand(batch, generator=generator, dtype=torch.float64)
     x, noise, t, r, uniforms = (value.to(device, dtype) for value in (x, noise, t, r, uniforms))
     return Rows(x=x, noise=noise, t=t, r=r, y=y.to(device), uniforms=uniforms, n_equal=n_equal)
+
+
+def asking(rows: Rows, how: Objective) -> Rows:
+    """The same rows, with guidance asking only about those that need it, as the trainer does."""
+    if not how.is_guided:
+        return rows
+    return replace(rows, question=ask(rows.t.cpu(), rows.uniforms.cpu(), rows.n_equal, how.guidance, rows.t.device))
 
 
 def objective(*, guided: bool, bf16: bool) -> Objective:

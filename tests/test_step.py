@@ -8,17 +8,24 @@ import pytest
 import torch
 from golden_data import FOLDER, LABEL_ROWS, arrays, assert_close, labels, network, tensor
 from reference_step import reference_step
-from workload import CLASSES, Size, build, draw
+from workload import CLASSES, Size, asking, build, draw
 
 from alphaflow_cli.core.alpha import schedule_value
 from alphaflow_cli.engine.compile import compile_blocks
+from alphaflow_cli.engine.guide import ask
 from alphaflow_cli.engine.step import Objective, Rows, training_step
 from alphaflow_cli.nn.names import to_published
 from alphaflow_cli.recipe.schema import Guidance, Loss
 
 TINY = Size(dim=32, depth=2, heads=4, latent=8)
 LOSS_META = json.loads((FOLDER / "loss_meta_f64.json").read_text())
-GUIDANCE = {"none": Guidance(), "b2": Guidance(omega=1.0, kappa=0.5), "xl2": Guidance(0.2, 0.92, 0.0, 0.75)}
+GUIDANCE = {
+    "none": Guidance(),
+    "b2": Guidance(omega=1.0, kappa=0.5),
+    "xl2": Guidance(0.2, 0.92, 0.0, 0.75),
+    "no null": Guidance(0.4, 0.6, 0.2, 0.8),  # 1 − ω − κ = 0
+    "null only": Guidance(1.5, 0.0),
+}
 
 
 def tiny_net(dtype=torch.float64):
@@ -42,18 +49,35 @@ def largest_difference(a, b):
     return max((p - q).abs().max() for p, q in zip(a, b, strict=True)) / torch.cat([q.flatten() for q in b]).abs().max()
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize(("dropout", "asked"), [(0.0, "needed"), (0.3, "needed"), (0.3, "all")])
 @pytest.mark.parametrize("share", [0.25, 0.5, 0.75])
 @pytest.mark.parametrize("mix", list(GUIDANCE))
 @pytest.mark.parametrize("alpha", [1.0, 0.5, 0.0])
-def test_gradients_equal_those_of_the_published_way(alpha, mix, share, dropout):
+def test_gradients_equal_those_of_the_published_way(alpha, mix, share, dropout, asked):
     net, rows = tiny_net(), tiny_rows(share)
     rows.r[-1] = rows.t[-1]  # a tie among the r < t rows
     objective = how(replace(GUIDANCE[mix], label_dropout=dropout))
+    rows = asking(rows, objective) if asked == "needed" else rows
     fast = training_step(net, net, rows, alpha=alpha, how=objective).loss
     slow = reference_step(net, rows, alpha=alpha, how=objective)
     assert fast.item() == pytest.approx(slow.item(), rel=1e-13)
     assert largest_difference(gradients(net, fast), gradients(net, slow)) < 1e-12
+
+
+def test_guidance_asks_about_no_row_that_need_not_be_asked():
+    """4 r = t rows, 4 others; the interval is (.2, .8), and a label is dropped below .3."""
+    t = torch.tensor([0.5, 0.5, 0.1, 0.5, 0.5, 0.5, 0.9, 0.5])
+    uniforms = torch.tensor([0.1, 0.9, 0.1, 0.9, 0.1, 0.9, 0.9, 0.9])
+    for mix, null, own in (
+        (Guidance(1.0, 0.5, 0.2, 0.8, 0.3), [1, 3, 4, 5, 7], [5, 7]),
+        (Guidance(0.4, 0.6, 0.2, 0.8, 0.3), [], [4, 5, 7]),
+        (Guidance(1.5, 0.0, 0.2, 0.8, 0.3), [1, 3, 4, 5, 7], []),
+    ):
+        question = ask(t, uniforms, 4, mix, torch.device("cpu"))
+        assert question.places.tolist() == null + own, mix
+        assert (question.n_null, question.n_null_equal) == (len(null), len([row for row in null if row < 4]))
+    outside = ask(torch.full((8,), 0.1), uniforms, 4, Guidance(1.0, 0.5, 0.2, 0.8, 0.3), torch.device("cpu"))
+    assert outside.places.tolist() == [0], "never none: sharded networks are called on every process"
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0])
@@ -85,12 +109,16 @@ def fast_step(net, rows, alpha, objective):
     return training_step(net, net, rows, alpha=alpha, how=objective).loss
 
 
+def asking_step(net, rows, alpha, objective):
+    return fast_step(net, asking(rows, objective), alpha, objective)
+
+
 def slow_step(net, rows, alpha, objective):
     return reference_step(net, rows, alpha=alpha, how=objective)
 
 
 def test_the_loss_curve_of_200_steps_is_the_published_ways_to_rounding():
-    fast, slow = curve(fast_step, 200), curve(slow_step, 200)
+    fast, slow = curve(asking_step, 200), curve(slow_step, 200)
     assert fast.std() > 1e-3
     assert (fast - slow).abs().max() < 1e-9
 
@@ -163,11 +191,11 @@ def test_the_weight_of_each_row_is_the_published_one(case):
 
 
 @pytest.mark.parametrize(("alpha", "guided", "expected"), [
-    (1.0, False, [True]), (1.0, True, [False, True]), (0.5, False, [False, True]),
-    (0.5, True, [False, False, True]), (0.0, False, [True]), (0.0, True, [False, True]),
+    (1.0, False, [True]), (1.0, True, [True]), (0.5, False, [True, False]),
+    (0.5, True, [True, False]), (0.0, False, [True]), (0.0, True, [False, True]),
 ])  # fmt: skip
-def test_there_is_one_graded_call_and_as_few_others_as_can_be(alpha, guided, expected):
-    """0 < α < 1 with guidance needs two: z_s depends on ṽ."""
+def test_there_is_one_graded_call_and_at_most_one_other(alpha, guided, expected):
+    """Of the network as a whole; whether it had a gradient, in order."""
     net, calls = tiny_net(), []
     net.register_forward_pre_hook(lambda module, inputs: calls.append(torch.is_grad_enabled()))
     training_step(net, net, tiny_rows(0.25), alpha=alpha, how=how(GUIDANCE["b2" if guided else "none"]))
@@ -201,5 +229,5 @@ def test_nothing_is_recompiled_while_alpha_moves():
         phase = "one" if alpha == 1.0 else "zero" if alpha == 0.0 else "between"
         graphs.setdefault(phase, set()).add(counters["stats"]["unique_graphs"])
     assert len(set(alphas)) > 20
-    assert graphs == {"one": {4}, "between": {6}, "zero": {8}}  # two parts (block, final) of each form
+    assert graphs == {"one": {2}, "between": {4}, "zero": {8}}  # two parts (block, final) of each form
     assert not counters["graph_break"]

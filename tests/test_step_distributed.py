@@ -7,7 +7,7 @@ from dataclasses import fields
 import pytest
 import torch
 from torch import distributed, multiprocessing, nn
-from workload import Size, build, draw, objective
+from workload import Size, asking, build, draw, objective
 
 from alphaflow_cli.engine.step import Rows, training_step
 
@@ -18,7 +18,8 @@ TORCH = tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2])
 def share_of(rows, rank, processes):
     """Every other row, r = t rows first."""
     places = [torch.arange(rows.n_equal)[rank::processes], torch.arange(rows.n_equal, len(rows.t))[rank::processes]]
-    values = {f.name: getattr(rows, f.name)[torch.cat(places)] for f in fields(Rows) if f.name != "n_equal"}
+    names = [f.name for f in fields(Rows) if f.name not in ("n_equal", "question")]
+    values = {name: getattr(rows, name)[torch.cat(places)] for name in names}
     return Rows(**values, n_equal=len(places[0]))
 
 
@@ -42,7 +43,8 @@ def one_process(rank, kinds, folder):
             single, net = (build(TINY, seed=0, device="cpu", dtype=torch.float64) for _ in range(2))
             (training_step(single, single, rows, alpha=alpha, how=how).loss / 8).backward()
             wrapped = WRAP[kind](net)
-            (training_step(wrapped, net, share_of(rows, rank, 2), alpha=alpha, how=how).loss / 4).backward()
+            mine = asking(share_of(rows, rank, 2), how)
+            (training_step(wrapped, net, mine, alpha=alpha, how=how).loss / 4).backward()
             for a, b in zip(net.parameters(), single.parameters(), strict=True):
                 grad = a.grad.full_tensor() if hasattr(a.grad, "full_tensor") else a.grad
                 torch.testing.assert_close(grad, b.grad, rtol=1e-12, atol=1e-13, msg=f"{kind}, α = {alpha}")

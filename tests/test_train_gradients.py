@@ -10,11 +10,14 @@ from torch.distributed.tensor import DTensor
 from train_helpers import fork, make_recipe, make_store, row_values, train
 
 from alphaflow_cli.core.alpha import equal_rows
+from alphaflow_cli.core.draws import step_draws
+from alphaflow_cli.core.times import sample_times
 from alphaflow_cli.engine import ready, start
 from alphaflow_cli.engine.plan import equal_share_at
 from alphaflow_cli.engine.shards import local, part, whole
 from alphaflow_cli.engine.split import Split, split_batch
-from alphaflow_cli.engine.train import gradients
+from alphaflow_cli.engine.step import training_step
+from alphaflow_cli.engine.train import gradients, rows_at
 from alphaflow_cli.engine.world import join_world
 
 ALPHAS = {"flow": 1.0, "between": 0.4, "derivative": 0.0}
@@ -90,6 +93,28 @@ def test_gradients_on_several_processes_are_those_of_one(way, alone, store, tmp_
     assert min(largest.values()) > 1e-3, "the comparison is about something"
     rows = [json.loads(path.read_text()) for path in (tmp_path / "together").glob("rows-*.json")]
     assert sum(row["equal"] for row in rows) == rows[0]["wanted"] == 4
+
+
+@pytest.mark.parametrize("alpha", ALPHAS.values())
+def test_asking_about_the_needed_rows_only_changes_no_gradient(alpha, store, tmp_path):
+    interval = ("guidance.t_min=0.3", "guidance.t_max=0.6", "guidance.label_dropout=0.4")
+    recipe = make_recipe(tmp_path, "train.precision=fp64", *interval)
+    run = start.open_run(recipe, ready.Options(tmp_path / "run", store), join_world())
+    awake(run.net)
+    law, n_equal = recipe.times, 4
+    draws = step_draws(0, 5, batch=16, shape=run.stream.shape, device=run.world.device)
+    t, r = sample_times(draws.normals, n_equal, law=law.law, mean=law.mean, std=law.std, order=law.order)
+    times = torch.stack([t, r, draws.uniforms]).double()
+    rows = rows_at(run, 5, slice(None), noise=draws.noise, times=times, n_equal=n_equal)
+    assert 0 < len(rows.question.places) < 16, "of 16 + 12"
+    some, every = (
+        torch.autograd.grad(
+            training_step(run.net, run.net, each, alpha=alpha, how=run.how).loss, list(run.net.parameters())
+        )
+        for each in (rows, replace(rows, question=None))
+    )
+    for a, b in zip(some, every, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("batch", [1, 5, 16, 37])

@@ -23,7 +23,7 @@ from alphaflow_cli.engine.slurm import first_host, slurm_environment
 from alphaflow_cli.engine.split import Split
 from alphaflow_cli.engine.step import Objective, training_step
 from alphaflow_cli.engine.trackers import check_trackers, flat
-from alphaflow_cli.engine.utilisation import forward_flops, peak_of, step_flops
+from alphaflow_cli.engine.utilisation import asked_rows, forward_flops, peak_of, step_flops
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.recipe import load_recipe
 
@@ -128,10 +128,20 @@ def test_numbers_are_flat():
 def test_the_formula_counts_what_the_dispatcher_counts(alpha, guided, tmp_path):
     guidance = () if guided else ("guidance.omega=1", "guidance.kappa=0")
     sizes = ("data.latent_size=16", "data.image_size=128", "model.dim=192", "model.heads=3")
-    recipe = make_recipe(tmp_path, *guidance, *sizes)
+    recipe = make_recipe(tmp_path, *guidance, *sizes, "train.compile=true")  # then every row is asked
     net, rows, how = build_network(recipe), random_rows(recipe, 16, 4, CPU), Objective.of(recipe)
     counted = count(lambda: training_step(net, net, rows, alpha=alpha, how=how).loss.backward()).flops
     assert step_flops(recipe, alpha, 4) == pytest.approx(counted, rel=0.04)
+
+
+def test_guidance_asks_about_so_many_rows_in_the_mean(tmp_path):
+    """XL/2's interval and dropout: 93% of single draws and 87% of the later of two lie below .75 (normal tables)."""
+    sets = ("guidance.omega=0.2", "guidance.kappa=0.92", "guidance.t_max=0.75", "guidance.label_dropout=0.1")
+    recipe = make_recipe(tmp_path, *sets, "train.batch=256")
+    equal, later = 0.9332, 0.9332**2  # Φ((ln 3 + .4) / 1)
+    for n_equal, expected in ((0, later * 1.9), (128, (equal * 0.9 + later * 1.9) / 2), (256, equal * 0.9)):
+        assert asked_rows(recipe, n_equal) / 256 == pytest.approx(expected, rel=0.01)
+    assert asked_rows(replace(recipe, train=replace(recipe.train, compile=True)), 128) == 256 + 128
 
 
 def test_the_peak_is_known_for_bf16_on_known_devices_only():

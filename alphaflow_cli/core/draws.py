@@ -32,16 +32,16 @@ def mix_seed(*parts: int) -> int:
 class StepDraws:
     """The random numbers of one global batch, apart from the data's own."""
 
-    noise: Tensor  # (B, C, h, w)
-    normals: Tensor  # (3, B): one draw of an r = t row, two of an r < t row
-    uniforms: Tensor  # (B,): below the dropout rate, the label is dropped
+    noise: Tensor  # (B, C, h, w), on the device
+    normals: Tensor  # (3, B), on the host: one draw of an r = t row, two of an r < t row
+    uniforms: Tensor  # (B,), on the host: below the dropout rate, the label is dropped
 
 
 def step_draws(seed: int, step: int, *, batch: int, shape: tuple[int, int, int], device: torch.device) -> StepDraws:
-    """The draws of a step, made on the device: the same on any number of processes; other devices, other streams."""
-    generator = torch.Generator(device).manual_seed(mix_seed(seed, STEP, step))
-    return StepDraws(
-        noise=torch.randn((batch, *shape), generator=generator, device=device),
-        normals=torch.randn((3, batch), generator=generator, device=device),
-        uniforms=torch.rand((batch,), generator=generator, device=device),
-    )
+    """The draws of a step: the same on any number of processes. Noise is another on another kind of device; what
+    decides which rows are computed is drawn on the host, which then need not wait for the device to tell it."""
+    drawn = mix_seed(seed, STEP, step)
+    generator = torch.Generator(device).manual_seed(drawn)
+    noise = torch.randn((batch, *shape), generator=generator, device=device)
+    host = generator if device.type == "cpu" else torch.Generator().manual_seed(drawn)
+    return StepDraws(noise, torch.randn((3, batch), generator=host), torch.rand((batch,), generator=host))

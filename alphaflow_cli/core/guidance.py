@@ -27,6 +27,29 @@ def drop_labels(
     return torch.where(dropped, y_null, y)
 
 
+def asked_rows(
+    t: Tensor,
+    uniforms: Tensor,
+    n_equal: int,
+    *,
+    omega: float,
+    kappa: float,
+    dropout: float,
+    t_min: float,
+    t_max: float,
+) -> tuple[Tensor, Tensor]:
+    """(B,) bool each: the rows whose u⁻(z_t, t, t | y), and whose u⁻(z_t, t, t | ∅), only a call of its own can tell.
+
+    An r = t row (the first `n_equal`) predicts the one that belongs to its label itself. An r < t row without label
+    needs only one of the two, since they are the same. Outside the interval nothing is needed.
+    """
+    guided = inside(t, t_min, t_max)
+    dropped, later = guided & (uniforms < dropout), torch.arange(len(t), device=t.device) >= n_equal
+    null = guided & (later | ~dropped) if null_weight(omega, kappa) != 0.0 else torch.zeros_like(guided)
+    own = guided & later & ~(dropped & null) if kappa != 0.0 else torch.zeros_like(guided)
+    return own, null
+
+
 def null_weight(omega: float, kappa: float) -> float:
     """1 − ω − κ, the weight of the null velocity; rounding noise counts as zero."""
     rest = 1.0 - omega - kappa

@@ -27,6 +27,7 @@ from alphaflow_cli.data.files import Array
 from alphaflow_cli.data.shards import Shards, statistics_of_rows
 from alphaflow_cli.data.stats import Statistics, merge, mirrored, subset_rows
 from alphaflow_cli.data.store import Store, Verify, open_store
+from alphaflow_cli.data.transfer import to_device
 from alphaflow_cli.errors import AlphaflowError
 
 Rows = slice | Tensor
@@ -89,7 +90,7 @@ class LatentStream:
         """Rows of the global batch of a step."""
         wanted = torch.arange(self.batch)[rows]
         stored = self._fetch(step, wanted)
-        latents = self._latents(stored.stored, step, wanted)
+        latents = self._latents(stored.stored, step, rows)
         return Batch((latents - self._mean) / self._std, stored.y)
 
     def samples_at(self, step: int) -> Array:
@@ -118,7 +119,7 @@ class LatentStream:
         if self._pool:
             self._pool.shutdown(cancel_futures=True)
 
-    def _latents(self, stored: Tensor, step: int, wanted: Tensor) -> Tensor:
+    def _latents(self, stored: Tensor, step: int, rows: Rows) -> Tensor:
         kind = self.store.plan.kind
         if kind == "pixels":
             return stored.float() / 127.5 - 1.0
@@ -128,7 +129,7 @@ class LatentStream:
         if self.posterior == "mean":
             return mean
         noise = self.noise_at(step)
-        return torch.addcmul(mean, std, noise if len(wanted) == self.batch else noise[wanted.to(self.device)])
+        return torch.addcmul(mean, std, noise[rows if isinstance(rows, slice) else to_device(rows, self.device)])
 
     def _fetch(self, step: int, wanted: Tensor) -> _Rows:
         if self._resident:
@@ -164,10 +165,10 @@ class LatentStream:
         assert self._resident is not None
         chosen = wanted.numpy()
         samples, flipped = self.samples_at(step)[chosen], self.flips_at(step)[chosen]
-        index = torch.from_numpy(samples).to(self.device)
+        index = to_device(torch.from_numpy(samples), self.device)
         stored = self._resident[self.store.plan.kind][index]
         if flipped.any():
-            which = torch.from_numpy(flipped).to(self.device)
+            which = to_device(torch.from_numpy(flipped.nonzero()[0]), self.device)  # places: a mask would have to wait
             name = f"{self.store.plan.kind}_flip"
             stored[which] = self._resident[name][index[which]] if name in self._resident else stored[which].flip(-1)
         return _Rows(stored, self._resident["label"][index])

@@ -2,9 +2,10 @@
 
 All blocks share one piece of code, so each form below is compiled once, not once per block:
 
-    graded, value alone       α > 0                    (B rows)
+    graded, value alone       α > 0 without guidance   (B rows)
+    graded, others beside     α > 0 with guidance      (B rows, and those that guidance asks about)
     graded, with tangents     α = 0                    (B rows, B' of them with a tangent)
-    no gradient               guidance, u⁻(z_s, r, s)  (their own numbers of rows)
+    no gradient               u⁻(z_s, r, s); guidance at α = 0  (their own numbers of rows)
     math attention            the forward-mode reference only
 
 α never enters a block, so its schedule compiles nothing. Static shapes: a new number of rows is a new form, up to

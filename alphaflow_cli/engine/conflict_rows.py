@@ -10,6 +10,7 @@ from torch import Tensor
 from alphaflow_cli.core.draws import CONFLICT, mix_seed, step_draws
 from alphaflow_cli.core.objective import is_tie
 from alphaflow_cli.core.times import sample_times
+from alphaflow_cli.data.transfer import to_device
 from alphaflow_cli.engine.build import DTYPES
 from alphaflow_cli.engine.step import Rows
 from alphaflow_cli.recipe.schema import Recipe
@@ -23,27 +24,19 @@ def conflict_rows(recipe: Recipe, x: Tensor, y: Tensor, *, seed: int, index: int
     shape = (int(x.shape[1]), int(x.shape[2]), int(x.shape[3]))
     draws = step_draws(mix_seed(seed, CONFLICT), index, batch=len(x), shape=shape, device=x.device)
     t, r = later_times(recipe, draws.normals, mix_seed(seed, CONFLICT, index))
-    return Rows(
-        x=x.to(dtype),
-        noise=draws.noise.to(dtype),
-        t=t.to(dtype),
-        r=r.to(dtype),
-        y=y,
-        uniforms=draws.uniforms,
-        n_equal=0,
-    )
+    t, r, uniforms = to_device(torch.stack([t, r, draws.uniforms]).to(dtype), x.device)
+    return Rows(x=x.to(dtype), noise=draws.noise.to(dtype), t=t, r=r, y=y, uniforms=uniforms, n_equal=0)
 
 
 def later_times(recipe: Recipe, normals: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-    """(t, r) from normals (3, B); ties are drawn again, the other rows keep theirs."""
-    law, device = recipe.times, normals.device
+    """(t, r) from normals (3, B), on the host; ties are drawn again, the other rows keep theirs."""
+    law = recipe.times
     t, r = sample_times(normals, 0, law=law.law, mean=law.mean, std=law.std, order=law.order)
     for again in range(1, TRIES):
         tie = is_tie(t, r)
         if not tie.any():
             break
-        generator = torch.Generator(device).manual_seed(mix_seed(seed, again))
-        normals = torch.randn(normals.shape, generator=generator, device=device)
+        normals = torch.randn(normals.shape, generator=torch.Generator().manual_seed(mix_seed(seed, again)))
         new_t, new_r = sample_times(normals, 0, law=law.law, mean=law.mean, std=law.std, order=law.order)
         t, r = torch.where(tie, new_t, t), torch.where(tie, new_r, r)
     return t, r

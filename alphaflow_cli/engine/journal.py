@@ -36,8 +36,8 @@ class Sums:
         sums, counts = interval_bins(t[k:], r[k:], error[k:], BINS)
         parts = [error[k:], terms.trajectory[k:].double(), terms.consistency[k:].double(), error[:k]]
         later, trajectory, consistency, velocity = (part.sum() for part in parts)
-        numbers = torch.tensor([len(error) - k, k], dtype=torch.float64).to(error.device, non_blocking=True)
-        head = torch.stack([numbers[0], later, trajectory, consistency, numbers[1], velocity])
+        n_later, n_equal_rows = (error.new_full((), count) for count in (len(error) - k, k))  # no copy from the host
+        head = torch.stack([n_later, later, trajectory, consistency, n_equal_rows, velocity])
         self.values += torch.cat([head, sums, counts])
 
     def take(self, world_sum: Tensor) -> dict[str, Any]:

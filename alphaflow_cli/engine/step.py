@@ -1,12 +1,12 @@
 """One micro-batch from rows to a loss: the only place where the bare and the wrapped network meet.
 
 Targets see the BARE network, without gradient. The loss sees the WRAPPED one, in the one graded forward of the step,
-so that gradients synchronise. The r = t rows come first: `n_equal` of them.
+so that gradients synchronise. The r = t rows come first: `n_equal` of them. Beside the graded forward there is at most
+one call of the network, whatever the phase:
 
-    guidance    one call of the bare network: (z | ∅) for all rows and (z | y) for the r < t rows, at (t, t);
-                an r = t row's own prediction IS u(z, t, t | y), so it is taken from the graded forward
-    0 < α < 1   one call of the bare network at (z_s, r, s), r < t rows only; after the guidance's, whose ṽ makes z_s
-    α = 0       du/dt rides along in the graded forward
+    α = 1       none: guidance's rows go along in the graded forward
+    0 < α < 1   (z_s, r, s) of the r < t rows; z_s needs ṽ, so guidance's rows went along in the graded forward
+    α = 0       guidance's rows; du/dt along their ṽ then rides along in the graded forward
 """
 
 from dataclasses import dataclass
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from alphaflow_cli.core import guidance, objective, path
 from alphaflow_cli.engine.build import null_label
+from alphaflow_cli.engine.guide import Answers, Question, ask_all
 from alphaflow_cli.recipe.schema import Guidance, Loss, Recipe
 
 
@@ -30,6 +31,7 @@ class Rows:
     y: Tensor
     uniforms: Tensor
     n_equal: int
+    question: Question | None = None  # of guidance; None: it asks about all rows that it might need
 
 
 @dataclass(frozen=True)
@@ -71,38 +73,31 @@ class StepResult:
 
 def training_step(wrapped: nn.Module, bare: nn.Module, rows: Rows, *, alpha: float, how: Objective) -> StepResult:
     """Times and labels to the loss of the rows. Divide by the rows of the whole step and call backward."""
-    k = rows.n_equal
+    k, v, y = rows.n_equal, path.velocity(rows.x, rows.noise), _labels(rows, how)
     z_t = path.interpolate(rows.x, rows.noise, rows.t)
-    v = path.velocity(rows.x, rows.noise)
-    y = _labels(rows, how)
-    with precision(rows.x, how):
-        u_y, u_null = _guidance_velocities(bare, z_t, rows, y, how)
-    v_later = _guided(v[k:], u_y, None if u_null is None else u_null[k:], rows.t[k:], how)
+    question = _question(rows, how)
     if alpha == 0.0 and k < len(v):
+        answers = _ask(bare, question, z_t, rows, y, how)
+        v_later = _guided(v[k:], answers.later() if answers else None, rows.t[k:], how)
         with precision(rows.x, how):
             u, du = wrapped(z_t, rows.t, rows.r, y, tangent=v_later, first=k)
-        later = objective.mean_target(v_later, du.to(v.dtype), rows.t[k:], rows.r[k:])
+        u, later = u.to(v.dtype), objective.mean_target(v_later, du.to(v.dtype), rows.t[k:], rows.r[k:])
     else:
-        with precision(rows.x, how):
-            later = _later_target(bare, z_t, v_later, rows, y, alpha=alpha, how=how)
-        with precision(rows.x, how):
-            u = wrapped(z_t, rows.t, rows.r, y)
-    u = u.to(v.dtype)
-    v_equal = _guided(v[:k], u[:k].detach(), None if u_null is None else u_null[:k], rows.t[:k], how)
-    v_guided = torch.cat([v_equal, v_later])
+        u, answers = _predict(wrapped, question, z_t, rows, y, how)
+        v_later = _guided(v[k:], answers.later() if answers else None, rows.t[k:], how)
+        later = _later_target(bare, z_t, v_later, rows, y, alpha=alpha, how=how)
+    v_equal = _guided(v[:k], answers.equal(u[:k].detach()) if answers else None, rows.t[:k], how)
     target = torch.cat([v_equal, later])
-    return _loss(u, target, v_guided, k, alpha=alpha, how=how)
+    return _loss(u, target, torch.cat([v_equal, v_later]), k, alpha=alpha, how=how)
 
 
 @torch.no_grad()
 def guided_rows(bare: nn.Module, rows: Rows, how: Objective) -> tuple[Tensor, Tensor, Tensor]:
     """(z_t, ṽ, y) of a batch without r = t rows, as `training_step` makes them: for measurements."""
     assert rows.n_equal == 0, rows.n_equal
-    z_t = path.interpolate(rows.x, rows.noise, rows.t)
-    y = _labels(rows, how)
-    with precision(rows.x, how):
-        u_y, u_null = _guidance_velocities(bare, z_t, rows, y, how)
-    return z_t, _guided(path.velocity(rows.x, rows.noise), u_y, u_null, rows.t, how), y
+    z_t, y = path.interpolate(rows.x, rows.noise, rows.t), _labels(rows, how)
+    answers = _ask(bare, _question(rows, how), z_t, rows, y, how)
+    return z_t, _guided(path.velocity(rows.x, rows.noise), answers.later() if answers else None, rows.t, how), y
 
 
 def precision(x: Tensor, how: Objective) -> torch.autocast:
@@ -119,31 +114,44 @@ def _labels(rows: Rows, how: Objective) -> Tensor:
     )
 
 
-def _guided(v: Tensor, u_y: Tensor | None, u_null: Tensor | None, t: Tensor, how: Objective) -> Tensor:
+def _question(rows: Rows, how: Objective) -> Question | None:
+    """None: there is no guidance."""
     if not how.is_guided:
-        return v
-    mix = how.guidance
-    return guidance.guided_velocity(
-        v, u_y, u_null, t, omega=mix.omega, kappa=mix.kappa, t_min=mix.t_min, t_max=mix.t_max
-    )
+        return None
+    return rows.question or ask_all(len(rows.t), rows.n_equal, how.guidance, rows.t.device)
 
 
 @torch.no_grad()
-def _guidance_velocities(
-    bare: nn.Module, z_t: Tensor, rows: Rows, y: Tensor, how: Objective
-) -> tuple[Tensor | None, Tensor | None]:
-    """(u⁻(z,t,t|y) of the r < t rows, u⁻(z,t,t|∅) of all rows) in one call; None where its weight is 0."""
-    mix, k = how.guidance, rows.n_equal
-    need_y = how.is_guided and mix.kappa != 0.0 and k < len(y)
-    need_null = how.is_guided and guidance.null_weight(mix.omega, mix.kappa) != 0.0
-    n_null = len(y) if need_null else 0
-    if not need_y and not need_null:
-        return None, None
-    places = [slice(0, n_null)] + [slice(k, None)] * need_y
-    labels = [torch.full_like(y[:n_null], how.y_null)] + [y[k:]] * need_y
-    z, t = (torch.cat([values[place] for place in places]) for values in (z_t, rows.t))
-    u = bare(z, t, t, torch.cat(labels)).to(z_t.dtype)
-    return (u[n_null:] if need_y else None), (u[:n_null] if need_null else None)
+def _ask(
+    bare: nn.Module, question: Question | None, z_t: Tensor, rows: Rows, y: Tensor, how: Objective
+) -> Answers | None:
+    """In a call of its own."""
+    if question is None:
+        return None
+    with precision(rows.x, how):
+        said = bare(*question.inputs(z_t, rows.t, y, how.y_null))
+    return Answers(question, said.to(z_t.dtype))
+
+
+def _predict(
+    wrapped: nn.Module, question: Question | None, z_t: Tensor, rows: Rows, y: Tensor, how: Objective
+) -> tuple[Tensor, Answers | None]:
+    """u with its gradient; the question goes along."""
+    with precision(rows.x, how):
+        if question is None:
+            return wrapped(z_t, rows.t, rows.r, y).to(z_t.dtype), None
+        u, said = wrapped(z_t, rows.t, rows.r, y, beside=question.inputs(z_t, rows.t, y, how.y_null))
+    return u.to(z_t.dtype), Answers(question, said.to(z_t.dtype))
+
+
+def _guided(v: Tensor, answers: tuple[Tensor, Tensor] | None, t: Tensor, how: Objective) -> Tensor:
+    """ṽ from u⁻(z_t, t, t | y) and u⁻(z_t, t, t | ∅)."""
+    if answers is None:
+        return v
+    mix, (u_y, u_null) = how.guidance, answers
+    return guidance.guided_velocity(
+        v, u_y, u_null, t, omega=mix.omega, kappa=mix.kappa, t_min=mix.t_min, t_max=mix.t_max
+    )
 
 
 def _later_target(
@@ -154,7 +162,8 @@ def _later_target(
         return v_later
     k = rows.n_equal
     target = {"data": objective.between_target, "network": objective.shortcut_target}[how.loss.velocity]
-    return target(bare, z_t[k:], v_later, t=rows.t[k:], r=rows.r[k:], y=y[k:], alpha=alpha)
+    with precision(rows.x, how):
+        return target(bare, z_t[k:], v_later, t=rows.t[k:], r=rows.r[k:], y=y[k:], alpha=alpha)
 
 
 def _loss(u: Tensor, target: Tensor, v_guided: Tensor, k: int, *, alpha: float, how: Objective) -> StepResult:

@@ -7,10 +7,15 @@ import contextlib
 from collections.abc import Callable
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from alphaflow_cli.core.alpha import equal_rows
 from alphaflow_cli.core.draws import step_draws
 from alphaflow_cli.core.times import sample_times
+from alphaflow_cli.data.transfer import to_device
 from alphaflow_cli.engine import conflict_probe
+from alphaflow_cli.engine.guide import ask
 from alphaflow_cli.engine.journal import Journal, console_line, take_counters
 from alphaflow_cli.engine.memory import within_memory
 from alphaflow_cli.engine.nonfinite import survive_nonfinite
@@ -73,24 +78,35 @@ def gradients(run: Run, step: int) -> None:
     draws = step_draws(run.seed, step, batch=recipe.train.batch, shape=run.stream.shape, device=world.device)
     law = recipe.times
     t, r = sample_times(draws.normals, n_equal, law=law.law, mean=law.mean, std=law.std, order=law.order)
+    times = torch.stack([t, r, draws.uniforms]).to(run.dtype)
     for turn in range(run.split.accumulation):
-        place = run.split.rows(world.rank, turn)
-        batch = run.stream.batch_at(step, place)
-        rows = Rows(
-            x=batch.latents.to(run.dtype),
-            noise=draws.noise[place].to(run.dtype),
-            t=t[place].to(run.dtype),
-            r=r[place].to(run.dtype),
-            y=batch.y,
-            uniforms=draws.uniforms[place],
-            n_equal=run.split.equal_rows(world.rank, turn, n_equal),
-        )
+        place, mine = run.split.rows(world.rank, turn), run.split.equal_rows(world.rank, turn, n_equal)
+        rows = rows_at(run, step, place, noise=draws.noise[place], times=times[:, place], n_equal=mine)
         last = turn == run.split.accumulation - 1
         with contextlib.nullcontext() if last else world.accelerator.no_sync(run.wrapped):
             result = training_step(run.wrapped, run.net, rows, alpha=alpha, how=run.how)
             # synchronising averages over the processes; the loss is a mean over the global batch
             (result.loss * (world.size / recipe.train.batch)).backward()  # type: ignore[no-untyped-call]
         run.sums.add(result.terms, rows.t, rows.r, rows.n_equal)
+
+
+def rows_at(run: Run, step: int, place: slice, *, noise: Tensor, times: Tensor, n_equal: int) -> Rows:
+    """A micro-batch; `times` are t, r and the uniforms of label dropout, on the host."""
+    batch, device, how = run.stream.batch_at(step, place), run.world.device, run.how
+    t, r, uniforms = to_device(times, device)
+    question = None  # compiled blocks are asked about every row, so that their number stays
+    if how.is_guided and not run.recipe.train.compile:
+        question = ask(times[0], times[2], n_equal, how.guidance, device)
+    return Rows(
+        x=batch.latents.to(run.dtype),
+        noise=noise.to(run.dtype),
+        t=t,
+        r=r,
+        y=batch.y,
+        uniforms=uniforms,
+        n_equal=n_equal,
+        question=question,
+    )
 
 
 def _is_due(step: int, every: int) -> bool:

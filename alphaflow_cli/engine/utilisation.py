@@ -2,14 +2,19 @@
 
 Counted are the products of the blocks and the final layer, 2 operations per multiply-add, in units of one row's
 forward: 3 of a graded row (forward and backward), 1 of a row of an extra call, 1.05 of a riding tangent (the cost
-measured beside a plain step). What gradient checkpointing recomputes is not needed, so it is not counted.
+measured beside a plain step). What gradient checkpointing recomputes is not needed, so it is not counted. Of guidance's
+rows, which differ from step to step, the mean is.
 """
 
-from alphaflow_cli.core.guidance import null_weight
+import torch
+
+from alphaflow_cli.core.times import sample_times
+from alphaflow_cli.engine.guide import ask, ask_all
 from alphaflow_cli.engine.plan import phase_kind, tokens
 from alphaflow_cli.recipe.schema import Recipe
 
 TANGENT = 1.05
+SAMPLE = 1 << 14
 # NVIDIA's data sheets, dense bf16 with float32 accumulation, in FLOP/s; the first name found in the device's counts
 PEAKS = {
     "B200": 2250e12,
@@ -39,13 +44,24 @@ def forward_flops(recipe: Recipe) -> float:
     return model.depth * n * per_token + modulations + edges
 
 
+def asked_rows(recipe: Recipe, n_equal: int) -> float:
+    """Guidance's rows of a step, in the mean over SAMPLE draws; compiled blocks always see all of them."""
+    batch, law, host = recipe.train.batch, recipe.times, torch.device("cpu")
+    if recipe.train.compile:
+        return float(len(ask_all(batch, n_equal, recipe.guidance, host).places))
+    generator, equal = torch.Generator().manual_seed(0), round(SAMPLE * n_equal / batch)
+    normals, uniforms = torch.randn((3, SAMPLE), generator=generator), torch.rand(SAMPLE, generator=generator)
+    t, _ = sample_times(normals, equal, law=law.law, mean=law.mean, std=law.std, order=law.order)
+    return len(ask(t, uniforms, equal, recipe.guidance, host).places) * batch / SAMPLE
+
+
 def step_flops(recipe: Recipe, alpha: float, n_equal: int) -> float:
     """Of one step on the global batch."""
     batch, mix = recipe.train.batch, recipe.guidance
     later = batch - n_equal
     units = 3.0 * batch
     if recipe.data.classes and (mix.omega, mix.kappa) != (1.0, 0.0):
-        units += batch * (null_weight(mix.omega, mix.kappa) != 0) + later * (mix.kappa != 0)
+        units += asked_rows(recipe, n_equal)
     if phase_kind(alpha) == "between":
         units += later * (2 if recipe.loss.velocity == "network" else 1)
     elif phase_kind(alpha) == "derivative":

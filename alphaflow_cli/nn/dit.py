@@ -10,17 +10,19 @@ cosines and trained. Attention is "fused", or "math" where a derivative passes t
 forward-mode derivative).
 
 Given a `tangent` of z on the last rows, du/dt rides along through the same lines: there x and c are `Dual`s, a value
-with its derivative, and every operation below is one that has a rule for them (nn/tangent.py).
+with its derivative, and every operation below is one that has a rule for them (nn/tangent.py). Given other rows
+`beside`, each block computes them too, without gradient (nn/beside.py).
 """
 
 import warnings
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from alphaflow_cli.nn.beside import Beside, Inputs, Loaded, Part, recomputed
 from alphaflow_cli.nn.layers import Attention, Modulation, TimeEmbedding, position_table
-from alphaflow_cli.nn.tangent import Dual, Ride, add, each, gated, modulate, moving, recomputed, through
+from alphaflow_cli.nn.tangent import Dual, Ride, add, each, gated, modulate, moving, through
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", FutureWarning)  # importing timm compiles with torch.jit.script, deprecated
@@ -29,7 +31,7 @@ with warnings.catch_warnings():
 Attend = Literal["fused", "math"]
 
 
-class Block(nn.Module):
+class Block(Part):
     """adaLN-zero: shift, scale, gate of the attention, then of the MLP."""
 
     def __init__(self, dim: int, heads: int, mlp_ratio: float, *, qk_norm: bool) -> None:
@@ -40,7 +42,7 @@ class Block(nn.Module):
         self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=lambda: nn.GELU(approximate="tanh"))
         self.modulation = Modulation(dim, 6)
 
-    def forward(self, x: Ride, c: Ride, attend: Attend) -> Ride:
+    def ride(self, x: Ride, c: Ride, attend: Attend) -> Ride:
         shift, scale, gate, shift2, scale2, gate2 = self.modulation(c)
         x = gated(x, gate, self.attn(modulate(through(self.norm1, x), shift, scale), attend))
         hidden = through(self.mlp.act, through(self.mlp.fc1, modulate(through(self.norm2, x), shift2, scale2)))
@@ -48,7 +50,7 @@ class Block(nn.Module):
         return out
 
 
-class Final(nn.Module):
+class Final(Part):
     """adaLN, then linear to P·P·C per token."""
 
     def __init__(self, dim: int, out: int) -> None:
@@ -57,7 +59,7 @@ class Final(nn.Module):
         self.linear = nn.Linear(dim, out)
         self.modulation = Modulation(dim, 2)
 
-    def forward(self, x: Ride, c: Ride) -> Ride:
+    def ride(self, x: Ride, c: Ride) -> Ride:
         shift, scale = self.modulation(c)
         out: Ride = through(self.linear, modulate(through(self.norm, x), shift, scale))
         return out
@@ -140,19 +142,29 @@ class DiT(nn.Module):
         attend: Attend = "fused",
         tangent: Tensor | None = None,
         first: int = 0,
-    ) -> Tensor | Dual:
-        """u; with the `tangent` dz of the rows `first:`, (u, du) with du along (dz, dt, dr) = (tangent, 1, 0) there."""
+        beside: Inputs | None = None,
+    ) -> Loaded:
+        """u; with the `tangent` dz of the rows `first:`, (u, du) with du along (dz, dt, dr) = (tangent, 1, 0) there;
+        with other rows `beside`, (u, their u without gradient)."""
         rows = 0 if tangent is None else len(tangent)
-        assert tangent is None or 0 < rows == len(z) - first, (rows, len(z), first)
-        c = through(self.activation, self.condition(t, r, y, rows))
-        x = self.patches(z, tangent)
+        assert tangent is None or (0 < rows == len(z) - first and beside is None), (rows, len(z), first)
+        x, c = self.embed(z, t, r, y, tangent)
+        if beside is not None:
+            with torch.no_grad():
+                others = self.embed(*beside)
+            x, c = Beside(x, others[0]), Beside(c, others[1])
         for block in self.blocks:
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x = recomputed(block, x, c, attend, once=not self.compiled)
             else:
                 x = block(x, c, attend)
-        u: Tensor | Dual = each(self.unpatchify, self.final(x, c))
+        u: Loaded = each(self.unpatchify, self.final(x, c))
         return u
+
+    def embed(self, z: Tensor, t: Tensor, r: Tensor, y: Tensor, tangent: Tensor | None = None) -> tuple[Any, Any]:
+        """(x, c): the tokens, and the activated conditioning."""
+        rows = 0 if tangent is None else len(tangent)
+        return self.patches(z, tangent), through(self.activation, self.condition(t, r, y, rows))
 
 
 def linears(module: nn.Module) -> list[nn.Linear]:

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from alphaflow_cli.nn.tangent import Dual, Ride, attention, cut, each, through
+from alphaflow_cli.nn.tangent import Dual, Ride, attention, cut, each, last, through
 
 FREQUENCIES = 128
 
@@ -39,7 +39,7 @@ class TimeEmbedding(nn.Module):
     def forward(self, s: Ride) -> Ride:
         if isinstance(s, Tensor):
             return through(self.mlp, time_features(s))
-        speed = s.tangent[:, None] * time_features_speed(s.last)
+        speed = s.tangent[:, None] * time_features_speed(last(s))
         return through(self.mlp, Dual(time_features(s.value), speed))
 
 

@@ -16,9 +16,11 @@ index that t cannot tell from a whole one is whole, and angles are taken in floa
 import torch
 from torch import Tensor
 
+from alphaflow_cli.core.path import expand
+from alphaflow_cli.nn.beside import Beside, Inputs, Loaded
 from alphaflow_cli.nn.dit import Attend, DiT
 from alphaflow_cli.nn.layers import TimeEmbedding, time_features, time_features_speed
-from alphaflow_cli.nn.tangent import Dual, Ride, last_rows, through
+from alphaflow_cli.nn.tangent import Dual, Ride, last, last_rows, through
 
 DISCRETE_TIMES = 1000
 BETAS = (1e-4, 0.02)  # the linear schedule of DDPM and DiT
@@ -51,7 +53,7 @@ class DiscreteTimeEmbedding(TimeEmbedding):
         if isinstance(s, Tensor):
             return through(self.mlp, time_features(discrete_index(s)[0]).to(s.dtype))
         index, rows = discrete_index(s.value)[0], len(s.tangent)
-        speed = time_features_speed(last_rows(index, rows)) * (s.tangent * discrete_index(s.last)[1])[:, None]
+        speed = time_features_speed(last_rows(index, rows)) * (s.tangent * discrete_index(last(s))[1])[:, None]
         return through(self.mlp, Dual(time_features(index).to(s.value.dtype), speed.to(s.tangent.dtype)))
 
 
@@ -71,20 +73,48 @@ class NoiseDiT(DiT):
         attend: Attend = "fused",
         tangent: Tensor | None = None,
         first: int = 0,
-    ) -> Tensor | Dual:
-        end = discrete_times(t.device)[-1].to(t.dtype)
-        factor = (1 / (1 - torch.minimum(t, end)))[:, None, None, None]
-        shrink = ((1 - t) ** 2 + t**2).rsqrt()[:, None, None, None]
-        if tangent is None:
-            noise = super().forward(z * shrink, t, r, y, attend)
-            assert isinstance(noise, Tensor)
-            return (noise - z) * factor
+        beside: Inputs | None = None,
+    ) -> Loaded:
+        if tangent is not None:
+            return self._with_tangent(z, t, r, y, attend, tangent, first)
+        if beside is None:
+            return _velocity(super().forward(z * _shrink(t, z), t, r, y, attend), z, t)
+        other_z, other_t, other_r, other_y = beside
+        scaled = (other_z * _shrink(other_t, z), other_t, other_r, other_y)
+        both = super().forward(z * _shrink(t, z), t, r, y, attend, beside=scaled)
+        assert isinstance(both, Beside)
+        return Beside(_velocity(both.value, z, t), _velocity(both.others, other_z, other_t))
+
+    def _with_tangent(
+        self, z: Tensor, t: Tensor, r: Tensor, y: Tensor, attend: Attend, tangent: Tensor, first: int
+    ) -> Dual:
         rows = len(tangent)
-        z_last, t_last = last_rows(z, rows), last_rows(t, rows)[:, None, None, None]
-        f, n = last_rows(factor, rows), last_rows(shrink, rows)
-        inner = tangent * n + z_last * (1 - 2 * t_last) * n**3  # d(z n⁻¹), dn⁻¹/dt = (1 − 2t) n⁻³
-        predicted = super().forward(z * shrink, t, r, y, attend, inner, first)
+        z_last, t_last = last_rows(z, rows), last_rows(t, rows)
+        f, n = _factor(t_last, z), _shrink(t_last, z)
+        inner = tangent * n + z_last * (1 - 2 * expand(t_last, z)) * n**3  # d(z n⁻¹), dn⁻¹/dt = (1 − 2t) n⁻³
+        predicted = super().forward(z * _shrink(t, z), t, r, y, attend, inner, first)
         assert isinstance(predicted, Dual)
-        u = (predicted.value - z) * factor
-        grows = torch.where(t_last < end, last_rows(u, rows) * f, 0.0)  # u d(log factor)/dt
+        u = _velocity(predicted.value, z, t)
+        grows = torch.where(expand(t_last, z) < _end(t), last_rows(u, rows) * f, 0.0)  # u d(log factor)/dt
         return Dual(u, (predicted.tangent - tangent) * f + grows.detach())
+
+
+def _end(t: Tensor) -> Tensor:
+    """The last discrete time."""
+    return discrete_times(t.device)[-1].to(t.dtype)
+
+
+def _factor(t: Tensor, like: Tensor) -> Tensor:
+    """1 / (1 − t), to multiply rows of `like`."""
+    return expand(1 / (1 - torch.minimum(t, _end(t))), like)
+
+
+def _shrink(t: Tensor, like: Tensor) -> Tensor:
+    """1 / n(t), to multiply rows of `like`."""
+    return expand(((1 - t) ** 2 + t**2).rsqrt(), like)
+
+
+def _velocity(noise: Loaded, z: Tensor, t: Tensor) -> Tensor:
+    """(ε̂ − z) / (1 − t)."""
+    assert isinstance(noise, Tensor)
+    return (noise - z) * _factor(t, z)

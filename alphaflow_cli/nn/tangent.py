@@ -15,12 +15,11 @@ error. Shapes: B rows, B' ≤ B last rows, N tokens, D channels, d channels of a
 """
 
 from collections.abc import Callable
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 
 class Dual(NamedTuple):
@@ -29,19 +28,20 @@ class Dual(NamedTuple):
     value: Tensor  # (B, ...)
     tangent: Tensor  # (B', ...)
 
-    @property
-    def last(self) -> Tensor:
-        """The value of the rows with a tangent; call it without gradient only."""
-        return last_rows(self.value, len(self.tangent))
-
 
 Ride = TypeVar("Ride", Tensor, Dual)  # values alone, or all of them with their tangents
 One = TypeVar("One", Tensor, Dual, Tensor | Dual)  # one value, whichever it is
+Whole = TypeVar("Whole", bound=Tensor | tuple[Tensor, ...])  # the same, or a value beside others (nn/beside.py)
 
 
 def last_rows(x: Tensor, rows: int) -> Tensor:
     """The last `rows` rows."""
-    return x if rows == len(x) else x[len(x) - rows :]
+    return x if rows == x.shape[0] else x[x.shape[0] - rows :]
+
+
+def last(x: Dual) -> Tensor:
+    """The value of the rows with a tangent; call it without gradient only. Not a property: older compilers fail."""
+    return last_rows(x.value, x.tangent.shape[0])
 
 
 def moving(s: Tensor, rows: int) -> Tensor | Dual:
@@ -52,9 +52,9 @@ def moving(s: Tensor, rows: int) -> Tensor | Dual:
 # Linear maps: the tangent goes the same way as the value.
 
 
-def each(f: Callable[[Tensor], Tensor], x: One) -> One:
-    """A linear f that only moves numbers: reshape, permute."""
-    return f(x) if isinstance(x, Tensor) else Dual(f(x.value), f(x.tangent))
+def each(f: Callable[[Tensor], Tensor], x: Whole) -> Whole:
+    """A linear f that only moves numbers (reshape, permute), of a value and of what rides along."""
+    return cast(Whole, f(x) if isinstance(x, Tensor) else type(x)(*map(f, x)))
 
 
 def cut(f: Callable[[Tensor], tuple[Tensor, ...]], x: Ride) -> tuple[Ride, ...]:
@@ -95,13 +95,13 @@ def _patches(layer: nn.Conv2d, x: Dual) -> Dual:
 
 
 def _layer_norm(layer: nn.LayerNorm, x: Dual) -> Dual:
-    shape, rows = layer.normalized_shape, len(x.tangent)
+    shape, rows = layer.normalized_shape, x.tangent.shape[0]
     if x.value.dtype in (torch.float32, torch.float64):  # the stream: one kernel gives the value and its statistics
         value, mean, rstd = torch.native_layer_norm(x.value, shape, layer.weight, layer.bias, layer.eps)
     else:  # q and k under autocast, whose value is the device's affair
         value = layer(x.value)
     with torch.no_grad():
-        wide, dx = x.last, x.tangent
+        wide, dx = last(x), x.tangent
         if wide.dtype not in (torch.float32, torch.float64):
             wide, dx = wide.float(), dx.float()
             _, mean, rstd = torch.native_layer_norm(wide, shape, None, None, layer.eps)
@@ -114,13 +114,13 @@ def _layer_norm(layer: nn.LayerNorm, x: Dual) -> Dual:
 def _gelu(layer: nn.GELU, x: Dual) -> Dual:
     value = layer(x.value)
     with torch.no_grad():
-        return Dual(value, torch.ops.aten.gelu_backward(x.tangent, x.last, approximate=layer.approximate))
+        return Dual(value, torch.ops.aten.gelu_backward(x.tangent, last(x), approximate=layer.approximate))
 
 
 def _silu(layer: nn.SiLU, x: Dual) -> Dual:
     value = layer(x.value)
     with torch.no_grad():
-        return Dual(value, torch.ops.aten.silu_backward(x.tangent.to(value.dtype), x.last))
+        return Dual(value, torch.ops.aten.silu_backward(x.tangent.to(value.dtype), last(x)))
 
 
 def _identity(layer: nn.Identity, x: Dual) -> Dual:
@@ -144,25 +144,6 @@ RULES: dict[type, Callable[..., Dual]] = {
 }
 
 
-def recomputed(block: nn.Module, x: One, c: One, attend: str, *, once: bool) -> One:
-    """The block under gradient checkpointing. `once`: the backward pass recomputes the value, not the tangent, whose
-    result it does not need; not so for a compiled block, which saves other tensors in its other form."""
-    if isinstance(x, Tensor) or isinstance(c, Tensor) or not once:
-        out: One = checkpoint(block, x, c, attend, use_reentrant=False, preserve_rng_state=False)
-        return out
-    tangents = [(x.tangent, c.tangent)]
-
-    def run(value: Tensor, condition: Tensor) -> Tensor | Dual:
-        if not tangents:
-            again: Tensor = block(value, condition, attend)
-            return again
-        dx, dc = tangents.pop()
-        first: Dual = block(Dual(value, dx), Dual(condition, dc), attend)
-        return first
-
-    return Dual(*checkpoint(run, x.value, c.value, use_reentrant=False, preserve_rng_state=False))
-
-
 # Products.
 
 
@@ -172,8 +153,8 @@ def modulate(x: Ride, shift: Ride, scale: Ride) -> Ride:
         return x * (1 + scale) + shift
     value = x.value * (1 + scale.value) + shift.value
     with torch.no_grad():
-        tangent = torch.addcmul(shift.tangent, x.last, scale.tangent)
-        return Dual(value, torch.addcmul(tangent, x.tangent, 1 + scale.last))
+        tangent = torch.addcmul(shift.tangent, last(x), scale.tangent)
+        return Dual(value, torch.addcmul(tangent, x.tangent, 1 + last(scale)))
 
 
 def gated(x: Ride, gate: Ride, branch: Ride) -> Ride:
@@ -182,8 +163,8 @@ def gated(x: Ride, gate: Ride, branch: Ride) -> Ride:
         return x + gate * branch
     value = x.value + gate.value * branch.value
     with torch.no_grad():
-        tangent = torch.addcmul(x.tangent, gate.tangent, branch.last)
-        return Dual(value, torch.addcmul(tangent, gate.last, branch.tangent))
+        tangent = torch.addcmul(x.tangent, gate.tangent, last(branch))
+        return Dual(value, torch.addcmul(tangent, last(gate), branch.tangent))
 
 
 def attention(q: Ride, k: Ride, v: Ride, attend: str) -> Ride:
@@ -206,10 +187,10 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, attend: str) -> Tensor:
 def _attention_tangent(q: Dual, k: Dual, v: Dual) -> Tensor:
     """dp v + p dv, with ds = dq kᵀ + q dkᵀ as ONE product of doubled channels; the fused value has kept no p."""
     rows, heads, tokens, size = q.tangent.shape
-    left = torch.cat([q.last, q.tangent], -1).flatten(0, 1) * size**-0.5  # (B' heads, N, 2 d)
-    right = torch.cat([k.tangent, k.last], -1).flatten(0, 1).transpose(1, 2)
+    left = torch.cat([last(q), q.tangent], -1).flatten(0, 1) * size**-0.5  # (B' heads, N, 2 d)
+    right = torch.cat([k.tangent, last(k)], -1).flatten(0, 1).transpose(1, 2)
     p = torch.bmm(left[..., :size], right[:, size:]).softmax(-1)
     ds = torch.bmm(left, right).to(p.dtype)
     dp = torch.ops.aten._softmax_backward_data(ds, p, -1, p.dtype)
-    out = torch.baddbmm(torch.bmm(dp, v.last.flatten(0, 1)), p, v.tangent.flatten(0, 1))
+    out = torch.baddbmm(torch.bmm(dp, last(v).flatten(0, 1)), p, v.tangent.flatten(0, 1))
     return out.view(rows, heads, tokens, size)

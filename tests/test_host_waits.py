@@ -1,0 +1,124 @@
+"""Nothing in a training step makes the host wait for a GPU: all that we wrote of one, run on a GPU that is not there.
+
+The backward pass is the library's own; tests/test_cost.py counts its operators on the CPU.
+"""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from fake_gpu import GPU, TORCH, fake_gpu
+from latent_stores import random_moments, write_store
+from train_helpers import make_recipe
+
+from alphaflow_cli.core.draws import step_draws
+from alphaflow_cli.core.times import sample_times
+from alphaflow_cli.data.batches import LatentStream
+from alphaflow_cli.data.transfer import to_device
+from alphaflow_cli.engine.build import build_network
+from alphaflow_cli.engine.journal import Sums
+from alphaflow_cli.engine.optimise import Optimiser
+from alphaflow_cli.engine.step import Objective, training_step
+from alphaflow_cli.engine.train import rows_at
+
+pytestmark = pytest.mark.skipif(TORCH < (2, 11), reason="older torch asks the driver what a fake GPU can do")
+STREAM = {"posterior": "sample", "normalise": "position", "scale": 1.0, "shift": 0.0, "stats_images": 0}
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    with fake_gpu(monkeypatch) as waits:
+        yield waits
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    tensors = {"moments": random_moments(48), "moments_flip": random_moments(48, seed=1)}
+    return write_store(tmp_path_factory.mktemp("latents") / "s", tensors, np.arange(48) % 10, flips=True)
+
+
+@pytest.fixture(scope="module")
+def pixels(tmp_path_factory):
+    tensors = {"pixels": np.zeros((48, 3, 8, 8), np.uint8)}
+    tensors["pixels"][::2] = 255
+    return write_store(tmp_path_factory.mktemp("pixels") / "s", tensors, np.arange(48) % 10, kind="pixels", flips=True)
+
+
+def resident(path, **changes):
+    return LatentStream(path, batch=16, seed=0, device=GPU, resident=True, **{**STREAM, "flips": True, **changes})
+
+
+def run_of(recipe, store):
+    with torch.device(GPU):
+        net = build_network(recipe)
+    how, world = Objective.of(recipe), SimpleNamespace(device=GPU)
+    stream = resident(store, flips=False)
+    return SimpleNamespace(recipe=recipe, net=net, how=how, world=world, stream=stream, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("guided", [False, True])
+@pytest.mark.parametrize("alpha", [1.0, 0.4, 0.0])
+def test_a_step_waits_for_nothing(gpu, store, tmp_path, alpha, guided):
+    mix = () if guided else ("guidance.omega=1", "guidance.kappa=0")
+    run = run_of(make_recipe(tmp_path, *mix), store)
+    law, sums = run.recipe.times, Sums(GPU)
+    gpu.found.clear()  # what loading the store waited for
+    before = gpu.on_device
+    draws = step_draws(0, 3, batch=16, shape=run.stream.shape, device=GPU)
+    t, r = sample_times(draws.normals, 4, law=law.law, mean=law.mean, std=law.std, order=law.order)
+    times = torch.stack([t, r, draws.uniforms])
+    assert draws.noise.device == GPU != times.device
+    for place, n_equal in ((slice(0, 16, 2), 2), (slice(1, 16, 2), 2)):
+        noise, mine = draws.noise[place], times[:, place]
+        rows = rows_at(run, 3, place, noise=noise, times=mine, n_equal=n_equal)
+        result = training_step(run.net, run.net, rows, alpha=alpha, how=run.how)
+        assert result.loss.device == GPU
+        assert result.loss.requires_grad
+        sums.add(result.terms, rows.t, rows.r, rows.n_equal)
+    assert gpu.found == []
+    assert gpu.on_device - before > 200
+
+
+@pytest.mark.parametrize("policy", ["skip", "replace"])
+def test_the_optimiser_waits_for_nothing(gpu, store, tmp_path, policy):
+    run = run_of(make_recipe(tmp_path, f"optim.nonfinite={policy}"), store)
+    optimiser = Optimiser(run.net, run.recipe)
+    gpu.found.clear()
+    for step in range(2):
+        for parameter in run.net.parameters():
+            parameter.grad = torch.empty_like(parameter)
+        optimiser.step(step)
+    assert gpu.found == []
+
+
+@pytest.mark.parametrize("kind", ["moments", "pixels"])
+def test_a_resident_store_waits_for_nothing(gpu, store, pixels, kind):
+    found = resident(store) if kind == "moments" else resident(pixels, normalise="scale")
+    assert any("cpu to cuda" in wait for wait in gpu.found), "to load it, it did"
+    gpu.found.clear()
+    assert found.flips_at(0).any()
+    for rows in (slice(None), slice(1, 16, 2), torch.tensor([3, 1])):
+        batch = found.batch_at(0, rows)
+        assert batch.latents.device == batch.y.device == GPU
+    assert gpu.found == []
+
+
+def test_the_watch_sees_what_waits(gpu):
+    """Each of these was written once, or nearly."""
+    here, there = torch.arange(6), torch.randn(6, device=GPU)
+    to_device(here, GPU)
+    assert gpu.found == []
+    for wait in (
+        lambda: here.to(GPU),
+        lambda: here.to(GPU, non_blocking=True),  # not pinned
+        lambda: torch.tensor([1.0, 2.0]).to(GPU),
+        lambda: there[2:].copy_(torch.randn(4)),
+        lambda: there.cpu(),
+    ):
+        gpu.found.clear()
+        wait()
+        assert len(gpu.found) == 1
+    for value in (lambda: there.sum().item(), lambda: there[there > 0], lambda: bool(there.any())):
+        with pytest.raises(RuntimeError, match="aten"):
+            value()
