@@ -3,7 +3,8 @@
     python benchmarks/bench_scaling.py --plot docs
 
 The α = 0 step at share .25 beside plain flow matching, on a DiT of 128 channels. Each point is the median over rounds
-of rotated order; on the CPU an image per second is one per second of the slowest process's own CPU time.
+of rotated order, with all points of an axis in each; on the CPU an image per second is one per second of the slowest
+process's own CPU time.
 """
 
 import argparse
@@ -15,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from bench_step import paired, work_of
+from bench_step import Work, paired, ratio, work_of
 from counting import count
 from record import record
 from torch import distributed, multiprocessing, nn
@@ -26,6 +27,8 @@ from alphaflow_cli.report.chart import BLUE, ORANGE, Chart, Line, Panel
 from alphaflow_cli.report.svg import to_svg
 
 BASE, BATCH, SHARE = Size(dim=128, depth=4, heads=4, latent=16), 16, 0.25  # 64 tokens
+STEPS = ("fm", "alpha_zero")
+TURNS = 3  # of the numbers of processes
 POINTS = {
     "batch": (4, 8, 16, 32, 64),
     "tokens": (16, 64, 256),
@@ -35,35 +38,57 @@ POINTS = {
 UNITS = {"batch": "rows of a step", "tokens": "tokens of a row", "depth": "blocks", "processes": "processes"}
 
 
-def point(axis: str, value: int, rounds: int) -> dict[str, object]:
-    """Time and peak memory of both steps where one of the quantities has this value."""
-    size = replace(BASE, depth=value) if axis == "depth" else BASE
-    size = replace(size, latent=2 * round(value**0.5)) if axis == "tokens" else size
-    batch = value if axis == "batch" else BATCH
-    net = build(size, seed=0, device="cpu", dtype=torch.float32)
-    rows = draw(size, batch, SHARE, seed=0, device="cpu", dtype=torch.float32)
+def in_one_process(axis: str, values: Sequence[int], rounds: int) -> dict[int, dict[str, object]]:
+    """Time and peak memory of both steps at each value. A round has all of them: a machine that slows down for a
+    minute slows down all."""
+    works: dict[str, Work] = {}
     plain = objective(guided=False, bf16=False)
-    works = {"fm": work_of("fm", net, rows, 1.0, plain), "alpha_zero": work_of("ours", net, rows, 0.0, plain)}
+    for value in values:
+        size = replace(BASE, depth=value) if axis == "depth" else BASE
+        size = replace(size, latent=2 * round(value**0.5)) if axis == "tokens" else size
+        net = build(size, seed=0, device="cpu", dtype=torch.float32)
+        rows = draw(size, batch_of(axis, value), SHARE, seed=0, device="cpu", dtype=torch.float32)
+        works[f"{value} fm"] = work_of("fm", net, rows, 1.0, plain)
+        works[f"{value} alpha_zero"] = work_of("ours", net, rows, 0.0, plain)
     costs = {name: count(work) for name, work in works.items()}
     table = paired({name: lambda turn, work=work: work for name, work in works.items()}, rounds, "cpu")
     seconds = {name: statistics.median(times[name] for times in table) for name in works}
     return {
-        "images_per_second": {name: batch / seconds[name] for name in works},
-        "peak_mib": {name: cost.peak_bytes / 2**20 for name, cost in costs.items()},
-        "flops": {name: cost.flops for name, cost in costs.items()},
+        value: {
+            "images_per_second": {each: batch_of(axis, value) / seconds[f"{value} {each}"] for each in STEPS},
+            "ratio": ratio(table, f"{value} alpha_zero", f"{value} fm"),
+            "peak_mib": {each: costs[f"{value} {each}"].peak_bytes / 2**20 for each in STEPS},
+            "flops": {each: costs[f"{value} {each}"].flops for each in STEPS},
+        }
+        for value in values
     }
 
 
-def on_processes(processes: int, rounds: int) -> dict[str, object]:
-    """The same global batch, cut over processes whose gradients synchronise."""
+def batch_of(axis: str, value: int) -> int:
+    """Rows of a step."""
+    return value if axis == "batch" else BATCH
+
+
+def on_processes(axis: str, values: Sequence[int], rounds: int) -> dict[int, dict[str, object]]:
+    """The same global batch, cut over processes whose gradients synchronise; each number of processes in turn."""
+    turns = [{value: spawn(value, rounds) for value in values} for _ in range(TURNS)]
+    return {
+        value: {
+            "images_per_second": {
+                each: statistics.median(BATCH * 2 / turn[value]["seconds"][each] for turn in turns) for each in STEPS
+            },
+            "peak_mib": turns[0][value]["peak_mib"],
+        }
+        for value in values
+    }
+
+
+def spawn(processes: int, rounds: int) -> dict[str, dict[str, float]]:
+    """The slowest process's seconds, and the largest peak."""
     with tempfile.TemporaryDirectory() as folder:
         multiprocessing.spawn(one_process, (processes, rounds, folder), nprocs=processes)  # type: ignore[no-untyped-call]
         found = [torch.load(Path(folder) / f"{rank}.pt") for rank in range(processes)]
-    seconds = {name: max(each["seconds"][name] for each in found) for name in found[0]["seconds"]}
-    return {
-        "images_per_second": {name: BATCH * 2 / each for name, each in seconds.items()},
-        "peak_mib": {name: max(each["peak_mib"][name] for each in found) for name in seconds},
-    }
+    return {key: {name: max(each[key][name] for each in found) for name in STEPS} for key in ("seconds", "peak_mib")}
 
 
 def one_process(rank: int, processes: int, rounds: int, folder: str) -> None:
@@ -117,8 +142,8 @@ def main(words: Sequence[str] | None = None) -> None:
     options = parser.parse_args(words)
     torch.set_num_threads(1)
     for axis in POINTS if options.axis == "all" else [options.axis]:
-        measure = on_processes if axis == "processes" else lambda value, rounds, axis=axis: point(axis, value, rounds)
-        found = {value: measure(value, options.rounds) for value in options.points or POINTS[axis]}
+        measure = on_processes if axis == "processes" else in_one_process
+        found = measure(axis, options.points or POINTS[axis], options.rounds)
         record("scaling", "cpu", axis=axis, points=found)
         if options.plot:
             options.plot.mkdir(parents=True, exist_ok=True)
