@@ -77,6 +77,7 @@ def on_processes(axis: str, values: Sequence[int], rounds: int) -> dict[int, dic
             "images_per_second": {
                 each: statistics.median(BATCH * 2 / turn[value]["seconds"][each] for turn in turns) for each in STEPS
             },
+            "ratio": {"median": statistics.median(turn[value]["ratio"]["alpha_zero"] for turn in turns)},
             "peak_mib": turns[0][value]["peak_mib"],
         }
         for value in values
@@ -84,11 +85,14 @@ def on_processes(axis: str, values: Sequence[int], rounds: int) -> dict[int, dic
 
 
 def spawn(processes: int, rounds: int) -> dict[str, dict[str, float]]:
-    """The slowest process's seconds, and the largest peak."""
+    """The slowest process's seconds, the largest ratio of them, and the largest peak."""
     with tempfile.TemporaryDirectory() as folder:
         multiprocessing.spawn(one_process, (processes, rounds, folder), nprocs=processes)  # type: ignore[no-untyped-call]
         found = [torch.load(Path(folder) / f"{rank}.pt") for rank in range(processes)]
-    return {key: {name: max(each[key][name] for each in found) for name in STEPS} for key in ("seconds", "peak_mib")}
+    return {
+        key: {name: max(each[key][name] for each in found) for name in STEPS}
+        for key in ("seconds", "ratio", "peak_mib")
+    }
 
 
 def one_process(rank: int, processes: int, rounds: int, folder: str) -> None:
@@ -110,7 +114,8 @@ def one_process(rank: int, processes: int, rounds: int, folder: str) -> None:
     table = paired(works, rounds, "cpu")
     seconds = {name: statistics.median(times[name] for times in table) for name in works}
     peaks = {name: count(work(0)).peak_bytes / 2**20 for name, work in works.items()}
-    torch.save({"seconds": seconds, "peak_mib": peaks}, Path(folder) / f"{rank}.pt")
+    ratios = {name: ratio(table, name, "fm")["median"] for name in works}
+    torch.save({"seconds": seconds, "ratio": ratios, "peak_mib": peaks}, Path(folder) / f"{rank}.pt")
     distributed.destroy_process_group()
 
 
