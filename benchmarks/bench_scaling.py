@@ -130,8 +130,8 @@ def chart(axis: str, found: dict[int, dict[str, dict[str, float]]]) -> str:
         ]
 
     panels = [
-        Panel("images per second of CPU time", lines("images_per_second"), log_y=axis != "processes"),
-        Panel("peak memory of a step above the weights, MiB", lines("peak_mib"), log_y=axis != "processes"),
+        Panel("images per second of CPU time", lines("images_per_second"), log_y=axis in ("tokens", "depth")),
+        Panel("peak memory above the weights, MiB", lines("peak_mib"), log_y=axis != "processes"),
     ]
     title = f"A training step against its {axis}"
     return to_svg(Chart(title, panels, UNITS[axis], log_x=axis != "processes", x_ticks=list(found), width=720))
