@@ -6,6 +6,7 @@ from test_tangent import CONFIGS, random_inputs, random_net, relative
 
 from alphaflow_cli.engine.compile import compile_blocks
 from alphaflow_cli.nn.beside import Beside
+from alphaflow_cli.nn.dit import DiT
 from alphaflow_cli.nn.noise import NoiseDiT
 
 NAMES = [str(i) for i in range(len(CONFIGS))]
@@ -70,8 +71,10 @@ def test_autocast_leaves_every_weight_its_gradient():
     assert all(weight.grad is not None and weight.grad.abs().sum() > 0 for weight in net.parameters())
 
 
-def test_they_and_a_tangent_exclude_each_other():
-    net, (z, t, r, y, v) = random_net(), random_inputs(2)
+@pytest.mark.parametrize("kind", [DiT, NoiseDiT])
+def test_they_and_a_tangent_exclude_each_other(kind):
+    net = kind(latent_size=8, channels=4, dim=48, depth=2, heads=4, mlp_ratio=4.0, **CONFIGS[0]).double()
+    z, t, r, y, v = random_inputs(2)
     with pytest.raises(AssertionError):
         net(z, t, r, y, tangent=v, first=2, beside=others())
 

@@ -1,8 +1,11 @@
-"""Nothing in a training step makes the host wait for a GPU: all that we wrote of one, run on a GPU that is not there.
+"""Nothing in a training step makes the host wait for a GPU: the trainer's own, run on a GPU that is not there.
 
-The backward pass is the library's own; tests/test_cost.py counts its operators on the CPU.
+One process, float32, a store in the GPU's memory. The backward pass is the library's own; tests/test_cost.py counts its
+operators on the CPU.
 """
 
+import contextlib
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,15 +15,14 @@ from fake_gpu import GPU, TORCH, fake_gpu
 from latent_stores import random_moments, write_store
 from train_helpers import make_recipe
 
-from alphaflow_cli.core.draws import step_draws
-from alphaflow_cli.core.times import sample_times
 from alphaflow_cli.data.batches import LatentStream
 from alphaflow_cli.data.transfer import to_device
 from alphaflow_cli.engine.build import build_network
 from alphaflow_cli.engine.journal import Sums
 from alphaflow_cli.engine.optimise import Optimiser
-from alphaflow_cli.engine.step import Objective, training_step
-from alphaflow_cli.engine.train import rows_at
+from alphaflow_cli.engine.split import Split
+from alphaflow_cli.engine.step import Objective
+from alphaflow_cli.engine.train import gradients
 
 pytestmark = pytest.mark.skipif(TORCH < (2, 11), reason="older torch asks the driver what a fake GPU can do")
 STREAM = {"posterior": "sample", "normalise": "position", "scale": 1.0, "shift": 0.0, "stats_images": 0}
@@ -50,33 +52,33 @@ def resident(path, **changes):
 
 
 def run_of(recipe, store):
+    """A run of one process in two micro-batches."""
     with torch.device(GPU):
         net = build_network(recipe)
-    how, world = Objective.of(recipe), SimpleNamespace(device=GPU)
-    stream = resident(store, flips=False)
-    return SimpleNamespace(recipe=recipe, net=net, how=how, world=world, stream=stream, dtype=torch.float32)
+    accelerator = SimpleNamespace(no_sync=lambda wrapped: contextlib.nullcontext())
+    return SimpleNamespace(
+        recipe=recipe, net=net, wrapped=net, how=Objective.of(recipe), stream=resident(store, flips=False), seed=0,
+        world=SimpleNamespace(device=GPU, rank=0, size=1, accelerator=accelerator), split=Split(16, 1, 2),
+        sums=Sums(GPU), dtype=torch.float32, equal_share_at=lambda step: 0.25,
+    )  # fmt: skip
 
 
+@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("guided", [False, True])
-@pytest.mark.parametrize("alpha", [1.0, 0.4, 0.0])
-def test_a_step_waits_for_nothing(gpu, store, tmp_path, alpha, guided):
+@pytest.mark.parametrize(("alpha", "velocity"), [(1.0, "data"), (0.4, "data"), (0.4, "network"), (0.0, "data")])
+def test_a_step_waits_for_nothing(gpu, store, tmp_path, monkeypatch, alpha, guided, compiled, velocity):
+    """As in a compiled run means that guidance asks about every row."""
     mix = () if guided else ("guidance.omega=1", "guidance.kappa=0")
-    run = run_of(make_recipe(tmp_path, *mix), store)
-    law, sums = run.recipe.times, Sums(GPU)
+    run = run_of(make_recipe(tmp_path, f"train.compile={str(compiled).lower()}", *mix), store)
+    run.how = replace(run.how, loss=replace(run.how.loss, velocity=velocity))
+    run.alpha_at, losses = lambda step: alpha, []
+    monkeypatch.setattr(torch.Tensor, "backward", lambda loss: losses.append(loss))
     gpu.found.clear()  # what loading the store waited for
     before = gpu.on_device
-    draws = step_draws(0, 3, batch=16, shape=run.stream.shape, device=GPU)
-    t, r = sample_times(draws.normals, 4, law=law.law, mean=law.mean, std=law.std, order=law.order)
-    times = torch.stack([t, r, draws.uniforms])
-    assert draws.noise.device == GPU != times.device
-    for place, n_equal in ((slice(0, 16, 2), 2), (slice(1, 16, 2), 2)):
-        noise, mine = draws.noise[place], times[:, place]
-        rows = rows_at(run, 3, place, noise=noise, times=mine, n_equal=n_equal)
-        result = training_step(run.net, run.net, rows, alpha=alpha, how=run.how)
-        assert result.loss.device == GPU
-        assert result.loss.requires_grad
-        sums.add(result.terms, rows.t, rows.r, rows.n_equal)
+    gradients(run, 3)
     assert gpu.found == []
+    assert [loss.device for loss in losses] == [GPU, GPU]
+    assert all(loss.requires_grad for loss in losses)
     assert gpu.on_device - before > 200
 
 
@@ -114,6 +116,9 @@ def test_the_watch_sees_what_waits(gpu):
         lambda: here.to(GPU, non_blocking=True),  # not pinned
         lambda: torch.tensor([1.0, 2.0]).to(GPU),
         lambda: there[2:].copy_(torch.randn(4)),
+        lambda: here[::2].pin_memory().to(GPU, non_blocking=True),  # with gaps
+        lambda: there[here],
+        lambda: there.index_put_((here,), there),
         lambda: there.cpu(),
     ):
         gpu.found.clear()

@@ -230,4 +230,7 @@ def test_nothing_is_recompiled_while_alpha_moves():
         graphs.setdefault(phase, set()).add(counters["stats"]["unique_graphs"])
     assert len(set(alphas)) > 20
     assert graphs == {"one": {2}, "between": {4}, "zero": {8}}  # two parts (block, final) of each form
+    for alpha in (1.0, 0.5, 0.0):  # another number of rows: new forms, for which there is room
+        fast_step(net, tiny_rows(0.25, torch.float32, batch=12), alpha, how(GUIDANCE["b2"])).backward()
+    assert counters["stats"]["unique_graphs"] == 16
     assert not counters["graph_break"]

@@ -23,7 +23,7 @@ from alphaflow_cli.engine.slurm import first_host, slurm_environment
 from alphaflow_cli.engine.split import Split
 from alphaflow_cli.engine.step import Objective, training_step
 from alphaflow_cli.engine.trackers import check_trackers, flat
-from alphaflow_cli.engine.utilisation import asked_rows, forward_flops, peak_of, step_flops
+from alphaflow_cli.engine.utilisation import forward_flops, mean_asked_rows, peak_of, step_flops
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.recipe import load_recipe
 
@@ -140,8 +140,8 @@ def test_guidance_asks_about_so_many_rows_in_the_mean(tmp_path):
     recipe = make_recipe(tmp_path, *sets, "train.batch=256")
     equal, later = 0.9332, 0.9332**2  # Φ((ln 3 + .4) / 1)
     for n_equal, expected in ((0, later * 1.9), (128, (equal * 0.9 + later * 1.9) / 2), (256, equal * 0.9)):
-        assert asked_rows(recipe, n_equal) / 256 == pytest.approx(expected, rel=0.01)
-    assert asked_rows(replace(recipe, train=replace(recipe.train, compile=True)), 128) == 256 + 128
+        assert mean_asked_rows(recipe, n_equal) / 256 == pytest.approx(expected, rel=0.01)
+    assert mean_asked_rows(replace(recipe, train=replace(recipe.train, compile=True)), 128) == 256 + 128
 
 
 def test_the_peak_is_known_for_bf16_on_known_devices_only():

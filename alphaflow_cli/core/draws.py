@@ -38,8 +38,8 @@ class StepDraws:
 
 
 def step_draws(seed: int, step: int, *, batch: int, shape: tuple[int, int, int], device: torch.device) -> StepDraws:
-    """The draws of a step: the same on any number of processes. Noise is another on another kind of device; what
-    decides which rows are computed is drawn on the host, which then need not wait for the device to tell it."""
+    """The draws of a step: the same on any number of processes, others on a CPU and on a GPU. What decides which rows
+    are computed is drawn on the host, which then need not wait for the device to tell it."""
     drawn = mix_seed(seed, STEP, step)
     generator = torch.Generator(device).manual_seed(drawn)
     noise = torch.randn((batch, *shape), generator=generator, device=device)

@@ -33,7 +33,7 @@ def random_rows(recipe: Recipe, count: int, n_equal: int, device: torch.device) 
 
 
 def micro_batch_that_fits(recipe: Recipe, world: World) -> int:
-    """Rows per process and micro-batch: halved until a step of the dearest phase fits; on a CPU, all of them."""
+    """Rows per process and micro-batch: halved until a step of every phase fits; on a CPU, all of them."""
     rows = -(-recipe.train.batch // world.size)
     if world.device.type == "cpu":
         return rows
@@ -43,9 +43,13 @@ def micro_batch_that_fits(recipe: Recipe, world: World) -> int:
 
 
 def _rows_that_fit(recipe: Recipe, device: torch.device, rows: int) -> int:
-    dearest = min((alpha_at(recipe)(phase.first) for phase in phases(recipe)), default=1.0)
-    trial = Trial(recipe, device)
-    return largest_that_fits(rows, lambda count: trial.step(count, dearest))
+    trial, alphas = Trial(recipe, device), {alpha_at(recipe)(phase.first) for phase in phases(recipe)}
+
+    def attempt(count: int) -> None:
+        for alpha in sorted(alphas):
+            trial.step(count, alpha)
+
+    return largest_that_fits(rows, attempt)
 
 
 class Trial:

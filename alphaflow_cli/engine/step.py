@@ -2,7 +2,7 @@
 
 Targets see the BARE network, without gradient. The loss sees the WRAPPED one, in the one graded forward of the step,
 so that gradients synchronise. The r = t rows come first: `n_equal` of them. Beside the graded forward there is at most
-one call of the network, whatever the phase:
+one call of the network, whatever the phase (two for the Shortcut Model, whose z_s takes a step of the network's own):
 
     α = 1       none: guidance's rows go along in the graded forward
     0 < α < 1   (z_s, r, s) of the r < t rows; z_s needs ṽ, so guidance's rows went along in the graded forward

@@ -1,6 +1,8 @@
 """The training loop. The order of a step is a contract:
 
 batch → times → path → guidance → target → forward → loss → backward → step → ema → journal → save
+
+While α > 0 guidance's rows go along in the forward, which then comes before the guided velocity and the target.
 """
 
 import contextlib

@@ -2,8 +2,8 @@
 
 Counted are the products of the blocks and the final layer, 2 operations per multiply-add, in units of one row's
 forward: 3 of a graded row (forward and backward), 1 of a row of an extra call, 1.05 of a riding tangent (the cost
-measured beside a plain step). What gradient checkpointing recomputes is not needed, so it is not counted. Of guidance's
-rows, which differ from step to step, the mean is.
+measured beside a plain step). What gradient checkpointing recomputes is not needed, so it is not counted. Guidance's
+rows differ from step to step: their mean is counted.
 """
 
 import torch
@@ -44,7 +44,7 @@ def forward_flops(recipe: Recipe) -> float:
     return model.depth * n * per_token + modulations + edges
 
 
-def asked_rows(recipe: Recipe, n_equal: int) -> float:
+def mean_asked_rows(recipe: Recipe, n_equal: int) -> float:
     """Guidance's rows of a step, in the mean over SAMPLE draws; compiled blocks always see all of them."""
     batch, law, host = recipe.train.batch, recipe.times, torch.device("cpu")
     if recipe.train.compile:
@@ -61,7 +61,7 @@ def step_flops(recipe: Recipe, alpha: float, n_equal: int) -> float:
     later = batch - n_equal
     units = 3.0 * batch
     if recipe.data.classes and (mix.omega, mix.kappa) != (1.0, 0.0):
-        units += asked_rows(recipe, n_equal)
+        units += mean_asked_rows(recipe, n_equal)
     if phase_kind(alpha) == "between":
         units += later * (2 if recipe.loss.velocity == "network" else 1)
     elif phase_kind(alpha) == "derivative":

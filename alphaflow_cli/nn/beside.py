@@ -5,6 +5,7 @@ A layer sees the first with gradient and the others without, one after the other
 of the network instead of two, and a sharded network is gathered once.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -27,25 +28,24 @@ Loaded = Tensor | Dual | Beside  # what goes through the blocks: values alone, o
 Load = TypeVar("Load", Tensor, Dual, Beside, Loaded)
 
 
-class Part(nn.Module):
-    """A part of the network that is compiled, sharded and recomputed as a whole: subclasses say what `ride` does."""
-
-    def forward(self, x: Any, c: Any, *how: Any) -> Any:
-        """The graded rows first: autocast keeps the first cast of a weight, whether it has a gradient or not."""
-        if not isinstance(x, Beside):
-            return self.ride(x, c, *how)
-        value = self.ride(x.value, c.value, *how)
-        with torch.no_grad():
-            return Beside(value, self.ride(x.others, c.others, *how))
-
-    def ride(self, x: Any, c: Any, *how: Any) -> Any:
-        """Of values alone, or with their tangents."""
-        raise NotImplementedError
+def both(ride: Callable[..., Any], x: Any, c: Any, *more: Any) -> Any:
+    """ride(x, c, …) of the value, and of the others where there are some. The graded rows first: autocast keeps the
+    first cast of a weight, whether it has a gradient or not."""
+    if not isinstance(x, Beside):
+        return ride(x, c, *more)
+    value = ride(x.value, c.value, *more)
+    with torch.no_grad():
+        return Beside(value, ride(x.others, c.others, *more))
 
 
 def recomputed(block: nn.Module, x: Load, c: Load, attend: str, *, once: bool) -> Load:
     """The block under gradient checkpointing. `once`: the backward pass recomputes the value, not what rides along,
-    whose result it does not need; not so for a compiled block, which saves other tensors in its other form."""
+    whose result it does not need; not so for the tangents of a compiled block, which saves other tensors in its other
+    form (rows beside are a call of their own there)."""
+    if isinstance(x, Beside) and isinstance(c, Beside) and not once:
+        value = recomputed(block, x.value, c.value, attend, once=once)
+        with torch.no_grad():
+            return Beside(value, block(x.others, c.others, attend))
     if isinstance(x, Tensor) or isinstance(c, Tensor) or not once:
         out: Load = checkpoint(block, x, c, attend, use_reentrant=False, preserve_rng_state=False)
         return out

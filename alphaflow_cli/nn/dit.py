@@ -20,7 +20,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from alphaflow_cli.nn.beside import Beside, Inputs, Loaded, Part, recomputed
+from alphaflow_cli.nn.beside import Beside, Inputs, Loaded, both, recomputed
 from alphaflow_cli.nn.layers import Attention, Modulation, TimeEmbedding, position_table
 from alphaflow_cli.nn.tangent import Dual, Ride, add, each, gated, modulate, moving, through
 
@@ -31,7 +31,7 @@ with warnings.catch_warnings():
 Attend = Literal["fused", "math"]
 
 
-class Block(Part):
+class Block(nn.Module):
     """adaLN-zero: shift, scale, gate of the attention, then of the MLP."""
 
     def __init__(self, dim: int, heads: int, mlp_ratio: float, *, qk_norm: bool) -> None:
@@ -42,6 +42,9 @@ class Block(Part):
         self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=lambda: nn.GELU(approximate="tanh"))
         self.modulation = Modulation(dim, 6)
 
+    def forward(self, x: Any, c: Any, attend: Attend) -> Any:
+        return both(self.ride, x, c, attend)
+
     def ride(self, x: Ride, c: Ride, attend: Attend) -> Ride:
         shift, scale, gate, shift2, scale2, gate2 = self.modulation(c)
         x = gated(x, gate, self.attn(modulate(through(self.norm1, x), shift, scale), attend))
@@ -50,7 +53,7 @@ class Block(Part):
         return out
 
 
-class Final(Part):
+class Final(nn.Module):
     """adaLN, then linear to P·P·C per token."""
 
     def __init__(self, dim: int, out: int) -> None:
@@ -58,6 +61,9 @@ class Final(Part):
         self.norm = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
         self.linear = nn.Linear(dim, out)
         self.modulation = Modulation(dim, 2)
+
+    def forward(self, x: Any, c: Any) -> Any:
+        return both(self.ride, x, c)
 
     def ride(self, x: Ride, c: Ride) -> Ride:
         shift, scale = self.modulation(c)

@@ -76,6 +76,7 @@ class NoiseDiT(DiT):
         beside: Inputs | None = None,
     ) -> Loaded:
         if tangent is not None:
+            assert beside is None, "a tangent or rows beside"
             return self._with_tangent(z, t, r, y, attend, tangent, first)
         if beside is None:
             return _velocity(super().forward(z * _shrink(t, z), t, r, y, attend), z, t)
