@@ -181,8 +181,8 @@ def test_our_features_are_torch_fidelitys_and_both_are_timed(weights):
     assert list(line["ours_over"]) == ["torch-fidelity"]
     assert all(is_ordered(told) for told in (over, *seconds.values()))
     ours, theirs = seconds["ours"], seconds["torch-fidelity"]
-    assert ours["min"] / theirs["max"] <= over["min"]
-    assert over["max"] <= ours["max"] / theirs["min"]
+    assert ours["min"] / theirs["max"] <= over["min"] * (1 + 1e-9)  # equal where one block has both
+    assert over["max"] <= ours["max"] / theirs["min"] * (1 + 1e-9)
     assert seconds["fd_haar192"]["median"] < 0.1 * ours["median"]
     assert 0 < line["largest_gap_over_mean_feature"] < 1e-3
     assert (line["pictures"], line["blocks"], line["clock"]) == (4, 2, "CPU")
