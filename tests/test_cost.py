@@ -12,7 +12,7 @@ from counting import count
 from workload import SIZES, build, draw, objective
 
 SMALL = SIZES["small"]
-BATCH = 4  # the ratios are those of 8, to the fourth digit
+BATCH = 8
 
 
 def cost(variant, *, alpha, share, guided):

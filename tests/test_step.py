@@ -49,7 +49,7 @@ def largest_difference(a, b):
     return max((p - q).abs().max() for p, q in zip(a, b, strict=True)) / torch.cat([q.flatten() for q in b]).abs().max()
 
 
-@pytest.mark.parametrize(("dropout", "asked"), [(0.0, "needed"), (0.3, "needed"), (0.3, "all")])
+@pytest.mark.parametrize(("dropout", "asked"), [(0.0, "all"), (0.3, "all"), (0.0, "needed"), (0.3, "needed")])
 @pytest.mark.parametrize("share", [0.25, 0.5, 0.75])
 @pytest.mark.parametrize("mix", list(GUIDANCE))
 @pytest.mark.parametrize("alpha", [1.0, 0.5, 0.0])
