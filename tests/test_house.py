@@ -1,7 +1,8 @@
 """The rules of the house, held over every module.
 
 Rooms and who may import whom: cli → commands → {engine, recipe, hub, convert, report}; engine → {nn, data, core,
-recipe, hub, report}; {nn, data} → core; recipe and core know nobody, not even each other. Everyone may use errors.
+recipe, hub, report}; {nn, data} → core; recipe and core know nobody, not even each other. Everyone may use errors, documents
+and text, which use nobody but errors.
 One dependency, one room: a library is imported where DEPENDENCIES says, and nowhere else. A breach is named with its
 file and line. A rule has exceptions only by name and with a reason, in the tables below.
 """
@@ -31,8 +32,11 @@ MAY_IMPORT = {
     "report": set(),
     "recipe": set(),
     "core": set(),
+    "documents": set(),  # JSON from outside, read strictly
+    "text": set(),  # words from outside, made harmless for a terminal and for Markdown
     "errors": set(),
 }
+FOR_ALL = {"errors", "documents", "text"}
 DEPENDENCIES = {
     "accelerate": ("engine/",),
     "click": ("cli.py", "commands/"),
@@ -44,7 +48,7 @@ DEPENDENCIES = {
     "yaml": ("recipe/",),
 }
 WITHOUT_TORCH = ("cli.py", "commands/", "recipe/", "report/", "errors.py", "core/alpha.py", "core/rates.py")
-LONG_FILES: dict[str, str] = {}  # file under alphaflow_cli → the reason why it is longer than 250 lines
+LONG_FILES: dict[str, str] = {}  # file under alphaflow_cli → the reason why it is longer than 400 lines
 LONG_FUNCTIONS: dict[str, str] = {}  # file:function → the reason why it is longer than 40 lines
 
 
@@ -75,7 +79,7 @@ def direction_breaches(name, imports):
     for line, module in imports:
         if module.startswith("alphaflow_cli."):
             other = module.split(".")[1]
-            if other not in {room, "errors", "__version__"} | MAY_IMPORT[room]:
+            if other not in {room, "__version__"} | FOR_ALL | MAY_IMPORT[room]:
                 yield f"{name}:{line}: {room} must not import {other}"
 
 
@@ -123,9 +127,9 @@ def test_every_module_imports_and_says_what_it_is(path):
         assert importlib.import_module(module).__doc__
 
 
-def test_no_file_is_longer_than_250_lines_without_a_reason():
+def test_no_file_is_longer_than_400_lines_without_a_reason():
     lengths = {name_of(path): len(path.read_text(encoding="utf-8").splitlines()) for path in MODULES}
-    assert {name: n for name, n in lengths.items() if n > 250 and name not in LONG_FILES} == {}
+    assert {name: n for name, n in lengths.items() if n > 400 and name not in LONG_FILES} == {}
 
 
 def test_no_function_is_longer_than_40_lines_without_a_reason():
