@@ -9,6 +9,7 @@ is wanted, this is text`. Nothing here knows what a document means.
 
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,10 +27,11 @@ ADVICE = "Move it away, or make it again."
 
 @dataclass(frozen=True)
 class Text:
-    """Words; `one_of` names those that are allowed."""
+    """Words; `one_of` names those that are allowed, `form` is a regular expression for the whole of them."""
 
     most: int = 10_000  # letters
     one_of: tuple[str, ...] = ()
+    form: str = ""
 
 
 @dataclass(frozen=True)
@@ -180,6 +182,8 @@ def _plain_fault(value: Any, shape: Text | Number | Whole | Flag | Rows) -> str:
         return f"{len(value):,} letters, at most {shape.most:,} are wanted"
     if isinstance(shape, Text) and shape.one_of and value not in shape.one_of:
         return f"'{for_terminal(value, limit=40)}' is none of {', '.join(shape.one_of)}"
+    if isinstance(shape, Text) and shape.form and not re.fullmatch(shape.form, value):
+        return f"'{for_terminal(value, limit=60)}' has not the form that is wanted"
     if isinstance(shape, (Number, Whole)) and not shape.low <= value <= shape.high:
         return f"{value:g} is not between {shape.low:g} and {shape.high:g}"
     return ""

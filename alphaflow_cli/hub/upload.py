@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from alphaflow_cli.errors import AlphaflowError
-from alphaflow_cli.hub.client import cache_folder, hub_api
-from alphaflow_cli.hub.faults import NotThere, hub_faults
 from alphaflow_cli.hub.folder import NOT_ALWAYS
+from alphaflow_cli.remote.client import cache_folder, hub_api
+from alphaflow_cli.remote.faults import NotThere, hub_faults
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
