@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import urljoin, urlsplit
 
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.remote.answers import CHECKSUM, COMMIT, read_answer, shape_of
@@ -33,6 +33,8 @@ PATIENCE = 60.0  # seconds for the head of an answer, or for a whole one that is
 SLOWEST = 1000  # bytes per second of a download, over PATIENCE
 WAIT = 60  # seconds that a server may ask us to wait before the next try
 PAGES = 2000  # of one listing, 1,000 files each
+
+PORTS = {"http": 80, "https": 443}
 
 Value = TypeVar("Value")
 
@@ -59,9 +61,7 @@ def session() -> Any:
     """The HTTP client of the whole process; an environment that it cannot be made from is one line."""
     from huggingface_hub import get_session
 
-    endpoint = urlsplit(_endpoint())
-    if endpoint.scheme not in ("http", "https") or not endpoint.hostname:
-        raise AlphaflowError(f"HF_ENDPOINT: {for_terminal(_endpoint(), limit=100)} is not an address like https://HOST")
+    _origin(_endpoint())
     _install()
     try:
         return get_session()
@@ -75,6 +75,18 @@ def _endpoint() -> str:
     from huggingface_hub import constants
 
     return os.environ.get("HF_ENDPOINT") or constants.ENDPOINT
+
+
+def _origin(endpoint: str) -> tuple[str, str, int]:
+    """Scheme, host and port."""
+    try:
+        parts = urlsplit(endpoint)
+        scheme, host, port = parts.scheme, parts.hostname, parts.port
+    except ValueError:
+        host = None
+    if not host or scheme not in PORTS:
+        raise AlphaflowError(f"HF_ENDPOINT: {for_terminal(endpoint, limit=100)} is not an address like https://HOST")
+    return scheme, host, port or PORTS[scheme]
 
 
 @cache
@@ -153,7 +165,7 @@ def _fetch(send: Callable[[], Any], stream: bool) -> Any:
     """The head of an answer, and all of it where it is no download."""
     answer = send()
     if not stream:
-        answer.stream.limits.most = LONGEST
+        answer.stream.limits.most = min(answer.stream.limits.most, LONGEST)
         answer.stream.limits.until = time.monotonic() + PATIENCE
         try:
             answer.read()
@@ -165,7 +177,7 @@ def _fetch(send: Callable[[], Any], stream: bool) -> Any:
 class Limits:
     """Of one answer's body."""
 
-    def __init__(self, most: int | None, what: str, *, has_length: bool) -> None:
+    def __init__(self, most: float, what: str, *, has_length: bool) -> None:
         self.most, self.what, self.has_length, self.until = most, what, has_length, float("inf")
 
     def watch(self, pieces: Any) -> Iterator[bytes]:
@@ -175,8 +187,8 @@ class Limits:
         step = partial(next, inner, None)
         while (piece := step() if self.has_length else within(PATIENCE, step)) is not None:
             count, now = count + len(piece), time.monotonic()
-            if self.most is not None and count > self.most:
-                raise Distrusted(f"{self.what} is longer than {self.most:,} bytes")
+            if count > self.most:
+                raise Distrusted(f"{self.what} is longer than {self.most:,.0f} bytes")
             if now > self.until or (now - since > PATIENCE and count - before < SLOWEST * (now - since)):
                 raise TooSlow(f"{self.what} comes too slowly ({count:,} bytes in {now - since:.0f} s)")
             if now - since > PATIENCE:
@@ -192,19 +204,17 @@ def _limits(response: Any) -> Limits:
         return Limits(PACKED, f"{what} is compressed, which nobody asked for, and", has_length=False)
     if not re.fullmatch(r"[0-9]{1,18}", length):
         return Limits(LONGEST, what, has_length=False)
-    return Limits(None, what, has_length=True)
+    return Limits(float("inf"), what, has_length=True)
 
 
 def _see_request(request: Any) -> None:
     """Before anything is sent, redirects included: the token goes to the endpoint only, and nothing goes elsewhere."""
-    ours, theirs = urlsplit(_endpoint()), request.url
-    if theirs.scheme not in ("http", "https"):
-        raise Distrusted(f"it sends us to {_shown(theirs)}, which is no web address")
-    if ours.scheme == "https" and theirs.scheme == "http":
-        raise Distrusted(f"it sends us to {_shown(theirs)}, which is not encrypted")
-    port = {"http": 80, "https": 443}
-    here, there = (ours.hostname, ours.port or port[ours.scheme]), (theirs.host, theirs.port or port[theirs.scheme])
-    if here != there:
+    url, ours = request.url, _origin(_endpoint())
+    if url.scheme not in PORTS:
+        raise Distrusted(f"it sends us to {_shown(url)}, which is no web address")
+    if ours[0] == "https" and url.scheme == "http":
+        raise Distrusted(f"it sends us to {_shown(url)}, which is not encrypted")
+    if ours != (url.scheme, url.host, url.port or PORTS[url.scheme]):
         for name in ("Authorization", "Cookie"):
             request.headers.pop(name, None)
 
@@ -219,6 +229,12 @@ def _see_head(response: Any) -> None:
             raise Distrusted(f"it names a file {name} {for_terminal(value, limit=60)}, which is no checksum")
     if headers.get("Content-Encoding", "identity") not in ("identity", "gzip", "deflate"):
         raise Distrusted(f"it answers {_shown(response.request.url)} compressed, which nobody asked for")
+    try:
+        urlsplit(urljoin(str(response.request.url), headers.get("Location", "")))
+    except ValueError as fault:
+        raise Distrusted(
+            f"it sends us to {for_terminal(headers['Location'], limit=100)}, which is no address"
+        ) from fault
     length = headers.get("Content-Length", "0")
     free = shutil.disk_usage(_existing(Path(cache_folder() or Path.home()))).free
     if not re.fullmatch(r"[0-9]{1,18}", length) or (response.request.method == "GET" and int(length) > free):
