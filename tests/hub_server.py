@@ -77,6 +77,7 @@ class HubServer:
 
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.server.daemon_threads = True
+        self.server.handle_error = lambda *_: None  # a client that hangs up is no fault of a test
         self.url = f"http://127.0.0.1:{self.server.server_port}"
 
     def __enter__(self):
