@@ -10,9 +10,10 @@ from typing import Any, get_args
 from alphaflow_cli.documents import Anything, Maybe, Number, Rows, Table, Text, Whole, read_json
 from alphaflow_cli.engine.files import write_atomically
 from alphaflow_cli.engine.measure import make_folder
-from alphaflow_cli.engine.protocol import Row, environment
+from alphaflow_cli.engine.protocol import SPACE, Row, environment
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.recipe.schema import Metric
+from alphaflow_cli.text import for_markdown
 
 SCHEMA = "alphaflow-results/1"
 DIGITS = {
@@ -23,7 +24,6 @@ DIGITS = {
     "coverage": 4,
 }  # after the point; 4 significant otherwise
 
-SPACE = Table({"network": Text(200), "weights_sha256": Text(64), "preprocessing": Text(300), "dim": Whole(0)})
 PICTURES = Table(optional={"checkpoint_sha256": Maybe(Text(64)), "nfe": Maybe(Whole(0, 10**9))}, others=Anything())
 REFERENCE = Table(
     {"name": Text(300), "kind": Text(100), "sha256": Text(64)}, {"count": Maybe(Whole(0))}, others=Anything()
@@ -145,9 +145,10 @@ def _write(path: Path, text: str) -> None:
 def markdown(evaluations: Sequence[Evaluation]) -> str:
     """A table for a README: one line per set of pictures, the protocols below."""
     names = list(dict.fromkeys(row.name for each in evaluations for row in each.rows))
-    lines = [f"| pictures | {' | '.join(names)} |", f"|---|{'---|' * len(names)}"]
+    lines = [f"| pictures | {' | '.join(map(for_markdown, names))} |", f"|---|{'---|' * len(names)}"]
     for each in evaluations:
         values = {row.name: told_value(row) for row in each.rows}
-        lines.append(f"| {each.rows[0].label} | {' | '.join(values.get(name, '') for name in names)} |")
-    told = [f"- {row.name}: {'; '.join([row.told(), *row.notes])}" for each in evaluations for row in each.rows]
+        lines.append(f"| {for_markdown(each.rows[0].label)} | {' | '.join(values.get(name, '') for name in names)} |")
+    rows = [row for each in evaluations for row in each.rows]
+    told = [f"- {for_markdown(f'{row.name}: ' + '; '.join([row.told(), *row.notes]), limit=2000)}" for row in rows]
     return "\n".join([*lines, "", *dict.fromkeys(told)]) + "\n"
