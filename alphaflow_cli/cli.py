@@ -18,6 +18,7 @@ from typing import NoReturn
 import click
 
 from alphaflow_cli.errors import AlphaflowError
+from alphaflow_cli.text import for_terminal
 
 # verb → (the module whose `command` it is, its line in `alphaflow --help`). A listing imports none of the modules.
 VERBS: dict[str, tuple[str, str]] = {
@@ -104,7 +105,8 @@ def group() -> None:
 def say_error(message: str) -> None:
     """Write `error: …` to stderr: red on a terminal, unless NO_COLOR or a dumb one."""
     plain = bool(os.environ.get("NO_COLOR")) or os.environ.get("TERM") == "dumb"
-    click.echo(click.style("error:", fg="red", bold=True) + " " + message, err=True, color=False if plain else None)
+    text = click.style("error:", fg="red", bold=True) + " " + for_terminal(message, limit=4000, lines=True)
+    click.echo(text, err=True, color=False if plain else None)
 
 
 def split_debug(args: Sequence[str]) -> tuple[bool, list[str]]:

@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from alphaflow_cli.commands.common import examples, json_option, print_json, print_table
+from alphaflow_cli.commands.common import examples, json_option, print_json, print_table, tell
 
 EXAMPLES = examples(
     "alphaflow analyze runs/quickstart --batches 50",
@@ -62,7 +62,7 @@ def command(
 
 def _print(checkpoint: dict[str, Any]) -> None:
     size = f"{checkpoint['batches']} × {checkpoint['rows_per_batch']} rows"
-    click.echo(f"{checkpoint['recipe']}, step {checkpoint['step']}, {checkpoint['weights']} weights, {size}")
+    tell(f"{checkpoint['recipe']}, step {checkpoint['step']}, {checkpoint['weights']} weights, {size}")
     shown = []
     for pair, found in checkpoint["cosines"].items():
         a, b = pair.split(".")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -10,7 +11,10 @@ import click
 from click.shell_completion import CompletionItem
 
 from alphaflow_cli.errors import AlphaflowError
+from alphaflow_cli.text import for_terminal
 
+UNSAFE = r"[\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u2069\ud800-\udfff\ufeff]"  # JSON itself escapes what is below
+LONGEST = 100_000  # letters of one printed text
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
@@ -56,12 +60,23 @@ def examples(*lines: str) -> str:
 
 
 def print_json(document: object) -> None:
-    click.echo(json.dumps(document, ensure_ascii=False, indent=2))
+    """What a terminal would obey is escaped, which means the same in JSON."""
+    text = json.dumps(document, ensure_ascii=False, indent=2)
+    click.echo(text if text.replace("\n", "").isprintable() else re.sub(UNSAFE, _escaped, text))
+
+
+def _escaped(found: re.Match[str]) -> str:
+    return json.dumps(found[0])[1:-1]
+
+
+def tell(text: str, *, err: bool = False) -> None:
+    """Print words that may come from a file; what a terminal would obey is shown instead."""
+    click.echo(for_terminal(text, limit=LONGEST, lines=True), err=err)
 
 
 def print_table(rows: Sequence[tuple[str, ...]], *, head: tuple[str, ...] = ()) -> None:
     """Columns as wide as their widest cell; the first row is the head where one is given."""
-    shown = [head, *rows] if head else rows
+    shown = [tuple(for_terminal(cell, limit=LONGEST) for cell in row) for row in ([head, *rows] if head else rows)]
     widths = [max(len(row[i]) for row in shown) for i in range(len(shown[0]))] if shown else []
     for row in shown:
         click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

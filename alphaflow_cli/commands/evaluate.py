@@ -14,6 +14,7 @@ from alphaflow_cli.commands.common import (
     json_option,
     print_json,
     print_table,
+    tell,
 )
 from alphaflow_cli.commands.measuring import Metrics, Weights, batch_option, metrics_option, weights_option
 from alphaflow_cli.commands.sample import SAMPLERS, to_times
@@ -178,8 +179,8 @@ def tell_notes(evaluation: "Evaluation") -> None:
     from alphaflow_cli.engine import results
 
     for warning in evaluation.warnings:
-        click.echo(f"warning: {warning}", err=True)
+        tell(f"warning: {warning}", err=True)
     for note, names in results.notes(evaluation).items():
-        click.echo(f"note: {', '.join(names)}: {note}", err=True)
+        tell(f"note: {', '.join(names)}: {note}", err=True)
     spent = ", ".join(f"{part} {seconds:.1f} s" for part, seconds in evaluation.seconds.items())
     click.echo(f"time: {spent}", err=True)

@@ -5,7 +5,7 @@ from typing import Literal
 
 import click
 
-from alphaflow_cli.commands.common import examples
+from alphaflow_cli.commands.common import examples, tell
 from alphaflow_cli.recipe.schema import Data
 
 GLYPH_SIZE = 32  # the embedded set is drawn at this size
@@ -99,4 +99,4 @@ def command(
 def print_lines(lines: list[str]) -> None:
     """Facts, and last the path."""
     for line in lines:
-        click.echo(line)
+        tell(line)

@@ -11,6 +11,7 @@ from alphaflow_cli.commands.common import (
     print_table,
     recipe_argument,
     set_option,
+    tell,
     write_new,
 )
 from alphaflow_cli.errors import AlphaflowError
@@ -67,9 +68,9 @@ def show(recipe: str, sets: tuple[str, ...], as_json: bool) -> None:
         print_json({"recipe": to_dict(loaded), **facts(loaded)})
         return
     for what, text in lines(loaded):
-        click.echo(f"# {what:11}{text}")
+        tell(f"# {what:11}{text}")
     click.echo()
-    click.echo(dump_recipe(loaded), nl=False)
+    tell(dump_recipe(loaded).removesuffix("\n"))
 
 
 @command.command(epilog=examples("alphaflow recipe check b2", "alphaflow recipe check b2 cifar10 --json"))
@@ -87,7 +88,7 @@ def check(ctx: click.Context, files: tuple[str, ...], sets: tuple[str, ...], as_
         print_json([{"file": file, "ok": not fault, "error": fault or None} for file, fault in verdicts])
     else:
         for file, fault in verdicts:
-            click.echo(f"error: {fault}" if fault else f"{file}: good", err=bool(fault))
+            tell(f"error: {fault}" if fault else f"{file}: good", err=bool(fault))
     if any(fault for _, fault in verdicts):
         ctx.exit(1)
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from alphaflow_cli.commands.common import examples, json_option, print_json, print_table
+from alphaflow_cli.commands.common import examples, json_option, print_json, print_table, tell
 from alphaflow_cli.commands.measuring import Metrics, Weights, batch_option, metrics_option, weights_option
 from alphaflow_cli.errors import AlphaflowError
 
@@ -74,7 +74,7 @@ def command(
 
 def _print(reference: "Reference", warnings: list[str], path: Path, *, as_json: bool) -> None:
     for warning in warnings:
-        click.echo(f"warning: {warning}", err=True)
+        tell(f"warning: {warning}", err=True)
     spaces = {key: each.space for key, each in reference.stats.items()}
     if as_json:
         print_json({"path": str(path), "facts": reference.facts, "spaces": {k: vars(v) for k, v in spaces.items()}})

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from alphaflow_cli.commands.common import examples, json_option, print_json, recipe_argument, set_option
+from alphaflow_cli.commands.common import examples, json_option, print_json, recipe_argument, set_option, tell
 from alphaflow_cli.recipe import load_recipe
 from alphaflow_cli.recipe.schema import Recipe
 
@@ -124,4 +124,4 @@ def show_plan(
         print_json(document)
         return
     for line in lines:
-        click.echo(line)
+        tell(line)

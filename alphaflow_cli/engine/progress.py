@@ -7,11 +7,14 @@ from typing import Any
 
 from tqdm import tqdm
 
+from alphaflow_cli.text import for_terminal
+
 LINE_EVERY = 10.0  # seconds between lines where stderr is not a terminal
 
 
 def say(text: str) -> None:
     """One line of talk: above the bar on a terminal, dated when piped."""
+    text = for_terminal(text, limit=4000, lines=True)
     if sys.stderr.isatty():
         tqdm.write(text, file=sys.stderr)
     else:
