@@ -115,4 +115,19 @@ def join_world(*, allow_tf32: bool = False, trackers: Sequence[str] = (), folder
         )
     torch.backends.cuda.matmul.allow_tf32 = allow_tf32
     torch.backends.cudnn.allow_tf32 = allow_tf32
-    return World(accelerator)
+    world = World(accelerator)
+    _meet(world)
+    return world
+
+
+def _meet(world: World) -> None:
+    """Exchange a number before any work: what keeps processes from exchanging must not show when all is measured."""
+    try:
+        world.sum(torch.zeros(1, device=world.device))
+    except dist.DistBackendError as error:
+        if "Duplicate GPU" not in str(error):
+            raise
+        raise AlphaflowError(
+            f"{world.size} processes were started, but two of them have the same GPU, and every process needs one of "
+            "its own. Start as many on each machine as it has GPUs."
+        ) from error
