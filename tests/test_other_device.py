@@ -9,6 +9,7 @@ import shutil
 import signal
 from pathlib import Path
 
+import conftest
 import numpy as np
 import pytest
 import torch
@@ -62,6 +63,15 @@ def train_run(folder, *sets, options=()):
     for value in (*TINY, *sets):
         line += ["--set", value]
     return run(line)
+
+
+@pytest.mark.parametrize(
+    ("marks", "wants"),
+    [("", False), ("not slow and not gpu", False), ("slow", False), ("gpu", True), ("gpu and not slow", True)],
+)
+def test_gpus_are_hidden_from_all_tests_but_those_that_need_one(marks, wants):
+    assert conftest.wants_gpu(marks) == wants
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
 
 
 def test_the_device_refuses_what_a_gpu_refuses(device):
