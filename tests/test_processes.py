@@ -5,11 +5,14 @@ import os
 import re
 import subprocess
 import sys
+import time
+from datetime import timedelta
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import distributed as dist
+from train_helpers import fork
 
 from alphaflow_cli import cli
 from alphaflow_cli.engine import crew, launch, prepare, world
@@ -52,6 +55,21 @@ def test_two_processes_of_one_gpu_are_refused_when_they_join(monkeypatch):
     together = world.World(SimpleNamespace(num_processes=2, device="cpu"))
     with pytest.raises(AlphaflowError, match="2 processes were started, but two of them have the same GPU"):
         world._meet(together)
+
+
+def late(rank):
+    """One process comes half a second late."""
+    joined = world.join_world()
+    time.sleep(0.5 * (joined.rank == rank))
+    joined.wait()
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("patience", "codes"), [(0.1, [1]), (30, [0])])
+def test_processes_wait_for_each_other_with_our_patience(monkeypatch, tmp_path, patience, codes):
+    monkeypatch.setattr(world, "PATIENCE", timedelta(seconds=patience))
+    started = fork(lambda: late(0), tmp_path, 2)
+    assert started.wait()[1:] == codes, started.said()
 
 
 @pytest.mark.distributed
