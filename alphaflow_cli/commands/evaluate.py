@@ -96,7 +96,7 @@ def command(
 
 def run(request: "Request", processes: int | None, of_checkpoint: bool, *, markdown: bool, as_json: bool) -> None:
     """Here, or in N processes of which the first prints."""
-    from alphaflow_cli.engine.launch import as_worker, is_worker, launch
+    from alphaflow_cli.engine.launch import as_worker, check_processes, is_worker, launch
     from alphaflow_cli.engine.processes import processes_here
 
     def measure() -> int:
@@ -106,6 +106,7 @@ def run(request: "Request", processes: int | None, of_checkpoint: bool, *, markd
         return 0
 
     if is_worker():
+        check_processes(processes)
         as_worker(measure)
     count = processes_here(processes)
     code = measure() if count == 1 else launch(sys.argv[1:], count)

@@ -80,7 +80,7 @@ def command(
         from alphaflow_cli.engine.prepare_report import verify
 
         return print_lines(verify(Path(source)))
-    from alphaflow_cli.engine.prepare import default_processes, plan_job, prepare
+    from alphaflow_cli.engine.prepare import count_processes, plan_job, prepare
     from alphaflow_cli.engine.prepare_plan import Request, default_out
     from alphaflow_cli.engine.prepare_report import describe, estimate
 
@@ -89,7 +89,7 @@ def command(
     autoencoder = autoencoder or ("none" if glyphs else Data.autoencoder)
     max_pixels = round(max_megapixels * 1e6)
     request = Request(source, size, autoencoder, dtype, flips, batch, limit or 0, bad, precision, max_pixels)
-    out, processes = out or default_out(source, size, autoencoder), processes or default_processes()
+    out, processes = out or default_out(source, size, autoencoder), count_processes(autoencoder, processes)
     if only_estimate:
         return print_lines(estimate(plan_job(request, out, processes)[0], processes).lines())
     prepare(request, out, processes=processes, shown=True)

@@ -55,21 +55,38 @@ def command(
     hf://datasets/NAME, or glyphs:N. Where a source holds splits and --size is given, the training split is taken.
     Without --metrics: every network whose weights are on this machine.
     """
-    from alphaflow_cli.engine import evaluate as engine
-    from alphaflow_cli.engine.pictures import open_pictures
-    from alphaflow_cli.engine.processes import join_processes
+    from alphaflow_cli.engine.launch import as_worker, is_worker
 
     if path.suffix != ".safetensors":
         raise click.UsageError(f"-o {path}: a reference is a .safetensors file")
     if path.exists():
         raise AlphaflowError(f"{path}: exists already, and is not overwritten. Choose another name or remove it")
+
+    def measure() -> int:
+        made = make(source, path, metrics, weights, work, size=size, limit=limit, name=name, kept=keep, batch=batch)
+        if made is not None:
+            _print(*made, path, as_json=as_json)
+        return 0
+
+    if is_worker():
+        as_worker(measure)
+    measure()
+
+
+def make(
+    source: str, path: Path, metrics: Metrics, weights: Weights, work: Path, *,
+    size: int | None, limit: int | None, name: str, kept: int, batch: int,
+) -> "tuple[Reference, list[str]] | None":  # fmt: skip
+    """Measure and save, in this process or as one of those that a launcher started."""
+    from alphaflow_cli.engine import evaluate as engine
+    from alphaflow_cli.engine.pictures import open_pictures
+    from alphaflow_cli.engine.processes import join_processes
+
     pictures = open_pictures(source, size=size, limit=limit)
     processes = join_processes()
     chosen = metrics or engine.available_metrics(weights)
     ruler = engine.Ruler(engine.build_extractors(chosen, processes.device, weights), processes, work, batch)
-    made = engine.make_reference(pictures, ruler, path, name=name, kept=keep)
-    if made is not None:
-        _print(*made, path, as_json=as_json)
+    return engine.make_reference(pictures, ruler, path, name=name, kept=kept)
 
 
 def _print(reference: "Reference", warnings: list[str], path: Path, *, as_json: bool) -> None:

@@ -5,7 +5,6 @@ say about its failure it writes to a file; the parent prints the root cause, onc
 accelerate launch or Slurm, a worker has no parent of ours and says it itself.
 """
 
-import contextlib
 import json
 import os
 import sys
@@ -14,7 +13,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from alphaflow_cli.engine.slurm import join_slurm
 from alphaflow_cli.errors import AlphaflowError
@@ -77,10 +76,12 @@ def launch(argv: Sequence[str], processes: int) -> int:
 
 
 def _report(errors: Path, codes: dict[int, int]) -> int:
-    """Raise the root cause: a crash, else the first failure that is not the echo of another's."""
+    """Raise the root cause: the first failure that is not the echo of another's, else a crash, else the first echo."""
     crashed = {rank: code for rank, code in codes.items() if code < 0 and code != -15}
     said = [json.loads(path.read_text()) for path in sorted(errors.glob("rank-*.json"))]
-    causes = sorted((s for s in said if not s["echo"]), key=lambda s: float(s["time"]))
+    said.sort(key=lambda each: float(each["time"]))
+    # where all lost the others and nobody crashed, the exchange itself failed, and an echo is all there is
+    causes = [each for each in said if not each["echo"]] or ([] if crashed else said)
     if causes:
         first = causes[0]
         if not first["user_fault"]:
@@ -92,9 +93,12 @@ def _report(errors: Path, codes: dict[int, int]) -> int:
             f"process {rank} was killed by signal {-code}. What was saved is kept; the same command resumes."
         )
     stopped = {code for code in codes.values() if code in (130, 143)}
-    if stopped:
+    if stopped and all(code in (0, -15, 130, 143) for code in codes.values()):
         return stopped.pop()
-    raise AlphaflowError(f"processes ended with exit codes {codes}. Their messages are above.")
+    raise AlphaflowError(
+        f"processes ended with exit codes {codes}, and none of them left word why, beyond what may stand above. "
+        "The same command resumes; --processes 1 shows a fault where it arises."
+    )
 
 
 def as_worker(work: Callable[[], int]) -> NoReturn:
@@ -103,7 +107,9 @@ def as_worker(work: Callable[[], int]) -> NoReturn:
     try:
         code = work()
     except SystemExit as leave:
-        code = leave.code if isinstance(leave.code, int) else 1
+        code = leave.code if isinstance(leave.code, int) else int(leave.code is not None)
+        if isinstance(leave.code, str):
+            _tell(AlphaflowError(leave.code))
     except BaseException as error:  # whatever it is: it is told, and the process leaves with 1
         _tell(error)
     finally:
@@ -124,10 +130,18 @@ def _tell(error: BaseException) -> None:
         "echo": not user_fault and any(text in message for text in ECHOES),
         "traceback": "".join(traceback.format_exception(error)),
     }
-    if has_parent():
-        with contextlib.suppress(OSError):  # a full or read-only disk is the fault itself, perhaps
-            (Path(os.environ["ALPHAFLOW_ERRORS"]) / f"rank-{rank}.json").write_text(json.dumps(record))
-    if not has_parent() and record["echo"]:
+    if has_parent() and _leave(record):
+        return
+    if record["echo"]:
         sys.stderr.write(f"process {rank} lost the others: {message.splitlines()[0]}\n")
-    elif not has_parent():
+    else:
         sys.stderr.write(f"error: process {rank}: {message}\n" if user_fault else str(record["traceback"]))
+
+
+def _leave(record: dict[str, Any]) -> bool:
+    """Put the record where the parent looks; False where a full disk forbids it, which may be the fault itself."""
+    try:
+        (Path(os.environ["ALPHAFLOW_ERRORS"]) / f"rank-{record['rank']}.json").write_text(json.dumps(record))
+    except OSError:
+        return False
+    return True

@@ -22,6 +22,7 @@ from alphaflow_cli.data.writing import finish_store, is_done
 from alphaflow_cli.engine.crew import Tell, run_crew
 from alphaflow_cli.engine.encode import Bad, Job, room_for, work
 from alphaflow_cli.engine.prepare_plan import Listing, Request, make_job
+from alphaflow_cli.engine.processes import processes_here
 from alphaflow_cli.engine.progress import Progress, say, size
 from alphaflow_cli.errors import AlphaflowError
 
@@ -57,7 +58,7 @@ def prepare_latents(
 ) -> Path:
     """Make the store, or go on with it; returns its folder. 0 means: batch by size, a process per GPU, no limit."""
     request = Request(source, size, autoencoder, dtype, flips, batch, limit, bad, precision, max_pixels)
-    return prepare(request, out, processes=processes or default_processes(), shown=shown)
+    return prepare(request, out, processes=count_processes(autoencoder, processes), shown=shown)
 
 
 def prepare(request: Request, out: Path, *, processes: int, shown: bool) -> Path:
@@ -81,9 +82,9 @@ def plan_job(request: Request, out: Path, processes: int) -> tuple[Job, Listing]
     return make_job(request, out, threads=threads, device=device_of(0))
 
 
-def default_processes() -> int:
-    """One per GPU, else one."""
-    return max(1, torch.cuda.device_count())
+def count_processes(autoencoder: str, requested: int | None) -> int:
+    """One per GPU, else one. Pictures that stay pixels need no GPU, so any number may share that work."""
+    return requested if requested and autoencoder == "none" else processes_here(requested)
 
 
 def missing_shards(job: Job) -> list[int]:

@@ -7,6 +7,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from alphaflow_cli.errors import AlphaflowError
+
 
 class Processes(Protocol):
     """This process among those that share the work: a World, or Alone."""
@@ -54,6 +56,12 @@ def join_processes() -> Processes:
     return Alone(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
-def processes_here(asked: int | None) -> int:
-    """What was asked for, else one per GPU."""
-    return asked or max(1, torch.cuda.device_count())
+def processes_here(requested: int | None) -> int:
+    """The number of --processes, else one per GPU; more than there are GPUs is refused, before anything starts."""
+    gpus = torch.cuda.device_count()
+    if requested and gpus and requested > gpus:
+        raise AlphaflowError(
+            f"--processes {requested}: this machine has {gpus} GPU{'s' * (gpus > 1)}, and every process needs one of "
+            f"its own. Give --processes {gpus}, or leave it out."
+        )
+    return requested or max(1, gpus)

@@ -4,12 +4,11 @@ import socket
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from alphaflow_cli.data.store import disagreements, open_store
 from alphaflow_cli.engine import split
 from alphaflow_cli.engine.files import write_atomically
 from alphaflow_cli.engine.prepare import prepare_latents
+from alphaflow_cli.engine.processes import processes_here
 from alphaflow_cli.engine.progress import say
 from alphaflow_cli.engine.trackers import check_trackers
 from alphaflow_cli.engine.world import World
@@ -116,10 +115,7 @@ def prepare(recipe: Recipe, options: Options) -> Path:
 
 def count_processes(recipe: Recipe, asked: int | None) -> int:
     """What was asked for, else one per GPU; more than rows of a batch is refused before anything starts."""
-    gpus = torch.cuda.device_count()
-    count = asked or max(1, gpus)
-    if gpus and count > gpus:
-        raise AlphaflowError(f"--processes {count}: this machine has {gpus} GPUs.")
+    count = processes_here(asked)
     count_rows(recipe, count)
     return count
 

@@ -14,6 +14,7 @@ from alphaflow_cli.engine.crew import run_crew
 from alphaflow_cli.engine.decoder import DecoderChoice
 from alphaflow_cli.engine.files import write_atomically
 from alphaflow_cli.engine.generate import Generator, has_labels, open_generator
+from alphaflow_cli.engine.processes import processes_here
 from alphaflow_cli.engine.progress import Progress, say
 from alphaflow_cli.engine.walk import Walk, draw_labels, plan_walk
 from alphaflow_cli.errors import AlphaflowError
@@ -62,6 +63,7 @@ def sample_to_files(request: SampleRequest) -> list[Path]:
     for path in (request.grid, request.latents):
         if path is not None and not path.parent.is_dir():
             raise AlphaflowError(f"{path}: the folder {path.parent} does not exist.")
+    processes = processes_here(request.processes)
     generator = make_generator(request, rank=0)
     walks = [
         plan_walk(generator.recipe, nfe=n, kind=request.sampler, times=request.times, guidance=request.guidance)
@@ -70,7 +72,7 @@ def sample_to_files(request: SampleRequest) -> list[Path]:
     labels = choose_labels(request, generator)
     said = f"{len(request.seeds)} pictures by {'; '.join(str(walk) for walk in walks)}"
     say(f"{said}; {generator.origin.get('weights', 'ema')} weights of step {generator.origin.get('step', 'unknown')}")
-    drawn = draw(request, generator, walks, labels)
+    drawn = draw(request, generator, walks, labels, processes)
     return write(request, generator, walks, labels, drawn)
 
 
@@ -109,10 +111,9 @@ def find_class(text: str, names: Sequence[str], count: int) -> int:
 
 
 def draw(
-    request: SampleRequest, generator: Generator, walks: Sequence[Walk], labels: Sequence[int]
+    request: SampleRequest, generator: Generator, walks: Sequence[Walk], labels: Sequence[int], processes: int
 ) -> list[list[dict[str, Any]]]:
     """walk → sample → {image, latent}; here, or shared out over processes."""
-    processes = request.processes or max(1, torch.cuda.device_count())
     with Progress("sample", len(request.seeds) * len(walks), unit="img") as bar:
         if processes == 1:
             return draw_here(request, generator, walks, request.seeds, labels, bar.advance)

@@ -16,7 +16,8 @@ def slurm_environment(there: Mapping[str, str]) -> dict[str, str]:
     tasks = int(there.get("SLURM_STEP_NUM_TASKS", "1"))  # of the step: a batch script is none, whatever the job has
     if "RANK" in there or tasks < 2 or "SLURM_PROCID" not in there:
         return {}
-    sees_one = len(there.get("CUDA_VISIBLE_DEVICES", ",").split(",")) == 1  # --gpus-per-task 1: its GPU is number 0
+    visible = [name for name in there.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]  # none: all, or hidden
+    sees_one = len(visible) == 1  # --gpus-per-task 1: its GPU is number 0
     job, step = int(there.get("SLURM_JOB_ID", "0")), int(there.get("SLURM_STEP_ID", "0"))
     found = {
         "RANK": there["SLURM_PROCID"],
