@@ -1,7 +1,9 @@
 """What the verbs share: the RECIPE argument, `--set`, `--json`, examples in help, and the way results are printed."""
 
+import contextlib
 import json
 import os
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -65,6 +67,12 @@ def print_table(rows: Sequence[tuple[str, ...]], *, head: tuple[str, ...] = ()) 
     widths = [max(len(row[i]) for row in shown) for i in range(len(shown[0]))] if shown else []
     for row in shown:
         click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def silence_stdout() -> None:
+    """What waits to be written to stdout goes nowhere; else the interpreter complains about it when it ends."""
+    with contextlib.suppress(OSError, ValueError):  # ValueError: a stdout without a descriptor
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def write_new(path: Path, content: str | bytes, *, overwrite: bool = False) -> None:

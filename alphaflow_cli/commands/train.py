@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING
 
 import click
 
-from alphaflow_cli.commands.common import examples, json_option, print_json, recipe_argument, set_option
+from alphaflow_cli.commands.common import (
+    examples,
+    json_option,
+    print_json,
+    recipe_argument,
+    set_option,
+    silence_stdout,
+)
+from alphaflow_cli.errors import LostOutput
 from alphaflow_cli.recipe import load_recipe
 from alphaflow_cli.recipe.schema import Recipe
 
@@ -103,11 +111,13 @@ def begin(recipe: Recipe, options: "Options", processes: int | None) -> int:
 
 
 def finish(folder: Path) -> None:
-    """What was made, and what to do with it."""
-    model = folder / "model.safetensors"
-    click.echo(f"Look at it:  {folder / 'samples'}")
-    click.echo(f"Sample it:   alphaflow sample {folder} --grid grid.png")
-    click.echo(model)
+    """What was made, and what to do with it. The run is saved: a stdout that is full or gone does not undo it."""
+    lines = (f"Look at it:  {folder / 'samples'}", f"Sample it:   alphaflow sample {folder} --grid grid.png")
+    try:
+        click.echo("\n".join([*lines, str(folder / "model.safetensors")]))
+    except LostOutput as lost:
+        silence_stdout()
+        click.echo(f"{lost} The run is finished and saved: {folder}", err=True)
 
 
 def show_plan(
