@@ -18,8 +18,7 @@ from typing import Any, NoReturn
 import click
 
 from alphaflow_cli import __version__
-from alphaflow_cli.commands.common import silence_stdout
-from alphaflow_cli.errors import LostOutput, bounded, fault_of_the_user
+from alphaflow_cli.errors import LostOutput, bounded, fault_of_the_user, silence_stdout
 
 # verb → (the module whose `command` it is, its line in `alphaflow --help`). A listing imports none of the modules.
 VERBS: dict[str, tuple[str, str]] = {

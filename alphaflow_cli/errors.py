@@ -3,10 +3,11 @@
 import errno
 import os
 import re
+import sys
 import sysconfig
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 DAMAGE = (OSError, ValueError, LookupError, TypeError, AttributeError, SyntaxError)  # what readers raise on such data
@@ -53,6 +54,12 @@ class LostOutput(AlphaflowError):
 
     def __init__(self, cause: OSError) -> None:
         super().__init__(f"stdout cannot be written ({cause.strerror}), so the result is not shown. Files are kept.")
+
+
+def silence_stdout() -> None:
+    """What waits to be written to stdout goes nowhere; else the interpreter complains about it when it ends."""
+    with suppress(OSError, ValueError):  # ValueError: a stdout without a descriptor
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextmanager
@@ -123,14 +130,15 @@ def _of_text(error: UnicodeError) -> str:
     return ""
 
 
-def printable(path: str) -> str:
-    r"""A path with the bytes in it that are not UTF-8 as `\xff`."""
-    return path.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+def printable(text: str) -> str:
+    r"""Text that every stream takes: bytes of a file name that are not UTF-8 as `\xff`, half characters likewise."""
+    text = re.sub("[\udc80-\udcff]", lambda byte: f"\\x{ord(byte[0]) - 0xDC00:02x}", text)
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def bounded(message: str) -> str:
-    """A message that can be read: long words cut in the middle, then at most 40 lines and 4,000 characters."""
-    message = re.sub(rf"\S{{{LONGEST_WORD + 1},}}", lambda word: shorten(word[0], LONGEST_WORD), message)
+    """A message that can be read: long words cut in the middle, at most 40 lines and 4,000 characters."""
+    message = re.sub(rf"\S{{{LONGEST_WORD + 1},}}", lambda word: shorten(word[0], LONGEST_WORD), printable(message))
     lines = message.split("\n")
     if len(lines) > MOST_LINES:
         lines = [*lines[: MOST_LINES - 1], f"… and {len(lines) - MOST_LINES + 1:,} more lines"]

@@ -8,14 +8,16 @@ from typing import TYPE_CHECKING
 import click
 
 from alphaflow_cli.commands.common import (
+    BATCH,
+    PROCESSES,
+    Destination,
     examples,
     json_option,
     print_json,
     recipe_argument,
     set_option,
-    silence_stdout,
 )
-from alphaflow_cli.errors import LostOutput
+from alphaflow_cli.errors import LostOutput, silence_stdout
 from alphaflow_cli.recipe import load_recipe
 from alphaflow_cli.recipe.schema import Recipe
 
@@ -35,18 +37,15 @@ class MicroBatch(click.ParamType):  # type: ignore[type-arg]
     name = "n|auto"
 
     def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        text = str(value)
-        if value != 0 and text != "auto" and not (text.isdecimal() and int(text) > 0):
-            self.fail(f"{text!r} is neither a number of rows nor auto.", param, ctx)
-        return 0 if text == "auto" else int(text)
+        return 0 if value in ("auto", 0) else BATCH.convert(value, param, ctx)
 
 
 @click.command("train", epilog=EXAMPLES)
 @recipe_argument
 @click.option("--data", type=click.Path(path_type=Path), help="Latent store, instead of the recipe's data.store.")
-@click.option("--out", type=click.Path(path_type=Path), help="Run folder. Default: runs/<recipe name>.")
+@click.option("--out", type=Destination(is_folder=True), help="Run folder. Default: runs/<recipe name>.")
 @set_option
-@click.option("--processes", type=click.IntRange(1), help="Processes to start on this machine. Default: one per GPU.")
+@click.option("--processes", type=PROCESSES, help="Processes to start on this machine. Default: one per GPU.")
 @click.option("--micro-batch", type=MicroBatch(), default="auto", help="Rows a process computes at once, or auto.")
 @click.option("--init-from", default="", metavar="CKPT", help="Begin with the weights of this checkpoint.")
 @click.option("--verify/--no-verify", default=True, help="Check the whole store before the first step (about 1 s/GB).")
