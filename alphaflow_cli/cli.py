@@ -4,6 +4,7 @@
 stdout went away. An error of our own keeps its traceback.
 """
 
+import codecs
 import contextlib
 import importlib
 import io
@@ -188,15 +189,24 @@ def _interrupt(signum: int, frame: FrameType | None) -> NoReturn:
     raise KeyboardInterrupt
 
 
+def _write_anyway(fault: UnicodeError) -> tuple[str | bytes, int]:
+    """A byte of a file name as it was, so that a path on stdout is that path; else an escape, as of α without Greek."""
+    assert isinstance(fault, UnicodeEncodeError)
+    first = fault.object[fault.start]
+    written = os.fsencode(first) if "\udc80" <= first <= "\udcff" else first.encode("ascii", "backslashreplace")
+    return written, fault.start + 1
+
+
 def set_streams() -> None:
     """stdout and stderr that are safe to use, whatever they were when the process began."""
     while (handle := os.open(os.devnull, os.O_RDWR)) <= 2:  # closed ones would be given to the next file that is opened
         os.set_inheritable(handle, True)
     os.close(handle)
+    codecs.register_error("anyway", _write_anyway)
     for name, kind, number in (("stdout", Result, 1), ("stderr", Talk, 2)):
         now, raw = getattr(sys, name), kind(number, "w", closefd=False)
-        encoding = getattr(now, "encoding", "utf-8")  # an α must not end a run where the terminal has no Greek
-        safe = io.TextIOWrapper(io.BufferedWriter(raw), encoding, errors="backslashreplace", line_buffering=True)
+        encoding = getattr(now, "encoding", "utf-8")
+        safe = io.TextIOWrapper(io.BufferedWriter(raw), encoding, errors="anyway", line_buffering=True)
         setattr(sys, name, safe)
 
 

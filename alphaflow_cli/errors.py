@@ -38,6 +38,7 @@ OF_A_PATH = {  # errno → reason and advice, where the error names the path
     errno.EBUSY: ("in use", "Wait for the other program, or choose another path."),
     errno.ETXTBSY: ("in use", "Wait for the other program, or choose another path."),
     errno.ESTALE: ("gone from the network's file system", "Mount it again, and run the same command again."),
+    errno.EILSEQ: ("not UTF-8, and weights cannot be read from such a path", "Choose another name."),
     errno.ENODEV: ("no such device", ELSEWHERE),
     errno.ENXIO: ("a device or a pipe, where a file is wanted", ELSEWHERE),
 }

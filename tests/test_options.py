@@ -1,6 +1,7 @@
 """Every option of every verb, given what nobody means: one short line and an exit code, no traceback, no waiting."""
 
 import os
+import subprocess
 import sys
 import time
 
@@ -220,3 +221,26 @@ def test_a_destination_that_cannot_be_written_is_refused_before_the_work(option,
     (tmp_path / "pipe.yaml").unlink()
     for path in (tmp_path / "file", folder / "e", folder):
         path.rmdir() if path.is_dir() else path.unlink()
+
+
+WITH_WEIGHTS = ["train b2 --out", "convert nosuch -o", "reference nosuch -o", "eval nosuch --out", "pull a/b -o"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other file systems take no such name")
+@pytest.mark.parametrize("line", WITH_WEIGHTS)
+def test_a_path_that_is_not_utf_8_is_refused_where_weights_would_not_be_read_again(line, tmp_path, capsys):
+    assert run([*line.split(), "run\udcff.safetensors"]) == 1
+    err = capsys.readouterr().err
+    assert (
+        r"error: run\xff.safetensors: cannot be written (not UTF-8, and weights cannot be read from such a path)" in err
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other file systems take no such name")
+def test_other_files_may_have_any_name(tmp_path):
+    command = [sys.executable, "-m", "alphaflow_cli", "recipe"]
+    done = subprocess.run([*command, "cp", "b2", b"mine\xff.yaml"], capture_output=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"mine\xff.yaml\n", b"")
+    assert os.listdir(os.fsencode(tmp_path)) == [b"mine\xff.yaml"]
+    assert subprocess.run([*command, "check", done.stdout.strip()], capture_output=True, check=False).returncode == 0

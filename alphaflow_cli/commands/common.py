@@ -69,9 +69,17 @@ GUIDANCE = Number(-1000, 1000)
 class Destination(click.Path):
     """A path that will be written: refused before the work where it could not be, after hours of it."""
 
-    def __init__(self, *, is_folder: bool = False, may_be_folder: bool = False, makes_folders: bool = False) -> None:
+    def __init__(
+        self,
+        *,
+        is_folder: bool = False,
+        may_be_folder: bool = False,
+        makes_folders: bool = False,
+        holds_weights: bool = False,
+    ) -> None:
         super().__init__(path_type=Path, file_okay=not is_folder, dir_okay=is_folder or may_be_folder)
         self.is_folder, self.may_be_folder, self.makes_folders = is_folder, may_be_folder, makes_folders
+        self.holds_weights = holds_weights
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
         path = Path(os.fsdecode(super().convert(value, param, ctx)))
@@ -87,6 +95,8 @@ class Destination(click.Path):
 
     def _obstacle(self, path: Path) -> tuple[Path, int]:
         """What stands in the way, and the errno that writing would give; 0 for nothing."""
+        if self.holds_weights and re.search("[\udc80-\udcff]", str(path)):  # safetensors opens no such path
+            return path, errno.EILSEQ
         mode = _mode_of(path)
         if mode is not None:
             if stat.S_ISDIR(mode) and not (self.is_folder or self.may_be_folder):

@@ -20,7 +20,9 @@ EPILOG = examples(
 
 @click.command(epilog=EPILOG)
 @click.argument("source", metavar="SRC")
-@click.option("-o", "--out", type=Destination(), required=True, help="The file to write; never overwritten.")
+@click.option(
+    "-o", "--out", type=Destination(holds_weights=True), required=True, help="The file to write; never overwritten."
+)
 @click.option(
     "--from",
     "family",

@@ -53,7 +53,9 @@ EXAMPLES = examples(
 @batch_option
 @click.option("--processes", type=PROCESSES, help="Processes to share the work. Default: one per GPU.")
 @weights_option
-@click.option("--out", type=Destination(is_folder=True), help="Folder. Default: the run's, else evals.")
+@click.option(
+    "--out", type=Destination(is_folder=True, holds_weights=True), help="Folder. Default: the run's, else evals."
+)
 @click.option("--markdown", is_flag=True, help="Print a Markdown table for a README instead.")
 @json_option
 def command(

@@ -11,7 +11,7 @@ EPILOG = examples("alphaflow pull user/b2", "alphaflow pull user/b2@v1.0 -o b2")
 
 @click.command(epilog=EPILOG)
 @click.argument("repo", metavar="REPO[@REVISION]")
-@click.option("-o", "--out", type=Destination(is_folder=True), help="Copy it here too.")
+@click.option("-o", "--out", type=Destination(is_folder=True, holds_weights=True), help="Copy it here too.")
 def command(repo: str, out: Path | None) -> None:
     """Fetch a published model from the Hub.
 

@@ -29,7 +29,7 @@ EXAMPLES = examples(
 
 @click.command(epilog=EXAMPLES)
 @click.argument("source")
-@click.option("-o", "--out", "path", required=True, type=Destination(), help="The file.")
+@click.option("-o", "--out", "path", required=True, type=Destination(holds_weights=True), help="The file.")
 @metrics_option
 @click.option("--size", type=SIZE, help="Centre crop, Lanczos to this side; else as they are.")
 @click.option("--images", "limit", type=IMAGES, help="Only so many pictures, taken evenly.")
@@ -41,7 +41,7 @@ EXAMPLES = examples(
 @batch_option
 @weights_option
 @click.option(
-    "--work", type=Destination(is_folder=True), default=Path("evals"), show_default=True,
+    "--work", type=Destination(is_folder=True, holds_weights=True), default=Path("evals"), show_default=True,
     help="Folder for unfinished work.",
 )  # fmt: skip
 @json_option

@@ -43,7 +43,9 @@ class MicroBatch(click.ParamType):  # type: ignore[type-arg]
 @click.command("train", epilog=EXAMPLES)
 @recipe_argument
 @click.option("--data", type=click.Path(path_type=Path), help="Latent store, instead of the recipe's data.store.")
-@click.option("--out", type=Destination(is_folder=True), help="Run folder. Default: runs/<recipe name>.")
+@click.option(
+    "--out", type=Destination(is_folder=True, holds_weights=True), help="Run folder. Default: runs/<recipe name>."
+)
 @set_option
 @click.option("--processes", type=PROCESSES, help="Processes to start on this machine. Default: one per GPU.")
 @click.option("--micro-batch", type=MicroBatch(), default="auto", help="Rows a process computes at once, or auto.")
