@@ -242,5 +242,5 @@ def test_other_files_may_have_any_name(tmp_path):
     command = [sys.executable, "-m", "alphaflow_cli", "recipe"]
     done = subprocess.run([*command, "cp", "b2", b"mine\xff.yaml"], capture_output=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, b"mine\xff.yaml\n", b"")
-    assert os.listdir(os.fsencode(tmp_path)) == [b"mine\xff.yaml"]
+    assert [os.fsencode(path.name) for path in tmp_path.iterdir()] == [b"mine\xff.yaml"]
     assert subprocess.run([*command, "check", done.stdout.strip()], capture_output=True, check=False).returncode == 0
