@@ -11,18 +11,33 @@ JOINERS = "\u200c\u200d"  # of Persian and Indian words and of emoji: they only 
 UNSAFE = {"Cc", "Cf", "Cs", "Co", "Zl", "Zp"}  # control, format, surrogate, private, separators of lines
 MARKDOWN = re.compile(r"[\\`*_\[\]|~$]")  # what has a meaning inside a line
 OPENING = re.compile(r"\A(\s*)([#+=-]|\d+[.)](?=\s|$))")  # what has one at its beginning
+LONGEST_WORD, MOST_LINES, LONGEST_MESSAGE = 400, 40, 4000  # more of a message is not read
 ENTITIES = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
 
 
 def for_terminal(text: object, *, limit: int = 400, lines: bool = False) -> str:
     """One line of at most `limit` letters; what a terminal would obey is shown as `\\x1b`. `lines` keeps newlines."""
-    shown = str(text)
-    if len(shown) > limit:
-        half = (limit - 3) // 2
-        shown = f"{shown[: limit - 3 - half]} … {shown[len(shown) - half :]}"
+    shown = shorten(str(text), limit)
     if shown.isprintable():
         return shown
     return "".join(letter if _is_harmless(letter, lines) else _escape(letter) for letter in shown)
+
+
+def for_message(text: str) -> str:
+    """A message that can be read: harmless, long words cut in the middle, at most 40 lines and 4,000 letters."""
+    shown = re.sub(rf"\S{{{LONGEST_WORD + 1},}}", lambda word: shorten(word[0], LONGEST_WORD), text)
+    lines = shown.split("\n")
+    if len(lines) > MOST_LINES:
+        lines = [*lines[: MOST_LINES - 1], f"… and {len(lines) - MOST_LINES + 1:,} more lines"]
+    return for_terminal("\n".join(lines), limit=LONGEST_MESSAGE, lines=True)
+
+
+def shorten(text: str, most: int) -> str:
+    """The text, cut in the middle to at most `most` letters; the number of those left out stands there."""
+    if len(text) <= most:
+        return text
+    keep = max(most - 25, 2) // 2
+    return f"{text[:keep]}…({len(text) - 2 * keep:,} more)…{text[-keep:]}"
 
 
 def for_markdown(text: object, *, limit: int = 400) -> str:
@@ -44,6 +59,8 @@ def _is_harmless(letter: str, lines: bool) -> bool:
 
 def _escape(letter: str) -> str:
     code = ord(letter)
+    if 0xDC80 <= code <= 0xDCFF:  # Python's stand-in for a byte of a file name that is not UTF-8
+        return f"\\x{code - 0xDC00:02x}"
     return {"\n": "\\n", "\t": "\\t", "\r": "\\r"}.get(letter) or (
         f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
     )

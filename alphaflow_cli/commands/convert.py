@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, cast
 
 import click
 
-from alphaflow_cli.commands.common import examples, json_option, print_json, set_option, tell
+from alphaflow_cli.commands.common import Destination, examples, json_option, print_json, set_option, tell
 
 if TYPE_CHECKING:
     from alphaflow_cli.convert import Outcome
@@ -21,7 +21,7 @@ EPILOG = examples(
 @click.command(epilog=EPILOG)
 @click.argument("source", metavar="SRC")
 @click.option(
-    "-o", "--out", type=click.Path(path_type=Path), required=True, help="The file to write; never overwritten."
+    "-o", "--out", type=Destination(holds_weights=True), required=True, help="The file to write; never overwritten."
 )
 @click.option(
     "--from",

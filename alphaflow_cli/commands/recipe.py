@@ -5,6 +5,7 @@ from pathlib import Path
 import click
 
 from alphaflow_cli.commands.common import (
+    Destination,
     examples,
     json_option,
     print_json,
@@ -15,6 +16,7 @@ from alphaflow_cli.commands.common import (
     write_new,
 )
 from alphaflow_cli.errors import AlphaflowError
+from alphaflow_cli.text import for_message
 
 
 @click.group(epilog=examples("alphaflow recipe ls", "alphaflow recipe show b2 --set train.steps=100000"))
@@ -99,13 +101,13 @@ def _fault(file: str, sets: tuple[str, ...]) -> str:
     try:
         load_recipe(file, sets)
     except AlphaflowError as fault:
-        return str(fault)
+        return for_message(str(fault))
     return ""
 
 
 @command.command(epilog=examples("alphaflow recipe plot b2 -o b2.png", "alphaflow recipe plot xl2-cfg -o xl2.svg"))
 @recipe_argument
-@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="FILE.png or FILE.svg.")
+@click.option("-o", "--out", type=Destination(), required=True, help="FILE.png or FILE.svg.")
 @set_option
 def plot(recipe: str, out: Path, sets: tuple[str, ...]) -> None:
     """Draw alpha and its phases, the share of r = t rows and the learning rate over the steps."""
@@ -128,7 +130,7 @@ def plot(recipe: str, out: Path, sets: tuple[str, ...]) -> None:
 
 @command.command(epilog=examples("alphaflow recipe cp b2 mine.yaml"))
 @recipe_argument
-@click.argument("file", type=click.Path(path_type=Path))
+@click.argument("file", type=Destination(may_be_folder=True))
 @set_option
 def cp(recipe: str, file: Path, sets: tuple[str, ...]) -> None:
     """Copy a recipe to FILE, to change it there. An existing FILE is never overwritten.

@@ -5,7 +5,17 @@ from typing import TYPE_CHECKING
 
 import click
 
-from alphaflow_cli.commands.common import examples, json_option, print_json, print_table, tell
+from alphaflow_cli.commands.common import (
+    IMAGES,
+    SIZE,
+    Destination,
+    Whole,
+    examples,
+    json_option,
+    print_json,
+    print_table,
+    tell,
+)
 from alphaflow_cli.commands.measuring import Metrics, Weights, batch_option, metrics_option, weights_option
 from alphaflow_cli.errors import AlphaflowError
 
@@ -20,19 +30,19 @@ EXAMPLES = examples(
 
 @click.command(epilog=EXAMPLES)
 @click.argument("source")
-@click.option("-o", "--out", "path", required=True, type=click.Path(dir_okay=False, path_type=Path), help="The file.")
+@click.option("-o", "--out", "path", required=True, type=Destination(holds_weights=True), help="The file.")
 @metrics_option
-@click.option("--size", type=click.IntRange(min=16), help="Centre crop, Lanczos to this side; else as they are.")
-@click.option("--images", "limit", type=click.IntRange(min=1), help="Only so many pictures, taken evenly.")
+@click.option("--size", type=SIZE, help="Centre crop, Lanczos to this side; else as they are.")
+@click.option("--images", "limit", type=IMAGES, help="Only so many pictures, taken evenly.")
 @click.option("--name", default="", help="How the reference is called in every row; the source's name otherwise.")
 @click.option(
-    "--keep", type=click.IntRange(min=0), default=10_000, show_default=True,
+    "--keep", type=Whole(0, 1_000_000), default=10_000, show_default=True,
     help="Single features kept, for KID, precision and recall.",
 )  # fmt: skip
 @batch_option
 @weights_option
 @click.option(
-    "--work", type=click.Path(file_okay=False, path_type=Path), default=Path("evals"), show_default=True,
+    "--work", type=Destination(is_folder=True, holds_weights=True), default=Path("evals"), show_default=True,
     help="Folder for unfinished work.",
 )  # fmt: skip
 @json_option
