@@ -1,11 +1,15 @@
 """Documents and words from outside: every fault is one short line, nothing of them reaches a terminal or a card."""
 
+import json
 import os
 import re
 import time
+import unicodedata
 
 import pytest
 
+from alphaflow_cli.cli import say_error
+from alphaflow_cli.commands.common import print_json, print_table, tell
 from alphaflow_cli.documents import (
     MAX_DEPTH,
     Anything,
@@ -20,8 +24,9 @@ from alphaflow_cli.documents import (
     parse_json,
     read_json,
 )
+from alphaflow_cli.engine.progress import say
 from alphaflow_cli.errors import AlphaflowError
-from alphaflow_cli.text import code_span, for_markdown, for_terminal
+from alphaflow_cli.text import UNSAFE, code_span, for_markdown, for_terminal
 
 SHAPE = Table(
     {"name": Text(20), "rows": Rows(Table({"value": Number(0, 10)}), most=3)},
@@ -171,3 +176,31 @@ def test_no_markdown_and_no_html_is_left_of_foreign_words(words):
 )
 def test_a_word_at_the_beginning_of_a_line_opens_nothing(words, shown):
     assert for_markdown(words) == shown
+
+
+# Where words are printed.
+
+
+def test_errors_and_talk_do_not_reach_the_terminal_as_commands(capsys):
+    say_error(HOSTILE)
+    say(HOSTILE)
+    tell(HOSTILE)
+    print_table([(HOSTILE, "b"), ("c", "d")], head=("one", "two"))
+    shown = capsys.readouterr()
+    assert all(line.isprintable() for line in [*shown.out.splitlines(), *shown.err.splitlines()])
+    assert shown.out.count(r"\x1b[2J") == 2
+    assert shown.err.count(r"\x1b[2J") == 2
+
+
+def test_json_means_the_same_and_commands_no_terminal(capsys):
+    document = {"α": HOSTILE, HOSTILE: ["👩\u200d🔬", 1.5, None]}
+    print_json(document)
+    text = capsys.readouterr().out
+    assert json.loads(text) == document
+    assert "α" in text
+    assert not any(unicodedata.category(letter) in UNSAFE for letter in text if letter not in "\n\u200d")
+
+
+def test_a_message_is_bounded(capsys):
+    say_error("x" * 100_000)
+    assert len(capsys.readouterr().err) < 5_000

@@ -175,6 +175,14 @@ def test_a_listing_without_an_end_is_left(published, hub, capsys, monkeypatch): 
     )
 
 
+@pytest.mark.parametrize("length", ["9" * 17, "9" * 18, "9" * 400, "-1", "many"])
+def test_a_file_larger_than_the_disk_is_not_begun(published, hub, capsys, length):  # noqa: F811
+    hub.faults["GET", "/resolve/"] = Fault(200, headers={"Content-Length": length})
+    code, err = alphaflow("pull", "me/tiny", capsys=capsys)
+    assert code == 1
+    assert len(err) < 600
+
+
 # The token stays on the Hub.
 
 

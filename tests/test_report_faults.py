@@ -251,7 +251,17 @@ def test_words_in_a_run_are_escaped_on_its_page(folder, capsys):
     row = score(1, 7.5)
     measured(folder, replace(row, name=hostile[:90], label=hostile, notes=(hostile,), settings={hostile: hostile}))
     recipe = load_recipe("quickstart", SETS)
-    (folder / "recipe.yaml").write_text(dump_recipe(replace(recipe, name=hostile)), encoding="utf-8")
+    (folder / "recipe.yaml").write_text(
+        dump_recipe(replace(recipe, eval=replace(recipe.eval, reference=hostile))), encoding="utf-8"
+    )
     page = report(folder, capsys).read_text(encoding="utf-8")
     assert "<script>alert" not in page
     assert "<img src=x" not in page
+
+
+@pytest.mark.parametrize("out", [".", "/", "folder"])
+def test_a_page_is_not_written_over_a_folder(folder, capsys, out, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    assert cli(["report", str(folder), "-o", out]) == 1
+    assert "is a folder. Name the page's file" in capsys.readouterr().err

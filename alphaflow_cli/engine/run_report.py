@@ -57,6 +57,8 @@ ROW = Table(
 
 def write_report(run: Path, out: Path) -> Path:
     """The page of a run folder."""
+    if not out.name or out.is_dir():
+        raise AlphaflowError(f"{out}: is a folder. Name the page's file, such as {out / 'report.html'}")
     text = run_page(page_of(run))
     write_atomically(out, _writer(text))
     return out
