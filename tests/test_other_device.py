@@ -205,3 +205,25 @@ def test_a_latent_model_is_prepared_trained_decoded_and_measured(device, tmp_pat
     assert train_run(tmp_path / "run", *sets, options=["--data", "store"]) == 0
     assert run(["sample", "run", "--seeds", "0-4", "--grid", "g.png", "--autoencoder", "kl"]) == 0
     assert run(["eval", "run", "--decoder", "fp32", "--autoencoder", "kl"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("broken", "line"),
+    [
+        ("alphaflow_cli.engine.generate.Generator.latents", "sample {run} --grid g.png --batch 7"),
+        ("alphaflow_cli.nn.tiny.Tiny.features", "eval glyphs:100 --metrics fd-tiny --reference glyphs:200 --batch 7"),
+        ("alphaflow_cli.engine.encode.encode", "prep-latents glyphs:20 --out store --batch 7"),
+        ("alphaflow_cli.engine.conflict.measure_batch", "analyze {run} --batch 7 --batches 1"),
+    ],
+)
+def test_a_gpu_that_is_full_is_one_line_that_says_what_to_do(trained, monkeypatch, capsys, broken, line):
+    def full(*args, **more):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore about it.")
+
+    monkeypatch.setattr(broken, full)
+    assert run(line.format(run=trained).split()) == 1
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said == (
+        "error: out of memory (CUDA out of memory. Tried to allocate 2.00 GiB.). "
+        "Give a smaller --batch than 7, or use a larger GPU."
+    )

@@ -24,6 +24,7 @@ from alphaflow_cli.engine.conflict_rows import conflict_rows, renormalised
 from alphaflow_cli.engine.conflict_summary import summarise
 from alphaflow_cli.engine.files import write_atomically
 from alphaflow_cli.engine.generate import Generator, best_device, find_checkpoint, open_generator, run_folder
+from alphaflow_cli.engine.processes import smaller_batch_if_full
 from alphaflow_cli.engine.progress import Progress, say
 from alphaflow_cli.engine.protocol import environment
 from alphaflow_cli.engine.ready import check_folder, check_store
@@ -170,7 +171,8 @@ def measure_missing(work: Work) -> list[dict[str, Any]]:
     step = work.generator.origin.get("step")
     with Progress(f"step {step}", wanted, unit="batch", done=wanted - len(missing)) as bar:
         for index in missing:
-            rows[index] = measure_one(net, work, index)
+            with smaller_batch_if_full(work.request.batch):
+                rows[index] = measure_one(net, work, index)
             check_finite(work, rows[index])
             _append(work.path, rows[index])
             bar.advance(1)

@@ -1,6 +1,8 @@
 """Who shares the work of a measurement: the processes started together, or this one alone."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -45,6 +47,18 @@ class Alone:
 
     def wait(self) -> None:
         """Nobody to wait for."""
+
+
+@contextmanager
+def smaller_batch_if_full(batch: int) -> Iterator[None]:
+    """Inside, a GPU that runs out of memory is one line that names --batch."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        smaller = f"Give a smaller --batch than {batch}" if batch > 1 else "Free some of it"
+        raise AlphaflowError(
+            f"out of memory ({str(error).splitlines()[0]}). {smaller}, or use a larger GPU."
+        ) from error
 
 
 def join_processes() -> Processes:

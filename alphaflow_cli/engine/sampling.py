@@ -14,7 +14,7 @@ from alphaflow_cli.engine.crew import run_crew
 from alphaflow_cli.engine.decoder import DecoderChoice
 from alphaflow_cli.engine.files import write_atomically
 from alphaflow_cli.engine.generate import Generator, has_labels, open_generator
-from alphaflow_cli.engine.processes import processes_here
+from alphaflow_cli.engine.processes import processes_here, smaller_batch_if_full
 from alphaflow_cli.engine.progress import Progress, say
 from alphaflow_cli.engine.walk import Walk, draw_labels, plan_walk
 from alphaflow_cli.errors import AlphaflowError
@@ -129,14 +129,14 @@ def draw_here(
     tell: Callable[[int], None],
 ) -> list[list[dict[str, Any]]]:
     """Batch by batch in this process."""
-    found = []
+    found, only_latents = [], request.out is None and request.grid is None
     for walk in walks:
         rows: list[dict[str, Any]] = []
         for i in range(0, len(seeds), request.batch):
             part = slice(i, i + request.batch)
-            latents = generator.latents(seeds[part], labels[part], walk)
-            only_latents = request.out is None and request.grid is None
-            images = [None] * len(latents) if only_latents else to_pictures(generator, latents)
+            with smaller_batch_if_full(request.batch):
+                latents = generator.latents(seeds[part], labels[part], walk)
+                images = [None] * len(latents) if only_latents else to_pictures(generator, latents)
             rows += [{"image": im, "latent": z} for im, z in zip(images, latents.cpu().numpy(), strict=True)]
             tell(len(latents))
         found.append(rows)
