@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from alphaflow_cli.engine.files import write_atomically
+from alphaflow_cli.engine.files import append, write_atomically
 from alphaflow_cli.engine.measure import make_folder
 from alphaflow_cli.engine.protocol import Row, environment
 from alphaflow_cli.errors import AlphaflowError
@@ -85,8 +85,7 @@ def save_results(path: Path, history: Path, evaluations: Sequence[Evaluation]) -
     write_atomically(path, lambda temporary: _write(temporary, text))
     lines = "".join(json.dumps(each.as_dict(), ensure_ascii=False) + "\n" for each in evaluations)
     try:
-        with history.open("a", encoding="utf-8") as file:
-            file.write(lines)
+        append(history, lines)
     except OSError as fault:
         raise AlphaflowError(f"{history}: cannot be written ({fault.strerror}); {path} is whole") from fault
 

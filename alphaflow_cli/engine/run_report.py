@@ -8,7 +8,7 @@ from typing import Any
 from alphaflow_cli.data.files import sha256_of
 from alphaflow_cli.engine.curves import BANDS, recipe_chart
 from alphaflow_cli.engine.facts import lines
-from alphaflow_cli.engine.files import write_atomically
+from alphaflow_cli.engine.files import read_document, write_atomically
 from alphaflow_cli.engine.journal import read_rows
 from alphaflow_cli.engine.plan import phases
 from alphaflow_cli.engine.run_report_commands import commands_of, shown
@@ -60,11 +60,11 @@ def _writer(text: str) -> Callable[[Path], None]:
 def page_of(run: Path) -> RunPage:
     """Everything there is; what is missing is said on the page."""
     path = run / "recipe.yaml"
-    if not path.is_file():
+    if not path.exists():
         raise AlphaflowError(
             f"{run}: not a run folder (no recipe.yaml in it). Make one: alphaflow train RECIPE --out {run}"
         )
-    text = path.read_text(encoding="utf-8")
+    text = read_document(path)
     recipe, rows = recipe_from_text(text, str(path)), read_rows(run / "metrics.jsonl")
     origin, digest = origin_of(run), digest_of(run)
     compared, other = counterpart(recipe)
@@ -79,7 +79,7 @@ def page_of(run: Path) -> RunPage:
         curves=curves_of(recipe, rows),
         conflict=conflict,
         conflict_rows=told,
-        samples=embed(sorted((run / "samples").glob("step-*.png"))),
+        samples=embed(sorted(path for path in (run / "samples").glob("step-*.png") if path.is_file())),
         scores=scores_of(run / "results.json", digest),
         compared_with=compared,
         changes=changes,
