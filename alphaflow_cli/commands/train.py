@@ -1,5 +1,6 @@
 """`alphaflow train`: a recipe becomes a run. Running it again resumes."""
 
+import contextlib
 import os
 import sys
 from pathlib import Path
@@ -87,7 +88,8 @@ def join(recipe: Recipe, options: "Options") -> int:
 
     code = train(recipe, options)
     if code == 0 and not has_parent() and os.environ["RANK"] == "0":
-        finish(options.out)
+        with contextlib.suppress(OSError):  # the run is whole, whether or not its last words can be written
+            finish(options.out)
     return code
 
 
