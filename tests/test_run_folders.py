@@ -125,7 +125,7 @@ def test_a_state_of_a_former_version_is_read_and_it_is_said(run, store, tmp_path
     without_checksum(state.newest_state(run))
     started = begin(make_recipe(tmp_path, *FEW), store, run)
     assert started.wait() == [0], started.said()
-    assert "saved by an earlier version without a checksum" in started.said()
+    assert "an earlier version saved it without a checksum" in started.said()
     assert_same(train(make_recipe(tmp_path, *FEW), store, tmp_path / "whole"), run)
 
 

@@ -154,7 +154,7 @@ def check_state(path: Path) -> None:
     if former and not sealed:
         if facts["step"] != step_of(path):
             raise AlphaflowError(f"{path}: damaged: it says that it is of step {facts['step']:,}.")
-        say(f"{path}: saved by an earlier version without a checksum, so it is taken as it is; the next save has one")
+        say(f"{path}: an earlier version saved it without a checksum, so it is taken as it is; later saves have one")
     elif not (sealed and seal_holds(path)):
         raise AlphaflowError(f"{path}: damaged: its bytes changed since it was written (checksum).")
 
