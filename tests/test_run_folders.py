@@ -213,7 +213,6 @@ def test_what_is_no_file_in_a_run_is_one_line_and_never_waited_for(kind, name, r
 
 
 DAMAGED_LINES = {
-    "binary": bytes(range(128, 256)) * 20,
     "half a line": b'{"step": 2, "l": 0.',
     "deep": b'{"step": ' + b"[" * 100_000,
     "a huge step": b'{"step": 1e400}',
@@ -233,10 +232,12 @@ def test_damaged_lines_of_a_journal_are_left_out_said_and_the_run_goes_on(damage
     assert_same(train(make_recipe(tmp_path, *FEW), store, tmp_path / "whole"), run)
 
 
-@pytest.mark.parametrize("kind", ["pipe", "folder", "device"])
-def test_a_journal_that_is_no_file_is_one_line(kind, run, store, tmp_path):
+@pytest.mark.parametrize("kind", ["pipe", "folder", "device", "binary"])
+def test_a_journal_that_is_no_text_file_is_one_line_and_kept(kind, run, store, tmp_path):
     path = put(run / "metrics.jsonl", kind)
-    refused(tmp_path, store, run, f"{path}: is a folder, a pipe or a device, not a file")
+    line = "not the journal of a run" if kind == "binary" else "is a folder, a pipe or a device, not a file"
+    refused(tmp_path, store, run, f"{path}: {line}", "Move it away")
+    assert kind != "binary" or path.stat().st_size == 2560
 
 
 # Pictures.

@@ -14,6 +14,7 @@ import pytest
 from train_helpers import assert_same, make_recipe, make_store, saved_step, train
 
 from alphaflow_cli.cli import run as cli
+from alphaflow_cli.engine.journal import read_rows
 from alphaflow_cli.engine.launch import is_worker
 
 pytestmark = pytest.mark.distributed
@@ -239,14 +240,24 @@ def test_processes_that_could_not_meet_are_refused_at_once(store, tmp_path):
 
 
 @pytest.mark.slow
-def test_of_eight_commands_on_one_run_one_trains_and_seven_are_refused(store, tmp_path):
-    started = [popen(command(tmp_path, store, *sets("train.save_every=10")), tmp_path) for _ in range(8)]
-    ends = [each.communicate(timeout=200) for each in started]
-    assert sorted(each.returncode for each in started) == [0, *[1] * 7], ends
+@pytest.mark.parametrize("processes", [1, 2])
+def test_of_eight_commands_on_one_run_one_trains_and_seven_are_refused(processes, store, tmp_path):
+    line = command(tmp_path, store, "--processes", str(processes), *LONG)
+    started = [popen(line, tmp_path) for _ in range(8)]
+    wait_until(lambda: sum(each.poll() is not None for each in started) == 7, "not seven refused", 200)
+    wait_until(lambda: saved_step(tmp_path / "run") >= 50, "no save")
+    (winner,) = (each for each in started if each.poll() is None)
+    winner.terminate()
+    ends = [each.communicate(timeout=100) for each in started]
+    assert sorted(each.returncode for each in started) == [*[1] * 7, 143], ends
     for each, (_, err) in zip(started, ends, strict=True):
-        if each.returncode:
+        if each is not winner:
             assert len(re.findall("^error: .* another command is writing here", err, re.M)) == 1, err
-    assert_same(train(make_recipe(tmp_path, "train.save_every=10"), store, tmp_path / "forked"), tmp_path / "run")
+            assert err.count("\n") == 1
+    steps = [row["step"] for row in read_rows(tmp_path / "run" / "metrics.jsonl")]
+    assert steps == list(range(10, saved_step(tmp_path / "run") + 1, 10)), "the journal is whole"
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == len(steps)
+    assert not (tmp_path / "run" / ".lock").exists()
 
 
 @pytest.mark.slow

@@ -142,10 +142,10 @@ def _step_of(line: str) -> int | None:
 
 
 def _lines(path: Path) -> list[str]:
-    """Bytes that are no text become a mark in their line, which is no row then."""
+    """A file that is no text at all is somebody else's, and not for us to cut."""
     check_regular(path)
     with blamed_on(path, "the journal of a run"):
-        return path.read_text(encoding="utf-8", errors="replace").split("\n")
+        return path.read_text(encoding="utf-8").split("\n")
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
