@@ -20,6 +20,7 @@ from alphaflow_cli.engine.checkpoint import load_checkpoint, save_checkpoint
 from alphaflow_cli.engine.prepare import prepare_latents
 from alphaflow_cli.engine.run import texts_apart
 from alphaflow_cli.errors import AlphaflowError
+from alphaflow_cli.nn.weights import fit_weights
 
 FEW = ("train.steps=8", "alpha=0.5", "train.save_every=4", "train.log_every=2")
 
@@ -274,6 +275,23 @@ def test_weights_that_are_no_real_numbers_are_refused_by_name(dtype, half, tmp_p
     assert cli(["sample", str(path), "--latents", str(tmp_path / "a.npy")]) == 1
     said = capsys.readouterr().err
     assert f"{path}: blocks.0.attn.qkv.weight holds {str(dtype).removeprefix('torch.')} values" in said
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64])
+def test_feature_weights_that_are_no_real_numbers_are_refused_by_name(dtype, tmp_path):
+    net = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))  # counts its batches in int64
+    fit_weights(net, {name: value.clone() for name, value in net.state_dict().items()}, tmp_path)
+    state = {**net.state_dict(), "0.weight": torch.ones(2, 2).to(dtype)}
+    with pytest.raises(AlphaflowError, match=r"0\.weight holds \w+ values, a weight is a floating-point number"):
+        fit_weights(net, state, tmp_path)
+
+
+def test_equal_references_have_equal_bytes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("one", "other", "third"):
+        assert cli(["reference", "glyphs:100", "--metrics", "fd-tiny", "-o", f"{name}.safetensors"]) == 0
+    contents = {path.read_bytes() for path in tmp_path.glob("*.safetensors")}
+    assert len(contents) == 1
 
 
 def test_left_behind_is_not_empty(half):

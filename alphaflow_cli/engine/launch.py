@@ -119,7 +119,10 @@ def check_loopback(processes: int) -> None:
 def _report(errors: Path, codes: dict[int, int]) -> int:
     """Raise the root cause: a crash, else the first failure that is not the echo of another's."""
     crashed = {rank: code for rank, code in codes.items() if code < 0 and code != -15}
-    said = [json.loads(path.read_text()) for path in sorted(errors.glob("rank-*.json"))]
+    said = []
+    for path in sorted(errors.glob("rank-*.json")):
+        with contextlib.suppress(ValueError):  # cut short: the process was killed while it wrote
+            said.append(json.loads(path.read_text()))
     causes = sorted((s for s in said if not s["echo"]), key=lambda s: float(s["time"]))
     if causes:
         first = causes[0]

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.nn.autoencoder_files import ask_hub, cached, has_weights, kl_config, read_weights, rename
+from alphaflow_cli.nn.weights import check_real
 
 Kind = Literal["kl", "tiny", "dc", "none"]
 CLASSES: dict[str, Kind] = {"AutoencoderKL": "kl", "AutoencoderTiny": "tiny", "AutoencoderDC": "dc"}
@@ -179,6 +180,7 @@ def _from_file(path: Path) -> Any:
     import diffusers
 
     weights = rename(read_weights(path))
+    check_real(weights, path)
     try:
         module = diffusers.AutoencoderKL(**kl_config(weights))
         module.load_state_dict(weights)
