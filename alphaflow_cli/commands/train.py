@@ -1,5 +1,6 @@
 """`alphaflow train`: a recipe becomes a run. Running it again resumes."""
 
+import contextlib
 import os
 import sys
 from pathlib import Path
@@ -97,19 +98,25 @@ def join(recipe: Recipe, options: "Options") -> int:
 
     code = train(recipe, options)
     if code == 0 and not has_parent() and os.environ["RANK"] == "0":
-        finish(options.out)
+        with contextlib.suppress(OSError):  # the run is whole, whether or not its last words can be written
+            finish(options.out)
     return code
 
 
 def begin(recipe: Recipe, options: "Options", processes: int | None) -> int:
     """Check everything, then train here or in N processes."""
     from alphaflow_cli.engine.launch import launch
+    from alphaflow_cli.engine.lock import hand_on, hold
     from alphaflow_cli.engine.ready import count_processes, prepare
     from alphaflow_cli.engine.start import train
 
     count = count_processes(recipe, processes)
-    prepare(recipe, options)
-    return train(recipe, options) if count == 1 else launch(sys.argv[1:], count)
+    with hold(options.out, "train"):
+        prepare(recipe, options)
+        if count == 1:
+            return train(recipe, options)
+        os.environ |= hand_on(options.out)
+        return launch(sys.argv[1:], count)
 
 
 def finish(folder: Path) -> None:

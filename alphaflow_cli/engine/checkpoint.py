@@ -7,19 +7,18 @@ half_life, autoencoder, classes, versions, …).
 
 import json
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from alphaflow_cli.documents import Anything, Maybe, Number, Rows, Table, Text, Whole, parse_json
 from alphaflow_cli.engine.build import build_network
-from alphaflow_cli.engine.files import write_atomically
+from alphaflow_cli.engine.files import check_regular, save_tensors
 from alphaflow_cli.errors import AlphaflowError
+from alphaflow_cli.nn.weights import check_real
 from alphaflow_cli.recipe import dump_recipe, recipe_from_text
 from alphaflow_cli.recipe.schema import Recipe
 
@@ -69,18 +68,19 @@ class Checkpoint:
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     """Write it atomically."""
-    tensors = {f"net.{name}": tensor.detach().cpu().contiguous() for name, tensor in checkpoint.weights.items()}
-    tensors |= {"latents.mean": checkpoint.mean.cpu().contiguous(), "latents.std": checkpoint.std.cpu().contiguous()}
+    tensors = {f"net.{name}": tensor for name, tensor in checkpoint.weights.items()}
+    tensors |= {"latents.mean": checkpoint.mean, "latents.std": checkpoint.std}
     metadata = {
         "format": FORMAT,
         "recipe": dump_recipe(checkpoint.recipe),
         "origin": json.dumps(checkpoint.origin, sort_keys=True),
     }
-    write_atomically(path, partial(save_file, tensors, metadata=metadata))
+    save_tensors(path, tensors, metadata)
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
     """Read it; a file that is not ours, or not whole, is named."""
+    check_regular(path)
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -105,6 +105,8 @@ def _checkpoint(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]
         origin = read_origin(metadata["origin"], path)
     except KeyError as error:
         raise AlphaflowError(f"{path}: the checkpoint lacks {error}; it was not written by alphaflow.") from error
+    check_real(weights, path)
+    check_real({"latents.mean": mean, "latents.std": std}, path)
     if not (torch.isfinite(mean).all() and torch.isfinite(std).all() and (std > 0).all()):
         raise AlphaflowError(f"{path}: the latents' normalisation in it is not finite and positive.")
     check_latents(mean, std, recipe, str(path))

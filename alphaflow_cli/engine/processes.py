@@ -9,6 +9,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from alphaflow_cli.engine.launch import is_worker
+from alphaflow_cli.engine.slurm import whole_number
 from alphaflow_cli.errors import AlphaflowError
 
 
@@ -63,7 +65,7 @@ def smaller_batch_if_full(batch: int) -> Iterator[None]:
 
 def join_processes() -> Processes:
     """All that were started together (torchrun, --processes), or this one alone."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if is_worker() and whole_number(os.environ, "WORLD_SIZE") > 1:
         from alphaflow_cli.engine.world import join_world  # a single process starts without accelerate
 
         return join_world()

@@ -13,12 +13,11 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from alphaflow_cli.core.frechet import Moments, frechet_distance
 from alphaflow_cli.documents import Anything, Maybe, Rows, Table, Text, Whole, parse_json
-from alphaflow_cli.engine.files import write_atomically
+from alphaflow_cli.engine.files import save_tensors
 from alphaflow_cli.engine.foreign import read_foreign
 from alphaflow_cli.engine.measure import Content, Pass, load_all, make_folder
 from alphaflow_cli.engine.protocol import SPACE, FeatureSpace, environment, space_of
@@ -94,13 +93,8 @@ def save_reference(reference: Reference, path: Path) -> None:
             tensors[f"{key}.features"] = each.features
     spaces = {key: asdict(each.space) for key, each in reference.stats.items()}
     header = {"format": FORMAT, "facts": json.dumps(reference.facts), "spaces": json.dumps(spaces)}
-    data = save(tensors, metadata=header)
     make_folder(path.parent)
-    write_atomically(path, lambda temporary: _write_bytes(temporary, data))
-
-
-def _write_bytes(path: Path, data: bytes) -> None:
-    path.write_bytes(data)
+    save_tensors(path, tensors, header)
 
 
 def load_reference(path: Path) -> Reference:

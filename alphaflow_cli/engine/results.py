@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from alphaflow_cli.documents import Anything, Maybe, Number, Rows, Table, Text, Whole, read_json
-from alphaflow_cli.engine.files import write_atomically
+from alphaflow_cli.engine.files import append, write_atomically
 from alphaflow_cli.engine.measure import make_folder
 from alphaflow_cli.engine.protocol import SPACE, Row, environment
 from alphaflow_cli.errors import AlphaflowError
@@ -132,8 +132,7 @@ def save_results(path: Path, history: Path, evaluations: Sequence[Evaluation]) -
     write_atomically(path, lambda temporary: _write(temporary, text))
     lines = "".join(json.dumps(each.as_dict(), ensure_ascii=False) + "\n" for each in evaluations)
     try:
-        with history.open("a", encoding="utf-8") as file:
-            file.write(lines)
+        append(history, lines)
     except OSError as fault:
         raise AlphaflowError(f"{history}: cannot be written ({fault.strerror}); {path} is whole") from fault
 

@@ -74,7 +74,7 @@ def _writer(text: str) -> Callable[[Path], None]:
 def page_of(run: Path) -> RunPage:
     """Everything there is; what is missing is said on the page."""
     path = run / "recipe.yaml"
-    if not path.is_file():
+    if not path.exists():
         raise AlphaflowError(
             f"{run}: not a run folder (no recipe.yaml in it). Make one: alphaflow train RECIPE --out {run}"
         )

@@ -1,6 +1,7 @@
 """`alphaflow sample`: pictures, grids and latents in files, by one process or several."""
 
 import shutil
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -153,8 +154,8 @@ def draw_shared(
 ) -> list[list[dict[str, Any]]]:
     """Each process draws every N-th sample and leaves it in a folder beside what is being made."""
     target = request.out or (request.grid or request.latents or Path()).parent
-    folder = target / ".sample-parts.tmp"
-    folder.mkdir(parents=True, exist_ok=True)
+    target.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=".sample-parts-", suffix=".tmp", dir=target))  # two commands mix nothing
     seeds, plain = list(request.seeds), replace(request, seeds=list(request.seeds))
     shares = [
         Share(plain, rank, seeds[rank::processes], labels[rank::processes], walks, folder) for rank in range(processes)

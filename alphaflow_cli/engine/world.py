@@ -15,6 +15,7 @@ from torch import distributed as dist
 from torch.distributed.tensor import DTensor
 
 from alphaflow_cli.engine.shards import shard_network
+from alphaflow_cli.engine.slurm import whole_number
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.recipe.schema import Strategy
 
@@ -99,7 +100,7 @@ def join_world(*, allow_tf32: bool = False, trackers: Sequence[str] = (), folder
     on_cpu = not torch.cuda.is_available()
     if on_cpu:
         os.environ["ACCELERATE_USE_CPU"] = "true"  # else N processes become N lonely first ones
-    expected = int(os.environ.get("WORLD_SIZE", "1"))
+    expected = whole_number(os.environ, "WORLD_SIZE", "1")
     # Precision, accumulation and sharding are ours; the environment must not switch them on behind our back.
     for name in ("GRADIENT_ACCUMULATION_STEPS", "DYNAMO_BACKEND", "USE_FSDP", "USE_DEEPSPEED", "USE_MEGATRON_LM"):
         os.environ.pop(f"ACCELERATE_{name}", None)

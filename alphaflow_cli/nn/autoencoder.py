@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from alphaflow_cli.documents import Anything, Maybe, Number, Rows, Table, Text, Whole, check_shape, read_json
 from alphaflow_cli.errors import DAMAGE, AlphaflowError
 from alphaflow_cli.nn.autoencoder_files import ask_hub, cached, has_weights, kl_config, read_weights, rename
+from alphaflow_cli.nn.weights import check_real
 from alphaflow_cli.remote.faults import hub_faults
 from alphaflow_cli.text import for_terminal
 
@@ -199,6 +200,7 @@ def _from_file(path: Path) -> Any:
     import diffusers
 
     weights = rename(read_weights(path))
+    check_real(weights, path)
     try:
         module = diffusers.AutoencoderKL(**kl_config(weights))
         module.load_state_dict(weights)
