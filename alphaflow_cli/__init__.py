@@ -1,13 +1,16 @@
 """α-Flow and its family: from a folder of images to a published, measured one-step generator."""
 
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from alphaflow_cli.api import Model, load
 
 __all__ = ["Model", "__version__", "load"]
-__version__ = version("alphaflow")
+try:
+    __version__ = version("alphaflow")
+except PackageNotFoundError:  # run from a clone
+    __version__ = "not installed"
 
 
 def __getattr__(name: str) -> object:

@@ -17,6 +17,7 @@ from typing import NoReturn
 
 import click
 
+from alphaflow_cli import __version__
 from alphaflow_cli.errors import AlphaflowError
 
 # verb → (the module whose `command` it is, its line in `alphaflow --help`). A listing imports none of the modules.
@@ -86,9 +87,7 @@ class LazyGroup(click.Group):
 
 def print_version(ctx: click.Context, param: click.Parameter, value: bool) -> None:
     if value:
-        from importlib.metadata import version
-
-        click.echo(f"alphaflow {version('alphaflow')}")
+        click.echo(f"alphaflow {__version__}")
         ctx.exit()
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+import alphaflow_cli
 from alphaflow_cli.core.draws import mix_seed
 from alphaflow_cli.data.batches import LatentStream
 from alphaflow_cli.data.store import class_names
@@ -90,8 +91,11 @@ class Run:
             "init_from": self.init_from,
             "autoencoder": asdict(store.plan.autoencoder),
             "class_names": self.class_names,
-            "versions": {name: version(name) for name in ("alphaflow", "torch")}
-            | {"python": platform.python_version()},
+            "versions": {
+                "alphaflow": alphaflow_cli.__version__,
+                "torch": version("torch"),
+                "python": platform.python_version(),
+            },
         }
         ready = {name: value.detach().float() for name, value in values.items()}
         return Checkpoint(ready, self.recipe, self.stream.mean, self.stream.std, origin)
