@@ -24,7 +24,7 @@ from train_helpers import largest_difference
 
 import alphaflow_cli
 from alphaflow_cli.cli import run
-from alphaflow_cli.engine import analyze, conflict, train
+from alphaflow_cli.engine import analyze, conflict, sampling, train
 from alphaflow_cli.nn.features import BUILDERS, Extractor
 
 TINY = (
@@ -206,6 +206,20 @@ def measured(trained, capsys, *, weights=()):
     rows = json.loads(capsys.readouterr().out)["evaluations"][0]["rows"]
     assert len(rows) == 8
     return {row["name"]: row["value"] for row in rows}
+
+
+def test_where_several_processes_draw_their_parent_takes_no_gpu(device, trained, monkeypatch, capsys):
+    opened, shared = sampling.open_generator, []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(sampling, "open_generator", lambda *a, **b: shared.append(b["device"]) or opened(*a, **b))
+
+    def draw_shared(request, walks, labels, processes, tell):
+        shared.append(processes)
+        return sampling.draw_here(request, sampling.make_generator(request, GPU), walks, request.seeds, labels, tell)
+
+    monkeypatch.setattr(sampling, "draw_shared", draw_shared)
+    assert run(["sample", str(trained), "--seeds", "0-3", "--grid", "g.png"]) == 0
+    assert shared == [torch.device("cpu"), 2, GPU]
 
 
 def test_eval_and_reference_measure_the_cpus_numbers(trained, monkeypatch, capsys):

@@ -22,7 +22,7 @@ from alphaflow_cli.data.writing import finish_store, is_done
 from alphaflow_cli.engine.crew import Tell, run_crew
 from alphaflow_cli.engine.encode import Bad, Job, room_for, work
 from alphaflow_cli.engine.prepare_plan import Listing, Request, make_job
-from alphaflow_cli.engine.processes import processes_here
+from alphaflow_cli.engine.processes import device_of, processes_here
 from alphaflow_cli.engine.progress import Progress, say, size
 from alphaflow_cli.errors import AlphaflowError
 
@@ -111,12 +111,6 @@ def check_room(out: Path, needed: int) -> None:
         raise AlphaflowError(
             f"{out}: needs {size(needed + SPARE)}, {size(free)} are free. Give another --out, or free some"
         )
-
-
-def device_of(rank: int) -> torch.device:
-    """Processes take the GPUs in turn."""
-    count = torch.cuda.device_count()
-    return torch.device("cuda", rank % count) if count else torch.device("cpu")
 
 
 @contextmanager
