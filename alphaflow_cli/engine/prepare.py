@@ -21,7 +21,7 @@ from alphaflow_cli.engine.crew import Tell, run_crew
 from alphaflow_cli.engine.encode import Bad, Job, room_for, work
 from alphaflow_cli.engine.lock import hold
 from alphaflow_cli.engine.prepare_plan import Listing, Request, make_job
-from alphaflow_cli.engine.processes import processes_here
+from alphaflow_cli.engine.processes import device_of, processes_here
 from alphaflow_cli.engine.progress import Progress, say, size
 from alphaflow_cli.errors import AlphaflowError
 
@@ -109,12 +109,6 @@ def check_room(out: Path, needed: int) -> None:
         raise AlphaflowError(
             f"{out}: needs {size(needed + SPARE)}, {size(free)} are free. Give another --out, or free some"
         )
-
-
-def device_of(rank: int) -> torch.device:
-    """Processes take the GPUs in turn."""
-    count = torch.cuda.device_count()
-    return torch.device("cuda", rank % count) if count else torch.device("cpu")
 
 
 def _begin(job: Job, listing: Listing, shown: bool) -> None:

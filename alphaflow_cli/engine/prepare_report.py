@@ -8,7 +8,8 @@ from pathlib import Path
 from alphaflow_cli.data.manifest import read_manifest
 from alphaflow_cli.data.store import verify_store
 from alphaflow_cli.engine.encode import Job, encode, pictures
-from alphaflow_cli.engine.prepare import bytes_needed, device_of, free_bytes, missing_shards
+from alphaflow_cli.engine.prepare import bytes_needed, free_bytes, missing_shards
+from alphaflow_cli.engine.processes import device_of
 from alphaflow_cli.engine.progress import duration, size
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.nn.autoencoder import load_autoencoder
