@@ -33,6 +33,7 @@ class SampleRequest:
     sampler: str
     times: Sequence[float] | None
     guidance: float | None
+    guidance_channels: int | None
     weights: str
     autoencoder: str
     decoder: DecoderChoice
@@ -63,10 +64,8 @@ def sample_to_files(request: SampleRequest) -> list[Path]:
         if path is not None and not path.parent.is_dir():
             raise AlphaflowError(f"{path}: the folder {path.parent} does not exist.")
     generator = make_generator(request, rank=0)
-    walks = [
-        plan_walk(generator.recipe, nfe=n, kind=request.sampler, times=request.times, guidance=request.guidance)
-        for n in request.nfe
-    ]
+    plan = partial(plan_walk, generator.recipe, kind=request.sampler, times=request.times)
+    walks = [plan(nfe=n, guidance=request.guidance, guidance_channels=request.guidance_channels) for n in request.nfe]
     labels = choose_labels(request, generator)
     said = f"{len(request.seeds)} pictures by {'; '.join(str(walk) for walk in walks)}"
     say(f"{said}; {generator.origin.get('weights', 'ema')} weights of step {generator.origin.get('step', 'unknown')}")
@@ -97,14 +96,15 @@ def choose_labels(request: SampleRequest, generator: Generator) -> list[int]:
 
 def find_class(text: str, names: Sequence[str], count: int) -> int:
     """A class by number or name."""
-    if text.isdecimal() and int(text) < count:
+    if text.isdecimal() and len(text) <= 12 and int(text) < count:
         return int(text)
     matches = [i for i, name in enumerate(names) if text.lower() in (part.strip().lower() for part in name.split(","))]
     if len(matches) == 1:
         return matches[0]
     known = ", ".join(names[:12]) + (", …" if len(names) > 12 else "")
     raise AlphaflowError(
-        f"--classes {text}: not a class of this model: 0 to {count - 1}" + (f", {known}" if names else "")
+        f"--classes {text if len(text) <= 60 else text[:57] + '…'}: not a class of this model: 0 to {count - 1}"
+        + (f", {known}" if names else "")
     )
 
 

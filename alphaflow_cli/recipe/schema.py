@@ -25,6 +25,7 @@ Metric = Literal["fid", "fdd", "fcd", "fd-tiny", "kid", "is", "pr"]
 Tracker = Literal["tensorboard", "wandb", "trackio"]
 Strategy = Literal["ddp", "fsdp2"]
 Step = int | str  # an optimiser step, or a percentage of the run: "50%"
+MOST_NFE = 10_000  # network evaluations per picture that a command line or a call may ask for
 
 
 @dataclass(frozen=True)
