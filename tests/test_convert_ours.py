@@ -75,7 +75,7 @@ def test_an_origin_that_is_no_table_is_named(ours, tmp_path):
         load_checkpoint(tmp_path / "odd.safetensors")
 
 
-@pytest.mark.parametrize("option", [["--json"], ["--weights", "raw"], ["--weights", "ema"], ["--autoencoder", "x"]])
+@pytest.mark.parametrize("option", [["--json"], ["--weights", "raw"], ["--weights", "ema"], ["--from", "sit"]])
 def test_options_that_the_way_back_ignores_are_refused(ours, tmp_path, capsys, option):
     assert run(["convert", str(ours), "--to", "alphaflow", "-o", str(tmp_path / "back.pt"), *option]) == 2
     assert option[0] in capsys.readouterr().err

@@ -41,6 +41,7 @@ PLAIN = {  # besides torch's own names, which torch.load judges one by one
     "__builtin__.bytearray",
     "builtins.bytearray",
 }
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 ALLOWED = frozenset(PLAIN | CONTAINERS.keys())
 UNREADABLE = (
     pickle.UnpicklingError,
@@ -156,6 +157,11 @@ def _reason(error: BaseException) -> str:
     return lines[0][:200] if lines else type(error).__name__
 
 
+def bare_name(name: object) -> str:
+    """A weight's name without the prefixes of compiled and wrapped networks."""
+    return str(name).replace("_orig_mod.", "").removeprefix("module.")
+
+
 def state_dict(tree: object, where: str) -> dict[str, Tensor]:
     """A table of weights: honest float tensors only, without the prefixes of compiled and wrapped networks."""
     if not isinstance(tree, dict) or not tree:
@@ -166,7 +172,10 @@ def state_dict(tree: object, where: str) -> dict[str, Tensor]:
             raise AlphaflowError(f"{where}: {str(name)[:80]!r} is a {type(value).__name__}, not a tensor.")
         if value.layout != torch.strided or value.is_meta or value.is_quantized or _lies(value):
             raise AlphaflowError(f"{where}: {name[:80]} claims more numbers than the file holds.")
-        weights[name.replace("_orig_mod.", "").removeprefix("module.")] = value
+        if value.dtype not in FLOATS:
+            kind = str(value.dtype).removeprefix("torch.")
+            raise AlphaflowError(f"{where}: {name[:80]} is a table of {kind}; weights are floating-point numbers.")
+        weights[bare_name(name)] = value
     if _share(weights):
         raise AlphaflowError(f"{where}: its tables share their bytes, and claim more numbers than the file holds.")
     return weights
