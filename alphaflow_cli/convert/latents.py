@@ -32,18 +32,19 @@ def meanflow(source: str) -> Latents:
 
 def parse_latents(text: str) -> Latents:
     """The value of --latents."""
+    shown = text if len(text) <= 60 else f"{text[:57]}…"
     if text == "meanflow":
         return meanflow("--latents meanflow")
     if text.startswith("scale:"):
         try:
             scale = float(text[6:])
         except ValueError as error:
-            raise AlphaflowError(f"{text!r}: {FORM}.") from error
+            raise AlphaflowError(f"{shown!r}: {FORM}.") from error
         if not (0 < scale < math.inf and 1 / scale < math.inf):
-            raise AlphaflowError(f"{text!r}: a scale is a number above 0. {FORM}.")
+            raise AlphaflowError(f"{shown!r}: a scale is a number above 0. {FORM}.")
         return scaled(scale, f"--latents {text}")
     if not text.endswith(".safetensors"):
-        raise AlphaflowError(f"{text!r}: {FORM}.")
+        raise AlphaflowError(f"{shown!r}: {FORM}.")
     return _from_file(Path(text))
 
 

@@ -10,6 +10,7 @@ import re
 import warnings
 import zipfile
 from collections import OrderedDict
+from itertools import pairwise
 from pathlib import Path
 from typing import IO, Any
 
@@ -182,9 +183,13 @@ def state_dict(tree: object, where: str) -> dict[str, Tensor]:
 
 
 def _share(weights: dict[str, Tensor]) -> bool:
-    """Whether all tables together are larger than what they lie in."""
+    """Whether tables overlap, or all together are larger than what they lie in."""
     held = {value.untyped_storage().data_ptr(): value.untyped_storage().nbytes() for value in weights.values()}
-    return sum(value.numel() * value.element_size() for value in weights.values()) > sum(held.values())
+    if sum(value.numel() * value.element_size() for value in weights.values()) > sum(held.values()):
+        return True
+    whole = sorted((v.data_ptr(), v.numel() * v.element_size()) for v in weights.values() if v.is_contiguous())
+    ranges = [(start, start + size) for start, size in whole if size]
+    return any(following[0] < before[1] for before, following in pairwise(ranges))
 
 
 def _lies(value: Tensor) -> bool:
