@@ -102,10 +102,10 @@ def test_a_published_snapshot_lends_the_rest_of_its_configuration(ours, tmp_path
 
 def test_without_a_snapshot_the_missing_class_names_are_told(ours, tmp_path, capsys):
     assert run(["convert", str(ours), "--to", "alphaflow", "-o", str(tmp_path / "back.pt")]) == 0
-    told = capsys.readouterr()
-    assert "--cfg-from SNAPSHOT.pt" in told.err
-    assert "no autoencoder is in it" in told.err
-    assert told.out == f"{tmp_path / 'back.pt'}\n"
+    streams = capsys.readouterr()
+    assert "--cfg-from SNAPSHOT.pt" in streams.err
+    assert "no autoencoder is in it" in streams.err
+    assert streams.out == f"{tmp_path / 'back.pt'}\n"
 
 
 @pytest.mark.parametrize("tree", [{"ema": {}}, {"cfg": {"model": 3}}, {"cfg": []}])

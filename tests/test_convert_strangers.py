@@ -111,9 +111,9 @@ def test_a_scale_that_is_none_is_named(tmp_path, capsys, scale):
     torch.save(sit_weights(), tmp_path / "theirs.pt")
     line = ["convert", str(tmp_path / "theirs.pt"), "--from", "sit", "--set", "model.heads=6", "-o"]
     assert run([*line, str(tmp_path / "o.safetensors"), "--latents", f"scale:{scale}"]) == 1
-    said = capsys.readouterr().err
-    assert "--latents takes scale:" in said
-    assert len(said) < 400
+    message = capsys.readouterr().err
+    assert "--latents takes scale:" in message
+    assert len(message) < 400
 
 
 def test_an_integer_too_long_for_a_float_in_the_configuration_is_named(tmp_path):
