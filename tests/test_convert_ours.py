@@ -108,6 +108,26 @@ def test_without_a_snapshot_the_missing_class_names_are_told(ours, tmp_path, cap
     assert streams.out == f"{tmp_path / 'back.pt'}\n"
 
 
+def test_their_schedules_are_replaced_where_they_stand(ours, tmp_path):
+    theirs = published_snapshot()
+    schedule = {"scheduler": "constant", "initial_value": 0.0, "extra": 1}
+    theirs["cfg"]["loss"] = {"alpha": schedule, "ratio_fm": 0.75, "name": "mf"}
+    torch.save(theirs, tmp_path / "published.pt")
+    export(ours, tmp_path / "back.pt", template=tmp_path / "published.pt")
+    loss = torch.load(tmp_path / "back.pt", weights_only=True)["cfg"]["loss"]
+    assert loss.keys() == {"alpha", "ratio_fm", "name", "cfg_params"}
+    assert (loss["alpha"]["scheduler"], loss["alpha"]["extra"]) == ("sigmoid", 1)
+    assert loss["ratio_fm"]["initial_value"] == 0.5
+
+
+def test_a_configuration_that_never_ends_is_named(ours, tmp_path):
+    theirs = published_snapshot()
+    theirs["cfg"]["loop"] = theirs["cfg"]
+    torch.save(theirs, tmp_path / "published.pt")
+    with pytest.raises(AlphaflowError, match="nested without end"):
+        export(ours, tmp_path / "back.pt", template=tmp_path / "published.pt")
+
+
 @pytest.mark.parametrize("tree", [{"ema": {}}, {"cfg": {"model": 3}}, {"cfg": []}])
 def test_a_snapshot_that_lends_nothing_is_named(ours, tmp_path, tree):
     torch.save(tree, tmp_path / "published.pt")

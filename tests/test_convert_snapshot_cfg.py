@@ -162,7 +162,9 @@ def test_another_network_than_ours_is_refused(tmp_path, section, key, value, mes
      ({"alpha_cfg": SIGMOID | {"up_clamp_value": 0.9}}, "up_clamp_value or discrete_training"),
      ({"alpha_cfg": SIGMOID | {"initial_value": "one"}}, "initial_value one, not a finite number"),
      ({"cfg_params": XL | {"omega": float("nan")}}, "omega nan, not a finite number"),
-     ({"cfg_params": XL | {"omega": 10**400}}, "not a finite number"),
+     ({"cfg_params": XL | {"omega": 10**400}}, "omega a number of more than 15 digits, not a finite number"),
+     ({"cfg_params": XL | {"omega": torch.zeros(2, 2)}}, r"omega a tensor of shape \(2, 2\), not a finite number"),
+     ({10**400: 1, "precond": 10**400}, r"cfg\.loss\.precond is 'a number of more than 15 digits'"),
      ({"cfg_params": XL | {"kappa": 1.5}}, r"guidance\.kappa must be 0 or more and less than 1")],
 )  # fmt: skip
 def test_a_configuration_that_means_nothing_here_is_named(tmp_path, loss, message):

@@ -1,6 +1,5 @@
 """The way back: a checkpoint of ours as a `.pt` of the published form."""
 
-import copy
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from alphaflow_cli.convert.imported import AUTOENCODER_FILE, check_out
 from alphaflow_cli.convert.published import AUTOENCODER, STATISTICS
+from alphaflow_cli.convert.snapshot_cfg import schedule_places, walk_cfg
 from alphaflow_cli.convert.source import read_source
 from alphaflow_cli.engine.build import build_network
 from alphaflow_cli.engine.checkpoint import Checkpoint, load_checkpoint
@@ -96,10 +96,13 @@ def _published_cfg(recipe: Recipe, template: Path | None) -> dict[str, Any]:
             "(target_class), which only its own snapshots know: --cfg-from SNAPSHOT.pt takes them over"
         )
         return ours
-    cfg = read_source(template).get("cfg")
-    if not isinstance(cfg, dict) or not isinstance(cfg.get("model"), dict):
-        raise AlphaflowError(f"{template}: has no cfg with a model in it; name a snapshot of the published system.")
-    return _merged(_plain(copy.deepcopy(cfg)), ours)
+    theirs = _plain_cfg(template)
+    for field, places in schedule_places(dict(walk_cfg(theirs))).items():
+        key = {"alpha": "alpha_cfg", "times.equal_share": "ratio_fm_cfg"}[field]
+        schedule = ours["loss"].pop(key) if places else None
+        for place in places:  # theirs stand where they stand; ours must not stand beside them
+            _put(theirs, place, schedule)
+    return _merged(theirs, ours)
 
 
 def _described(recipe: Recipe) -> dict[str, Any]:
@@ -145,11 +148,34 @@ def _schedule(schedule: Schedule, steps: int) -> dict[str, Any]:
     }
 
 
+def _plain_cfg(template: Path) -> dict[str, Any]:
+    """A copy of a snapshot's cfg, whose tables were a class of theirs, as plain dicts."""
+    cfg = read_source(template).get("cfg")
+    if not isinstance(cfg, dict) or not isinstance(cfg.get("model"), dict):
+        raise AlphaflowError(f"{template}: has no cfg with a model in it; name a snapshot of the published system.")
+    try:
+        plain: dict[str, Any] = _plain(cfg)
+    except RecursionError as error:
+        raise AlphaflowError(f"{template}: its cfg is nested without end; no snapshot's is.") from error
+    return plain
+
+
 def _plain(tree: Any) -> Any:
-    """Dicts that were a class of theirs as plain dicts: nothing in the file needs its code to be read."""
+    """Nothing in the file that is written may need their code to be read."""
     if isinstance(tree, dict):
         return {key: _plain(value) for key, value in tree.items()}
     return [_plain(value) for value in tree] if isinstance(tree, list) else tree
+
+
+def _put(tree: dict[str, Any], place: str, schedule: dict[str, Any] | None) -> None:
+    """Our schedule into their table at a dotted place, whose other keys stay; in the place of a bare number."""
+    *above, last = place.split(".")
+    for key in above:
+        tree = tree.get(key) or {}
+    if last not in tree:
+        raise AlphaflowError(f"its cfg.{place} is no place of a published snapshot's; name another with --cfg-from.")
+    inside = tree[last] if isinstance(tree[last], dict) else {}
+    tree[last] = inside | (schedule or {})
 
 
 def _merged(theirs: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:

@@ -1,8 +1,9 @@
 """What a published snapshot says beside its weights: cfg, stats and the optimiser, as values of a recipe.
 
 Known places: cfg.model and cfg.dataset (sizes), cfg.loss.cfg_params (guidance), cfg.sampling, stats.cur_step,
-optimizer.param_groups. The schedules of alpha and of the share of r = t rows, and the number of steps, are looked for
-by their names under cfg. What is found twice with two values, or has no place in a recipe, is listed as not read.
+optimizer.param_groups. The schedules of alpha and of the share of r = t rows are known by their form (scheduler,
+initial_value, …) and a name with alpha or ratio_fm in it, the number of steps by its name max_steps. What is found
+twice with two values, or has no place in a recipe, is listed as not read.
 """
 
 import math
@@ -12,12 +13,13 @@ from operator import attrgetter
 from typing import Any, cast, get_args
 
 from alphaflow_cli.convert.imported import step_of
+from alphaflow_cli.convert.source import brief
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.recipe import Recipe
 from alphaflow_cli.recipe.schema import Schedule, ScheduleKind
 from alphaflow_cli.recipe.steps import resolve_step
 
-ALPHA, SHARE = ("alpha_cfg", "alpha"), ("ratio_fm_cfg", "ratio_fm")
+SCHEDULES = {"alpha": "alpha", "times.equal_share": "ratio_fm"}  # field of the recipe → part of the name in cfg
 MIX = ("omega", "kappa", "t_min", "t_max")
 SHAPES = {  # read by published.py, which compares them with the weights
     "model.dim", "model.num_blocks", "model.num_heads", "model.mlp_ratio", "model.label_dropout",
@@ -44,7 +46,7 @@ class Training:
 def read_training(tree: Mapping[str, Any], where: str) -> Training:
     """Everything but the sizes of the network."""
     cfg = tree.get("cfg")
-    leaves = dict(_walk(cfg)) if isinstance(cfg, dict) else {}
+    leaves = dict(walk_cfg(cfg)) if isinstance(cfg, dict) else {}
     _refuse_other_networks(leaves, where)
     training = Training()
     _mix(leaves, training, where)
@@ -109,14 +111,14 @@ def _in_words(value: object) -> str:
     return f"{value.kind} {value.initial:g} to {value.final:g} on [{value.start}, {value.end}]"
 
 
-def _walk(tree: dict[Any, Any]) -> Iterator[tuple[str, Any]]:
+def walk_cfg(tree: dict[Any, Any]) -> Iterator[tuple[str, Any]]:
     """Dotted name → value of every node below; a table that holds itself is walked once."""
     stack: list[tuple[str, dict[Any, Any]]] = [("", tree)]
     seen = {id(tree)}
     while stack:
         prefix, table = stack.pop()
         for key, value in table.items():
-            name = f"{prefix}{str(key)[:80]}"
+            name = f"{prefix}{brief(key)}"
             yield name, value
             if isinstance(value, dict) and id(value) not in seen:
                 seen.add(id(value))
@@ -131,17 +133,17 @@ def _refuse_other_networks(leaves: Mapping[str, Any], where: str) -> None:
     """u of unit noise on the straight path, nothing around it: the network here is that and nothing else."""
     for name, value in _named(leaves, ("sigma_noise",)):
         if value is not None and not (_is_number(value) and value == 1):
-            raise AlphaflowError(f"{where}: its cfg.{name} is {str(value)[:60]}; only noise of deviation 1 is read.")
+            raise AlphaflowError(f"{where}: its cfg.{name} is {brief(value)}; only noise of deviation 1 is read.")
     for name, value in _named(leaves, ("precond", "preconditioning")):
-        kind = value.get("name", value.get("type", "")) if isinstance(value, dict) else value or ""
-        if str(kind).lower() not in NO_PRECOND:
+        kind = brief(value.get("name", value.get("type", "")) if isinstance(value, dict) else value)
+        if kind.lower() not in NO_PRECOND:
             raise AlphaflowError(
-                f"{where}: its cfg.{name} is {str(kind)[:60]!r}: a network with a preconditioning around it, which the "
+                f"{where}: its cfg.{name} is {kind!r}: a network with a preconditioning around it, which the "
                 "networks here do not have."
             )
     for name, value in _named(leaves, PREDICTION):
-        if str(value).lower() in NO_VELOCITY:
-            raise AlphaflowError(f"{where}: its cfg.{name} is {str(value)[:60]!r}; only a velocity is read.")
+        if brief(value).lower() in NO_VELOCITY:
+            raise AlphaflowError(f"{where}: its cfg.{name} is {brief(value)!r}; only a velocity is read.")
     for name, value in _named(leaves, X_SWITCHES):
         if value is True:
             raise AlphaflowError(f"{where}: its cfg.{name} is on: it predicts x; only a velocity is read.")
@@ -150,14 +152,16 @@ def _refuse_other_networks(leaves: Mapping[str, Any], where: str) -> None:
 def _mix(leaves: Mapping[str, Any], training: Training, where: str) -> None:
     """omega, kappa and the interval, as they stand in cfg.loss.cfg_params."""
     mix: dict[str, float] = {}
+    places: dict[str, float] = {}
     for name, value in _named(leaves, ("cfg_params",), "loss."):
         stated = value if isinstance(value, dict) else {}
         for key in MIX:
             if stated.get(key) is not None:
                 mix[key] = _number(stated[key], f"{name}.{key}", where)
-                training.read[f"{name}.{key}"] = mix[key]
+                places[f"{name}.{key}"] = mix[key]
     if "omega" not in mix or "kappa" not in mix:
         return
+    training.read |= places
     if (mix["omega"], mix["kappa"]) == (1.0, 0.0) or mix.get("t_max", 1.0) <= mix.get("t_min", 0.0):
         mix = {"omega": 1.0, "kappa": 0.0}  # no guidance, or no time for it: an interval has no meaning
     training.facts |= {f"guidance.{key}": value for key, value in mix.items()}
@@ -165,13 +169,11 @@ def _mix(leaves: Mapping[str, Any], training: Training, where: str) -> None:
 
 def _schedules(leaves: Mapping[str, Any], training: Training, where: str) -> None:
     """alpha, the share of r = t rows, and the number of steps they end in."""
-    for field_, names in (("alpha", ALPHA), ("times.equal_share", SHARE)):
-        for name in names:
-            places = {n: v for n, v in _named(leaves, (name,), "" if "_" in name else "loss.") if _is_schedule(v)}
-            schedules = {place: _schedule(value, f"cfg.{place}", where) for place, value in places.items()}
-            if len(set(schedules.values())) == 1 and field_ not in training.facts:
-                training.facts[field_] = next(iter(schedules.values()))
-                training.read |= {place: _in_words(schedule) for place, schedule in schedules.items()}
+    for field_, places in schedule_places(leaves).items():
+        schedules = {place: _schedule(leaves[place], f"cfg.{place}", where) for place in places}
+        if len(set(schedules.values())) == 1:
+            training.facts[field_] = next(iter(schedules.values()))
+            training.read |= {place: _in_words(schedule) for place, schedule in schedules.items()}
     lengths = {n: v for n, v in _named(leaves, ("max_steps",)) if _is_number(v) and 0 < v < 10**12 and v == int(v)}
     if len(set(lengths.values())) == 1:
         training.facts["train.steps"] = int(next(iter(lengths.values())))
@@ -190,8 +192,18 @@ def _is_flow(training: Training) -> bool:
     return share is not None and share.kind == "constant" and share.initial == 1
 
 
+def schedule_places(leaves: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Field of the recipe → where cfg keeps it: as tables of that form, else as a bare number in cfg.loss."""
+    places = {}
+    for field_, word in SCHEDULES.items():
+        tables = [name for name, value in leaves.items() if word in name.rpartition(".")[2] and _is_schedule(value)]
+        numbers = [name for name, value in _named(leaves, (word,), "loss.") if _is_number(value)]
+        places[field_] = tables or numbers
+    return places
+
+
 def _is_schedule(value: object) -> bool:
-    return _is_number(value) or (isinstance(value, dict) and bool({"scheduler", "initial_value"} & value.keys()))
+    return isinstance(value, dict) and {"scheduler", "initial_value"} <= value.keys()
 
 
 def _is_number(value: Any) -> bool:
@@ -203,9 +215,9 @@ def _schedule(value: Any, name: str, where: str) -> Schedule:
     if not isinstance(value, dict):
         constant = _number(value, name, where)
         return Schedule(initial=constant, final=constant, clamp=0.0)
-    kind = str(value.get("scheduler", "constant"))
+    kind = brief(value.get("scheduler"))
     if kind not in get_args(ScheduleKind):
-        raise AlphaflowError(f"{where}: its {name} is a schedule of kind {kind[:60]!r}, which no recipe here has.")
+        raise AlphaflowError(f"{where}: its {name} is a schedule of kind {kind!r}, which no recipe here has.")
     if value.get("up_clamp_value") is not None or value.get("discrete_training"):
         raise AlphaflowError(f"{where}: its {name} has up_clamp_value or discrete_training, which no recipe here has.")
 
@@ -279,5 +291,5 @@ def _inside(name: str, read: set[str]) -> bool:
 
 def _number(value: object, name: str, where: str) -> float:
     if not _is_number(value):
-        raise AlphaflowError(f"{where}: its configuration says {name} {str(value)[:60]}, not a finite number.")
+        raise AlphaflowError(f"{where}: its configuration says {name} {brief(value)}, not a finite number.")
     return float(cast(float, value))

@@ -158,9 +158,21 @@ def _reason(error: BaseException) -> str:
     return lines[0][:200] if lines else type(error).__name__
 
 
+def brief(value: object) -> str:
+    """A value of a foreign file in one line of a message, however long or strange it is."""
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    if isinstance(value, int) and abs(value) >= 10**15:
+        return "a number of more than 15 digits"
+    if isinstance(value, (dict, list, tuple, set)):
+        return f"a {type(value).__name__} of {len(value)}"
+    return " ".join(str(value).split())[:60]
+
+
 def bare_name(name: object) -> str:
     """A weight's name without the prefixes of compiled and wrapped networks."""
-    return str(name).replace("_orig_mod.", "").removeprefix("module.")
+    text = name if isinstance(name, str) else brief(name)
+    return text.replace("_orig_mod.", "").removeprefix("module.")
 
 
 def state_dict(tree: object, where: str) -> dict[str, Tensor]:
@@ -170,7 +182,7 @@ def state_dict(tree: object, where: str) -> dict[str, Tensor]:
     weights: dict[str, Tensor] = {}
     for name, value in tree.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
-            raise AlphaflowError(f"{where}: {str(name)[:80]!r} is a {type(value).__name__}, not a tensor.")
+            raise AlphaflowError(f"{where}: {bare_name(name)[:80]!r} is a {type(value).__name__}, not a tensor.")
         if value.layout != torch.strided or value.is_meta or value.is_quantized or _lies(value):
             raise AlphaflowError(f"{where}: {name[:80]} claims more numbers than the file holds.")
         if value.dtype not in FLOATS:
