@@ -2,6 +2,7 @@
 
 import copy
 import json
+import time
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from golden_data import FOLDER
 from snapshots import published_snapshot
 
 from alphaflow_cli.convert import Options, convert
+from alphaflow_cli.convert.snapshot_cfg import walk_cfg
 from alphaflow_cli.engine.checkpoint import load_checkpoint
 from alphaflow_cli.engine.walk import plan_walk
 from alphaflow_cli.errors import AlphaflowError
@@ -176,6 +178,30 @@ def test_a_configuration_that_holds_itself_is_read_once(tmp_path):
     tree = snapshot()
     tree["cfg"]["loop"] = tree["cfg"]
     converted(tmp_path, tree)
+
+
+def test_a_configuration_without_end_is_walked_in_no_time(tmp_path):
+    tree = snapshot()
+    deep = tree["cfg"]
+    for _ in range(20_000):
+        deep["deeper"] = {}
+        deep = deep["deeper"]
+    tree["cfg"]["wide"] = {i: dict.fromkeys(range(100), 0) for i in range(1500)}
+    started = time.perf_counter()
+    walked = dict(walk_cfg(tree["cfg"]))
+    assert len(walked) <= 100_000
+    assert time.perf_counter() - started < 5
+
+
+def test_guidance_of_the_previews_is_the_samplers_where_none_is_built_in(tmp_path):
+    sampling = SAMPLING | {"cfg": {"scale": 1.5, "t_min": 0.0, "t_max": 1.0}}
+    loss = {"cfg_params": {"omega": 1.0, "kappa": 0.0}, "ratio_fm": 1.0}
+    outcome, checkpoint = converted(tmp_path, snapshot(loss=loss, sampling=sampling))
+    assert checkpoint.recipe.sample.guidance == 1.5
+    assert outcome.said["sampling.cfg.scale"] == 1.5
+    (tmp_path / "ours.safetensors").unlink()
+    _, checkpoint = converted(tmp_path, snapshot(sampling=sampling))
+    assert checkpoint.recipe.sample.guidance == 1.0
 
 
 def test_no_guidance_and_no_time_for_it_are_the_same(tmp_path):

@@ -63,7 +63,8 @@ def read_meanflow(tree: dict[str, Any], path: Path, options: Options) -> Importe
     foreign = _imported(state_dict(table, path.name), which, path, options, filled)
     facts, read = recipe_facts(arguments, path.name, meanflow=True)
     base = with_facts(_meanflow_base(arguments, options, path, filled), facts)
-    check_classes(arguments, foreign.shape.label_rows, path.name)
+    if foreign.shape.label_rows:
+        check_classes(arguments, foreign.shape.label_rows, path.name)
     steps = tree.get("steps")
     return replace(
         foreign,

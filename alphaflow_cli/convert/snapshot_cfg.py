@@ -31,6 +31,7 @@ X_SWITCHES = ("x_prediction", "x_pred", "predict_x", "predict_x0")
 NO_PRECOND = {"", "none", "null", "identity", "false", "recflow", "rf", "flow", "velocity", "v"}
 COMPARED = ("guidance.omega", "guidance.kappa", "guidance.t_min", "guidance.t_max", "alpha", "times.equal_share")
 MOST_UNREAD = 40  # names
+MOST_ENTRIES = 100_000  # of cfg: a real one has a few hundred
 
 
 @dataclass
@@ -52,6 +53,7 @@ def read_training(tree: Mapping[str, Any], where: str) -> Training:
     _mix(leaves, training, where)
     _schedules(leaves, training, where)
     _sampling(leaves, training, where)
+    _sampling_guidance(leaves, training)
     _optimiser(tree.get("optimizer"), training)
     stats = tree.get("stats")
     step = stats.get("cur_step") if isinstance(stats, dict) else None
@@ -112,15 +114,18 @@ def _in_words(value: object) -> str:
 
 
 def walk_cfg(tree: dict[Any, Any]) -> Iterator[tuple[str, Any]]:
-    """Dotted name → value of every node below; a table that holds itself is walked once."""
+    """Dotted name → value of every node below, ten levels down; a table that holds itself is walked once."""
     stack: list[tuple[str, dict[Any, Any]]] = [("", tree)]
-    seen = {id(tree)}
+    seen, count = {id(tree)}, 0
     while stack:
         prefix, table = stack.pop()
         for key, value in table.items():
             name = f"{prefix}{brief(key)}"
             yield name, value
-            if isinstance(value, dict) and id(value) not in seen:
+            count += 1
+            if count >= MOST_ENTRIES:
+                return
+            if isinstance(value, dict) and id(value) not in seen and name.count(".") < 10:
                 seen.add(id(value))
                 stack.append((f"{name}.", value))
 
@@ -259,6 +264,23 @@ def _sampling(leaves: Mapping[str, Any], training: Training, where: str) -> None
     read = ("enable_consistency_sampling", "enable_trajectory_sampling", "num_steps", "sigma_noise")
     known = {f"sampling.{key}": stated[key] for key in read if isinstance(stated.get(key), (bool, int, float))}
     training.read |= known | ({"sampling.custom_t_steps": list(grid)} if grid else {})
+
+
+def _sampling_guidance(leaves: Mapping[str, Any], training: Training) -> None:
+    """Guidance at sampling, of a network that was trained without and knows the null label."""
+    scale, dropout = leaves.get("sampling.cfg.scale"), leaves.get("model.label_dropout")
+    whole = (leaves.get("sampling.cfg.t_min", 0), leaves.get("sampling.cfg.t_max", 1)) == (0, 1)
+    plain = (training.facts.get("guidance.omega"), training.facts.get("guidance.kappa")) == (1.0, 0.0)
+    if (
+        whole
+        and plain
+        and _is_number(scale)
+        and _is_number(dropout)
+        and float(scale or 0) > 0
+        and float(dropout or 0) > 0
+    ):
+        training.facts["sample.guidance"] = training.read["sampling.cfg.scale"] = float(scale or 0)
+        training.read |= {f"sampling.cfg.{key}": leaves.get(f"sampling.cfg.{key}") for key in ("t_min", "t_max")}
 
 
 def _optimiser(state: object, training: Training) -> None:
