@@ -41,6 +41,11 @@ def test_statistics_of_a_wrong_shape_in_a_checkpoint_of_ours_are_refused(ours, t
         load_checkpoint(tmp_path / "wrong.safetensors")
 
 
+def test_a_checkpoint_of_ours_needs_no_conversion(ours, tmp_path):
+    with pytest.raises(AlphaflowError, match="a checkpoint of alphaflow already"):
+        convert(ours, tmp_path / "again.safetensors", Options())
+
+
 def test_a_full_disk_gets_one_line_and_leaves_nothing(ours, tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))

@@ -55,6 +55,11 @@ def _entries(path: Path) -> list[Path]:
 def refuse_strangers(tree: dict[str, Any], path: Path, arguments: dict[str, Any]) -> None:
     """By the tables of a checkpoint and the names in them."""
     names = {bare_name(name) for table in _tables(tree) for name in table}
+    if "latents.mean" in tree and any(name.startswith("net.") for name in names):
+        raise AlphaflowError(
+            f"{path.name}: a checkpoint of alphaflow already: sample it as it is, or write the published form: --to "
+            "alphaflow"
+        )
     if "finished_steps" in tree or any(_starts(names, ("network.s_embedder.", "s_embedder."))):
         raise AlphaflowError(
             f"{path.name}: a SoFlow checkpoint (model, ema_model, s_embedder). This version reads no SoFlow: its "
