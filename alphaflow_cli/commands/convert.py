@@ -32,7 +32,7 @@ ONLY_FROM_SRC = (
     "family",
     type=click.Choice(["auto", "alphaflow", "sit", "dit", "repa", "meanflow", "fastgen"]),
     default="auto",
-    help="What SRC is. SiT, DiT and REPA cannot always be details apart by their files.",
+    help="What SRC is. SiT, DiT and REPA cannot always be told apart by their files.",
 )
 @click.option("--to", "target", type=click.Choice(["alphaflow"]), help="Write the published .pt form instead.")
 @click.option(
@@ -44,7 +44,11 @@ ONLY_FROM_SRC = (
 @click.option("--recipe", help="The recipe it was trained by (a shipped name or a file), for what SRC does not say.")
 @set_option
 @click.option("--latents", metavar="STATS", help="scale:0.18215, meanflow, or a .safetensors with mean and std.")
-@click.option("--autoencoder", metavar="ID|DIR|none", help="What decodes the latents, where it is not inside SRC.")
+@click.option(
+    "--autoencoder",
+    metavar="ID|DIR|none",
+    help="What decodes the latents, where it is not in SRC; with --to: put it in.",
+)
 @click.option("--weights", type=click.Choice(["ema", "raw"]), help="Which of SRC's weights.")
 @json_option
 def command(

@@ -144,7 +144,7 @@ def _imported(state: dict[str, Tensor], which: str, path: Path, options: Options
 
 
 def _meanflow_base(arguments: dict[str, Any], options: Options, path: Path, filled: dict[str, str]) -> Recipe:
-    """Guidance is baked in: from the file's arguments, else from --recipe or --set, else answered for."""
+    """Guidance is baked in: from the file's arguments, else from --recipe or --set, else asked for."""
     mix = _mix(arguments, options, path.name, filled)
     answered = options.recipe or any(text.startswith("guidance.") for text in options.sets)
     if not mix and not answered:
