@@ -36,6 +36,7 @@ class SampleRequest:
     sampler: str
     times: Sequence[float] | None
     guidance: float | None
+    guidance_channels: int | None
     weights: str
     autoencoder: str
     decoder: DecoderChoice
@@ -68,10 +69,8 @@ def sample_to_files(request: SampleRequest) -> list[Path]:
     processes = processes_here(request.processes)
     # where others draw, this process needs what the checkpoint says, and no GPU's memory
     generator = make_generator(request, device_of(0) if processes == 1 else torch.device("cpu"))
-    walks = [
-        plan_walk(generator.recipe, nfe=n, kind=request.sampler, times=request.times, guidance=request.guidance)
-        for n in request.nfe
-    ]
+    plan = partial(plan_walk, generator.recipe, kind=request.sampler, times=request.times)
+    walks = [plan(nfe=n, guidance=request.guidance, guidance_channels=request.guidance_channels) for n in request.nfe]
     labels = choose_labels(request, generator)
     said = f"{len(request.seeds)} pictures by {'; '.join(str(walk) for walk in walks)}"
     say(f"{said}; {generator.origin.get('weights', 'ema')} weights of step {generator.origin.get('step', 'unknown')}")
