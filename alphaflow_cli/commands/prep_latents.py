@@ -1,5 +1,6 @@
 """`alphaflow prep-latents`: pictures in, a latent store out."""
 
+import math
 from pathlib import Path
 from typing import Literal
 
@@ -16,6 +17,13 @@ EPILOG = examples(
     "alphaflow prep-latents glyphs:4000 --out latents/glyphs",
     "alphaflow prep-latents --verify latents/glyphs",
 )
+
+
+def check_finite(ctx: click.Context, param: click.Parameter, value: float) -> float:
+    """Click's own range lets `nan` through, which is on neither side of any bound."""
+    if not math.isfinite(value):
+        raise click.BadParameter(f"{value} is not a number of megapixels")
+    return value
 
 
 @click.command("prep-latents", epilog=EPILOG)
@@ -49,6 +57,7 @@ EPILOG = examples(
 @click.option(
     "--max-megapixels",
     type=click.FloatRange(0, min_open=True),
+    callback=check_finite,
     default=200.0,
     show_default=True,
     help="A larger picture is taken for a bomb.",
