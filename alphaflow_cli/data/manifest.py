@@ -211,6 +211,8 @@ def read_manifest(folder: Path) -> Manifest:
     shards = [shard_from_dict(entry, path) for entry in body["shards"]]
     if body["statistics"]["file"] != STATISTICS_FILE:
         raise AlphaflowError(f"{path}: the statistics should be in {STATISTICS_FILE}. {AGAIN}")
+    if not body["count"] or body["count"] != sum(shard.count for shard in shards):
+        raise AlphaflowError(f"{path}: its shards have not the {body['count']:,} pictures that it counts. {AGAIN}")
     return Manifest(**{**body, "plan": plan, "shards": shards})
 
 

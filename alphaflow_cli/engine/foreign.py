@@ -69,7 +69,7 @@ def read_npz(path: Path, wanted: Iterable[str]) -> tuple[list[str], dict[str, An
     Any damage is a ValueError. (Of an empty file numpy makes an EOFError, which click takes for Ctrl-D.)
     """
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             if not isinstance(archive, NpzFile):
                 raise ValueError("it is one array, as .npy files are")
             return archive.files, {name: archive[name] for name in wanted if name in archive.files}
