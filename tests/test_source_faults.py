@@ -5,6 +5,7 @@ import os
 import random
 import subprocess
 import sys
+import tempfile
 import zipfile
 from pathlib import Path
 
@@ -241,32 +242,34 @@ def test_an_unreadable_folder_is_named_and_lost_and_found_is_left_aside(tmp_path
     assert not (tmp_path / "s").exists()
 
 
+@pytest.fixture
+def open_to_all():
+    """A folder that everybody may enter: pytest's own are closed to others."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        yield Path(folder)
+
+
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="needs root, to become somebody else")
-def test_somebody_who_may_not_read_a_folder_or_write_the_destination_gets_one_line(tmp_path):
-    source = write_set(tmp_path / "set", 3)
+def test_somebody_who_may_not_read_a_folder_or_write_the_destination_gets_one_line(open_to_all):
+    source = write_set(open_to_all / "set", 3)
     (source / "closed").mkdir(mode=0)
-    for folder in (tmp_path, *tmp_path.parents[:3]):
-        folder.chmod(folder.stat().st_mode | 0o055)
+    cases = {
+        "closed: cannot be listed (Permission denied)": [source, "--out", open_to_all / "s"],
+        "/s: cannot be written (Permission denied)": [source / "a", "--out", open_to_all / "s"],
+        "deep/s: cannot be written (Permission denied)": [source / "a", "--out", source / "closed/deep/s"],
+        "closed/x: cannot be opened (Permission denied)": [source / "closed/x", "--out", open_to_all / "s"],
+    }
+    lines = [["prep-latents", *map(str, line), *OPTIONS] for line in cases.values()]
     script = (
         "import os, sys; from alphaflow_cli.cli import run; from alphaflow_cli.engine import prepare_report; "
-        "os.setgid(65534); os.setuid(65534); sys.exit(run(sys.argv[1:]))"
+        f"os.setgid(65534); os.setuid(65534); sys.exit([run(line) for line in {lines!r}] != [1] * {len(lines)})"
     )
-    cases = {
-        "closed: cannot be listed (Permission denied)": [source, "--out", "/nowhere/s"],
-        "/s: cannot be written (Permission denied)": [source / "a", "--out", tmp_path / "s"],
-        "deep/s: cannot be written (Permission denied)": [source / "a", "--out", tmp_path / "set/closed/deep/s"],
-        "closed/x: cannot be opened (Permission denied)": [source / "closed/x", "--out", tmp_path / "s"],
-    }
-    for words, line in cases.items():
-        done = subprocess.run(
-            [sys.executable, "-c", script, "prep-latents", *map(str, line), *OPTIONS],
-            capture_output=True,
-            text=True,
-            env={**os.environ, "HOME": str(tmp_path), "PYTHONPATH": str(PACKAGE.parent)},
-        )
-        assert done.returncode == 1, done.stderr
-        assert words in done.stderr
-        assert "Traceback" not in done.stderr
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=dict(os.environ))
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    for line, words in zip(done.stderr.splitlines(), cases, strict=True):
+        assert words in line
 
 
 def test_a_path_that_is_too_long_is_one_line(tmp_path, capfd, monkeypatch):

@@ -8,7 +8,7 @@ file that stood under its target's name when the link was written; a symbolic li
 link never leads out of the archive, and links to whole folders are not followed, but counted in a note.
 
 The pictures are listed once. Every process that reads them opens the file anew, for one pass, and holds it open until
-the last fetch of that pass is over (`reading`). Size, time and inode must stay what they were at the listing.
+the last fetch of that pass is over (`reading`). Its size and time must stay what they were at the listing.
 """
 
 import itertools
@@ -28,7 +28,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from alphaflow_cli.data.files import MAX_BYTES, Stamp, changed, stamp_of
+from alphaflow_cli.data.files import MAX_BYTES, Stamp, brief, changed, stamp_of
 from alphaflow_cli.data.sources import Fetch, is_picture
 from alphaflow_cli.errors import AlphaflowError
 
@@ -123,7 +123,7 @@ class Archive:
         if stamp_of(file.fileno()) != self.stamp:
             raise changed(self.path) from fault
         if fault:
-            raise OSError(str(fault)) from fault
+            raise OSError(brief(fault)) from fault
         return data
 
 
@@ -224,7 +224,7 @@ def _named(path: Path) -> Iterator[None]:
     try:
         yield
     except BROKEN as fault:
-        raise AlphaflowError(f"{path}: not a whole zip or tar archive ({fault})") from fault
+        raise AlphaflowError(f"{path}: not a whole zip or tar archive ({brief(fault).rstrip(':')})") from fault
 
 
 def _is_zip(file: BinaryIO) -> bool:

@@ -24,10 +24,17 @@ from alphaflow_cli.errors import AlphaflowError
 
 Array = npt.NDArray[Any]
 MAX_BYTES = 1 << 30  # of one file that is read as a whole
+SHOWN = 200  # characters of a path or a reason in a message
 MAX_HEADER = 100_000_000  # bytes; the safetensors library's own bound
 DTYPES = {"F64": "<f8", "I64": "<i8", "F32": "<f4", "F16": "<f2", "U8": "|u1"}  # widest first: keeps them aligned
 _NAMES = {np.dtype(code): name for name, code in DTYPES.items()}
 _WIDTH = {name: -np.dtype(code).itemsize for name, code in DTYPES.items()}
+
+
+def brief(text: object) -> str:
+    """A path or a reason for a message: of several lines the first, of a long one the beginning."""
+    line = (str(text).splitlines() or [type(text).__name__])[0]
+    return line if len(line) <= SHOWN else f"{line[:SHOWN]}… ({len(line):,} characters)"
 
 
 def write_atomic(path: Path, pieces: Iterable[bytes | memoryview]) -> tuple[int, str]:
@@ -90,10 +97,11 @@ def _pieces(header: bytes, arrays: list[Array]) -> Iterator[bytes | memoryview]:
 
 @dataclass(frozen=True)
 class Stamp:
-    """What an open file looks like from outside: it differs after every write, and after every truncation."""
+    """What an open file looks like from outside: it differs after every write, and after every truncation.
 
-    device: int
-    inode: int
+    The inode is no part of it: some network file systems number a file anew whenever it is opened.
+    """
+
     size: int
     modified: int  # nanoseconds
 
@@ -101,7 +109,7 @@ class Stamp:
 def stamp_of(file: int | Path) -> Stamp:
     """Of an open file, or of the file that stands at a path now."""
     status = file.stat() if isinstance(file, Path) else os.fstat(file)
-    return Stamp(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+    return Stamp(status.st_size, status.st_mtime_ns)
 
 
 @dataclass(frozen=True)
@@ -193,7 +201,7 @@ def open_tensors(path: Path) -> TensorFile:
         places, metadata = _parse(handle, stamp.size)
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, OverflowError) as fault:
         os.close(handle)
-        raise AlphaflowError(f"{path}: not a whole safetensors file ({fault})") from fault
+        raise AlphaflowError(f"{path}: not a whole safetensors file ({brief(fault)})") from fault
     file = TensorFile(path, handle, stamp, places, metadata)
     weakref.finalize(file, os.close, handle)
     return file

@@ -9,7 +9,7 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from alphaflow_cli.data.files import Array
+from alphaflow_cli.data.files import Array, brief
 
 Image.MAX_IMAGE_PIXELS = None  # Pillow's guard warns, then raises; ours is one limit, and names the file
 MAX_PIXELS = 200_000_000  # a picture claiming more is taken for a bomb: decoding it needs 3 bytes per pixel and more
@@ -73,7 +73,7 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
     except UnidentifiedImageError as fault:  # its own words hold an address in memory
         raise BadPicture("not a whole picture (not of a form that is read here: JPEG, PNG, WebP, TIFF, …)") from fault
     except Exception as fault:  # decoders raise anything on broken data: OSError, SyntaxError, struct.error, ...
-        reason = ADDRESS.sub("", str(fault)).strip() or type(fault).__name__
+        reason = brief(ADDRESS.sub("", str(fault)).strip() or type(fault).__name__)
         raise BadPicture(f"not a whole picture ({reason})") from fault
 
 

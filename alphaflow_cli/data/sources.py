@@ -17,7 +17,7 @@ from typing import Any, Protocol
 from PIL import Image
 
 from alphaflow_cli.data.classes import SPLITS
-from alphaflow_cli.data.files import read_file
+from alphaflow_cli.data.files import brief, read_file
 from alphaflow_cli.data.glyphs import GLYPHS, draw_glyph
 from alphaflow_cli.data.pictures import SUFFIXES
 from alphaflow_cli.errors import AlphaflowError
@@ -25,7 +25,6 @@ from alphaflow_cli.errors import AlphaflowError
 Fetch = Callable[[], bytes | Image.Image]
 Identity = tuple[int, int]  # of a folder: its device and inode
 MAX_WAYS = 1000  # see open_folder
-SHOWN = 200  # characters of a path in a message
 
 
 class Source(Protocol):
@@ -148,9 +147,7 @@ def open_folder(root: Path) -> Folder:
     try:
         return _walk(root)
     except OSError as fault:
-        where = str(fault.filename or root)
-        where = where if len(where) <= SHOWN else f"{where[:SHOWN]}… ({len(where):,} characters)"
-        reason = fault.strerror or fault
+        where, reason = brief(fault.filename or root), fault.strerror or fault
         raise AlphaflowError(f"{where}: cannot be listed ({reason}). Make it readable, or move it away") from fault
 
 
@@ -171,7 +168,7 @@ def _walk(root: Path) -> Folder:
                 ways[identity] += links > 1
                 if ways[identity] > MAX_WAYS:
                     raise AlphaflowError(
-                        f"{root}: links lead to {entry.path} in more than {MAX_WAYS:,} ways. Remove such links"
+                        f"{root}: links lead to {brief(entry.path)} in more than {MAX_WAYS:,} ways. Remove such links"
                     )
                 loops += identity in here.above
                 if identity not in here.above:
@@ -224,7 +221,7 @@ def parse_glyphs(text: str) -> Glyphs:
     """`glyphs:N`."""
     count = text.removeprefix("glyphs:")
     if not (count.isascii() and count.isdigit() and len(count) < 20 and 0 < int(count) <= 10_000_000):
-        raise AlphaflowError(f"{text[:SHOWN]}: should be glyphs:N with N from 1 to 10,000,000")
+        raise AlphaflowError(f"{brief(text)}: should be glyphs:N with N from 1 to 10,000,000")
     return Glyphs(int(count))
 
 

@@ -13,10 +13,10 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from alphaflow_cli.data.files import Array
+from alphaflow_cli.data.files import Array, brief
 from alphaflow_cli.data.manifest import Plan
 from alphaflow_cli.data.pictures import BadPicture, decode
-from alphaflow_cli.data.sources import SHOWN, Fetch, Source
+from alphaflow_cli.data.sources import Fetch, Source
 from alphaflow_cli.data.writing import write_shard
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.nn.autoencoder import Autoencoder, load_autoencoder
@@ -209,10 +209,9 @@ def writing_to(out: Path) -> Iterator[None]:
             ) from fault
         if fault.errno != errno.EIO and not Path(str(fault.filename)).is_relative_to(out):
             raise
-        shown = str(out) if len(str(out)) <= SHOWN else f"{str(out)[:SHOWN]}… ({len(str(out)):,} characters)"
         raise AlphaflowError(
-            f"{shown}: cannot be written ({fault.strerror}). Give another --out, or mend this one; what is finished "
-            "is kept"
+            f"{brief(out)}: cannot be written ({fault.strerror}). Give another --out, or mend this one; what is "
+            "finished is kept"
         ) from fault
 
 

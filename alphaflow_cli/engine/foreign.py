@@ -23,6 +23,7 @@ import torch
 from numpy.lib.npyio import NpzFile
 from torch import Tensor
 
+from alphaflow_cli.data.files import brief
 from alphaflow_cli.errors import DAMAGE, AlphaflowError
 
 TF1 = "TensorFlow 1 bilinear to 299 px (no half-pixel shift, no antialias); (x − 128)/128"
@@ -74,7 +75,7 @@ def read_npz(path: Path, wanted: Iterable[str]) -> tuple[list[str], dict[str, An
                 raise ValueError("it is one array, as .npy files are")
             return archive.files, {name: archive[name] for name in wanted if name in archive.files}
     except (*DAMAGE, *BROKEN) as fault:
-        raise ValueError(str(fault)) from fault
+        raise ValueError(brief(fault)) from fault
 
 
 def _read_npz(path: Path) -> list[ForeignStats]:
