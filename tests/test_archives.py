@@ -167,7 +167,7 @@ def test_links_and_repeated_names_are_read_as_unpacking_would_leave_them(tmp_pat
     source = open_source(str(path))
     nowhere = "a link to what is not in the archive"
     assert fetched(source) == {
-        "./set/a/one.png": PNG + b"4",
+        "set/a/one.png": PNG + b"4",
         "set/a/two.png": PNG + b"2",
         "set/a/soft.png": PNG + b"3",
         "set/a/chain.png": PNG + b"3",
@@ -183,6 +183,25 @@ def test_links_and_repeated_names_are_read_as_unpacking_would_leave_them(tmp_pat
         "1 links to folders not followed (unpack it, and give the folder)",
     ]
     assert source.classes_json() == CLASSES[1]
+
+
+def test_names_are_kept_as_they_are_spelled_unless_one_folder_is_spelled_in_two_ways(tmp_path):
+    path = tmp_path / "set.tar"
+    for members, names in (
+        ([("./b/1.png", PNG), ("./a/1.png", PNG)], ["./a/1.png", "./b/1.png"]),
+        ([("./b/1.png", PNG), ("b/2.png", PNG)], ["b/1.png", "b/2.png"]),
+    ):
+        path.write_bytes(tar_of(members))
+        assert list(open_source(str(path)).names) == names
+
+
+def test_a_zip_that_claims_more_than_it_has_asks_for_no_memory(tmp_path):
+    data = bytearray(zip_of([("a/1.png", PNG), ("a/2.png", PNG)]))
+    at = data.find(b"PK\1\2")
+    data[at + 20 : at + 24] = b"\xff\xff\xff\x7f"
+    path = tmp_path / "set.zip"
+    path.write_bytes(data)
+    assert fetched(open_source(str(path)))["a/1.png"] == "it claims more bytes than the archive has"
 
 
 def test_a_compressed_tar_keeps_its_own_order(tmp_path):

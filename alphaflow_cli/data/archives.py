@@ -159,7 +159,7 @@ def _from_tar(archive: Archive, file: BinaryIO, lines: Sequence[int]) -> Iterato
 
 
 def _from_stream(archive: Archive, file: BinaryIO, lines: Sequence[int]) -> Iterator[tuple[int, Fetch]]:
-    """The lines are in the order of their places; several names of one file are neighbours."""
+    """The lines are in the order of their places; several names of one place are neighbours."""
     with _named(archive.path):
         opened = tarfile.open(fileobj=file, tarinfo=_Header)  # noqa: SIM115 (`file` is what has to be closed)
     members = _members(archive.path, opened)
@@ -207,15 +207,14 @@ def _exactly(file: BinaryIO, offset: int, length: int) -> bytes:
 
 def _streamed(opened: tarfile.TarFile, member: tarfile.TarInfo, place: Place) -> bytes:
     file = opened.extractfile(member)
-    assert file is not None, place
-    return file.read()
+    return file.read() if file else b""
 
 
 def open_archive(path: Path) -> Archive:
     """List a zip or tar; which one it is is read from its bytes, not its name."""
     with _named(path), path.open("rb") as file:
-        stamp = stamp_of(file.fileno())
-        return _open_zip(path, file, stamp) if _is_zip(file) else _open_tar(path, file, stamp)
+        reader = _open_zip if _is_zip(file) else _open_tar
+        return reader(path, file, stamp_of(file.fileno()))
 
 
 @contextmanager
@@ -247,7 +246,9 @@ def _open_zip(path: Path, file: BinaryIO, stamp: Stamp) -> Archive:
     entries = _Entries()
     for member in opened.infolist():
         entry: Entry = Place(member.header_offset, member.file_size)
-        if stat.S_ISLNK(member.external_attr >> 16):
+        if member.compress_size > stamp.size:  # the library would ask for so much memory
+            entry = Place(0, 0, fault="it claims more bytes than the archive has")
+        elif stat.S_ISLNK(member.external_attr >> 16):
             is_sane = member.file_size <= MAX_TARGET
             entry = Link(opened.read(member).decode(errors="surrogateescape")) if is_sane else NO_TARGET
         if not member.is_dir():
@@ -321,7 +322,7 @@ class _Entries:
         """The next member."""
         path = posixpath.normpath(name)
         self.repeats += path in self.files
-        self.files[path] = name, entry
+        self.files[path] = path if path == name else name, entry  # one text in memory, not two
 
     def at(self, name: str) -> Entry | None:
         """What stands under a name so far."""
@@ -333,17 +334,16 @@ class _Entries:
         places, notes = self._pictures()
         names = sorted(places)
         if kind == "compressed tar":
-            order = {place: number for number, place in enumerate(places.values())}
-            names = sorted(
-                places, key=lambda name: (bool(places[name].fault), places[name].offset, order[places[name]])
-            )
+            names = sorted(places, key=lambda name: (bool(places[name].fault), places[name].offset))
         return Archive(path, names, places, notes, kind, stamp, self._class_list(path, kind, stamp))
 
     def _pictures(self) -> tuple[dict[str, Place], list[str]]:
         folders = self._folders()
         places: dict[str, Place] = {}
         aside, linked = 0, 0
-        for path, (name, entry) in self.files.items():
+        mixed = len({name.startswith("./") for name, _ in self.files.values()}) > 1  # else one class would be two
+        for path, (spelled, entry) in self.files.items():
+            name = path if mixed else spelled
             end, place = self._follow(path)
             if isinstance(entry, Link) and end in folders:
                 linked += 1
@@ -380,7 +380,7 @@ class _Entries:
         lists = [(name.count("/"), key, name) for key, (name, _) in self.files.items() if _is_class_list(name)]
         if not lists:
             return None
-        _, key, name = min(lists, key=lambda each: each[0])
+        _, key, name = min(lists, key=lambda each: each[0])  # of several the first
         alone = Archive(path, [name], {name: self._follow(key)[1]}, [], kind, stamp)
         try:
             with alone.reading([0]) as fetches:
