@@ -41,6 +41,9 @@ class GeneratedImages:
         self.seconds["decoder"] += time.perf_counter() - between
         return images
 
+    def close(self) -> None:
+        """Nothing is open."""
+
     def describe(self) -> dict[str, Any]:
         """The generator's half of the protocol."""
         origin, recipe = self._generator.origin, self._generator.recipe
