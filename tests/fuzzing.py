@@ -168,16 +168,19 @@ def fuzz(target: str, make: Callable[[random.Random, int], Trial], count: int, *
     if ONLY and ONLY.split(":")[0] != target:
         pytest.skip(f"ALPHAFLOW_FUZZ_TRIAL asks for {ONLY}")
     numbers = [int(ONLY.split(":")[1])] if ONLY else range(max(1, round(count * SHARE)))
+    slowest = (0.0, "")
     faults: dict[str, list[str]] = {}  # by what the last line says: the first report, then one empty entry for each
     for number in numbers:
         trial = make(random.Random(f"{target}/{SEED}/{number}"), number)
+        started = time.monotonic()
         fault = in_child(trial, seconds, cpu) if fork else attempt(trial, seconds, cpu)
+        slowest = max(slowest, (time.monotonic() - started, f"{target}:{number} {trial.what:.80}"))
         if fault:
             repeat = f"ALPHAFLOW_FUZZ_SEED={SEED} ALPHAFLOW_FUZZ_TRIAL={target}:{number}"
             tail = "\n".join(f"    {line:.300}" for line in fault.splitlines()[-8:])
             key = re.sub(r"0x\w+|\d+|'.*'", "N", fault.splitlines()[-1])[:120]
             faults.setdefault(key, []).append(f"{repeat}  {trial.what or trial.argv!r:.200}\n{tail}")
-    lines = [f"{target}: {len(numbers):,} trials, seed {SEED}, {len(faults)} distinct faults"]
+    lines = [f"{target}: {len(numbers):,} trials, seed {SEED}, {len(faults)} distinct faults; slowest {slowest}"]
     lines += [f"{len(found)} × {found[0]}" for found in faults.values()]
     print("\n".join(lines))
     if faults:
