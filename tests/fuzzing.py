@@ -169,7 +169,7 @@ def fuzz(target: str, make: Callable[[random.Random, int], Trial], count: int, *
         pytest.skip(f"ALPHAFLOW_FUZZ_TRIAL asks for {ONLY}")
     numbers = [int(ONLY.split(":")[1])] if ONLY else range(max(1, round(count * SHARE)))
     slowest = (0.0, "")
-    faults: dict[str, list[str]] = {}  # by what the last line says: the first report, then one empty entry for each
+    faults: dict[str, int] = {}  # what the last line says → how often
     for number in numbers:
         trial = make(random.Random(f"{target}/{SEED}/{number}"), number)
         started = time.monotonic()
@@ -179,12 +179,14 @@ def fuzz(target: str, make: Callable[[random.Random, int], Trial], count: int, *
             repeat = f"ALPHAFLOW_FUZZ_SEED={SEED} ALPHAFLOW_FUZZ_TRIAL={target}:{number}"
             tail = "\n".join(f"    {line:.300}" for line in fault.splitlines()[-8:])
             key = re.sub(r"0x\w+|\d+|'.*'", "N", fault.splitlines()[-1])[:120]
-            faults.setdefault(key, []).append(f"{repeat}  {trial.what or trial.argv!r:.200}\n{tail}")
-    lines = [f"{target}: {len(numbers):,} trials, seed {SEED}, {len(faults)} distinct faults; slowest {slowest}"]
-    lines += [f"{len(found)} × {found[0]}" for found in faults.values()]
-    print("\n".join(lines))
+            if key not in faults:
+                print(f"{repeat}  {trial.what or trial.argv!r:.200}\n{tail}", flush=True)
+            faults[key] = faults.get(key, 0) + 1
+    summary = f"{target}: {len(numbers):,} trials of seed {SEED}, {len(faults)} distinct faults; slowest: {slowest}"
+    print(summary, flush=True)
     if faults:
-        pytest.fail("\n".join(lines), pytrace=False)
+        times = "".join(f"\n{count} × {key}" for key, count in faults.items())
+        pytest.fail(f"{summary}{times}", pytrace=False)
 
 
 def attempt(trial: Trial, seconds: float, cpu: float) -> str:

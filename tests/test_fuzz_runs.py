@@ -23,7 +23,7 @@ optim: {lr: 1e-3, warmup_steps: 4}
 ema: {half_lives: [5, 50], ramp: 0.5}
 train:
   {steps: 14, batch: 8, precision: fp32, save_every: 4, keep: 2, milestone_every: 0, log_every: 3, sample_every: 7}
-eval: {metrics: [fd-tiny], images: 16, draw: balanced, nfe: [1], reference: "glyphs:16"}
+eval: {metrics: [fd-tiny], images: 100, draw: balanced, nfe: [1], reference: "glyphs:100"}
 """
 EXTRA = [
     "checkpoints/.DS_Store",
@@ -176,7 +176,7 @@ def test_run_folders(tmp_path, made):
             "report": ["report", str(run), "-o", str(tmp_path / "r.html")],
             "sample": ["sample", str(run), "--seeds", "0", "--grid", str(tmp_path / "g.png")],
             "push": ["push", str(run), "--dry-run", "--out", str(tmp_path / "hub")],
-            "eval": ["eval", str(run), "--images", "16", "--out", str(run)],
+            "eval": ["eval", str(run), "--images", "100", "--out", str(run)],
             "analyze": ["analyze", str(run), "--batches", "1"],
         }[verb]
 
