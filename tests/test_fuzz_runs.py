@@ -1,8 +1,11 @@
 """Run folders in which one file is damaged, replaced or gone: every verb names it, none resumes to other weights."""
 
 import os
+import re
 import shutil
 import signal
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -89,6 +92,13 @@ def replaced(path, other):
     other(path)
 
 
+def link_out(path):
+    """The file lies elsewhere, with a word in it that must not be published."""
+    other = Path(tempfile.mkdtemp(prefix="alphaflow-outside-")) / path.name
+    other.write_bytes(path.read_bytes() + b"SECRET")
+    replaced(path, lambda p: p.symlink_to(other))
+
+
 def json_lines(path, rng):
     lines = path.read_bytes().splitlines()
     lines.insert(
@@ -119,6 +129,7 @@ CHANGES = {
     "a pipe": lambda path, rng: replaced(path, os.mkfifo),
     "a link to itself": lambda path, rng: replaced(path, lambda p: p.symlink_to(p.name)),
     "a link to nowhere": lambda path, rng: replaced(path, lambda p: p.symlink_to("gone")),
+    "a link out": lambda path, rng: link_out(path),
     "binary": lambda path, rng: path.write_bytes(rng.randbytes(3000)),
     "lines": json_lines,
     "JSON": other_json,
@@ -145,28 +156,13 @@ PARTS = [
 def test_run_folders(tmp_path, made):
     recipe, stopped, end, done = made
     examples = [(part, change) for change in CHANGES for part in PARTS] + [(name, "extra") for name in EXTRA] * 3
-    verbs = [
-        "train",
-        "report",
-        "train",
-        "sample",
-        "train",
-        "report",
-        "push",
-        "train",
-        "eval",
-        "analyze",
-        "sample",
-        "train",
-    ]
+    verbs = re.findall(r"\w+", "train report train sample train report push train eval analyze sample train")
 
     def make(rng, number):
         part, change = examples[number % len(examples)]
-        verb = (
-            "train"
-            if number < len(examples) and part == "state"
-            else verbs[(number + number // len(examples)) % len(verbs)]
-        )
+        shutil.rmtree(tmp_path / "hub", ignore_errors=True)
+        first = {"state": "train", "samples": "push"}.get(part) if number < len(examples) else None
+        verb = first or verbs[(number + number // len(examples)) % len(verbs)]
         run = tmp_path / f"run-{number % 50}"
         shutil.rmtree(run, ignore_errors=True)
         shutil.copytree(stopped if verb == "train" else done, run)
@@ -181,6 +177,8 @@ def test_run_folders(tmp_path, made):
         }[verb]
 
         def same_end(outcome):
+            if verb == "push" and any(b"SECRET" in path.read_bytes() for path in files_below(tmp_path / "hub")):
+                return "what a link points to was published"
             if verb != "train" or outcome.code:
                 return ""
             now = load_file(run / "model.safetensors")
@@ -191,6 +189,10 @@ def test_run_folders(tmp_path, made):
 
     torch.set_num_threads(1)
     fuzz("runs", make, 1_000, seconds=40, cpu=25, fork=True)
+
+
+def files_below(path):
+    return [p for p in sorted([path, *path.rglob("*")]) if p.is_file()]
 
 
 def damage(run, part, change, rng):
@@ -206,8 +208,7 @@ def damage(run, part, change, rng):
         elif not target.exists():
             target.symlink_to("gone")
         return f"extra {part}"
-    files = [p for p in sorted([run / part, *(run / part).rglob("*")]) if p.is_file()]
-    files = files or [p for p in sorted(run.rglob("*")) if p.is_file()]
+    files = files_below(run / part) or files_below(run)
     path = rng.choice(files)
     if path.suffix != ".safetensors" and change == "a bit of the tensors":
         change = "bytes"

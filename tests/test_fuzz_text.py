@@ -5,7 +5,7 @@ import re
 import struct
 
 import pytest
-from fuzzing import JSON, NUMBERS, TEXTS, YAML, Trial, fuzz, mutate_bytes, mutate_json, mutate_recipe, write
+from fuzzing import CONTROL, JSON, NUMBERS, TEXTS, YAML, Trial, fuzz, mutate_bytes, mutate_json, mutate_recipe, write
 from hub_fixtures import RECIPE, results_of, sha256, write_checkpoint
 
 from alphaflow_cli.recipe import dump_recipe, load_recipe, recipe_from_text, shipped
@@ -235,24 +235,24 @@ def test_results(tmp_path, monkeypatch):
     write(run / "recipe.yaml", RECIPE)
     good = results_of(sha256(model.read_bytes()))
     fields = [(entry, key) for entry in ("row", "space", "pictures", "reference") for key in field_of(good, entry)]
-    values = [*JSON, *TEXTS]
-    examples = [(entry, key, value) for value in values for entry, key in fields]
+    hostile = [text for text in TEXTS if MARKUP.search(text) or CONTROL.search(text) or "|" in text]
+    examples = [(*where, f"x{text}x") for where in fields for text in hostile] + [
+        (*where, value) for value in (*JSON, *TEXTS) for where in fields
+    ]
 
     def make(rng, number):
-        if number < len(examples) // 2:
+        push = number < len(fields) * len(hostile) // 4 or number % 9 == 0
+        if number < len(examples) // 4:
             document = json.loads(json.dumps(good))
-            entry, key, value = examples[2 * number]
-            field_of(document, entry)[key] = value
+            entry, key, value = examples[4 * number]
+            field_of(document, entry)[key] = [value] if key == "notes" and isinstance(value, str) else value
             text, what = json.dumps(document), f"{entry}.{key}={str(value)[:80]!r}"
         else:
             text = what = mutate_json(rng, good)
         write(run / "results.json", text)
-        push = number % 9 == 0
         argv = ["push", str(run), "--dry-run", "--out", "hub"] if push else ["report", str(run), "-o", "r.html"]
         return Trial(
-            argv,
-            what,
-            check=lambda outcome: card_markup(tmp_path / "hub" / "README.md") if push and not outcome.code else "",
+            argv, what, check=lambda outcome: "" if outcome.code or not push else markup(tmp_path / "hub" / "README.md")
         )
 
     fuzz("results", make, 2_500, cpu=4)
@@ -263,7 +263,8 @@ def field_of(document, entry):
     return row if entry == "row" else row[entry]
 
 
-def card_markup(card):
+def markup(card):
     """A check: nothing of a foreign document is markup in the card."""
-    found = MARKUP.search(card.read_text())
-    return f"{found[0]}\nraw markup in the model card" if found else ""
+    text = card.read_text()
+    found = MARKUP.search(text) or CONTROL.search(text)
+    return f"{found[0]!r}\nraw markup or control characters in the model card" if found else ""
