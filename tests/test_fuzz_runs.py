@@ -209,7 +209,7 @@ def damage(run, part, change, rng):
             target.symlink_to("gone")
         return f"extra {part}"
     files = files_below(run / part) or files_below(run)
-    path = rng.choice(files)
+    path = files[-1] if change == "a link out" else rng.choice(files)  # the newest picture is the one that is published
     if path.suffix != ".safetensors" and change == "a bit of the tensors":
         change = "bytes"
     CHANGES[change](path, rng)
