@@ -1,13 +1,12 @@
 """α-Flow and its family: from a folder of images to a published, measured one-step generator."""
 
-from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from alphaflow_cli.api import Model, load
 
 __all__ = ["Model", "__version__", "load"]
-__version__ = version("alphaflow")
+__version__ = "0.1.0"  # the one place that says it; known in a clone that is not installed, too
 
 
 def __getattr__(name: str) -> object:

@@ -1,5 +1,24 @@
-"""`python -m alphaflow_cli` is `alphaflow`."""
+"""`python -m alphaflow_cli` is `alphaflow`, and `alphaflow` is this: Ctrl-C is heard before the imports begin."""
 
-from alphaflow_cli.cli import main
+import os
+import signal
+from types import FrameType
+from typing import NoReturn
 
-main()
+
+def leave(signum: int, frame: FrameType | None) -> NoReturn:
+    """Nothing is made yet, and nothing has to be put away."""
+    os.write(2, b"error: interrupted\n")
+    os._exit(130)
+
+
+def main() -> NoReturn:
+    """Entry point of the `alphaflow` command."""
+    signal.signal(signal.SIGINT, leave)
+    from alphaflow_cli import cli
+
+    cli.main()
+
+
+if __name__ == "__main__":
+    main()

@@ -4,6 +4,7 @@
 stdout went away. An error of our own keeps its traceback.
 """
 
+import codecs
 import contextlib
 import importlib
 import io
@@ -13,11 +14,13 @@ import sys
 import traceback
 from collections.abc import Sequence
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import click
 
-from alphaflow_cli.errors import AlphaflowError
+from alphaflow_cli import __version__
+from alphaflow_cli.errors import LostOutput, fault_of_the_user, silence_stdout
+from alphaflow_cli.text import for_message
 
 # verb → (the module whose `command` it is, its line in `alphaflow --help`). A listing imports none of the modules.
 VERBS: dict[str, tuple[str, str]] = {
@@ -48,8 +51,23 @@ Examples:
 """
 
 
-class BrokenOutput(Exception):
-    """The reader of stdout went away. Not an OSError: click turns those into exit code 1."""
+class Result(io.FileIO):
+    """stdout carries the result: where it cannot be written, that is said, and by no OSError that another could be."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data) or 0
+        except OSError as fault:
+            raise LostOutput(fault) from fault
+
+
+class Talk(io.FileIO):
+    """stderr carries talk: where it cannot be written (a full disk, a reader that left), the work goes on without."""
+
+    def write(self, data: Any) -> int:
+        with contextlib.suppress(OSError):
+            super().write(data)
+        return len(memoryview(data))
 
 
 class LazyGroup(click.Group):
@@ -80,15 +98,13 @@ class LazyGroup(click.Group):
     def invoke(self, ctx: click.Context) -> object:
         try:
             return super().invoke(ctx)
-        except BrokenPipeError as fault:
-            raise BrokenOutput from fault
+        except BrokenPipeError as fault:  # click would end without a word, and stdout's are LostOutput
+            raise RuntimeError("a pipe between processes broke") from fault
 
 
 def print_version(ctx: click.Context, param: click.Parameter, value: bool) -> None:
     if value:
-        from importlib.metadata import version
-
-        click.echo(f"alphaflow {version('alphaflow')}")
+        click.echo(f"alphaflow {__version__}")
         ctx.exit()
 
 
@@ -104,7 +120,8 @@ def group() -> None:
 def say_error(message: str) -> None:
     """Write `error: …` to stderr: red on a terminal, unless NO_COLOR or a dumb one."""
     plain = bool(os.environ.get("NO_COLOR")) or os.environ.get("TERM") == "dumb"
-    click.echo(click.style("error:", fg="red", bold=True) + " " + message, err=True, color=False if plain else None)
+    line = click.style("error:", fg="red", bold=True) + " " + for_message(message)
+    click.echo(line, err=True, color=False if plain else None)
 
 
 def split_debug(args: Sequence[str]) -> tuple[bool, list[str]]:
@@ -125,14 +142,29 @@ def run(args: Sequence[str]) -> int:
         click.echo(ctx.get_usage(), err=True)
         say_error(fault.format_message())
         return _traced(debug, 2)
-    except (AlphaflowError, click.ClickException) as fault:
-        say_error(fault.format_message() if isinstance(fault, click.ClickException) else str(fault))
+    except click.ClickException as fault:
+        say_error(fault.format_message())
         return _traced(debug, 1)
     except (click.Abort, KeyboardInterrupt):
         say_error("interrupted")
         return _traced(debug, 130)
-    except (BrokenOutput, BrokenPipeError):
+    except LostOutput as lost:
+        return _traced(debug, _without_output(lost))
+    except Exception as fault:
+        line = fault_of_the_user(fault)
+        if not line:
+            raise  # a bug of ours: its traceback is what we want to see
+        say_error(line)
+        return _traced(debug, 1)
+
+
+def _without_output(lost: LostOutput) -> int:
+    """141 where the reader of stdout went away, and 1 where the disk behind it is full."""
+    silence_stdout()
+    if isinstance(lost.__cause__, BrokenPipeError):
         return 141
+    say_error(str(lost))
+    return 1
 
 
 def _traced(debug: bool, code: int) -> int:
@@ -145,14 +177,45 @@ def _terminate(signum: int, frame: FrameType | None) -> NoReturn:
     raise SystemExit(128 + signum)  # so that `finally` blocks run and temporary files go
 
 
+def _interrupt(signum: int, frame: FrameType | None) -> NoReturn:
+    """Ctrl-C: KeyboardInterrupt, but while a module is imported the process ends at once.
+
+    An exception in the middle of an import is turned into another one, or lost, by modules written in C (torch).
+    """
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            os.write(2, b"error: interrupted\n")
+            os._exit(130)
+        frame = frame.f_back
+    raise KeyboardInterrupt
+
+
+def _write_anyway(fault: UnicodeError) -> tuple[str | bytes, int]:
+    """A byte of a file name as it was, so that a path on stdout is that path; else an escape, as of α without Greek."""
+    assert isinstance(fault, UnicodeEncodeError)
+    first = fault.object[fault.start]
+    written = os.fsencode(first) if "\udc80" <= first <= "\udcff" else first.encode("ascii", "backslashreplace")
+    return written, fault.start + 1
+
+
+def set_streams() -> None:
+    """stdout and stderr that are safe to use, whatever they were when the process began."""
+    while (handle := os.open(os.devnull, os.O_RDWR)) <= 2:  # closed ones would be given to the next file that is opened
+        os.set_inheritable(handle, True)
+    os.close(handle)
+    codecs.register_error("anyway", _write_anyway)
+    for name, kind, number in (("stdout", Result, 1), ("stderr", Talk, 2)):
+        now, raw = getattr(sys, name), kind(number, "w", closefd=False)
+        encoding = getattr(now, "encoding", "utf-8")
+        safe = io.TextIOWrapper(io.BufferedWriter(raw), encoding, errors="anyway", line_buffering=True)
+        setattr(sys, name, safe)
+
+
 def main() -> NoReturn:
     """Entry point of the `alphaflow` command."""
     signal.signal(signal.SIGTERM, _terminate)
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # an α must not end a run where the terminal has no Greek
+    signal.signal(signal.SIGINT, _interrupt)
+    set_streams()
     code = run(sys.argv[1:])
-    if code == 141:  # else the interpreter complains on flushing stdout at exit
-        with contextlib.suppress(OSError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the work is done: leaving takes a moment with torch
     raise SystemExit(code)

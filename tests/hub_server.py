@@ -4,14 +4,17 @@
 
 Speaks what huggingface_hub 1.33 and 2.x ask for: whoami, create, validate-yaml, preupload, LFS batch and PUT, commit,
 model info, revisions, tree, resolve. A fault is ("PUT", "/lfs/") → Fault(status=500, times=1): it answers that many
-matching requests wrongly, or drops the connection half way (status 0), or damages what it sends ("corrupt").
+matching requests wrongly, or drops the connection half way (status 0), or damages what it sends ("corrupt"). A body
+of its own is sent as it is, drop by drop where `drip` says so; headers of a fault replace those of a good answer too.
 """
 
 import base64
+import contextlib
 import hashlib
 import json
 import re
 import threading
+import time
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlparse
@@ -27,6 +30,8 @@ class Fault:
     code: str = ""  # X-Error-Code
     headers: dict = field(default_factory=dict)
     corrupt: bool = False
+    body: bytes | None = None  # sent instead of the answer
+    drip: float = 0.0  # seconds between its bytes
 
 
 @dataclass
@@ -72,6 +77,7 @@ class HubServer:
 
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.server.daemon_threads = True
+        self.server.handle_error = lambda *_: None  # a client that hangs up is no fault of a test
         self.url = f"http://127.0.0.1:{self.server.server_port}"
 
     def __enter__(self):
@@ -108,7 +114,9 @@ class HubHandler(BaseHTTPRequestHandler):
         with hub.lock:
             hub.requests.append((self.command, path))
             self.fault = self.next_fault(hub, path)
-        if self.fault and not self.fault.corrupt:
+        if self.fault and self.fault.body is not None:
+            return self.send_raw(self.fault)
+        if self.fault and self.fault.status != 200:
             return self.drop() if self.fault.status == 0 else self.error(self.fault.status, self.fault.code)
         for pattern, method in ROUTES:
             match = re.fullmatch(pattern, f"{self.command} {path}")
@@ -139,10 +147,24 @@ class HubHandler(BaseHTTPRequestHandler):
         self.close_connection = True
         self.connection.close()
 
+    def send_raw(self, fault):
+        self.send_response(fault.status)
+        for name, value in {"Content-Length": str(len(fault.body)), **fault.headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "HEAD":
+            return
+        with contextlib.suppress(OSError):  # the client has had enough
+            for i in range(len(fault.body)) if fault.drip else ():
+                time.sleep(fault.drip)
+                self.wfile.write(fault.body[i : i + 1])
+            self.wfile.write(b"" if fault.drip else fault.body)
+
     def send(self, status, content=b"", headers=None):
         content = json.dumps(content).encode() if isinstance(content, dict | list) else content
         self.send_response(status)
-        for name, value in {"Content-Length": str(len(content)), **(headers or {})}.items():
+        own = self.fault.headers if self.fault and status < 400 else {}
+        for name, value in {"Content-Length": str(len(content)), **(headers or {}), **own}.items():
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":

@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import resource
 import shutil
 from dataclasses import replace
 
@@ -49,7 +51,9 @@ def test_a_logarithmic_axis_without_points_is_drawn():
         assert layout(Chart("empty", lines, "α", log_x=True)).marks
 
 
-@pytest.mark.parametrize("damage", ["\0" * 40, '{"batch": 0, "ro', "[1, 2]", "{}", "ÿ"])
+@pytest.mark.parametrize(
+    "damage", ["\0" * 40, '{"batch": ' + "[" * 100_000, '{"batch": 1e400}', '{"batch": 0, "ro', "[1, 2]", "{}", "ÿ"]
+)
 def test_a_damaged_line_is_measured_again(tiny_run, tmp_path, capsys, damage):  # noqa: F811
     whole = analyze(tiny_run, tmp_path / "a", capsys, "--batches", "2")
     (lines,) = (tmp_path / "a").glob("*/batches.jsonl")
@@ -80,6 +84,36 @@ def test_a_file_in_a_run_finds_the_runs_latents_and_folder(tiny_run, tmp_path, c
     assert cli(["analyze", str(run / place), "--batch", "8", "--batches", "1"]) == 0
     assert (run / "analysis" / "conflict.json").is_file()
     assert not list((tmp_path / "elsewhere").iterdir())
+
+
+@pytest.mark.parametrize("room", [50, 3_000, 12_000])
+def test_a_disk_that_fills_up_ends_an_analysis_in_one_line_and_the_same_command_goes_on(
+    tiny_run,  # noqa: F811
+    tmp_path,
+    capsys,
+    room,
+):
+    line = (tiny_run, "--out", tmp_path / "a", "--batch", "8", "--batches", "3")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
+    try:
+        said = fault_of(capsys, *line)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "cannot be written" in said
+    assert sum("error:" in text for text in said.splitlines()) == 1
+    whole = analyze(tiny_run, tmp_path / "b", capsys, "--batches", "3")
+    assert analyze(tiny_run, tmp_path / "a", capsys, "--batches", "3")["checkpoints"] == whole["checkpoints"]
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder"])
+def test_a_file_of_batches_that_is_none_is_one_line(tiny_run, tmp_path, capsys, kind):  # noqa: F811
+    analyze(tiny_run, tmp_path / "a", capsys, "--batches", "1")
+    (lines,) = (tmp_path / "a").glob("*/batches.jsonl")
+    lines.unlink()
+    os.mkfifo(lines) if kind == "pipe" else lines.mkdir()
+    said = fault_of(capsys, tiny_run, "--out", tmp_path / "a", "--batch", "8", "--batches", "1")
+    assert f"{lines}: is a folder, a pipe or a device, not a file" in said
 
 
 def drawn(times, index=0):

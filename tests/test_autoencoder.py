@@ -151,7 +151,7 @@ def test_gradients_stay_out(made, pixels):
     ("content", "words"),
     [
         ({}, "config.json is missing"),
-        ({"config.json": '{"_class_name": "UNet"}'}, "is a UNet; known are AutoencoderKL"),
+        ({"config.json": '{"_class_name": "UNet"}'}, ".UNet. is none of AutoencoderKL"),
     ],
 )
 def test_a_folder_without_an_autoencoder_is_named(tmp_path, content, words):
@@ -227,3 +227,42 @@ def test_the_hubs_cache_is_enough_and_gives_the_commit(made, cache, monkeypatch,
 
 def test_the_config_is_json_as_diffusers_writes_it(made):
     assert json.loads((made["kl"][0] / "config.json").read_text())["_class_name"] == "AutoencoderKL"
+
+
+CONFIGS = [
+    b"",
+    b"[]",
+    b"3",
+    b"\xff\xfe",
+    b"[" * 100_000,
+    b'{"_class_name": "AutoencoderKL", "_class_name": "AutoencoderKL"}',
+]
+CHANGES = [
+    {"_class_name": 3},
+    {"_class_name": "os"},
+    {"block_out_channels": "wide"},
+    {"block_out_channels": []},
+    {"block_out_channels": [10**9]},
+    {"latent_channels": -1},
+    {"latent_channels": True},
+    {"scaling_factor": "one"},
+    {"scaling_factor": float("nan")},
+    {"norm_num_groups": 0},
+    {"norm_num_groups": "x"},
+    {"down_block_types": 3},
+    {"down_block_types": ["x"]},
+    {"act_fn": []},
+    {"layers_per_block": 10**9},
+]
+
+
+@pytest.mark.parametrize("change", [*CONFIGS, *CHANGES])
+def test_a_strange_config_is_one_line_that_names_it(made, tmp_path, change):
+    folder = shutil.copytree(made["kl"][0], tmp_path / "ae")
+    path = folder / "config.json"
+    text = json.dumps(json.loads(path.read_text()) | change).encode() if isinstance(change, dict) else change
+    path.write_bytes(text)
+    with pytest.raises(AlphaflowError) as fault:
+        load(folder)
+    assert str(folder) in str(fault.value)
+    assert "\n" not in str(fault.value)

@@ -32,7 +32,10 @@ FAULTS = {
     ),
     "missing file": (["recipe", "show", "x.yaml"], "error: x.yaml: no such file"),
     "file name with a null byte": (["recipe", "show", "a\0.yaml"], "cannot be read"),
-    "plot into nowhere": (["recipe", "plot", "b2", "-o", "no/b2.png"], "no/b2.png: cannot be written (No such file"),
+    "plot into nowhere": (
+        ["recipe", "plot", "b2", "-o", "no/b2.png"],
+        "no/b2.png: cannot be written (no: no such file or folder)",
+    ),
     "copy into nowhere": (["recipe", "cp", "b2", "no/b2.yaml"], "no/b2.yaml: cannot be written"),
 }
 

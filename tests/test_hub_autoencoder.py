@@ -3,6 +3,7 @@
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hub_fixtures import alphaflow, hub, write_checkpoint  # noqa: F401 (a fixture)
@@ -12,6 +13,7 @@ from tiny_autoencoders import tiny_kl
 import alphaflow_cli
 from alphaflow_cli.engine.state import step_name
 from alphaflow_cli.nn.autoencoder import load_autoencoder
+from alphaflow_cli.report.grid import grid_png
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 SHAPE = ("data.latent_size=2", "data.channels=4", "model.patch=1")
@@ -78,10 +80,13 @@ def test_another_of_the_same_name_is_refused_before_anything_is_made(hub, projec
     assert "me/tiny" not in hub.repos
 
 
+PICTURE = grid_png([[np.zeros((32, 32, 3), np.uint8)]])
+
+
 def test_one_of_the_hub_stays_there(hub, project, capsys):  # noqa: F811
     write_run("user/vae")
     (project / "runs/tiny/samples").mkdir()
-    (project / "runs/tiny/samples" / f"{step_name(100)}.png").write_bytes(b"drawn")
+    (project / "runs/tiny/samples" / f"{step_name(100)}.png").write_bytes(PICTURE)
     assert alphaflow("push", "runs/tiny", capsys=capsys)[0] == 0
     assert not {path for path in hub.files("me/tiny") if path.startswith("autoencoder/")}
 

@@ -13,6 +13,9 @@ import yaml
 from hub_fixtures import hub, results_of, write_checkpoint, write_results  # noqa: F401 (a fixture)
 from huggingface_hub import ModelCard
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from safetensors import safe_open
+from safetensors.torch import save_file
 from snapshots import published_snapshot, tiny_autoencoder
 
 import alphaflow_cli
@@ -21,6 +24,7 @@ from alphaflow_cli.convert import Options, convert
 from alphaflow_cli.engine.checkpoint import load_checkpoint, save_checkpoint
 from alphaflow_cli.engine.publish import open_source, stage
 from alphaflow_cli.errors import AlphaflowError
+from alphaflow_cli.hub.card import CardFacts, model_card
 from alphaflow_cli.hub.scrub import scrub
 from alphaflow_cli.recipe import load_recipe
 
@@ -131,6 +135,20 @@ PATHS = {
     "http://127.0.0.1:80/a/b": "http://127.0.0.1:80/a/b",
     "me/b2:sub/x.safetensors": "me/b2:sub/x.safetensors",
     "ratio 3:1, ~50 of them": "ratio 3:1, ~50 of them",
+    f"from {HOME}/My Secret Plans/a (copy)/set.zip on Monday": "from set.zip on Monday",
+    "C:\\Users\\Jane Doe\\x y\\z.zip now": "z.zip now",
+    f"from {HOME}/data see https://a.b/c/d": "from data see https://a.b/c/d",
+    "../private/x/set": "set",
+    "in ./a/b now": "in b now",
+    "--data ~jane/x/y": "--data y",
+    "projects/secret/runs/b2/model.safetensors": "model.safetensors",
+    "user/repo/sub@abc": "user/repo/sub@abc",
+    "https://jane:pw@host/a/b?token=x#y": "https://host/a/b",
+    "see https://jane:p/w@host/a, or s3://KEY:SECRET@bucket/x": "see https://host/a, or s3://bucket/x",
+    "https://ghp@host:80/a": "https://host:80/a",
+    "https://host/a@v1": "https://host/a@v1",
+    "hf://datasets/me/x@v1:train": "hf://datasets/me/x@v1:train",
+    "logged in with hf_abcdefghijklmnopqrstuvwxyz": "logged in with hf_…",
 }
 
 
@@ -187,3 +205,118 @@ def test_an_autoencoder_of_its_own_travels_along(hub, tmp_path):  # noqa: F811
     card = hub.files("me/b2")["README.md"].decode()
     assert "Converted from `alphaflow-B-2.pt`" in card
     assert "b2 (the file's name)" in card
+
+
+SECRETS = [b"s3cret", b"jane", b"Secret Plans", b"hf_abcdefghij", b"X-Amz"]
+PLACE = f"{HOME}/Secret Plans/latents"
+SIGNED = "https://jane:s3cret@host/set?X-Amz-Signature=s3cret"
+
+
+def rewritten(path, *, metadata, tensors=None):
+    """The same file with other metadata or further tensors."""
+    with safe_open(path, framework="pt") as file:
+        held, old = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+    save_file(held | (tensors or {}), path, metadata=old | metadata(old))
+    write_results(path.parent / "results.json", hashlib.sha256(path.read_bytes()).hexdigest())
+
+
+def test_no_secret_stands_in_any_published_byte(finished, tmp_path):
+    path = finished / "model.safetensors"
+    old = load_checkpoint(path)
+    data = replace(old.recipe.data, store=SIGNED)
+    recipe = replace(old.recipe, data=data, eval=replace(old.recipe.eval, reference=f"refs/../../jane/{SIGNED}"))
+    origin = old.origin | {"init_from": "../jane/teacher", "note": [f"from {PLACE} and {SIGNED}", {PLACE: SIGNED}]}
+    save_checkpoint(path, replace(old, recipe=recipe, origin=origin | {"versions": {"x": "hf_abcdefghijklmnopqrst"}}))
+    results = results_of(hashlib.sha256(path.read_bytes()).hexdigest())
+    (row,) = results["evaluations"][0]["rows"]
+    row |= {"label": f"pictures of {PLACE}/a b.zip", "notes": [f"see {SIGNED}"], "settings": {PLACE: SIGNED}}
+    row["reference"]["name"] = SIGNED
+    (finished / "results.json").write_text(json.dumps(results))
+    drawn = finished / "samples" / "step-00000100.png"
+    drawn.parent.mkdir()
+    notes = PngInfo()
+    notes.add_text("Comment", PLACE)
+    Image.new("RGB", (200, 200)).save(drawn, pnginfo=notes)
+    for file in staged(finished, tmp_path).rglob("*"):
+        for secret in SECRETS:
+            assert secret not in file.read_bytes(), (file.name, secret)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "tensors"),
+    [
+        (lambda old: {"note": PLACE}, None),
+        (lambda old: {"recipe": old["recipe"] + f"# {PLACE}\n"}, None),
+        (lambda old: {}, {"optimizer.jane": torch.zeros(3)}),
+    ],
+)
+def test_only_what_is_read_of_the_weights_is_published(finished, tmp_path, metadata, tensors):
+    rewritten(finished / "model.safetensors", metadata=metadata, tensors=tensors)
+    published = (staged(finished, tmp_path) / "model.safetensors").read_bytes()
+    assert b"jane" not in published
+    row = json.loads((tmp_path / "hub" / "results.json").read_text())["evaluations"][0]["rows"][0]
+    assert row["pictures"]["checkpoint_sha256"] == hashlib.sha256(published).hexdigest()
+
+
+@pytest.mark.parametrize("name", ["samples/step-00000100.png", "results.json", "model.safetensors"])
+def test_a_link_that_leads_out_of_the_run_is_not_published(finished, tmp_path, capsys, name):
+    outside = tmp_path / "secret"
+    picture = tmp_path / "picture.png"
+    Image.new("RGB", (8, 8)).save(picture)
+    place = finished / name
+    place.parent.mkdir(exist_ok=True)
+    (place if place.exists() else picture).rename(outside)
+    place.symlink_to(outside)
+    assert run(["push", str(finished), "--dry-run", "--out", str(tmp_path / "hub")]) == 1
+    said = capsys.readouterr().err
+    assert f"{place}: not a file of this run, but a link that leads out of it" in said
+    assert not (tmp_path / "hub" / "samples.png").exists()
+
+
+def test_a_file_that_only_calls_itself_a_picture_is_not_published(finished, tmp_path, capsys):
+    (finished / "samples").mkdir()
+    (finished / "samples" / "step-00000100.png").write_bytes(b"my private key")
+    assert run(["push", str(finished), "--dry-run", "--out", str(tmp_path / "hub")]) == 1
+    assert "not a PNG picture" in capsys.readouterr().err
+
+
+# What others wrote cannot take the card over.
+
+HOSTILE = [
+    "<img src=x onerror=alert(1)>",
+    "[click](javascript:alert(1))",
+    "a | b\n# heading\n\n---\n",
+    "x\n```\n<script>alert(1)</script>\n```",
+    "\x1b[2J\u202e",
+    "`code` **bold** ![x](https://example.com/spy)",
+]
+
+
+@pytest.mark.parametrize("words", HOSTILE)
+def test_foreign_words_stay_words_in_the_card(finished, words):
+    path = finished / "model.safetensors"
+    old = load_checkpoint(path)
+    recipe = replace(old.recipe, name=words, data=replace(old.recipe.data, source=words))
+    plain = CardFacts("me/tiny", old.recipe, old.origin, 9, results_of("ab"), "unknown")
+    converted = {"file": words, "from": words, "sha256": words, "filled": {words: words}}
+    results = results_of("ab")
+    (row,) = results["evaluations"][0]["rows"]
+    row |= {"name": words, "label": words, "notes": [words], "settings": {words: words}}
+    row["reference"] |= {"name": words, "sha256": words}
+    row["space"] |= {"network": words, "weights_sha256": words}
+    for origin in (old.origin | {"versions": {words: words}}, {"converted": converted}):
+        card = model_card(CardFacts("me/tiny", recipe, origin, 9, results, "unknown"))
+        head, body = card.split("\n---\n", 1)
+        assert ModelCard(card).data.to_dict()["model-index"]
+        assert all(line.isprintable() for line in card.splitlines())
+        outside = re.sub(r"(`{3,})yaml\n.*?\n\1\n|(`)[^`\n]*\2", "", body, flags=re.DOTALL)
+        allowed = set(re.findall(r"<[^>]*>", model_card(plain).split("\n---\n", 1)[1]))
+        assert set(re.findall(r"<[^>]*>", outside)) <= allowed
+        assert not re.search(r"(?<!\\)\]\((?!https://arxiv.org|samples.png|alpha.png)", outside)
+        heads = [line for line in outside.splitlines() if line.startswith("#")]
+        assert [line for line in heads if line.startswith("# ")] == heads[:1]
+        assert len(heads) == 6
+        table = [line for line in outside.splitlines() if line.startswith("|")]
+        assert len(table) == 3
+        assert len(re.findall(r"(?<!\\)\|", table[2])) == 4
+        assert head.count("\n---") == 0

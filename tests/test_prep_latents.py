@@ -21,7 +21,7 @@ from alphaflow_cli.cli import run
 from alphaflow_cli.data.manifest import read_manifest
 from alphaflow_cli.data.store import open_store, verify_store
 from alphaflow_cli.engine.encode import choose_precision, precision
-from alphaflow_cli.engine.prepare import check_room, free_bytes, locked, prepare_latents
+from alphaflow_cli.engine.prepare import check_room, free_bytes, prepare_latents
 from alphaflow_cli.engine.prepare_plan import default_out, shard_size
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.nn.autoencoder import load_autoencoder
@@ -301,11 +301,6 @@ def test_a_disk_that_fills_up_leaves_a_store_that_goes_on(tmp_path):
     assert not list(out.glob(".*.tmp"))
     prepare("glyphs:600", out)
     assert contents(out) == contents(reference)
-
-
-def test_two_writers_do_not_share_a_store(tmp_path):
-    with locked(tmp_path / "s"), pytest.raises(AlphaflowError, match="another prep-latents"):
-        prepare("glyphs:10", tmp_path / "s")
 
 
 def test_a_size_that_the_autoencoder_cannot_take_is_refused(vae, tree, tmp_path):

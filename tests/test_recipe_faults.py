@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -90,6 +91,23 @@ BROKEN = {
     "empty": ("# nothing\n", "this is empty"),
     "one word": ("b2", "this is one value"),
     "deep": ("[" * 5000, "more than 12 levels"),
+    "unfinished grouping": ("train: {steps: 1_}", "train.steps wants a whole number, got '1_'"),
+    "double grouping": ("optim: {lr: 1__0}", "optim.lr wants a number, got '1__0'"),
+    "grouping before an exponent": ("optim: {lr: 1_e5}", "optim.lr wants a number, got '1_e5'"),
+    "4,000 digits": (f"train: {{steps: {'9' * 4000}}}", "more than 1,000,000,000,000"),
+    "5,000 digits": (f"train: {{steps: {'9' * 5000}}}", "train.steps has 5,000 characters, and 4,096 is the most"),
+    "5,000 digits for a float": (f"optim: {{lr: {'9' * 5000}}}", "optim.lr has 5,000 characters"),
+    "a percentage of 400 digits": (f"alpha: {{kind: sigmoid, end: {'9' * 400}%}}", "more than 1,000,000,000,000%"),
+    "a long name": (f"name: {'x' * 5000}", "name has 5,000 characters"),
+    "too many steps per picture": ("sample: {nfe: 1000000000}", "sample.nfe must be 10,000 or less, got 1000000000"),
+    "too many steps in a list": ("eval: {nfe: [1, 20000]}", "each from 1 to 10,000, got [1, 20000]"),
+    "too deep a network": ("model: {depth: 1000000000}", "model.depth must be 10,000 or less"),
+    "too large a picture": ("data: {image_size: 1000000}", "data.image_size must be 8,192 or less"),
+    "a long list": (f"ema: {{half_lives: [{'1, ' * 1001}]}}", "ema.half_lives has 1,001 items, and 1,000 is the most"),
+    "very many values": ("a: 1\n" * 6000, "more than 5,000 names and values, so this is not a recipe"),
+    "a block of many lines": ("a: |\n" + "  x\n" * 9000, "unknown key 'a'"),
+    "a long scalar": (f"data: {{store: {'y' * 60000}}}", "data.store has 60,000 characters"),
+    "a long key": (f"? {'k' * 5000}\n: 1", "unknown key 'kkk"),
     "complex key": ("? [a]\n: 3", "a key must be a name"),
 }
 
@@ -103,6 +121,7 @@ def test_the_fault_is_said_with_its_place(text, message, tmp_path, monkeypatch, 
     assert message in err
     assert err.startswith("error: r.yaml")
     assert "Traceback" not in err
+    assert len(err) < 1000
     assert out == ""
 
 
@@ -192,3 +211,54 @@ def test_a_whole_number_is_good_where_a_float_is_due_and_may_be_grouped():
 def test_a_schedule_that_does_not_finish_is_good_when_it_says_so():
     recipe = recipe_from_text("alpha: {kind: sigmoid, end: 800000, unfinished: true}", "r")
     assert recipe.alpha.unfinished
+
+
+def seconds_of(work):
+    before = time.monotonic()
+    with pytest.raises(AlphaflowError) as caught:
+        work()
+    return time.monotonic() - before, str(caught.value)
+
+
+def test_very_many_faults_are_counted_and_the_first_are_shown():
+    text = "".join(f"key{i}: 1\n" for i in range(2000)) + "train: {steps: -1}\n"
+    seconds, said = seconds_of(lambda: recipe_from_text(text, "r.yaml"))
+    lines = said.splitlines()
+    assert lines[0] == "r.yaml has 2,001 faults:"
+    assert lines[1].startswith("  r.yaml:1: unknown key 'key0'")
+    assert lines[-1] == f"  and {2001 - (len(lines) - 2):,} more"
+    assert len(lines) <= 40
+    assert len(said) <= 4000
+    assert seconds < 1.5  # 0.25 s on an idle machine; looking for likenesses of each took 2.8 s
+
+
+def test_a_recipe_of_a_hundred_thousand_keys_is_refused_at_once_wherever_it_stands():
+    text = "".join(f"key{i}: 1\n" for i in range(100_000))
+    seconds, said = seconds_of(lambda: recipe_from_text(text, "model.safetensors (its recipe)"))
+    assert said == "model.safetensors (its recipe): larger than 256 KiB, so it is not a recipe"
+    assert seconds < 1
+
+
+@pytest.mark.parametrize(
+    ("sets", "message"),
+    [
+        ([f"key{i}=1" for i in range(4000)], "4,000 times --set, and 1,000 is the most"),
+        ([f"key{i}=1" for i in range(900)], "has 900 faults"),
+        (["train." + "s" * 5000 + "=1"], "…(4,"),
+        ([".".join("a" * 3000) + "=1"], "more than 12 names inside each other"),
+        (["train.steps=" + "[" * 50_000], "more than 12 levels"),
+        (["train.steps=" + "9" * 5000], "train.steps has 5,000 characters"),
+        (["train.steps=1_", "optim.lr=1_e5", "alpha.end=" + "9" * 400 + "%"], "has 3 faults"),
+    ],
+)
+def test_a_monstrous_set_gets_a_short_answer_at_once(sets, message):
+    seconds, said = seconds_of(lambda: load_recipe("b2", sets))
+    assert message in said
+    assert len(said) <= 4000
+    assert len(said.splitlines()) <= 40
+    assert seconds < 1.5
+
+
+def test_numbers_may_be_grouped_as_before():
+    recipe = recipe_from_text("train: {steps: 1_000_000}\noptim: {lr: 1_0.5e-4, eps: 1.e-8}", "r")
+    assert (recipe.train.steps, recipe.optim.lr, recipe.optim.eps) == (1_000_000, 10.5e-4, 1e-8)

@@ -1,8 +1,6 @@
 """What can go wrong while training: one clear message, exit code 1, and nothing lost."""
 
-import contextlib
 import resource
-import subprocess
 
 import numpy as np
 import pytest
@@ -17,6 +15,7 @@ from train_helpers import (
     make_store,
     row_values,
     saved_step,
+    small_disk,
     train,
 )
 
@@ -225,20 +224,6 @@ def test_a_store_smaller_than_a_batch_trains(tmp_path):
 
 
 # Disks.
-
-
-@contextlib.contextmanager
-def small_disk(folder, kilobytes):
-    folder.mkdir()
-    made = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", folder], capture_output=True, check=False
-    )
-    if made.returncode:
-        pytest.skip("no small disk can be mounted here; the file size limit stands in for it")
-    try:
-        yield lambda option: subprocess.run(["mount", "-o", f"remount,{option}", folder], check=True)
-    finally:
-        subprocess.run(["umount", folder], check=True)
 
 
 def kilobytes_of(folder):

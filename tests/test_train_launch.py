@@ -1,7 +1,9 @@
 """Through the command line, in real processes: --processes, signals, a killed rank, torchrun and accelerate launch."""
 
+import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -10,6 +12,10 @@ from pathlib import Path
 
 import pytest
 from train_helpers import assert_same, make_recipe, make_store, saved_step, train
+
+from alphaflow_cli.cli import run as cli
+from alphaflow_cli.engine.journal import read_rows
+from alphaflow_cli.engine.launch import is_worker
 
 pytestmark = pytest.mark.distributed
 STEPS = 5_000  # more than a test waits for
@@ -173,6 +179,118 @@ def test_srun_joins_by_its_own_variables(store, tmp_path):
     assert [each.returncode for each in tasks] == [0, 0], ends
     assert sum(out.count("model.safetensors") for out, _ in ends) == 1
     assert_same(train(make_recipe(tmp_path, *FEW), store, tmp_path / "forked", processes=2), tmp_path / "run")
+
+
+ALL = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}
+TASK = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "0", "SLURM_JOB_ID": "7"}
+WRONG = [
+    ({"WORLD_SIZE": "abc"}, "WORLD_SIZE='abc' in the environment is no number"),
+    ({"LOCAL_RANK": "x"}, "LOCAL_RANK='x' in the environment is no number"),
+    ({"RANK": ""}, "RANK='' in the environment is no number"),
+    ({"RANK": "0", "WORLD_SIZE": "9" * 5000}, "in the environment is no number"),
+    ({"RANK": "-1", "WORLD_SIZE": "2"}, "RANK='-1' in the environment is no number"),
+    ({"LOCAL_RANK": "0"}, "has LOCAL_RANK, but no RANK and no WORLD_SIZE and no MASTER_ADDR and no MASTER_PORT"),
+    ({"WORLD_SIZE": "2"}, "has WORLD_SIZE, but no RANK"),
+    ({"RANK": "0", "WORLD_SIZE": "2"}, "has RANK and WORLD_SIZE, but no MASTER_ADDR and no MASTER_PORT"),
+    ({**ALL, "RANK": "2"}, "RANK=2 in the environment, but WORLD_SIZE=2: ranks count from 0"),
+    ({**ALL, "MASTER_PORT": "x"}, "MASTER_PORT='x' in the environment is no number"),
+    ({**ALL, "MASTER_PORT": "70000"}, "MASTER_PORT=70000 in the environment is no port"),
+    ({"SLURM_STEP_NUM_TASKS": "two"}, "SLURM_STEP_NUM_TASKS='two' in the environment is no number"),
+    *(({**TASK, name: "x1"}, f"{name}='x1'") for name in ("SLURM_JOB_ID", "SLURM_STEP_ID")),
+    ({**TASK, "SLURM_PROCID": "x1"}, "RANK='x1'"),
+    ({**TASK, "SLURM_LOCALID": "x1"}, "RANK='x1'"),
+]
+
+
+@pytest.mark.parametrize(("environment", "line"), WRONG, ids=[str(i) for i in range(len(WRONG))])
+def test_a_launchers_variable_that_cannot_be_is_one_line(environment, line, store, tmp_path, monkeypatch, capsys):
+    before = set(os.environ)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    try:
+        for words in (
+            command(tmp_path, store)[3:],
+            ["eval", "glyphs:100"],
+            ["reference", "glyphs:100", "-o", "a.safetensors"],
+        ):
+            assert cli(words) == 1
+            told = capsys.readouterr().err
+            assert line in told
+            assert told.count("\n") == 1
+    finally:
+        for name in set(os.environ) - before - set(environment):  # what Slurm's became
+            del os.environ[name]
+
+
+def test_a_port_that_nobody_uses_is_nobodys_business(store, tmp_path, monkeypatch):
+    monkeypatch.setenv("MASTER_PORT", "x")
+    assert cli([*command(tmp_path, store)[3:], "--dry-run"]) == 0
+    assert not is_worker()
+
+
+def test_processes_that_could_not_meet_are_refused_at_once(store, tmp_path):
+    line = command(tmp_path, store, "--processes", "2", *sets(*FEW))
+    if subprocess.run(["unshare", "-n", "true"], capture_output=True, check=False).returncode:
+        pytest.skip("no network of our own can be made here")
+    alone = popen(["unshare", "-n", *line], tmp_path)
+    _, err = alone.communicate(timeout=60)
+    assert alone.returncode == 1, err
+    assert "the processes would meet at 127.0.0.1, which cannot be reached here (Network is unreachable)" in err
+    assert not (tmp_path / "run" / ".lock").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_of_eight_commands_on_one_run_one_trains_and_seven_are_refused(processes, store, tmp_path):
+    line = command(tmp_path, store, "--processes", str(processes), *LONG)
+    started = [popen(line, tmp_path) for _ in range(8)]
+    wait_until(lambda: sum(each.poll() is not None for each in started) == 7, "not seven refused", 200)
+    wait_until(lambda: saved_step(tmp_path / "run") >= 50, "no save")
+    (winner,) = (each for each in started if each.poll() is None)
+    winner.terminate()
+    ends = [each.communicate(timeout=100) for each in started]
+    assert sorted(each.returncode for each in started) == [*[1] * 7, 143], ends
+    for each, (_, err) in zip(started, ends, strict=True):
+        if each is not winner:
+            assert len(re.findall("^error: .* another command is writing here", err, re.M)) == 1, err
+            assert err.count("\n") == 1
+    steps = [row["step"] for row in read_rows(tmp_path / "run" / "metrics.jsonl")]
+    assert steps == list(range(10, saved_step(tmp_path / "run") + 1, 10)), "the journal is whole"
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == len(steps)
+    assert not (tmp_path / "run" / ".lock").exists()
+
+
+@pytest.mark.slow
+def test_a_killed_parent_takes_its_workers_along_and_they_save(store, tmp_path):
+    parent = popen(command(tmp_path, store, "--processes", "2", *LONG), tmp_path)
+    wait_until(lambda: saved_step(tmp_path / "run") >= 50, "no save")
+    workers = workers_of(parent)
+    owner = json.loads((tmp_path / "run" / ".lock").read_text())
+    assert owner["pid"] in workers, "the parent handed its lock on"
+    parent.kill()
+    parent.communicate(timeout=60)
+    wait_until(lambda: not any(is_alive(pid) for pid in workers), "orphans", 30)
+    assert not (tmp_path / "run" / ".lock").exists()
+    assert saved_step(tmp_path / "run") % 50, "they stopped as after a signal"
+
+
+SILENT = {  # a shell's way of not listening
+    "stderr is full": "2>/dev/full",
+    "both are full": ">/dev/full 2>&1",
+    "stderr is closed": "2>&-",
+    "both are closed": ">&- 2>&-",
+    "nobody reads": "2>&1 | true",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("way", SILENT)
+def test_a_run_is_finished_whoever_listens(way, processes, store, tmp_path):
+    line = shlex.join(command(tmp_path, store, "--processes", str(processes), *sets(*FEW)))
+    popen(["bash", "-c", f"{line} {SILENT[way]}"], tmp_path).communicate(timeout=120)
+    wait_until(lambda: saved_step(tmp_path / "run") == 8 and not (tmp_path / "run" / ".lock").exists(), "not finished")
+    assert_same(train(make_recipe(tmp_path, *FEW), store, tmp_path / "forked", processes=processes), tmp_path / "run")
 
 
 @pytest.mark.slow

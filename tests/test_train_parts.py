@@ -55,6 +55,7 @@ def test_a_task_of_a_job_step_is_a_worker():
     assert found == slurm_environment({**TASK, "SLURM_PROCID": "9"}), "all tasks find the same port"
     assert slurm_environment({**TASK, "CUDA_VISIBLE_DEVICES": "5"})["LOCAL_RANK"] == "0", "the one GPU it sees"
     assert slurm_environment({**TASK, "CUDA_VISIBLE_DEVICES": "0,1,2"})["LOCAL_RANK"] == "1"
+    assert slurm_environment({**TASK, "CUDA_VISIBLE_DEVICES": ""})["LOCAL_RANK"] == "1", "it sees none"
     assert slurm_environment({**TASK, "MASTER_PORT": "1234"})["MASTER_PORT"] == "1234", "what is set is kept"
 
 

@@ -4,10 +4,12 @@ A fork of this process has torch imported already, so a run of twenty steps cost
 Signals, exit codes and files are those of real processes; tests/test_train_launch.py goes through the command line.
 """
 
+import contextlib
 import json
 import os
 import signal
 import socket
+import subprocess
 import sys
 import time
 import traceback
@@ -16,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from latent_stores import random_moments, write_store
@@ -188,3 +191,17 @@ def largest_difference(one: Path, other: Path) -> float:
 
 def row_values(out: Path, name: str) -> list[float]:
     return [row[name] for row in read_rows(out / "metrics.jsonl")]
+
+
+@contextlib.contextmanager
+def small_disk(folder, kilobytes):
+    folder.mkdir()
+    made = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", folder], capture_output=True, check=False
+    )
+    if made.returncode:
+        pytest.skip("no small disk can be mounted here; the file size limit stands in for it")
+    try:
+        yield lambda option: subprocess.run(["mount", "-o", f"remount,{option}", folder], check=True)
+    finally:
+        subprocess.run(["umount", folder], check=True)

@@ -5,7 +5,17 @@ from typing import Any
 
 import click
 
-from alphaflow_cli.commands.common import examples, json_option, print_json, print_table
+from alphaflow_cli.commands.common import (
+    BATCH,
+    SEED,
+    Destination,
+    Whole,
+    examples,
+    json_option,
+    print_json,
+    print_table,
+    tell,
+)
 
 EXAMPLES = examples(
     "alphaflow analyze runs/quickstart --batches 50",
@@ -18,12 +28,12 @@ NAMES = {"tfm": "∇L_TFM", "tc": "∇L_TC", "fm": "∇L_FM'", "mean_flow": "∇
 @click.command("analyze", epilog=EXAMPLES)
 @click.argument("address", metavar="CKPT|RUN")
 @click.option("--data", type=click.Path(path_type=Path), help="Latent store. Default: the recipe's, or RUN/latents.")
-@click.option("--batches", type=click.IntRange(1), default=100, show_default=True, help="More of them later go on.")
-@click.option("--batch", type=click.IntRange(1), default=64, show_default=True, help="Rows of a batch, all r < t.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the rows, their noise and their times.")
+@click.option("--batches", type=Whole(1, 1_000_000), default=100, show_default=True, help="More of them later go on.")
+@click.option("--batch", type=BATCH, default=64, show_default=True, help="Rows of a batch, all r < t.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Of the rows, their noise and their times.")
 @click.option("--weights", type=click.Choice(["ema", "raw"]), default="ema", show_default=True, help="Which weights.")
 @click.option("--all-checkpoints", is_flag=True, help="Every checkpoint that the run kept, not the newest alone.")
-@click.option("--out", type=click.Path(path_type=Path), help="Folder for numbers and pictures. Default: RUN/analysis.")
+@click.option("--out", type=Destination(is_folder=True), help="Folder for numbers and pictures. Default: RUN/analysis.")
 @json_option
 def command(
     address: str,
@@ -62,7 +72,7 @@ def command(
 
 def _print(checkpoint: dict[str, Any]) -> None:
     size = f"{checkpoint['batches']} × {checkpoint['rows_per_batch']} rows"
-    click.echo(f"{checkpoint['recipe']}, step {checkpoint['step']}, {checkpoint['weights']} weights, {size}")
+    tell(f"{checkpoint['recipe']}, step {checkpoint['step']}, {checkpoint['weights']} weights, {size}")
     shown = []
     for pair, found in checkpoint["cosines"].items():
         a, b = pair.split(".")

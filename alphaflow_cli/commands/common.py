@@ -1,17 +1,131 @@
 """What the verbs share: the RECIPE argument, `--set`, `--json`, examples in help, and the way results are printed."""
 
+import errno
 import json
+import math
 import os
+import re
+import stat
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 from click.shell_completion import CompletionItem
 
-from alphaflow_cli.errors import AlphaflowError
+from alphaflow_cli.errors import OF_A_PATH, AlphaflowError
+from alphaflow_cli.recipe.schema import MOST_NFE
+from alphaflow_cli.text import for_terminal
 
+UNSAFE = r"[\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u2069\ud800-\udfff\ufeff]"  # JSON itself escapes what is below
+LONGEST = 100_000  # letters of one printed text
 Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+class Whole(click.ParamType):  # type: ignore[type-arg]
+    """A whole number within bounds; where they are passed they are named, and nowhere else: the help stays short."""
+
+    name = "integer"
+
+    def __init__(self, least: int, most: int) -> None:
+        self.least, self.most = least, most
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        text = str(value).strip()
+        digits = re.fullmatch(r"[+-]?[0-9]+(_[0-9]+)*", text)
+        if not digits or len(text) > 40 or not self.least <= int(text) <= self.most:
+            self.fail(f"{text!r} is not a whole number from {self.least:,} to {self.most:,}.", param, ctx)
+        return int(text)
+
+
+class Number(click.ParamType):  # type: ignore[type-arg]
+    """A number within bounds; NaN is not, though it passes every comparison of click's own range."""
+
+    name = "float"
+
+    def __init__(self, least: float, most: float, *, open_below: bool = False) -> None:
+        self.least, self.most, self.open_below = least, most, open_below
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        try:
+            number = float(str(value))
+        except ValueError:
+            number = math.nan
+        if not self.least <= number <= self.most or (self.open_below and number == self.least):
+            least = f"more than {self.least:,}" if self.open_below else f"{self.least:,} or more"
+            self.fail(f"{value!r} is not a number that is {least}, and at most {self.most:,}.", param, ctx)
+        return number
+
+
+# One type for each kind of number that several verbs take. The upper bounds are far beyond use: what passes them is a
+# slip of the hand, and would end in a machine without memory.
+NFE = Whole(1, MOST_NFE)
+IMAGES = Whole(1, 100_000_000)
+BATCH = Whole(1, 65_536)
+SIZE = Whole(16, 8192)
+SEED = Whole(-(2**63), 2**63 - 1)
+PROCESSES = Whole(1, 1024)
+GUIDANCE = Number(-1000, 1000)
+
+
+class Destination(click.Path):
+    """A path that will be written: refused before the work where it could not be, after hours of it."""
+
+    def __init__(
+        self,
+        *,
+        is_folder: bool = False,
+        may_be_folder: bool = False,
+        makes_folders: bool = False,
+        holds_weights: bool = False,
+    ) -> None:
+        super().__init__(path_type=Path, file_okay=not is_folder, dir_okay=is_folder or may_be_folder)
+        self.is_folder, self.may_be_folder, self.makes_folders = is_folder, may_be_folder, makes_folders
+        self.holds_weights = holds_weights
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        path = Path(os.fsdecode(super().convert(value, param, ctx)))
+        try:
+            where, number = self._obstacle(path)
+        except OSError as fault:
+            where, number = path, fault.errno or 0
+        if number:
+            reason, advice = OF_A_PATH.get(number, (os.strerror(number), "Choose another path."))
+            what = reason if where == path else f"{where}: {reason}"
+            raise AlphaflowError(f"{path}: cannot be written ({what}). {advice}")
+        return path
+
+    def _obstacle(self, path: Path) -> tuple[Path, int]:
+        """What stands in the way, and the errno that writing would give; 0 for nothing."""
+        if self.holds_weights and re.search("[\udc80-\udcff]", str(path)):  # safetensors opens no such path
+            return path, errno.EILSEQ
+        mode = _mode_of(path)
+        if mode is not None:
+            if stat.S_ISDIR(mode) and not (self.is_folder or self.may_be_folder):
+                return path, errno.EISDIR
+            if self.is_folder and not stat.S_ISDIR(mode):
+                return path, errno.ENOTDIR
+            if not (stat.S_ISDIR(mode) or stat.S_ISREG(mode)):
+                return path, errno.ENXIO
+        if not self.is_folder and path.name:
+            _mode_of(path.with_name(f".{path.name}.1234567.part"))  # files are written under such a name at first
+        folder = path if mode is not None and stat.S_ISDIR(mode) else path.parent
+        while (mode := _mode_of(folder)) is None and (self.is_folder or self.makes_folders):
+            folder = folder.parent
+        if mode is None or not stat.S_ISDIR(mode):
+            return folder, errno.ENOENT if mode is None else errno.ENOTDIR
+        if not os.access(folder, os.W_OK | os.X_OK):
+            return folder, errno.EROFS if os.statvfs(folder).f_flag & os.ST_RDONLY else errno.EACCES
+        return path, 0
+
+
+def _mode_of(path: Path) -> int | None:
+    """Of what the path leads to; None where there is nothing."""
+    try:
+        return path.stat().st_mode
+    except FileNotFoundError:
+        return None
 
 
 def complete_recipe(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
@@ -56,12 +170,23 @@ def examples(*lines: str) -> str:
 
 
 def print_json(document: object) -> None:
-    click.echo(json.dumps(document, ensure_ascii=False, indent=2))
+    """What a terminal would obey is escaped, which means the same in JSON."""
+    text = json.dumps(document, ensure_ascii=False, indent=2)
+    click.echo(text if text.replace("\n", "").isprintable() else re.sub(UNSAFE, _escaped, text))
+
+
+def _escaped(found: re.Match[str]) -> str:
+    return json.dumps(found[0])[1:-1]
+
+
+def tell(text: str, *, err: bool = False) -> None:
+    """Print words that may come from a file; what a terminal would obey is shown instead."""
+    click.echo(for_terminal(text, limit=LONGEST, lines=True), err=err)
 
 
 def print_table(rows: Sequence[tuple[str, ...]], *, head: tuple[str, ...] = ()) -> None:
     """Columns as wide as their widest cell; the first row is the head where one is given."""
-    shown = [head, *rows] if head else rows
+    shown = [tuple(for_terminal(cell, limit=LONGEST) for cell in row) for row in ([head, *rows] if head else rows)]
     widths = [max(len(row[i]) for row in shown) for i in range(len(shown[0]))] if shown else []
     for row in shown:
         click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
@@ -76,6 +201,8 @@ def write_new(path: Path, content: str | bytes, *, overwrite: bool = False) -> N
         partial.write_bytes(content.encode() if isinstance(content, str) else content)
         partial.replace(path)
     except OSError as fault:
-        raise AlphaflowError(f"{path}: cannot be written ({fault.strerror})") from fault
+        reason, advice = OF_A_PATH.get(fault.errno or 0, (str(fault.strerror), "Choose another path."))
+        raise AlphaflowError(f"{path}: cannot be written ({reason}). {advice}") from fault
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):  # a disk that refuses even this
+            partial.unlink(missing_ok=True)

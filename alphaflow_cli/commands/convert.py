@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, cast
 
 import click
 
-from alphaflow_cli.commands.common import examples, json_option, print_json, set_option
+from alphaflow_cli.commands.common import Destination, examples, json_option, print_json, set_option, tell
 
 if TYPE_CHECKING:
     from alphaflow_cli.convert import Outcome
@@ -21,7 +21,7 @@ EPILOG = examples(
 @click.command(epilog=EPILOG)
 @click.argument("source", metavar="SRC")
 @click.option(
-    "-o", "--out", type=click.Path(path_type=Path), required=True, help="The file to write; never overwritten."
+    "-o", "--out", type=Destination(holds_weights=True), required=True, help="The file to write; never overwritten."
 )
 @click.option(
     "--from",
@@ -86,11 +86,11 @@ def _report(outcome: "Outcome", as_json: bool) -> None:
         beside = str(outcome.autoencoder) if outcome.autoencoder else None
         print_json({**facts, "said": outcome.said, "filled": outcome.filled, "autoencoder": beside})
         return
-    click.echo(f"{outcome.family} checkpoint, {outcome.weights} weights", err=True)
+    tell(f"{outcome.family} checkpoint, {outcome.weights} weights", err=True)
     for key, value in outcome.said.items():
-        click.echo(f"  said by the file   {key}: {value}", err=True)
+        tell(f"  said by the file   {key}: {value}", err=True)
     for key, value in outcome.filled.items():
-        click.echo(f"  not in the file    {key}: {value}", err=True)
+        tell(f"  not in the file    {key}: {value}", err=True)
     if outcome.autoencoder:
-        click.echo(f"  its autoencoder    {outcome.autoencoder}; keep it beside the checkpoint", err=True)
+        tell(f"  its autoencoder    {outcome.autoencoder}; keep it beside the checkpoint", err=True)
     click.echo(outcome.path)

@@ -8,12 +8,18 @@ from typing import TYPE_CHECKING
 import click
 
 from alphaflow_cli.commands.common import (
+    GUIDANCE,
+    IMAGES,
+    NFE,
+    PROCESSES,
+    Destination,
     autoencoder_option,
     decoder_option,
     examples,
     json_option,
     print_json,
     print_table,
+    tell,
 )
 from alphaflow_cli.commands.measuring import Metrics, Weights, batch_option, metrics_option, weights_option
 from alphaflow_cli.commands.sample import SAMPLERS, to_times
@@ -34,21 +40,23 @@ EXAMPLES = examples(
 
 @click.command("eval", epilog=EXAMPLES)
 @click.argument("subject", metavar="CKPT|IMAGES")
-@click.option("--nfe", multiple=True, type=int, help="Evaluations per picture; repeatable. Default: the recipe's.")
+@click.option("--nfe", multiple=True, type=NFE, help="Evaluations per picture; repeatable. Default: the recipe's.")
 @click.option("--sampler", type=click.Choice(SAMPLERS), default="auto", show_default=True, help="auto: the recipe's.")
 @click.option("--times", callback=to_times, metavar="TIMES", help="Own grid, such as 1,0.55,0; instead of --nfe.")
-@click.option("--guidance", type=float, help="At sampling, for models trained without guidance.")
+@click.option("--guidance", type=GUIDANCE, help="At sampling, for models trained without guidance.")
 @click.option("--sweep-midpoint", is_flag=True, help="Two steps, with the midpoint at 0.1, 0.2, … 0.9.")
 @metrics_option
 @click.option("--reference", metavar="FILE|SOURCE", help="Reference statistics, or the real pictures themselves.")
-@click.option("--images", type=click.IntRange(min=1), help="So many pictures. Default: the recipe's; all of IMAGES.")
+@click.option("--images", type=IMAGES, help="So many pictures. Default: the recipe's; all of IMAGES.")
 @click.option("--draw", type=click.Choice(["random", "balanced"]), help="Labels of a checkpoint's pictures.")
 @autoencoder_option
 @decoder_option
 @batch_option
-@click.option("--processes", type=click.IntRange(1), help="Processes to share the work. Default: one per GPU.")
+@click.option("--processes", type=PROCESSES, help="Processes to share the work. Default: one per GPU.")
 @weights_option
-@click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Folder. Default: the run's, else evals.")
+@click.option(
+    "--out", type=Destination(is_folder=True, holds_weights=True), help="Folder. Default: the run's, else evals."
+)
 @click.option("--markdown", is_flag=True, help="Print a Markdown table for a README instead.")
 @json_option
 def command(
@@ -95,7 +103,7 @@ def command(
 
 def run(request: "Request", processes: int | None, of_checkpoint: bool, *, markdown: bool, as_json: bool) -> None:
     """Here, or in N processes of which the first prints."""
-    from alphaflow_cli.engine.launch import as_worker, is_worker, launch
+    from alphaflow_cli.engine.launch import as_worker, check_processes, is_worker, launch
     from alphaflow_cli.engine.processes import processes_here
 
     def measure() -> int:
@@ -105,6 +113,7 @@ def run(request: "Request", processes: int | None, of_checkpoint: bool, *, markd
         return 0
 
     if is_worker():
+        check_processes(processes)
         as_worker(measure)
     count = processes_here(processes)
     code = measure() if count == 1 else launch(sys.argv[1:], count)
@@ -178,8 +187,8 @@ def tell_notes(evaluation: "Evaluation") -> None:
     from alphaflow_cli.engine import results
 
     for warning in evaluation.warnings:
-        click.echo(f"warning: {warning}", err=True)
+        tell(f"warning: {warning}", err=True)
     for note, names in results.notes(evaluation).items():
-        click.echo(f"note: {', '.join(names)}: {note}", err=True)
+        tell(f"note: {', '.join(names)}: {note}", err=True)
     spent = ", ".join(f"{part} {seconds:.1f} s" for part, seconds in evaluation.seconds.items())
     click.echo(f"time: {spent}", err=True)

@@ -6,6 +6,7 @@ from typing import Any, TypeVar, get_args
 
 import click
 
+from alphaflow_cli.commands.common import BATCH
 from alphaflow_cli.recipe.schema import Metric
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -32,7 +33,7 @@ def weights_option(function: Command) -> Command:
 def batch_option(function: Command) -> Command:
     """`--batch N`."""
     text = "Pictures at a time through a network; changes no number."
-    return click.option("--batch", type=click.IntRange(min=1), default=64, show_default=True, help=text)(function)
+    return click.option("--batch", type=BATCH, default=64, show_default=True, help=text)(function)
 
 
 def _parse_metrics(ctx: click.Context, param: click.Parameter, value: str | None) -> Metrics:

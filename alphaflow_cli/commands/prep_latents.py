@@ -5,7 +5,7 @@ from typing import Literal
 
 import click
 
-from alphaflow_cli.commands.common import examples
+from alphaflow_cli.commands.common import IMAGES, PROCESSES, Destination, Number, Whole, examples, tell
 from alphaflow_cli.recipe.schema import Data
 
 GLYPH_SIZE = 32  # the embedded set is drawn at this size
@@ -20,8 +20,8 @@ EPILOG = examples(
 
 @click.command("prep-latents", epilog=EPILOG)
 @click.argument("source")
-@click.option("--out", type=click.Path(path_type=Path), help="The store. [default: latents/SOURCE-SIZE-AUTOENCODER]")
-@click.option("--size", type=click.IntRange(1, 8192), help="Side of the square picture. [default: 256; glyphs: 32]")
+@click.option("--out", type=Destination(is_folder=True), help="The store. [default: latents/SOURCE-SIZE-AUTOENCODER]")
+@click.option("--size", type=Whole(1, 8192), help="Side of the square picture. [default: 256; glyphs: 32]")
 @click.option(
     "--autoencoder",
     metavar="ID|DIR|FILE|none",
@@ -29,9 +29,9 @@ EPILOG = examples(
 )
 @click.option("--dtype", type=click.Choice(["fp16", "fp32"]), default="fp16", show_default=True, help="On disk.")
 @click.option("--flips", is_flag=True, help="Store the mirror images' latents, too (twice the disk).")
-@click.option("--batch", type=click.IntRange(0), default=0, help="Pictures encoded at once. [default: by the size]")
-@click.option("--processes", type=click.IntRange(1), help="[default: one per GPU, else one]")
-@click.option("--limit", type=click.IntRange(1), help="Take so many pictures, spread evenly over the source.")
+@click.option("--batch", type=Whole(0, 65_536), default=0, help="Pictures encoded at once. [default: by the size]")
+@click.option("--processes", type=PROCESSES, help="[default: one per GPU, else one]")
+@click.option("--limit", type=IMAGES, help="Take so many pictures, spread evenly over the source.")
 @click.option(
     "--bad",
     type=click.Choice(["stop", "skip"]),
@@ -48,7 +48,7 @@ EPILOG = examples(
 )
 @click.option(
     "--max-megapixels",
-    type=click.FloatRange(0, min_open=True),
+    type=Number(0, 100_000, open_below=True),
     default=200.0,
     show_default=True,
     help="A larger picture is taken for a bomb.",
@@ -80,7 +80,7 @@ def command(
         from alphaflow_cli.engine.prepare_report import verify
 
         return print_lines(verify(Path(source)))
-    from alphaflow_cli.engine.prepare import default_processes, plan_job, prepare
+    from alphaflow_cli.engine.prepare import count_processes, plan_job, prepare
     from alphaflow_cli.engine.prepare_plan import Request, default_out
     from alphaflow_cli.engine.prepare_report import describe, estimate
 
@@ -89,7 +89,7 @@ def command(
     autoencoder = autoencoder or ("none" if glyphs else Data.autoencoder)
     max_pixels = round(max_megapixels * 1e6)
     request = Request(source, size, autoencoder, dtype, flips, batch, limit or 0, bad, precision, max_pixels)
-    out, processes = out or default_out(source, size, autoencoder), processes or default_processes()
+    out, processes = out or default_out(source, size, autoencoder), count_processes(autoencoder, processes)
     if only_estimate:
         return print_lines(estimate(plan_job(request, out, processes)[0], processes).lines())
     prepare(request, out, processes=processes, shown=True)
@@ -99,4 +99,4 @@ def command(
 def print_lines(lines: list[str]) -> None:
     """Facts, and last the path."""
     for line in lines:
-        click.echo(line)
+        tell(line)

@@ -4,14 +4,14 @@ from pathlib import Path
 
 import click
 
-from alphaflow_cli.commands.common import examples
+from alphaflow_cli.commands.common import Destination, examples
 
 EPILOG = examples("alphaflow pull user/b2", "alphaflow pull user/b2@v1.0 -o b2")
 
 
 @click.command(epilog=EPILOG)
 @click.argument("repo", metavar="REPO[@REVISION]")
-@click.option("-o", "--out", type=click.Path(file_okay=False, path_type=Path), help="Copy it here too.")
+@click.option("-o", "--out", type=Destination(is_folder=True, holds_weights=True), help="Copy it here too.")
 def command(repo: str, out: Path | None) -> None:
     """Fetch a published model from the Hub.
 

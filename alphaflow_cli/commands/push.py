@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from alphaflow_cli.commands.common import examples, print_table
+from alphaflow_cli.commands.common import Destination, examples, print_table
 
 EPILOG = examples(
     "alphaflow push",
@@ -49,7 +49,9 @@ def local_source(source: str, repo: str | None) -> Path:
 @click.option("--pr", "pull_request", is_flag=True, help="Open a pull request instead of committing.")
 @click.option("--dry-run", is_flag=True, help="Write the folder and list it; nothing is sent.")
 @click.option(
-    "--out", type=click.Path(path_type=Path), help="Where --dry-run writes it. Default: RUN/hub or <name>-hub."
+    "--out",
+    type=Destination(is_folder=True, holds_weights=True),
+    help="Where --dry-run writes it. Default: RUN/hub or <name>-hub.",
 )
 @click.option(
     "--license",

@@ -5,15 +5,18 @@ from pathlib import Path
 import click
 
 from alphaflow_cli.commands.common import (
+    Destination,
     examples,
     json_option,
     print_json,
     print_table,
     recipe_argument,
     set_option,
+    tell,
     write_new,
 )
 from alphaflow_cli.errors import AlphaflowError
+from alphaflow_cli.text import for_message
 
 
 @click.group(epilog=examples("alphaflow recipe ls", "alphaflow recipe show b2 --set train.steps=100000"))
@@ -67,9 +70,9 @@ def show(recipe: str, sets: tuple[str, ...], as_json: bool) -> None:
         print_json({"recipe": to_dict(loaded), **facts(loaded)})
         return
     for what, text in lines(loaded):
-        click.echo(f"# {what:11}{text}")
+        tell(f"# {what:11}{text}")
     click.echo()
-    click.echo(dump_recipe(loaded), nl=False)
+    tell(dump_recipe(loaded).removesuffix("\n"))
 
 
 @command.command(epilog=examples("alphaflow recipe check b2", "alphaflow recipe check b2 cifar10 --json"))
@@ -87,7 +90,7 @@ def check(ctx: click.Context, files: tuple[str, ...], sets: tuple[str, ...], as_
         print_json([{"file": file, "ok": not fault, "error": fault or None} for file, fault in verdicts])
     else:
         for file, fault in verdicts:
-            click.echo(f"error: {fault}" if fault else f"{file}: good", err=bool(fault))
+            tell(f"error: {fault}" if fault else f"{file}: good", err=bool(fault))
     if any(fault for _, fault in verdicts):
         ctx.exit(1)
 
@@ -98,13 +101,13 @@ def _fault(file: str, sets: tuple[str, ...]) -> str:
     try:
         load_recipe(file, sets)
     except AlphaflowError as fault:
-        return str(fault)
+        return for_message(str(fault))
     return ""
 
 
 @command.command(epilog=examples("alphaflow recipe plot b2 -o b2.png", "alphaflow recipe plot xl2-cfg -o xl2.svg"))
 @recipe_argument
-@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="FILE.png or FILE.svg.")
+@click.option("-o", "--out", type=Destination(), required=True, help="FILE.png or FILE.svg.")
 @set_option
 def plot(recipe: str, out: Path, sets: tuple[str, ...]) -> None:
     """Draw alpha and its phases, the share of r = t rows and the learning rate over the steps."""
@@ -127,7 +130,7 @@ def plot(recipe: str, out: Path, sets: tuple[str, ...]) -> None:
 
 @command.command(epilog=examples("alphaflow recipe cp b2 mine.yaml"))
 @recipe_argument
-@click.argument("file", type=click.Path(path_type=Path))
+@click.argument("file", type=Destination(may_be_folder=True))
 @set_option
 def cp(recipe: str, file: Path, sets: tuple[str, ...]) -> None:
     """Copy a recipe to FILE, to change it there. An existing FILE is never overwritten.

@@ -5,7 +5,17 @@ from typing import TYPE_CHECKING
 
 import click
 
-from alphaflow_cli.commands.common import examples, json_option, print_json, print_table
+from alphaflow_cli.commands.common import (
+    IMAGES,
+    SIZE,
+    Destination,
+    Whole,
+    examples,
+    json_option,
+    print_json,
+    print_table,
+    tell,
+)
 from alphaflow_cli.commands.measuring import Metrics, Weights, batch_option, metrics_option, weights_option
 from alphaflow_cli.errors import AlphaflowError
 
@@ -20,19 +30,19 @@ EXAMPLES = examples(
 
 @click.command(epilog=EXAMPLES)
 @click.argument("source")
-@click.option("-o", "--out", "path", required=True, type=click.Path(dir_okay=False, path_type=Path), help="The file.")
+@click.option("-o", "--out", "path", required=True, type=Destination(holds_weights=True), help="The file.")
 @metrics_option
-@click.option("--size", type=click.IntRange(min=16), help="Centre crop, Lanczos to this side; else as they are.")
-@click.option("--images", "limit", type=click.IntRange(min=1), help="Only so many pictures, taken evenly.")
+@click.option("--size", type=SIZE, help="Centre crop, Lanczos to this side; else as they are.")
+@click.option("--images", "limit", type=IMAGES, help="Only so many pictures, taken evenly.")
 @click.option("--name", default="", help="How the reference is called in every row; the source's name otherwise.")
 @click.option(
-    "--keep", type=click.IntRange(min=0), default=10_000, show_default=True,
+    "--keep", type=Whole(0, 1_000_000), default=10_000, show_default=True,
     help="Single features kept, for KID, precision and recall.",
 )  # fmt: skip
 @batch_option
 @weights_option
 @click.option(
-    "--work", type=click.Path(file_okay=False, path_type=Path), default=Path("evals"), show_default=True,
+    "--work", type=Destination(is_folder=True, holds_weights=True), default=Path("evals"), show_default=True,
     help="Folder for unfinished work.",
 )  # fmt: skip
 @json_option
@@ -55,26 +65,43 @@ def command(
     hf://datasets/NAME, or glyphs:N. Where a source holds splits and --size is given, the training split is taken.
     Without --metrics: every network whose weights are on this machine.
     """
-    from alphaflow_cli.engine import evaluate as engine
-    from alphaflow_cli.engine.pictures import open_pictures
-    from alphaflow_cli.engine.processes import join_processes
+    from alphaflow_cli.engine.launch import as_worker, is_worker
 
     if path.suffix != ".safetensors":
         raise click.UsageError(f"-o {path}: a reference is a .safetensors file")
     if path.exists():
         raise AlphaflowError(f"{path}: exists already, and is not overwritten. Choose another name or remove it")
+
+    def measure() -> int:
+        made = make(source, path, metrics, weights, work, size=size, limit=limit, name=name, kept=keep, batch=batch)
+        if made is not None:
+            _print(*made, path, as_json=as_json)
+        return 0
+
+    if is_worker():
+        as_worker(measure)
+    measure()
+
+
+def make(
+    source: str, path: Path, metrics: Metrics, weights: Weights, work: Path, *,
+    size: int | None, limit: int | None, name: str, kept: int, batch: int,
+) -> "tuple[Reference, list[str]] | None":  # fmt: skip
+    """Measure and save, in this process or as one of those that a launcher started."""
+    from alphaflow_cli.engine import evaluate as engine
+    from alphaflow_cli.engine.pictures import open_pictures
+    from alphaflow_cli.engine.processes import join_processes
+
     pictures = open_pictures(source, size=size, limit=limit)
     processes = join_processes()
     chosen = metrics or engine.available_metrics(weights)
     ruler = engine.Ruler(engine.build_extractors(chosen, processes.device, weights), processes, work, batch)
-    made = engine.make_reference(pictures, ruler, path, name=name, kept=keep)
-    if made is not None:
-        _print(*made, path, as_json=as_json)
+    return engine.make_reference(pictures, ruler, path, name=name, kept=kept)
 
 
 def _print(reference: "Reference", warnings: list[str], path: Path, *, as_json: bool) -> None:
     for warning in warnings:
-        click.echo(f"warning: {warning}", err=True)
+        tell(f"warning: {warning}", err=True)
     spaces = {key: each.space for key, each in reference.stats.items()}
     if as_json:
         print_json({"path": str(path), "facts": reference.facts, "spaces": {k: vars(v) for k, v in spaces.items()}})

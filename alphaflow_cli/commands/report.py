@@ -4,14 +4,14 @@ from pathlib import Path
 
 import click
 
-from alphaflow_cli.commands.common import examples
+from alphaflow_cli.commands.common import Destination, examples
 
 EXAMPLES = examples("alphaflow report runs/quickstart", "alphaflow report runs/b2 -o b2.html")
 
 
 @click.command("report", epilog=EXAMPLES)
 @click.argument("run", metavar="RUN", type=click.Path(path_type=Path))
-@click.option("-o", "--out", type=click.Path(path_type=Path), help="The page. Default: RUN/report.html")
+@click.option("-o", "--out", type=Destination(), help="The page. Default: RUN/report.html")
 def command(run: Path, out: Path | None) -> None:
     """Make one self-contained HTML page of a run.
 

@@ -5,7 +5,16 @@ from typing import TYPE_CHECKING
 
 import click
 
-from alphaflow_cli.commands.common import autoencoder_option, decoder_option, examples
+from alphaflow_cli.commands.common import (
+    BATCH,
+    GUIDANCE,
+    NFE,
+    PROCESSES,
+    Destination,
+    autoencoder_option,
+    decoder_option,
+    examples,
+)
 
 if TYPE_CHECKING:
     from alphaflow_cli.engine.decoder import DecoderChoice
@@ -53,18 +62,18 @@ SAMPLERS = ["auto", "trajectory", "consistency", "flow", "heun"]
     "--seeds", callback=to_seeds, default="0-63", metavar="SEEDS", show_default=True, help="One picture per seed."
 )
 @click.option("--classes", default="", help="Numbers or names, comma-separated, in turn. Default: drawn per seed.")
-@click.option("--nfe", multiple=True, type=int, help="Network evaluations per picture; repeat to compare. Default: 1.")
+@click.option("--nfe", multiple=True, type=NFE, help="Network evaluations per picture; repeat to compare. Default: 1.")
 @click.option("--sampler", type=click.Choice(SAMPLERS), default="auto", show_default=True, help="auto: the recipe's.")
 @click.option("--times", callback=to_times, metavar="TIMES", help="Own grid, such as 1,0.55,0; instead of --nfe.")
-@click.option("--guidance", type=float, help="At sampling, for models trained without guidance.")
+@click.option("--guidance", type=GUIDANCE, help="At sampling, for models trained without guidance.")
 @click.option("--weights", type=click.Choice(["ema", "raw"]), default="ema", show_default=True, help="Which weights.")
 @autoencoder_option
 @decoder_option
-@click.option("--out", type=click.Path(path_type=Path), help="Folder for one PNG per picture.")
-@click.option("--grid", type=click.Path(path_type=Path), help="One PNG with all of them.")
-@click.option("--latents", type=click.Path(path_type=Path), help="The network's own latents as .npy (n, C, h, w).")
-@click.option("--batch", type=click.IntRange(1), default=64, show_default=True, help="Pictures at once.")
-@click.option("--processes", type=click.IntRange(1), help="Processes to share the work. Default: one per GPU.")
+@click.option("--out", type=Destination(is_folder=True), help="Folder for one PNG per picture.")
+@click.option("--grid", type=Destination(makes_folders=True), help="One PNG with all of them.")
+@click.option("--latents", type=Destination(makes_folders=True), help="The network's own latents as .npy (n, C, h, w).")
+@click.option("--batch", type=BATCH, default=64, show_default=True, help="Pictures at once.")
+@click.option("--processes", type=PROCESSES, help="Processes to share the work. Default: one per GPU.")
 def command(
     checkpoint: str,
     seeds: list[int],

@@ -1,5 +1,6 @@
 """`alphaflow train`: a recipe becomes a run. Running it again resumes."""
 
+import contextlib
 import os
 import sys
 from pathlib import Path
@@ -7,7 +8,18 @@ from typing import TYPE_CHECKING
 
 import click
 
-from alphaflow_cli.commands.common import examples, json_option, print_json, recipe_argument, set_option
+from alphaflow_cli.commands.common import (
+    BATCH,
+    PROCESSES,
+    Destination,
+    examples,
+    json_option,
+    print_json,
+    recipe_argument,
+    set_option,
+    tell,
+)
+from alphaflow_cli.errors import LostOutput, silence_stdout
 from alphaflow_cli.recipe import load_recipe
 from alphaflow_cli.recipe.schema import Recipe
 
@@ -27,18 +39,17 @@ class MicroBatch(click.ParamType):  # type: ignore[type-arg]
     name = "n|auto"
 
     def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        text = str(value)
-        if value != 0 and text != "auto" and not (text.isdecimal() and int(text) > 0):
-            self.fail(f"{text!r} is neither a number of rows nor auto.", param, ctx)
-        return 0 if text == "auto" else int(text)
+        return 0 if value in ("auto", 0) else BATCH.convert(value, param, ctx)
 
 
 @click.command("train", epilog=EXAMPLES)
 @recipe_argument
 @click.option("--data", type=click.Path(path_type=Path), help="Latent store, instead of the recipe's data.store.")
-@click.option("--out", type=click.Path(path_type=Path), help="Run folder. Default: runs/<recipe name>.")
+@click.option(
+    "--out", type=Destination(is_folder=True, holds_weights=True), help="Run folder. Default: runs/<recipe name>."
+)
 @set_option
-@click.option("--processes", type=click.IntRange(1), help="Processes to start on this machine. Default: one per GPU.")
+@click.option("--processes", type=PROCESSES, help="Processes to start on this machine. Default: one per GPU.")
 @click.option("--micro-batch", type=MicroBatch(), default="auto", help="Rows a process computes at once, or auto.")
 @click.option("--init-from", default="", metavar="CKPT", help="Begin with the weights of this checkpoint.")
 @click.option("--verify/--no-verify", default=True, help="Check the whole store before the first step (about 1 s/GB).")
@@ -87,27 +98,35 @@ def join(recipe: Recipe, options: "Options") -> int:
 
     code = train(recipe, options)
     if code == 0 and not has_parent() and os.environ["RANK"] == "0":
-        finish(options.out)
+        with contextlib.suppress(OSError):  # the run is whole, whether or not its last words can be written
+            finish(options.out)
     return code
 
 
 def begin(recipe: Recipe, options: "Options", processes: int | None) -> int:
     """Check everything, then train here or in N processes."""
     from alphaflow_cli.engine.launch import launch
+    from alphaflow_cli.engine.lock import hand_on, hold
     from alphaflow_cli.engine.ready import count_processes, prepare
     from alphaflow_cli.engine.start import train
 
     count = count_processes(recipe, processes)
-    prepare(recipe, options)
-    return train(recipe, options) if count == 1 else launch(sys.argv[1:], count)
+    with hold(options.out, "train"):
+        prepare(recipe, options)
+        if count == 1:
+            return train(recipe, options)
+        os.environ |= hand_on(options.out)
+        return launch(sys.argv[1:], count)
 
 
 def finish(folder: Path) -> None:
-    """What was made, and what to do with it."""
-    model = folder / "model.safetensors"
-    click.echo(f"Look at it:  {folder / 'samples'}")
-    click.echo(f"Sample it:   alphaflow sample {folder} --grid grid.png")
-    click.echo(model)
+    """What was made, and what to do with it. The run is saved: a stdout that is full or gone does not undo it."""
+    lines = (f"Look at it:  {folder / 'samples'}", f"Sample it:   alphaflow sample {folder} --grid grid.png")
+    try:
+        click.echo("\n".join([*lines, str(folder / "model.safetensors")]))
+    except LostOutput as lost:
+        silence_stdout()
+        click.echo(f"{lost} The run is finished and saved: {folder}", err=True)
 
 
 def show_plan(
@@ -124,4 +143,4 @@ def show_plan(
         print_json(document)
         return
     for line in lines:
-        click.echo(line)
+        tell(line)

@@ -134,9 +134,11 @@ def loss_terms(u: Tensor, target: Tensor, v_guided: Tensor) -> Terms:
 
 
 def interval_bins(t: Tensor, r: Tensor, values: Tensor, bins: int) -> tuple[Tensor, Tensor]:
-    """(sums, counts) of `values` per equal bin of t − r in (0, 1]; r = t rows are left out."""
+    """(sums, counts) of `values` per equal bin of t − r in (0, 1]; r = t rows are left out.
+
+    A sum over all rows for each bin: `index_add` adds in another order at every call on a GPU.
+    """
     interval = t - r
     index = (interval * bins).ceil().long().clamp(1, bins) - 1
-    later = interval > 0
-    zeros = torch.zeros(bins, dtype=values.dtype, device=values.device)
-    return zeros.index_add(0, index, torch.where(later, values, 0.0)), zeros.index_add(0, index, later.to(values.dtype))
+    inside = (index[:, None] == torch.arange(bins, device=t.device)) & (interval > 0)[:, None]  # (B, bins)
+    return torch.where(inside, values[:, None], 0.0).sum(0), inside.sum(0).to(values.dtype)

@@ -22,21 +22,28 @@ from alphaflow_cli.errors import AlphaflowError
 
 Array = npt.NDArray[Any]
 DTYPES = {"F64": "<f8", "I64": "<i8", "F32": "<f4", "F16": "<f2", "U8": "|u1"}  # widest first: keeps them aligned
+SEAL, SEAL_BYTES = "checksum", 32  # name and size of a sealed file's last tensor
 _NAMES = {np.dtype(code): name for name, code in DTYPES.items()}
 _WIDTH = {name: -np.dtype(code).itemsize for name, code in DTYPES.items()}
 
 
-def write_atomic(path: Path, pieces: Iterable[bytes | memoryview]) -> tuple[int, str]:
-    """Write, sync, rename; returns size and sha256. A kill leaves the old file or the new one, never half of one."""
+def write_atomic(path: Path, pieces: Iterable[bytes | memoryview], *, sealed: bool = False) -> tuple[int, str]:
+    """Write, sync, rename; returns size and sha256. A kill leaves the old file or the new one, never half of one.
+
+    A sealed file ends with the 32 bytes of the sha256 of all that stands before them.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # a worker that outlives its killed parent meets
     #                                                                the next run here; both write the same bytes
     digest, size = hashlib.sha256(), 0
     try:
-        with temporary.open("wb") as file:
+        with temporary.open("wb") as file, ThreadPoolExecutor(1) as beside:
             for piece in pieces:
+                hashed = beside.submit(digest.update, piece)  # while it is written: the two cost the longer one's time
                 file.write(piece)
-                digest.update(piece)
+                hashed.result()
                 size += len(piece)
+            if sealed:
+                size += file.write(digest.digest())
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -61,8 +68,10 @@ def to_json(value: object) -> bytes:
     return json.dumps(value, indent=1, ensure_ascii=True).encode() + b"\n"
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Array], metadata: Mapping[str, str]) -> tuple[int, str]:
-    """One safetensors file, atomically; returns size and sha256."""
+def write_tensors(
+    path: Path, tensors: Mapping[str, Array], metadata: Mapping[str, str], *, sealed: bool = False
+) -> tuple[int, str]:
+    """One safetensors file, atomically; returns size and sha256. The seal is its last tensor, SEAL."""
     order = sorted(tensors, key=lambda name: (_WIDTH[_NAMES[tensors[name].dtype]], name))
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     start = 0
@@ -71,9 +80,21 @@ def write_tensors(path: Path, tensors: Mapping[str, Array], metadata: Mapping[st
         kind = _NAMES[tensors[name].dtype]
         header[name] = {"dtype": kind, "shape": list(tensors[name].shape), "data_offsets": [start, end]}
         start = end
+    if sealed:
+        header[SEAL] = {"dtype": "U8", "shape": [SEAL_BYTES], "data_offsets": [start, start + SEAL_BYTES]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    return write_atomic(path, _pieces(text, [tensors[name] for name in order]))
+    return write_atomic(path, _pieces(text, [tensors[name] for name in order]), sealed=sealed)
+
+
+def seal_holds(path: Path) -> bool:
+    """Whether a sealed file still has the bytes that were written."""
+    digest, left = hashlib.sha256(), path.stat().st_size - SEAL_BYTES
+    with path.open("rb") as file:
+        while left > 0 and (piece := file.read(min(left, 1 << 22))):
+            digest.update(piece)
+            left -= len(piece)
+        return left == 0 and file.read() == digest.digest()
 
 
 def _pieces(header: bytes, arrays: list[Array]) -> Iterator[bytes | memoryview]:

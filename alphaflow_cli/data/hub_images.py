@@ -16,9 +16,12 @@ from typing import Any
 from alphaflow_cli.data.archives import open_archive
 from alphaflow_cli.data.sources import Fetch, Source, is_picture
 from alphaflow_cli.errors import AlphaflowError
+from alphaflow_cli.remote.client import hub_api, session
+from alphaflow_cli.remote.faults import Distrusted, HubFault, hub_faults
 
 ADDRESS = re.compile(r"hf://datasets/(?P<repo>[^/@:]+/[^/@:]+|[^/@:]+)(@(?P<revision>[^:]+))?(:(?P<split>[\w.-]+))?$")
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.xz", ".txz")
+REFUSED = (401, 403, 404)  # of one file: it is left out, or ends the run, as --bad says
 TRIES, PAUSE = 4, 1.0  # of one picture, seconds before the second try; doubled each time
 
 
@@ -79,57 +82,49 @@ def open_hub(text: str) -> Source:
 
 def download(repo: str, commit: str, file: str) -> bytes:
     """The bytes of one file. One that is not there is an OSError; a Hub that stays away ends the run."""
-    from huggingface_hub import get_session, hf_hub_url
-    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub import hf_hub_url
     from huggingface_hub.utils import build_hf_headers, hf_raise_for_status  # type: ignore[attr-defined]
 
     url = hf_hub_url(repo, file, repo_type="dataset", revision=commit)
     for attempt in range(TRIES):
         try:
-            answer = get_session().get(url, headers=build_hf_headers(), follow_redirects=True, timeout=60)
-            hf_raise_for_status(answer)
-            return bytes(answer.content)
-        except HfHubHTTPError as fault:
-            if fault.response.status_code in (401, 403, 404):
-                raise OSError(f"the Hub answers {fault.response.status_code}") from fault
+            with hub_faults(url):
+                answer = session().get(url, headers=build_hf_headers(), follow_redirects=True, timeout=60)
+                if answer.status_code not in REFUSED:
+                    hf_raise_for_status(answer)
+                if answer.headers.get("Content-Type", "").startswith("text/html"):
+                    raise Distrusted("a web page came instead (does a login page of this network stand between?)")
+        except HubFault:
             if attempt == TRIES - 1:
-                raise AlphaflowError(f"{url}: the Hub answers {fault.response.status_code}; try again later") from fault
-        except _hub_errors() as fault:
-            if attempt == TRIES - 1:
-                raise AlphaflowError(f"{url}: the Hub cannot be reached ({fault}); try again later") from fault
-        time.sleep(PAUSE * 2**attempt)
+                raise
+            time.sleep(PAUSE * 2**attempt)
+            continue
+        if answer.status_code in REFUSED:
+            raise OSError(f"the Hub answers {answer.status_code}")
+        return bytes(answer.content)
     raise AssertionError("unreachable")
 
 
 def _list(repo: str, revision: str | None) -> tuple[str, list[str]]:
     """The commit and all its files."""
-    from huggingface_hub import HfApi
-
+    where = f"hf://datasets/{repo}"
     try:
-        info = HfApi().dataset_info(repo, revision=revision)
-        assert info.sha is not None, repo
-        return info.sha, HfApi().list_repo_files(repo, repo_type="dataset", revision=info.sha)
-    except _hub_errors() as fault:
-        lines = str(fault).strip().splitlines() or [type(fault).__name__]
-        raise AlphaflowError(f"hf://datasets/{repo}: cannot be listed ({lines[0]})") from fault
+        with hub_faults(where):
+            info = hub_api().dataset_info(repo, revision=revision)
+            assert info.sha is not None, repo
+            return info.sha, hub_api().list_repo_files(repo, repo_type="dataset", revision=info.sha)
+    except HubFault as fault:
+        raise AlphaflowError(f"{where}: cannot be listed ({fault.why.rstrip('.')})") from fault
 
 
 def _cached(repo: str, commit: str, file: str) -> Path:
     """An archive, downloaded once into the Hub's cache (it resumes)."""
-    from huggingface_hub import hf_hub_download
-
+    where = f"hf://datasets/{repo}"
     try:
-        return Path(hf_hub_download(repo, file, repo_type="dataset", revision=commit))
-    except _hub_errors() as fault:
-        raise AlphaflowError(f"hf://datasets/{repo}: {file} cannot be downloaded ({fault})") from fault
-
-
-def _hub_errors() -> tuple[type[Exception], ...]:
-    """Whatever the Hub raises: its own errors, and those of the HTTP library beneath (another one in each version)."""
-    from huggingface_hub.errors import HfHubHTTPError
-
-    base: type[Exception] = HfHubHTTPError.__bases__[0]
-    return OSError, ValueError, base  # ValueError: a name that cannot be one
+        with hub_faults(where):
+            return Path(hub_api().hf_hub_download(repo, file, repo_type="dataset", revision=commit))
+    except HubFault as fault:
+        raise AlphaflowError(f"{where}: {file} cannot be downloaded ({fault.why.rstrip('.')})") from fault
 
 
 def _about_parquet(files: Sequence[str]) -> str:

@@ -2,13 +2,13 @@
 
 OUT/<key>/batches.jsonl has one line per finished batch; the key is a hash of the checkpoint's bytes, the store and the
 settings, so that the same command goes on where it stopped, and another one never mixes with it. A line says which
-batch it is, so two analyses at once, or a damaged line, cost time but change no number.
+batch it is, so a damaged line costs time but changes no number. Two analyses of one folder at once: one is refused.
 """
 
 import hashlib
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,15 @@ from alphaflow_cli.engine import conflict
 from alphaflow_cli.engine.conflict_charts import write_pictures
 from alphaflow_cli.engine.conflict_rows import conflict_rows, renormalised
 from alphaflow_cli.engine.conflict_summary import summarise
-from alphaflow_cli.engine.files import write_atomically
+from alphaflow_cli.engine.files import append, check_regular, write_atomically
 from alphaflow_cli.engine.generate import Generator, best_device, find_checkpoint, open_generator, run_folder
+from alphaflow_cli.engine.lock import hold
+from alphaflow_cli.engine.measure import make_folder
+from alphaflow_cli.engine.processes import smaller_batch_if_full
 from alphaflow_cli.engine.progress import Progress, say
 from alphaflow_cli.engine.protocol import environment
 from alphaflow_cli.engine.ready import check_folder, check_store
+from alphaflow_cli.engine.state import checkpoint_folders
 from alphaflow_cli.engine.step import Objective
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.recipe.schema import Recipe
@@ -64,13 +68,19 @@ def analyze(request: Request) -> tuple[dict[str, Any], Path]:
     """Measure what is missing; returns the document and the folder that holds it and the pictures."""
     addresses, out = checkpoints_of(request), request.out or home_of(request) / "analysis"
     check_folder(out)
+    with hold(out, "analyze"):
+        return measure_all(addresses, request, out), out
+
+
+def measure_all(addresses: Sequence[str], request: Request, out: Path) -> dict[str, Any]:
+    """Every checkpoint, then the document and the pictures of all."""
     found = [analyze_one(address, request, out) for address in addresses]
     summaries = sorted(found, key=lambda each: int(each["step"] or 0))
     document: dict[str, Any] = {"schema": SCHEMA, "environment": environment(), "checkpoints": summaries}
     text = json.dumps(document, indent=1, ensure_ascii=False) + "\n"
     write_atomically(out / "conflict.json", lambda temporary: _write(temporary, text))
     document["pictures"] = [str(path) for path in write_pictures(out, summaries)]
-    return document, out
+    return document
 
 
 def home_of(request: Request) -> Path:
@@ -84,7 +94,8 @@ def checkpoints_of(request: Request) -> list[str]:
     if not request.all_checkpoints:
         return [str(find_checkpoint(request.address, weights=request.weights))]
     name = "model.safetensors" if request.weights == "ema" else "raw.safetensors"
-    found = sorted(Path(request.address).glob(f"checkpoints/step-*/{name}"))
+    kept = checkpoint_folders(Path(request.address))
+    found = [folder / name for folder in kept if (folder / name).exists()]
     if not found:
         raise AlphaflowError(
             f"{request.address}: no checkpoints/step-*/{name} in it. --all-checkpoints wants a run folder; "
@@ -102,7 +113,7 @@ def analyze_one(address: str, request: Request, out: Path) -> dict[str, Any]:
     protocol = describe(Path(address), generator, request, store)
     digest = hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest()[:16]
     path = out / digest / "batches.jsonl"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     stream = LatentStream(
         store,
         batch=request.batch,
@@ -170,7 +181,8 @@ def measure_missing(work: Work) -> list[dict[str, Any]]:
     step = work.generator.origin.get("step")
     with Progress(f"step {step}", wanted, unit="batch", done=wanted - len(missing)) as bar:
         for index in missing:
-            rows[index] = measure_one(net, work, index)
+            with smaller_batch_if_full(work.request.batch):
+                rows[index] = measure_one(net, work, index)
             check_finite(work, rows[index])
             _append(work.path, rows[index])
             bar.advance(1)
@@ -217,6 +229,7 @@ def read_lines(path: Path) -> dict[int, dict[str, Any]]:
     """Whole lines by the batch they are of, the first of each; the file is cut behind the last whole line."""
     if not path.exists():
         return {}
+    check_regular(path)
     text = path.read_text(encoding="utf-8", errors="replace")
     whole = text[: text.rfind("\n") + 1]
     if whole != text:
@@ -233,13 +246,17 @@ def _batch_of(line: str) -> int | None:
     """Which batch a line is of; None where a power cut or another writer damaged it."""
     try:
         return int(json.loads(line)["batch"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None
 
 
 def _append(path: Path, row: dict[str, Any]) -> None:
-    with path.open("ab", buffering=0) as file:  # one write: the line of another analysis cannot come between
-        file.write(json.dumps(row, allow_nan=False).encode() + b"\n")
+    try:
+        append(path, json.dumps(row, allow_nan=False) + "\n")
+    except OSError as error:
+        raise AlphaflowError(
+            f"{path}: cannot be written: {error.strerror}. Finished batches are kept; the same command goes on."
+        ) from error
 
 
 def _write(path: Path, text: str) -> None:

@@ -7,22 +7,52 @@ half_life, autoencoder, classes, versions, …).
 
 import json
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from alphaflow_cli.documents import Anything, Maybe, Number, Rows, Table, Text, Whole, parse_json
 from alphaflow_cli.engine.build import build_network
-from alphaflow_cli.engine.files import write_atomically
+from alphaflow_cli.engine.files import check_regular, save_tensors
 from alphaflow_cli.errors import AlphaflowError
+from alphaflow_cli.nn.weights import check_real
 from alphaflow_cli.recipe import dump_recipe, recipe_from_text
 from alphaflow_cli.recipe.schema import Recipe
 
 FORMAT = "alphaflow/1"
+NAME = Text(4096, form=r"[^\x00-\x1f\x7f]*")  # a file's or repository's
+ORIGIN = Table(  # what is read of it; the rest is told in the card and the report as it stands
+    optional={
+        "step": Maybe(Whole(0)),
+        "images_seen": Maybe(Whole(0)),
+        "weights": Maybe(Text(100)),
+        "half_life": Maybe(Number(0)),
+        "init_from": Maybe(NAME),
+        "autoencoder": Maybe(
+            Table(
+                optional={"id": Maybe(NAME), "revision": Maybe(NAME), "weights_sha256": Maybe(Text(64))},
+                others=Anything(),
+            )
+        ),
+        "class_names": Maybe(Rows(Text(1000))),
+        "versions": Maybe(Table(others=Text(100))),
+        "converted": Maybe(
+            Table(
+                optional={
+                    "from": Maybe(Text(1000)),
+                    "file": Maybe(NAME),
+                    "sha256": Maybe(Text(64)),
+                    "filled": Maybe(Table(others=Anything())),
+                },
+                others=Anything(),
+            )
+        ),
+    },
+    others=Anything(),
+)
 
 
 @dataclass(frozen=True)
@@ -38,18 +68,19 @@ class Checkpoint:
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     """Write it atomically."""
-    tensors = {f"net.{name}": tensor.detach().cpu().contiguous() for name, tensor in checkpoint.weights.items()}
-    tensors |= {"latents.mean": checkpoint.mean.cpu().contiguous(), "latents.std": checkpoint.std.cpu().contiguous()}
+    tensors = {f"net.{name}": tensor for name, tensor in checkpoint.weights.items()}
+    tensors |= {"latents.mean": checkpoint.mean, "latents.std": checkpoint.std}
     metadata = {
         "format": FORMAT,
         "recipe": dump_recipe(checkpoint.recipe),
         "origin": json.dumps(checkpoint.origin, sort_keys=True),
     }
-    write_atomically(path, partial(save_file, tensors, metadata=metadata))
+    save_tensors(path, tensors, metadata)
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
     """Read it; a file that is not ours, or not whole, is named."""
+    check_regular(path)
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -71,17 +102,23 @@ def _checkpoint(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]
     try:
         mean, std = tensors["latents.mean"], tensors["latents.std"]
         recipe = recipe_from_text(metadata["recipe"], f"{path} (its recipe)")
-        origin = json.loads(metadata["origin"])
-    except (KeyError, json.JSONDecodeError) as error:
+        origin = read_origin(metadata["origin"], path)
+    except KeyError as error:
         raise AlphaflowError(f"{path}: the checkpoint lacks {error}; it was not written by alphaflow.") from error
-    if not isinstance(origin, dict):
-        raise AlphaflowError(f"{path}: its origin is a {type(origin).__name__}, not the table that alphaflow writes.")
+    check_real(weights, path)
+    check_real({"latents.mean": mean, "latents.std": std}, path)
     if not (torch.isfinite(mean).all() and torch.isfinite(std).all() and (std > 0).all()):
         raise AlphaflowError(f"{path}: the latents' normalisation in it is not finite and positive.")
     check_latents(mean, std, recipe, str(path))
     checkpoint = Checkpoint(weights=weights, recipe=recipe, mean=mean, std=std, origin=origin)
     check_shapes(checkpoint, str(path))
     return checkpoint
+
+
+def read_origin(text: str, path: Path) -> dict[str, Any]:
+    """Where a checkpoint's weights come from, as far as its words can be relied on."""
+    found: dict[str, Any] = parse_json(text, f"{path} (its origin)", ORIGIN, advice="It was not written by alphaflow.")
+    return found
 
 
 def check_latents(mean: Tensor, std: Tensor, recipe: Recipe, where: str) -> None:

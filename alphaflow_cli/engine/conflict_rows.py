@@ -44,7 +44,7 @@ def later_times(recipe: Recipe, normals: Tensor, seed: int) -> tuple[Tensor, Ten
 
 def renormalised(x: Tensor, old: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor]) -> Tensor:
     """The store's x in the checkpoint's normalisation, where they differ (another store, a converted checkpoint)."""
-    if all(a.shape == b.shape and torch.equal(a, b) for a, b in zip(old, new, strict=True)):
+    mean, std, own_mean, own_std = (value.to(x.device) for value in (*old, *new))  # each may be on the host
+    if all(a.shape == b.shape and torch.equal(a, b) for a, b in ((mean, own_mean), (std, own_std))):
         return x
-    mean, std, own_mean, own_std = (value.to(x.device) for value in (*old, *new))
     return ((x.double() * std + mean - own_mean) / own_std).to(x.dtype)

@@ -67,7 +67,7 @@ def _member(task: Callable[[Any, Tell], None], share: Any, messages: Any) -> Non
         messages.put(("done", 0))
     except AlphaflowError as fault:
         messages.put(("fault", str(fault)))
-    except Exception:  # our own bug: the parent shows it whole
+    except BaseException:  # our own bug, or a library that leaves: the parent shows it whole, and must not wait for us
         messages.put(("bug", traceback.format_exc()))
 
 

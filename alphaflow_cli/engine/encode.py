@@ -18,6 +18,7 @@ from alphaflow_cli.data.manifest import Plan
 from alphaflow_cli.data.pictures import BadPicture, decode
 from alphaflow_cli.data.sources import Fetch, Source
 from alphaflow_cli.data.writing import write_shard
+from alphaflow_cli.engine.processes import smaller_batch_if_full
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.nn.autoencoder import Autoencoder, load_autoencoder
 
@@ -79,10 +80,9 @@ def encode_shard(
     rows = _Rows(job, job.span(shard))
     good = (picture for picture in stream if rows.accept(picture))
     while group := list(itertools.islice(good, job.batch)):
-        rows.add(
-            group,
-            encode(encoder, job.plan, [picture.pixels for picture in group if picture.pixels is not None], device),
-        )
+        pixels = [picture.pixels for picture in group if picture.pixels is not None]
+        with smaller_batch_if_full(job.batch):
+            rows.add(group, encode(encoder, job.plan, pixels, device))
         tell(len(group))
     tell(len(rows.bad))
     rows.save(shard)

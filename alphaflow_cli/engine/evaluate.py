@@ -1,11 +1,13 @@
 """One evaluation, from pictures to rows; one reference, from pictures to a file: the pass, then what is made of it."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from alphaflow_cli.engine.lock import hold
 from alphaflow_cli.engine.measure import (
     CHUNK,
     Clock,
@@ -46,6 +48,10 @@ class Ruler:
         name = evaluation_id(source, self.extractors, self.chunk)
         return Pass(source, self.extractors, self.folder / name, self.chunk)
 
+    def holds(self, work: Pass) -> AbstractContextManager[None]:
+        """The pass's folder is ours while it is filled; the first process holds it for all."""
+        return nullcontext() if self.processes.rank else hold(work.folder, "eval or reference")
+
 
 def build_extractors(
     metrics: tuple[Metric, ...], device: torch.device, weights: dict[str, Path]
@@ -65,8 +71,9 @@ def evaluate(
     check_count(source)
     work, clock = ruler.start(source), Clock()
     check_request(metrics, reference, ruler.extractors, work)
-    run_pass(work, ruler.processes, batch=ruler.batch, clock=clock)
-    moments = gather_moments(work, ruler.processes)  # also the moment when all chunks are there
+    with ruler.holds(work):
+        run_pass(work, ruler.processes, batch=ruler.batch, clock=clock)
+        moments = gather_moments(work, ruler.processes)  # also the moment when all chunks are there
     if ruler.processes.rank:
         return None
     content = content_of(work)
@@ -90,8 +97,9 @@ def make_reference(
     """Measures and saves; None on all processes but the first."""
     check_count(source)
     work = ruler.start(source)
-    run_pass(work, ruler.processes, batch=ruler.batch, clock=Clock())
-    moments = gather_moments(work, ruler.processes)
+    with ruler.holds(work):
+        run_pass(work, ruler.processes, batch=ruler.batch, clock=Clock())
+        moments = gather_moments(work, ruler.processes)
     if ruler.processes.rank:
         return None
     content = content_of(work)

@@ -16,6 +16,7 @@ from alphaflow_cli.core import pixels, sampler
 from alphaflow_cli.engine.build import DTYPES, build_network, label_rows, null_label
 from alphaflow_cli.engine.checkpoint import Checkpoint, load_checkpoint
 from alphaflow_cli.engine.decoder import GROUP, DecoderChoice, decode_in_groups, plan_decoder, told_precision
+from alphaflow_cli.engine.state import checkpoint_folders
 from alphaflow_cli.engine.walk import Walk
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.nn.autoencoder import Autoencoder
@@ -185,7 +186,8 @@ def find_checkpoint(address: str, *, weights: str = "ema") -> Path:
         if weights == "ema" and (path / "model.safetensors").exists():
             return path / "model.safetensors"
         name = "model.safetensors" if weights == "ema" else "raw.safetensors"
-        found = [path / name] if (path / name).exists() else sorted(path.glob(f"checkpoints/step-*/{name}"))
+        kept = [folder / name for folder in checkpoint_folders(path) if (folder / name).exists()]
+        found = [path / name] if (path / name).exists() else kept
         if not found:
             raise AlphaflowError(
                 f"{path}: no checkpoint in this folder yet. Train one: alphaflow train RECIPE --out {path}"

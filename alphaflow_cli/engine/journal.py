@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 
 from alphaflow_cli.core.objective import Terms, interval_bins
-from alphaflow_cli.engine.files import write_atomically
+from alphaflow_cli.engine.files import append, check_regular, write_atomically
+from alphaflow_cli.engine.lock import check
 from alphaflow_cli.engine.optimise import COUNTERS
+from alphaflow_cli.engine.progress import say
 from alphaflow_cli.errors import AlphaflowError, blamed_on
 
 BINS = 8  # equal bins of t − r in (0, 1]
@@ -86,9 +88,12 @@ class Journal:
             self._drop_after(step)
 
     def _drop_after(self, step: int) -> None:
-        lines = self.path.read_text(encoding="utf-8").splitlines()
-        kept = [line for line in lines if _step_of(line) is not None and (_step_of(line) or 0) <= step]
-        text = "".join(f"{line}\n" for line in kept)
+        lines = _lines(self.path)
+        steps = [_step_of(line) for line in lines]
+        text = "".join(f"{line}\n" for line, at in zip(lines, steps, strict=True) if at is not None and at <= step)
+        damaged = sum(at is None for at in steps[:-1])  # the last one was cut off by a kill, perhaps
+        if damaged:
+            say(f"{self.path}: {damaged:,} lines were no rows of a journal, and are left out")
         write_atomically(self.path, lambda temporary: _write(temporary, text))
 
     def row(self, values: dict[str, Any], *, step: int, batch: int, flops: float = 0.0) -> dict[str, Any]:
@@ -107,9 +112,9 @@ class Journal:
         return row
 
     def _append(self, line: str) -> None:
+        check(self.path.parent)
         try:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(line)
+            append(self.path, line)
         except OSError as error:
             told = "The last checkpoint is kept; the same command resumes."
             raise AlphaflowError(f"{self.path}: cannot be written: {error.strerror}. {told}") from error
@@ -132,14 +137,20 @@ def _step_of(line: str) -> int | None:
     """The step of a row; None where the row was cut off by a kill."""
     try:
         return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None
+
+
+def _lines(path: Path) -> list[str]:
+    """A file that is no text at all is somebody else's, and not for us to cut."""
+    check_regular(path)
+    with blamed_on(path, "the journal of a run"):
+        return path.read_text(encoding="utf-8").split("\n")
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """All whole rows."""
-    with blamed_on(path, "the journal of a run"):
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    lines = _lines(path) if path.exists() else []
     return [json.loads(line) for line in lines if _step_of(line) is not None]
 
 

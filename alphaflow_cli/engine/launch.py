@@ -8,25 +8,52 @@ accelerate launch or Slurm, a worker has no parent of ours and says it itself.
 import contextlib
 import json
 import os
+import signal
+import socket
 import sys
 import tempfile
+import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from alphaflow_cli.engine.slurm import join_slurm
+from alphaflow_cli.engine.slurm import join_slurm, whole_number
 from alphaflow_cli.errors import AlphaflowError
 
+RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")  # whole numbers
+LOOPBACK_SECONDS = 10  # for a connection to ourselves
+LOOK_EVERY = 0.5  # seconds between a worker's looks at whether its parent is still there
 SAVE_SECONDS = 300  # a worker may take so long to save after SIGTERM before the agent kills it
 ECHOES = ("Connection closed by peer", "Connection reset", "Socket Timeout", "NCCL", "Broken pipe", "gloo")
 
 
 def is_worker() -> bool:
-    """Started by torchrun, accelerate launch, srun, or --processes."""
+    """Started by torchrun, accelerate launch, srun, or --processes. What these say of us is looked at first."""
     join_slurm()
+    check_launcher(os.environ)
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def check_launcher(there: Mapping[str, str]) -> None:
+    """torch would take a half set environment for processes to wait for, and a word in it for a fault of its own."""
+    numbers = {name: whole_number(there, name) for name in RANKS if name in there}
+    if "RANK" not in numbers and "LOCAL_RANK" not in numbers and numbers.get("WORLD_SIZE", 1) < 2:
+        return
+    needed = (*RANKS[:2], "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in needed if not there.get(name)]
+    if missing:
+        raise AlphaflowError(
+            f"the environment has {' and '.join(sorted(numbers))}, but no {' and no '.join(missing)}. A launcher sets "
+            "all of them (torchrun, srun, accelerate launch): start with one, or unset them."
+        )
+    if numbers["RANK"] >= numbers["WORLD_SIZE"]:
+        raise AlphaflowError(
+            f"RANK={numbers['RANK']} in the environment, but WORLD_SIZE={numbers['WORLD_SIZE']}: ranks count from 0."
+        )
+    if not 0 < whole_number(there, "MASTER_PORT") < 65536:
+        raise AlphaflowError(f"MASTER_PORT={there['MASTER_PORT']} in the environment is no port: 1 to 65535.")
 
 
 def has_parent() -> bool:
@@ -36,7 +63,7 @@ def has_parent() -> bool:
 
 def check_processes(asked: int | None) -> None:
     """--processes inside another launcher must be that launcher's number."""
-    joined = int(os.environ["WORLD_SIZE"])
+    joined = whole_number(os.environ, "WORLD_SIZE")
     if asked is not None and asked != joined and not has_parent():
         raise AlphaflowError(
             f"--processes {asked}: a launcher has started {joined} processes already, and this is one of them. "
@@ -50,6 +77,7 @@ def launch(argv: Sequence[str], processes: int) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    check_loopback(processes)
     os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(SAVE_SECONDS)
     api.PContext.close.__defaults__ = (None, SAVE_SECONDS)  # older torch has no variable for it
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
@@ -76,15 +104,32 @@ def launch(argv: Sequence[str], processes: int) -> int:
     return 0
 
 
+def check_loopback(processes: int) -> None:
+    """The processes meet at 127.0.0.1; where that cannot be reached they would wait for ever."""
+    try:
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            socket.create_connection(server.getsockname(), timeout=LOOPBACK_SECONDS).close()
+    except OSError as error:
+        raise AlphaflowError(
+            f"--processes {processes}: the processes would meet at 127.0.0.1, which cannot be reached here "
+            f"({error.strerror or error}). Bring the loopback interface up, or give --processes 1."
+        ) from error
+
+
 def _report(errors: Path, codes: dict[int, int]) -> int:
-    """Raise the root cause: a crash, else the first failure that is not the echo of another's."""
+    """Raise the root cause: the first failure that is not the echo of another's, else a crash, else the first echo."""
     crashed = {rank: code for rank, code in codes.items() if code < 0 and code != -15}
-    said = [json.loads(path.read_text()) for path in sorted(errors.glob("rank-*.json"))]
-    causes = sorted((s for s in said if not s["echo"]), key=lambda s: float(s["time"]))
+    said = []
+    for path in sorted(errors.glob("rank-*.json")):
+        with contextlib.suppress(ValueError):  # cut short: the process was killed while it wrote
+            said.append(json.loads(path.read_text()))
+    said.sort(key=lambda each: float(each["time"]))
+    # where all lost the others and nobody crashed, the exchange itself failed, and an echo is all there is
+    causes = [each for each in said if not each["echo"]] or ([] if crashed else said)
     if causes:
         first = causes[0]
         if not first["user_fault"]:
-            sys.stderr.write(first["traceback"])
+            _write_error(first["traceback"])
         raise AlphaflowError(f"process {first['rank']}: {first['message']}")
     if crashed:
         rank, code = next(iter(crashed.items()))
@@ -92,24 +137,44 @@ def _report(errors: Path, codes: dict[int, int]) -> int:
             f"process {rank} was killed by signal {-code}. What was saved is kept; the same command resumes."
         )
     stopped = {code for code in codes.values() if code in (130, 143)}
-    if stopped:
+    if stopped and all(code in (0, -15, 130, 143) for code in codes.values()):
         return stopped.pop()
-    raise AlphaflowError(f"processes ended with exit codes {codes}. Their messages are above.")
+    raise AlphaflowError(
+        f"processes ended with exit codes {codes}, and none of them left word why, beyond what may stand above. "
+        "The same command resumes; --processes 1 shows a fault where it arises."
+    )
 
 
 def as_worker(work: Callable[[], int]) -> NoReturn:
     """Run a worker's job and leave by os._exit: a live process group makes sys.exit abort now and then."""
     code = 1
+    if has_parent():
+        threading.Thread(target=_leave_with, args=(os.getppid(),), daemon=True).start()
     try:
         code = work()
     except SystemExit as leave:
-        code = leave.code if isinstance(leave.code, int) else 1
+        code = leave.code if isinstance(leave.code, int) else int(leave.code is not None)
+        if isinstance(leave.code, str):
+            _tell(AlphaflowError(leave.code))
     except BaseException as error:  # whatever it is: it is told, and the process leaves with 1
         _tell(error)
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError, AttributeError):  # a full disk, closed, or none at all
+                stream.flush()
     os._exit(code)
+
+
+def _leave_with(parent: int) -> None:
+    """When the parent is gone, stop as after a signal: a run that goes on behind one's back holds its folder."""
+    while os.getppid() == parent:
+        time.sleep(LOOK_EVERY)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _write_error(text: str) -> None:
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # nobody can be told, then
+        sys.stderr.write(text)
 
 
 def _tell(error: BaseException) -> None:
@@ -124,10 +189,18 @@ def _tell(error: BaseException) -> None:
         "echo": not user_fault and any(text in message for text in ECHOES),
         "traceback": "".join(traceback.format_exception(error)),
     }
-    if has_parent():
-        with contextlib.suppress(OSError):  # a full or read-only disk is the fault itself, perhaps
-            (Path(os.environ["ALPHAFLOW_ERRORS"]) / f"rank-{rank}.json").write_text(json.dumps(record))
-    if not has_parent() and record["echo"]:
-        sys.stderr.write(f"process {rank} lost the others: {message.splitlines()[0]}\n")
-    elif not has_parent():
-        sys.stderr.write(f"error: process {rank}: {message}\n" if user_fault else str(record["traceback"]))
+    if has_parent() and _leave(record):
+        return
+    if record["echo"]:
+        _write_error(f"process {rank} lost the others: {message.splitlines()[0]}\n")
+    else:
+        _write_error(f"error: process {rank}: {message}\n" if user_fault else str(record["traceback"]))
+
+
+def _leave(record: dict[str, Any]) -> bool:
+    """Put the record where the parent looks; False where a full disk forbids it, which may be the fault itself."""
+    try:
+        (Path(os.environ["ALPHAFLOW_ERRORS"]) / f"rank-{record['rank']}.json").write_text(json.dumps(record))
+    except OSError:
+        return False
+    return True

@@ -11,6 +11,8 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Any
 
+from alphaflow_cli import __version__
+
 AUTOENCODERS = ("stabilityai/sd-vae-ft-ema", "stabilityai/sd-vae-ft-mse")
 LITTLE_DISK = 20 * 10**9  # bytes: about two checkpoints of XL/2
 
@@ -18,7 +20,7 @@ LITTLE_DISK = 20 * 10**9  # bytes: about two checkpoints of XL/2
 def examine() -> dict[str, Any]:
     """Everything that `alphaflow doctor` prints."""
     found: dict[str, Any] = {
-        "alphaflow": version("alphaflow"),
+        "alphaflow": __version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": packages(),
@@ -35,7 +37,10 @@ def examine() -> dict[str, Any]:
 
 def packages() -> dict[str, str | None]:
     """The version of each package that alphaflow requires; None where it is missing."""
-    needed = [line for line in requires("alphaflow") or [] if "extra ==" not in line]
+    try:
+        needed = [line for line in requires("alphaflow") or [] if "extra ==" not in line]
+    except PackageNotFoundError:  # a clone that is not installed does not say what it requires
+        return {}
     return {name: _version(name) for name in sorted(re.split(r"[^A-Za-z0-9_.-]", line)[0] for line in needed)}
 
 
@@ -108,6 +113,8 @@ def problems(found: dict[str, Any]) -> list[str]:
     said = [
         f"{name} is not installed: pip install {name}" for name, number in found["packages"].items() if number is None
     ]
+    if not found["packages"]:
+        said.append("alphaflow is a clone here, not installed, so its packages are not listed: pip install .")
     said += [_without_torch(found["devices"])] if found["devices"]["error"] else _of_devices(found)
     for entry in found["weights"]:
         if not entry["present"] and entry["get"].startswith("https:"):

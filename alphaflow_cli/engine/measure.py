@@ -24,7 +24,7 @@ from torch import Tensor
 from alphaflow_cli.core.frechet import Moments
 from alphaflow_cli.engine.files import write_atomically
 from alphaflow_cli.engine.pictures import ImageSource
-from alphaflow_cli.engine.processes import Processes
+from alphaflow_cli.engine.processes import Processes, smaller_batch_if_full
 from alphaflow_cli.engine.progress import Progress, say
 from alphaflow_cli.engine.protocol import space_of
 from alphaflow_cli.errors import AlphaflowError
@@ -105,12 +105,12 @@ def make_folder(folder: Path) -> None:
 
 def _measure(work: Pass, part: tuple[int, int], device: torch.device, *, batch: int, clock: Clock) -> dict[str, Tensor]:
     first, stop = part
-    with clock.part("pictures"):
+    with clock.part("pictures"), smaller_batch_if_full(1):  # a chunk is drawn at once, whatever --batch is
         images = work.source.images(first, stop)
     assert len(images) == stop - first, images.shape
     found = {"digests": _digests(images)}
     for name in sorted(work.extractors):
-        with clock.part(f"features {name}"):
+        with clock.part(f"features {name}"), smaller_batch_if_full(batch):
             rows = [work.extractors[name](few.to(device)).cpu() for few in torch.split(images, batch)]
         found[name] = torch.cat(rows)
         if not bool(torch.isfinite(found[name]).all()):

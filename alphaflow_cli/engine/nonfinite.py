@@ -6,10 +6,9 @@ stop       end the run
 replace    nothing here: the optimiser replaced the values and took the step, as published, and counted it
 """
 
-from alphaflow_cli.engine import state
 from alphaflow_cli.engine.optimise import COUNTERS
 from alphaflow_cli.engine.progress import say
-from alphaflow_cli.engine.run import Run
+from alphaflow_cli.engine.run import Run, newest_for_all
 from alphaflow_cli.errors import AlphaflowError
 
 ADVICE = "Lower optim.lr, or look at the data: alphaflow prep-latents --verify."
@@ -38,7 +37,7 @@ def survive_nonfinite(run: Run) -> bool:
 
 
 def _roll_back(run: Run, where: str) -> None:
-    limit, path = run.recipe.optim.nonfinite_limit, state.newest_state(run.folder)
+    limit, path = run.recipe.optim.nonfinite_limit, newest_for_all(run.folder, run.world)
     if path is None:
         raise AlphaflowError(f"{where}, and there is no saved state to roll back to yet. {ADVICE}")
     if run.retries >= limit:

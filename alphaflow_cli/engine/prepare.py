@@ -5,11 +5,9 @@ manifest.json. Whatever moment a kill comes at, the same command goes on with th
 store has the same bytes for any number of processes and interruptions (with the same --batch).
 """
 
-import fcntl
 import os
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +19,9 @@ from alphaflow_cli.data.pictures import MAX_PIXELS
 from alphaflow_cli.data.writing import finish_store, is_done
 from alphaflow_cli.engine.crew import Tell, run_crew
 from alphaflow_cli.engine.encode import Bad, Job, room_for, work
+from alphaflow_cli.engine.lock import hold
 from alphaflow_cli.engine.prepare_plan import Listing, Request, make_job
+from alphaflow_cli.engine.processes import processes_here
 from alphaflow_cli.engine.progress import Progress, say, size
 from alphaflow_cli.errors import AlphaflowError
 
@@ -57,7 +57,7 @@ def prepare_latents(
 ) -> Path:
     """Make the store, or go on with it; returns its folder. 0 means: batch by size, a process per GPU, no limit."""
     request = Request(source, size, autoencoder, dtype, flips, batch, limit, bad, precision, max_pixels)
-    return prepare(request, out, processes=processes or default_processes(), shown=shown)
+    return prepare(request, out, processes=count_processes(autoencoder, processes), shown=shown)
 
 
 def prepare(request: Request, out: Path, *, processes: int, shown: bool) -> Path:
@@ -67,11 +67,10 @@ def prepare(request: Request, out: Path, *, processes: int, shown: bool) -> Path
     if not missing and all((out / name).exists() for name in FINISHED):
         return out
     check_room(out, bytes_needed(job, missing))
-    with locked(out):
+    with room_for(out), hold(out, "prep-latents"):
         _begin(job, listing, shown)
         _run(job, missing, processes, shown)
-        with room_for(out):
-            finish_store(out, job.plan)
+        finish_store(out, job.plan)
     return out
 
 
@@ -81,9 +80,9 @@ def plan_job(request: Request, out: Path, processes: int) -> tuple[Job, Listing]
     return make_job(request, out, threads=threads, device=device_of(0))
 
 
-def default_processes() -> int:
-    """One per GPU, else one."""
-    return max(1, torch.cuda.device_count())
+def count_processes(autoencoder: str, requested: int | None) -> int:
+    """One per GPU, else one. Pictures that stay pixels need no GPU, so any number may share that work."""
+    return requested if requested and autoencoder == "none" else processes_here(requested)
 
 
 def missing_shards(job: Job) -> list[int]:
@@ -116,21 +115,6 @@ def device_of(rank: int) -> torch.device:
     """Processes take the GPUs in turn."""
     count = torch.cuda.device_count()
     return torch.device("cuda", rank % count) if count else torch.device("cpu")
-
-
-@contextmanager
-def locked(out: Path) -> Iterator[None]:
-    """One writer per store; the system drops the lock of a killed process."""
-    with room_for(out):
-        out.mkdir(parents=True, exist_ok=True)
-        lock = out / ".lock"
-        with lock.open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as fault:
-                raise AlphaflowError(f"{out}: another prep-latents is writing here") from fault
-            yield
-        lock.unlink(missing_ok=True)
 
 
 def _begin(job: Job, listing: Listing, shown: bool) -> None:

@@ -1,4 +1,7 @@
-"""Measuring before training: how many rows fit the memory, and how long a step of each phase takes."""
+"""Measuring before training: how many rows fit the memory, and how long a step of each phase takes.
+
+What is measured is what will run: the recipe's network with compiled blocks where the recipe compiles them.
+"""
 
 import statistics
 import time
@@ -10,6 +13,7 @@ import torch
 
 from alphaflow_cli.core.alpha import equal_rows
 from alphaflow_cli.engine.build import DTYPES, build_network, label_rows
+from alphaflow_cli.engine.compile import compile_blocks
 from alphaflow_cli.engine.optimise import Optimiser
 from alphaflow_cli.engine.plan import alpha_at, equal_share_at, phases
 from alphaflow_cli.engine.split import largest_that_fits
@@ -38,18 +42,23 @@ def micro_batch_that_fits(recipe: Recipe, world: World) -> int:
     if world.device.type == "cpu":
         return rows
     fits = _rows_that_fit(recipe, world.device, rows)
+    forget_compiled(recipe)
     torch.cuda.empty_cache()
     return -int(world.largest(-fits))  # the fewest that fit anywhere
 
 
 def _rows_that_fit(recipe: Recipe, device: torch.device, rows: int) -> int:
-    trial, alphas = Trial(recipe, device), {alpha_at(recipe)(phase.first) for phase in phases(recipe)}
+    eager = replace(recipe, train=replace(recipe.train, compile=False))
+    fits = largest_that_fits(rows, Trial(eager, device).phases)
+    if recipe.train.compile:  # not at once: compiling takes a minute for each number of rows
+        fits = largest_that_fits(fits, lambda count: Trial(recipe, device).phases(count))
+    return fits
 
-    def attempt(count: int) -> None:
-        for alpha in sorted(alphas):
-            trial.step(count, alpha)
 
-    return largest_that_fits(rows, attempt)
+def forget_compiled(recipe: Recipe) -> None:
+    """Let the run begin with no compiled forms: torch counts those of a trial among the 8 that it allows."""
+    if recipe.train.compile:
+        torch.compiler.reset()
 
 
 class Trial:
@@ -58,11 +67,19 @@ class Trial:
     def __init__(self, recipe: Recipe, device: torch.device) -> None:
         self.recipe, self.device, self.how = recipe, device, Objective.of(recipe)
         self.net = build_network(recipe).to(device, DTYPES[recipe.train.precision])
+        if recipe.train.compile:
+            forget_compiled(recipe)
+            compile_blocks(self.net)
         self.optimiser = Optimiser(self.net, recipe)
 
-    def step(self, count: int, alpha: float) -> None:
-        """Forward, backward, optimiser, on `count` rows."""
-        n_equal = equal_rows(count, equal_share_at(self.recipe)(0))
+    def phases(self, count: int) -> None:
+        """The step of every phase with the most r < t rows, on `count` rows."""
+        for phase in phases(self.recipe):
+            self.step(count, min(phase.first, phase.until - 1, key=equal_share_at(self.recipe)))
+
+    def step(self, count: int, at: int) -> None:
+        """Forward, backward, optimiser, on `count` rows, as at that step of the run."""
+        alpha, n_equal = alpha_at(self.recipe)(at), equal_rows(count, equal_share_at(self.recipe)(at))
         rows = random_rows(self.recipe, count, n_equal, self.device)
         training_step(self.net, self.net, rows, alpha=alpha, how=self.how).loss.backward()  # type: ignore[no-untyped-call]
         self.optimiser.step(1)
@@ -86,17 +103,18 @@ class PhaseTime:
 def measure_phases(recipe: Recipe, micro_batch: int, *, per_process: int) -> list[PhaseTime]:
     """A few steps of every phase on this machine, with a network that is thrown away."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    trial = Trial(replace(recipe, train=replace(recipe.train, compile=False)), device)
+    trial = Trial(recipe, device)
     turns = -(-per_process // micro_batch)
     found = []
     for phase in phases(recipe):
-        alpha = alpha_at(recipe)((phase.first + phase.until) // 2)
-        trial.step(micro_batch, alpha)  # warm up
+        middle = (phase.first + phase.until) // 2
+        trial.step(micro_batch, middle)  # warm up, and compile
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        each = statistics.median(_timed(partial(trial.step, micro_batch, alpha)) for _ in range(TIMED_STEPS)) * turns
+        each = statistics.median(_timed(partial(trial.step, micro_batch, middle)) for _ in range(TIMED_STEPS)) * turns
         memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
         found.append(PhaseTime(phase.kind, phase.until - phase.first, each, memory))
+    forget_compiled(recipe)
     return found
 
 

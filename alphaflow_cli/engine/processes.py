@@ -1,11 +1,17 @@
 """Who shares the work of a measurement: the processes started together, or this one alone."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from alphaflow_cli.engine.launch import is_worker
+from alphaflow_cli.engine.slurm import whole_number
+from alphaflow_cli.errors import AlphaflowError
 
 
 class Processes(Protocol):
@@ -45,15 +51,33 @@ class Alone:
         """Nobody to wait for."""
 
 
+@contextmanager
+def smaller_batch_if_full(batch: int) -> Iterator[None]:
+    """Inside, a GPU that runs out of memory is one line that names --batch."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        smaller = f"Give a smaller --batch than {batch}" if batch > 1 else "Free some of it"
+        raise AlphaflowError(
+            f"out of memory ({str(error).splitlines()[0]}). {smaller}, or use a larger GPU."
+        ) from error
+
+
 def join_processes() -> Processes:
     """All that were started together (torchrun, --processes), or this one alone."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if is_worker() and whole_number(os.environ, "WORLD_SIZE") > 1:
         from alphaflow_cli.engine.world import join_world  # a single process starts without accelerate
 
         return join_world()
     return Alone(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
-def processes_here(asked: int | None) -> int:
-    """What was asked for, else one per GPU."""
-    return asked or max(1, torch.cuda.device_count())
+def processes_here(requested: int | None) -> int:
+    """The number of --processes, else one per GPU; more than there are GPUs is refused, before anything starts."""
+    gpus = torch.cuda.device_count()
+    if requested and gpus and requested > gpus:
+        raise AlphaflowError(
+            f"--processes {requested}: this machine has {gpus} GPU{'s' * (gpus > 1)}, and every process needs one of "
+            f"its own. Give --processes {gpus}, or leave it out."
+        )
+    return requested or max(1, gpus)

@@ -1,5 +1,6 @@
 """How far, how fast, how long still: a bar on a terminal, plain dated lines in a file. Always on stderr."""
 
+import contextlib
 import sys
 import time
 from types import TracebackType
@@ -7,15 +8,24 @@ from typing import Any
 
 from tqdm import tqdm
 
+from alphaflow_cli.text import for_terminal
+
 LINE_EVERY = 10.0  # seconds between lines where stderr is not a terminal
 
 
 def say(text: str) -> None:
-    """One line of talk: above the bar on a terminal, dated when piped."""
-    if sys.stderr.isatty():
-        tqdm.write(text, file=sys.stderr)
-    else:
-        print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}", file=sys.stderr, flush=True)
+    """One line of talk: above the bar on a terminal, dated when piped. Work never ends because nobody listens."""
+    with contextlib.suppress(OSError, ValueError):  # stderr is a full disk, a pipe without a reader, or closed
+        text = for_terminal(text, limit=4000, lines=True)
+        if talks_to_terminal():
+            tqdm.write(text, file=sys.stderr)
+        elif sys.stderr is not None:
+            print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}", file=sys.stderr, flush=True)
+
+
+def talks_to_terminal() -> bool:
+    """Whether somebody looks at stderr; there is none at all where it was closed before the start."""
+    return sys.stderr is not None and not sys.stderr.closed and sys.stderr.isatty()
 
 
 class Progress:
@@ -25,7 +35,7 @@ class Progress:
         """`done` of `total` lie behind us already and do not count for the speed; only the main process shows."""
         self.label, self.total, self.unit, self.done, self.note = label, total, unit, done, ""
         self._start, self._started_at, self._last = done, time.monotonic(), time.monotonic()
-        self._lines = shown and not sys.stderr.isatty()
+        self._lines = shown and not talks_to_terminal()
         self._bar: tqdm[Any] | None = None
         if shown and not self._lines:
             self._bar = tqdm(

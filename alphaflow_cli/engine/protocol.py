@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 import alphaflow_cli
+from alphaflow_cli.documents import Table, Text, Whole
 from alphaflow_cli.nn.features import Extractor
 from alphaflow_cli.recipe.schema import Metric
 
@@ -42,6 +43,9 @@ class FeatureSpace:
     weights_sha256: str
     preprocessing: str
     dim: int
+
+
+SPACE = Table({"network": Text(200), "weights_sha256": Text(64), "preprocessing": Text(300), "dim": Whole(0)})
 
 
 @dataclass(frozen=True)

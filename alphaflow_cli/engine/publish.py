@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 
 from alphaflow_cli.engine.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from alphaflow_cli.engine.curves import recipe_chart
 from alphaflow_cli.engine.files import write_atomically
 from alphaflow_cli.engine.generate import best_device, check_autoencoder, find_checkpoint, open_generator
 from alphaflow_cli.engine.plan import parameter_count
+from alphaflow_cli.engine.results import read_results
 from alphaflow_cli.engine.state import step_name
 from alphaflow_cli.engine.walk import plan_walk
 from alphaflow_cli.errors import AlphaflowError
@@ -22,11 +24,11 @@ from alphaflow_cli.hub.address import is_repository
 from alphaflow_cli.hub.card import CardFacts, model_card, result_rows
 from alphaflow_cli.hub.config import config_json
 from alphaflow_cli.hub.folder import AUTOENCODER, CONFIG, MODEL, prepare_folder, remove_stale
-from alphaflow_cli.hub.scrub import scrub
+from alphaflow_cli.hub.scrub import last_part, scrub
 from alphaflow_cli.nn.autoencoder import load_autoencoder
 from alphaflow_cli.nn.weights import sha256_of
 from alphaflow_cli.recipe import dump_recipe
-from alphaflow_cli.report.grid import grid_png
+from alphaflow_cli.report.grid import grid_png, plain_png
 from alphaflow_cli.report.png import to_png
 
 HUB_ID = re.compile(r"\w[\w.-]*(?:/\w[\w.-]*){1,2}(?:@\S+)?")  # user/repo or user/repo/subfolder
@@ -66,10 +68,21 @@ def newest_run(root: Path = Path("runs")) -> Path:
 def open_source(address: Path, *, with_results: bool) -> Source:
     """A run folder or a checkpoint; results that belong to other weights are refused here, before anything is sent."""
     path = find_checkpoint(str(address))
+    run = address if address.is_dir() else None
+    if run is not None:
+        see_own(run, path)
     sha256, checkpoint = sha256_of(path), load_checkpoint(path)
     _see_same(path, sha256, path)
-    run = address if address.is_dir() else None
     return Source(run, path, sha256, checkpoint, _results(run, path, sha256) if run and with_results else None)
+
+
+def see_own(run: Path, path: Path) -> None:
+    """Of a run folder only its own regular files are published: a link may lead to anything on this machine."""
+    if not path.is_file() or not path.resolve().is_relative_to(run.resolve()):
+        raise AlphaflowError(
+            f"{path}: not a file of this run, but a link that leads out of it. Nothing was published; put the file "
+            "itself there, or remove the link."
+        )
 
 
 def _see_same(path: Path, sha256: str, original: Path) -> None:
@@ -108,7 +121,8 @@ def stage(source: Source, folder: Path, *, repo: str, licence: str, autoencoder:
 
 def _write_model(source: Source, clean: Checkpoint, model: Path) -> str:
     """The file as it is where nothing is private, else the cleaned one; returns its sha256."""
-    if (clean.recipe, clean.origin) != (source.checkpoint.recipe, source.checkpoint.origin):
+    same = (clean.recipe, clean.origin) == (source.checkpoint.recipe, source.checkpoint.origin)
+    if not same or not _is_bare(source):
         save_checkpoint(model, clean)
         return sha256_of(model)
     write_atomically(model, partial(shutil.copyfile, source.path))
@@ -120,8 +134,17 @@ def _write_model(source: Source, clean: Checkpoint, model: Path) -> str:
     return source.sha256
 
 
+def _is_bare(source: Source) -> bool:
+    """Whether the file holds nothing but what was read of it: no other metadata or tensor, no comment in the recipe."""
+    with safe_open(source.path, framework="pt") as file:
+        metadata, names = file.metadata() or {}, set(file.keys())
+    wanted = {f"net.{name}" for name in source.checkpoint.weights} | {"latents.mean", "latents.std"}
+    recipe = dump_recipe(source.checkpoint.recipe)
+    return set(metadata) == {"format", "recipe", "origin"} and metadata["recipe"] == recipe and names == wanted
+
+
 def _write(path: Path, content: str | bytes) -> None:
-    data = content.encode() if isinstance(content, str) else content
+    data = content.encode(errors="backslashreplace") if isinstance(content, str) else content  # names may be no UTF-8
     write_atomically(path, partial(_put, data))
 
 
@@ -135,8 +158,17 @@ def _clean(checkpoint: Checkpoint, *, packaged: bool) -> Checkpoint:
     if packaged:
         recipe = replace(recipe, data=replace(recipe.data, autoencoder=AUTOENCODER))
         origin = origin | {"autoencoder": (origin.get("autoencoder") or {}) | {"id": AUTOENCODER, "revision": ""}}
-    data = replace(recipe.data, store=scrub(recipe.data.store), autoencoder=scrub(recipe.data.autoencoder))
-    recipe = replace(recipe, data=data, eval=replace(recipe.eval, reference=scrub(recipe.eval.reference)))
+    data = replace(
+        recipe.data,
+        store=last_part(recipe.data.store),
+        source=scrub(recipe.data.source),
+        autoencoder=scrub(recipe.data.autoencoder),
+    )
+    evaluation = replace(recipe.eval, reference=last_part(recipe.eval.reference))
+    recipe = replace(recipe, name=scrub(recipe.name), data=data, eval=evaluation)
+    begun = str(origin.get("init_from") or "")
+    if begun and not is_repository(begun.partition("@")[0].partition(":")[0]):
+        origin = origin | {"init_from": last_part(begun)}
     return replace(checkpoint, recipe=recipe, origin=origin)
 
 
@@ -181,11 +213,9 @@ def _results(run: Path, checkpoint: Path, ours: str) -> dict[str, Any] | None:
     path = run / "results.json"
     if not path.is_file():
         return None
-    try:
-        results = json.loads(path.read_text(encoding="utf-8"))
-        rows = result_rows(results)
-    except (ValueError, AttributeError) as error:
-        raise AlphaflowError(f"{path}: cannot be read ({error}). Measure again: alphaflow eval {run}") from error
+    see_own(run, path)
+    results = read_results(path, advice=f"Measure again: alphaflow eval {run}; or push --without-results")
+    rows = result_rows(results)
     for row in rows:
         theirs = str((row.get("pictures") or {}).get("checkpoint_sha256") or "")
         if theirs != ours:
@@ -193,7 +223,7 @@ def _results(run: Path, checkpoint: Path, ours: str) -> dict[str, Any] | None:
                 f"{path}: {row.get('name')} was measured on other weights ({theirs[:12] or 'not said which'}) than "
                 f"{checkpoint.name} holds ({ours[:12]}). Measure again: alphaflow eval {run}; or push --without-results"
             )
-    return results if isinstance(results, dict) and rows else None
+    return results if rows else None
 
 
 def _samples(source: Source, model: Path) -> bytes:
@@ -201,8 +231,9 @@ def _samples(source: Source, model: Path) -> bytes:
     recipe, step = source.checkpoint.recipe, source.checkpoint.origin.get("step")
     if source.run is not None and isinstance(step, int):
         drawn = source.run / "samples" / f"{step_name(step)}.png"
-        if drawn.is_file():
-            return drawn.read_bytes()
+        if drawn.exists():
+            see_own(source.run, drawn)
+            return plain_png(drawn)
     generator = open_generator(str(model), device=best_device())
     rows, columns = GRID
     seeds, classes = list(range(rows * columns)), recipe.data.classes

@@ -1,15 +1,18 @@
 """Before a run: everything that can be wrong, found before any process starts, each fault with what to do."""
 
 import socket
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from alphaflow_cli.data.store import disagreements, open_store
 from alphaflow_cli.engine import split
-from alphaflow_cli.engine.files import write_atomically
+from alphaflow_cli.engine.files import read_document, write_atomically
+from alphaflow_cli.engine.launch import has_parent, is_worker
+from alphaflow_cli.engine.lock import hold
 from alphaflow_cli.engine.prepare import prepare_latents
+from alphaflow_cli.engine.processes import processes_here
 from alphaflow_cli.engine.progress import say
 from alphaflow_cli.engine.trackers import check_trackers
 from alphaflow_cli.engine.world import World
@@ -84,7 +87,7 @@ def check_folder(out: Path) -> None:
 def check_recipe(recipe: Recipe, out: Path) -> list[tuple[str, str, str]]:
     """A run folder belongs to one recipe; another one is refused with the differences. Returns what may change."""
     path = out / "recipe.yaml"
-    there = recipe_from_text(path.read_text(encoding="utf-8"), str(path)) if path.exists() else recipe
+    there = recipe_from_text(read_document(path), str(path)) if path.exists() else recipe
     changes = [row for row in diff_recipes(there, recipe) if row[0] != "name"]
     if any(field not in ADJUSTABLE for field, _, _ in changes):
         listed = "\n".join(f"  {field}: {old} there, {new} asked for" for field, old, new in changes)
@@ -116,10 +119,7 @@ def prepare(recipe: Recipe, options: Options) -> Path:
 
 def count_processes(recipe: Recipe, asked: int | None) -> int:
     """What was asked for, else one per GPU; more than rows of a batch is refused before anything starts."""
-    gpus = torch.cuda.device_count()
-    count = asked or max(1, gpus)
-    if gpus and count > gpus:
-        raise AlphaflowError(f"--processes {count}: this machine has {gpus} GPUs.")
+    count = processes_here(asked)
     count_rows(recipe, count)
     return count
 
@@ -129,22 +129,28 @@ def count_rows(recipe: Recipe, processes: int) -> None:
     split.split_batch(recipe.train.batch, processes=processes, micro_batch=None)
 
 
-def prepare_together(recipe: Recipe, options: Options, world: World) -> None:
-    """What our own parent would have done: the first process checks, all leave if it finds a fault."""
+@contextmanager
+def one_owner(recipe: Recipe, options: Options, world: World) -> Iterator[None]:
+    """The run folder is ours: the first process holds it for all, and does what a parent of ours would have done."""
     fault: AlphaflowError | None = None
-    if world.is_main:
-        try:
-            count_rows(recipe, world.size)
-            prepare(recipe, options)
-        except AlphaflowError as found:
-            fault = found
-    if world.agree(fault is not None):
-        raise fault or SystemExit(1)  # one message is enough
-    if not (options.out / "recipe.yaml").exists():
-        raise AlphaflowError(
-            f"{options.out}: process {world.rank} on {socket.gethostname()} does not see what process 0 wrote there. "
-            "All machines need the run folder and the latents on a shared file system."
-        )
+    alone = is_worker() and not has_parent()
+    with ExitStack() as held:
+        if world.is_main:
+            try:
+                held.enter_context(hold(options.out, "train"))
+                if alone:
+                    count_rows(recipe, world.size)
+                    prepare(recipe, options)
+            except AlphaflowError as found:
+                fault = found
+        if world.agree(fault is not None):
+            raise fault or SystemExit(1)  # one message is enough
+        if alone and not (options.out / "recipe.yaml").exists():
+            raise AlphaflowError(
+                f"{options.out}: process {world.rank} on {socket.gethostname()} does not see what process 0 wrote "
+                "there. All machines need the run folder and the latents on a shared file system."
+            )
+        yield
 
 
 def _write_text(path: Path, text: str) -> None:

@@ -13,20 +13,26 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from alphaflow_cli.core.frechet import Moments, frechet_distance
-from alphaflow_cli.engine.files import write_atomically
+from alphaflow_cli.documents import Anything, Maybe, Rows, Table, Text, Whole, parse_json
+from alphaflow_cli.engine.files import save_tensors
 from alphaflow_cli.engine.foreign import read_foreign
 from alphaflow_cli.engine.measure import Content, Pass, load_all, make_folder
-from alphaflow_cli.engine.protocol import FeatureSpace, environment, space_of
+from alphaflow_cli.engine.protocol import SPACE, FeatureSpace, environment, space_of
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.nn.features import Extractor
 
 FORMAT = "alphaflow-reference/1"
 KEPT = 10_000  # features kept one by one
 SEED = 2020  # of the part kept, and of the splits of the floor
+ADVICE = "Build it again: alphaflow reference SOURCE -o FILE."
+SPACES = Table(others=SPACE)
+FACTS = Table(
+    {"name": Text(300), "kind": Text(100), "count": Maybe(Whole(1)), "size": Maybe(Rows(Whole(1, 1 << 20), 2, 2))},
+    others=Anything(),
+)
 SPLITS = 4  # of the kept features into halves, for the floor
 
 
@@ -87,13 +93,8 @@ def save_reference(reference: Reference, path: Path) -> None:
             tensors[f"{key}.features"] = each.features
     spaces = {key: asdict(each.space) for key, each in reference.stats.items()}
     header = {"format": FORMAT, "facts": json.dumps(reference.facts), "spaces": json.dumps(spaces)}
-    data = save(tensors, metadata=header)
     make_folder(path.parent)
-    write_atomically(path, lambda temporary: _write_bytes(temporary, data))
-
-
-def _write_bytes(path: Path, data: bytes) -> None:
-    path.write_bytes(data)
+    save_tensors(path, tensors, header)
 
 
 def load_reference(path: Path) -> Reference:
@@ -121,11 +122,25 @@ def _load_own(path: Path) -> Reference:
         raise AlphaflowError(f"{path}: not a whole safetensors file ({fault})") from fault
     if header.get("format") != FORMAT:
         raise AlphaflowError(f"{path}: not a reference ({header.get('format', 'no format')}; {FORMAT} is due)")
-    stats = {
-        key: Stats(FeatureSpace(**space), tensors[f"{key}.mean"], tensors[f"{key}.cov"], tensors.get(f"{key}.features"))
-        for key, space in json.loads(header["spaces"]).items()
-    }
-    return Reference(stats, {**json.loads(header["facts"]), "sha256": _content_sha256(header, tensors)})
+    spaces = parse_json(header.get("spaces", ""), f"{path} (its spaces)", SPACES, advice=ADVICE)
+    facts = parse_json(header.get("facts", ""), f"{path} (its facts)", FACTS, advice=ADVICE)
+    stats = {key: _own_stats(FeatureSpace(**space), tensors, key, path) for key, space in spaces.items()}
+    return Reference(stats, {**facts, "sha256": _content_sha256(header, tensors)})
+
+
+def _own_stats(space: FeatureSpace, tensors: dict[str, Tensor], key: str, path: Path) -> Stats:
+    """One network's tensors, of the sizes that its space has."""
+    mean, cov, features = (tensors.get(f"{key}.{name}") for name in ("mean", "cov", "features"))
+    wanted = {"mean": (mean, (space.dim,)), "cov": (cov, (space.dim, space.dim))}
+    if features is not None:
+        wanted["features"] = (features, (len(features) if features.ndim else 0, space.dim))
+    for name, (tensor, shape) in wanted.items():
+        if tensor is None or tuple(tensor.shape) != shape or not tensor.is_floating_point():
+            there = "is missing" if tensor is None else f"is {tensor.dtype} of shape {tuple(tensor.shape)}"
+            raise AlphaflowError(f"{path}: {key}.{name} {there}, shape {shape} is wanted. {ADVICE}")
+    assert mean is not None
+    assert cov is not None
+    return Stats(space, mean, cov, features)
 
 
 def _content_sha256(header: dict[str, str], tensors: dict[str, Tensor]) -> str:

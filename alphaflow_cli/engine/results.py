@@ -5,12 +5,15 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from alphaflow_cli.engine.files import write_atomically
+from alphaflow_cli.documents import Anything, Maybe, Number, Rows, Table, Text, Whole, read_json
+from alphaflow_cli.engine.files import append, write_atomically
 from alphaflow_cli.engine.measure import make_folder
-from alphaflow_cli.engine.protocol import Row, environment
+from alphaflow_cli.engine.protocol import SPACE, Row, environment
 from alphaflow_cli.errors import AlphaflowError
+from alphaflow_cli.recipe.schema import Metric
+from alphaflow_cli.text import for_markdown
 
 SCHEMA = "alphaflow-results/1"
 DIGITS = {
@@ -20,6 +23,44 @@ DIGITS = {
     "density": 4,
     "coverage": 4,
 }  # after the point; 4 significant otherwise
+
+PICTURES = Table(optional={"checkpoint_sha256": Maybe(Text(64)), "nfe": Maybe(Whole(0, 10**9))}, others=Anything())
+REFERENCE = Table(
+    {"name": Text(300), "kind": Text(100), "sha256": Text(64)}, {"count": Maybe(Whole(0))}, others=Anything()
+)
+ROW = Table(
+    {
+        "name": Text(100),
+        "value": Number(-1e12, 1e12),
+        "spread": Maybe(Number(0, 1e12)),
+        "metric": Text(one_of=get_args(Metric)),
+        "space": SPACE,
+        "count": Whole(0),
+        "pictures": PICTURES,
+        "label": Text(1000),
+        "reference": Maybe(REFERENCE),
+    },
+    {"settings": Table(others=Anything()), "notes": Rows(Text(2000), most=100)},
+)
+RESULTS = Table(
+    {
+        "evaluations": Rows(
+            Table(
+                {"rows": Rows(ROW, most=1000)},
+                {
+                    "id": Text(200),
+                    "measured": Text(100),
+                    "pictures_sha256": Text(64),
+                    "warnings": Rows(Text(2000), most=1000),
+                    "seconds": Table(others=Number()),
+                    "processes": Whole(1),
+                },
+            ),
+            most=1000,
+        )
+    },
+    {"schema": Text(100), "environment": Table(others=Text(300))},
+)
 
 
 @dataclass(frozen=True)
@@ -78,6 +119,12 @@ def document(evaluations: Sequence[Evaluation]) -> dict[str, Any]:
     }
 
 
+def read_results(path: Path, *, advice: str = "Move it away, or measure again: alphaflow eval.") -> dict[str, Any]:
+    """results.json as `save_results` writes it; of another shape, one line."""
+    found: dict[str, Any] = read_json(path, RESULTS, advice=advice)
+    return found
+
+
 def save_results(path: Path, history: Path, evaluations: Sequence[Evaluation]) -> None:
     """results.json anew, and a line for each evaluation at the end of the history."""
     make_folder(path.parent)
@@ -85,8 +132,7 @@ def save_results(path: Path, history: Path, evaluations: Sequence[Evaluation]) -
     write_atomically(path, lambda temporary: _write(temporary, text))
     lines = "".join(json.dumps(each.as_dict(), ensure_ascii=False) + "\n" for each in evaluations)
     try:
-        with history.open("a", encoding="utf-8") as file:
-            file.write(lines)
+        append(history, lines)
     except OSError as fault:
         raise AlphaflowError(f"{history}: cannot be written ({fault.strerror}); {path} is whole") from fault
 
@@ -98,9 +144,10 @@ def _write(path: Path, text: str) -> None:
 def markdown(evaluations: Sequence[Evaluation]) -> str:
     """A table for a README: one line per set of pictures, the protocols below."""
     names = list(dict.fromkeys(row.name for each in evaluations for row in each.rows))
-    lines = [f"| pictures | {' | '.join(names)} |", f"|---|{'---|' * len(names)}"]
+    lines = [f"| pictures | {' | '.join(map(for_markdown, names))} |", f"|---|{'---|' * len(names)}"]
     for each in evaluations:
         values = {row.name: told_value(row) for row in each.rows}
-        lines.append(f"| {each.rows[0].label} | {' | '.join(values.get(name, '') for name in names)} |")
-    told = [f"- {row.name}: {'; '.join([row.told(), *row.notes])}" for each in evaluations for row in each.rows]
+        lines.append(f"| {for_markdown(each.rows[0].label)} | {' | '.join(values.get(name, '') for name in names)} |")
+    rows = [row for each in evaluations for row in each.rows]
+    told = [f"- {for_markdown(f'{row.name}: ' + '; '.join([row.told(), *row.notes]), limit=2000)}" for row in rows]
     return "\n".join([*lines, "", *dict.fromkeys(told)]) + "\n"

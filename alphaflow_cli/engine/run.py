@@ -1,6 +1,7 @@
 """A run in memory: everything the loop needs, made from a recipe, and put back from a saved state."""
 
 import platform
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from alphaflow_cli import __version__
 from alphaflow_cli.core.draws import mix_seed
 from alphaflow_cli.data.batches import LatentStream
 from alphaflow_cli.data.store import class_names
@@ -17,7 +19,8 @@ from alphaflow_cli.engine.build import DTYPES, build_network
 from alphaflow_cli.engine.checkpoint import Checkpoint
 from alphaflow_cli.engine.compile import compile_blocks
 from alphaflow_cli.engine.journal import Sums
-from alphaflow_cli.engine.optimise import Optimiser
+from alphaflow_cli.engine.lock import check
+from alphaflow_cli.engine.optimise import MOMENTS, Optimiser
 from alphaflow_cli.engine.plan import alpha_at, equal_share_at
 from alphaflow_cli.engine.split import Split
 from alphaflow_cli.engine.step import Objective
@@ -75,7 +78,7 @@ class Run:
     def models(self) -> dict[str, Checkpoint]:
         """The files of a checkpoint: the first average, the others, the raw weights. All processes must call it."""
         lives = self.recipe.ema.half_lives
-        names = ["model.safetensors", *(f"ema-{life:g}.safetensors" for life in lives[1:])]
+        names = ["model.safetensors", *(f"ema-{text}.safetensors" for text in texts_apart(lives[1:]))]
         found = {name: self.model(i) for i, name in enumerate(names)}
         raw = self.optimiser.raw(keep=self.world.is_main)
         return found | {"raw.safetensors": self._checkpoint(raw, weights="raw", half_life=0.0)}
@@ -90,8 +93,11 @@ class Run:
             "init_from": self.init_from,
             "autoencoder": asdict(store.plan.autoencoder),
             "class_names": self.class_names,
-            "versions": {name: version(name) for name in ("alphaflow", "torch")}
-            | {"python": platform.python_version()},
+            "versions": {
+                "alphaflow": __version__,
+                "torch": version("torch"),
+                "python": platform.python_version(),
+            },
         }
         ready = {name: value.detach().float() for name, value in values.items()}
         return Checkpoint(ready, self.recipe, self.stream.mean, self.stream.std, origin)
@@ -106,6 +112,7 @@ class Run:
 
     def _write(self, models: dict[str, Checkpoint], tensors: dict[str, torch.Tensor]) -> None:
         train = self.recipe.train
+        check(self.folder)
         try:
             state.save_models(self.folder, self.step, models)
             state.save_state(self.folder, self.step, tensors, self.facts())
@@ -118,12 +125,31 @@ class Run:
         """Go on from a saved state."""
         facts, tensors = state.read_facts(path), state.read_tensors(path)
         self._check_store(path, facts["store"])
+        self._check_tensors(path, tensors)
         self.optimiser.load(tensors)
         sums = tensors["sums"].to(self.world.device)  # (processes, n)
         mine = sums[self.world.rank] if len(sums) == self.world.size else sums.sum(0) * self.world.is_main
         self.sums.values.copy_(mine)
         self.step, self.retries = facts["step"], max(facts["retries"], self.retries)
         self.init_from = facts["init_from"]
+
+    def _check_tensors(self, path: Path, tensors: dict[str, torch.Tensor]) -> None:
+        """A state without a checksum may hold anything, and a copy would stretch a tensor of another shape."""
+        shapes = {name: parameter.shape for name, parameter in self.optimiser.parameters.items()}
+        kinds = ["raw", *(f"ema{i}" for i in range(len(self.recipe.ema.half_lives)))]
+        kinds += MOMENTS if any(name.startswith("adam.step.") for name in tensors) else ()
+        wanted = {
+            f"adam.{kind}.{name}" if kind in MOMENTS else f"{kind}.{name}": s
+            for kind in kinds
+            for name, s in shapes.items()
+        }
+        wrong = [name for name, shape in wanted.items() if name not in tensors or tensors[name].shape != shape]
+        wrong += [name for name in ("counters", "sums") if name not in tensors]
+        if wrong:
+            raise AlphaflowError(
+                f"{path}: not a state of this recipe: {wrong[0]} is missing or of another shape. Go on from the "
+                f"weights: --init-from {self.folder} with another --out."
+            )
 
     def _check_store(self, path: Path, digest: str) -> None:
         """The same run on other data would be another run."""
@@ -134,6 +160,19 @@ class Run:
                 f"{store.manifest.digest[:12]}. Give the same data (--data DIR), or begin another run from these "
                 f"weights: --init-from {self.folder} --out RUN"
             )
+
+
+def texts_apart(numbers: Sequence[float]) -> list[str]:
+    """`50`, `0.5`: as short as names may be; with every digit where two short ones would be the same."""
+    short = [f"{number:g}" for number in numbers]
+    return [text if short.count(text) == 1 else repr(number) for text, number in zip(short, numbers, strict=True)]
+
+
+def newest_for_all(folder: Path, world: World) -> Path | None:
+    """The state to go on from; None before the first save. The first process checks its bytes, the others follow."""
+    newest = state.newest_state(folder) if world.is_main else None
+    step = int(world.largest(state.step_of(newest) if newest else -1))
+    return state.state_file(folder, step) if step >= 0 else None
 
 
 def build_run(recipe: Recipe, folder: Path, *, world: World, stream: LatentStream, split: Split) -> Run:

@@ -1,11 +1,12 @@
 """What a run folder has to tell, gathered for its page: recipe, curves, conflict, samples, scores, environment."""
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from alphaflow_cli.data.files import sha256_of
+from alphaflow_cli.documents import Anything, Maybe, Number, Table, Whole, check_shape
+from alphaflow_cli.engine.checkpoint import read_origin
 from alphaflow_cli.engine.curves import BANDS, recipe_chart
 from alphaflow_cli.engine.facts import lines
 from alphaflow_cli.engine.files import write_atomically
@@ -17,6 +18,7 @@ from alphaflow_cli.engine.run_report_scores import scores_of
 from alphaflow_cli.errors import AlphaflowError, blamed_on
 from alphaflow_cli.recipe import diff_recipes, load_recipe, recipe_from_text, shipped
 from alphaflow_cli.recipe.schema import Recipe
+from alphaflow_cli.recipe.source import read_text
 from alphaflow_cli.report import chart
 from alphaflow_cli.report.embedded import embed, spread_over
 from alphaflow_cli.report.page import RunPage, run_page
@@ -41,10 +43,22 @@ COSINES = (
     ("cos_tc_fm", "TC, FM'", chart.ORANGE),
 )
 NORMS = (("norm_tfm", "TFM", chart.BLUE), ("norm_tc", "TC", chart.RED), ("norm_fm", "FM'", chart.GREEN))
+NUMBER = Maybe(Number(-1e200, 1e200))  # more than any float32 squared; an axis can still be laid over it
+DRAWN = [name for _, fields in CURVES for name, _, _ in fields]
+ROW = Table(
+    {"step": Whole(0, 10**12), "images_seen": Whole(0)},
+    {
+        **dict.fromkeys([*DRAWN, "seconds_per_step", "memory_gb"], NUMBER),
+        "conflict": Maybe(Table(optional=dict.fromkeys((n for n, _, _ in COSINES + NORMS), NUMBER), others=Anything())),
+    },
+    others=Anything(),
+)
 
 
 def write_report(run: Path, out: Path) -> Path:
     """The page of a run folder."""
+    if not out.name or out.is_dir():
+        raise AlphaflowError(f"{out}: is a folder. Name the page's file, such as {out / 'report.html'}")
     text = run_page(page_of(run))
     write_atomically(out, _writer(text))
     return out
@@ -52,7 +66,7 @@ def write_report(run: Path, out: Path) -> Path:
 
 def _writer(text: str) -> Callable[[Path], None]:
     def write(path: Path) -> None:
-        path.write_text(text, encoding="utf-8")
+        path.write_text(text, encoding="utf-8", errors="backslashreplace")  # a name may be no UTF-8
 
     return write
 
@@ -60,12 +74,12 @@ def _writer(text: str) -> Callable[[Path], None]:
 def page_of(run: Path) -> RunPage:
     """Everything there is; what is missing is said on the page."""
     path = run / "recipe.yaml"
-    if not path.is_file():
+    if not path.exists():
         raise AlphaflowError(
             f"{run}: not a run folder (no recipe.yaml in it). Make one: alphaflow train RECIPE --out {run}"
         )
-    text = path.read_text(encoding="utf-8")
-    recipe, rows = recipe_from_text(text, str(path)), read_rows(run / "metrics.jsonl")
+    text = read_text(path)
+    recipe, rows = recipe_from_text(text, str(path)), rows_of(run / "metrics.jsonl")
     origin, digest = origin_of(run), digest_of(run)
     compared, other = counterpart(recipe)
     changes = [(name, shown(there), shown(here)) for name, there, here in diff_recipes(other, recipe) if name != "name"]
@@ -73,13 +87,13 @@ def page_of(run: Path) -> RunPage:
     return RunPage(
         name=recipe.name or run.name,
         status=status_of(recipe, rows, origin),
-        made_by="α-Flow and its family, by alphaflow " + origin.get("versions", {}).get("alphaflow", ""),
+        made_by="α-Flow and its family, by alphaflow " + (origin.get("versions") or {}).get("alphaflow", ""),
         facts=lines(recipe),
         plan=recipe_chart(recipe),
         curves=curves_of(recipe, rows),
         conflict=conflict,
         conflict_rows=told,
-        samples=embed(sorted((run / "samples").glob("step-*.png"))),
+        samples=embed(sorted(path for path in (run / "samples").glob("step-*.png") if path.is_file())),
         scores=scores_of(run / "results.json", digest),
         compared_with=compared,
         changes=changes,
@@ -87,6 +101,14 @@ def page_of(run: Path) -> RunPage:
         environment=environment_of(origin, digest, rows),
         commands=commands_of(recipe, run, diff_recipes(other, recipe), str(origin.get("init_from") or "")),
     )
+
+
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    """The journal, as far as it is drawn."""
+    rows = read_rows(path)
+    for row in rows:
+        check_shape(row, f"{path}: the row of step {row['step']}", ROW)
+    return rows
 
 
 def status_of(recipe: Recipe, rows: Sequence[dict[str, Any]], origin: dict[str, Any]) -> str:
@@ -155,10 +177,8 @@ def origin_of(run: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     with blamed_on(path, "a checkpoint", SafetensorError), safe_open(str(path), framework="np") as file:
-        origin = json.loads((file.metadata() or {}).get("origin", "{}"))
-        if not isinstance(origin, dict):
-            raise TypeError("its origin is no table")
-    return origin
+        text = (file.metadata() or {}).get("origin", "{}")
+    return read_origin(text, path)
 
 
 def digest_of(run: Path) -> str:
@@ -169,7 +189,7 @@ def digest_of(run: Path) -> str:
 
 def environment_of(origin: dict[str, Any], digest: str, rows: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
     """Versions, weights, speed."""
-    found = [(name, str(number)) for name, number in origin.get("versions", {}).items()]
+    found = [(name, str(number)) for name, number in (origin.get("versions") or {}).items()]
     if origin:
         found.append(("checkpoint", f"step {origin.get('step')}, {origin.get('weights')} weights"))
         found.append(("its sha256", digest))

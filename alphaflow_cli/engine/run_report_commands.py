@@ -7,6 +7,7 @@ from typing import Any
 
 from alphaflow_cli.recipe import shipped
 from alphaflow_cli.recipe.schema import Recipe
+from alphaflow_cli.text import for_terminal
 
 
 def commands_of(recipe: Recipe, run: Path, changes: Sequence[tuple[str, Any, Any]], init_from: str) -> list[str]:
@@ -23,7 +24,7 @@ def commands_of(recipe: Recipe, run: Path, changes: Sequence[tuple[str, Any, Any
         prepare = [f"alphaflow prep-latents SOURCE --size {size} --autoencoder {autoencoder}{flips} --out DIR"]
         train.append("--data DIR")
     return [
-        *([] if is_shipped else [f"# save the recipe above as {file}"]),
+        *([] if is_shipped else [f"# save the recipe above as {for_terminal(file)}"]),
         *prepare,
         " ".join(train),
         f"alphaflow sample {folder} --grid grid.png",

@@ -1,14 +1,31 @@
 """The conflict on a run's page: what training recorded, and what `alphaflow analyze` found."""
 
-import json
 from pathlib import Path
 from typing import Any
 
-from alphaflow_cli.engine.conflict_charts import NAMES, bins_chart, sizes_chart, steps_chart
-from alphaflow_cli.errors import blamed_on
+from alphaflow_cli.documents import Anything, Maybe, Number, Rows, Table, Text, Whole, read_json
+from alphaflow_cli.engine.conflict_charts import NAMES, SIZES, bins_chart, sizes_chart, steps_chart
 from alphaflow_cli.report.chart import Chart
 
 Told = list[tuple[str, ...]]
+SPREAD = Table(dict.fromkeys(("p5", "p50", "p95"), Maybe(Number(-1e200, 1e200))), others=Anything())
+COSINES = Table(dict.fromkeys(NAMES, SPREAD), others=Anything())
+SIZE = Table({"alpha": Number(0, 1), "size": SPREAD, "cosine": SPREAD}, others=Anything())
+SUMMARY = Table(
+    {
+        "step": Maybe(Whole(0)),
+        "recipe": Text(1000),
+        "batches": Whole(0),
+        "rows_per_batch": Whole(0),
+        "cosines": COSINES,
+        "bins": Rows(
+            Table({"from": Number(0, 1), "to": Number(0, 1), "cosines": COSINES}, others=Anything()), most=1000
+        ),
+        "sizes": Table(optional=dict.fromkeys(SIZES, Rows(SIZE, most=1000)), others=Anything()),
+    },
+    others=Anything(),
+)
+CONFLICT = Table({"checkpoints": Rows(SUMMARY, least=1, most=10_000)}, others=Anything())
 
 
 def analysis_of(run: Path) -> tuple[list[Chart], Told]:
@@ -16,14 +33,11 @@ def analysis_of(run: Path) -> tuple[list[Chart], Told]:
     path = run / "analysis" / "conflict.json"
     if not path.is_file():
         return [], []
-    with blamed_on(path, "the numbers of alphaflow analyze"):
-        found = json.loads(path.read_text(encoding="utf-8"))["checkpoints"]
-        if not found:
-            raise ValueError("no checkpoint in it")
-        charts = [steps_chart(found)] if len(found) > 1 else []
-        charts.append(bins_chart(found[-1]))
-        charts += [sizes_chart(found[-1])] if found[-1]["sizes"] else []
-        return charts, [line for each in found for line in told_cosines(each)]
+    found = read_json(path, CONFLICT, advice="Move it away, or make it again: alphaflow analyze.")["checkpoints"]
+    charts = [steps_chart(found)] if len(found) > 1 else []
+    charts.append(bins_chart(found[-1]))
+    charts += [sizes_chart(found[-1])] if SIZES.keys() <= found[-1]["sizes"].keys() else []
+    return charts, [line for each in found for line in told_cosines(each)]
 
 
 def told_cosines(summary: dict[str, Any]) -> Told:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from alphaflow_cli.engine.files import write_atomically
 from alphaflow_cli.engine.generate import Generator
+from alphaflow_cli.engine.measure import make_folder
 from alphaflow_cli.engine.progress import say
 from alphaflow_cli.engine.run import Run
 from alphaflow_cli.engine.state import step_name
@@ -25,6 +26,15 @@ class SampleGrids:
         self.generator: Generator | None = None
         self.broken = ""  # why no grid can be drawn; said once
 
+    def is_due(self, run: Run) -> bool:
+        """Whether the present step has a grid."""
+        every, steps = run.recipe.train.sample_every, run.recipe.train.steps
+        return bool(every) and (run.step % every == 0 or run.step == steps)
+
+    def path(self, run: Run) -> Path:
+        """The grid of the present step."""
+        return run.folder / "samples" / f"{step_name(run.step)}.png"
+
     def draw(self, run: Run) -> Path | None:
         """The grid of the present weights; None where the autoencoder cannot be had."""
         checkpoint = run.model()  # all processes: the weights may be cut over them
@@ -39,8 +49,8 @@ class SampleGrids:
             self.broken = str(error)
             say(f"no sample grids: {error}")
             return None
-        path = run.folder / "samples" / f"{step_name(run.step)}.png"
-        path.parent.mkdir(exist_ok=True)
+        path = self.path(run)
+        make_folder(path.parent)
         write_atomically(path, lambda temporary: _write(temporary, picture))
         return path
 

@@ -1,6 +1,7 @@
 """`alphaflow sample`: pictures, grids and latents in files, by one process or several."""
 
 import shutil
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,6 +15,7 @@ from alphaflow_cli.engine.crew import run_crew
 from alphaflow_cli.engine.decoder import DecoderChoice
 from alphaflow_cli.engine.files import write_atomically
 from alphaflow_cli.engine.generate import Generator, has_labels, open_generator
+from alphaflow_cli.engine.processes import processes_here, smaller_batch_if_full
 from alphaflow_cli.engine.progress import Progress, say
 from alphaflow_cli.engine.walk import Walk, draw_labels, plan_walk
 from alphaflow_cli.errors import AlphaflowError
@@ -62,6 +64,7 @@ def sample_to_files(request: SampleRequest) -> list[Path]:
     for path in (request.grid, request.latents):
         if path is not None and not path.parent.is_dir():
             raise AlphaflowError(f"{path}: the folder {path.parent} does not exist.")
+    processes = processes_here(request.processes)
     generator = make_generator(request, rank=0)
     walks = [
         plan_walk(generator.recipe, nfe=n, kind=request.sampler, times=request.times, guidance=request.guidance)
@@ -70,7 +73,7 @@ def sample_to_files(request: SampleRequest) -> list[Path]:
     labels = choose_labels(request, generator)
     said = f"{len(request.seeds)} pictures by {'; '.join(str(walk) for walk in walks)}"
     say(f"{said}; {generator.origin.get('weights', 'ema')} weights of step {generator.origin.get('step', 'unknown')}")
-    drawn = draw(request, generator, walks, labels)
+    drawn = draw(request, generator, walks, labels, processes)
     return write(request, generator, walks, labels, drawn)
 
 
@@ -109,10 +112,9 @@ def find_class(text: str, names: Sequence[str], count: int) -> int:
 
 
 def draw(
-    request: SampleRequest, generator: Generator, walks: Sequence[Walk], labels: Sequence[int]
+    request: SampleRequest, generator: Generator, walks: Sequence[Walk], labels: Sequence[int], processes: int
 ) -> list[list[dict[str, Any]]]:
     """walk → sample → {image, latent}; here, or shared out over processes."""
-    processes = request.processes or max(1, torch.cuda.device_count())
     with Progress("sample", len(request.seeds) * len(walks), unit="img") as bar:
         if processes == 1:
             return draw_here(request, generator, walks, request.seeds, labels, bar.advance)
@@ -128,14 +130,14 @@ def draw_here(
     tell: Callable[[int], None],
 ) -> list[list[dict[str, Any]]]:
     """Batch by batch in this process."""
-    found = []
+    found, only_latents = [], request.out is None and request.grid is None
     for walk in walks:
         rows: list[dict[str, Any]] = []
         for i in range(0, len(seeds), request.batch):
             part = slice(i, i + request.batch)
-            latents = generator.latents(seeds[part], labels[part], walk)
-            only_latents = request.out is None and request.grid is None
-            images = [None] * len(latents) if only_latents else to_pictures(generator, latents)
+            with smaller_batch_if_full(request.batch):
+                latents = generator.latents(seeds[part], labels[part], walk)
+                images = [None] * len(latents) if only_latents else to_pictures(generator, latents)
             rows += [{"image": im, "latent": z} for im, z in zip(images, latents.cpu().numpy(), strict=True)]
             tell(len(latents))
         found.append(rows)
@@ -152,8 +154,8 @@ def draw_shared(
 ) -> list[list[dict[str, Any]]]:
     """Each process draws every N-th sample and leaves it in a folder beside what is being made."""
     target = request.out or (request.grid or request.latents or Path()).parent
-    folder = target / ".sample-parts.tmp"
-    folder.mkdir(parents=True, exist_ok=True)
+    target.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=".sample-parts-", suffix=".tmp", dir=target))  # two commands mix nothing
     seeds, plain = list(request.seeds), replace(request, seeds=list(request.seeds))
     shares = [
         Share(plain, rank, seeds[rank::processes], labels[rank::processes], walks, folder) for rank in range(processes)

@@ -9,11 +9,10 @@ from alphaflow_cli.data.batches import LatentStream
 from alphaflow_cli.data.manifest import read_manifest
 from alphaflow_cli.engine import journal, split, state
 from alphaflow_cli.engine.initial import start_from
-from alphaflow_cli.engine.launch import has_parent, is_worker
 from alphaflow_cli.engine.probe import micro_batch_that_fits
 from alphaflow_cli.engine.progress import say
-from alphaflow_cli.engine.ready import Options, prepare_together, store_of
-from alphaflow_cli.engine.run import Run, build_run
+from alphaflow_cli.engine.ready import Options, one_owner, store_of
+from alphaflow_cli.engine.run import Run, build_run, newest_for_all
 from alphaflow_cli.engine.samples import SampleGrids
 from alphaflow_cli.engine.shards import check_sharding
 from alphaflow_cli.engine.signals import StopFlag
@@ -29,7 +28,7 @@ RESIDENT_SHARE = 0.25  # of a GPU's memory that the latents may take
 def open_run(recipe: Recipe, options: Options, world: World) -> Run:
     """The run, at the step where it was left."""
     store = store_of(recipe, options)
-    newest = state.newest_state(options.out)
+    newest = newest_for_all(options.out, world)
     saved = state.read_facts(newest) if newest else {}
     # the main process reads every byte against its checksum; the others trust it
     stream = open_stream(recipe, store, world, verify=options.verify and world.is_main)
@@ -91,23 +90,34 @@ def choose_split(recipe: Recipe, options: Options, world: World, saved: dict[str
 def train(recipe: Recipe, options: Options) -> int:
     """Train in this process (one of several, perhaps); 0 when finished, 130 or 143 when stopped and saved."""
     world = join_world(allow_tf32=recipe.train.tf32, trackers=recipe.train.trackers, folder=options.out)
-    if is_worker() and not has_parent():
-        prepare_together(recipe, options, world)
-    if world.is_main:
-        state.sweep(options.out)
-    world.wait()
-    run = open_run(recipe, options, world)
-    if world.is_main:
-        say_where(run, options)
-    peak = peak_of(torch.cuda.get_device_name(), recipe.train.precision) if world.device.type == "cuda" else None
-    book = journal.Journal(
-        options.out / "metrics.jsonl", run.step, writes=world.is_main, device_flops=peak and peak * world.size
-    )
-    trackers, grids = Trackers(recipe, world, options.out, run.step), SampleGrids()
+    with one_owner(recipe, options, world):
+        if world.is_main:
+            state.sweep(options.out)
+        world.wait()
+        run = open_run(recipe, options, world)
+        if world.is_main:
+            say_where(run, options)
+        return train_run(run, open_journal(run))
+
+
+def open_journal(run: Run) -> journal.Journal:
+    """metrics.jsonl, without rows past the step where the run goes on."""
+    world = run.world
+    is_gpu = world.device.type == "cuda"
+    peak = peak_of(torch.cuda.get_device_name(), run.recipe.train.precision) if is_gpu else None
+    flops = peak and peak * world.size
+    return journal.Journal(run.folder / "metrics.jsonl", run.step, writes=world.is_main, device_flops=flops)
+
+
+def train_run(run: Run, book: journal.Journal) -> int:
+    """To the last step, or to a signal."""
+    world = run.world
+    trackers, grids = Trackers(run.recipe, world, run.folder, run.step), SampleGrids()
+    if run.step and world.agree(world.is_main and grids.is_due(run) and not grids.path(run).exists()):
+        grids.draw(run)  # a kill came between the save and its pictures
 
     def pictures(now: Run) -> None:
-        every = recipe.train.sample_every
-        if every and (now.step % every == 0 or now.step == recipe.train.steps):
+        if grids.is_due(now):
             grids.draw(now)
 
     with StopFlag() as stop:

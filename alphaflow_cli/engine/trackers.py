@@ -10,6 +10,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from alphaflow_cli.engine.files import read_document
+from alphaflow_cli.engine.measure import make_folder
 from alphaflow_cli.engine.world import World
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.recipe.schema import Recipe
@@ -33,7 +35,7 @@ class Trackers:
         if not self.names:
             return
         home = folder / "trackers"
-        home.mkdir(exist_ok=True)
+        make_folder(home)
         os.environ.setdefault("TRACKIO_DIR", str(home.resolve() / "trackio"))
         run = {"name": folder.name, "resume": "allow"}
         options = {
@@ -73,4 +75,4 @@ def _run_id(path: Path) -> str:
     """Drawn once per run."""
     if not path.exists():
         path.write_text(secrets.token_hex(8), encoding="utf-8")
-    return path.read_text(encoding="utf-8").strip()
+    return read_document(path).strip()

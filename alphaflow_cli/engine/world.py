@@ -1,9 +1,11 @@
 """The processes of a run: who am I, how many are we, what do we compute on. Accelerate does the joining."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -13,9 +15,11 @@ from torch import distributed as dist
 from torch.distributed.tensor import DTensor
 
 from alphaflow_cli.engine.shards import shard_network
+from alphaflow_cli.engine.slurm import whole_number
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.recipe.schema import Strategy
 
+PATIENCE = timedelta(hours=2)  # one process may work so long while the others wait; a dead one is noticed at once
 SAME = 1e-6  # relative difference of the processes' gradient checksums that rounding may cause
 
 
@@ -96,7 +100,7 @@ def join_world(*, allow_tf32: bool = False, trackers: Sequence[str] = (), folder
     on_cpu = not torch.cuda.is_available()
     if on_cpu:
         os.environ["ACCELERATE_USE_CPU"] = "true"  # else N processes become N lonely first ones
-    expected = int(os.environ.get("WORLD_SIZE", "1"))
+    expected = whole_number(os.environ, "WORLD_SIZE", "1")
     # Precision, accumulation and sharding are ours; the environment must not switch them on behind our back.
     for name in ("GRADIENT_ACCUMULATION_STEPS", "DYNAMO_BACKEND", "USE_FSDP", "USE_DEEPSPEED", "USE_MEGATRON_LM"):
         os.environ.pop(f"ACCELERATE_{name}", None)
@@ -115,4 +119,29 @@ def join_world(*, allow_tf32: bool = False, trackers: Sequence[str] = (), folder
         )
     torch.backends.cuda.matmul.allow_tf32 = allow_tf32
     torch.backends.cudnn.allow_tf32 = allow_tf32
-    return World(accelerator)
+    world = World(accelerator)
+    _meet(world)
+    return world
+
+
+def _meet(world: World) -> None:
+    """Exchange a number before any work: what keeps processes from exchanging must not show when all is measured.
+
+    Then they wait for each other with patience: torch's 10 minutes on GPUs end a run whose first process verifies a
+    large store, and an evaluation of which one process had most left to measure.
+    """
+    if world.size == 1:
+        return
+    try:
+        world.sum(torch.zeros(1, device=world.device))
+    except dist.DistBackendError as error:
+        if "Duplicate GPU" not in str(error):
+            raise
+        raise AlphaflowError(
+            f"{world.size} processes were started, but two of them have the same GPU, and every process needs one of "
+            "its own. Start as many on each machine as it has GPUs."
+        ) from error
+    older: Callable[[timedelta], Any] | None = getattr(dist.distributed_c10d, "_set_pg_timeout", None)
+    set_timeout = getattr(dist, "set_timeout", older)
+    assert set_timeout is not None, torch.__version__
+    set_timeout(PATIENCE)

@@ -1,9 +1,11 @@
 """The model card: what it is, how to sample it, how it was trained, what it scored and by which ruler, what to know."""
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
 from alphaflow_cli.recipe import Recipe, dump_recipe
+from alphaflow_cli.text import code_span, for_markdown, for_terminal
 
 PAPER = "arXiv:2510.20771"
 CITATION = """\
@@ -55,7 +57,7 @@ def protocol(row: dict[str, Any]) -> str:
         parts.append(f"reference {reference['name']} ({str(reference['sha256'])[:8]})")
     parts.append(f"{row['count']:,} pictures: {row['label']}")
     parts += [f"{str(key).replace('_', ' ')} {value}" for key, value in row.get("settings", {}).items()]
-    return "; ".join([*parts, *row.get("notes", ())])
+    return for_terminal("; ".join([*parts, *row.get("notes", ())]), limit=2000)
 
 
 def _metadata(facts: CardFacts) -> str:
@@ -63,16 +65,16 @@ def _metadata(facts: CardFacts) -> str:
     from huggingface_hub import EvalResult, ModelCardData
 
     data = facts.recipe.data
-    dataset = data.source.split(":")[0] or ("imagenet-1k" if data.classes == 1000 else "custom")
+    dataset = for_terminal(data.source.split(":")[0]) or ("imagenet-1k" if data.classes == 1000 else "custom")
     task = "class-conditional-image-generation" if data.classes else "unconditional-image-generation"
     scores = [
         EvalResult(
             task_type="unconditional-image-generation",
             task_name=task.replace("-", " "),
             dataset_type=dataset,
-            dataset_name=str((row.get("reference") or {}).get("name") or dataset),
+            dataset_name=for_terminal((row.get("reference") or {}).get("name") or dataset),
             metric_type=str(row["metric"]),
-            metric_name=str(row["name"]),
+            metric_name=for_terminal(row["name"]),
             metric_value=row["value"],
             metric_args={"protocol": protocol(row)},
         )
@@ -83,7 +85,7 @@ def _metadata(facts: CardFacts) -> str:
         library_name="alphaflow",
         pipeline_tag="unconditional-image-generation",
         tags=["alphaflow", "meanflow", "flow-matching", "one-step-generation", task],
-        model_name=facts.recipe.name,
+        model_name=for_terminal(facts.recipe.name),
         eval_results=scores or None,
     )
     return f"---\n{head.to_yaml()}\n---"
@@ -95,10 +97,10 @@ def _what(facts: CardFacts) -> str:
     space = (
         "pixels"
         if data.autoencoder == "none"
-        else f"latents {data.channels}x{data.latent_size}x{data.latent_size} of {data.autoencoder}"
+        else f"latents {data.channels}x{data.latent_size}x{data.latent_size} of {for_markdown(data.autoencoder)}"
     )
     lines = [
-        f"# {recipe.name}",
+        f"# {for_markdown(recipe.name)}",
         "",
         f"An image generator that needs {_evaluations(recipe.sample.nfe)} of its network per picture: "
         f"{data.image_size} px, {labels}, {facts.parameters:,} parameters, working on {space}. "
@@ -156,12 +158,18 @@ def _training(facts: CardFacts) -> str:
         seen = origin.get("images_seen")
         lines += [f"`alphaflow train recipe.yaml`: {recipe.train.steps:,} steps of {recipe.train.batch:,} pictures"]
         lines[-1] += f", {seen:,} seen" if isinstance(seen, int) else ""
-        lines[-1] += f", from `{recipe.data.source}`." if recipe.data.source else "."
+        lines[-1] += f", from {code_span(recipe.data.source)}." if recipe.data.source else "."
         lines += [_objective(recipe), ""]
     lines += ["![alpha, the share of r = t rows and the learning rate over the steps](alpha.png)", ""]
-    lines += ["<details><summary>The whole recipe</summary>", "", "```yaml", dump_recipe(recipe).rstrip(), "```", ""]
+    lines += ["<details><summary>The whole recipe</summary>", "", *_fenced(dump_recipe(recipe), "yaml"), ""]
     lines += ["</details>"]
     return "\n".join(lines)
+
+
+def _fenced(text: str, kind: str) -> list[str]:
+    """Lines as code, between fences longer than any run of backticks among them."""
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return [f"{fence}{kind}", for_terminal(text.rstrip(), limit=100_000, lines=True), fence]
 
 
 def _objective(recipe: Recipe) -> str:
@@ -173,10 +181,12 @@ def _objective(recipe: Recipe) -> str:
 
 
 def _conversion(converted: dict[str, Any]) -> str:
-    filled = "\n".join(f"- {key}: {value}" for key, value in converted.get("filled", {}).items())
+    filled = "\n".join(
+        f"- {for_markdown(key)}: {for_markdown(value)}" for key, value in (converted.get("filled") or {}).items()
+    )
     return (
-        f"Converted from `{converted.get('file')}` ({converted.get('from')}, sha256 "
-        f"`{str(converted.get('sha256'))[:16]}`), not trained here. What that file does not say:\n\n{filled}"
+        f"Converted from {code_span(converted.get('file'))} ({for_markdown(converted.get('from'))}, sha256 "
+        f"{code_span(str(converted.get('sha256'))[:16])}), not trained here. What that file does not say:\n\n{filled}"
     )
 
 
@@ -187,7 +197,8 @@ def _results(facts: CardFacts) -> str:
     lines = ["## Results", "", "| metric | value | protocol |", "|---|---|---|"]
     for row in rows:
         spread = f" ± {row['spread']:.2g}" if row.get("spread") is not None else ""
-        lines.append(f"| {row['name']} | {row['value']:.4g}{spread} | {protocol(row).replace('|', '/')} |")
+        cells = for_markdown(row["name"]), f"{row['value']:.4g}{spread}", for_markdown(protocol(row), limit=2000)
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, "", "A number means its protocol: compare only where all of it is the same."])
 
 
@@ -202,7 +213,9 @@ def _caveats(facts: CardFacts) -> str:
     if recipe.sample.sampler in ("flow", "heun"):
         lines += [f"- A plain velocity field: it needs many steps ({recipe.sample.sampler}, {recipe.sample.nfe} here)."]
     if recipe.data.autoencoder != "none":
-        lines += [f"- Latents are decoded by `{recipe.data.autoencoder}`; another autoencoder gives other pictures."]
+        lines += [
+            f"- Latents are decoded by {code_span(recipe.data.autoencoder)}; another autoencoder gives other pictures."
+        ]
     lines += [
         "- Latents are normalised by the mean and standard deviation stored with the weights.",
         "- It reproduces what it was trained on, with its gaps and biases; there is no safety filter.",
@@ -211,7 +224,7 @@ def _caveats(facts: CardFacts) -> str:
 
 
 def _ending(facts: CardFacts) -> str:
-    versions = ", ".join(f"{name} {value}" for name, value in (facts.origin.get("versions") or {}).items())
+    made = ", ".join(f"{name} {value}" for name, value in (facts.origin.get("versions") or {}).items())
     text = f"""\
 ## Licence and citation
 
@@ -220,7 +233,7 @@ Weights: {_licence(facts.licence)}. The data and the autoencoder have terms of t
 ```bibtex
 {CITATION}
 ```"""
-    return text + (f"\n\nMade with {versions}." if versions else "")
+    return text + (f"\n\nMade with {for_markdown(made)}." if made else "")
 
 
 def _licence(licence: str) -> str:

@@ -1,15 +1,18 @@
 """A folder that a published model is written into: new, empty, or from an earlier push or pull. Nothing else."""
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 
+from alphaflow_cli.documents import Anything, Table, Text, read_json
 from alphaflow_cli.errors import AlphaflowError
 
 MODEL = "model.safetensors"
 AUTOENCODER = "autoencoder"  # the folder of one that is none of the Hub's
 CONFIG = "config.json"
 OURS = (MODEL, CONFIG, "recipe.yaml", "README.md", "results.json", "samples.png", "alpha.png", AUTOENCODER)
+OUR_CONFIG = Table(
+    {"model_type": Text(one_of=("alphaflow",)), "format": Text(100, form="alphaflow/.+")}, others=Anything()
+)
 NOT_ALWAYS = ("results.json", f"{AUTOENCODER}/*")  # removed where the new version has none
 
 
@@ -21,7 +24,7 @@ def prepare_folder(folder: Path, *, also: Iterable[str] = ()) -> None:
     except OSError as fault:
         raise AlphaflowError(f"{folder}: cannot be made a folder ({fault.strerror}). Give another.") from fault
     foreign = sorted(names - {*OURS, *also})
-    if names and (foreign or not _is_published(folder / CONFIG)):
+    if names and (foreign or not is_published(folder / CONFIG)):
         raise AlphaflowError(
             f"{folder}: holds {', '.join((foreign or sorted(names))[:3])}, not only what a push or pull wrote. "
             "Nothing was overwritten; give a new or an empty folder."
@@ -36,10 +39,10 @@ def remove_stale(folder: Path, kept: Iterable[str] = ()) -> None:
             path.unlink()
 
 
-def _is_published(config: Path) -> bool:
-    """Whether an earlier push or pull wrote this config.json."""
+def is_published(config: Path) -> bool:
+    """Whether an earlier push wrote this config.json: of any other, nothing is relied on."""
     try:
-        content = json.loads(config.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        read_json(config, OUR_CONFIG, limit=1 << 20)
+    except AlphaflowError:
         return False
-    return isinstance(content, dict) and str(content.get("format", "")).startswith("alphaflow/")
+    return True

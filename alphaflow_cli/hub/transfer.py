@@ -15,9 +15,9 @@ from pathlib import Path
 
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.hub.address import Repo, parse_address
-from alphaflow_cli.hub.client import cache_folder, hub_api
-from alphaflow_cli.hub.faults import HubFault, NoConnection, NotThere, hub_faults
 from alphaflow_cli.hub.folder import CONFIG, MODEL, prepare_folder, remove_stale
+from alphaflow_cli.remote.client import cache_folder, hub_api
+from alphaflow_cli.remote.faults import HubFault, NoConnection, NotThere, hub_faults
 
 NEEDED = ["config.json", "recipe.yaml", "autoencoder/*"]  # beside the weights, enough to sample
 PATIENCE = 20.0  # seconds for the first answer

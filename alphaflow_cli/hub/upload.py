@@ -1,14 +1,13 @@
 """Up: a finished folder becomes a commit. Interrupted, the same command sends only what is missing."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from alphaflow_cli.errors import AlphaflowError
-from alphaflow_cli.hub.client import cache_folder, hub_api
-from alphaflow_cli.hub.faults import NotThere, hub_faults
-from alphaflow_cli.hub.folder import NOT_ALWAYS
+from alphaflow_cli.hub.folder import NOT_ALWAYS, is_published
+from alphaflow_cli.remote.client import cache_folder, hub_api
+from alphaflow_cli.remote.faults import NotThere, hub_faults
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -76,7 +75,4 @@ def _is_ours(api: "HfApi", repo: str, files: list[str]) -> bool:
         return set(files) <= {"README.md"}
     with hub_faults(repo):
         config = Path(api.hf_hub_download(repo, "config.json", cache_dir=cache_folder()))
-    try:
-        return bool(json.loads(config.read_text(encoding="utf-8")).get("model_type") == "alphaflow")
-    except (ValueError, AttributeError):
-        return False
+    return is_published(config)

@@ -8,20 +8,42 @@ published with α-Flow), a Hub id (user/repo, user/repo/subfolder, either with @
 """
 
 import hashlib
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from alphaflow_cli.errors import AlphaflowError
+from alphaflow_cli.documents import Anything, Maybe, Number, Rows, Table, Text, Whole, check_shape, read_json
+from alphaflow_cli.errors import DAMAGE, AlphaflowError
 from alphaflow_cli.nn.autoencoder_files import ask_hub, cached, has_weights, kl_config, read_weights, rename
+from alphaflow_cli.nn.weights import check_real
+from alphaflow_cli.remote.faults import hub_faults
+from alphaflow_cli.text import for_terminal
 
 Kind = Literal["kl", "tiny", "dc", "none"]
 CLASSES: dict[str, Kind] = {"AutoencoderKL": "kl", "AutoencoderTiny": "tiny", "AutoencoderDC": "dc"}
+WIDTHS = Maybe(Rows(Whole(1, 1 << 14), least=1, most=12))
+CONFIG = Table(  # of what config.json holds, whatever decides about memory or is used here; diffusers reads the rest
+    {"_class_name": Text(one_of=tuple(CLASSES))},
+    {
+        "block_out_channels": WIDTHS,
+        "encoder_block_out_channels": WIDTHS,
+        "decoder_block_out_channels": WIDTHS,
+        "latent_channels": Whole(1, 1 << 12),
+        "in_channels": Whole(1, 1 << 10),
+        "out_channels": Whole(1, 1 << 10),
+        "layers_per_block": Whole(0, 1 << 8),
+        "scaling_factor": Maybe(Number()),
+        "shift_factor": Maybe(Number()),
+    },
+    others=Anything(),
+)
+ADVICE = "Give another autoencoder: a folder, a weights file or a Hub id."
+READING = (*DAMAGE, RuntimeError, ArithmeticError, SafetensorError)  # what diffusers raises on files that are not right
 LOGVAR = (-30.0, 20.0)  # bounds of the posterior's log-variance, as every AutoencoderKL clamps it
 
 
@@ -160,13 +182,12 @@ def _from_folder(folder: Path) -> Any:
     config = folder / "config.json"
     if not config.is_file():
         raise AlphaflowError(f"{folder}: no autoencoder here (config.json is missing)")
+    kind = read_json(config, CONFIG, advice=ADVICE)["_class_name"]
     try:
-        kind = json.loads(config.read_text()).get("_class_name")
-        if kind not in CLASSES:
-            raise AlphaflowError(f"{config}: is a {kind}; known are {', '.join(CLASSES)}")
         return getattr(diffusers, kind).from_pretrained(folder, use_safetensors=_safe_weights(folder))
-    except (OSError, ValueError, RuntimeError) as fault:
-        raise AlphaflowError(f"{folder}: the autoencoder cannot be loaded ({fault})") from fault
+    except READING as fault:
+        reason = for_terminal(fault, limit=300)
+        raise AlphaflowError(f"{folder}: the autoencoder cannot be loaded ({reason})") from fault
 
 
 def _safe_weights(folder: Path) -> bool:
@@ -179,6 +200,7 @@ def _from_file(path: Path) -> Any:
     import diffusers
 
     weights = rename(read_weights(path))
+    check_real(weights, path)
     try:
         module = diffusers.AutoencoderKL(**kl_config(weights))
         module.load_state_dict(weights)
@@ -200,11 +222,12 @@ def _from_hub(name: str) -> tuple[Any, str]:
     ask_hub(repo_id)
     where = {"subfolder": subfolder or None, "revision": revision}
     try:
-        kind = diffusers.AutoencoderKL.load_config(repo_id, **where).get("_class_name")
-        if kind not in CLASSES:
-            raise AlphaflowError(f"{name}: is a {kind}; known are {', '.join(CLASSES)}")
-        module = getattr(diffusers, kind).from_pretrained(repo_id, **where)
-    except (OSError, ValueError) as fault:
-        raise AlphaflowError(f"{name}: the autoencoder cannot be downloaded ({fault})") from fault
+        with hub_faults(name):
+            config = diffusers.AutoencoderKL.load_config(repo_id, **where)
+            check_shape(config, f"{name} (config.json)", CONFIG, advice=ADVICE)
+            module = getattr(diffusers, config["_class_name"]).from_pretrained(repo_id, **where)
+    except READING as fault:
+        reason = for_terminal(fault, limit=300)
+        raise AlphaflowError(f"{name}: the autoencoder cannot be downloaded ({reason})") from fault
     snapshot = cached(repo_id, revision)
     return module, snapshot.name if snapshot else revision

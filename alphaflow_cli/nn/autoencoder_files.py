@@ -2,8 +2,6 @@
 
 import math
 import os
-import urllib.error
-import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,8 @@ import torch
 from torch import Tensor
 
 from alphaflow_cli.errors import AlphaflowError
+from alphaflow_cli.remote.client import session
+from alphaflow_cli.remote.faults import HubFault, NoConnection, hub_faults
 
 CONVENTIONS = {4: (0.18215, 0.0), 16: (0.3611, 0.1159)}  # scale, shift of a bare weights file: SD 1.x and FLUX
 
@@ -94,11 +94,11 @@ def ask_hub(repo_id: str) -> None:
         raise AlphaflowError(f"{repo_id}: HF_HUB_OFFLINE is set, and it is {advice}")
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
     try:
-        with urllib.request.urlopen(f"{endpoint}/api/models/{repo_id}", timeout=5):
-            return
-    except urllib.error.HTTPError as fault:
-        if fault.code in (401, 403):
-            return  # perhaps private: the download itself brings the token, and the clear refusal
-        raise AlphaflowError(f"{repo_id}: {endpoint} answers {fault.code} {fault.reason}; it is {advice}") from fault
-    except OSError as fault:
+        with hub_faults(repo_id):
+            status = session().get(f"{endpoint}/api/models/{repo_id}", timeout=5).status_code
+    except NoConnection as fault:
         raise AlphaflowError(f"{repo_id}: {endpoint} cannot be reached, and it is {advice}") from fault
+    except HubFault as fault:
+        raise AlphaflowError(f"{repo_id}: {fault.why.rstrip('.')}, and it is {advice}") from fault
+    if status >= 400 and status not in (401, 403):  # those: perhaps private; the download brings the token and is clear
+        raise AlphaflowError(f"{repo_id}: {endpoint} answers {status}; it is {advice}")

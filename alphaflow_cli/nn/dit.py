@@ -21,12 +21,12 @@ import torch
 from torch import Tensor, nn
 
 from alphaflow_cli.nn.beside import Beside, Inputs, Loaded, both, recomputed
-from alphaflow_cli.nn.layers import Attention, Modulation, TimeEmbedding, position_table
+from alphaflow_cli.nn.layers import Attention, Modulation, PatchEmbed, TimeEmbedding, position_table
 from alphaflow_cli.nn.tangent import Dual, Ride, add, each, gated, modulate, moving, through
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", FutureWarning)  # importing timm compiles with torch.jit.script, deprecated
-    from timm.layers import Mlp, PatchEmbed
+    from timm.layers import Mlp
 
 Attend = Literal["fused", "math"]
 
@@ -94,7 +94,7 @@ class DiT(nn.Module):
         self.gradient_checkpointing = gradient_checkpointing
         self.compiled = False  # whether the blocks were compiled (engine/compile.py)
         self.activation = nn.SiLU()
-        self.patch_embed = PatchEmbed(latent_size, patch, channels, dim, strict_img_size=True)
+        self.patch_embed = PatchEmbed(latent_size, patch, channels, dim)
         self.grid = latent_size // patch
         self.pos_embed = nn.Parameter(position_table(dim, self.grid))
         self.time_embed = TimeEmbedding(dim)
@@ -110,7 +110,7 @@ class DiT(nn.Module):
             nn.init.xavier_uniform_(linear.weight)
             nn.init.zeros_(linear.bias)
         nn.init.xavier_uniform_(self.patch_embed.proj.weight.flatten(1))
-        nn.init.zeros_(self.patch_embed.proj.bias)
+        nn.init.zeros_(self.patch_embed.proj.get_parameter("bias"))
         for linear in (*linears(self.time_embed), *linears(self.second_embed)):
             nn.init.normal_(linear.weight, std=0.02)
         if self.label_embed is not None:
@@ -128,10 +128,7 @@ class DiT(nn.Module):
 
     def patches(self, z: Tensor, tangent: Tensor | None) -> Tensor | Dual:
         """(B, C, H, W) → (B, N, D), with the positional table, which stands still."""
-        if tangent is None:
-            x: Tensor = self.patch_embed(z) + self.pos_embed
-            return x
-        return add(each(to_tokens, through(self.patch_embed.proj, Dual(z, tangent))), self.pos_embed)
+        return add(self.patch_embed(z if tangent is None else Dual(z, tangent)), self.pos_embed)
 
     def unpatchify(self, tokens: Tensor) -> Tensor:
         """(B, N, P·P·C) → (B, C, H, W)."""
@@ -176,8 +173,3 @@ class DiT(nn.Module):
 def linears(module: nn.Module) -> list[nn.Linear]:
     """Every linear layer inside."""
     return [layer for layer in module.modules() if isinstance(layer, nn.Linear)]
-
-
-def to_tokens(pixels: Tensor) -> Tensor:
-    """(B, D, H/P, W/P) → (B, N, D)."""
-    return pixels.flatten(2).transpose(1, 2)

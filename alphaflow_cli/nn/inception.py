@@ -13,7 +13,7 @@ from torch_fidelity import FeatureExtractorInceptionV3
 
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.nn.features import Extractor
-from alphaflow_cli.nn.weights import INCEPTION, find_weights, load_weights, sha256_of
+from alphaflow_cli.nn.weights import INCEPTION, check_real, find_weights, load_weights, sha256_of
 
 TENSORS = 566  # entries of the published file
 
@@ -39,6 +39,7 @@ class Inception(Extractor):
         """From its usual places, or the file given."""
         path = find_weights(INCEPTION, weights)
         state = load_weights(path)
+        check_real({name: value for name, value in state.items() if not name.endswith("num_batches_tracked")}, path)
         try:
             return cls(state, sha256=sha256_of(path))
         except RuntimeError as error:

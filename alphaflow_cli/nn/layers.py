@@ -4,6 +4,7 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from alphaflow_cli.nn.tangent import Dual, Ride, attention, cut, each, last, through
 
@@ -41,6 +42,35 @@ class TimeEmbedding(nn.Module):
             return through(self.mlp, time_features(s))
         speed = s.tangent[:, None] * time_features_speed(last(s))
         return through(self.mlp, Dual(time_features(s.value), speed))
+
+
+class PatchEmbed(nn.Module):
+    """(B, C, H, W) → (B, N, D): each patch of P × P through one linear layer.
+
+    `proj` holds the parameters, and starts them, as the convolution that this computes; it is never called, because on
+    a GPU a convolution's gradient differs from call to call, and with it two equal runs.
+    """
+
+    def __init__(self, size: int, patch: int, channels: int, dim: int) -> None:
+        super().__init__()
+        self.size, self.patch = size, patch
+        self.proj = nn.Conv2d(channels, dim, kernel_size=patch, stride=patch)
+
+    def forward(self, z: Ride) -> Ride:
+        value, weight = z if isinstance(z, Tensor) else z.value, self.proj.weight.flatten(1)
+        out = F.linear(self.cut(value), weight, self.proj.bias)
+        if isinstance(z, Tensor):
+            return out
+        with torch.no_grad():
+            return Dual(out, F.linear(self.cut(z.tangent), weight).to(weight.dtype))
+
+    def cut(self, z: Tensor) -> Tensor:
+        """(B, C, H, W) → (B, N, C·P·P), in the order of the convolution's weight."""
+        rows, channels, height, width = z.shape
+        assert height == width == self.size, (tuple(z.shape), self.size)
+        grid, patch = self.size // self.patch, self.patch
+        places = z.reshape(rows, channels, grid, patch, grid, patch)
+        return places.permute(0, 2, 4, 1, 3, 5).reshape(rows, grid * grid, channels * patch * patch)
 
 
 class Attention(nn.Module):

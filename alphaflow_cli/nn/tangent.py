@@ -88,12 +88,6 @@ def _linear(layer: nn.Linear, x: Dual) -> Dual:
         return Dual(value, F.linear(x.tangent, layer.weight))
 
 
-def _patches(layer: nn.Conv2d, x: Dual) -> Dual:
-    value = layer(x.value)
-    with torch.no_grad():
-        return Dual(value, F.conv2d(x.tangent, layer.weight, stride=layer.stride).to(layer.weight.dtype))
-
-
 def _layer_norm(layer: nn.LayerNorm, x: Dual) -> Dual:
     shape, rows = layer.normalized_shape, x.tangent.shape[0]
     if x.value.dtype in (torch.float32, torch.float64):  # the stream: one kernel gives the value and its statistics
@@ -135,7 +129,6 @@ def _sequence(layer: nn.Sequential, x: Dual) -> Dual:
 
 RULES: dict[type, Callable[..., Dual]] = {
     nn.Linear: _linear,
-    nn.Conv2d: _patches,
     nn.LayerNorm: _layer_norm,
     nn.GELU: _gelu,
     nn.SiLU: _silu,

@@ -8,6 +8,7 @@ import hashlib
 import os
 import pickle
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -165,6 +166,14 @@ def _load_torchscript(path: Path) -> dict[str, Tensor]:
     return state
 
 
+def check_real(weights: Mapping[str, Tensor], where: object) -> None:
+    """Weights are floating-point numbers: truths, whole or complex numbers would be turned into such without a word."""
+    for name, value in weights.items():
+        if not value.is_floating_point():
+            kind = str(value.dtype).removeprefix("torch.")
+            raise AlphaflowError(f"{where}: {name} holds {kind} values, a weight is a floating-point number.")
+
+
 def fit_weights(net: torch.nn.Module, state: dict[str, Tensor], path: Path) -> None:
     """Strict load; a misfit names the file and the first keys on either side."""
     wanted = {key: tuple(value.shape) for key, value in net.state_dict().items()}
@@ -176,4 +185,5 @@ def fit_weights(net: torch.nn.Module, state: dict[str, Tensor], path: Path) -> N
         parts = {"missing": missing, "unknown": extra, "of another shape": wrong}
         told = "; ".join(f"{len(keys)} {what}, e.g. {keys[0]}" for what, keys in parts.items() if keys)
         raise AlphaflowError(f"{path}: these are weights of another network ({told})")
+    check_real({key: state[key] for key, value in net.state_dict().items() if value.is_floating_point()}, path)
     net.load_state_dict(state)

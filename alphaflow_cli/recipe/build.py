@@ -6,19 +6,25 @@ What a field does not say comes from the schema's own default of that field; not
 import re
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from difflib import get_close_matches
+from functools import cache
 from types import NoneType, UnionType
 from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
 
 from alphaflow_cli.recipe.schema import Recipe, Schedule, Step
 from alphaflow_cli.recipe.source import Faults, Items, Mapping, Scalar, Tree
+from alphaflow_cli.text import shorten
 
 INT = re.compile(r"[+-]?(0|[1-9][0-9]*(_[0-9]+)*)")
-FLOAT = re.compile(r"[+-]?([0-9][0-9_]*\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
+FLOAT = re.compile(r"[+-]?([0-9]+(_[0-9]+)*(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?")
 PERCENT = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s?%")
 NOT_FINITE = re.compile(r"[+-]?\.?(nan|inf|infinity)", re.IGNORECASE)
 SWITCHES = {"yes", "no", "on", "off", "y", "n"}
 EMPTY = {"", "~", "null", "Null", "NULL"}
 LARGEST = 10**12  # of any whole number in a recipe: beyond it is a slip of the hand
+LONGEST_NUMBER = 40  # characters: Python refuses to read whole numbers of thousands of digits
+LONGEST_TEXT = 4096  # characters, as in a path
+MOST_ITEMS = 1000  # of a list
+MOST_GUESSES = 20  # likenesses looked for in one recipe: they take longer than all the rest
 
 
 @dataclass
@@ -27,6 +33,12 @@ class Reader:
 
     faults: Faults
     places: dict[str, str] = field(default_factory=dict)
+    guesses: int = 0
+
+    def suggest(self, word: str, known: object) -> str:
+        """` Did you mean 'x'?`, for the first unknown names."""
+        self.guesses += 1
+        return suggest(word, known) if self.guesses <= MOST_GUESSES else ""
 
     def bad(self, node: Tree, path: str, what: str) -> None:
         self.faults.add(node.where, f"{path} {what}")
@@ -39,13 +51,14 @@ def build(tree: Mapping, faults: Faults) -> tuple[Recipe, dict[str, str]]:
     return recipe, reader.places
 
 
+@cache
 def field_types(section: Any) -> dict[str, Any]:
     return get_type_hints(section)
 
 
 def suggest(word: str, known: object) -> str:
     """` Did you mean 'x'?`, or nothing."""
-    near = get_close_matches(word, [str(k) for k in cast(list[str], known)], n=1, cutoff=0.5)
+    near = get_close_matches(word[:100], [str(k) for k in cast(list[str], known)], n=1, cutoff=0.5)
     return f". Did you mean {near[0]!r}?" if near else ""
 
 
@@ -60,7 +73,7 @@ def with_value(tree: Mapping, path: list[str], value: Tree, where: str, section:
     key, rest = path[0], path[1:]
     if rest:
         inner = tree.items.get(key)
-        kind = field_types(section).get(key) if is_dataclass(section) else None
+        kind = field_types(cast(type, section)).get(key) if is_dataclass(section) else None
         if isinstance(inner, Scalar) and kind is Schedule:
             inner = long_form(inner)
         value = with_value(inner if isinstance(inner, Mapping) else Mapping({}, where), rest, value, where, kind)
@@ -73,20 +86,20 @@ def _section(default: Any, node: Tree, path: str, reader: Reader) -> Any:
         names = ", ".join(f.name for f in fields(default)[:3])
         reader.bad(node, path, f"is a section: give it lines of its own ({names}, …)")
         return default
-    types, said = field_types(type(default)), {}
+    types, said = field_types(cast(type, type(default))), {}
     for key, value in node.items.items():
         full = f"{path}.{key}" if path else key
         if key not in types:
-            reader.faults.add(node.key_where.get(key, value.where), _unknown(key, full, path, types))
+            reader.faults.add(node.key_where.get(key, value.where), _unknown(key, full, path, types, reader))
             continue
         reader.places[full] = value.where
         said[key] = _value(types[key], value, getattr(default, key), full, reader)
     return replace(default, **said)
 
 
-def _unknown(key: str, full: str, path: str, types: dict[str, Any]) -> str:
-    hint = _home_of(key, path) or suggest(key, types) or f". Known here: {', '.join(types)}"
-    return f"unknown key {full!r}{hint}"
+def _unknown(key: str, full: str, path: str, types: dict[str, Any], reader: Reader) -> str:
+    hint = _home_of(key, path) or reader.suggest(key, types) or f". Known here: {', '.join(types)}"
+    return f"unknown key {shorten(full, 100)!r}{hint}"
 
 
 def _home_of(key: str, path: str) -> str:
@@ -121,6 +134,9 @@ def _items(kinds: tuple[Any, ...], node: Tree, default: Any, path: str, reader: 
         shown = f": write [{node.text}]" if isinstance(node, Scalar) and node.text not in EMPTY else ""
         reader.bad(node, path, f"wants a list{shown}")
         return default
+    if len(node.items) > MOST_ITEMS:
+        reader.bad(node, path, f"has {len(node.items):,} items, and {MOST_ITEMS:,} is the most")
+        return default
     if kinds[-1] is not Ellipsis and len(kinds) != len(node.items):
         reader.bad(node, path, f"wants {len(kinds)} values, got {len(node.items)}")
         return default
@@ -139,6 +155,9 @@ def _scalar(kind: Any, node: Scalar, default: Any, path: str, reader: Reader) ->
         hint = ': write "" for empty text' if kind is str else ""
         reader.bad(node, path, f"is empty, but wants {_wanted(kind)}{hint}")
         return default
+    if len(node.text) > LONGEST_TEXT:
+        reader.bad(node, path, f"has {len(node.text):,} characters, and {LONGEST_TEXT:,} is the most")
+        return default
     if get_origin(kind) is Literal:
         return _choice(kind, node, default, path, reader)
     read = {int: _int, float: _float, bool: _bool, str: _text, Step: _step}[kind]
@@ -153,7 +172,7 @@ def _choice(kind: Any, node: Scalar, default: Any, path: str, reader: Reader) ->
     if node.text in get_args(kind):
         return node.text
     why = ". fp16 is not offered: the derivative of the network overflows in it" if node.text == "fp16" else ""
-    near = why or suggest(node.text, get_args(kind))
+    near = why or reader.suggest(node.text, get_args(kind))
     reader.bad(node, path, f"wants {_wanted(kind)}; got {node.text[:60]!r}{near}")
     return default
 
@@ -164,7 +183,7 @@ def _choice(kind: Any, node: Scalar, default: Any, path: str, reader: Reader) ->
 def _int(node: Scalar) -> tuple[str, Any]:
     text = node.text
     if not node.quoted and INT.fullmatch(text):
-        value = int(text.replace("_", ""))
+        value = int(text.replace("_", "")) if len(text) <= LONGEST_NUMBER else LARGEST + 1
         return ("", value) if abs(value) <= LARGEST else (f": more than {LARGEST:,}", None)
     if node.quoted:
         return " in quotes: leave them out", None
@@ -203,6 +222,8 @@ def _text(node: Scalar) -> tuple[str, Any]:
 
 
 def _step(node: Scalar) -> tuple[str, Any]:
-    if PERCENT.fullmatch(node.text):
-        return "", node.text.replace(" ", "")
+    percent = PERCENT.fullmatch(node.text)
+    if percent:
+        share = float(percent[1])
+        return ("", node.text.replace(" ", "")) if share <= LARGEST else (f": more than {LARGEST:,}%", None)
     return _int(node)

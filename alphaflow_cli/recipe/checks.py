@@ -6,10 +6,11 @@ arithmetic; a rule that only saves the user from a silent surprise says which.
 
 import itertools
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from operator import attrgetter
 
-from alphaflow_cli.recipe.schema import Recipe, Schedule
+from alphaflow_cli.recipe.schema import MOST_NFE, Recipe, Schedule
 from alphaflow_cli.recipe.source import Faults
 from alphaflow_cli.recipe.steps import resolve_step
 
@@ -20,6 +21,15 @@ AT_LEAST = {  # field: smallest value
     "train.batch train.save_every train.keep train.log_every optim.nonfinite_limit sample.nfe eval.images",
     0: "data.classes data.stats_images optim.warmup_steps optim.weight_decay optim.clip_norm loss.clamp loss.c "
     "train.seed train.milestone_every train.sample_every train.conflict_every",
+}
+AT_MOST = {  # field: largest value, far beyond use: what passes it is a slip of the hand that would fill the memory
+    1_000: "model.mlp_ratio",
+    8_192: "model.patch data.image_size data.latent_size data.channels",
+    MOST_NFE: "model.depth sample.nfe",
+    65_536: "model.dim model.heads",
+    10_000_000: "data.classes",
+    16_777_216: "train.batch",
+    100_000_000: "eval.images",
 }
 POSITIVE = "model.mlp_ratio data.scale times.std guidance.omega optim.lr optim.eps ema.ramp sample.guidance"
 SHARES = "guidance.t_min guidance.t_max"  # within [0, 1]
@@ -40,12 +50,14 @@ def check(recipe: Recipe, place: Callable[[str], str], faults: Faults) -> None:
 def _bounds(recipe: Recipe) -> Iterator[Fault]:
     for low, paths in AT_LEAST.items():
         yield from _each(recipe, paths, lambda v, low=low: v >= low, f"must be {low} or more")  # type: ignore[misc]
+    for high, paths in AT_MOST.items():
+        yield from _each(recipe, paths, lambda v, high=high: v <= high, f"must be {high:,} or less")  # type: ignore[misc]
     yield from _each(recipe, POSITIVE, lambda v: v > 0, "must be more than 0")
     yield from _each(recipe, SHARES, lambda v: 0 <= v <= 1, "must lie between 0 and 1")
     yield from _each(recipe, BELOW_ONE, lambda v: 0 <= v < 1, "must be 0 or more and less than 1")
     for path in NO_REPEATS.split():
         values = attrgetter(path)(recipe)
-        repeated = {value for value in values if values.count(value) > 1}
+        repeated = [value for value, count in Counter(values).items() if count > 1]
         if repeated:
             yield path, f"{path} names {sorted(repeated, key=str)[0]} twice"
     for path, schedule in _schedules(recipe):
@@ -205,11 +217,9 @@ def _grid(path: str, times: tuple[float, ...]) -> Iterator[Fault]:
 
 
 def _eval(recipe: Recipe) -> Iterator[Fault]:
-    if any(nfe < 1 for nfe in recipe.eval.nfe) or not recipe.eval.nfe:
-        yield (
-            "eval.nfe",
-            f"eval.nfe wants at least one number of evaluations, each 1 or more, got {list(recipe.eval.nfe)}",
-        )
+    if not recipe.eval.nfe or not all(1 <= nfe <= MOST_NFE for nfe in recipe.eval.nfe):
+        wanted = f"at least one number of evaluations, each from 1 to {MOST_NFE:,}"
+        yield "eval.nfe", f"eval.nfe wants {wanted}, got {list(recipe.eval.nfe)}"
     if not recipe.eval.metrics:
         yield "eval.metrics", "eval.metrics is empty"
     if recipe.eval.draw == "balanced" and recipe.data.classes == 0:

@@ -8,7 +8,10 @@ from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.recipe.build import build, suggest, with_value
 from alphaflow_cli.recipe.checks import check
 from alphaflow_cli.recipe.schema import Recipe
-from alphaflow_cli.recipe.source import Faults, Mapping, parse, parse_value, read_text
+from alphaflow_cli.recipe.source import MAX_DEPTH, MAX_INSIDE, Faults, Mapping, parse, parse_value, read_text
+from alphaflow_cli.text import shorten
+
+MAX_SETS = 1000  # the schema has about 100 values
 
 
 def shipped() -> dict[str, Path]:
@@ -49,6 +52,10 @@ def load_recipe(name_or_path: str, sets: Sequence[str] = ()) -> Recipe:
 
 def recipe_from_text(text: str, where: str, sets: Sequence[str] = (), *, name: str = "") -> Recipe:
     """A recipe from its text, as inside a checkpoint; `where` stands before the line in a fault."""
+    if len(text) > MAX_INSIDE:
+        raise AlphaflowError(f"{where}: larger than {MAX_INSIDE // 1024} KiB, so it is not a recipe")
+    if len(sets) > MAX_SETS:
+        raise AlphaflowError(f"{len(sets):,} times --set, and {MAX_SETS:,} is the most. Write them into a file")
     faults = Faults()
     tree = parse(text, where, faults)
     for assignment in sets:
@@ -60,11 +67,14 @@ def recipe_from_text(text: str, where: str, sets: Sequence[str] = (), *, name: s
 
 
 def _assign(tree: Mapping, assignment: str, faults: Faults) -> Mapping:
-    where = f"--set {assignment}"
+    where = f"--set {shorten(assignment, 100)}"
     dotted, equals, text = assignment.partition("=")
     path = [part.strip() for part in dotted.split(".")]
     if not equals or not all(path):
         faults.add(where, "wants the form section.key=value, such as train.steps=1000")
+        return tree
+    if len(path) > MAX_DEPTH:
+        faults.add(where, f"more than {MAX_DEPTH} names inside each other")
         return tree
     value = parse_value(text, where, faults)
     return tree if value is None else with_value(tree, path, value, where)

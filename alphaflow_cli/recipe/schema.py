@@ -24,6 +24,7 @@ LabelDraw = Literal["random", "balanced"]
 Metric = Literal["fid", "fdd", "fcd", "fd-tiny", "kid", "is", "pr"]
 Tracker = Literal["tensorboard", "wandb", "trackio"]
 Strategy = Literal["ddp", "fsdp2"]
+MOST_NFE = 10_000  # network evaluations per picture: ten times what the slowest published sampler takes
 Step = int | str  # an optimiser step, or a percentage of the run: "50%"
 
 

@@ -13,9 +13,14 @@ from pathlib import Path
 import yaml
 
 from alphaflow_cli.errors import AlphaflowError
+from alphaflow_cli.text import shorten
 
 MAX_BYTES = 64 * 1024  # the longest shipped recipe has 3 kB; a parser in Python must never see 50 MB
+MAX_INSIDE = 4 * MAX_BYTES  # as metadata of a checkpoint, where every default is written out
+MAX_VALUES = 5_000  # names and values in all; the schema has about 100, and its lists are bounded
 MAX_DEPTH = 12  # mappings and lists inside each other; the schema needs 3
+
+MOST_FAULTS, LONGEST_FAULT, LONGEST_LIST = 30, 1000, 3500  # shown at once, in lines and characters
 
 
 @dataclass(frozen=True)
@@ -43,21 +48,23 @@ Tree = Scalar | Items | Mapping
 
 @dataclass
 class Faults:
-    """Every fault found so far, as (where, what)."""
+    """Every fault found so far, as (where, what), in order and each once."""
 
-    found: list[tuple[str, str]] = field(default_factory=list)
+    found: dict[tuple[str, str], None] = field(default_factory=dict)
 
     def add(self, where: str, what: str) -> None:
-        if (where, what) not in self.found:
-            self.found.append((where, what))
+        self.found[where, what] = None
 
     def stop(self, title: str) -> None:
-        """Raise if there is any, all in one error."""
-        if len(self.found) == 1:
-            raise AlphaflowError(": ".join(self.found[0]))
-        if self.found:
-            lines = "".join(f"\n  {where}: {what}" for where, what in sorted(self.found, key=_line))
-            raise AlphaflowError(f"{title} has {len(self.found)} faults:{lines}")
+        """Raise if there is any, all in one error; of very many the first are shown."""
+        lines = [shorten(f"{where}: {what}", LONGEST_FAULT) for where, what in sorted(self.found, key=_line)]
+        if len(lines) == 1:
+            raise AlphaflowError(lines[0])
+        if lines:
+            fit = max(n for n in range(MOST_FAULTS + 1) if sum(len(line) + 3 for line in lines[:n]) <= LONGEST_LIST)
+            rest = [f"and {len(lines) - fit:,} more"] if fit < len(lines) else []
+            listed = "".join(f"\n  {line}" for line in [*lines[:fit], *rest])
+            raise AlphaflowError(f"{title} has {len(lines):,} faults:{listed}")
 
 
 def _line(fault: tuple[str, str]) -> float:
@@ -77,6 +84,7 @@ class _Composer(yaml.SafeLoader):
     """Composes nodes; never constructs objects."""
 
     depth = 0
+    values = 0
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         event = self.peek_event()  # type: ignore[no-untyped-call]
@@ -86,6 +94,9 @@ class _Composer(yaml.SafeLoader):
             raise _Refused(event.start_mark, f"tags such as {event.tag} are not allowed in a recipe")
         if self.depth >= MAX_DEPTH:
             raise _Refused(event.start_mark, f"more than {MAX_DEPTH} levels inside each other")
+        self.values += 1
+        if self.values > MAX_VALUES:
+            raise _Refused(event.start_mark, f"more than {MAX_VALUES:,} names and values, so this is not a recipe")
         self.depth += 1
         node: yaml.Node | None = super().compose_node(parent, index)
         self.depth -= 1

@@ -159,7 +159,8 @@ def _spread(low: float, high: float, log: bool) -> tuple[float, float]:
     """A range that can be divided by."""
     if high > low:
         return low, high
-    return (low / 2, high * 2) if log else (low - 0.5, high + 0.5)
+    room = max(0.5, 1e-9 * abs(low))
+    return (low / 2, high * 2) if log else (low - room, high + room)
 
 
 def _panel(

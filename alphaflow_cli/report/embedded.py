@@ -42,7 +42,7 @@ def spread_over(items: Sequence[Item], most: int) -> list[Item]:
 
 def to_webp(path: Path, width: int, quality: int) -> bytes:
     """At most so wide."""
-    with blamed_on(path, "a picture"), Image.open(path) as image:
+    with blamed_on(path, "a PNG picture", Image.DecompressionBombError), Image.open(path, formats=["PNG"]) as image:
         picture = image.convert("RGB")
     if picture.width > width:
         picture = picture.resize((width, round(picture.height * width / picture.width)), Image.Resampling.LANCZOS)

@@ -2,9 +2,12 @@
 
 import io
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+
+from alphaflow_cli.errors import blamed_on
 
 GAP, INK, PAPER = 2, (26, 32, 44), (255, 255, 255)
 
@@ -37,6 +40,12 @@ def grid_png(
 def picture_png(picture: np.ndarray) -> bytes:
     """PNG of one uint8 (H, W, 3) picture."""
     return encode(Image.fromarray(picture))
+
+
+def plain_png(path: Path) -> bytes:
+    """The pixels of a PNG file and nothing else that may stand in one."""
+    with blamed_on(path, "a PNG picture", Image.DecompressionBombError), Image.open(path, formats=["PNG"]) as image:
+        return encode(image.convert("RGB"))
 
 
 def encode(image: Image.Image) -> bytes:

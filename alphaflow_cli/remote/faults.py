@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Iterator
 
 from alphaflow_cli.errors import AlphaflowError
+from alphaflow_cli.text import for_terminal
 
 LOGIN = "Log in with: hf auth login (or set HF_TOKEN)"
 AGAIN = "Run the same command again"
@@ -16,6 +17,14 @@ class HubFault(AlphaflowError):
     def __init__(self, what: str, why: str) -> None:
         super().__init__(f"{what}: {why}")
         self.why = why
+
+
+class Distrusted(AlphaflowError):
+    """An answer that is not believed; `hub_faults` says whose it is."""
+
+
+class TooSlow(Distrusted):
+    """An answer that does not come to its end."""
 
 
 class NotThere(HubFault):
@@ -43,6 +52,10 @@ def hub_faults(what: str, *, sending: bool = False) -> Iterator[None]:
     again = SENDING if sending else AGAIN
     try:
         yield
+    except TooSlow as fault:
+        raise NoConnection(what, f"the connection to the Hub is too slow: {fault}. {again}.") from fault
+    except Distrusted as fault:
+        raise HubFault(what, f"not how the Hub answers: {fault}. Look at HF_ENDPOINT and the network.") from fault
     except errors.LocalTokenNotFoundError as fault:
         raise HubFault(what, f"not logged in to the Hub. {LOGIN}.") from fault
     except errors.HfHubHTTPError as fault:
@@ -129,4 +142,4 @@ def _not_cached(what: str, fault: BaseException, again: str) -> HubFault:
 
 def _one_line(fault: BaseException) -> str:
     lines = [line.strip() for line in str(fault).splitlines() if line.strip()]
-    return (lines[0][:300] if lines else type(fault).__name__).rstrip(".")
+    return (for_terminal(lines[0], limit=300) if lines else type(fault).__name__).rstrip(".")

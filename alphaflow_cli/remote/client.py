@@ -1,0 +1,290 @@
+"""The Hub's client, set by the environment at the moment of the call: HF_ENDPOINT, HF_HUB_CACHE, HF_TOKEN.
+
+huggingface_hub believes what a server says. Every request of the process goes through the one client made here, which
+does not: the token goes to the endpoint's own host only; commits and checksums must look like such before they name a
+file; an answer has a length, a time and a shape; what is compressed though nobody asked is refused.
+"""
+
+import contextvars
+import importlib
+import os
+import re
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from functools import cache, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import urljoin, urlsplit
+
+from alphaflow_cli.errors import AlphaflowError
+from alphaflow_cli.remote.answers import CHECKSUM, COMMIT, read_answer, shape_of
+from alphaflow_cli.remote.faults import Distrusted, TooSlow
+from alphaflow_cli.text import for_terminal
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+LONGEST = 128 << 20  # bytes of an answer that is held in memory, or that does not say its length
+PACKED = 64 << 10  # bytes of a compressed answer: nobody asked for compression, and a byte may become a thousand
+PATIENCE = 60.0  # seconds for the head of an answer, or for a whole one that is no download
+SLOWEST = 1000  # bytes per second of a download, over PATIENCE
+WAIT = 60  # seconds that a server may ask us to wait before the next try
+PAGES = 2000  # of one listing, 1,000 files each
+
+PORTS = {"http": 80, "https": 443}
+
+Value = TypeVar("Value")
+
+
+def hub_api() -> "HfApi":
+    """A client; imported here, since most commands never need it."""
+    from huggingface_hub import HfApi, get_token
+    from huggingface_hub.utils.tqdm import disable_progress_bars
+
+    if any(not "!" <= letter <= "~" for letter in get_token() or ""):
+        raise AlphaflowError("the token holds a character no token has: copy it anew into HF_TOKEN, or: hf auth login")
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+    session()
+    return HfApi(endpoint=os.environ.get("HF_ENDPOINT") or None, library_name="alphaflow")
+
+
+def cache_folder() -> str | None:
+    """Where downloads are kept; None: the client's own place."""
+    return os.environ.get("HF_HUB_CACHE") or None
+
+
+def session() -> Any:
+    """The HTTP client of the whole process; an environment that it cannot be made from is one line."""
+    from huggingface_hub import get_session
+
+    _origin(_endpoint())
+    _install()
+    try:
+        return get_session()
+    except (ValueError, OSError, _library().InvalidURL) as fault:  # read from the environment: proxies, certificates
+        names = [name for name in sorted(os.environ) if name.upper() in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")]
+        where, why = ", ".join(names) or "SSL_CERT_FILE", for_terminal(fault, limit=200)
+        raise AlphaflowError(f"{where}: no connection to the Hub can be made with it ({why}).") from fault
+
+
+def _endpoint() -> str:
+    from huggingface_hub import constants
+
+    return os.environ.get("HF_ENDPOINT") or constants.ENDPOINT
+
+
+def _origin(endpoint: str) -> tuple[str, str, int]:
+    """Scheme, host and port."""
+    try:
+        parts = urlsplit(endpoint)
+        scheme, host, port = parts.scheme, parts.hostname, parts.port
+    except ValueError:
+        host = None
+    if not host or scheme not in PORTS:
+        raise AlphaflowError(f"HF_ENDPOINT: {for_terminal(endpoint, limit=100)} is not an address like https://HOST")
+    return scheme, host, port or PORTS[scheme]
+
+
+@cache
+def _library() -> Any:
+    """httpx, or httpx2: the client's own."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    return importlib.import_module(HfHubHTTPError.__mro__[1].__module__.partition(".")[0])
+
+
+@cache
+def _install() -> None:
+    """Once in a process; classes are made here, since their bases are imported late."""
+    from huggingface_hub import set_client_factory
+    from huggingface_hub.utils._http import default_client_factory
+
+    library = _library()
+    stream_base: Any = library.SyncByteStream
+    client_base: Any = library.Client
+
+    class Body(stream_base):  # type: ignore[misc]
+        """An answer's bytes, counted and timed."""
+
+        def __init__(self, inner: Any, limits: "Limits") -> None:
+            self.inner, self.limits = inner, limits
+
+        def __iter__(self) -> Iterator[bytes]:
+            return self.limits.watch(self.inner)
+
+        def close(self) -> None:
+            self.inner.close()
+
+    class Client(client_base):  # type: ignore[misc]
+        """Sends nothing and believes nothing without looking."""
+
+        def send(self, request: Any, *, stream: bool = False, **options: Any) -> Any:
+            fetch = partial(_fetch, partial(super().send, request, stream=True, **options), stream)
+            answer = within(PATIENCE, fetch) if request.method in ("GET", "HEAD") else fetch()
+            return answer if stream else _checked(library, request, answer)
+
+    def receive(response: Any) -> None:
+        _see_head(response)
+        response.stream = Body(response.stream, _limits(response))
+
+    def make() -> Any:
+        plain = default_client_factory()
+        hooks = {"request": [*plain.event_hooks["request"], _see_request], "response": [receive]}
+        headers = {"Accept-Encoding": "identity"}
+        return Client(event_hooks=hooks, follow_redirects=True, timeout=plain.timeout, headers=headers)
+
+    set_client_factory(make)
+
+
+def within(seconds: float, work: Callable[[], Value]) -> Value:
+    """What `work` returns, or TooSlow; then its thread is left to the limits of what it reads."""
+    done: list[Value] = []
+    faults: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            done.append(work())
+        except BaseException as fault:  # raised again by whoever waits
+            faults.append(fault)
+
+    thread = threading.Thread(target=contextvars.copy_context().run, args=(run,), daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if faults:
+        raise faults[0]
+    if not done:
+        raise TooSlow(f"no whole answer within {seconds:g} s")
+    return done[0]
+
+
+def _fetch(send: Callable[[], Any], stream: bool) -> Any:
+    """The head of an answer, and all of it where it is no download."""
+    answer = send()
+    if not stream:
+        answer.stream.limits.most = min(answer.stream.limits.most, LONGEST)
+        answer.stream.limits.until = time.monotonic() + PATIENCE
+        try:
+            answer.read()
+        finally:
+            answer.close()
+    return answer
+
+
+class Limits:
+    """Of one answer's body."""
+
+    def __init__(self, most: float, what: str, *, has_length: bool) -> None:
+        self.most, self.what, self.has_length, self.until = most, what, has_length, float("inf")
+
+    def watch(self, pieces: Any) -> Iterator[bytes]:
+        """The pieces, as long as they come fast enough and do not become too many."""
+        count, since, before = 0, time.monotonic(), 0
+        inner = iter(pieces)
+        step = partial(next, inner, None)
+        while (piece := step() if self.has_length else within(PATIENCE, step)) is not None:
+            count, now = count + len(piece), time.monotonic()
+            if count > self.most:
+                raise Distrusted(f"{self.what} is longer than {self.most:,.0f} bytes")
+            if now > self.until or (now - since > PATIENCE and count - before < SLOWEST * (now - since)):
+                raise TooSlow(f"{self.what} comes too slowly ({count:,} bytes in {now - since:.0f} s)")
+            if now - since > PATIENCE:
+                since, before = now, count
+            yield piece
+
+
+def _limits(response: Any) -> Limits:
+    """By its head: compressed, without a length, or as long as it says."""
+    what = f"the answer to {_shown(response.request.url)}"
+    length = response.headers.get("Content-Length", "")
+    if response.headers.get("Content-Encoding", "identity") != "identity":
+        return Limits(PACKED, f"{what} is compressed, which nobody asked for, and", has_length=False)
+    if not re.fullmatch(r"[0-9]{1,18}", length):
+        return Limits(LONGEST, what, has_length=False)
+    return Limits(float("inf"), what, has_length=True)
+
+
+def _see_request(request: Any) -> None:
+    """Before anything is sent, redirects included: the token goes to the endpoint only, and nothing goes elsewhere."""
+    url, ours = request.url, _origin(_endpoint())
+    if url.scheme not in PORTS:
+        raise Distrusted(f"it sends us to {_shown(url)}, which is no web address")
+    if ours[0] == "https" and url.scheme == "http":
+        raise Distrusted(f"it sends us to {_shown(url)}, which is not encrypted")
+    if ours != (url.scheme, url.host, url.port or PORTS[url.scheme]):
+        for name in ("Authorization", "Cookie"):
+            request.headers.pop(name, None)
+
+
+def _see_head(response: Any) -> None:
+    """Whatever of an answer's head becomes a file's name, a wait or a printed line."""
+    headers = response.headers
+    for name, form in (("X-Repo-Commit", COMMIT), ("ETag", CHECKSUM), ("X-Linked-Etag", CHECKSUM)):
+        value = headers.get(name)
+        checked = name == "X-Repo-Commit" or response.request.method == "HEAD"  # others name nothing by their ETag
+        if checked and value is not None and not re.fullmatch(form, value.removeprefix("W/").strip('"')):
+            raise Distrusted(f"it names a file {name} {for_terminal(value, limit=60)}, which is no checksum")
+    if headers.get("Content-Encoding", "identity") not in ("identity", "gzip", "deflate"):
+        raise Distrusted(f"it answers {_shown(response.request.url)} compressed, which nobody asked for")
+    try:
+        urlsplit(urljoin(str(response.request.url), headers.get("Location", "")))
+    except ValueError as fault:
+        raise Distrusted(
+            f"it sends us to {for_terminal(headers['Location'], limit=100)}, which is no address"
+        ) from fault
+    length = headers.get("Content-Length", "0")
+    free = shutil.disk_usage(_existing(Path(cache_folder() or Path.home()))).free
+    if not re.fullmatch(r"[0-9]{1,18}", length) or (response.request.method == "GET" and int(length) > free):
+        raise Distrusted(f"it has a file of {for_terminal(length, limit=30)} bytes for us, there is room for {free:,}")
+    for name, form in (("Retry-After", r"[0-9]{1,4}"), ("RateLimit", r'"\w{1,40}"; *r=[0-9]{1,9}; *t=[0-9]{1,4}')):
+        match = re.fullmatch(form, headers.get(name, ""))
+        if match is None or int(re.split("=", match[0])[-1]) > WAIT:
+            headers.pop(name, None)
+    for name, value in list(headers.items()):
+        if not value.isprintable():
+            headers[name] = for_terminal(value)
+
+
+def _existing(folder: Path) -> Path:
+    return folder if folder.exists() else _existing(folder.parent)
+
+
+_pages: dict[str, int] = {}  # address of a next page → how many came before it
+
+
+def _see_next(request: Any, answer: Any) -> None:
+    """A listing ends, and stays on its host."""
+    following = answer.links.get("next", {}).get("url")
+    before = _pages.pop(str(request.url), 0)
+    if following:
+        target = request.url.join(following)
+        if (target.scheme, target.host, target.port) != (request.url.scheme, request.url.host, request.url.port):
+            raise Distrusted(f"its listing goes on at {_shown(target)}")
+        if before >= PAGES:
+            raise Distrusted(f"its listing has more than {PAGES:,} pages")
+        _pages[str(target)] = before + 1
+
+
+def _checked(library: Any, request: Any, answer: Any) -> Any:
+    """The answer, reduced to what is read of it; one of another shape is told by what it is."""
+    shape = shape_of(request.method, request.url.path)
+    if shape is None or not answer.is_success:
+        return answer
+    _see_next(request, answer)
+    try:
+        value = read_answer(answer.content, shape, limit=LONGEST)
+    except ValueError as fault:
+        page = " (a web page: does a login page of this network stand between?)"
+        is_page = answer.content.lstrip()[:1] == b"<"
+        raise Distrusted(f"{_shown(request.url)}: {fault}{page if is_page else ''}") from fault
+    kept = {name: value for name, value in answer.headers.items() if name.lower() in ("link", "x-repo-commit")}
+    return library.Response(answer.status_code, headers=kept, json=value, request=answer.request)
+
+
+def _shown(address: Any) -> str:
+    """Without a password or a query, which may hold a key."""
+    parts = urlsplit(str(address))
+    return for_terminal(f"{parts.scheme}://{parts.hostname or ''}{parts.path}", limit=160)

@@ -1,0 +1,276 @@
+"""Endpoints that lie: whatever a server answers, it is one clear line, soon, and nothing leaves the cache."""
+
+import gzip
+import json
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import huggingface_hub
+import pytest
+from hub_fixtures import alphaflow, hub, project_run, write_checkpoint  # noqa: F401 (fixtures)
+from hub_server import Fault
+
+from alphaflow_cli.engine.publish import open_source, stage
+from alphaflow_cli.hub import resolve_checkpoint
+from alphaflow_cli.remote import client
+
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+LOGIN_PAGE = b"<!DOCTYPE html><html><title>Log in to the network</title></html>"
+
+
+@pytest.fixture(scope="module")
+def staged(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    source = open_source(write_checkpoint(folder / "m.safetensors"), with_results=False)
+    stage(source, folder / "hub", repo="me/tiny", licence="unknown")
+    return {path.name: path.read_bytes() for path in (folder / "hub").iterdir()}
+
+
+@pytest.fixture
+def published(hub, staged, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(client, "PATIENCE", 2.0)
+    return hub.add("me/tiny", staged)
+
+
+def everything_under(folder):
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
+
+
+BODIES = {
+    "a login page": (LOGIN_PAGE, "login page"),
+    "nothing": (b"", "not whole JSON"),
+    "half": (b'{"id": "me/tiny", "sha"', "not whole JSON"),
+    "a list": (b"[]", "a table is wanted"),
+    "a number": (b"3", "a table is wanted"),
+    "null": (b"null", "a table is wanted"),
+    "no commit": (b'{"id": "me/tiny"}', "sha: is missing"),
+    "a commit of another kind": (b'{"id": "me/tiny", "sha": 3}', "sha: text is wanted"),
+    "not UTF-8": (b"\xff\xfe", "not UTF-8"),
+    "deep": (b"[" * 100_000, "levels inside each other"),
+    "digits": (b'{"sha": ' + b"1" * 10_000 + b"}", "10,000 digits"),
+    "files of another kind": (b'{"id": "me/tiny", "sha": "%s", "siblings": [3]}' % (b"a" * 40), "siblings[0]"),
+}
+
+
+@pytest.mark.parametrize("verb", [("pull", "me/tiny"), ("sample", "me/tiny", "--seeds", "0", "--grid", "g.png")])
+@pytest.mark.parametrize("what", BODIES)
+def test_an_answer_that_is_none_of_the_hubs_is_one_line(published, hub, capsys, what, verb):  # noqa: F811
+    body, said = BODIES[what]
+    hub.faults["GET", "/api/models/"] = Fault(200, body=body)
+    code, err = alphaflow(*verb, capsys=capsys)
+    assert code == 1
+    assert said in err
+    assert "not how the Hub answers" in err
+
+
+@pytest.mark.parametrize("part", ["/tree/", "/resolve/"])
+@pytest.mark.parametrize("what", BODIES)
+def test_the_same_of_a_listing_and_of_a_file(published, hub, capsys, what, part):  # noqa: F811
+    hub.faults["GET", part] = Fault(200, body=BODIES[what][0])
+    hub.faults["HEAD", part] = Fault(200, body=BODIES[what][0])
+    alphaflow("pull", "me/tiny", capsys=capsys)
+
+
+UPLOADS = ["/whoami", "/repos/create", "/validate-yaml", "/preupload/", "/batch", "/commit/", "/lfs/"]
+
+
+@pytest.mark.parametrize("part", UPLOADS)
+@pytest.mark.parametrize("body", [LOGIN_PAGE, b"", b"[]", b'{"files": 3}', b'{"objects": [3]}'])
+def test_a_push_to_such_a_server_is_one_line(hub, project_run, capsys, part, body):  # noqa: F811
+    for method in ("GET", "POST"):
+        hub.faults[method, part] = Fault(200, body=body)
+    alphaflow("push", "runs/tiny", capsys=capsys)
+
+
+@pytest.mark.parametrize("commit", ["../" * 12 + "outside", "..", "x" * 40, "a" * 39, "A" * 40, "/outside", "a" * 300])
+def test_a_commit_that_is_none_names_no_folder(published, hub, capsys, tmp_path, commit):  # noqa: F811
+    (tmp_path / "cache").mkdir()
+    before = everything_under(tmp_path)
+    hub.faults["GET", "/api/models/"] = Fault(200, body=json.dumps({"id": "me/tiny", "sha": commit}).encode())
+    code, err = alphaflow("pull", "me/tiny", capsys=capsys)
+    assert code == 1
+    assert "has not the form that is wanted" in err
+    assert everything_under(tmp_path) == before
+
+
+@pytest.mark.parametrize("header", ["X-Repo-Commit", "ETag", "X-Linked-Etag"])
+@pytest.mark.parametrize("value", ['"../../../../outside"', "/outside", '""', "x" * 64, "a" * 65])
+def test_a_header_that_is_no_checksum_names_no_file(published, hub, capsys, tmp_path, header, value):  # noqa: F811
+    before = everything_under(tmp_path.parent)
+    for method in ("HEAD", "GET"):
+        hub.faults[method, "/resolve/"] = Fault(200, headers={header: value})
+    code, err = alphaflow("pull", "me/tiny", capsys=capsys)
+    cache = {path for path in everything_under(tmp_path.parent) if f"{tmp_path.name}/cache/" in path}
+    assert everything_under(tmp_path.parent) - cache <= before | {f"{tmp_path.name}/cache"}
+    assert not any("/blobs/" in path or "outside" in path for path in cache)
+    assert code == 1
+    assert "no checksum" in err
+
+
+@pytest.mark.parametrize("path", ["../../outside", "/outside", "autoencoder/../../../outside", "a/./b", "..", "a\x00b"])
+def test_a_file_outside_its_folder_is_not_fetched(published, hub, capsys, tmp_path, path):  # noqa: F811
+    entry = {"type": "file", "path": path, "size": 3, "oid": "a" * 40}
+    hub.faults["GET", "/tree/"] = Fault(200, body=json.dumps([entry]).encode())
+    code, err = alphaflow("pull", "me/tiny", capsys=capsys)
+    assert (code, "[0].path" in err) == (1, True) or hub.count("GET", "/tree/") == 0  # 1.x lists by the model's info
+
+
+def test_a_small_answer_does_not_grow_to_gigabytes(published, hub, capsys):  # noqa: F811
+    bomb = gzip.compress(b" " * (200 << 20), 9)
+    hub.faults["GET", "/api/models/"] = Fault(200, body=bomb, headers={"Content-Encoding": "gzip"})
+    code, err = alphaflow("pull", "me/tiny", capsys=capsys)
+    assert code == 1
+    assert "compressed, which nobody asked for" in err
+
+
+def test_a_short_answer_may_be_compressed(published, hub, staged):  # noqa: F811
+    body = gzip.compress(json.dumps({"id": "me/tiny", "sha": published}).encode())
+    hub.faults["GET", "/api/models/"] = Fault(200, times=1, body=body, headers={"Content-Encoding": "gzip"})
+    assert resolve_checkpoint("me/tiny").read_bytes() == staged["model.safetensors"]
+
+
+def test_an_unknown_compression_is_refused(published, hub, capsys):  # noqa: F811
+    hub.faults["GET", "/api/models/"] = Fault(200, body=b"xx", headers={"Content-Encoding": "br"})
+    assert "compressed, which nobody asked for" in alphaflow("pull", "me/tiny", capsys=capsys)[1]
+
+
+@pytest.mark.parametrize("part", ["/api/models/", "/resolve/"])
+def test_a_server_that_drips_is_left_in_time(published, hub, capsys, part):  # noqa: F811
+    name = "model.safetensors"
+    body = hub.files("me/tiny")[name] if part == "/resolve/" else b" " * 5_000
+    hub.faults["GET", f"{part}{published}/{name}" if part == "/resolve/" else part] = Fault(200, body=body, drip=0.2)
+    start = time.monotonic()
+    code, err = alphaflow("pull", "me/tiny", capsys=capsys)
+    assert code == 1
+    assert "too slow" in err
+    assert time.monotonic() - start < 30
+
+
+def test_the_cache_serves_where_a_server_drips(published, hub, capsys):  # noqa: F811
+    resolve_checkpoint("me/tiny")
+    hub.faults["GET", "/api/models/"] = Fault(200, body=b" " * 5_000, drip=0.2)
+    assert resolve_checkpoint("me/tiny").is_file()
+    assert "using the cache" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("wait", ["100000000", "²", "-3", "soon", "9" * 5_000])
+def test_a_server_cannot_make_us_wait_for_ever(published, hub, capsys, wait):  # noqa: F811
+    hub.faults["GET", "/resolve/"] = Fault(429, times=1, headers={"Retry-After": wait.encode().decode("latin-1")})
+    start = time.monotonic()
+    alphaflow("pull", "me/tiny", capsys=capsys)
+    assert time.monotonic() - start < 30
+
+
+def test_a_listing_without_an_end_is_left(published, hub, capsys, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(client, "PAGES", 5)
+    again = f'<{hub.url}/api/models/me/tiny/tree/{published}?cursor=x>; rel="next"'
+    hub.faults["GET", "/tree/"] = Fault(200, headers={"Link": again})
+    code, err = alphaflow("sample", "me/tiny:no-such-file.safetensors", "--grid", "g.png", capsys=capsys)
+    assert code == 1
+    assert "more than 5 pages" in err
+    hub.faults["GET", "/tree/"] = Fault(200, headers={"Link": '<http://127.0.0.2:9/next>; rel="next"'})
+    assert (
+        "its listing goes on at" in alphaflow("sample", "me/tiny:no.safetensors", "--grid", "g.png", capsys=capsys)[1]
+    )
+
+
+@pytest.mark.parametrize("length", ["9" * 17, "9" * 18, "9" * 400, "-1", "many"])
+def test_a_file_larger_than_the_disk_is_not_begun(published, hub, capsys, length):  # noqa: F811
+    hub.faults["GET", "/resolve/"] = Fault(200, headers={"Content-Length": length})
+    code, err = alphaflow("pull", "me/tiny", capsys=capsys)
+    assert code == 1
+    assert len(err) < 600
+
+
+# The token stays on the Hub.
+
+
+@pytest.fixture
+def elsewhere():
+    """Another host, which remembers the heads of what it is asked."""
+    seen = []
+
+    class Listener(BaseHTTPRequestHandler):
+        def do_GET(self):
+            seen.append(dict(self.headers))
+            self.send_response(404)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        do_HEAD = do_POST = do_PUT = do_GET
+
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.2", 0), Listener) as server:
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        yield f"http://127.0.0.2:{server.server_port}", seen
+        server.shutdown()
+
+
+@pytest.mark.parametrize("part", ["/api/models/", "/resolve/", "/tree/"])
+@pytest.mark.parametrize("status", [301, 302, 307, 308])
+def test_a_redirect_does_not_take_the_token_along(published, hub, capsys, elsewhere, part, status):  # noqa: F811
+    address, seen = elsewhere
+    for method in ("GET", "HEAD"):
+        hub.faults[method, part] = Fault(status, body=b"", headers={"Location": f"{address}/x"})
+    alphaflow("pull", "me/tiny", capsys=capsys)
+    alphaflow("sample", "me/tiny:other.safetensors", "--grid", "g.png", capsys=capsys)
+    assert not any("token-me" in value for head in seen for value in head.values())
+
+
+def test_a_route_for_xet_does_not_take_the_token_along(published, hub, capsys, elsewhere, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", False)
+    address, seen = elsewhere
+    headers = {"X-Xet-Hash": "a" * 64, "X-Xet-Refresh-Route": f"{address}/xet"}
+    hub.faults["HEAD", "/resolve/"] = Fault(200, headers=headers)
+    alphaflow("pull", "me/tiny", capsys=capsys)
+    assert not any("token-me" in value for head in seen for value in head.values())
+
+
+@pytest.mark.parametrize("part", ["/api/models/", "/resolve/"])
+@pytest.mark.parametrize(
+    "target", ["", "/api/models/me/tiny", "file:///etc/passwd", "ftp://x/y", "//", "http://[", "\x01"]
+)
+def test_a_redirect_to_itself_or_to_no_web_address_is_one_line(published, hub, capsys, part, target):  # noqa: F811
+    for method in ("GET", "HEAD"):
+        hub.faults[method, part] = Fault(302, body=b"", headers={"Location": target or part})
+    start = time.monotonic()
+    assert alphaflow("pull", "me/tiny", capsys=capsys)[0] == 1
+    assert time.monotonic() - start < 30
+
+
+def test_what_a_server_says_does_not_rewrite_the_screen(published, hub, capsys):  # noqa: F811
+    for status in (400, 403, 500):
+        hub.faults["GET", "/api/models/"] = Fault(status, headers={"X-Error-Message": "\x1b[2J\x9b31m gone"})
+        err = alphaflow("pull", "me/tiny", capsys=capsys)[1]
+        assert all(line.isprintable() for line in err.splitlines())
+
+
+# The environment.
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("HTTP_PROXY", "gopher://127.0.0.1:9", "HTTP_PROXY"),
+        ("ALL_PROXY", "nonsense://x", "ALL_PROXY"),
+        ("HTTP_PROXY", "http://[", "the connection to the Hub broke"),
+        ("HF_ENDPOINT", "nonsense", "HF_ENDPOINT: nonsense is not an address"),
+        ("HF_ENDPOINT", "file:///etc", "HF_ENDPOINT"),
+        ("HF_ENDPOINT", "http://", "HF_ENDPOINT"),
+        ("HF_ENDPOINT", "http://[", "HF_ENDPOINT"),
+        ("HF_ENDPOINT", "http://127.0.0.1:99999", "HF_ENDPOINT"),
+    ],
+)
+def test_an_environment_without_a_way_to_the_hub_is_one_line(published, hub, capsys, monkeypatch, name, value, said):  # noqa: F811
+    for each in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(each, raising=False)
+    monkeypatch.setenv(name, value)
+    huggingface_hub.close_session()
+    code, err = alphaflow("pull", "me/tiny", capsys=capsys)
+    monkeypatch.undo()
+    huggingface_hub.close_session()
+    assert code == 1
+    assert said in err

@@ -1,0 +1,122 @@
+"""Several processes on one machine: as many as there are GPUs, and one that dies leaves word."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from datetime import timedelta
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import distributed as dist
+from train_helpers import fork
+
+from alphaflow_cli import cli
+from alphaflow_cli.engine import crew, launch, prepare, world
+from alphaflow_cli.errors import AlphaflowError
+
+REFUSED = "error: --processes 2: this machine has 1 GPU, and every process needs one of its own. Give --processes 1"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "train quickstart --out run",
+        "eval glyphs:100 --metrics fd-tiny --reference glyphs:100",
+        "eval nowhere.safetensors",
+        "sample nowhere.safetensors --grid grid.png",
+        "prep-latents nowhere --size 32 --autoencoder some/autoencoder",
+    ],
+)
+def test_more_processes_than_gpus_are_refused_before_anything_is_done(line, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert cli.run([*line.split(), "--processes", "2"]) == 1
+    assert capsys.readouterr().err.startswith(REFUSED)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_pixels_need_no_gpu_and_any_number_of_processes_may_share_them(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert prepare.count_processes("none", 2) == 2
+    assert prepare.count_processes("none", None) == prepare.count_processes("some/autoencoder", 1) == 1
+
+
+def test_two_processes_of_one_gpu_are_refused_when_they_join(monkeypatch):
+    """Under torchrun nobody counts before; the exchange says so, and now it is the first thing they do."""
+
+    def exchange(values, *args):
+        raise dist.DistBackendError("NCCL error: Duplicate GPU detected : rank 0 and rank 1 both on CUDA device 1000")
+
+    monkeypatch.setattr(dist, "all_reduce", exchange)
+    together = world.World(SimpleNamespace(num_processes=2, device="cpu"))
+    with pytest.raises(AlphaflowError, match="2 processes were started, but two of them have the same GPU"):
+        world._meet(together)
+
+
+def late(rank):
+    """One process comes half a second late."""
+    joined = world.join_world()
+    time.sleep(0.5 * (joined.rank == rank))
+    joined.wait()
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("patience", "codes"), [(0.1, [1]), (30, [0])])
+def test_processes_wait_for_each_other_with_our_patience(monkeypatch, tmp_path, patience, codes):
+    monkeypatch.setattr(world, "PATIENCE", timedelta(seconds=patience))
+    started = fork(lambda: late(0), tmp_path, 2)
+    assert started.wait()[1:] == codes, started.said()
+
+
+@pytest.mark.distributed
+def test_when_all_fail_to_exchange_their_message_is_shown(tmp_path):
+    """The workers' faults all look like echoes of another's, so none was shown: and the exit code was a signal's."""
+    line = ["eval", "glyphs:100", "--reference", "glyphs:100", "--metrics", "fd-tiny", "--processes", "2"]
+    outside = {**os.environ, "GLOO_SOCKET_IFNAME": "nowhere", "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-m", "alphaflow_cli", *line]
+    done = subprocess.run(command, cwd=tmp_path, env=outside, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 1
+    assert re.search(r"error: process [01]: .*nowhere", done.stderr), done.stderr
+
+
+def left(folder, **record):
+    plain = {"time": 1.0, "user_fault": False, "echo": True, "traceback": "", "message": "Connection reset"}
+    (folder / f"rank-{record['rank']}.json").write_text(json.dumps(plain | record))
+
+
+def test_a_cause_comes_before_a_crash_and_a_crash_before_an_echo(tmp_path):
+    left(tmp_path, rank=0, time=2.0)
+    left(tmp_path, rank=1, time=1.0, message="Connection closed by peer")
+    with pytest.raises(AlphaflowError, match="process 1: Connection closed by peer"):
+        launch._report(tmp_path, {0: 1, 1: 1})
+    with pytest.raises(AlphaflowError, match="process 1 was killed by signal 9"):
+        launch._report(tmp_path, {0: 1, 1: -9})
+    left(tmp_path, rank=2, time=3.0, message="the disk is full", echo=False, user_fault=True)
+    with pytest.raises(AlphaflowError, match="process 2: the disk is full"):
+        launch._report(tmp_path, {0: 1, 1: -9, 2: 1})
+
+
+def test_processes_that_leave_no_word_are_no_success_and_no_signal(tmp_path):
+    with pytest.raises(AlphaflowError, match=r"exit codes \{0: 1, 1: 143\}, and none of them left word why"):
+        launch._report(tmp_path, {0: 1, 1: 143})
+    assert launch._report(tmp_path, {0: 143, 1: -15}) == 143
+
+
+def test_a_worker_that_cannot_leave_word_says_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("ALPHAFLOW_ERRORS", str(tmp_path / "gone"))
+    launch._tell(AlphaflowError("the disk is full"))
+    assert capsys.readouterr().err == "error: process 0: the disk is full\n"
+
+
+def leaves(share, tell):
+    sys.exit(0)
+
+
+@pytest.mark.distributed
+def test_a_member_of_a_crew_that_leaves_early_is_not_waited_for():
+    with pytest.raises(RuntimeError, match=r"a worker failed:(.|\n)*SystemExit"):
+        crew.run_crew(leaves, [None], lambda count: None)
