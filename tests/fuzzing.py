@@ -180,7 +180,8 @@ def fuzz(target: str, make: Callable[[random.Random, int], Trial], count: int, *
             tail = "\n".join(f"    {line:.300}" for line in fault.splitlines()[-8:])
             key = re.sub(r"0x\w+|\d+|'.*'", "N", fault.splitlines()[-1])[:120]
             if key not in faults:
-                print(f"{repeat}  {trial.what or trial.argv!r:.200}\n{tail}", flush=True)
+                told = f"{repeat}  {trial.what or trial.argv!r:.200}\n{tail}"
+                print(told.encode("ascii", "backslashreplace").decode(), flush=True)
             faults[key] = faults.get(key, 0) + 1
     summary = f"{target}: {len(numbers):,} trials of seed {SEED}, {len(faults)} distinct faults; slowest: {slowest}"
     print(summary, flush=True)
