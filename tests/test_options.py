@@ -192,7 +192,6 @@ def test_a_destination_that_cannot_be_written_is_refused_before_the_work(option,
     endings = {"recipe plot -o": ".png", "recipe cp": ".yaml"}
     ending = endings.get(option, ".safetensors")
     is_folder = option.endswith(("--out", "--work")) or option == "pull -o"
-    makes_folders = is_folder or option in ("sample --grid", "sample --latents")
     bad = {
         f"file/a{ending}": "a part of the path is a file, not a folder",
         f"file/b/a{ending}": "a part of the path is a file, not a folder",
@@ -200,7 +199,7 @@ def test_a_destination_that_cannot_be_written_is_refused_before_the_work(option,
         "y/" * 2500 + f"a{ending}": "longer than the file system allows",
         f"a\0b{ending}": "null byte",
     }
-    if not makes_folders:
+    if not is_folder:
         bad |= {f"none/a{ending}": "none: no such file or folder"}
     if is_folder:
         bad |= {"file": "is a file", "pipe.yaml": "file"}

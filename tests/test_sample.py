@@ -136,6 +136,7 @@ def test_guidance_at_sampling_mixes_both_velocities(tmp_path):
         (["--classes", "class 77"], "not a class of this model"),
         (["--classes", "10"], "not a class of this model"),
         (["--classes", "²"], "not a class of this model"),
+        (["--classes", "9" * 5000], "not a class of this model"),
         (["--sampler", "heun", "--nfe", "4"], "1, 3, 5"),
         (["--weights", "raw"], "holds averaged weights only"),
     ],

@@ -72,17 +72,9 @@ GUIDANCE = Number(-1000, 1000)
 class Destination(click.Path):
     """A path that will be written: refused before the work where it could not be, after hours of it."""
 
-    def __init__(
-        self,
-        *,
-        is_folder: bool = False,
-        may_be_folder: bool = False,
-        makes_folders: bool = False,
-        holds_weights: bool = False,
-    ) -> None:
+    def __init__(self, *, is_folder: bool = False, may_be_folder: bool = False, holds_weights: bool = False) -> None:
         super().__init__(path_type=Path, file_okay=not is_folder, dir_okay=is_folder or may_be_folder)
-        self.is_folder, self.may_be_folder, self.makes_folders = is_folder, may_be_folder, makes_folders
-        self.holds_weights = holds_weights
+        self.is_folder, self.may_be_folder, self.holds_weights = is_folder, may_be_folder, holds_weights
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
         path = Path(os.fsdecode(super().convert(value, param, ctx)))
@@ -111,7 +103,7 @@ class Destination(click.Path):
         if not self.is_folder and path.name:
             _mode_of(path.with_name(f".{path.name}.1234567.part"))  # files are written under such a name at first
         folder = path if mode is not None and stat.S_ISDIR(mode) else path.parent
-        while (mode := _mode_of(folder)) is None and (self.is_folder or self.makes_folders):
+        while (mode := _mode_of(folder)) is None and self.is_folder:  # missing ones are made
             folder = folder.parent
         if mode is None or not stat.S_ISDIR(mode):
             return folder, errno.ENOENT if mode is None else errno.ENOTDIR

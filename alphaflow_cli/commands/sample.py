@@ -70,8 +70,8 @@ SAMPLERS = ["auto", "trajectory", "consistency", "flow", "heun"]
 @autoencoder_option
 @decoder_option
 @click.option("--out", type=Destination(is_folder=True), help="Folder for one PNG per picture.")
-@click.option("--grid", type=Destination(makes_folders=True), help="One PNG with all of them.")
-@click.option("--latents", type=Destination(makes_folders=True), help="The network's own latents as .npy (n, C, h, w).")
+@click.option("--grid", type=Destination(), help="One PNG with all of them.")
+@click.option("--latents", type=Destination(), help="The network's own latents as .npy (n, C, h, w).")
 @click.option("--batch", type=BATCH, default=64, show_default=True, help="Pictures at once.")
 @click.option("--processes", type=PROCESSES, help="Processes to share the work. Default: one per GPU.")
 def command(

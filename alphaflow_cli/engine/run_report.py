@@ -18,7 +18,6 @@ from alphaflow_cli.engine.run_report_scores import scores_of
 from alphaflow_cli.errors import AlphaflowError, blamed_on
 from alphaflow_cli.recipe import diff_recipes, load_recipe, recipe_from_text, shipped
 from alphaflow_cli.recipe.schema import Recipe
-from alphaflow_cli.recipe.source import read_text
 from alphaflow_cli.report import chart
 from alphaflow_cli.report.embedded import embed, spread_over
 from alphaflow_cli.report.page import RunPage, run_page
@@ -78,7 +77,7 @@ def page_of(run: Path) -> RunPage:
         raise AlphaflowError(
             f"{run}: not a run folder (no recipe.yaml in it). Make one: alphaflow train RECIPE --out {run}"
         )
-    text = read_text(path)
+    text = read_document(path)
     recipe, rows = recipe_from_text(text, str(path)), rows_of(run / "metrics.jsonl")
     origin, digest = origin_of(run), digest_of(run)
     compared, other = counterpart(recipe)

@@ -18,7 +18,7 @@ from alphaflow_cli.engine.generate import Generator, has_labels, open_generator
 from alphaflow_cli.engine.processes import processes_here, smaller_batch_if_full
 from alphaflow_cli.engine.progress import Progress, say
 from alphaflow_cli.engine.walk import Walk, draw_labels, plan_walk
-from alphaflow_cli.errors import AlphaflowError
+from alphaflow_cli.errors import AlphaflowError, shorten
 from alphaflow_cli.report.grid import grid_png, picture_png
 
 COLUMNS = 10  # of a grid
@@ -100,14 +100,14 @@ def choose_labels(request: SampleRequest, generator: Generator) -> list[int]:
 
 def find_class(text: str, names: Sequence[str], count: int) -> int:
     """A class by number or name."""
-    if text.isdecimal() and int(text) < count:
+    if text.isdecimal() and len(text) < 20 and int(text) < count:
         return int(text)
     matches = [i for i, name in enumerate(names) if text.lower() in (part.strip().lower() for part in name.split(","))]
     if len(matches) == 1:
         return matches[0]
     known = ", ".join(names[:12]) + (", …" if len(names) > 12 else "")
     raise AlphaflowError(
-        f"--classes {text}: not a class of this model: 0 to {count - 1}" + (f", {known}" if names else "")
+        f"--classes {shorten(text, 100)}: not a class of this model: 0 to {count - 1}" + (f", {known}" if names else "")
     )
 
 
