@@ -20,7 +20,7 @@ from alphaflow_cli.convert.imported import (
 from alphaflow_cli.convert.latents import parse_latents, statistics
 from alphaflow_cli.convert.shape import Shape, heads_of, read_shape, to_our_names
 from alphaflow_cli.convert.snapshot_cfg import Training, check_against, read_training
-from alphaflow_cli.convert.source import state_dict, value_in_brief
+from alphaflow_cli.convert.source import in_brief, state_dict
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.recipe import Recipe
 
@@ -101,9 +101,7 @@ def _section(tree: dict[str, Any], name: str) -> dict[str, Any]:
 def _check(said: dict[str, Any], shape: Shape, where: str) -> None:
     for key, value in said.items():
         if not isinstance(value, (int, float)) or not abs(value) < 1e15:
-            raise AlphaflowError(
-                f"{where}: its configuration says {key} {value_in_brief(value)}; it is not one of numbers."
-            )
+            raise AlphaflowError(f"{where}: its configuration says {key} {in_brief(value)}; it is not one of numbers.")
     seen: dict[str, float] = {
         "dim": shape.dim,
         "num_blocks": shape.depth,

@@ -13,7 +13,7 @@ from operator import attrgetter
 from typing import Any, cast, get_args
 
 from alphaflow_cli.convert.imported import step_of
-from alphaflow_cli.convert.source import value_in_brief
+from alphaflow_cli.convert.source import in_brief
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.recipe import Recipe
 from alphaflow_cli.recipe.schema import Schedule, ScheduleKind
@@ -120,7 +120,7 @@ def walk_cfg(tree: dict[Any, Any]) -> Iterator[tuple[str, Any]]:
     while stack:
         prefix, table = stack.pop()
         for key, value in table.items():
-            name = f"{prefix}{value_in_brief(key)}"
+            name = f"{prefix}{in_brief(key)}"
             yield name, value
             count += 1
             if count >= MOST_ENTRIES:
@@ -138,19 +138,17 @@ def _refuse_other_networks(leaves: Mapping[str, Any], where: str) -> None:
     """u of unit noise on the straight path, nothing around it: the network here is that and nothing else."""
     for name, value in _named(leaves, ("sigma_noise",)):
         if value is not None and not (_is_number(value) and value == 1):
-            raise AlphaflowError(
-                f"{where}: its cfg.{name} is {value_in_brief(value)}; only noise of deviation 1 is read."
-            )
+            raise AlphaflowError(f"{where}: its cfg.{name} is {in_brief(value)}; only noise of deviation 1 is read.")
     for name, value in _named(leaves, ("precond", "preconditioning")):
-        kind = value_in_brief(value.get("name", value.get("type", "")) if isinstance(value, dict) else value)
+        kind = in_brief(value.get("name", value.get("type", "")) if isinstance(value, dict) else value)
         if kind.lower() not in NO_PRECOND:
             raise AlphaflowError(
                 f"{where}: its cfg.{name} is {kind!r}: a network with a preconditioning around it, which the "
                 "networks here do not have."
             )
     for name, value in _named(leaves, PREDICTION):
-        if value_in_brief(value).lower() in NO_VELOCITY:
-            raise AlphaflowError(f"{where}: its cfg.{name} is {value_in_brief(value)!r}; only a velocity is read.")
+        if in_brief(value).lower() in NO_VELOCITY:
+            raise AlphaflowError(f"{where}: its cfg.{name} is {in_brief(value)!r}; only a velocity is read.")
     for name, value in _named(leaves, X_SWITCHES):
         if value is True:
             raise AlphaflowError(f"{where}: its cfg.{name} is on: it predicts x; only a velocity is read.")
@@ -222,7 +220,7 @@ def _schedule(value: Any, name: str, where: str) -> Schedule:
     if not isinstance(value, dict):
         constant = _number(value, name, where)
         return Schedule(initial=constant, final=constant, clamp=0.0)
-    kind = value_in_brief(value.get("scheduler"))
+    kind = in_brief(value.get("scheduler"))
     if kind not in get_args(ScheduleKind):
         raise AlphaflowError(f"{where}: its {name} is a schedule of kind {kind!r}, which no recipe here has.")
     if value.get("up_clamp_value") is not None or value.get("discrete_training"):
@@ -315,5 +313,5 @@ def _inside(name: str, read: set[str]) -> bool:
 
 def _number(value: object, name: str, where: str) -> float:
     if not _is_number(value):
-        raise AlphaflowError(f"{where}: its configuration says {name} {value_in_brief(value)}, not a finite number.")
+        raise AlphaflowError(f"{where}: its configuration says {name} {in_brief(value)}, not a finite number.")
     return float(cast(float, value))

@@ -158,7 +158,7 @@ def _reason(error: BaseException) -> str:
     return lines[0][:200] if lines else type(error).__name__
 
 
-def value_in_brief(value: object) -> str:
+def in_brief(value: object) -> str:
     """A value of a foreign file in one line of a message, however long or strange it is."""
     if isinstance(value, Tensor):
         return f"a tensor of shape {tuple(value.shape)}"
@@ -171,7 +171,7 @@ def value_in_brief(value: object) -> str:
 
 def bare_name(name: object) -> str:
     """A weight's name without the prefixes of compiled and wrapped networks."""
-    text = name if isinstance(name, str) else value_in_brief(name)
+    text = name if isinstance(name, str) else in_brief(name)
     return text.replace("_orig_mod.", "").removeprefix("module.")
 
 
