@@ -180,10 +180,11 @@ def _write(file: int, owner: Owner) -> None:
 
 
 def _owner_in(text: bytes) -> Owner | None:
-    """Whom a lock names; None where it is empty or was cut short by a kill."""
+    """Whom a lock names; None where it is empty, was cut short by a kill, or holds what no terminal should be shown."""
     try:
         found = Owner(**json.loads(text))
-        sound = all(isinstance(value, str) for name, value in asdict(found).items() if name != "pid")
+        texts = [value for name, value in asdict(found).items() if name != "pid"]
+        sound = all(isinstance(value, str) and value.isprintable() and len(value) < 300 for value in texts)
         return found if sound and type(found.pid) is int else None
     except (ValueError, TypeError, RecursionError):
         return None
