@@ -153,7 +153,7 @@ def _latents(state: dict[str, Tensor], options: Options, where: str) -> Latents:
     if options.latents:
         return parse_latents(options.latents)
     mean, variance, ready = (state.get(name) for name in STATISTICS)
-    if mean is None or variance is None or (ready is not None and not bool(ready.max() > 0)):
+    if mean is None or variance is None or (ready is not None and not bool((ready > 0).any())):
         raise AlphaflowError(
             f"{where}: holds no latents' statistics (autoencoder_mean, autoencoder_var, filled in). "
             "Give them: --latents FILE.safetensors with mean and std, or --latents scale:0.18215"
