@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 import click
 
 from alphaflow_cli import __version__
-from alphaflow_cli.errors import LostOutput, bounded, fault_of_the_user, silence_stdout
+from alphaflow_cli.errors import LostOutput, bounded, fault_of_the_user
 
 # verb → (the module whose `command` it is, its line in `alphaflow --help`). A listing imports none of the modules.
 VERBS: dict[str, tuple[str, str]] = {
@@ -57,6 +57,7 @@ class Result(io.FileIO):
         try:
             return super().write(data) or 0
         except OSError as fault:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())  # said once: what waits behind it goes nowhere
             raise LostOutput(fault) from fault
 
 
@@ -159,7 +160,6 @@ def run(args: Sequence[str]) -> int:
 
 def _without_output(lost: LostOutput) -> int:
     """141 where the reader of stdout went away, and 1 where the disk behind it is full."""
-    silence_stdout()
     if isinstance(lost.__cause__, BrokenPipeError):
         return 141
     say_error(str(lost))
