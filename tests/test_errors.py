@@ -137,3 +137,19 @@ def test_a_long_command_line_gets_a_short_answer(capsys):
     for args in (["recipe", "show", "9" * 5000], ["recipe", "show", "b2", f"--{'x' * 5000}"], ["9" * 5000]):
         assert run(args) in (1, 2)
         assert len(capsys.readouterr().err) < 1000
+
+
+def test_a_worker_makes_a_line_of_them_too(monkeypatch, capsys):
+    from alphaflow_cli.engine.launch import as_worker
+
+    def work():
+        raise system_error(errno.EACCES, "latents/shard-0.bin")
+
+    def leave(code):
+        raise SystemExit(code)
+
+    monkeypatch.setattr(os, "_exit", leave)
+    with pytest.raises(SystemExit) as ended:
+        as_worker(work)
+    assert ended.value.code == 1
+    assert capsys.readouterr().err.startswith("error: process 0: latents/shard-0.bin: no permission.")

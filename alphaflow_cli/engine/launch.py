@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from alphaflow_cli.engine.slurm import join_slurm
-from alphaflow_cli.errors import AlphaflowError
+from alphaflow_cli.errors import AlphaflowError, fault_of_the_user
 
 SAVE_SECONDS = 300  # a worker may take so long to save after SIGTERM before the agent kills it
 ECHOES = ("Connection closed by peer", "Connection reset", "Socket Timeout", "NCCL", "Broken pipe", "gloo")
@@ -114,8 +114,8 @@ def as_worker(work: Callable[[], int]) -> NoReturn:
 
 def _tell(error: BaseException) -> None:
     """To the parent by a file; without one, on stderr."""
-    rank, message = os.environ.get("RANK", "0"), str(error)
-    user_fault = isinstance(error, AlphaflowError)
+    rank, line = os.environ.get("RANK", "0"), fault_of_the_user(error)
+    message, user_fault = line or str(error), bool(line)
     record = {
         "rank": int(rank),
         "time": time.time(),
