@@ -98,8 +98,9 @@ class LazyGroup(click.Group):
     def invoke(self, ctx: click.Context) -> object:
         try:
             return super().invoke(ctx)
-        except BrokenPipeError as fault:  # click would end without a word, and stdout's are LostOutput
-            raise RuntimeError("a pipe between processes broke") from fault
+        except (BrokenPipeError, EOFError) as fault:
+            # click would leave without a word at the one, and call the other an interruption; stdout's are LostOutput
+            raise RuntimeError(f"{type(fault).__name__}: {fault}") from fault
 
 
 def print_version(ctx: click.Context, param: click.Parameter, value: bool) -> None:
