@@ -19,7 +19,7 @@ from alphaflow_cli.commands.common import (
     set_option,
     tell,
 )
-from alphaflow_cli.errors import LostOutput, silence_stdout
+from alphaflow_cli.errors import LostOutput
 from alphaflow_cli.recipe import load_recipe
 from alphaflow_cli.recipe.schema import Recipe
 
@@ -125,7 +125,6 @@ def finish(folder: Path) -> None:
     try:
         click.echo("\n".join([*lines, str(folder / "model.safetensors")]))
     except LostOutput as lost:
-        silence_stdout()
         click.echo(f"{lost} The run is finished and saved: {folder}", err=True)
 
 
