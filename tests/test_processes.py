@@ -107,6 +107,21 @@ def test_two_processes_of_torchrun_measure_one_reference(tmp_path):
     assert torch.equal(two.features, one.features)
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        ["eval", "glyphs:100", "--metrics", "fd-tiny", "--processes", "2"],
+        ["train", "quickstart", "--set", "data.source=glyphs:20", "--out", "run", "--processes", "2", "--debug"],
+    ],
+)
+def test_processes_run_the_command_that_started_them_whatever_started_it(line, monkeypatch, tmp_path):
+    started = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(launch, "launch", lambda argv, count: started.append((list(argv), count)) or 0)
+    assert cli.run(line) == 0
+    assert started == [(line, 2)]
+
+
 def left(folder, **record):
     plain = {"time": 1.0, "user_fault": False, "echo": True, "traceback": "", "message": "Connection reset"}
     (folder / f"rank-{record['rank']}.json").write_text(json.dumps(plain | record))

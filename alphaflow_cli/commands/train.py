@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from alphaflow_cli.commands.common import examples, json_option, print_json, recipe_argument, set_option
+from alphaflow_cli.commands.common import command_line, examples, json_option, print_json, recipe_argument, set_option
 from alphaflow_cli.recipe import load_recipe
 from alphaflow_cli.recipe.schema import Recipe
 
@@ -99,7 +99,7 @@ def begin(recipe: Recipe, options: "Options", processes: int | None) -> int:
 
     count = count_processes(recipe, processes)
     prepare(recipe, options)
-    return train(recipe, options) if count == 1 else launch(sys.argv[1:], count)
+    return train(recipe, options) if count == 1 else launch(command_line(), count)
 
 
 def finish(folder: Path) -> None:
