@@ -136,7 +136,9 @@ def run(args: Sequence[str]) -> int:
     """Run one command line in this process; returns the exit code."""
     debug, rest = split_debug(args)
     try:
-        code = group.main(rest, prog_name="alphaflow", standalone_mode=False)
+        code = group.main(
+            rest, prog_name="alphaflow", standalone_mode=False, obj=tuple(args)
+        )  # see common.command_line
         sys.stdout.flush()
         return code if isinstance(code, int) else 0
     except click.UsageError as fault:

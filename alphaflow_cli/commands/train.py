@@ -12,6 +12,7 @@ from alphaflow_cli.commands.common import (
     BATCH,
     PROCESSES,
     Destination,
+    command_line,
     examples,
     json_option,
     print_json,
@@ -116,7 +117,7 @@ def begin(recipe: Recipe, options: "Options", processes: int | None) -> int:
         if count == 1:
             return train(recipe, options)
         os.environ |= hand_on(options.out)
-        return launch(sys.argv[1:], count)
+        return launch(command_line(), count)
 
 
 def finish(folder: Path) -> None:

@@ -199,8 +199,10 @@ def _tell(error: BaseException) -> None:
 
 def _leave(record: dict[str, Any]) -> bool:
     """Put the record where the parent looks; False where a full disk forbids it, which may be the fault itself."""
-    try:
-        (Path(os.environ["ALPHAFLOW_ERRORS"]) / f"rank-{record['rank']}.json").write_text(json.dumps(record))
+    path = Path(os.environ["ALPHAFLOW_ERRORS"]) / f"rank-{record['rank']}.json"
+    try:  # whole or not at all: the agent may kill us meanwhile
+        path.with_suffix(".tmp").write_text(json.dumps(record))
+        path.with_suffix(".tmp").replace(path)
     except OSError:
         return False
     return True
