@@ -15,8 +15,12 @@ def leave(signum: int, frame: FrameType | None) -> NoReturn:
 def main() -> NoReturn:
     """Entry point of the `alphaflow` command."""
     signal.signal(signal.SIGINT, leave)
-    from alphaflow_cli import cli
-
+    try:
+        from alphaflow_cli import cli
+    except ModuleNotFoundError as fault:
+        if (fault.name or "").partition(".")[0] == "alphaflow_cli":
+            raise
+        raise SystemExit(f"error: {fault.name} is not installed. Run, in alphaflow's folder: pip install .") from None
     cli.main()
 
 

@@ -42,6 +42,7 @@ class Model:
         sampler: SamplerChoice = "auto",
         times: Sequence[float] | None = None,
         guidance: float | None = None,
+        guidance_channels: int | None = None,
         batch: int = 64,
     ) -> Tensor:
         """uint8 pictures (n, 3, H, W) on the CPU. `classes`: in turn over the seeds; None draws one per seed."""
@@ -54,7 +55,9 @@ class Model:
             raise AlphaflowError(f"sample: batch {batch}: at least one picture at a time is needed.")
         if sampler not in get_args(SamplerChoice):
             raise AlphaflowError(f"sample: sampler {sampler!r}: there are {', '.join(get_args(SamplerChoice))}.")
-        walk = plan_walk(self.recipe, nfe=nfe, kind=sampler, times=times, guidance=guidance)
+        walk = plan_walk(
+            self.recipe, nfe=nfe, kind=sampler, times=times, guidance=guidance, guidance_channels=guidance_channels
+        )
         labels = self._labels(seeds, classes)
         batches = self._generator.batches(seeds, labels, walk, batch=batch)
         return torch.cat([images.cpu() for _, _, images in batches])

@@ -40,6 +40,11 @@ def shorten(text: str, most: int) -> str:
     return f"{text[:keep]}…({len(text) - 2 * keep:,} more)…{text[-keep:]}"
 
 
+def brief(text: object) -> str:
+    """A path or a reason for a message: of several lines the first, of a long one its two ends."""
+    return shorten((str(text).splitlines() or [type(text).__name__])[0], 200)
+
+
 def for_markdown(text: object, *, limit: int = 400) -> str:
     """The same words in a line of Markdown or a cell of its table: no tag, link, heading, emphasis or code."""
     shown = "".join(

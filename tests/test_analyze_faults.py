@@ -64,6 +64,26 @@ def test_a_damaged_line_is_measured_again(tiny_run, tmp_path, capsys, damage):  
     assert lines.read_bytes().splitlines()[1:] == [second, first]
 
 
+def test_a_digit_that_changed_in_a_line_is_measured_again_and_a_former_line_is_read(
+    tiny_run,  # noqa: F811
+    tmp_path,
+    capsys,
+):
+    whole = analyze(tiny_run, tmp_path / "a", capsys, "--batches", "2")
+    (lines,) = (tmp_path / "a").glob("*/batches.jsonl")
+    first, second = lines.read_text().splitlines()
+    former = {name: value for name, value in json.loads(second).items() if name != "sha256"}
+    changed = first.replace('"rows": 8', '"rows": 7', 1)
+    assert changed != first
+    lines.write_text("\n".join([changed, json.dumps(former), ""]))
+    again = analyze(tiny_run, tmp_path / "a", capsys, "--batches", "2")
+    assert again["checkpoints"] == whole["checkpoints"]
+    assert lines.read_text().splitlines()[1:] == [json.dumps(former), first]
+    lines.write_text(json.dumps({"batch": 0, "rows": 8}) + "\n")
+    line = (tiny_run, "--out", tmp_path / "a", "--batch", "8", "--batches", "1")
+    assert f"{lines}: not the batches of an analysis, or damaged" in fault_of(capsys, *line)
+
+
 def test_two_analyses_at_once_count_no_batch_twice(tiny_run, tmp_path, capsys):  # noqa: F811
     whole = analyze(tiny_run, tmp_path / "a", capsys, "--batches", "3")
     (lines,) = (tmp_path / "a").glob("*/batches.jsonl")

@@ -120,9 +120,17 @@ def test_a_converted_meanflow_is_the_same_function(tmp_path):
     torch.testing.assert_close(net(x, t, 0.4 * t, y).double(), theirs, rtol=1e-5, atol=1e-5)
     mix = checkpoint.recipe.guidance
     assert (mix.omega, mix.kappa, mix.t_max, checkpoint.origin["step"]) == (0.2, 0.92, 0.75, 1234)
+    assert (float(1 / checkpoint.std), float(checkpoint.mean)) == (pytest.approx(0.18125), 0.0)
+    assert outcome.family == "meanflow"
+    assert "0.18125" in outcome.filled["latents"]
+
+
+def test_the_first_two_days_of_zhuyus_meanflow_are_asked_for(tmp_path):
+    arguments = argparse.Namespace(cfg_omega=1.0, cfg_kappa=0.0)
+    tree = {"ema": meanflow_weights(), "args": arguments}
+    _, checkpoint, _ = converted(tmp_path, tree, "auto", latents="meanflow")
     torch.testing.assert_close(checkpoint.mean.flatten(), torch.tensor(MEANFLOW_MEAN, dtype=torch.float64))
     torch.testing.assert_close(checkpoint.std.flatten(), 2 * torch.tensor(MEANFLOW_STD, dtype=torch.float64))
-    assert outcome.family == "meanflow"
 
 
 def test_raw_weights_are_taken_when_asked_for(tmp_path):

@@ -1,15 +1,17 @@
 """Checkpoints of ours, honest and not: what reading them and writing the published form refuse."""
 
 import resource
+from collections import OrderedDict
 from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from snapshots import published_snapshot
+from snapshots import published_snapshot, tiny_autoencoder
 
 from alphaflow_cli.cli import run
 from alphaflow_cli.convert import Options, convert, export
+from alphaflow_cli.engine.build import build_network
 from alphaflow_cli.engine.checkpoint import load_checkpoint, save_checkpoint
 from alphaflow_cli.engine.files import write_atomically
 from alphaflow_cli.errors import AlphaflowError
@@ -37,6 +39,11 @@ def test_statistics_of_a_wrong_shape_in_a_checkpoint_of_ours_are_refused(ours, t
     save_checkpoint(tmp_path / "wrong.safetensors", replace(checkpoint, mean=0 * wrong, std=wrong))
     with pytest.raises(AlphaflowError, match=r"wrong\.safetensors: the latents' mean and std have the shapes \(3,"):
         load_checkpoint(tmp_path / "wrong.safetensors")
+
+
+def test_a_checkpoint_of_ours_needs_no_conversion(ours, tmp_path):
+    with pytest.raises(AlphaflowError, match="a checkpoint of alphaflow already"):
+        convert(ours, tmp_path / "again.safetensors", Options())
 
 
 def test_a_full_disk_gets_one_line_and_leaves_nothing(ours, tmp_path):
@@ -75,8 +82,115 @@ def test_an_origin_that_is_no_table_is_named(ours, tmp_path):
         load_checkpoint(tmp_path / "odd.safetensors")
 
 
-@pytest.mark.parametrize("option", [["--json"], ["--weights", "raw"], ["--weights", "ema"], ["--autoencoder", "x"]])
+@pytest.mark.parametrize("option", [["--json"], ["--weights", "raw"], ["--weights", "ema"], ["--from", "sit"]])
 def test_options_that_the_way_back_ignores_are_refused(ours, tmp_path, capsys, option):
     assert run(["convert", str(ours), "--to", "alphaflow", "-o", str(tmp_path / "back.pt"), *option]) == 2
     assert option[0] in capsys.readouterr().err
     assert not (tmp_path / "back.pt").exists()
+
+
+def test_a_published_snapshot_lends_the_rest_of_its_configuration(ours, tmp_path, capsys):
+    theirs = published_snapshot()
+    theirs["cfg"]["model"] |= {"target_class": "src.models.DiT", "dim": 768}
+    theirs["cfg"]["sampling"] = {"target_class": "src.sampling.RecFlow", "num_steps": 256, "time_shifting": 1.0}
+    theirs["cfg"]["env"] = {"deep": [{"target_class": "x"}, OrderedDict(a=1)]}
+    torch.save(theirs, tmp_path / "published.pt")
+    line = ["convert", str(ours), "--to", "alphaflow", "-o", str(tmp_path / "back.pt")]
+    assert run([*line, "--cfg-from", str(tmp_path / "published.pt")]) == 0
+    assert "target_class" not in capsys.readouterr().err
+    cfg = torch.load(tmp_path / "back.pt", weights_only=True)["cfg"]
+    assert (cfg["model"]["target_class"], cfg["model"]["dim"]) == ("src.models.DiT", 96)
+    assert cfg["sampling"] | {"target_class": "src.sampling.RecFlow", "num_steps": 1} == cfg["sampling"]
+    assert cfg["env"] == {"deep": [{"target_class": "x"}, {"a": 1}]}
+    assert (cfg["loss"]["alpha_cfg"]["scheduler"], cfg["loss"]["alpha_cfg"]["change_end_steps"]) == ("sigmoid", 400_000)
+
+
+def test_without_a_snapshot_the_missing_class_names_are_told(ours, tmp_path, capsys):
+    assert run(["convert", str(ours), "--to", "alphaflow", "-o", str(tmp_path / "back.pt")]) == 0
+    streams = capsys.readouterr()
+    assert "--cfg-from SNAPSHOT.pt" in streams.err
+    assert "no autoencoder is in it" in streams.err
+    assert streams.out == f"{tmp_path / 'back.pt'}\n"
+
+
+def test_their_schedules_are_replaced_where_they_stand(ours, tmp_path):
+    theirs = published_snapshot()
+    schedule = {"scheduler": "constant", "initial_value": 0.0, "extra": 1}
+    theirs["cfg"]["loss"] = {"alpha": schedule, "ratio_fm": 0.75, "name": "mf"}
+    torch.save(theirs, tmp_path / "published.pt")
+    export(ours, tmp_path / "back.pt", template=tmp_path / "published.pt")
+    loss = torch.load(tmp_path / "back.pt", weights_only=True)["cfg"]["loss"]
+    assert loss.keys() == {"alpha", "ratio_fm", "name", "cfg_params"}
+    assert (loss["alpha"]["scheduler"], loss["alpha"]["extra"]) == ("sigmoid", 1)
+    assert loss["ratio_fm"]["initial_value"] == 0.5
+
+
+def test_a_configuration_that_never_ends_is_named(ours, tmp_path):
+    theirs = published_snapshot()
+    theirs["cfg"]["loop"] = theirs["cfg"]
+    torch.save(theirs, tmp_path / "published.pt")
+    with pytest.raises(AlphaflowError, match="nested without end"):
+        export(ours, tmp_path / "back.pt", template=tmp_path / "published.pt")
+
+
+@pytest.mark.parametrize("tree", [{"ema": {}}, {"cfg": {"model": 3}}, {"cfg": []}])
+def test_a_snapshot_that_lends_nothing_is_named(ours, tmp_path, tree):
+    torch.save(tree, tmp_path / "published.pt")
+    with pytest.raises(AlphaflowError, match=r"published\.pt: has no cfg with a model in it"):
+        export(ours, tmp_path / "back.pt", template=tmp_path / "published.pt")
+
+
+def test_what_was_written_is_read_again_with_all_it_says(ours, tmp_path):
+    export(ours, tmp_path / "back.pt")
+    outcome = convert(tmp_path / "back.pt", tmp_path / "again.safetensors", Options())
+    first, again = load_checkpoint(ours).recipe, load_checkpoint(tmp_path / "again.safetensors").recipe
+    assert again.guidance == first.guidance
+    assert (again.alpha.kind, again.alpha.gamma, again.train.steps) == ("sigmoid", 25.0, first.train.steps)
+    assert again.times.equal_share == first.times.equal_share
+    assert "loss.alpha_cfg" in outcome.said
+
+
+def test_the_autoencoder_may_be_named_on_the_way_back(tmp_path):
+    autoencoder = tiny_autoencoder()
+    torch.save(published_snapshot(autoencoder=autoencoder), tmp_path / "theirs.pt")
+    convert(tmp_path / "theirs.pt", tmp_path / "ours.safetensors", Options())
+    (tmp_path / "ours-autoencoder").rename(tmp_path / "elsewhere")
+    line = ["convert", str(tmp_path / "ours.safetensors"), "--to", "alphaflow", "-o", str(tmp_path / "back.pt")]
+    assert run([*line, "--autoencoder", str(tmp_path / "elsewhere")]) == 0
+    state = torch.load(tmp_path / "back.pt", weights_only=True)["ema"]
+    for name, value in autoencoder.state_dict().items():
+        assert torch.equal(state[f"autoencoder.model.model.{name}"], value)
+
+
+def test_another_autoencoder_than_the_latents_are_of_is_refused_on_the_way_back(tmp_path):
+    torch.save(published_snapshot(autoencoder=tiny_autoencoder()), tmp_path / "theirs.pt")
+    convert(tmp_path / "theirs.pt", tmp_path / "ours.safetensors", Options())
+    tiny_autoencoder(seed=6).save_pretrained(tmp_path / "other")
+    with pytest.raises(AlphaflowError, match="the latents were made with"):
+        export(tmp_path / "ours.safetensors", tmp_path / "back.pt", autoencoder=str(tmp_path / "other"))
+    with pytest.raises(AlphaflowError, match="holds an AutoencoderKL, not a none"):
+        export(tmp_path / "ours.safetensors", tmp_path / "back.pt", autoencoder="none")
+    assert not (tmp_path / "back.pt").exists()
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "message"),
+    [("model", {"qk_norm": True}, "no norm of queries and keys"),
+     ("data", {"autoencoder": "none", "channels": 3, "latent_size": 8, "image_size": 8}, "makes pixels without")],
+)  # fmt: skip
+def test_what_has_no_published_form_is_refused_in_one_line(ours, tmp_path, capsys, part, change, message):
+    checkpoint = load_checkpoint(ours)
+    recipe = replace(checkpoint.recipe, **{part: replace(getattr(checkpoint.recipe, part), **change)})
+    one = torch.ones(1, 1, 1, dtype=torch.float64)
+    weights = build_network(recipe).state_dict()
+    save_checkpoint(
+        tmp_path / "odd.safetensors", replace(checkpoint, recipe=recipe, weights=weights, mean=0 * one, std=one)
+    )
+    assert run(["convert", str(tmp_path / "odd.safetensors"), "--to", "alphaflow", "-o", str(tmp_path / "b.pt")]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+
+
+def test_a_snapshot_for_the_configuration_belongs_to_the_way_back(ours, tmp_path, capsys):
+    assert run(["convert", str(ours), "-o", str(tmp_path / "x.safetensors"), "--cfg-from", str(ours)]) == 2
+    assert "--cfg-from belongs to --to alphaflow" in capsys.readouterr().err

@@ -141,6 +141,22 @@ def test_tables_that_share_their_bytes_are_refused(tmp_path):
         converted(tmp_path, {"blocks.0.attn.proj.weight": one, "blocks.1.attn.proj.weight": one}, family="sit")
 
 
+def test_tables_that_overlap_in_a_larger_store_are_refused(tmp_path):
+    weights, store = sit_weights(), torch.zeros(100_000)
+    for name, start in (("x_embedder.proj.bias", 0), ("final_layer.linear.bias", 48)):
+        weights[name] = store[start : start + weights[name].numel()]
+    with pytest.raises(AlphaflowError, match="share their bytes"):
+        converted(tmp_path, weights, family="sit")
+
+
+def test_views_that_do_not_overlap_are_weights_like_others(tmp_path):
+    weights, store = sit_weights(), torch.randn(200_000)
+    for name, start in (("x_embedder.proj.bias", 0), ("y_embedder.embedding_table.weight", 96)):
+        weights[name] = store[start : start + weights[name].numel()].reshape(weights[name].shape)
+    _, checkpoint = converted(tmp_path, weights, family="sit")
+    assert torch.equal(checkpoint.weights["patch_embed.proj.bias"], store[:96])
+
+
 @pytest.mark.parametrize("shape", [(4,), (3, 1, 1), (4, 9, 9), (2, 4, 1, 1), ()], ids=str)
 def test_statistics_of_a_wrong_shape_are_refused(tmp_path, shape):
     save_file({"mean": torch.zeros(shape), "std": torch.ones(shape)}, tmp_path / "l.safetensors")

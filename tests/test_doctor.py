@@ -1,7 +1,13 @@
 """`alphaflow doctor`: it tells what is here, keeps the token to itself, and asks no server."""
 
 import json
+import os
 import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import click
 
 from alphaflow_cli.cli import run
 from alphaflow_cli.engine import machine
@@ -70,3 +76,28 @@ def test_every_required_package_is_listed_with_its_version():
     assert {"torch", "click", "pyyaml", "timm", "torch-fidelity", "pillow"} <= set(listed)
     assert "pytest" not in listed
     assert all(listed.values())
+
+
+def clone(tmp_path, *line, packages=True):
+    """A command line in a clone that is not installed, with or without the packages of this environment."""
+    site = tmp_path / "site"
+    site.mkdir()
+    for entry in Path(click.__file__).parents[1].iterdir() if packages else ():
+        if "alphaflow" not in entry.name and entry.suffix != ".pth":
+            (site / entry.name).symlink_to(entry)
+    root = Path(__file__).parents[1]
+    outside = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), str(site)])}
+    command = [sys.executable, "-S", "-m", "alphaflow_cli", *line]
+    return subprocess.run(command, cwd=tmp_path, env=outside, capture_output=True, text=True, timeout=200)
+
+
+def test_a_clone_that_is_not_installed_works_and_says_so(tmp_path):
+    done = clone(tmp_path, "doctor")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "alphaflow is not installed" in done.stdout
+
+
+def test_a_clone_without_its_packages_is_one_line(tmp_path):
+    done = clone(tmp_path, "--version", packages=False)
+    assert done.returncode == 1
+    assert done.stderr == "error: click is not installed. Run, in alphaflow's folder: pip install -e .\n"

@@ -100,6 +100,17 @@ def test_a_guided_sweep_is_guided(run, real):
     assert {row["pictures"]["guidance_at_sampling"] for row in rows(run / "results.json")} == {2.0}
 
 
+def test_the_protocol_says_how_many_channels_are_guided(run, real):
+    options = ("--guidance", "2", "--times", "0.99,0")
+    assert evaluate(run, real, *options, "--guidance-channels", "2") == 0
+    (row,) = rows(run / "results.json")
+    assert row["pictures"]["guidance_channels"] == 2
+    assert row["pictures"]["times"] == [0.99, 0.0]
+    assert "guidance 2 on 2 channels" in row["label"]
+    assert evaluate(run, real, *options) == 0
+    assert "guidance_channels" not in rows(run / "results.json")[0]["pictures"]
+
+
 def test_a_sweep_refuses_guidance_where_it_is_built_in(run, real, capsys):
     path = run / "model.safetensors"
     model = load_checkpoint(path)

@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "nn": {"core", "remote"},
     "data": {"core", "remote"},
     "remote": set(),  # the one client of the Hub, for hub, data and nn
-    "report": set(),
+    "report": {"data"},  # pictures are opened in one place
     "recipe": set(),
     "core": set(),
     "documents": set(),  # JSON from outside, read strictly

@@ -111,7 +111,8 @@ def test_picture_files_are_listed_at_one_commit_and_fetched_one_by_one(hub):
     assert list(source.names) == ["test/cat/2.png", "train/cat/0.png", "train/dog/1.png"]
     assert source.facts() == {"revision": COMMIT}
     assert not any("resolve" in path for path in hub.asked)
-    assert [(line, fetch()) for line, fetch in source.fetches([1])] == [(1, PICTURE)]
+    with source.reading([1]) as fetches:
+        assert [(line, fetch()) for line, fetch in fetches] == [(1, PICTURE)]
     assert sum("resolve" in path for path in hub.asked) == 1
 
 
@@ -132,7 +133,8 @@ def test_a_zip_in_a_data_set_is_downloaded_once_and_read(hub):
     for _ in range(2):
         source = open_source("hf://datasets/user/zip")
         assert list(source.names) == ["a/1.png", "b/0.png"]
-    assert [fetch() for _, fetch in source.fetches([0])] == [PICTURE]
+    with source.reading([0]) as fetches:
+        assert [fetch() for _, fetch in fetches] == [PICTURE]
     assert sum(path.endswith("data.zip") for path in hub.asked) <= 3  # head and get, then at most a head
 
 
@@ -150,7 +152,8 @@ def test_parquet_says_what_to_do(hub):
 def test_a_hub_that_stumbles_is_asked_again(hub):
     source = open_source("hf://datasets/user/files")
     hub.failures = 2
-    assert [fetch() for _, fetch in source.fetches([0])] == [PICTURE]
+    with source.reading([0]) as fetches:
+        assert [fetch() for _, fetch in fetches] == [PICTURE]
 
 
 def test_a_hub_that_stays_down_ends_the_run_and_no_picture_counts_as_bad(hub, tmp_path):

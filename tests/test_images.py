@@ -11,9 +11,10 @@ from awkward_pictures import ASIDE, BAD, GOOD, RED, encoded, gradient, png_that_
 from PIL import Image
 
 from alphaflow_cli.data.classes import choose_split, folders_of, read_classes
+from alphaflow_cli.data.files import read_file
 from alphaflow_cli.data.opening import open_source
 from alphaflow_cli.data.pictures import MAX_PIXELS, BadPicture, decode, square
-from alphaflow_cli.data.sources import open_folder, read_file
+from alphaflow_cli.data.sources import open_folder
 from alphaflow_cli.errors import AlphaflowError
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")
@@ -157,7 +158,9 @@ def test_every_form_lists_and_reads_the_same_pictures(tmp_path, form):
     make = write_folder if form == "folder" else write_archive
     source = open_source(str(make(tmp_path / form, TREE)))
     assert list(source.names) == ["train/cat/1.jpg", "train/cat/deep/2.jpg", "train/dog/3.jpg"]
-    assert [(line, fetch()) for line, fetch in source.fetches([0, 2])] == [(0, b"a"), (2, b"ccc")]
+    with source.reading([0, 2]) as fetches:
+        kept = list(fetches)  # all of them, before the first is called: they work until the context ends
+        assert [(line, fetch()) for line, fetch in kept] == [(0, b"a"), (2, b"ccc")]
     assert source.notes == ["1 other files left aside"]
 
 
@@ -253,11 +256,12 @@ def test_classes_json_is_found_in_every_form(tmp_path, form):
 
 def test_a_picture_that_is_gone_is_its_own_fault_but_a_folder_that_is_gone_ends_the_run(tmp_path):
     source = open_source(str(write_folder(tmp_path / "set", {"a/1.jpg": b"a", "a/2.jpg": b"b"})))
-    (one, fetch_one), (_, fetch_two) = source.fetches([0, 1])
-    (tmp_path / "set/a/1.jpg").unlink()
-    with pytest.raises(FileNotFoundError):
-        fetch_one()
-    (tmp_path / "set").rename(tmp_path / "elsewhere")
-    with pytest.raises(AlphaflowError, match="the folder is gone"):
-        fetch_two()
+    with source.reading([0, 1]) as fetches:
+        (one, fetch_one), (_, fetch_two) = fetches
+        (tmp_path / "set/a/1.jpg").unlink()
+        with pytest.raises(FileNotFoundError):
+            fetch_one()
+        (tmp_path / "set").rename(tmp_path / "elsewhere")
+        with pytest.raises(AlphaflowError, match="the folder is gone"):
+            fetch_two()
     assert one == 0

@@ -16,6 +16,7 @@ import torch
 from other_device import GPU, other_device
 from PIL import Image
 from ruler import random_inception
+from snapshots import published_snapshot
 from tiny_autoencoders import tiny_kl
 from torch import nn
 from torch.nn import functional
@@ -23,7 +24,7 @@ from train_helpers import largest_difference
 
 import alphaflow_cli
 from alphaflow_cli.cli import run
-from alphaflow_cli.engine import analyze, conflict, train
+from alphaflow_cli.engine import analyze, conflict, sampling, train
 from alphaflow_cli.nn.features import BUILDERS, Extractor
 
 TINY = (
@@ -101,6 +102,40 @@ def test_train_runs_all_phases_and_draws_grids(trained):
     assert run(["report", str(trained)]) == 0
 
 
+@pytest.mark.parametrize(
+    "sets",
+    [
+        ("model.prediction=noise", "train.gradient_checkpointing=true", "optim.nonfinite=replace"),
+        (
+            "loss.velocity=network",
+            "alpha.kind=constant",
+            "alpha.initial=0.5",
+            "ema.half_lives=[5, 50]",
+            "data.normalise=scale",
+            "train.precision=fp64",
+        ),
+        ("loss.weight=converging", "model.second_time=r", "data.flips=true", "data.posterior=mean"),
+    ],
+)
+def test_other_recipes_train_and_sample_too(device, tmp_path, sets):
+    short = ("train.steps=6", "alpha.start=1", "alpha.end=5", "train.conflict_every=0", "train.sample_every=6")
+    assert train_run("run", *short, *sets, options=["--micro-batch", "6"]) == 0
+    assert run(["sample", "run", "--seeds", "0-2", "--nfe", "2", "--weights", "raw", "--latents", "l.npy"]) == 0
+
+
+def test_a_gradient_that_is_not_finite_rolls_a_run_back(device, tmp_path, monkeypatch, capsys):
+    step = train.one_step
+
+    def broken(run, at):
+        if at == 7 and not run.retries:
+            run.net.final.linear.bias.data.fill_(float("nan"))
+        step(run, at)
+
+    monkeypatch.setattr(train, "one_step", broken)
+    assert train_run("run", "optim.nonfinite=rollback", "train.conflict_every=0", "train.sample_every=0") == 0
+    assert "rolled back to step 6, with other draws" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("memory", ["resident", "streamed"])
 def test_a_stopped_run_goes_on_to_the_same_weights(device, trained, tmp_path, monkeypatch, memory):
     if memory == "streamed":
@@ -173,6 +208,20 @@ def measured(trained, capsys, *, weights=()):
     return {row["name"]: row["value"] for row in rows}
 
 
+def test_where_several_processes_draw_their_parent_takes_no_gpu(device, trained, monkeypatch, capsys):
+    opened, shared = sampling.open_generator, []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(sampling, "open_generator", lambda *a, **b: shared.append(b["device"]) or opened(*a, **b))
+
+    def draw_shared(request, walks, labels, processes, tell):
+        shared.append(processes)
+        return sampling.draw_here(request, sampling.make_generator(request, GPU), walks, request.seeds, labels, tell)
+
+    monkeypatch.setattr(sampling, "draw_shared", draw_shared)
+    assert run(["sample", str(trained), "--seeds", "0-3", "--grid", "g.png"]) == 0
+    assert shared == [torch.device("cpu"), 2, GPU]
+
+
 def test_eval_and_reference_measure_the_cpus_numbers(trained, monkeypatch, capsys):
     monkeypatch.setitem(BUILDERS, "inception", Small)
     numbers = measured(trained, capsys)
@@ -205,6 +254,13 @@ def test_a_latent_model_is_prepared_trained_decoded_and_measured(device, tmp_pat
     assert train_run(tmp_path / "run", *sets, options=["--data", "store"]) == 0
     assert run(["sample", "run", "--seeds", "0-4", "--grid", "g.png", "--autoencoder", "kl"]) == 0
     assert run(["eval", "run", "--decoder", "fp32", "--autoencoder", "kl"]) == 0
+
+
+def test_a_converted_checkpoint_samples_and_is_converted_back(device):
+    torch.save(published_snapshot(), "theirs.pt")
+    assert run(["convert", "theirs.pt", "-o", "ours.safetensors"]) == 0
+    assert run(["sample", "ours.safetensors", "--seeds", "0-2", "--latents", "l.npy"]) == 0
+    assert run(["convert", "ours.safetensors", "-o", "back.pt", "--to", "alphaflow"]) == 0
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from alphaflow_cli import cli
 from alphaflow_cli.engine.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from alphaflow_cli.engine.generate import Generator
 from alphaflow_cli.engine.walk import draw_labels, plan_walk
+from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.recipe.schema import Data, Guidance, Model, Recipe, Sample, Schedule, Train
 
 PIXELS = {"id": "none", "revision": "", "weights_sha256": ""}
@@ -133,6 +134,9 @@ def test_guidance_at_sampling_mixes_both_velocities(tmp_path):
         (["--guidance", "2"], "guidance 2 is built into these weights"),
         (["--times", "1,0.5"], "a grid falls from 1 to 0"),
         (["--times", "1,0.2,0.5,0"], "a grid falls from 1 to 0"),
+        (["--times", "0.55,0"], "it may begin between 0.9 and 1"),
+        (["--times", "1.5,0"], "it may begin between 0.9 and 1"),
+        (["--guidance-channels", "3"], "there is no guidance to restrict"),
         (["--classes", "class 77"], "not a class of this model"),
         (["--classes", "10"], "not a class of this model"),
         (["--classes", "²"], "not a class of this model"),
@@ -156,6 +160,60 @@ def test_a_wish_that_cannot_be_granted_gets_one_line(tmp_path, capsys, options, 
 )
 def test_seeds_that_are_no_seeds_are_a_fault_of_the_command_line(tmp_path, seeds):
     assert cli.run(["sample", "x.safetensors", f"--seeds={seeds}", "--grid", "g.png"]) == 2
+
+
+NO_VALUES = [
+    ("--nfe", "0"), ("--nfe", "1000000000"), ("--nfe", "9" * 5000), ("--nfe", "1.5"),
+    ("--times", "1,nan,0"), ("--times", "1,inf,0"), ("--times", "a"), ("--times", "1," * 200_000 + "0"),
+    ("--guidance", "nan"), ("--guidance", "inf"), ("--guidance", "-inf"), ("--guidance", "9" * 5000),
+    ("--guidance", "two"), ("--guidance-channels", "0"), ("--guidance-channels", "x"),
+    ("--processes", "1000000000"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("verb", ["sample", "eval"])
+@pytest.mark.parametrize(("option", "value"), NO_VALUES, ids=lambda text: str(text)[:20])
+def test_a_value_that_no_option_has_is_a_fault_of_the_command_line(tmp_path, capsys, verb, option, value):
+    written = ["--grid", str(tmp_path / "g.png")] if verb == "sample" else []
+    assert cli.run([verb, str(pixel_checkpoint(tmp_path / "c.safetensors")), option, value, *written]) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("error: Invalid value for")
+    assert option in last
+
+
+def test_a_recipe_or_a_call_cannot_ask_for_a_billion_steps():
+    with pytest.raises(AlphaflowError, match="at most 10,000 are made"):
+        plan_walk(recipe_m(), nfe=10**9)
+
+
+def test_a_grid_that_begins_below_one_takes_the_noise_for_z_at_that_time(golden_checkpoint, tmp_path):
+    generator = Generator(checkpoint_m(recipe_m()), device=torch.device("cpu"))
+    noise = torch.randn((4, 8, 8), generator=torch.Generator().manual_seed(5)).double()[None]
+    t, zero, y = torch.full((1,), 0.999, dtype=torch.float64), torch.zeros(1, dtype=torch.float64), torch.tensor([4])
+    with torch.no_grad():
+        expected = noise - 0.999 * generator.net(noise, t, zero, y)
+    line = ["sample", str(golden_checkpoint), "--seeds", "5", "--classes", "4", "--times", "0.999,0"]
+    assert cli.run([*line, "--latents", str(tmp_path / "z.npy")]) == 0
+    np.testing.assert_allclose(np.load(tmp_path / "z.npy"), expected.numpy(), rtol=1e-12, atol=1e-12)
+
+
+def test_guidance_of_three_channels_leaves_the_fourth(golden_checkpoint, tmp_path):
+    def latents(*options):
+        line = ["sample", str(golden_checkpoint), "--seeds", "0-2", "--classes", "4", *options]
+        assert cli.run([*line, "--latents", str(tmp_path / "z.npy")]) == 0
+        return np.load(tmp_path / "z.npy")
+
+    plain, full, three = latents(), latents("--guidance", "3"), latents("--guidance", "3", "--guidance-channels", "3")
+    assert np.array_equal(three[:, :3], full[:, :3])
+    assert np.array_equal(three[:, 3:], plain[:, 3:])
+    assert not np.array_equal(full[:, 3:], plain[:, 3:])
+    assert np.array_equal(latents("--guidance", "3", "--guidance-channels", "4"), full)
+
+
+def test_more_guided_channels_than_there_are_get_one_line(golden_checkpoint, tmp_path, capsys):
+    line = ["sample", str(golden_checkpoint), "--guidance", "3", "--guidance-channels", "5"]
+    assert cli.run([*line, "--latents", str(tmp_path / "z.npy")]) == 1
+    assert "this model's latents have 4 channels" in capsys.readouterr().err
 
 
 def test_a_broken_checkpoint_is_named(tmp_path, capsys):

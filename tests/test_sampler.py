@@ -125,8 +125,20 @@ def test_guidance_at_sampling_extrapolates_from_the_null_label():
     y = torch.arange(6)
     u_y, u_null = labelled(z, t, r, y), labelled(z, t, r, torch.full_like(y, 9))
     for scale, expected in ((0.0, u_null), (1.0, u_y), (2.5, u_null + 2.5 * (u_y - u_null))):
-        ours = sampler.guided_net(labelled, 9, scale)(z, t, r, y)
+        ours = sampler.guided_net(labelled, 9, scale, channels=None)(z, t, r, y)
         torch.testing.assert_close(ours, expected, rtol=1e-13, atol=1e-13)
+
+
+def test_guidance_of_some_channels_leaves_the_others_to_the_label():
+    """DiT's sampler: the first three channels are guided, the fourth is that of the label."""
+    z, t, r, _ = batch()
+    y = torch.arange(6)
+    u_y, u_null = labelled(z, t, r, y), labelled(z, t, r, torch.full_like(y, 9))
+    guided = u_null + 2.5 * (u_y - u_null)
+    for channels in range(1, z.shape[1] + 1):
+        ours = sampler.guided_net(labelled, 9, 2.5, channels=channels)(z, t, r, y)
+        assert torch.equal(ours[:, :channels], guided[:, :channels])
+        assert torch.equal(ours[:, channels:], u_y[:, channels:])
 
 
 def test_guidance_at_sampling_makes_one_call_for_both_halves():
@@ -136,7 +148,7 @@ def test_guidance_at_sampling_makes_one_call_for_both_halves():
         sizes.append(len(z))
         return labelled(z, t, r, y)
 
-    walk(sampler.guided_net(net, 9, 2.0), "trajectory", sampler.time_grid(2))
+    walk(sampler.guided_net(net, 9, 2.0, channels=None), "trajectory", sampler.time_grid(2))
     assert sizes == [12, 12]
 
 

@@ -64,9 +64,9 @@ def test_the_safetensors_library_reads_what_is_written(tmp_path):
         "u8": np.array([[0, 255]], np.uint8),
     }
     write_tensors(tmp_path / "a.safetensors", tensors, {"format": "x"})
-    theirs, ours = load_file(tmp_path / "a.safetensors"), open_tensors(tmp_path / "a.safetensors").tensors
+    theirs, ours = load_file(tmp_path / "a.safetensors"), open_tensors(tmp_path / "a.safetensors")
     for name, value in tensors.items():
-        for found in (theirs[name], ours[name]):
+        for found in (theirs[name], ours.read(name)):
             assert found.dtype == value.dtype
             np.testing.assert_array_equal(found, value)
 
@@ -234,4 +234,4 @@ def test_the_manifest_has_the_statistics_of_all_samples(store):
 
 def test_a_tensor_without_rows_is_read_as_one(tmp_path):
     write_tensors(tmp_path / "empty", {"moments": random_moments(8)[:0], "label": np.zeros(0, np.int64)}, {})
-    assert open_tensors(tmp_path / "empty").tensors["moments"].shape == (0, 8, 4, 4)
+    assert open_tensors(tmp_path / "empty").read("moments").shape == (0, 8, 4, 4)

@@ -16,6 +16,10 @@ EPILOG = examples(
     "alphaflow convert SiT-XL-2-256x256.pt --from sit -o sit-xl2.safetensors",
     "alphaflow convert b2.safetensors --to alphaflow -o b2.pt",
 )
+ONLY_FROM_SRC = (
+    "--to alphaflow takes everything from SRC and prints a path: no --from, --recipe, --set, --latents, --weights or "
+    "--json"
+)
 
 
 @click.command(epilog=EPILOG)
@@ -26,15 +30,25 @@ EPILOG = examples(
 @click.option(
     "--from",
     "family",
-    type=click.Choice(["auto", "alphaflow", "sit", "dit", "meanflow"]),
+    type=click.Choice(["auto", "alphaflow", "sit", "dit", "repa", "meanflow", "fastgen"]),
     default="auto",
-    help="What SRC is. SiT and DiT cannot be told apart by their files.",
+    help="What SRC is. SiT, DiT and REPA cannot always be told apart by their files.",
 )
 @click.option("--to", "target", type=click.Choice(["alphaflow"]), help="Write the published .pt form instead.")
+@click.option(
+    "--cfg-from",
+    "template",
+    metavar="SNAPSHOT.pt",
+    help="With --to: take what the published loader wants from a published snapshot's cfg.",
+)
 @click.option("--recipe", help="The recipe it was trained by (a shipped name or a file), for what SRC does not say.")
 @set_option
 @click.option("--latents", metavar="STATS", help="scale:0.18215, meanflow, or a .safetensors with mean and std.")
-@click.option("--autoencoder", metavar="ID|DIR|none", help="What decodes the latents, where it is not inside SRC.")
+@click.option(
+    "--autoencoder",
+    metavar="ID|DIR|none",
+    help="What decodes the latents, where it is not in SRC; with --to: put it in.",
+)
 @click.option("--weights", type=click.Choice(["ema", "raw"]), help="Which of SRC's weights.")
 @json_option
 def command(
@@ -42,6 +56,7 @@ def command(
     out: Path,
     family: str,
     target: str | None,
+    template: str | None,
     recipe: str | None,
     sets: tuple[str, ...],
     latents: str | None,
@@ -51,22 +66,20 @@ def command(
 ) -> None:
     """Convert a checkpoint of another system to ours.
 
-    SRC is a .pt or .safetensors file (or hf://user/repo/file.pt): a published α-Flow or MeanFlow snapshot, a SiT or
-    DiT, or a PyTorch MeanFlow of zhuyu-cs. Nothing in it is executed. What SRC does not say (guidance, the latents'
-    statistics, the sampler) is taken from the published recipe or asked for, and recorded as such in FILE.
+    SRC is a .pt or .safetensors file (or hf://user/repo/file.pt): a published α-Flow or MeanFlow snapshot, a SiT, DiT
+    or REPA, or a PyTorch MeanFlow of zhuyu-cs or FastGen. Nothing in it is executed. What SRC does not say (guidance,
+    the latents' statistics, the sampler) is taken from the published recipe or asked for, and recorded as such in FILE.
     """
-    from alphaflow_cli.convert import Options, convert, export
+    from alphaflow_cli.convert import Options, convert
     from alphaflow_cli.hub import resolve_file
 
-    if target and (recipe or sets or latents or autoencoder or weights or as_json or family != "auto"):
-        raise click.UsageError(
-            "--to alphaflow takes everything from SRC and prints a path: no --from, --recipe, --set, --latents, "
-            "--autoencoder, --weights or --json"
-        )
-    path = resolve_file(source)
     if target:
-        click.echo(export(path, out))
+        if recipe or sets or latents or weights or as_json or family != "auto":
+            raise click.UsageError(ONLY_FROM_SRC)
+        _export(resolve_file(source), out, autoencoder, template)
         return
+    if template:
+        raise click.UsageError("--cfg-from belongs to --to alphaflow")
     options = Options(
         family=cast("Family", family),
         recipe=recipe,
@@ -75,8 +88,15 @@ def command(
         autoencoder=autoencoder,
         weights="raw" if weights == "raw" else "ema",
     )
-    outcome = convert(path, out, options)
-    _report(outcome, as_json)
+    _report(convert(resolve_file(source), out, options), as_json)
+
+
+def _export(source: Path, out: Path, autoencoder: str | None, template: str | None) -> None:
+    from alphaflow_cli.convert import export
+    from alphaflow_cli.hub import resolve_file
+
+    snapshot = resolve_file(template) if template else None
+    click.echo(export(source, out, autoencoder=autoencoder or "", template=snapshot))
 
 
 def _report(outcome: "Outcome", as_json: bool) -> None:
@@ -84,13 +104,16 @@ def _report(outcome: "Outcome", as_json: bool) -> None:
     if as_json:
         facts = {"path": str(outcome.path), "family": outcome.family, "weights": outcome.weights}
         beside = str(outcome.autoencoder) if outcome.autoencoder else None
-        print_json({**facts, "said": outcome.said, "filled": outcome.filled, "autoencoder": beside})
+        details = {"said": outcome.said, "filled": outcome.filled, "unread": list(outcome.unread)}
+        print_json({**facts, **details, "autoencoder": beside})
         return
-    tell(f"{outcome.family} checkpoint, {outcome.weights} weights", err=True)
-    for key, value in outcome.said.items():
-        tell(f"  said by the file   {key}: {value}", err=True)
-    for key, value in outcome.filled.items():
-        tell(f"  not in the file    {key}: {value}", err=True)
+    lines = [f"{outcome.family} checkpoint, {outcome.weights} weights"]
+    lines += [f"  said by the file   {key}: {value}" for key, value in outcome.said.items()]
+    lines += [f"  not in the file    {key}: {value}" for key, value in outcome.filled.items()]
+    if outcome.unread:
+        lines.append(f"  not read           {', '.join(outcome.unread)}")
     if outcome.autoencoder:
-        tell(f"  its autoencoder    {outcome.autoencoder}; keep it beside the checkpoint", err=True)
+        lines.append(f"  its autoencoder    {outcome.autoencoder}; keep it beside the checkpoint")
+    for line in lines:
+        tell(line, err=True)
     click.echo(outcome.path)

@@ -8,9 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from alphaflow_cli.commands.common import (
-    GUIDANCE,
     IMAGES,
-    NFE,
     PROCESSES,
     Destination,
     autoencoder_option,
@@ -22,7 +20,7 @@ from alphaflow_cli.commands.common import (
     tell,
 )
 from alphaflow_cli.commands.measuring import Metrics, Weights, batch_option, metrics_option, weights_option
-from alphaflow_cli.commands.sample import SAMPLERS, to_times
+from alphaflow_cli.commands.walking import walk_options
 from alphaflow_cli.recipe.schema import LabelDraw
 
 if TYPE_CHECKING:
@@ -30,6 +28,7 @@ if TYPE_CHECKING:
     from alphaflow_cli.engine.evaluate_checkpoint import Report, Request
     from alphaflow_cli.engine.results import Evaluation
 
+OF_CHECKPOINTS = "--nfe, --sampler, --times, --guidance, --draw, --autoencoder and --decoder"
 EXAMPLES = examples(
     "alphaflow eval runs/quickstart --nfe 1 --nfe 2",
     "alphaflow eval runs/b2 --metrics fid,fdd --reference imagenet.safetensors --processes 8",
@@ -40,10 +39,7 @@ EXAMPLES = examples(
 
 @click.command("eval", epilog=EXAMPLES)
 @click.argument("subject", metavar="CKPT|IMAGES")
-@click.option("--nfe", multiple=True, type=NFE, help="Evaluations per picture; repeatable. Default: the recipe's.")
-@click.option("--sampler", type=click.Choice(SAMPLERS), default="auto", show_default=True, help="auto: the recipe's.")
-@click.option("--times", callback=to_times, metavar="TIMES", help="Own grid, such as 1,0.55,0; instead of --nfe.")
-@click.option("--guidance", type=GUIDANCE, help="At sampling, for models trained without guidance.")
+@walk_options(nfe="Evaluations per picture; repeatable. Default: the recipe's.")
 @click.option("--sweep-midpoint", is_flag=True, help="Two steps, with the midpoint at 0.1, 0.2, … 0.9.")
 @metrics_option
 @click.option("--reference", metavar="FILE|SOURCE", help="Reference statistics, or the real pictures themselves.")
@@ -65,6 +61,7 @@ def command(
     sampler: str,
     times: list[float] | None,
     guidance: float | None,
+    guidance_channels: int | None,
     sweep_midpoint: bool,
     metrics: Metrics,
     reference: str | None,
@@ -90,14 +87,13 @@ def command(
     if (markdown and as_json) or (times is not None and nfe) or (sweep_midpoint and (nfe or times)):
         raise click.UsageError("--markdown and --json exclude each other; so do --nfe, --times and --sweep-midpoint.")
     request = Request(
-        checkpoint=subject, nfe=nfe, sampler=sampler, times=times, guidance=guidance, sweep_midpoint=sweep_midpoint,
-        metrics=metrics, reference=reference, images=images, draw=draw, autoencoder=autoencoder,
-        decoder=decoder, batch=batch, weights=weights, out=out,
+        checkpoint=subject, nfe=nfe, sampler=sampler, times=times, guidance=guidance,
+        guidance_channels=guidance_channels, sweep_midpoint=sweep_midpoint, metrics=metrics, reference=reference,
+        images=images, draw=draw, autoencoder=autoencoder, decoder=decoder, batch=batch, weights=weights, out=out,
     )  # fmt: skip
-    asked = (nfe, times, sweep_midpoint, draw, guidance, autoencoder, sampler != "auto", decoder != "auto")
-    if not (of_checkpoint := is_checkpoint(subject)) and any(asked):
-        only = "--nfe, --sampler, --draw, --autoencoder and --decoder"
-        raise click.UsageError(f"{subject} is a source of pictures: {only} are for checkpoints.")
+    asked = (nfe, times, guidance is not None, guidance_channels, sweep_midpoint, draw, autoencoder)
+    if not (of_checkpoint := is_checkpoint(subject)) and (any(asked) or sampler != "auto" or decoder != "auto"):
+        raise click.UsageError(f"{subject} is a source of pictures: {OF_CHECKPOINTS} are for checkpoints.")
     run(request, processes, of_checkpoint, markdown=markdown, as_json=as_json)
 
 

@@ -7,14 +7,14 @@ import click
 
 from alphaflow_cli.commands.common import (
     BATCH,
-    GUIDANCE,
-    NFE,
     PROCESSES,
     Destination,
     autoencoder_option,
     decoder_option,
     examples,
 )
+from alphaflow_cli.commands.walking import walk_options
+from alphaflow_cli.text import shorten
 
 if TYPE_CHECKING:
     from alphaflow_cli.engine.decoder import DecoderChoice
@@ -24,7 +24,6 @@ EXAMPLES = examples(
     "alphaflow sample runs/quickstart --seeds 0-9 --classes 3,7 --nfe 2 --out pictures",
     "alphaflow sample runs/quickstart --nfe 1 --nfe 2 --nfe 4 --grid steps.png",
 )
-
 
 MOST_SEEDS = 1_000_000  # the pictures of one command are held in memory
 
@@ -36,24 +35,15 @@ def to_seeds(ctx: click.Context, param: click.Parameter, value: str) -> list[int
         low, dash, high = part.strip().partition("-")
         first, last = (int(s) if s.isdecimal() and len(s) <= 20 else None for s in (low, high if dash else low))
         if first is None or last is None or last < first:
-            raise click.BadParameter(f"{value!r}: seeds are numbers and ranges such as 0-63 or 1,5,9.")
+            raise click.BadParameter(f"{shorten(value, 60)!r}: seeds are numbers and ranges such as 0-63 or 1,5,9.")
         if last >= 2**64:
-            raise click.BadParameter(f"{value!r}: seeds lie below 2^64.")
+            raise click.BadParameter(f"{shorten(value, 60)!r}: seeds lie below 2^64.")
         if len(found) + last - first >= MOST_SEEDS:
-            raise click.BadParameter(f"{value!r}: more than {MOST_SEEDS:,} pictures; sample them in several commands.")
+            raise click.BadParameter(
+                f"{shorten(value, 60)!r}: more than {MOST_SEEDS:,} pictures; sample them in several commands."
+            )
         found.extend(range(first, last + 1))
     return found
-
-
-def to_times(ctx: click.Context, param: click.Parameter, value: str | None) -> list[float] | None:
-    """A falling grid: 1,0.55,0."""
-    try:
-        return None if value is None else [float(part) for part in value.split(",")]
-    except ValueError:
-        raise click.BadParameter(f"{value!r}: a grid is numbers from 1 to 0, such as 1,0.55,0.") from None
-
-
-SAMPLERS = ["auto", "trajectory", "consistency", "flow", "heun"]
 
 
 @click.command("sample", epilog=EXAMPLES)
@@ -62,10 +52,7 @@ SAMPLERS = ["auto", "trajectory", "consistency", "flow", "heun"]
     "--seeds", callback=to_seeds, default="0-63", metavar="SEEDS", show_default=True, help="One picture per seed."
 )
 @click.option("--classes", default="", help="Numbers or names, comma-separated, in turn. Default: drawn per seed.")
-@click.option("--nfe", multiple=True, type=NFE, help="Network evaluations per picture; repeat to compare. Default: 1.")
-@click.option("--sampler", type=click.Choice(SAMPLERS), default="auto", show_default=True, help="auto: the recipe's.")
-@click.option("--times", callback=to_times, metavar="TIMES", help="Own grid, such as 1,0.55,0; instead of --nfe.")
-@click.option("--guidance", type=GUIDANCE, help="At sampling, for models trained without guidance.")
+@walk_options(nfe="Network evaluations per picture; repeat to compare. Default: 1.")
 @click.option("--weights", type=click.Choice(["ema", "raw"]), default="ema", show_default=True, help="Which weights.")
 @autoencoder_option
 @decoder_option
@@ -82,6 +69,7 @@ def command(
     sampler: str,
     times: list[float] | None,
     guidance: float | None,
+    guidance_channels: int | None,
     weights: str,
     autoencoder: str,
     decoder: "DecoderChoice",
@@ -103,8 +91,8 @@ def command(
 
     request = SampleRequest(
         checkpoint=checkpoint, seeds=seeds, classes=classes, nfe=nfe or (1,), sampler=sampler, times=times,
-        guidance=guidance, weights=weights, autoencoder=autoencoder, decoder=decoder, out=out, grid=grid,
-        latents=latents, batch=batch, processes=processes or 0,
+        guidance=guidance, guidance_channels=guidance_channels, weights=weights, autoencoder=autoencoder,
+        decoder=decoder, out=out, grid=grid, latents=latents, batch=batch, processes=processes or 0,
     )  # fmt: skip
     for path in sample_to_files(request):
         click.echo(path)

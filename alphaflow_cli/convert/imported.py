@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from torch import Tensor
 
@@ -13,8 +13,9 @@ from alphaflow_cli.convert.shape import Shape
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.recipe import Recipe, dump_recipe, load_recipe, recipe_from_text
 
-Family = Literal["auto", "alphaflow", "sit", "dit", "meanflow"]
-FAMILIES: tuple[Family, ...] = ("auto", "alphaflow", "sit", "dit", "meanflow")
+Family = Literal["auto", "alphaflow", "sit", "dit", "repa", "meanflow", "fastgen"]
+AUTOENCODER_FILE = "diffusion_pytorch_model.safetensors"
+FAMILIES: tuple[Family, ...] = get_args(Family)
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,15 @@ class Imported:
     step: int | None = None
     said: dict[str, Any] = field(default_factory=dict)  # facts that stood in the file
     filled: dict[str, str] = field(default_factory=dict)  # facts that did not, and where they were taken from
+    unread: tuple[str, ...] = ()  # what else the file says of the training, and nothing here has a place for
+
+
+def check_out(out: Path) -> None:
+    """The file to write is new, and its folder there."""
+    if not out.parent.is_dir():
+        raise AlphaflowError(f"{out.parent}: no such folder; make it first.")
+    if out.exists():
+        raise AlphaflowError(f"{out}: exists already, and is not overwritten. Choose another name or remove it.")
 
 
 def base_recipe(options: Options, published: str | None, found: dict[str, str], *, default: str) -> Recipe:
@@ -63,6 +73,21 @@ def base_recipe(options: Options, published: str | None, found: dict[str, str], 
     how = "--recipe" if options.recipe else "the file's name" if published else "no better knowledge"
     found["recipe"] = f"{name} ({how}): everything that is not listed as said"
     return load_recipe(name)
+
+
+def step_of(value: object) -> int | None:
+    """A step as a checkpoint keeps it; anything else is no step."""
+    good = isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 10**12
+    return value if isinstance(value, int) and good else None
+
+
+def with_facts(recipe: Recipe, facts: Mapping[str, Any]) -> Recipe:
+    """The recipe with values put in by their dotted names; what they may be is checked with the whole."""
+    for name, value in facts.items():
+        section, _, field_ = name.partition(".")
+        value = replace(getattr(recipe, section), **{field_: value}) if field_ else value
+        recipe = replace(recipe, **{section: value})
+    return recipe
 
 
 def complete(foreign: Imported, options: Options, out: Path) -> Recipe:

@@ -1,5 +1,6 @@
 """The latents' statistics where a file does not hold them: a scale, a known set, or a file."""
 
+import math
 from pathlib import Path
 
 import torch
@@ -10,7 +11,8 @@ from alphaflow_cli.convert.imported import Latents
 from alphaflow_cli.errors import AlphaflowError
 
 SD_SCALE = 0.18215  # of the Stable Diffusion autoencoders: 1 / std of a latent
-MEANFLOW_MEAN = (0.86488, -0.27787343, 0.21616915, 0.3738409)  # per channel, in zhuyu-cs/MeanFlow's evaluation
+ZHUYU_SCALE = 0.18125  # in zhuyu-cs/MeanFlow's trainer: written so, and its networks are trained to it
+MEANFLOW_MEAN = (0.86488, -0.27787343, 0.21616915, 0.3738409)  # per channel, there for two days before that
 MEANFLOW_STD = (4.85503674, 5.31922414, 3.93725398, 3.9870003)  # the same; x = (latent − mean) · 0.5 / std
 FORM = "--latents takes scale:0.18215 (or another number), meanflow, or a .safetensors file with mean and std"
 
@@ -30,18 +32,19 @@ def meanflow(source: str) -> Latents:
 
 def parse_latents(text: str) -> Latents:
     """The value of --latents."""
+    shown = text if len(text) <= 60 else f"{text[:57]}…"
     if text == "meanflow":
         return meanflow("--latents meanflow")
     if text.startswith("scale:"):
         try:
             scale = float(text[6:])
         except ValueError as error:
-            raise AlphaflowError(f"{text!r}: {FORM}.") from error
-        if not 0 < scale < float("inf"):
-            raise AlphaflowError(f"{text!r}: a scale is a number above 0. {FORM}.")
+            raise AlphaflowError(f"{shown!r}: {FORM}.") from error
+        if not (0 < scale < math.inf and 1 / scale < math.inf):
+            raise AlphaflowError(f"{shown!r}: a scale is a number above 0. {FORM}.")
         return scaled(scale, f"--latents {text}")
     if not text.endswith(".safetensors"):
-        raise AlphaflowError(f"{text!r}: {FORM}.")
+        raise AlphaflowError(f"{shown!r}: {FORM}.")
     return _from_file(Path(text))
 
 
@@ -52,11 +55,13 @@ def _from_file(path: Path) -> Latents:
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
                 if name.removeprefix("latents.") in ("mean", "std"):
-                    found[name.removeprefix("latents.")] = file.get_tensor(name).double()
+                    found[name.removeprefix("latents.")] = file.get_tensor(name)
     except (OSError, SafetensorError) as error:
         raise AlphaflowError(f"{path}: cannot be read as safetensors: {error}. {FORM}.") from error
     if found.keys() != {"mean", "std"}:
         raise AlphaflowError(f"{path}: holds no mean and std. {FORM}.")
+    if not all(value.is_floating_point() for value in found.values()):
+        raise AlphaflowError(f"{path}: its mean and std are no floating-point numbers. {FORM}.")
     return statistics(found["mean"], found["std"], str(path.name))
 
 

@@ -1,31 +1,44 @@
-"""`convert`: a neighbour's file to a checkpoint of ours, and ours to the published form."""
+"""`convert`: a neighbour's file to a checkpoint of ours."""
 
 import hashlib
 import json
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, cast, get_args
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from alphaflow_cli.convert.imported import FAMILIES, Family, Imported, Options, autoencoder_folder, complete
-from alphaflow_cli.convert.published import looks_published, published_tree, read_published
+from alphaflow_cli.convert.arguments import plain_arguments
+from alphaflow_cli.convert.imported import (
+    AUTOENCODER_FILE,
+    FAMILIES,
+    Family,
+    Imported,
+    Options,
+    autoencoder_folder,
+    check_out,
+    complete,
+)
+from alphaflow_cli.convert.meanflow import FASTGEN, fastgen_tables, read_fastgen, read_meanflow
+from alphaflow_cli.convert.published import looks_published, read_published
 from alphaflow_cli.convert.shape import check_fit, finite
-from alphaflow_cli.convert.sit import add_second_embedder, fields, looks_like, read_sit, turn_time
-from alphaflow_cli.convert.source import read_source
+from alphaflow_cli.convert.sit import Kind, add_second_embedder, looks_like_sit, read_sit, turn_time
+from alphaflow_cli.convert.source import bare_name, read_source
+from alphaflow_cli.convert.strangers import check_path, refuse_strangers, refuse_unknown
 from alphaflow_cli.engine.build import build_network
-from alphaflow_cli.engine.checkpoint import Checkpoint, check_latents, load_checkpoint, save_checkpoint
+from alphaflow_cli.engine.checkpoint import Checkpoint, check_latents, save_checkpoint
 from alphaflow_cli.engine.files import write_atomically
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.nn.autoencoder import load_autoencoder
 from alphaflow_cli.nn.autoencoder_files import kl_config
 from alphaflow_cli.recipe import Recipe
 
-__all__ = ["FAMILIES", "Options", "Outcome", "convert", "export"]
-AUTOENCODER_FILE = "diffusion_pytorch_model.safetensors"
+__all__ = ["FAMILIES", "Options", "Outcome", "convert"]
+READERS = {"alphaflow": read_published, "meanflow": read_meanflow, "fastgen": read_fastgen}
+FLOWS: tuple[Family, ...] = get_args(Kind)  # of one time embedder
 
 
 @dataclass(frozen=True)
@@ -38,12 +51,13 @@ class Outcome:
     recipe: Recipe
     said: dict[str, Any]
     filled: dict[str, str]
+    unread: tuple[str, ...]
     autoencoder: Path | None
 
 
 def convert(source: Path, out: Path, options: Options) -> Outcome:
     """Read, translate, check against the network, write."""
-    _check_out(source, out)
+    check_out(out)
     foreign = _read(source, options)
     recipe = complete(foreign, options, out)
     if foreign.family == "dit":
@@ -55,12 +69,12 @@ def convert(source: Path, out: Path, options: Options) -> Outcome:
     folder = _write_autoencoder(foreign.autoencoder, out) if foreign.autoencoder else None
     origin = _origin(foreign, source, _autoencoder_record(folder, recipe))
     save_checkpoint(out, Checkpoint(weights, recipe, foreign.latents.mean, foreign.latents.std, origin))
-    return Outcome(out, foreign.family, foreign.which, recipe, foreign.said, foreign.filled, folder)
+    return Outcome(out, foreign.family, foreign.which, recipe, foreign.said, foreign.filled, foreign.unread, folder)
 
 
 def _network_weights(foreign: Imported, recipe: Recipe, where: str) -> dict[str, Tensor]:
     """Checked by names and shapes before anything is built, then with our time and the embedder that is missing."""
-    one_embedder = foreign.family in ("sit", "dit")
+    one_embedder = foreign.family in FLOWS
     check_fit(foreign.weights, recipe, where, without=("second_embed.",) if one_embedder else ())
     weights = turn_time(foreign.weights) if foreign.family == "sit" else foreign.weights
     if one_embedder:
@@ -68,53 +82,39 @@ def _network_weights(foreign: Imported, recipe: Recipe, where: str) -> dict[str,
     return finite(weights, where)
 
 
-def _check_out(source: Path, out: Path) -> None:
-    if not out.parent.is_dir():
-        raise AlphaflowError(f"{out.parent}: no such folder; make it first.")
-    if out.exists():
-        raise AlphaflowError(f"{out}: exists already, and is not overwritten. Choose another name or remove it.")
-
-
 def _read(source: Path, options: Options) -> Imported:
     """By --from, else by what only one family has; a file that says another family is not forced."""
+    check_path(source)
     tree = read_source(source)
-    said = _said_family(tree)
-    family = options.family if options.family != "auto" else said or _unknown(tree, source)
-    if said and said != family:
+    refuse_strangers(tree, source, plain_arguments(tree))
+    evident = _said_family(tree)
+    family = options.family if options.family != "auto" else evident or refuse_unknown(_names(tree), source)
+    if evident and evident != family:
         raise AlphaflowError(
-            f"{source.name}: --from {family}, but the names and arguments in it are those of {said}. "
-            f"Leave --from out, or say --from {said}"
+            f"{source.name}: --from {family}, but the names and arguments in it are those of {evident}. "
+            f"Leave --from out, or say --from {evident}"
         )
-    if family == "alphaflow":
-        return read_published(tree, source, options)
-    assert family in ("sit", "dit", "meanflow"), family
-    return read_sit(tree, source, options, family)
+    if family in FLOWS:
+        return read_sit(tree, source, options, cast(Kind, family))
+    return READERS[family](tree, source, options)
 
 
 def _names(tree: dict[str, Any]) -> dict[str, Any]:
     tables = [tree.get(key) for key in ("ema", "net", "model")] + [tree]
     table = next((table for table in tables if isinstance(table, dict) and table), {})
-    return {str(name).replace("_orig_mod.", "").removeprefix("module."): value for name, value in table.items()}
+    return {bare_name(name): value for name, value in table.items()}
 
 
 def _said_family(tree: dict[str, Any]) -> Family | None:
     """What the names, or the arguments kept beside them, can only be."""
     names = _names(tree)
-    return "alphaflow" if looks_published(names) else looks_like(names, fields(tree))
-
-
-def _unknown(tree: dict[str, Any], source: Path) -> NoReturn:
-    names = _names(tree)
-    if "t_embedder.mlp.0.weight" in names:
-        raise AlphaflowError(
-            f"{source.name}: SiT and DiT have the same tables of weights, and the file does not say which it is: "
-            "they mean opposite things by t. Say it: --from sit, or --from dit"
-        )
-    some = next(iter(names), "nothing")
-    raise AlphaflowError(
-        f"{source.name}: a checkpoint of another family (it holds {some!r}, …). Known: the published α-Flow and "
-        "MeanFlow snapshots, SiT, DiT, and the PyTorch MeanFlow of zhuyu-cs"
-    )
+    if looks_published(names):
+        return "alphaflow"
+    if fastgen_tables(tree) or FASTGEN in names:
+        return "fastgen"
+    if "r_embedder.mlp.0.weight" in names:
+        return "meanflow"
+    return looks_like_sit(names, plain_arguments(tree))
 
 
 def _autoencoder_record(folder: Path | None, recipe: Recipe) -> dict[str, str]:
@@ -134,6 +134,7 @@ def _origin(foreign: Imported, source: Path, autoencoder: dict[str, str]) -> dic
         "sha256": _sha256(source),
         "said": foreign.said,
         "filled": foreign.filled,
+        "unread": list(foreign.unread),
     }
     known = {"step": foreign.step} if foreign.step is not None else {}
     return known | {
@@ -170,22 +171,3 @@ def _write_autoencoder(weights: dict[str, Tensor], out: Path) -> Path:
 
 def _write_text(text: str, path: Path) -> None:
     path.write_text(text)
-
-
-def export(source: Path, out: Path) -> Path:
-    """`--to alphaflow`: the published names, with the statistics, and the autoencoder where it lies beside."""
-    _check_out(source, out)
-    checkpoint = load_checkpoint(source)
-    if checkpoint.recipe.model.prediction != "velocity" or checkpoint.recipe.model.second_time != "t-r":
-        raise AlphaflowError(
-            f"{source}: the published system knows networks that give u from t and t − r only; this one has "
-            f"prediction {checkpoint.recipe.model.prediction}, second_time {checkpoint.recipe.model.second_time}."
-        )
-    beside = source.parent / checkpoint.recipe.data.autoencoder / AUTOENCODER_FILE
-    autoencoder = read_source(beside) if beside.is_file() else {}
-    with torch.device("meta"):
-        order = build_network(checkpoint.recipe).state_dict()  # safetensors sorts the names
-    weights = {name: checkpoint.weights[name] for name in order}
-    tree = published_tree(weights, checkpoint.recipe, checkpoint.mean, checkpoint.std, autoencoder)
-    write_atomically(out, partial(torch.save, tree))
-    return out

@@ -1,11 +1,9 @@
-"""The published α-Flow and MeanFlow snapshots, both ways: a `.pt` of net, ema and cfg with the autoencoder inside."""
+"""The published α-Flow and MeanFlow snapshots: a `.pt` of net, ema and cfg with the autoencoder inside."""
 
-import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from alphaflow_cli.convert.imported import (
@@ -17,12 +15,13 @@ from alphaflow_cli.convert.imported import (
     note_heads,
     number_set,
     pick,
+    with_facts,
 )
 from alphaflow_cli.convert.latents import parse_latents, statistics
 from alphaflow_cli.convert.shape import Shape, heads_of, read_shape, to_our_names
-from alphaflow_cli.convert.source import state_dict
+from alphaflow_cli.convert.snapshot_cfg import Training, check_against, read_training
+from alphaflow_cli.convert.source import in_brief, state_dict
 from alphaflow_cli.errors import AlphaflowError
-from alphaflow_cli.nn.names import to_published
 from alphaflow_cli.recipe import Recipe
 
 TABLES = {"ema": ("ema",), "raw": ("net",)}
@@ -30,6 +29,7 @@ STATISTICS = ("autoencoder_mean", "autoencoder_var", "are_ldm_stats_inited")
 AUTOENCODER = "autoencoder.model.model."
 RECIPES = {  # the released files → the recipes they were trained by (method section 7)
     "meanflow-b-2": "meanflow-b2",
+    "meanflow-b-2-cfg": "meanflow-b2-cfg",
     "alphaflow-b-2": "b2",
     "alphaflow-b-2-cfg": "b2-cfg",
     "meanflow-xl-2-cfg": "meanflow-xl2-cfg",
@@ -51,7 +51,8 @@ def read_published(tree: dict[str, Any], path: Path, options: Options) -> Import
     weights = to_our_names(_under(state, "model."), path.name, second=None)
     shape = read_shape(weights, path.name)
     said = _configuration(tree.get("cfg"), shape, path.name)
-    base = _base(path, options, said, filled, shape.label_rows)
+    training = read_training(tree, path.name)
+    base = _base(path, options, said, training, filled, shape.label_rows)
     heads = heads_of(shape.dim, path.name, said.get("num_heads", number_set(options, "model.heads")))
     if "num_heads" not in said or is_set(options, "model.heads"):
         note_heads(heads, shape.dim, options, filled)
@@ -64,8 +65,10 @@ def read_published(tree: dict[str, Any], path: Path, options: Options) -> Import
         latents=_latents(state, options, path.name),
         base=base,
         autoencoder=_under(state, AUTOENCODER),
-        said=said,
+        step=training.step,
+        said=said | training.read,
         filled=filled,
+        unread=tuple(training.unread),
     )
 
 
@@ -96,8 +99,9 @@ def _section(tree: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def _check(said: dict[str, Any], shape: Shape, where: str) -> None:
-    if any(not isinstance(value, (int, float)) or not math.isfinite(value) for value in said.values()):
-        raise AlphaflowError(f"{where}: its configuration is not one of numbers: {str(said)[:200]}.")
+    for key, value in said.items():
+        if not isinstance(value, (int, float)) or not abs(value) < 1e15:
+            raise AlphaflowError(f"{where}: its configuration says {key} {in_brief(value)}; it is not one of numbers.")
     seen: dict[str, float] = {
         "dim": shape.dim,
         "num_blocks": shape.depth,
@@ -111,10 +115,14 @@ def _check(said: dict[str, Any], shape: Shape, where: str) -> None:
             raise AlphaflowError(f"{where}: its configuration says {key} {said[key]}, its weights say {value:g}.")
 
 
-def _base(path: Path, options: Options, said: dict[str, Any], filled: dict[str, str], rows: int) -> Recipe:
-    """Guidance is baked in and not in the file: asked for, unless there is no null row or the name is known."""
+def _base(
+    path: Path, options: Options, said: dict[str, Any], training: Training, filled: dict[str, str], rows: int
+) -> Recipe:
+    """The recipe of the file's name or of the command line, checked against the file, with what the file says put in.
+    Guidance is baked in: where the file does not say it, it is asked for, unless there is no null row."""
     published = RECIPES.get(path.stem.lower())
-    asked = options.recipe or any(text.startswith("guidance.") for text in options.sets)
+    asked = options.recipe or "guidance.omega" in training.facts
+    asked = asked or any(text.startswith("guidance.") for text in options.sets)
     if said.get("label_dropout", 0) > 0 and not published and not asked:
         raise AlphaflowError(
             f"{path.name}: was trained with guidance (it drops labels), but does not say which, and the name is none "
@@ -129,6 +137,10 @@ def _base(path: Path, options: Options, said: dict[str, Any], filled: dict[str, 
             "guidance.label_dropout=0 (all are classes) or 0.1 (the last is the null label; omega and kappa as well)"
         )
     base = base_recipe(options, published, filled, default="b2")
+    if options.recipe or published:
+        named = f"--recipe {options.recipe}" if options.recipe else f"recipe {published}, which the file's name means,"
+        check_against(training, dropout, base, named, path.name)
+    base = with_facts(base, training.facts)
     if dropout is None:
         null = (number_set(options, "guidance.label_dropout") if dropped else base.guidance.label_dropout) or 0.0
         filled["labels"] = f"{rows} rows read as {max(rows - (null > 0), 0)} classes, label_dropout {null}"
@@ -148,26 +160,3 @@ def _latents(state: dict[str, Tensor], options: Options, where: str) -> Latents:
         )
     found = statistics(mean, variance.double().sqrt(), f"{where} (autoencoder_mean, autoencoder_var)")
     return replace(found, inside=True)
-
-
-def published_tree(
-    weights: dict[str, Tensor], recipe: Recipe, mean: Tensor, std: Tensor, autoencoder: dict[str, Tensor]
-) -> dict[str, Any]:
-    """The way back: our weights under the published names, as `net` and `ema` both."""
-    size = (1, recipe.data.channels, recipe.data.latent_size, recipe.data.latent_size)
-    state = {
-        STATISTICS[0]: mean.double().expand(size).contiguous(),
-        STATISTICS[1]: std.double().square().expand(size).contiguous(),
-        STATISTICS[2]: torch.tensor(1.0),
-    }
-    state |= {AUTOENCODER + name: value for name, value in autoencoder.items()}
-    state |= {"model." + to_published(name): value for name, value in weights.items()}
-    model = {
-        "dim": recipe.model.dim,
-        "num_blocks": recipe.model.depth,
-        "num_heads": recipe.model.heads,
-        "mlp_ratio": recipe.model.mlp_ratio,
-        "label_dropout": recipe.guidance.label_dropout,
-        "tokenizer": {"resolution": [1, recipe.model.patch, recipe.model.patch]},
-    }
-    return {"net": state, "ema": state, "cfg": {"model": model, "dataset": {"label_shape": [recipe.data.classes]}}}

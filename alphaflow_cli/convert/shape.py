@@ -103,3 +103,19 @@ def finite(weights: dict[str, Tensor], where: str) -> dict[str, Tensor]:
     if broken:
         raise AlphaflowError(f"{where}: {broken[0]} has values that are not finite ({len(broken)} tables do).")
     return {name: value.detach().float().contiguous() for name, value in weights.items()}
+
+
+def without_variance(weights: dict[str, Tensor], shape: Shape, where: str) -> dict[str, Tensor]:
+    """The last linear layer without a learned variance: of every pixel's 2C numbers the first C."""
+    if shape.out == shape.channels:
+        return weights
+    if shape.out != 2 * shape.channels:
+        raise AlphaflowError(f"{where}: {shape.channels} channels in and {shape.out} out; wanted as many, or twice.")
+    kept = {}
+    for name in ("final.linear.weight", "final.linear.bias"):
+        value = weights.get(name, torch.zeros(0))
+        if len(value) != shape.patch**2 * shape.out:
+            raise AlphaflowError(f"{where}: not the weights of the network it describes ({name} is missing or short).")
+        pixels = value.reshape(shape.patch**2, shape.out, *value.shape[1:])
+        kept[name] = pixels[:, : shape.channels].reshape(-1, *value.shape[1:])
+    return weights | kept

@@ -10,6 +10,7 @@ import re
 import warnings
 import zipfile
 from collections import OrderedDict
+from itertools import pairwise
 from pathlib import Path
 from typing import IO, Any
 
@@ -41,6 +42,7 @@ PLAIN = {  # besides torch's own names, which torch.load judges one by one
     "__builtin__.bytearray",
     "builtins.bytearray",
 }
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 ALLOWED = frozenset(PLAIN | CONTAINERS.keys())
 UNREADABLE = (
     pickle.UnpicklingError,
@@ -156,6 +158,23 @@ def _reason(error: BaseException) -> str:
     return lines[0][:200] if lines else type(error).__name__
 
 
+def in_brief(value: object) -> str:
+    """A value of a foreign file in one line of a message, however long or strange it is."""
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    if isinstance(value, int) and abs(value) >= 10**15:
+        return "a number of more than 15 digits"
+    if isinstance(value, (dict, list, tuple, set)):
+        return f"a {type(value).__name__} of {len(value)}"
+    return " ".join(str(value).split())[:60]
+
+
+def bare_name(name: object) -> str:
+    """A weight's name without the prefixes of compiled and wrapped networks."""
+    text = name if isinstance(name, str) else in_brief(name)
+    return text.replace("_orig_mod.", "").removeprefix("module.")
+
+
 def state_dict(tree: object, where: str) -> dict[str, Tensor]:
     """A table of weights: honest float tensors only, without the prefixes of compiled and wrapped networks."""
     if not isinstance(tree, dict) or not tree:
@@ -163,19 +182,26 @@ def state_dict(tree: object, where: str) -> dict[str, Tensor]:
     weights: dict[str, Tensor] = {}
     for name, value in tree.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
-            raise AlphaflowError(f"{where}: {str(name)[:80]!r} is a {type(value).__name__}, not a tensor.")
+            raise AlphaflowError(f"{where}: {bare_name(name)[:80]!r} is a {type(value).__name__}, not a tensor.")
         if value.layout != torch.strided or value.is_meta or value.is_quantized or _lies(value):
             raise AlphaflowError(f"{where}: {name[:80]} claims more numbers than the file holds.")
-        weights[name.replace("_orig_mod.", "").removeprefix("module.")] = value
+        if value.dtype not in FLOATS:
+            kind = str(value.dtype).removeprefix("torch.")
+            raise AlphaflowError(f"{where}: {name[:80]} is a table of {kind}; weights are floating-point numbers.")
+        weights[bare_name(name)] = value
     if _share(weights):
         raise AlphaflowError(f"{where}: its tables share their bytes, and claim more numbers than the file holds.")
     return weights
 
 
 def _share(weights: dict[str, Tensor]) -> bool:
-    """Whether all tables together are larger than what they lie in."""
+    """Whether tables overlap, or all together are larger than what they lie in."""
     held = {value.untyped_storage().data_ptr(): value.untyped_storage().nbytes() for value in weights.values()}
-    return sum(value.numel() * value.element_size() for value in weights.values()) > sum(held.values())
+    if sum(value.numel() * value.element_size() for value in weights.values()) > sum(held.values()):
+        return True
+    whole = sorted((v.data_ptr(), v.numel() * v.element_size()) for v in weights.values() if v.is_contiguous())
+    ranges = [(start, start + size) for start, size in whole if size]
+    return any(following[0] < before[1] for before, following in pairwise(ranges))
 
 
 def _lies(value: Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""From noise to data on a grid 1 = τ_0 > τ_1 > … > τ_N = 0 (method section 8).
+"""From noise to data on a grid τ_0 > τ_1 > … > τ_N = 0 with τ_0 = 1, or a little below (method section 8).
 
     trajectory   x ← x − (t − t') u(x, t', t)
     consistency  x̂ = x − t u(x, 0, t),  x ← (1 − t') x̂ + t' noise'     with fresh noise', one draw per step
@@ -24,13 +24,14 @@ def time_grid(steps: int) -> list[float]:
     return [(steps - i) / steps for i in range(steps + 1)]
 
 
-def guided_net(net: Net, y_null: int, scale: float) -> Net:
-    """u_null + scale · (u_y − u_null) on all channels, both halves in one call."""
+def guided_net(net: Net, y_null: int, scale: float, *, channels: int | None) -> Net:
+    """u_null + scale · (u_y − u_null), both halves in one call; u_y itself beyond the first `channels` (None: all)."""
 
     def call(x: Tensor, t: Tensor, r: Tensor, y: Tensor) -> Tensor:
         both = torch.cat([y, torch.full_like(y, y_null)])
         u_y, u_null = net(x.repeat(2, 1, 1, 1), t.repeat(2), r.repeat(2), both).chunk(2)
-        return u_null + scale * (u_y - u_null)
+        u = u_null + scale * (u_y - u_null)
+        return u if channels is None else torch.cat([u[:, :channels], u_y[:, channels:]], dim=1)
 
     return call
 

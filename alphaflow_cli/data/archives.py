@@ -2,25 +2,74 @@
 
 A zip and an uncompressed tar are read at any place. A compressed tar can only be read from its beginning, so its
 pictures keep the archive's order and every process walks through it once.
+
+What an archive holds is what unpacking it would give: of a name that occurs twice the last copy; a hard link is the
+file that stood under its target's name when the link was written; a symbolic link is what it leads to in the end. A
+link never leads out of the archive, and links to whole folders are not followed, but counted in a note.
+
+The pictures are listed once. Every process that reads them opens the file anew, for one pass, and holds it open until
+the last fetch of that pass is over (`reading`). Its size and time must stay what they were at the listing.
 """
 
+import itertools
 import lzma
 import os
+import posixpath
+import stat
+import struct
 import tarfile
 import threading
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from alphaflow_cli.data.pictures import MAX_BYTES
+from alphaflow_cli.data.files import MAX_BYTES, Stamp, changed, stamp_of
 from alphaflow_cli.data.sources import Fetch, is_picture
 from alphaflow_cli.errors import AlphaflowError
+from alphaflow_cli.text import brief
 
-BROKEN = (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, NotImplementedError, RuntimeError)
+BROKEN = (  # what the two libraries raise on damaged archives
+    tarfile.TarError,
+    zipfile.BadZipFile,
+    zlib.error,
+    lzma.LZMAError,
+    struct.error,
+    OSError,
+    EOFError,
+    ValueError,
+    OverflowError,
+    IndexError,
+    RuntimeError,  # an encrypted member, an unknown compression, headers that name headers without end
+)
+ZIP_MAGIC = (b"PK\3\4", b"PK\5\6", b"PK\7\x08")
+HOPS = 40  # links behind links, as the kernel allows
+MAX_TARGET = 4096  # bytes of a link's target
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where the bytes of a file lie: of a tar the data, of a zip the member's header. Equal places, equal bytes."""
+
+    offset: int
+    size: int
+    parts: tuple[tuple[int, int], ...] | None = None  # of a sparse member: (offset in the file, bytes) of its data
+    fault: str = ""  # why there is nothing to read
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """A symbolic link."""
+
+    target: str
+
+
+Entry = Place | Link
+NO_TARGET = Place(0, 0, fault="a link to what is not in the archive")
 
 
 @dataclass(frozen=True)
@@ -29,25 +78,27 @@ class Archive:
 
     path: Path
     names: Sequence[str]
-    places: dict[str, tuple[int, int]]  # offset and length in an uncompressed tar
+    places: Mapping[str, Place]
     notes: list[str]
     kind: str
+    stamp: Stamp  # of the file when it was listed
     given_classes: bytes | None = None
-    facts_given: dict[str, Any] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
         """The file's own name."""
         return self.path.name
 
-    def fetches(self, lines: Sequence[int]) -> Iterator[tuple[int, Fetch]]:
-        """In the way this kind of archive is read."""
-        ways = {"zip": self._from_zip, "tar": self._from_tar, "compressed tar": self._from_stream}
-        return ways[self.kind](lines)
+    @contextmanager
+    def reading(self, lines: Sequence[int]) -> Iterator[Iterator[tuple[int, Fetch]]]:
+        """The file is open, and the fetches work, until the context ends."""
+        ways = {"zip": _from_zip, "tar": _from_tar, "compressed tar": _from_stream}
+        with _opened(self.path, self.stamp) as file:
+            yield ways[self.kind](self, file, lines)
 
     def facts(self) -> dict[str, Any]:
         """Its size: the cheapest sign of another content."""
-        return {"bytes": self.path.stat().st_size, **self.facts_given}
+        return {"bytes": self.stamp.size}
 
     def classes_json(self) -> bytes | None:
         """The shallowest in the archive."""
@@ -57,94 +108,288 @@ class Archive:
         """Sorted."""
         return None
 
-    def _from_zip(self, lines: Sequence[int]) -> Iterator[tuple[int, Fetch]]:
-        with zipfile.ZipFile(self.path) as archive:
-            lock = threading.Lock()  # one file position for all threads
-            for line in lines:
-                yield line, partial(_member_of_zip, archive, lock, self.names[line])
+    def place(self, line: int) -> Place:
+        """Of a picture."""
+        return self.places[self.names[line]]
 
-    def _from_tar(self, lines: Sequence[int]) -> Iterator[tuple[int, Fetch]]:
-        handle = os.open(self.path, os.O_RDONLY)
+    def checked(self, file: BinaryIO, read: Callable[[Place], bytes], place: Place) -> bytes:
+        """The bytes at a place. A fault of the member is an OSError; an archive that was written to ends the run."""
+        if place.fault or place.size > MAX_BYTES:
+            raise OSError(place.fault or f"{place.size:,} bytes, the limit is {MAX_BYTES:,}")
+        fault: Exception | None = None
         try:
-            for line in lines:
-                yield line, partial(_member_of_tar, handle, *self.places[self.names[line]])
-        finally:
-            os.close(handle)
-
-    def _from_stream(self, lines: Sequence[int]) -> Iterator[tuple[int, Fetch]]:
-        wanted = {self.names[line]: line for line in lines}
-        with tarfile.open(self.path, "r|*") as archive:
-            for member in archive:
-                line = wanted.pop(member.name, None)
-                if line is not None:
-                    yield line, partial(_same, _read_limited(archive, member))
-                if not wanted:
-                    return
+            data = read(place)
+        except BROKEN as error:
+            fault = error
+        if stamp_of(file.fileno()) != self.stamp:
+            raise changed(self.path) from fault
+        if fault:
+            raise OSError(brief(fault)) from fault
+        return data
 
 
-def _same(data: bytes) -> bytes:
-    return data
-
-
-def _read_limited(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    file = archive.extractfile(member) if member.size <= MAX_BYTES else None
-    return file.read() if file else b""
-
-
-def _member_of_zip(archive: zipfile.ZipFile, lock: threading.Lock, name: str) -> bytes:
-    if archive.getinfo(name).file_size > MAX_BYTES:
-        raise OSError(f"{archive.getinfo(name).file_size:,} bytes, the limit is {MAX_BYTES:,}")
+@contextmanager
+def _opened(path: Path, stamp: Stamp) -> Iterator[BinaryIO]:
     try:
+        file = path.open("rb")
+    except OSError as fault:
+        raise AlphaflowError(f"{path}: cannot be read any more ({fault.strerror}); try again later") from fault
+    with file:
+        if stamp_of(file.fileno()) != stamp:
+            raise changed(path)
+        yield file
+
+
+def _from_zip(archive: Archive, file: BinaryIO, lines: Sequence[int]) -> Iterator[tuple[int, Fetch]]:
+    with _named(archive.path):
+        opened = zipfile.ZipFile(file)
+    members = {member.header_offset: member for member in opened.infolist()}
+    lock = threading.Lock()  # one file position for all threads
+
+    def read(place: Place) -> bytes:
         with lock:
-            return archive.read(name)
-    except BROKEN as fault:
-        raise OSError(str(fault)) from fault
+            return opened.read(members[place.offset])
+
+    for line in lines:
+        yield line, partial(archive.checked, file, read, archive.place(line))
 
 
-def _member_of_tar(handle: int, offset: int, length: int) -> bytes:
-    data = os.pread(handle, length, offset)
+def _from_tar(archive: Archive, file: BinaryIO, lines: Sequence[int]) -> Iterator[tuple[int, Fetch]]:
+    for line in lines:
+        yield line, partial(archive.checked, file, partial(_dense, file), archive.place(line))
+
+
+def _from_stream(archive: Archive, file: BinaryIO, lines: Sequence[int]) -> Iterator[tuple[int, Fetch]]:
+    """The lines are in the order of their places; several names of one place are neighbours."""
+    with _named(archive.path):
+        opened = tarfile.open(fileobj=file, tarinfo=_Header)  # noqa: SIM115 (`file` is what has to be closed)
+    members = _members(archive.path, opened)
+    for place, same in itertools.groupby(lines, key=archive.place):
+        fetch: Fetch = partial(archive.checked, file, partial(_dense, file), place)
+        if not place.fault:
+            member = next((each for each in members if each.offset_data == place.offset), None)
+            if member is None:
+                raise changed(archive.path)
+            fetch = _fetched(partial(archive.checked, file, partial(_streamed, opened, member), place))
+        for line in same:
+            yield line, fetch
+
+
+def _fetched(fetch: Callable[[], bytes]) -> Fetch:
+    """Fetch now, because the stream goes on; the bytes, or the fault, are handed out later."""
+    try:
+        data = fetch()
+    except OSError as fault:
+        return partial(_raise, fault)
+    return lambda: data
+
+
+def _raise(fault: OSError) -> bytes:
+    raise fault
+
+
+def _dense(file: BinaryIO, place: Place) -> bytes:
+    """A member's bytes; the holes of a sparse one are zeros."""
+    if place.parts is None:
+        return _exactly(file, place.offset, place.size)
+    data, at = bytearray(place.size), place.offset
+    for start, length in place.parts:
+        data[start : start + length] = _exactly(file, at, length)
+        at += length
+    return bytes(data)
+
+
+def _exactly(file: BinaryIO, offset: int, length: int) -> bytes:
+    data = os.pread(file.fileno(), length, offset)
     if len(data) < length:
         raise OSError("the archive ends in the middle of it")
     return data
 
 
+def _streamed(opened: tarfile.TarFile, member: tarfile.TarInfo, place: Place) -> bytes:
+    file = opened.extractfile(member)
+    return file.read() if file else b""
+
+
 def open_archive(path: Path) -> Archive:
     """List a zip or tar; which one it is is read from its bytes, not its name."""
+    with _named(path), path.open("rb") as file:
+        reader = _open_zip if _is_zip(file) else _open_tar
+        return reader(path, file, stamp_of(file.fileno()))
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Damage is one line that names the archive."""
     try:
-        return _open_zip(path) if zipfile.is_zipfile(path) else _open_tar(path)
-    except (*BROKEN, OSError) as fault:
-        raise AlphaflowError(f"{path}: not a whole zip or tar archive ({fault})") from fault
+        yield
+    except BROKEN as fault:
+        raise AlphaflowError(f"{path}: not a whole zip or tar archive ({brief(fault).rstrip(':')})") from fault
 
 
-def _open_zip(path: Path) -> Archive:
-    with zipfile.ZipFile(path) as archive:
-        files = [entry.filename for entry in archive.infolist() if not entry.is_dir()]
-        given = _shallowest(files)
-        classes = archive.read(given) if given else None
-    names, notes = _pictures(files)
-    return Archive(path, sorted(names), {}, notes, "zip", classes)
+def _is_zip(file: BinaryIO) -> bool:
+    """By its first bytes; a tar whose last picture is followed by a zip is still a tar."""
+    begin = file.read(len(ZIP_MAGIC[0]))
+    file.seek(0)
+    if begin in ZIP_MAGIC:
+        return True
+    try:
+        with tarfile.open(fileobj=file):
+            return False
+    except BROKEN:
+        return zipfile.is_zipfile(file)  # behind a program that unpacks it
+    finally:
+        file.seek(0)
 
 
-def _open_tar(path: Path) -> Archive:
-    files, places, classes, depth = [], {}, None, 99
-    with tarfile.open(path) as archive:
-        for member in archive:
-            if not member.isreg():
-                continue
-            files.append(member.name)
-            places[member.name] = (member.offset_data, member.size)
-            if _is_class_list(member.name) and member.name.count("/") < depth:
-                classes, depth = _read_limited(archive, member), member.name.count("/")
-    names, notes = _pictures(files)
-    if _compressed(path):
-        return Archive(path, names, {}, notes, "compressed tar", classes)
-    return Archive(path, sorted(names), {name: places[name] for name in names}, notes, "tar", classes)
+def _open_zip(path: Path, file: BinaryIO, stamp: Stamp) -> Archive:
+    opened = zipfile.ZipFile(file)
+    entries = _Entries()
+    for member in opened.infolist():
+        entry: Entry = Place(member.header_offset, member.file_size)
+        if member.compress_size > stamp.size:  # the library would ask for so much memory
+            entry = Place(0, 0, fault="it claims more bytes than the archive has")
+        elif stat.S_ISLNK(member.external_attr >> 16):
+            is_sane = member.file_size <= MAX_TARGET
+            entry = Link(opened.read(member).decode(errors="surrogateescape")) if is_sane else NO_TARGET
+        if not member.is_dir():
+            entries.add(member.filename, entry)
+    return entries.archive(path, "zip", stamp)
 
 
-def _pictures(files: Sequence[str]) -> tuple[list[str], list[str]]:
-    names = list(dict.fromkeys(name for name in files if is_picture(name) and not _hidden(name)))
-    aside = len(set(files)) - len(names) - sum(map(_is_class_list, files))
-    return names, [f"{aside} other files left aside"] if aside > 0 else []
+def _open_tar(path: Path, file: BinaryIO, stamp: Stamp) -> Archive:
+    opened = tarfile.open(fileobj=file, tarinfo=_Header)  # noqa: SIM115 (`file` is what has to be closed)
+    entries = _Entries()
+    for member in _members(path, opened):
+        if not member.isdir():
+            entries.add(member.name, _entry(member, entries))
+    return entries.archive(path, "tar" if opened.fileobj is file else "compressed tar", stamp)
+
+
+def _entry(member: tarfile.TarInfo, before: "_Entries") -> Entry:
+    if member.issym():
+        return Link(member.linkname)
+    if member.islnk():
+        return before.at(member.linkname) or NO_TARGET
+    if not member.isreg():
+        return Place(0, 0, fault="not a regular file")
+    if not member.issparse():
+        return Place(member.offset_data, member.size)
+    holes: Any = member.sparse  # not as the library's types have it: [(offset in the file, bytes)] of what is no hole
+    parts = tuple((int(start), int(length)) for start, length in holes)
+    if any(start < 0 or length < 0 or start + length > member.size for start, length in parts):
+        return Place(0, 0, fault="its map of holes is damaged")
+    return Place(member.offset_data, member.size, parts)
+
+
+def _members(path: Path, opened: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    """One after the other. The library keeps them all, which we have no memory for."""
+    at = -1
+    while True:
+        with _named(path):
+            member = opened.next()
+        opened.members = []  # type: ignore[attr-defined]
+        if member is None:
+            return
+        if member.size < 0 or opened.offset <= at:
+            raise AlphaflowError(f"{path}: not a whole zip or tar archive (a member has a negative size)")
+        at = opened.offset
+        yield member
+
+
+class _Header(tarfile.TarInfo):
+    """A header that is strict: the library takes a damaged one, or the end of the file, for the end of the archive."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "_Header":
+        """One block; only a block of zeros ends an archive."""
+        try:
+            return super().frombuf(buf, encoding, errors)
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
+            raise
+        except tarfile.HeaderError as fault:
+            why = "it was cut off: the mark at its end is missing" if len(buf) < tarfile.BLOCKSIZE else str(fault)
+            raise tarfile.ReadError(why) from fault
+
+
+class _Entries:
+    """What an archive holds, by path as unpacked; a later member of the same path takes the place of an earlier one."""
+
+    def __init__(self) -> None:
+        self.files: dict[str, tuple[str, Entry]] = {}  # the member's own spelling, and what it is
+        self.repeats = 0
+
+    def add(self, name: str, entry: Entry) -> None:
+        """The next member."""
+        path = posixpath.normpath(name)
+        self.repeats += path in self.files
+        self.files[path] = path if path == name else name, entry  # one text in memory, not two
+
+    def at(self, name: str) -> Entry | None:
+        """What stands under a name so far."""
+        found = self.files.get(posixpath.normpath(name))
+        return found[1] if found else None
+
+    def archive(self, path: Path, kind: str, stamp: Stamp) -> Archive:
+        """Sorted, or in the order of the data where that cannot be chosen; with the shallowest class list."""
+        places, notes = self._pictures()
+        names = sorted(places)
+        if kind == "compressed tar":
+            names = sorted(places, key=lambda name: (bool(places[name].fault), places[name].offset))
+        return Archive(path, names, places, notes, kind, stamp, self._class_list(path, kind, stamp))
+
+    def _pictures(self) -> tuple[dict[str, Place], list[str]]:
+        folders = self._folders()
+        places: dict[str, Place] = {}
+        aside, linked = 0, 0
+        mixed = len({name.startswith("./") for name, _ in self.files.values()}) > 1  # else one class would be two
+        for path, (spelled, entry) in self.files.items():
+            name = path if mixed else spelled
+            end, place = self._follow(path)
+            if isinstance(entry, Link) and end in folders:
+                linked += 1
+            elif is_picture(name) and not _hidden(name):
+                places[name] = place
+            else:
+                aside += not _is_class_list(name)
+        notes = [f"{aside} other files left aside"] if aside else []
+        notes += [f"{self.repeats} names that occur again: the last copy is taken"] if self.repeats else []
+        notes += [f"{linked} links to folders not followed (unpack it, and give the folder)"] if linked else []
+        return places, notes
+
+    def _follow(self, path: str) -> tuple[str, Place]:
+        """Where a chain of links ends, and what is there."""
+        for _ in range(HOPS):
+            _, entry = self.files.get(path, ("", None))
+            if isinstance(entry, Place):
+                return path, entry
+            if entry is None:
+                return path, NO_TARGET
+            path = posixpath.normpath(posixpath.join(posixpath.dirname(path), entry.target))
+        return "", NO_TARGET
+
+    def _folders(self) -> set[str]:
+        """Of all files, where there is a link that may lead to one."""
+        found = {""}
+        if any(isinstance(entry, Link) for _, entry in self.files.values()):
+            for path in self.files:
+                while (path := posixpath.dirname(path)) not in found:
+                    found.add(path)
+        return found - {""} | {"."}
+
+    def _class_list(self, path: Path, kind: str, stamp: Stamp) -> bytes | None:
+        lists = [(name.count("/"), key, name) for key, (name, _) in self.files.items() if _is_class_list(name)]
+        if not lists:
+            return None
+        _, key, name = min(lists, key=lambda each: each[0])  # of several the first
+        alone = Archive(path, [name], {name: self._follow(key)[1]}, [], kind, stamp)
+        try:
+            with alone.reading([0]) as fetches:
+                data = next(fetches)[1]()
+        except OSError as fault:
+            raise AlphaflowError(f"{path}: its {name} cannot be read ({fault})") from fault
+        assert isinstance(data, bytes), name
+        return data
 
 
 def _hidden(name: str) -> bool:
@@ -154,16 +399,3 @@ def _hidden(name: str) -> bool:
 
 def _is_class_list(name: str) -> bool:
     return name.rsplit("/", 1)[-1] == "classes.json"
-
-
-def _shallowest(files: Sequence[str]) -> str:
-    found = sorted((name for name in files if _is_class_list(name)), key=lambda name: name.count("/"))
-    return found[0] if found else ""
-
-
-def _compressed(path: Path) -> bool:
-    try:
-        with tarfile.open(path, "r:"):
-            return False
-    except tarfile.ReadError:
-        return True

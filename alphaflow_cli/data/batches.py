@@ -144,7 +144,7 @@ class LatentStream:
         return self._to_device(rows)
 
     def _read(self, step: int, wanted: Tensor) -> _Rows:
-        """On the host, from the memory-mapped shards."""
+        """On the host, from the shards."""
         plan, chosen = self.store.plan, wanted.numpy()
         samples, flipped = self.samples_at(step)[chosen], self.flips_at(step)[chosen]
         dtype = getattr(torch, plan.dtype)
@@ -237,9 +237,10 @@ def _load(store: Store, device: torch.device, flips: bool) -> dict[str, Tensor]:
 
 
 def _whole(shards: Shards, name: str, device: torch.device) -> Tensor:
-    """One tensor of all shards, each copied to its place: joining copies would need the memory twice."""
-    rows = shards.files[0].tensors[name]
-    whole = torch.empty((shards.count, *rows.shape[1:]), dtype=getattr(torch, str(rows.dtype)), device=device)
+    """One tensor of all shards, each copied to its place: joining copies would need the memory twice. What lies on the
+    device is what the checksums saw: a later change of the files does not reach it, and the next start refuses them."""
+    first = shards.files[0].places[name]
+    whole = torch.empty((shards.count, *first.shape[1:]), dtype=getattr(torch, first.dtype.name), device=device)
     for (start, stop), file in zip(pairwise(shards.starts), shards.files, strict=True):
-        whole[start:stop].copy_(torch.tensor(file.tensors[name]))  # without a name: gone before the next is read
+        whole[start:stop].copy_(torch.from_numpy(file.read(name)))  # without a name: gone before the next is read
     return whole

@@ -1,34 +1,44 @@
 """From names of pictures to class labels.
 
 The class of a picture is its folder, as a path below the folder that all pictures share. Class i is the i-th folder in
-sorted order (ImageNet: sorted wnids, the order every published model uses), unless the source has a classes.json.
+sorted order (ImageNet: sorted wnids, the order every published model uses; folders whose names are all whole numbers
+are sorted as numbers), unless the source has a classes.json.
 Where the shared folder holds the splits of a data set (train, val, test), train is taken.
 """
 
 import json
 import posixpath
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from alphaflow_cli.errors import AlphaflowError
 
 SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing", "eval"}
+AS_NUMBERS = "sorted as numbers"
 _WNID = re.compile(r"n\d{8}")
 
 
 @dataclass(frozen=True)
 class Classes:
-    """Folders and display names by index."""
+    """Folders and display names by index, and in a few words why they stand in this order."""
 
     folders: list[str]
     names: list[str]
+    order: str
 
     @property
     def imagenet(self) -> bool:
         """The folders are ImageNet's."""
         return all(_WNID.fullmatch(folder) for folder in self.folders)
+
+    def summary(self) -> str:
+        """How many, in which order, and the first and the last ones: the numbers that the network will know them by."""
+        count = len(self.folders)
+        what = "1 class" if count == 1 else f"{count:,} classes{' (ImageNet)' if self.imagenet else ''}, {self.order}"
+        shown = [f"{index} = {self.names[index]}" for index in range(count) if index < 3 or index == count - 1]
+        return f"{what}: {', '.join([*shown[:3], *(['…'] if count > 4 else []), *shown[3:]])}"
 
     def as_dict(self) -> dict[str, Any]:
         """As classes.json says it."""
@@ -61,36 +71,79 @@ def folders_of(names: Sequence[str], prefix: str) -> list[str]:
 
 def read_classes(folders: Sequence[str], given: bytes | None, order: Sequence[str] | None) -> Classes:
     """All classes: from classes.json, from the source's own order, or sorted."""
-    found = sorted(set(folders))
+    found = sort_folders(set(folders))
     if order is not None:
-        return Classes(list(order), list(order))
+        return Classes(list(order), list(order), "in the source's order")
     if given is None:
-        return Classes(found, [folder or "all" for folder in found])
-    classes = _parse(given)
+        way = AS_NUMBERS if _are_numbers(found) else "sorted by name"
+        return Classes(found, [folder or "all" for folder in found], way)
+    classes = parse_classes(given, "classes.json")
     missing = [folder for folder in found if folder not in classes.folders]
     if missing:
         raise AlphaflowError(f"classes.json: has no entry for the folder {missing[0]!r} ({len(missing)} missing)")
     return classes
 
 
-def _parse(given: bytes) -> Classes:
+def sort_folders(folders: Collection[str]) -> list[str]:
+    """By name; where all names are whole numbers, as numbers: folder 10 is class 10 and not class 2."""
+    if _are_numbers(folders):
+        return sorted(folders, key=lambda folder: (len(folder.lstrip("0")), folder.lstrip("0"), folder))
+    return sorted(folders)
+
+
+def reordered(classes: Classes, store: Classes) -> Classes | None:
+    """The classes in the order of a store that was begun with another one (numbers sorted as words, as they once
+    were), or None where the store holds other classes or the same order. It keeps what was decided then."""
+    if store.folders == classes.folders or store.folders != sorted(classes.folders):
+        return None
+    return replace(store, order="in the order that this store was begun with: sorted as words, not as numbers")
+
+
+def parse_classes(given: bytes, where: str) -> Classes:
     """A list of folders, {folder: index}, or {folder: {"index": i, "name": ...}}."""
     try:
-        document = json.loads(given)
+        document = json.loads(given, object_pairs_hook=_without_repeats)
         if isinstance(document, list):
-            document = {folder: index for index, folder in enumerate(document)}
-        rows = sorted(_row(folder, entry) for folder, entry in document.items())
-    except (ValueError, AttributeError, KeyError, TypeError) as fault:
-        raise AlphaflowError(f"classes.json: should be {{folder: index}} or a list of folders ({fault})") from fault
+            rows = [(index, _text(folder), folder) for index, folder in enumerate(document)]
+        else:
+            rows = sorted(_row(folder, entry) for folder, entry in document.items())
+        if len({folder for _, folder, _ in rows}) < len(rows):
+            raise ValueError("a folder stands in it twice")
+    except (ValueError, AttributeError, KeyError, TypeError, RecursionError) as fault:
+        raise AlphaflowError(f"{where}: should be {{folder: index}} or a list of folders ({fault})") from fault
     if [index for index, _, _ in rows] != list(range(len(rows))):
-        raise AlphaflowError("classes.json: the indices should be 0, 1, 2, … without gaps or repeats")
-    return Classes([folder for _, folder, _ in rows], [name for _, _, name in rows])
+        raise AlphaflowError(f"{where}: the indices should be 0, 1, 2, … without gaps or repeats")
+    return Classes([folder for _, folder, _ in rows], [name for _, _, name in rows], "in the order of classes.json")
 
 
-def _row(folder: str, entry: int | Mapping[str, Any]) -> tuple[int, str, str]:
+def _row(folder: str, entry: object) -> tuple[int, str, str]:
     if isinstance(entry, Mapping):
-        return int(entry["index"]), folder, str(entry.get("name", folder))
-    return int(entry), folder, folder
+        return _index(entry["index"]), folder, _text(entry.get("name", folder))
+    return _index(entry), folder, folder
+
+
+def _index(value: object) -> int:
+    """A whole number, perhaps in quotes."""
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        raise TypeError(f"an index is a whole number, not {json.dumps(value)[:40]}")
+    return int(value)
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"a folder or a name is a text, not {json.dumps(value)[:40]}")
+    return value
+
+
+def _without_repeats(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    document = dict(pairs)
+    if len(document) < len(pairs):
+        raise ValueError("a key stands in it twice")
+    return document
+
+
+def _are_numbers(folders: Collection[str]) -> bool:
+    return bool(folders) and all(folder.isascii() and folder.isdigit() for folder in folders)
 
 
 def _shared_folder(names: Sequence[str]) -> str:

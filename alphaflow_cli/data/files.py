@@ -7,9 +7,11 @@ checksum is taken on the way to the disk, and files get the user's own mode inst
 
 import hashlib
 import json
-import mmap
+import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+import stat
+import weakref
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +21,11 @@ import numpy as np
 import numpy.typing as npt
 
 from alphaflow_cli.errors import AlphaflowError
+from alphaflow_cli.text import brief
 
 Array = npt.NDArray[Any]
+MAX_BYTES = 1 << 30  # of one file that is read as a whole
+MAX_HEADER = 100_000_000  # bytes; the safetensors library's own bound
 DTYPES = {"F64": "<f8", "I64": "<i8", "F32": "<f4", "F16": "<f2", "U8": "|u1"}  # widest first: keeps them aligned
 SEAL, SEAL_BYTES = "checksum", 32  # name and size of a sealed file's last tensor
 _NAMES = {np.dtype(code): name for name, code in DTYPES.items()}
@@ -106,50 +111,158 @@ def _pieces(header: bytes, arrays: list[Array]) -> Iterator[bytes | memoryview]:
 
 
 @dataclass(frozen=True)
+class Stamp:
+    """What an open file looks like from outside: it differs after every write, and after every truncation.
+
+    The inode is no part of it: some network file systems number a file anew whenever it is opened.
+    """
+
+    size: int
+    modified: int  # nanoseconds
+
+
+def stamp_of(file: int | Path) -> Stamp:
+    """Of an open file, or of the file that stands at a path now."""
+    status = file.stat() if isinstance(file, Path) else os.fstat(file)
+    return Stamp(status.st_size, status.st_mtime_ns)
+
+
+@dataclass(frozen=True)
+class TensorPlace:
+    """One tensor in its file."""
+
+    dtype: Any
+    shape: tuple[int, ...]
+    start: int  # first byte in the file
+
+    @property
+    def row_bytes(self) -> int:
+        """Of one row: everything behind the first axis."""
+        return int(np.dtype(self.dtype).itemsize * math.prod(self.shape[1:]))
+
+
+@dataclass(frozen=True)
 class TensorFile:
-    """A memory-mapped safetensors file."""
+    """An open safetensors file, read by position.
 
-    tensors: dict[str, Array]
+    It is not memory-mapped: a mapped file that another program cuts short ends the process by SIGBUS, without a line.
+    A read answers a missing byte with an error, and every read ends with a look at the file's size and time, so rows
+    that were written over after the checksums are never trained on. Per row this costs as much as copying it.
+    """
+
+    path: Path
+    handle: int
+    stamp: Stamp
+    places: dict[str, TensorPlace]
     metadata: dict[str, str]
-    mapping: mmap.mmap
-    starts: dict[str, int]  # first byte of each tensor in the file
 
-    def will_need(self, name: str, row: int, rows: int = 1) -> None:
-        """Ask the system to fetch these rows in the background: many requests in flight instead of one fault each."""
-        width = self.tensors[name].strides[0]
-        first = self.starts[name] + row * width
-        page = first - first % mmap.PAGESIZE
-        self.mapping.madvise(mmap.MADV_WILLNEED, page, first + rows * width - page)
+    def read(self, name: str) -> Array:
+        """A whole tensor."""
+        place = self.places[name]
+        found = np.empty(place.shape, place.dtype)
+        if found.size:
+            self._fill(memoryview(found.reshape(-1)).cast("B"), place.start)  # type: ignore[arg-type]
+        self.check_unchanged()
+        return found
+
+    def read_rows(self, name: str, rows: Sequence[int], out: Array, places: Sequence[int]) -> None:
+        """out[places[i]] = row rows[i]; `out` is contiguous."""
+        place = self.places[name]
+        width, target = place.row_bytes, memoryview(out.reshape(-1)).cast("B")  # type: ignore[arg-type]
+        for row, at in zip(rows, places, strict=True):
+            self._fill(target[at * width : (at + 1) * width], place.start + row * width)
+        self.check_unchanged()
+
+    def will_need(self, name: str, row: int) -> None:
+        """Ask the system to fetch a row in the background: many requests in flight instead of one after the other."""
+        if hasattr(os, "posix_fadvise"):  # not on macOS
+            place = self.places[name]
+            start = place.start + row * place.row_bytes
+            os.posix_fadvise(self.handle, start, place.row_bytes, os.POSIX_FADV_WILLNEED)
+
+    def check_unchanged(self) -> None:
+        """Nobody wrote to the file since it was opened."""
+        if stamp_of(self.handle) != self.stamp:
+            raise changed(self.path)
+
+    def _fill(self, target: memoryview, start: int) -> None:
+        done = 0
+        while done < len(target):
+            try:
+                count = os.preadv(self.handle, [target[done:]], start + done)
+            except OSError as fault:
+                raise AlphaflowError(f"{self.path}: cannot be read any more ({fault.strerror})") from fault
+            if not count:
+                raise changed(self.path)
+            done += count
+
+
+def changed(path: Path) -> AlphaflowError:
+    """The one line about a file that was written to while it was read."""
+    return AlphaflowError(
+        f"{path}: was changed or replaced while it was read. Leave it alone, and run the same command again: "
+        "it checks every byte"
+    )
 
 
 def open_tensors(path: Path) -> TensorFile:
-    """Map a safetensors file; anything wrong with its shape is an error that names it."""
+    """Open a safetensors file; anything wrong with its shape is an error that names it."""
     try:
-        with path.open("rb") as file:
-            mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except (OSError, ValueError) as fault:
-        raise AlphaflowError(f"{path}: cannot be read ({fault})") from fault
+        handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    except OSError as fault:
+        raise AlphaflowError(f"{path}: cannot be read ({fault.strerror})") from fault
     try:
-        return _parse(mapping)
-    except (ValueError, KeyError, TypeError, AttributeError) as fault:
-        raise AlphaflowError(f"{path}: not a whole safetensors file ({fault})") from fault
+        stamp = stamp_of(handle)
+        places, metadata = _parse(handle, stamp.size)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, OverflowError) as fault:
+        os.close(handle)
+        raise AlphaflowError(f"{path}: not a whole safetensors file ({brief(fault)})") from fault
+    file = TensorFile(path, handle, stamp, places, metadata)
+    weakref.finalize(file, os.close, handle)
+    return file
 
 
-def _parse(mapping: mmap.mmap) -> TensorFile:
-    length = int.from_bytes(mapping[:8], "little")
-    if length > len(mapping) - 8:
-        raise ValueError(f"its header should have {length} bytes, the file has {len(mapping)}")
-    header = json.loads(mapping[8 : 8 + length])
+def _parse(handle: int, size: int) -> tuple[dict[str, TensorPlace], dict[str, str]]:
+    length = int.from_bytes(os.pread(handle, 8, 0), "little")
+    if length > min(size - 8, MAX_HEADER):
+        raise ValueError(f"its header should have {length} bytes, the file has {size}")
+    header = json.loads(os.pread(handle, length, 8))
     metadata = header.pop("__metadata__", {})
-    tensors, starts = {}, {}
+    places = {}
     for name, entry in header.items():
         start, end = (8 + length + offset for offset in entry["data_offsets"])
-        if end > len(mapping):
-            raise ValueError(f"{name} should end at byte {end}, the file at {len(mapping)}")
-        code, shape = DTYPES[entry["dtype"]], entry["shape"]
-        tensors[name] = np.frombuffer(mapping, code, int(np.prod(shape)), start).reshape(shape)
-        starts[name] = start
-    return TensorFile(tensors, metadata, mapping, starts)
+        if end > size:
+            raise ValueError(f"{name} should end at byte {end}, the file at {size}")
+        code, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
+        wanted = np.dtype(code).itemsize * math.prod(shape)
+        if start < 8 + length or end - start != wanted or any(type(n) is not int or n < 0 for n in shape):
+            raise ValueError(f"{name} has {end - start} bytes for a shape of {list(shape)}")
+        places[name] = TensorPlace(np.dtype(code), shape, start)
+    return places, metadata
+
+
+def is_there(path: Path) -> bool:
+    """Whether something stands there that can be reached; a path that cannot be walked is not there."""
+    try:
+        path.stat()
+    except (OSError, ValueError):  # no permission, not a folder, too long, a zero byte
+        return False
+    return True
+
+
+def read_file(path: Path) -> bytes:
+    """A whole regular file of sane size; a pipe or device would block for ever."""
+    with open(path, "rb", opener=_open_without_waiting) as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError("not a regular file")
+        if status.st_size > MAX_BYTES:
+            raise OSError(f"{status.st_size:,} bytes, the limit is {MAX_BYTES:,}")
+        return file.read()
+
+
+def _open_without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 def sha256_of(path: Path) -> str:

@@ -8,6 +8,7 @@ The commit is looked up once and stands in the plan: a run that goes on reads th
 import re
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -41,10 +42,9 @@ class HubFiles:
         """As it is asked for."""
         return f"hf://datasets/{self.repo}"
 
-    def fetches(self, lines: Sequence[int]) -> Iterator[tuple[int, Fetch]]:
+    def reading(self, lines: Sequence[int]) -> AbstractContextManager[Iterator[tuple[int, Fetch]]]:
         """Each downloaded when it is its turn, several at a time by the decoding threads."""
-        for line in lines:
-            yield line, partial(download, self.repo, self.commit, self.names[line])
+        return nullcontext((line, partial(download, self.repo, self.commit, self.names[line])) for line in lines)
 
     def facts(self) -> dict[str, Any]:
         """The commit fixes every byte."""

@@ -12,17 +12,26 @@ manifest.json    written last: plan + count, bad pictures, statistics, shards, d
 
 import hashlib
 import json
+import math
+import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from types import UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
-from alphaflow_cli.data.files import to_json
+from alphaflow_cli.data.files import read_file, to_json
 from alphaflow_cli.errors import AlphaflowError
 
-AGAIN = "Remove it and run the same prep-latents command again"
+AGAIN = "Remove it, or the whole store, and run the same prep-latents command again"
 FORMAT, VERSION = "alphaflow-latents", 1
 Kind = Literal["moments", "mean", "pixels"]
+Record = TypeVar("Record", "Plan", "AutoencoderRecord", "Shard")
+DTYPES_ON_DISK = ("float16", "float32", "uint8")
+SHARD_FILE = re.compile(r"train-\d{5,9}\.safetensors")
+STATISTICS_FILE = "stats.safetensors"
+STATISTICS = {"file": str, "sha256": str, "images": int, "subset_images": int}
+MOST = 1 << 40  # of anything that is counted in a plan
 TRANSFORM = {  # a picture becomes the encoder's input like this, in this order; part of every plan
     "frame": "first",
     "orientation": "exif applied",
@@ -61,6 +70,16 @@ class Plan:
     transform: Mapping[str, str]
     classes: int
     shard_size: int  # pictures per shard, bad ones included
+
+    @property
+    def images(self) -> int:
+        """Pictures that were planned, bad ones included."""
+        return int(self.source["images"])
+
+    @property
+    def list_sha256(self) -> str:
+        """Of images.json."""
+        return str(self.source["list_sha256"])
 
     @property
     def rows(self) -> int:
@@ -119,13 +138,19 @@ def plan_from_dict(document: Mapping[str, Any], where: Path) -> Plan:
     if document.get("format") != FORMAT or document.get("version") != VERSION:
         found = f"{document.get('format')} version {document.get('version')}"
         raise AlphaflowError(f"{where}: format is {found}, this program reads {FORMAT} version {VERSION}")
-    values = {name: _field(document, name, where) for name in (f.name for f in fields(Plan))}
-    record = values["autoencoder"]
-    values["autoencoder"] = AutoencoderRecord(
-        **{f.name: _field(record, f.name, where) for f in fields(AutoencoderRecord)}
-    )
-    values["latent"] = tuple(values["latent"])
-    return Plan(**values)
+    plan = _build(Plan, document, where)
+    plan = replace(plan, autoencoder=_build(AutoencoderRecord, document["autoencoder"], where))
+    channels, height, width = plan.latent
+    plan = replace(plan, latent=(channels, height, width))
+    _check_fields(plan.source, {"images": int, "list_sha256": str}, where, "source.")
+    sizes = {"image_size": plan.image_size, "classes": plan.classes, "shard_size": plan.shard_size}
+    sizes |= {"source.images": plan.images} | {f"latent[{axis}]": length for axis, length in enumerate(plan.latent)}
+    for name, value in sizes.items():
+        if not 0 < value < MOST:
+            raise AlphaflowError(f"{where}: {name} is {value}, should be from 1 to {MOST - 1:,}. {AGAIN}")
+    if plan.dtype not in DTYPES_ON_DISK:
+        raise AlphaflowError(f"{where}: dtype is {plan.dtype!r}, should be {', '.join(DTYPES_ON_DISK)}. {AGAIN}")
+    return plan
 
 
 def manifest_to_bytes(plan: Plan, **parts: Any) -> bytes:
@@ -139,15 +164,34 @@ def digest_of(document: Mapping[str, Any]) -> str:
     return hashlib.sha256(to_json({k: v for k, v in document.items() if k != "digest"})).hexdigest()
 
 
+def read_bytes(path: Path) -> bytes:
+    """A file of a store as it is, or an error that names it."""
+    try:
+        return read_file(path)
+    except OSError as fault:
+        raise AlphaflowError(f"{path}: cannot be read ({fault.strerror or fault}). {AGAIN}") from fault
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object, or an error that names the file."""
     try:
-        document = json.loads(path.read_bytes())
-    except (OSError, ValueError) as fault:
-        raise AlphaflowError(f"{path}: cannot be read as JSON ({fault})") from fault
+        document = json.loads(read_bytes(path))
+    except (ValueError, RecursionError) as fault:
+        raise AlphaflowError(f"{path}: cannot be read as JSON ({fault}). {AGAIN}") from fault
     if not isinstance(document, dict):
-        raise AlphaflowError(f"{path}: is not a JSON object")
+        raise AlphaflowError(f"{path}: is not a JSON object. {AGAIN}")
     return document
+
+
+def read_list(path: Path) -> list[tuple[str, int]]:
+    """images.json: the name and the label of every picture."""
+    try:
+        rows = json.loads(read_bytes(path))
+        if not _fits(rows, list[list[Any]]) or not all(_fits(row, tuple[str, int]) for row in rows):
+            raise ValueError("should be [[name, label], …]")
+    except (ValueError, RecursionError) as fault:
+        raise AlphaflowError(f"{path}: not a list of pictures ({fault}). {AGAIN}") from fault
+    return [(name, label) for name, label in rows]
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -160,14 +204,26 @@ def read_manifest(folder: Path) -> Manifest:
         raise AlphaflowError(f"{path}: was changed after it was written: {'; '.join(edited)}. {AGAIN}")
     if document.get("digest") != digest_of(document):
         raise AlphaflowError(f"{path}: was changed after it was written (its digest differs). {AGAIN}")
-    shards = [shard_from_dict(entry, path) for entry in _field(document, "shards", path)]
-    names = ("count", "bad", "statistics", "digest")
-    return Manifest(plan, shards=shards, **{name: _field(document, name, path) for name in names})
+    body = {name: _field(document, name, path) for name in (f.name for f in fields(Manifest)) if name != "plan"}
+    _check_fields(body, {f.name: f.type for f in fields(Manifest) if f.name not in ("plan", "shards")}, path)
+    _check_fields(body, {"shards": list[dict[str, Any]]}, path)
+    _check_fields(body["statistics"], STATISTICS, path, "statistics.")
+    shards = [shard_from_dict(entry, path) for entry in body["shards"]]
+    if body["statistics"]["file"] != STATISTICS_FILE:
+        raise AlphaflowError(f"{path}: the statistics should be in {STATISTICS_FILE}. {AGAIN}")
+    if not body["count"] or body["count"] != sum(shard.count for shard in shards):
+        raise AlphaflowError(f"{path}: its shards have not the {body['count']:,} pictures that it counts. {AGAIN}")
+    return Manifest(**{**body, "plan": plan, "shards": shards})
 
 
 def shard_from_dict(document: Mapping[str, Any], where: Path) -> Shard:
     """A sidecar."""
-    return Shard(**{f.name: _field(document, f.name, where) for f in fields(Shard)})
+    shard = _build(Shard, document, where)
+    if not SHARD_FILE.fullmatch(shard.file):
+        raise AlphaflowError(f"{where}: {shard.file!r} is not the name of a shard. {AGAIN}")
+    for entry in shard.bad:
+        _check_fields(entry, {"line": int, "name": str, "why": str}, where, "bad.")
+    return shard
 
 
 def differences(one: Mapping[str, Any], other: Mapping[str, Any], left: str, right: str, prefix: str = "") -> list[str]:
@@ -184,5 +240,40 @@ def differences(one: Mapping[str, Any], other: Mapping[str, Any], left: str, rig
 
 def _field(document: Mapping[str, Any], name: str, where: Path) -> Any:
     if name not in document:
-        raise AlphaflowError(f"{where}: the field {name} is missing")
+        raise AlphaflowError(f"{where}: the field {name} is missing. {AGAIN}")
     return document[name]
+
+
+def _build(kind: type[Record], document: Mapping[str, Any], where: Path) -> Record:
+    """A dataclass of the fields of a JSON object, each of the kind that the dataclass says."""
+    kinds = {f.name: f.type for f in fields(kind)}
+    _check_fields(document, kinds, where)
+    return kind(**{name: document[name] for name in kinds})
+
+
+def _check_fields(document: Mapping[str, Any], kinds: Mapping[str, Any], where: Path, prefix: str = "") -> None:
+    for name, kind in kinds.items():
+        value = _field(document, name, where)
+        if not _fits(value, kind):
+            shown = json.dumps(value)[:60]
+            raise AlphaflowError(f"{where}: the field {prefix}{name} is of the wrong kind: {shown}. {AGAIN}")
+
+
+def _fits(value: object, kind: Any) -> bool:
+    """A value of JSON is what a field's type says: no bool for a number, no number for a text."""
+    origin, parts = get_origin(kind), get_args(kind)
+    if origin is Literal:
+        return value in parts if isinstance(value, str) else False
+    if origin in (Union, UnionType):
+        return any(_fits(value, part) for part in parts)
+    if origin is tuple:
+        if not isinstance(value, list) or len(value) != len(parts):
+            return False
+        return all(_fits(one, part) for one, part in zip(value, parts, strict=True))
+    if origin is list:
+        return isinstance(value, list) and all(_fits(one, parts[0]) for one in value)
+    if origin in (dict, Mapping) or is_dataclass(kind):
+        return isinstance(value, dict)
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return kind is Any or type(value) is kind

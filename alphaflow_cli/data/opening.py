@@ -5,6 +5,7 @@ from pathlib import Path
 from alphaflow_cli.data.archives import open_archive
 from alphaflow_cli.data.sources import Source, open_folder, parse_glyphs
 from alphaflow_cli.errors import AlphaflowError
+from alphaflow_cli.text import brief
 
 
 def open_source(text: str) -> Source:
@@ -15,9 +16,14 @@ def open_source(text: str) -> Source:
         from alphaflow_cli.data.hub_images import open_hub
 
         return open_hub(text)
-    path = Path(text).expanduser()
-    if path.is_dir():
-        return open_folder(path.resolve())
-    if path.is_file():
-        return open_archive(path.resolve())
-    raise AlphaflowError(f"{text}: no such folder or archive. Others: hf://datasets/USER/NAME, glyphs:4000")
+    try:
+        path = Path(text).expanduser()
+        is_folder, is_file = path.is_dir(), path.is_file()
+        path = path.resolve()
+    except (OSError, RuntimeError) as fault:  # no permission, too long; no home folder of that name, links in circles
+        raise AlphaflowError(f"{brief(text)}: cannot be opened ({getattr(fault, 'strerror', '') or fault})") from fault
+    if is_folder:
+        return open_folder(path)
+    if is_file:
+        return open_archive(path)
+    raise AlphaflowError(f"{brief(text)}: no such folder or archive. Others: hf://datasets/USER/NAME, glyphs:4000")

@@ -1,23 +1,42 @@
 """One picture file becomes one square RGB array, whatever it was: the rule of manifest.TRANSFORM."""
 
+import re
 import struct
 from io import BytesIO
+from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from alphaflow_cli.data.files import Array
+from alphaflow_cli.text import brief
 
 Image.MAX_IMAGE_PIXELS = None  # Pillow's guard warns, then raises; ours is one limit, and names the file
 MAX_PIXELS = 200_000_000  # a picture claiming more is taken for a bomb: decoding it needs 3 bytes per pixel and more
-MAX_BYTES = 1 << 30  # of one file
 
+FORMATS = (  # the decoders that may see a picture: each reads its bytes itself. Pillow has others that start a program
+    *("BMP", "DIB", "GIF", "JPEG", "JPEG2000", "MPO", "PPM", "PNG", "TIFF", "WEBP", "AVIF"),
+    "TGA",  # it has no mark at its beginning, and takes what nobody else wants
+)
 _JPEG, _PORTABLE = (".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".j2k"), (".ppm", ".pgm", ".pbm", ".pnm")
 SUFFIXES = (*_JPEG, *_PORTABLE, ".png", ".apng", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".tga", ".avif")
 
 
+ADDRESS = re.compile(r"<[^<>]* at 0x[0-9a-fA-F]+>")  # of an object; it differs from run to run
+
+
 class BadPicture(Exception):
-    """A file that is not a whole picture, and why."""
+    """A file that is not a whole picture, and why: the same words for the same bytes, they stand in a manifest."""
+
+
+def open_picture(file: Path | BinaryIO) -> Image.Image:
+    """The one place of the package where Pillow opens a file, with the decoders of FORMATS only.
+
+    Left to choose, Pillow looks at the bytes alone, and gives PostScript called holiday.jpg to Ghostscript.
+    """
+    Image.init()
+    return Image.open(file, formats=[name for name in FORMATS if name in Image.OPEN])
 
 
 def decode(data: bytes | Image.Image, size: int, max_pixels: int) -> Array:
@@ -45,15 +64,18 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
     if not data:
         raise BadPicture("an empty file")
     try:
-        image = Image.open(BytesIO(data))
+        image = open_picture(BytesIO(data))
         if image.width * image.height > max_pixels:
             raise BadPicture(f"{image.width} x {image.height} pixels, the limit is {max_pixels / 1e6:g} million")
         image.load()  # the first frame of an animation
         return _upright(image)
     except BadPicture:
         raise
+    except UnidentifiedImageError as fault:  # its own words hold an address in memory
+        raise BadPicture("not a whole picture (not of a form that is read here: JPEG, PNG, WebP, TIFF, …)") from fault
     except Exception as fault:  # decoders raise anything on broken data: OSError, SyntaxError, struct.error, ...
-        raise BadPicture(f"not a whole picture ({fault or type(fault).__name__})") from fault
+        reason = brief(ADDRESS.sub("", str(fault)).strip() or type(fault).__name__)
+        raise BadPicture(f"not a whole picture ({reason})") from fault
 
 
 def _upright(image: Image.Image) -> Image.Image:

@@ -1,4 +1,4 @@
-"""Rows out of many memory-mapped shard files."""
+"""Rows out of many shard files."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 
 from alphaflow_cli.data.files import Array, TensorFile, open_tensors
-from alphaflow_cli.data.manifest import Plan
+from alphaflow_cli.data.manifest import AGAIN, Plan
 from alphaflow_cli.data.stats import Statistics, statistics_of
+from alphaflow_cli.errors import AlphaflowError
 
 DENSE = 4  # a shard of which more than a quarter is wanted is read by the system's own read-ahead
 
@@ -30,11 +31,11 @@ class Shards:
         order = np.argsort(rows, kind="stable")
         pieces = list(self._per_file(rows[order]))
         for file, _, local in pieces:
-            if len(local) * DENSE < len(self.files[file].tensors[name]):
-                for row in local:
-                    self.files[file].will_need(name, int(row))
+            if len(local) * DENSE < self.files[file].places[name].shape[0]:
+                for row in local.tolist():
+                    self.files[file].will_need(name, row)
         for file, piece, local in pieces:
-            out[places[order[piece]]] = self.files[file].tensors[name][local]
+            self.files[file].read_rows(name, local.tolist(), out, places[order[piece]].tolist())
 
     def _per_file(self, ordered: Array) -> Iterator[tuple[int, slice, Array]]:
         cuts = np.searchsorted(ordered, self.starts)
@@ -44,9 +45,12 @@ class Shards:
 
 
 def open_shards(paths: list[Path]) -> Shards:
-    """Map the files; how many rows each has is read from its labels."""
+    """Open the files; how many rows each has is read from its labels."""
     files = [open_tensors(path) for path in paths]
-    starts = np.cumsum([0, *(len(file.tensors["label"]) for file in files)])
+    for file in files:
+        if len(file.places["label"].shape if "label" in file.places else ()) != 1:
+            raise AlphaflowError(f"{file.path}: not a shard of latents, it holds no labels. {AGAIN}")
+    starts = np.cumsum([0, *(file.places["label"].shape[0] for file in files)])
     return Shards(files, starts)
 
 

@@ -1,12 +1,14 @@
 """Where pictures come from. A source lists names first; the bytes of one are fetched when it is its turn.
 
-`fetches(lines)` yields (line, fetch) in the order given, which is increasing: fetch() returns the file's bytes or the
-picture itself, may run in another thread, and raises OSError where the file is gone.
+`with source.reading(lines) as fetches` opens what has to be open for one pass. `fetches` yields (line, fetch) in the
+order given, which is increasing: fetch() returns the file's bytes or the picture itself, may run in another thread, and
+raises OSError where the file is gone. Whoever reads holds the context until the last fetch has returned.
 """
 
 import os
-import stat
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -15,11 +17,15 @@ from typing import Any, Protocol
 from PIL import Image
 
 from alphaflow_cli.data.classes import SPLITS
+from alphaflow_cli.data.files import read_file
 from alphaflow_cli.data.glyphs import GLYPHS, draw_glyph
-from alphaflow_cli.data.pictures import MAX_BYTES, SUFFIXES
+from alphaflow_cli.data.pictures import SUFFIXES
 from alphaflow_cli.errors import AlphaflowError
+from alphaflow_cli.text import brief
 
 Fetch = Callable[[], bytes | Image.Image]
+Identity = tuple[int, int]  # of a folder: its device and inode
+MAX_WAYS = 1000  # see open_folder
 
 
 class Source(Protocol):
@@ -45,8 +51,8 @@ class Source(Protocol):
         """What was left aside, for people."""
         ...
 
-    def fetches(self, lines: Sequence[int]) -> Iterator[tuple[int, Fetch]]:
-        """The pictures on these lines, in order."""
+    def reading(self, lines: Sequence[int]) -> AbstractContextManager[Iterator[tuple[int, Fetch]]]:
+        """The pictures on these lines, in order; the fetches work until the context ends."""
         ...
 
     def facts(self) -> dict[str, Any]:
@@ -77,10 +83,9 @@ class Folder:
         own, above = self.root.name, self.root.parent.name
         return f"{above}/{own}" if own.lower() in SPLITS and above else own
 
-    def fetches(self, lines: Sequence[int]) -> Iterator[tuple[int, Fetch]]:
+    def reading(self, lines: Sequence[int]) -> AbstractContextManager[Iterator[tuple[int, Fetch]]]:
         """Each file, opened when it is fetched."""
-        for line in lines:
-            yield line, partial(_read_below, self.root, self.names[line])
+        return nullcontext((line, partial(_read_below, self.root, self.names[line])) for line in lines)
 
     def facts(self) -> dict[str, Any]:
         """Nothing beyond the names."""
@@ -89,7 +94,10 @@ class Folder:
     def classes_json(self) -> bytes | None:
         """In the root."""
         path = self.root / "classes.json"
-        return path.read_bytes() if path.is_file() else None
+        try:
+            return read_file(path) if path.exists() else None
+        except OSError as fault:
+            raise AlphaflowError(f"{path}: cannot be read ({fault.strerror or fault}). Mend or remove it") from fault
 
     def class_order(self) -> Sequence[str] | None:
         """Sorted."""
@@ -114,10 +122,9 @@ class Glyphs:
         """disc/3, heart/4, …"""
         return [f"{GLYPHS[index % len(GLYPHS)]}/{index}" for index in range(self.count)]
 
-    def fetches(self, lines: Sequence[int]) -> Iterator[tuple[int, Fetch]]:
+    def reading(self, lines: Sequence[int]) -> AbstractContextManager[Iterator[tuple[int, Fetch]]]:
         """Drawn on the spot."""
-        for line in lines:
-            yield line, partial(draw_glyph, line)
+        return nullcontext((line, partial(draw_glyph, line)) for line in lines)
 
     def facts(self) -> dict[str, Any]:
         """Nothing beyond the names."""
@@ -133,44 +140,72 @@ class Glyphs:
 
 
 def open_folder(root: Path) -> Folder:
-    """List a folder: links are followed, but not round in circles; hidden files and other suffixes are left aside."""
+    """List a folder: links are followed, but not round in circles; hidden files and other suffixes are left aside.
+
+    Folders that link to each other can be walked in more ways than anybody waits for: eight of them in 100,000. One
+    that is reached by MAX_WAYS chains of two links and more is refused. Links side by side may be as many as you like.
+    """
+    try:
+        return _walk(root)
+    except OSError as fault:
+        where, reason = brief(fault.filename or root), fault.strerror or fault
+        raise AlphaflowError(f"{where}: cannot be listed ({reason}). Make it readable, or move it away") from fault
+
+
+def _walk(root: Path) -> Folder:
     names, aside, loops = [], 0, 0
-    pending: list[tuple[str, frozenset[tuple[int, int]]]] = [("", frozenset([_identity(root)]))]
+    ways: Counter[Identity] = Counter()
+    pending = [_Below("", frozenset([_identity(root)]), 0)]
     while pending:
-        below, above = pending.pop()
-        with os.scandir(root / below) as entries:
-            for entry in sorted(entries, key=lambda found: found.name):
-                name = f"{below}{entry.name}"
-                if entry.name.startswith(".") or entry.name == "__MACOSX":
-                    aside += 1
-                elif _is_folder(entry):
-                    identity = _identity(Path(entry.path))
-                    loops += identity in above
-                    if identity not in above:
-                        pending.append((f"{name}/", above | {identity}))
-                elif is_picture(name):
-                    names.append(name)
-                elif name != "classes.json":
-                    aside += 1
+        here = pending.pop()
+        entries = _entries(root, here.path)
+        aside += entries is None
+        for entry in entries or []:
+            name = f"{here.path}{entry.name}"
+            if entry.name.startswith(".") or entry.name == "__MACOSX":
+                aside += 1
+            elif _is_folder(entry):
+                identity, links = _identity(entry), here.links + entry.is_symlink()
+                ways[identity] += links > 1
+                if ways[identity] > MAX_WAYS:
+                    raise AlphaflowError(
+                        f"{root}: links lead to {brief(entry.path)} in more than {MAX_WAYS:,} ways. Remove such links"
+                    )
+                loops += identity in here.above
+                if identity not in here.above:
+                    pending.append(_Below(f"{name}/", here.above | {identity}, links))
+            elif is_picture(name):
+                names.append(name)
+            elif name != "classes.json":
+                aside += 1
     notes = [f"{aside} other files left aside"] if aside else []
     notes += [f"{loops} links that lead back to their own folder not followed"] if loops else []
     return Folder(root, sorted(names), notes)
 
 
+@dataclass(frozen=True)
+class _Below:
+    """A folder that is still to be listed."""
+
+    path: str  # below the root, with a slash at its end
+    above: frozenset[Identity]  # the folders on the way here, itself included
+    links: int  # followed on the way here
+
+
+def _entries(root: Path, below: str) -> "list[os.DirEntry[str]] | None":
+    """Sorted; None for what a file system keeps for its own repairs, which only root may read."""
+    try:
+        with os.scandir(root / below) as entries:
+            return sorted(entries, key=lambda entry: entry.name)
+    except PermissionError:
+        if below.endswith("lost+found/"):
+            return None
+        raise
+
+
 def is_picture(name: str) -> bool:
     """By its suffix, in any case."""
     return name.lower().endswith(SUFFIXES)
-
-
-def read_file(path: Path) -> bytes:
-    """A whole regular file of sane size; a pipe or device would block for ever."""
-    with open(path, "rb", opener=_open_without_waiting) as file:
-        status = os.fstat(file.fileno())
-        if not stat.S_ISREG(status.st_mode):
-            raise OSError("not a regular file")
-        if status.st_size > MAX_BYTES:
-            raise OSError(f"{status.st_size:,} bytes, the limit is {MAX_BYTES:,}")
-        return file.read()
 
 
 def _read_below(root: Path, name: str) -> bytes:
@@ -186,13 +221,9 @@ def _read_below(root: Path, name: str) -> bytes:
 def parse_glyphs(text: str) -> Glyphs:
     """`glyphs:N`."""
     count = text.removeprefix("glyphs:")
-    if not count.isdecimal() or not 0 < int(count) <= 10_000_000:
-        raise AlphaflowError(f"{text}: should be glyphs:N with N from 1 to 10,000,000")
+    if not (count.isascii() and count.isdigit() and len(count) < 20 and 0 < int(count) <= 10_000_000):
+        raise AlphaflowError(f"{brief(text)}: should be glyphs:N with N from 1 to 10,000,000")
     return Glyphs(int(count))
-
-
-def _open_without_waiting(path: str, flags: int) -> int:
-    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 def _is_folder(entry: "os.DirEntry[str]") -> bool:
@@ -202,6 +233,6 @@ def _is_folder(entry: "os.DirEntry[str]") -> bool:
         return False
 
 
-def _identity(path: Path) -> tuple[int, int]:
+def _identity(path: "Path | os.DirEntry[str]") -> Identity:
     status = path.stat()
     return status.st_dev, status.st_ino

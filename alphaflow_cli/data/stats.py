@@ -104,6 +104,10 @@ def statistics_tensors(stats: Statistics, name: str) -> dict[str, Array]:
 
 def read_statistics(file: TensorFile) -> dict[str, Statistics]:
     """Every statistics of a file, by name."""
-    parts, end = file.tensors, "_squares"
-    names = [key.removesuffix(end) for key in parts if key.endswith(end)]
-    return {n: Statistics(int(parts[f"{n}_count"][0]), parts[f"{n}_mean"], parts[f"{n}{end}"]) for n in names}
+    end = "_squares"
+    names = [key.removesuffix(end) for key in file.places if key.endswith(end)]
+    return {name: _read_one(file, name) for name in names}
+
+
+def _read_one(file: TensorFile, name: str) -> Statistics:
+    return Statistics(int(file.read(f"{name}_count")[0]), file.read(f"{name}_mean"), file.read(f"{name}_squares"))

@@ -7,8 +7,9 @@ from typing import Literal
 
 import numpy as np
 
-from alphaflow_cli.data.files import Array, open_tensors, sha256_of_all
-from alphaflow_cli.data.manifest import Manifest, Plan, read_json, read_manifest
+from alphaflow_cli.data.classes import parse_classes
+from alphaflow_cli.data.files import Array, Stamp, changed, is_there, open_tensors, sha256_of_all, stamp_of
+from alphaflow_cli.data.manifest import AGAIN, Manifest, Plan, plan_from_dict, read_bytes, read_json, read_manifest
 from alphaflow_cli.data.shards import Shards, open_shards
 from alphaflow_cli.data.stats import Statistics, read_statistics
 from alphaflow_cli.errors import AlphaflowError
@@ -38,12 +39,19 @@ def open_store(path: Path, verify: Verify) -> Store:
     `full` reads every byte once against its checksum (which also warms the page cache); `sizes` trusts the disk.
     """
     manifest = _manifest_of(path)
+    before = _stamps(path, manifest)
     faults = _faults(path, manifest, verify)
     if faults:
         raise AlphaflowError("\n".join(faults) + f"\n{path}: remove the named files and run prep-latents again")
     shards = open_shards([path / shard.file for shard in manifest.shards])
-    labels = np.concatenate([file.tensors["label"] for file in shards.files])
+    for file in shards.files:
+        if file.stamp != before[file.path]:  # while the checksums were taken, which may last minutes
+            raise changed(file.path)
+    _check_shards(shards, manifest)
+    labels = np.concatenate([file.read("label") for file in shards.files])
     statistics = read_statistics(open_tensors(path / manifest.statistics["file"]))
+    if not {"all", "subset"} <= statistics.keys():
+        raise AlphaflowError(f"{path / manifest.statistics['file']}: holds no statistics of the latents. {AGAIN}")
     store = Store(path, manifest, shards, labels, statistics)
     _check_content(store)
     return store
@@ -51,8 +59,7 @@ def open_store(path: Path, verify: Verify) -> Store:
 
 def class_names(path: Path) -> list[str]:
     """The classes' display names by index."""
-    entries = read_json(path / "classes.json").values()
-    return [str(entry["name"]) for entry in sorted(entries, key=lambda entry: int(entry["index"]))]
+    return parse_classes(read_bytes(path / "classes.json"), str(path / "classes.json")).names
 
 
 def verify_store(path: Path) -> list[str]:
@@ -103,24 +110,44 @@ def _same(has: object, wants: object) -> bool:
 
 
 def _manifest_of(path: Path) -> Manifest:
-    if (path / "manifest.json").exists():
+    if is_there(path / "manifest.json"):
         return read_manifest(path)
-    if (path / "plan.json").exists():
-        plan = read_json(path / "plan.json")
+    if is_there(path / "plan.json"):
+        plan = plan_from_dict(read_json(path / "plan.json"), path / "plan.json")
         done = len(list(path.glob("train-*.json")))
-        total = -(-int(plan["source"]["images"]) // int(plan["shard_size"]))
+        total = -(-plan.images // plan.shard_size)
         raise AlphaflowError(f"{path}: unfinished, {done} of {total} shards. Run the same prep-latents command again")
     raise AlphaflowError(
         f"{path}: no latent store here (no manifest.json). Run: alphaflow prep-latents SOURCE --out {path}"
     )
 
 
+def _stamps(path: Path, manifest: Manifest) -> dict[Path, Stamp]:
+    """Of the shards that are there, before their checksums are taken."""
+    files = [path / shard.file for shard in manifest.shards]
+    return {file: stamp_of(file) for file in files if is_there(file)}
+
+
+def _check_shards(shards: Shards, manifest: Manifest) -> None:
+    """Each file holds the tensors that the plan and the sidecar speak of."""
+    plan = manifest.plan
+    kinds = [plan.kind, *([f"{plan.kind}_flip"] if plan.stores_flips else [])]
+    for file, shard in zip(shards.files, manifest.shards, strict=True):
+        wanted: dict[str, tuple[object, tuple[int, ...]]]
+        wanted = {name: (np.dtype(plan.dtype), (shard.count, plan.rows, *plan.latent[1:])) for name in kinds}
+        wanted["label"] = (np.dtype(np.int64), (shard.count,))
+        for name, fact in wanted.items():
+            place = file.places.get(name)
+            if place is None or (place.dtype, place.shape) != fact:
+                raise AlphaflowError(f"{file.path}: its {name} are not what manifest.json says. {AGAIN}")
+
+
 def _faults(path: Path, manifest: Manifest, verify: Verify) -> list[str]:
     sizes = [(path / shard.file, shard.bytes) for shard in manifest.shards]
     faults = [fault for file, size in sizes if (fault := _size_fault(file, size))]
     sums = [(path / manifest.statistics["file"], manifest.statistics["sha256"])]
-    sums.append((path / "images.json", manifest.plan.source["list_sha256"]))
-    faults += [f"{file}: missing" for file, _ in sums if not file.exists()]
+    sums.append((path / "images.json", manifest.plan.list_sha256))
+    faults += [f"{file}: missing" for file, _ in sums if not is_there(file)]
     if faults:
         return faults
     if verify == "full":
@@ -131,7 +158,7 @@ def _faults(path: Path, manifest: Manifest, verify: Verify) -> list[str]:
 
 
 def _size_fault(file: Path, size: int) -> str:
-    if not file.exists():
+    if not is_there(file):
         return f"{file}: missing"
     found = file.stat().st_size
     return "" if found == size else f"{file}: {found:,} bytes, should be {size:,} (truncated or overwritten)"

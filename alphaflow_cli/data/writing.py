@@ -5,8 +5,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from alphaflow_cli.data.files import Array, to_json, write_atomic, write_tensors
-from alphaflow_cli.data.manifest import Plan, Shard, manifest_to_bytes, read_json, shard_from_dict
+from alphaflow_cli.data.files import Array, is_there, to_json, write_atomic, write_tensors
+from alphaflow_cli.data.manifest import (
+    AGAIN,
+    STATISTICS_FILE,
+    Plan,
+    Shard,
+    manifest_to_bytes,
+    read_json,
+    shard_from_dict,
+)
 from alphaflow_cli.data.shards import open_shards, statistics_of_rows
 from alphaflow_cli.data.stats import (
     Statistics,
@@ -31,7 +39,7 @@ def is_done(out: Path, shard: int) -> bool:
     """It has a sidecar, and the length that this says."""
     file = out / shard_name(shard)
     sidecar = file.with_suffix(".json")
-    return sidecar.exists() and file.exists() and file.stat().st_size == read_json(sidecar).get("bytes")
+    return is_there(sidecar) and is_there(file) and file.stat().st_size == read_json(sidecar).get("bytes")
 
 
 def write_shard(out: Path, plan: Plan, shard: int, content: Mapping[str, Array], bad: list[dict[str, Any]]) -> None:
@@ -47,17 +55,17 @@ def write_shard(out: Path, plan: Plan, shard: int, content: Mapping[str, Array],
 
 def finish_store(out: Path, plan: Plan) -> None:
     """Statistics of everything, then the manifest that makes it a store. The plan is on disk, and so are all shards."""
-    total = -(-plan.source["images"] // plan.shard_size)
+    total = -(-plan.images // plan.shard_size)
     paths = [out / shard_name(shard) for shard in range(total)]
-    sidecars = [shard_from_dict(read_json(path.with_suffix(".json")), path) for path in paths]
+    sidecars = [_read_sidecar(plan, number, path) for number, path in enumerate(paths)]
     count, bad = sum(shard.count for shard in sidecars), [entry for shard in sidecars for entry in shard.bad]
     if not count:
         raise AlphaflowError(f"{out}: not one good picture; the first, {bad[0]['name']!r}: {bad[0]['why']}")
     stats = _statistics(plan, paths)
     content = {key: value for name, part in stats.items() for key, value in statistics_tensors(part, name).items()}
-    _, digest = write_tensors(out / "stats.safetensors", content, METADATA)
+    _, digest = write_tensors(out / STATISTICS_FILE, content, METADATA)
     summary = {
-        "file": "stats.safetensors",
+        "file": STATISTICS_FILE,
         "sha256": digest,
         "images": stats["all"].count,
         "subset_images": stats["subset"].count,
@@ -67,6 +75,15 @@ def finish_store(out: Path, plan: Plan) -> None:
     shards = [asdict(shard) for shard in sidecars]
     document = manifest_to_bytes(plan, count=count, bad=bad, statistics=summary, shards=shards)
     write_atomic(out / "manifest.json", [document])
+
+
+def _read_sidecar(plan: Plan, number: int, path: Path) -> Shard:
+    where = path.with_suffix(".json")
+    shard, first = shard_from_dict(read_json(where), where), number * plan.shard_size
+    lines = min(plan.shard_size, plan.images - first)
+    if (shard.file, shard.first, shard.lines) != (path.name, first, lines) or shard.count + len(shard.bad) != lines:
+        raise AlphaflowError(f"{where}: not the sidecar of pictures {first} to {first + lines - 1}. {AGAIN}")
+    return shard
 
 
 def _statistics(plan: Plan, paths: list[Path]) -> dict[str, Statistics]:

@@ -2,13 +2,15 @@
 
 OUT/<key>/batches.jsonl has one line per finished batch; the key is a hash of the checkpoint's bytes, the store and the
 settings, so that the same command goes on where it stopped, and another one never mixes with it. A line says which
-batch it is, so a damaged line costs time but changes no number. Two analyses of one folder at once: one is refused.
+batch it is and ends with its checksum, so a damaged one costs time but changes no number. Of two analyses of one folder
+at once the second is refused.
 """
 
 import hashlib
 import json
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +34,7 @@ from alphaflow_cli.engine.protocol import environment
 from alphaflow_cli.engine.ready import check_folder, check_store
 from alphaflow_cli.engine.state import checkpoint_folders
 from alphaflow_cli.engine.step import Objective
-from alphaflow_cli.errors import AlphaflowError
+from alphaflow_cli.errors import AlphaflowError, blamed_on
 from alphaflow_cli.recipe.schema import Recipe
 
 SCHEMA = "alphaflow-conflict/1"
@@ -130,7 +132,10 @@ def analyze_one(address: str, request: Request, out: Path) -> dict[str, Any]:
     work = Work(generator, stream, request, objective_of(recipe, device), path)
     rows = measure_missing(work)
     stream.close()
-    return {**protocol, "step": generator.origin.get("step"), "address": address, **summarise(rows)}
+    former = any("sha256" not in row for row in rows)  # then a damaged one may be among them
+    with blamed_on(path, "the batches of an analysis") if former else nullcontext():
+        summary = summarise(rows)
+    return {**protocol, "step": generator.origin.get("step"), "address": address, **summary}
 
 
 def store_of(recipe: Recipe, request: Request) -> Path:
@@ -182,8 +187,9 @@ def measure_missing(work: Work) -> list[dict[str, Any]]:
     with Progress(f"step {step}", wanted, unit="batch", done=wanted - len(missing)) as bar:
         for index in missing:
             with smaller_batch_if_full(work.request.batch):
-                rows[index] = measure_one(net, work, index)
-            check_finite(work, rows[index])
+                row = measure_one(net, work, index)
+            check_finite(work, row)
+            rows[index] = {**row, "sha256": _checksum(row)}
             _append(work.path, rows[index])
             bar.advance(1)
     return [rows[index] for index in range(wanted)]
@@ -243,11 +249,17 @@ def read_lines(path: Path) -> dict[int, dict[str, Any]]:
 
 
 def _batch_of(line: str) -> int | None:
-    """Which batch a line is of; None where a power cut or another writer damaged it."""
+    """Which batch a line is of; None where a power cut or another writer damaged it. Former lines have no checksum."""
     try:
-        return int(json.loads(line)["batch"])
-    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+        row = json.loads(line)
+        return int(row["batch"]) if row.get("sha256") in (None, _checksum(row)) else None
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         return None
+
+
+def _checksum(row: dict[str, Any]) -> str:
+    values = {name: value for name, value in row.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _append(path: Path, row: dict[str, Any]) -> None:

@@ -3,9 +3,9 @@
 import errno
 import itertools
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +21,7 @@ from alphaflow_cli.data.writing import write_shard
 from alphaflow_cli.engine.processes import smaller_batch_if_full
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.nn.autoencoder import Autoencoder, load_autoencoder
+from alphaflow_cli.text import brief
 
 Bad = Literal["stop", "skip"]
 Tell = Callable[[int], None]
@@ -68,9 +69,9 @@ class Picture:
 def work(job: Job, shards: Sequence[int], device: torch.device, tell: Tell) -> None:
     """Make these shards; the source is walked through once, in order."""
     encoder = load_autoencoder(job.autoencoder, device=device)
-    stream = pictures(job, [line for shard in shards for line in job.span(shard)])
-    for shard in shards:
-        encode_shard(job, shard, encoder, itertools.islice(stream, len(job.span(shard))), device=device, tell=tell)
+    with closing(pictures(job, [line for shard in shards for line in job.span(shard)])) as stream:
+        for shard in shards:
+            encode_shard(job, shard, encoder, itertools.islice(stream, len(job.span(shard))), device=device, tell=tell)
 
 
 def encode_shard(
@@ -88,21 +89,24 @@ def encode_shard(
     rows.save(shard)
 
 
-def pictures(job: Job, lines: Sequence[int]) -> Iterator[Picture]:
-    """Decoded ahead of the encoder, in order."""
-    fetches = job.source.fetches([job.lines[line] for line in lines])
-    pairs = ((line, fetch) for line, (_, fetch) in zip(lines, fetches, strict=True))
+def pictures(job: Job, lines: Sequence[int]) -> Generator[Picture, None, None]:
+    """Decoded ahead of the encoder, in order.
+
+    The source is open from the first fetch to the end of the last thread: the list of fetches ends long before.
+    """
     pool = ThreadPoolExecutor(job.threads, "decode")
     pending: deque[Future[list[Picture]]] = deque()
-    try:
-        while group := list(itertools.islice(pairs, TOGETHER)):
-            pending.append(pool.submit(_decode_all, group, job.plan.image_size, job.max_pixels))
-            if len(pending) * TOGETHER > 2 * job.batch + TOGETHER * job.threads:
+    with job.source.reading([job.lines[line] for line in lines]) as fetches:
+        pairs = ((line, fetch) for line, (_, fetch) in zip(lines, fetches, strict=True))
+        try:
+            while group := list(itertools.islice(pairs, TOGETHER)):
+                pending.append(pool.submit(_decode_all, group, job.plan.image_size, job.max_pixels))
+                if len(pending) * TOGETHER > 2 * job.batch + TOGETHER * job.threads:
+                    yield from pending.popleft().result()
+            while pending:
                 yield from pending.popleft().result()
-        while pending:
-            yield from pending.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def _decode_all(group: list[tuple[int, Fetch]], size: int, max_pixels: int) -> list[Picture]:
@@ -115,6 +119,8 @@ def _decode_one(line: int, fetch: Fetch, size: int, max_pixels: int) -> Picture:
     except BadPicture as fault:
         return Picture(line, None, str(fault))
     except OSError as fault:  # removed while we run, no permission, a link to nowhere
+        if fault.errno == errno.EBADF:  # a file that we closed: never a fault of the picture
+            raise
         if fault.errno in SOURCE_DOWN:
             raise AlphaflowError(f"the source cannot be read any more ({fault}); try again later") from fault
         return Picture(line, None, f"cannot be read ({fault.strerror or fault})")
@@ -162,7 +168,8 @@ def precision(name: str, device: torch.device) -> Iterator[None]:
 
 def sample_pixels(source: Source, lines: Sequence[int], size: int, max_pixels: int) -> Array:
     """Some pictures as the encoder gets them, uint8 (n, 3, H, W); bad ones are passed over."""
-    found = [_decode_one(line, fetch, size, max_pixels).pixels for line, fetch in source.fetches(lines)]
+    with source.reading(lines) as fetches:
+        found = [_decode_one(line, fetch, size, max_pixels).pixels for line, fetch in fetches]
     return np.stack([pixels for pixels in found if pixels is not None] or [np.zeros((3, size, size), np.uint8)])
 
 
@@ -190,15 +197,22 @@ def _moments(encoder: Autoencoder, sample: Array, name: str, device: torch.devic
 
 
 @contextmanager
-def room_for(out: Path) -> Iterator[None]:
-    """A disk that fills up is a clear message; what is finished stays and is resumed from."""
+def writing_to(out: Path) -> Iterator[None]:
+    """A disk that fills up, or a place that cannot be written, is a clear message; what is finished stays and is
+    resumed from. A fault of another file is none of ours to explain."""
     try:
         yield
     except OSError as fault:
-        if fault.errno not in NO_ROOM:
+        if fault.errno in NO_ROOM:
+            raise AlphaflowError(
+                f"{out}: no room left ({fault.strerror}). Finished shards are kept: free some, run the same command "
+                "again"
+            ) from fault
+        if fault.errno != errno.EIO and not Path(str(fault.filename)).is_relative_to(out):
             raise
         raise AlphaflowError(
-            f"{out}: no room left ({fault.strerror}). Finished shards are kept: free some, run the same command again"
+            f"{brief(out)}: cannot be written ({fault.strerror}). Give another --out, or mend this one; what is "
+            "finished is kept"
         ) from fault
 
 
@@ -236,6 +250,6 @@ class _Rows:
 
     def save(self, shard: int) -> None:
         """The file with its statistics, then the sidecar."""
-        with room_for(self.job.out):
+        with writing_to(self.job.out):
             content = {key: rows[: self.filled] for key, rows in self.tensors.items()}
             write_shard(self.job.out, self.job.plan, shard, content, self.bad)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ class Request:
     sampler: str
     times: Sequence[float] | None
     guidance: float | None
+    guidance_channels: int | None
     sweep_midpoint: bool
     metrics: tuple[Metric, ...]
     reference: str | None
@@ -94,17 +96,14 @@ def evaluate_checkpoint(request: Request, processes: Processes) -> Report | None
 def choose_walks(request: Request, generator: Generator) -> list[Walk]:
     """One per --nfe, the grid of --times, or the midpoints of a sweep."""
     recipe = generator.recipe
+    plan = partial(plan_walk, recipe, guidance=request.guidance, guidance_channels=request.guidance_channels)
     if request.sweep_midpoint:
         kind = recipe.sample.two_step_sampler if request.sampler == "auto" else request.sampler
-        grids = [(1.0, middle, 0.0) for middle in MIDPOINTS]
-        return [plan_walk(recipe, nfe=2, kind=kind, times=grid, guidance=request.guidance) for grid in grids]
+        return [plan(nfe=2, kind=kind, times=(1.0, middle, 0.0)) for middle in MIDPOINTS]
     counts = request.nfe or recipe.eval.nfe
     if request.times is not None:
         counts = (1,)
-    return [
-        plan_walk(recipe, nfe=nfe, kind=request.sampler, times=request.times, guidance=request.guidance)
-        for nfe in counts
-    ]
+    return [plan(nfe=nfe, kind=request.sampler, times=request.times) for nfe in counts]
 
 
 def find_reference(

@@ -10,20 +10,26 @@ A pickle may name numpy's own constructors and nothing else.
 """
 
 import pickle
+import struct
 import zipfile
+import zlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.lib.npyio import NpzFile
 from torch import Tensor
 
-from alphaflow_cli.errors import AlphaflowError
+from alphaflow_cli.errors import DAMAGE, AlphaflowError
+from alphaflow_cli.text import brief
 
 TF1 = "TensorFlow 1 bilinear to 299 px (no half-pixel shift, no antialias); (x − 128)/128"
 HALF_PIXEL = "bilinear to 299 px with half-pixel centres (the JAX port of MeanFlow and iMF)"
 TF1_DINO = "TensorFlow 1 bilinear to 224 px; ImageNet mean and deviation (torch-fidelity's, not FDD's)"
+BROKEN = (EOFError, RuntimeError, OverflowError, MemoryError, struct.error, zipfile.BadZipFile, zlib.error)  # of zips
 BY_DIM = {2048: "inception", 1024: "dinov2", 768: "clip", 192: "tiny"}
 
 
@@ -46,28 +52,40 @@ def read_foreign(path: Path) -> list[ForeignStats]:
         raise AlphaflowError(f"{path}: not a reference file (.safetensors, .npz, .pkl, .pt) and not pictures")
     try:
         return readers[path.suffix](path)
-    except (OSError, ValueError, KeyError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError) as fault:
+    except (*DAMAGE, *BROKEN, pickle.UnpicklingError) as fault:
         raise AlphaflowError(f"{path}: cannot be read as reference statistics ({fault})") from fault
 
 
 def holds_statistics(path: Path) -> bool:
     """An .npz of moments, as opposed to one of pictures only."""
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            return bool({"mu", "ref_mu"} & set(archive.files))
-    except (OSError, ValueError, zipfile.BadZipFile) as fault:
-        raise AlphaflowError(f"{path}: not a readable .npz ({fault})") from fault
+        return bool({"mu", "ref_mu"} & set(read_npz(path, ())[0]))
+    except ValueError as fault:
+        raise AlphaflowError(f"{path}: not a readable .npz ({fault}). Make it, or fetch it, again") from fault
+
+
+def read_npz(path: Path, wanted: Iterable[str]) -> tuple[list[str], dict[str, Any]]:
+    """The names of all arrays in an .npz, and those arrays of the wanted ones that it has.
+
+    Any damage is a ValueError. (Of an empty file numpy makes an EOFError, which click takes for Ctrl-D.)
+    """
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+            if not isinstance(archive, NpzFile):
+                raise ValueError("it is one array, as .npy files are")
+            return archive.files, {name: archive[name] for name in wanted if name in archive.files}
+    except (*DAMAGE, *BROKEN) as fault:
+        raise ValueError(brief(fault)) from fault
 
 
 def _read_npz(path: Path) -> list[ForeignStats]:
-    with np.load(path, allow_pickle=False) as archive:
-        keys = set(archive.files)
-        if "ref_mu" in keys:
-            return [_stats(archive["ref_mu"], archive["ref_sigma"], HALF_PIXEL, None, kind="MeanFlow npz")]
-        if "mu" not in keys or "sigma" not in keys:
-            raise ValueError(f"it holds {', '.join(sorted(keys))}; mu and sigma, or ref_mu and ref_sigma, are due")
-        kind = "ADM npz" if keys & {"mu_s", "sigma_s", "arr_0"} else "npz of mu, sigma (ADM, EDM)"
-        return [_stats(archive["mu"], archive["sigma"], TF1, None, kind=kind)]
+    names, held = read_npz(path, ("ref_mu", "ref_sigma", "mu", "sigma"))
+    if "ref_mu" in names:
+        return [_stats(held["ref_mu"], held["ref_sigma"], HALF_PIXEL, None, kind="MeanFlow npz")]
+    if "mu" not in names or "sigma" not in names:
+        raise ValueError(f"it holds {', '.join(sorted(names))}; mu and sigma, or ref_mu and ref_sigma, are due")
+    kind = "ADM npz" if set(names) & {"mu_s", "sigma_s", "arr_0"} else "npz of mu, sigma (ADM, EDM)"
+    return [_stats(held["mu"], held["sigma"], TF1, None, kind=kind)]
 
 
 def _read_pickle(path: Path) -> list[ForeignStats]:

@@ -123,7 +123,7 @@ class Generator:
         y = torch.tensor([*labels, *[0] * spare], device=self.device)
         net: sampler.Net = self._call
         if walk.guidance != 1.0:
-            net = sampler.guided_net(net, null_label(self.recipe), walk.guidance)
+            net = sampler.guided_net(net, null_label(self.recipe), walk.guidance, channels=walk.guidance_channels)
         out = sampler.sample(
             net, draw(torch.float32), y, grid=walk.grid, sampler=walk.sampler, fresh_noise=lambda: draw(torch.float64)
         )

@@ -41,10 +41,15 @@ class GeneratedImages:
         self.seconds["decoder"] += time.perf_counter() - between
         return images
 
+    def close(self) -> None:
+        """Nothing is open."""
+
     def describe(self) -> dict[str, Any]:
         """The generator's half of the protocol."""
         origin, recipe = self._generator.origin, self._generator.recipe
-        return {
+        channels = self._walk.guidance_channels  # told where it is not all: numbers of before keep their fingerprint
+        partly = {} if channels is None else {"guidance_channels": channels}
+        return partly | {
             "kind": "checkpoint",
             "name": recipe.name,
             "count": self.count,

@@ -85,7 +85,10 @@ def run_pass(work: Pass, processes: Processes, *, batch: int, clock: Clock) -> N
     if done and processes.rank == 0:
         say(f"{done:,} of {total:,} pictures were measured before: going on")
     try:
-        with Progress("measure", total, unit="img", done=done, shown=processes.rank == 0) as bar:
+        with (
+            contextlib.closing(work.source),
+            Progress("measure", total, unit="img", done=done, shown=processes.rank == 0) as bar,
+        ):
             for first, stop in waiting:
                 found = _measure(work, (first, stop), processes.device, batch=batch, clock=clock)
                 _write(work.path(first, stop), found)

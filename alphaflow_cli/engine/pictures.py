@@ -6,9 +6,9 @@ cropped and resized, those of a model never.
 
 import hashlib
 import json
-import zipfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -22,6 +22,7 @@ from alphaflow_cli.data import archives, sources
 from alphaflow_cli.data.classes import choose_split
 from alphaflow_cli.data.opening import open_source
 from alphaflow_cli.data.pictures import MAX_PIXELS, BadPicture, decode, decode_whole
+from alphaflow_cli.engine.foreign import read_npz
 from alphaflow_cli.errors import AlphaflowError
 
 READERS = 8  # threads that fetch and decode
@@ -54,6 +55,10 @@ class ImageSource(Protocol):
         """Uint8 (stop − start, 3, H, W)."""
         ...
 
+    def close(self) -> None:
+        """Let go of what is open; it is opened again when it is needed."""
+        ...
+
     def describe(self) -> dict[str, Any]:
         """What the pictures are, as plain values for the protocol."""
         ...
@@ -74,6 +79,7 @@ class PictureFiles:
         if size is not None:  # a reference is built from the training split, as latents are
             lines, self._prefix = choose_split(source.names)
         self._lines, self._of = _spread(lines, limit), len(lines)
+        self._open = ExitStack()  # holds the source open while it is walked through
         self._walk: Iterator[tuple[int, sources.Fetch]] = iter(())
         self._reached = len(self._lines)  # where the walk stands; a compressed tar can only be walked forward
         self.count = len(self._lines)
@@ -107,11 +113,18 @@ class PictureFiles:
 
     def _read(self, start: int, stop: int) -> list[Any]:
         if start < self._reached:
-            self._walk, self._reached = self._source.fetches(self._lines[start:]), start
+            self.close()
+            self._walk = self._open.enter_context(self._source.reading(self._lines[start:]))
+            self._reached = start
         taken = list(islice(self._walk, start - self._reached, stop - self._reached))
         self._reached = stop
         with ThreadPoolExecutor(READERS) as pool:
             return list(pool.map(lambda each: self._decode(*each), taken))
+
+    def close(self) -> None:
+        """End the walk; the next picture begins another one."""
+        self._reached = len(self._lines)
+        self._open.close()
 
     def _decode(self, line: int, fetch: sources.Fetch) -> Any:
         try:
@@ -154,6 +167,9 @@ class PictureArray:
         self.size = (int(array.shape[1]), int(array.shape[2]))
         self.label = path.name
 
+    def close(self) -> None:
+        """Nothing is open."""
+
     def images(self, start: int, stop: int) -> Tensor:
         """A slice, channels first."""
         return torch.from_numpy(np.ascontiguousarray(self._array[start:stop].transpose(0, 3, 1, 2)))
@@ -177,16 +193,21 @@ def _spread(lines: Sequence[int], limit: int | None) -> Sequence[int]:
 
 
 def _stamp(path: Path) -> list[Any]:
-    status = path.stat()
+    try:
+        status = path.stat()
+    except OSError:  # gone: whoever reads it says so
+        return [str(path.absolute())]
     return [str(path.absolute()), status.st_size, status.st_mtime_ns]
 
 
 def _arr_0(path: Path) -> Any:
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            return archive["arr_0"]
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as fault:
+        names, held = read_npz(path, ("arr_0",))
+        if "arr_0" not in held:
+            raise ValueError(f"it holds {', '.join(names) or 'nothing'}")
+    except ValueError as fault:
         raise AlphaflowError(f"{path}: no array arr_0 of pictures in it ({fault})") from fault
+    return held["arr_0"]
 
 
 def open_pictures(text: str, *, size: int | None, limit: int | None) -> ImageSource:

@@ -13,19 +13,20 @@ from pathlib import Path
 
 import torch
 
-from alphaflow_cli.data.files import to_json, write_atomic
+from alphaflow_cli.data.files import is_there, to_json, write_atomic
 from alphaflow_cli.data.manifest import plan_to_dict
 from alphaflow_cli.data.pictures import MAX_PIXELS
 from alphaflow_cli.data.writing import finish_store, is_done
 from alphaflow_cli.engine.crew import Tell, run_crew
-from alphaflow_cli.engine.encode import Bad, Job, room_for, work
+from alphaflow_cli.engine.encode import Bad, Job, work, writing_to
 from alphaflow_cli.engine.lock import hold
 from alphaflow_cli.engine.prepare_plan import Listing, Request, make_job
-from alphaflow_cli.engine.processes import processes_here
+from alphaflow_cli.engine.processes import device_of, processes_here
 from alphaflow_cli.engine.progress import Progress, say, size
 from alphaflow_cli.errors import AlphaflowError
 
 FINISHED = ("images.json", "stats.safetensors", "manifest.json")  # beside the shards
+BEFORE_THE_PLAN = ("images.json", "classes.json")  # in the order of writing
 SPARE = 64_000_000  # bytes that the disk should keep free beyond the store
 
 
@@ -64,13 +65,14 @@ def prepare(request: Request, out: Path, *, processes: int, shown: bool) -> Path
     """The same for a request."""
     job, listing = plan_job(request, out, processes)
     missing = missing_shards(job)
-    if not missing and all((out / name).exists() for name in FINISHED):
+    if not missing and all(is_there(out / name) for name in FINISHED):
         return out
     check_room(out, bytes_needed(job, missing))
-    with room_for(out), hold(out, "prep-latents"):
+    with writing_to(out), hold(out, "prep-latents"):
         _begin(job, listing, shown)
         _run(job, missing, processes, shown)
-        finish_store(out, job.plan)
+        with writing_to(out):
+            finish_store(out, job.plan)
     return out
 
 
@@ -98,7 +100,7 @@ def bytes_needed(job: Job, shards: Sequence[int]) -> int:
 
 def free_bytes(out: Path) -> int:
     """On the disk that holds, or will hold, a folder."""
-    existing = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
+    existing = next(folder for folder in (out.absolute(), *out.absolute().parents) if is_there(folder))
     return shutil.disk_usage(existing).free
 
 
@@ -111,25 +113,21 @@ def check_room(out: Path, needed: int) -> None:
         )
 
 
-def device_of(rank: int) -> torch.device:
-    """Processes take the GPUs in turn."""
-    count = torch.cuda.device_count()
-    return torch.device("cuda", rank % count) if count else torch.device("cpu")
-
-
 def _begin(job: Job, listing: Listing, shown: bool) -> None:
     """The plan, before the first picture is read; left-overs of a kill go."""
     out = job.out
-    if not (out / "plan.json").exists() and any(entry.name[0] != "." for entry in out.iterdir()):
+    there = {entry.name for entry in out.iterdir() if entry.name[0] != "."}
+    begun = there <= set(BEFORE_THE_PLAN) and "images.json" in there  # a kill came between these and the plan
+    if there and "plan.json" not in there and not begun:
         raise AlphaflowError(f"{out}: holds files that are no latent store; give an empty or new --out")
     for left in out.glob(".*.tmp"):
-        left.unlink()
+        left.unlink(missing_ok=True)  # a worker that outlives its killed parent renames its own
     write_atomic(out / "images.json", [listing.to_bytes()])
     write_atomic(out / "classes.json", [to_json(listing.classes.as_dict())])
     write_atomic(out / "plan.json", [to_json(plan_to_dict(job.plan))])
     if shown:
-        kinds = f"{len(listing.classes.folders)} classes{' (ImageNet)' if listing.classes.imagenet else ''}"
-        say(", ".join([f"{listing.source.name}: {len(job.lines)} pictures, {kinds}", *listing.source.notes]))
+        say(", ".join([f"{listing.source.name}: {len(job.lines)} pictures", *listing.source.notes]))
+        say(listing.classes.summary())
 
 
 def _run(job: Job, missing: Sequence[int], processes: int, shown: bool) -> None:

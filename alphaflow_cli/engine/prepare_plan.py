@@ -8,7 +8,16 @@ from pathlib import Path
 
 import torch
 
-from alphaflow_cli.data.classes import Classes, choose_split, folders_of, read_classes
+from alphaflow_cli.data.classes import (
+    AS_NUMBERS,
+    Classes,
+    choose_split,
+    folders_of,
+    parse_classes,
+    read_classes,
+    reordered,
+)
+from alphaflow_cli.data.files import is_there
 from alphaflow_cli.data.manifest import (
     TRANSFORM,
     AutoencoderRecord,
@@ -17,7 +26,9 @@ from alphaflow_cli.data.manifest import (
     differences,
     plan_from_dict,
     plan_to_dict,
+    read_bytes,
     read_json,
+    read_list,
 )
 from alphaflow_cli.data.opening import open_source
 from alphaflow_cli.data.sources import Folder, Source
@@ -75,11 +86,13 @@ class Listing:
 def make_job(request: Request, out: Path, *, threads: int, device: torch.device) -> tuple[Job, Listing]:
     """List the source, look at the encoder, and compare with what `out` already holds."""
     listing = list_pictures(request)
-    old = read_json(out / "plan.json") if (out / "plan.json").exists() else None
-    if old and request.bad == "skip":
-        listing = _with_the_removed(listing, out)
+    old = read_json(out / "plan.json") if is_there(out / "plan.json") else None
     before = plan_from_dict(old, out / "plan.json") if old else None
-    finished = (out / "manifest.json").exists()
+    if before:
+        listing = _as_begun(listing, out)
+    if before and request.bad == "skip":
+        listing = _with_the_removed(listing, out)
+    finished = is_there(out / "manifest.json")
     encoder = _encoder(request, listing, before, finished=finished, device=device)
     plan = _plan(request, listing, encoder)
     if old and (lines := differences(plan_to_dict(plan), old, "this command", "the store")):
@@ -138,12 +151,25 @@ def default_batch(request: Request, device: torch.device) -> int:
     return max(1, min(256 if device.type == "cuda" else 16, 32 * 256**2 // request.size**2))
 
 
+def _as_begun(listing: Listing, out: Path) -> Listing:
+    """The list with the labels that a store was begun with: folders named by numbers were once sorted as words."""
+    path = out / "classes.json"
+    if listing.classes.order != AS_NUMBERS or not is_there(path):
+        return listing
+    classes = reordered(listing.classes, parse_classes(read_bytes(path), str(path)))
+    if classes is None:
+        return listing
+    number = {folder: index for index, folder in enumerate(classes.folders)}
+    labels = [number[listing.classes.folders[label]] for label in listing.labels]
+    return replace(listing, labels=labels, classes=classes)
+
+
 def _with_the_removed(listing: Listing, out: Path) -> Listing:
     """The list as it was planned, where a folder only lost pictures since: `--bad skip` counts them as bad."""
-    planned = json.loads((out / "images.json").read_bytes())
+    planned = read_list(out / "images.json")
     names = listing.source.names
     now = {(names[line], label) for line, label in zip(listing.lines, listing.labels, strict=True)}
-    if not isinstance(listing.source, Folder) or not now < {(name, label) for name, label in planned}:
+    if not isinstance(listing.source, Folder) or not now < set(planned):
         return listing
     source = replace(listing.source, names=[name for name, _ in planned])
     return Listing(source, range(len(planned)), [label for _, label in planned], listing.classes)

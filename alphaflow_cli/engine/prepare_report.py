@@ -2,13 +2,15 @@
 
 import itertools
 import time
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
 from alphaflow_cli.data.manifest import read_manifest
 from alphaflow_cli.data.store import verify_store
 from alphaflow_cli.engine.encode import Job, encode, pictures
-from alphaflow_cli.engine.prepare import bytes_needed, device_of, free_bytes, missing_shards
+from alphaflow_cli.engine.prepare import bytes_needed, free_bytes, missing_shards
+from alphaflow_cli.engine.processes import device_of
 from alphaflow_cli.engine.progress import duration, size
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.nn.autoencoder import load_autoencoder
@@ -69,12 +71,14 @@ def _trial(job: Job) -> tuple[int, float]:
     encoder = load_autoencoder(job.autoencoder, device=device_of(0))
     count = min(len(job.lines), 4 * job.batch)
     lines = [number * len(job.lines) // count for number in range(count)]
-    good = (picture.pixels for picture in pictures(job, lines) if picture.pixels is not None)
-    encode(encoder, job.plan, list(itertools.islice(good, 1)), device_of(0))
-    tried, batch, start = 0, 1, time.monotonic()
-    while (group := list(itertools.islice(good, batch))) and time.monotonic() - start < TRIAL_SECONDS:
-        encode(encoder, job.plan, group, device_of(0))
-        tried, batch = tried + len(group), min(2 * batch, job.batch)
+    with closing(pictures(job, lines)) as stream:
+        good = (picture.pixels for picture in stream if picture.pixels is not None)
+        if first := list(itertools.islice(good, 1)):
+            encode(encoder, job.plan, first, device_of(0))
+        tried, batch, start = 0, 1, time.monotonic()
+        while (group := list(itertools.islice(good, batch))) and time.monotonic() - start < TRIAL_SECONDS:
+            encode(encoder, job.plan, group, device_of(0))
+            tried, batch = tried + len(group), min(2 * batch, job.batch)
     return max(tried, 1), max(time.monotonic() - start, 1e-3)
 
 

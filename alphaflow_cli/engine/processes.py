@@ -72,6 +72,12 @@ def join_processes() -> Processes:
     return Alone(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
+def device_of(rank: int) -> torch.device:
+    """The GPU of one of the processes that share work on this machine; the CPU where there is none."""
+    count = torch.cuda.device_count()
+    return torch.device("cuda", rank % count) if count else torch.device("cpu")
+
+
 def processes_here(requested: int | None) -> int:
     """The number of --processes, else one per GPU; more than there are GPUs is refused, before anything starts."""
     gpus = torch.cuda.device_count()

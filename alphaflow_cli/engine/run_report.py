@@ -9,7 +9,7 @@ from alphaflow_cli.documents import Anything, Maybe, Number, Table, Whole, check
 from alphaflow_cli.engine.checkpoint import read_origin
 from alphaflow_cli.engine.curves import BANDS, recipe_chart
 from alphaflow_cli.engine.facts import lines
-from alphaflow_cli.engine.files import write_atomically
+from alphaflow_cli.engine.files import read_document, write_atomically
 from alphaflow_cli.engine.journal import read_rows
 from alphaflow_cli.engine.plan import phases
 from alphaflow_cli.engine.run_report_commands import commands_of, shown

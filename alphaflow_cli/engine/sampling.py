@@ -15,11 +15,12 @@ from alphaflow_cli.engine.crew import run_crew
 from alphaflow_cli.engine.decoder import DecoderChoice
 from alphaflow_cli.engine.files import write_atomically
 from alphaflow_cli.engine.generate import Generator, has_labels, open_generator
-from alphaflow_cli.engine.processes import processes_here, smaller_batch_if_full
+from alphaflow_cli.engine.processes import device_of, processes_here, smaller_batch_if_full
 from alphaflow_cli.engine.progress import Progress, say
 from alphaflow_cli.engine.walk import Walk, draw_labels, plan_walk
-from alphaflow_cli.errors import AlphaflowError, shorten
+from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.report.grid import grid_png, picture_png
+from alphaflow_cli.text import shorten
 
 COLUMNS = 10  # of a grid
 
@@ -35,6 +36,7 @@ class SampleRequest:
     sampler: str
     times: Sequence[float] | None
     guidance: float | None
+    guidance_channels: int | None
     weights: str
     autoencoder: str
     decoder: DecoderChoice
@@ -65,11 +67,10 @@ def sample_to_files(request: SampleRequest) -> list[Path]:
         if path is not None and not path.parent.is_dir():
             raise AlphaflowError(f"{path}: the folder {path.parent} does not exist.")
     processes = processes_here(request.processes)
-    generator = make_generator(request, rank=0)
-    walks = [
-        plan_walk(generator.recipe, nfe=n, kind=request.sampler, times=request.times, guidance=request.guidance)
-        for n in request.nfe
-    ]
+    # where others draw, this process needs what the checkpoint says, and no GPU's memory
+    generator = make_generator(request, device_of(0) if processes == 1 else torch.device("cpu"))
+    plan = partial(plan_walk, generator.recipe, kind=request.sampler, times=request.times)
+    walks = [plan(nfe=n, guidance=request.guidance, guidance_channels=request.guidance_channels) for n in request.nfe]
     labels = choose_labels(request, generator)
     said = f"{len(request.seeds)} pictures by {'; '.join(str(walk) for walk in walks)}"
     say(f"{said}; {generator.origin.get('weights', 'ema')} weights of step {generator.origin.get('step', 'unknown')}")
@@ -77,9 +78,8 @@ def sample_to_files(request: SampleRequest) -> list[Path]:
     return write(request, generator, walks, labels, drawn)
 
 
-def make_generator(request: SampleRequest, *, rank: int) -> Generator:
-    """On this process's device, decoding as asked."""
-    device = torch.device("cuda", rank % torch.cuda.device_count()) if torch.cuda.is_available() else None
+def make_generator(request: SampleRequest, device: torch.device) -> Generator:
+    """On that device, decoding as requested."""
     generator = open_generator(request.checkpoint, device=device, weights=request.weights, decoder=request.decoder)
     generator.expect(len(request.seeds))
     if request.autoencoder:
@@ -178,7 +178,7 @@ def draw_shared(
 def draw_share(share: Share, tell: Callable[[int], None]) -> None:
     """One process's part."""
     torch.set_num_threads(max(1, torch.get_num_threads() // 2))
-    generator = make_generator(share.request, rank=share.rank)
+    generator = make_generator(share.request, device_of(share.rank))
     request = replace(share.request, out=share.folder)
     rows = draw_here(request, generator, share.walks, share.seeds, share.labels, tell)
     np.save(share.folder / f"{share.rank}.npy", np.array([[row["latent"] for row in walk] for walk in rows]))

@@ -8,7 +8,9 @@ import numpy as np
 
 from alphaflow_cli.core import sampler
 from alphaflow_cli.errors import AlphaflowError
-from alphaflow_cli.recipe.schema import Recipe
+from alphaflow_cli.recipe.schema import MOST_NFE, Recipe
+
+EARLIEST_START = 0.9  # of an own grid: noise for z at that time is wrong by (1 − t) x
 
 
 @dataclass(frozen=True)
@@ -18,6 +20,7 @@ class Walk:
     sampler: str
     grid: tuple[float, ...]
     guidance: float
+    guidance_channels: int | None = None  # the first so many are guided; None: all
 
     @property
     def nfe(self) -> int:
@@ -26,37 +29,57 @@ class Walk:
 
     def __str__(self) -> str:
         grid = ", ".join(f"{t:g}" for t in self.grid)
-        return f"{self.sampler} on {grid}" + (f", guidance {self.guidance:g}" if self.guidance != 1.0 else "")
+        channels = f" on {self.guidance_channels} channels" if self.guidance_channels else ""
+        return f"{self.sampler} on {grid}" + (f", guidance {self.guidance:g}{channels}" if self.guidance != 1.0 else "")
 
 
 def plan_walk(
-    recipe: Recipe, *, nfe: int, kind: str = "auto", times: Sequence[float] | None = None, guidance: float | None = None
+    recipe: Recipe,
+    *,
+    nfe: int,
+    kind: str = "auto",
+    times: Sequence[float] | None = None,
+    guidance: float | None = None,
+    guidance_channels: int | None = None,
 ) -> Walk:
     """What the recipe publishes for this NFE, unless asked otherwise."""
-    said = recipe.sample
-    scale = said.guidance if guidance is None else guidance
+    chosen, grid = _plan_steps(recipe, nfe, kind, times)
+    scale = recipe.sample.guidance if guidance is None else guidance
     _check_guidance(recipe, scale)
+    _check_channels(recipe, scale, guidance_channels)
+    return Walk(chosen, grid, scale, guidance_channels)
+
+
+def _plan_steps(recipe: Recipe, nfe: int, kind: str, times: Sequence[float] | None) -> tuple[str, tuple[float, ...]]:
+    """Sampler and grid."""
+    published = recipe.sample
     if times is not None:
         _check_grid(times)
-        return Walk(said.sampler if kind == "auto" else kind, tuple(times), scale)
-    if nfe < 1:
-        raise AlphaflowError(f"--nfe {nfe}: at least one network evaluation per image is needed.")
-    if kind == "auto" and nfe == said.nfe and said.times is not None:
-        return Walk(said.sampler, said.times, scale)
-    if kind == "auto" and nfe == 2 and said.sampler not in ("flow", "heun"):
-        return Walk(said.two_step_sampler, said.two_step_times, scale)
-    chosen = said.sampler if kind == "auto" else kind
+        return published.sampler if kind == "auto" else kind, tuple(times)
+    if not 1 <= nfe <= MOST_NFE:
+        raise AlphaflowError(
+            f"--nfe {nfe if abs(nfe) < 10**12 else '…'}: at least one network evaluation per picture is needed, and "
+            f"at most {MOST_NFE:,} are made."
+        )
+    if kind == "auto" and nfe == published.nfe and published.times is not None:
+        return published.sampler, published.times
+    if kind == "auto" and nfe == 2 and published.sampler not in ("flow", "heun"):
+        return published.two_step_sampler, published.two_step_times
+    chosen = published.sampler if kind == "auto" else kind
     if chosen == "heun" and nfe % 2 == 0:
         raise AlphaflowError(f"--nfe {nfe}: heun takes two evaluations per step and one on the last: 1, 3, 5, …")
     steps = (nfe + 1) // 2 if chosen == "heun" else nfe
-    return Walk(chosen, tuple(sampler.time_grid(steps)), scale)
+    return chosen, tuple(sampler.time_grid(steps))
 
 
 def _check_grid(times: Sequence[float]) -> None:
+    """From 1, or from a little below where another system begins, down to 0; a start of 0.5 is a forgotten 1."""
     falls = all(a > b for a, b in pairwise(times))
-    if len(times) < 2 or times[0] != 1.0 or times[-1] != 0.0 or not falls:
+    if len(times) < 2 or not EARLIEST_START <= times[0] <= 1.0 or times[-1] != 0.0 or not falls:
+        shown = ",".join(f"{t:g}" for t in times[:8]) + (",…" if len(times) > 8 else "")
         raise AlphaflowError(
-            f"--times {','.join(f'{t:g}' for t in times)}: a grid falls from 1 to 0, such as 1,0.55,0."
+            f"--times {shown}: a grid falls from 1 to 0, such as 1,0.55,0; it may begin between "
+            f"{EARLIEST_START:g} and 1, where the noise then stands for z."
         )
 
 
@@ -72,6 +95,17 @@ def _check_guidance(recipe: Recipe, scale: float) -> None:
     if mix.label_dropout == 0.0 or recipe.data.classes == 0:
         raise AlphaflowError(
             f"guidance {scale:g} at sampling: this model has no null label (trained with guidance.label_dropout 0)."
+        )
+
+
+def _check_channels(recipe: Recipe, scale: float, channels: int | None) -> None:
+    if channels is None:
+        return
+    if scale == 1.0:
+        raise AlphaflowError(f"--guidance-channels {channels}: there is no guidance to restrict; give --guidance W.")
+    if not 1 <= channels <= recipe.data.channels:
+        raise AlphaflowError(
+            f"--guidance-channels {channels}: this model's latents have {recipe.data.channels} channels."
         )
 
 

@@ -201,6 +201,11 @@ def _from_file(path: Path) -> Any:
 
     weights = rename(read_weights(path))
     check_real(weights, path)
+    if any(name.startswith(("encoder.down.", "decoder.up.")) for name in weights):
+        raise AlphaflowError(
+            f"{path}: an autoencoder of latent diffusion (KL-16, VA-VAE, …): the same kind of network under other "
+            "names, which diffusers cannot load. Give its diffusers form: a folder or a Hub id"
+        )
     try:
         module = diffusers.AutoencoderKL(**kl_config(weights))
         module.load_state_dict(weights)

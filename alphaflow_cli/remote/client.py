@@ -7,6 +7,7 @@ file; an answer has a length, a time and a shape; what is compressed though nobo
 
 import contextvars
 import importlib
+import json
 import os
 import re
 import shutil
@@ -15,10 +16,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from functools import cache, partial
+from http.cookiejar import CookieJar, DefaultCookiePolicy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urljoin, urlsplit
 
+from alphaflow_cli.documents import Anything, Table, Text, parse_json
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.remote.answers import CHECKSUM, COMMIT, read_answer, shape_of
 from alphaflow_cli.remote.faults import Distrusted, TooSlow
@@ -34,6 +37,13 @@ SLOWEST = 1000  # bytes per second of a download, over PATIENCE
 WAIT = 60  # seconds that a server may ask us to wait before the next try
 PAGES = 2000  # of one listing, 1,000 files each
 
+ERROR = Table({"error": Text(100_000)}, others=Anything())
+NUMBERS = (  # of an answer's head, and how they must look
+    ("X-Linked-Size", r"[0-9]{1,18}"),
+    ("Content-Range", r"bytes [0-9]{1,18}-[0-9]{1,18}/[0-9]{1,18}"),
+    ("Retry-After", r"[0-9]{1,4}"),
+    ("RateLimit", r'"\w{1,40}"; *r=[0-9]{1,9}; *t=[0-9]{1,4}'),
+)
 PORTS = {"http": 80, "https": 443}
 
 Value = TypeVar("Value")
@@ -125,6 +135,8 @@ def _install() -> None:
         def send(self, request: Any, *, stream: bool = False, **options: Any) -> Any:
             fetch = partial(_fetch, partial(super().send, request, stream=True, **options), stream)
             answer = within(PATIENCE, fetch) if request.method in ("GET", "HEAD") else fetch()
+            if answer.is_error and not _is_taken(request, answer):
+                return _refusal(library, answer)
             return answer if stream else _checked(library, request, answer)
 
     def receive(response: Any) -> None:
@@ -135,7 +147,8 @@ def _install() -> None:
         plain = default_client_factory()
         hooks = {"request": [*plain.event_hooks["request"], _see_request], "response": [receive]}
         headers = {"Accept-Encoding": "identity"}
-        return Client(event_hooks=hooks, follow_redirects=True, timeout=plain.timeout, headers=headers)
+        jar = CookieJar(DefaultCookiePolicy(allowed_domains=[]))  # the Hub needs no cookies
+        return Client(event_hooks=hooks, follow_redirects=True, timeout=plain.timeout, headers=headers, cookies=jar)
 
     set_client_factory(make)
 
@@ -164,7 +177,7 @@ def within(seconds: float, work: Callable[[], Value]) -> Value:
 def _fetch(send: Callable[[], Any], stream: bool) -> Any:
     """The head of an answer, and all of it where it is no download."""
     answer = send()
-    if not stream:
+    if not stream or answer.is_error:
         answer.stream.limits.most = min(answer.stream.limits.most, LONGEST)
         answer.stream.limits.until = time.monotonic() + PATIENCE
         try:
@@ -215,37 +228,41 @@ def _see_request(request: Any) -> None:
     if ours[0] == "https" and url.scheme == "http":
         raise Distrusted(f"it sends us to {_shown(url)}, which is not encrypted")
     if ours != (url.scheme, url.host, url.port or PORTS[url.scheme]):
-        for name in ("Authorization", "Cookie"):
-            request.headers.pop(name, None)
+        request.headers.pop("Authorization", None)
 
 
 def _see_head(response: Any) -> None:
-    """Whatever of an answer's head becomes a file's name, a wait or a printed line."""
-    headers = response.headers
+    """Whatever of an answer's head becomes a file's name, an address, a size, a wait or a printed line."""
+    headers, where = response.headers, _shown(response.request.url)
     for name, form in (("X-Repo-Commit", COMMIT), ("ETag", CHECKSUM), ("X-Linked-Etag", CHECKSUM)):
         value = headers.get(name)
         checked = name == "X-Repo-Commit" or response.request.method == "HEAD"  # others name nothing by their ETag
         if checked and value is not None and not re.fullmatch(form, value.removeprefix("W/").strip('"')):
             raise Distrusted(f"it names a file {name} {for_terminal(value, limit=60)}, which is no checksum")
     if headers.get("Content-Encoding", "identity") not in ("identity", "gzip", "deflate"):
-        raise Distrusted(f"it answers {_shown(response.request.url)} compressed, which nobody asked for")
-    try:
-        urlsplit(urljoin(str(response.request.url), headers.get("Location", "")))
-    except ValueError as fault:
-        raise Distrusted(
-            f"it sends us to {for_terminal(headers['Location'], limit=100)}, which is no address"
-        ) from fault
+        raise Distrusted(f"it answers {where} compressed, which nobody asked for")
     length = headers.get("Content-Length", "0")
     free = shutil.disk_usage(_existing(Path(cache_folder() or Path.home()))).free
     if not re.fullmatch(r"[0-9]{1,18}", length) or (response.request.method == "GET" and int(length) > free):
         raise Distrusted(f"it has a file of {for_terminal(length, limit=30)} bytes for us, there is room for {free:,}")
-    for name, form in (("Retry-After", r"[0-9]{1,4}"), ("RateLimit", r'"\w{1,40}"; *r=[0-9]{1,9}; *t=[0-9]{1,4}')):
+    for name, form in NUMBERS:
         match = re.fullmatch(form, headers.get(name, ""))
-        if match is None or int(re.split("=", match[0])[-1]) > WAIT:
+        if match is None or (name in ("Retry-After", "RateLimit") and int(match[0].rpartition("=")[2]) > WAIT):
             headers.pop(name, None)
+    _see_location(response)
     for name, value in list(headers.items()):
-        if not value.isprintable():
-            headers[name] = for_terminal(value)
+        if not (value.isascii() and value.isprintable()):
+            headers[name] = for_terminal(value).encode("ascii", "backslashreplace").decode()
+
+
+def _see_location(response: Any) -> None:
+    """Where a redirect leads, as a whole address; any other answer leads nowhere."""
+    location = response.headers.pop("Location", None)
+    if location is not None and response.status_code in (301, 302, 303, 307, 308):
+        try:
+            response.headers["Location"] = urlsplit(urljoin(str(response.request.url), location)).geturl()
+        except ValueError as fault:
+            raise Distrusted(f"it sends us to {for_terminal(location, limit=100)}, which is no address") from fault
 
 
 def _existing(folder: Path) -> Path:
@@ -271,7 +288,7 @@ def _see_next(request: Any, answer: Any) -> None:
 def _checked(library: Any, request: Any, answer: Any) -> Any:
     """The answer, reduced to what is read of it; one of another shape is told by what it is."""
     shape = shape_of(request.method, request.url.path)
-    if shape is None or not answer.is_success:
+    if shape is None:
         return answer
     _see_next(request, answer)
     try:
@@ -280,8 +297,32 @@ def _checked(library: Any, request: Any, answer: Any) -> Any:
         page = " (a web page: does a login page of this network stand between?)"
         is_page = answer.content.lstrip()[:1] == b"<"
         raise Distrusted(f"{_shown(request.url)}: {fault}{page if is_page else ''}") from fault
+    for group, name in (("files", "path"), ("objects", "oid")):
+        if group in value and {each[name] for each in value[group]} != _asked_about(request, group, name):
+            raise Distrusted(f"{_shown(request.url)}: it answers about other {group} than it was asked about")
     kept = {name: value for name, value in answer.headers.items() if name.lower() in ("link", "x-repo-commit")}
     return library.Response(answer.status_code, headers=kept, json=value, request=answer.request)
+
+
+def _asked_about(request: Any, group: str, name: str) -> set[str]:
+    return {each[name] for each in json.loads(request.content)[group]}
+
+
+def _is_taken(request: Any, answer: Any) -> bool:
+    """A repository that exists already is refused with its address, which is read as if it had just been made."""
+    return bool(answer.status_code == 409 and request.url.path.endswith("/api/repos/create"))
+
+
+def _refusal(library: Any, answer: Any) -> Any:
+    """An answer of 400 and above: its head, and of its body the one sentence that the Hub puts there."""
+    try:
+        said = parse_json(answer.content, "", ERROR, limit=PACKED, advice="")["error"]
+    except AlphaflowError:
+        said = ""
+    of_body = ("content-length", "content-encoding", "transfer-encoding", "content-type")
+    kept = {name: value for name, value in answer.headers.items() if name.lower() not in of_body}
+    body = {"error": for_terminal(said, limit=1000)} if said else {}
+    return library.Response(answer.status_code, headers=kept, json=body, request=answer.request)
 
 
 def _shown(address: Any) -> str:

@@ -8,6 +8,7 @@ from typing import TypeVar
 
 from PIL import Image
 
+from alphaflow_cli.data.pictures import open_picture
 from alphaflow_cli.errors import blamed_on
 
 BUDGET = 3_000_000  # bytes of all pictures together; base64 makes a third more of them
@@ -42,7 +43,7 @@ def spread_over(items: Sequence[Item], most: int) -> list[Item]:
 
 def to_webp(path: Path, width: int, quality: int) -> bytes:
     """At most so wide."""
-    with blamed_on(path, "a PNG picture", Image.DecompressionBombError), Image.open(path, formats=["PNG"]) as image:
+    with blamed_on(path, "a PNG picture", Image.DecompressionBombError), open_picture(path) as image:
         picture = image.convert("RGB")
     if picture.width > width:
         picture = picture.resize((width, round(picture.height * width / picture.width)), Image.Resampling.LANCZOS)

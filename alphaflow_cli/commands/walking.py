@@ -1,0 +1,61 @@
+"""What `sample` and `eval` share on the command line: network evaluations, sampler, own grid, guidance."""
+
+import math
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+from alphaflow_cli.commands.common import GUIDANCE, NFE, Whole
+from alphaflow_cli.recipe.schema import MOST_NFE
+from alphaflow_cli.text import shorten
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+SAMPLERS = ["auto", "trajectory", "consistency", "flow", "heun"]
+
+
+def to_times(ctx: click.Context, param: click.Parameter, value: str | None) -> list[float] | None:
+    """Read a grid such as 1,0.55,0; whether it falls from 1 to 0 is seen where it is walked."""
+    if value is None:
+        return None
+    parts = value.split(",", MOST_NFE + 1)
+    if len(parts) > MOST_NFE + 1:
+        raise click.BadParameter(f"{shorten(value, 60)!r}: a grid has at most {MOST_NFE:,} steps.")
+    try:
+        times = [float(part) for part in parts]
+    except ValueError:
+        times = [math.nan]
+    if not all(math.isfinite(time) for time in times):
+        raise click.BadParameter(f"{shorten(value, 60)!r}: a grid is numbers from 1 to 0, such as 1,0.55,0.")
+    return times
+
+
+def walk_options(*, nfe: str) -> Callable[[Command], Command]:
+    """Add the options that say how noise becomes data; `nfe` is the help text of --nfe."""
+    options = [
+        click.option("--nfe", multiple=True, type=NFE, help=nfe),
+        click.option(
+            "--sampler", type=click.Choice(SAMPLERS), default="auto", show_default=True, help="auto: the recipe's."
+        ),
+        click.option(
+            "--times",
+            callback=to_times,
+            metavar="TIMES",
+            help="Own grid, such as 1,0.55,0; instead of --nfe. It may begin at 0.9 or above, as other systems do: "
+            "the noise then stands for z at that time.",
+        ),
+        click.option("--guidance", type=GUIDANCE, help="At sampling, for models trained without guidance."),
+        click.option(
+            "--guidance-channels",
+            type=Whole(1, 4096),
+            metavar="N",
+            help="Guide the first N channels only: 3 is DiT's way. Default: all.",
+        ),
+    ]
+
+    def add(function: Command) -> Command:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return add

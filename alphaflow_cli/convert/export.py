@@ -1,0 +1,186 @@
+"""The way back: a checkpoint of ours as a `.pt` of the published form."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from alphaflow_cli.convert.imported import AUTOENCODER_FILE, check_out
+from alphaflow_cli.convert.published import AUTOENCODER, STATISTICS
+from alphaflow_cli.convert.snapshot_cfg import schedule_places, walk_cfg
+from alphaflow_cli.convert.source import read_source
+from alphaflow_cli.engine.build import build_network
+from alphaflow_cli.engine.checkpoint import Checkpoint, load_checkpoint
+from alphaflow_cli.engine.files import write_atomically
+from alphaflow_cli.engine.generate import check_autoencoder
+from alphaflow_cli.engine.progress import say
+from alphaflow_cli.errors import AlphaflowError
+from alphaflow_cli.nn.autoencoder import load_autoencoder
+from alphaflow_cli.nn.names import to_published
+from alphaflow_cli.recipe import Recipe
+from alphaflow_cli.recipe.schema import Schedule
+from alphaflow_cli.recipe.steps import resolve_step
+
+
+def export(source: Path, out: Path, *, autoencoder: str = "", template: Path | None = None) -> Path:
+    """Write the published names, the statistics, the autoencoder and a cfg; what is not in it goes to stderr."""
+    check_out(out)
+    checkpoint = load_checkpoint(source)
+    _check_form(source, checkpoint.recipe)
+    cfg = _published_cfg(checkpoint.recipe, template)
+    inside = _autoencoder(checkpoint, source, autoencoder)
+    with torch.device("meta"):
+        order = build_network(checkpoint.recipe).state_dict()  # safetensors sorts the names
+    state = _state({name: checkpoint.weights[name] for name in order}, checkpoint, inside)
+    write_atomically(out, partial(torch.save, {"net": state, "ema": state, "cfg": cfg}))
+    return out
+
+
+def _check_form(source: Path, recipe: Recipe) -> None:
+    """What the published network cannot be."""
+    model = recipe.model
+    if model.prediction != "velocity" or model.second_time != "t-r":
+        raise AlphaflowError(
+            f"{source}: the published system knows networks that give u from t and t − r only; this one has "
+            f"prediction {model.prediction}, second_time {model.second_time}."
+        )
+    if model.qk_norm:
+        raise AlphaflowError(
+            f"{source}: the published network has no norm of queries and keys; this one has (qk_norm)."
+        )
+    if recipe.data.autoencoder == "none":
+        raise AlphaflowError(f"{source}: makes pixels without an autoencoder; the published form is of latents only.")
+
+
+def _autoencoder(checkpoint: Checkpoint, source: Path, name: str) -> dict[str, Tensor]:
+    """Named on the command line, else the folder beside the checkpoint; none is told."""
+    if name:
+        loaded = load_autoencoder(name, device=torch.device("cpu"))
+        if loaded.kind != "kl" or loaded.module is None:
+            raise AlphaflowError(
+                f"--autoencoder {name}: the published form holds an AutoencoderKL, not a {loaded.kind}."
+            )
+        check_autoencoder(loaded, checkpoint.origin.get("autoencoder") or {})
+        return dict(loaded.module.state_dict())
+    beside = source.parent / checkpoint.recipe.data.autoencoder / AUTOENCODER_FILE
+    if beside.is_file():
+        return read_source(beside)
+    say(
+        f"no autoencoder is in it: {checkpoint.recipe.data.autoencoder} does not lie beside {source.name}. "
+        "To put it in: --autoencoder ID|DIR"
+    )
+    return {}
+
+
+def _state(weights: dict[str, Tensor], checkpoint: Checkpoint, autoencoder: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Our weights under the published names, after the statistics and the autoencoder."""
+    data = checkpoint.recipe.data
+    size = (1, data.channels, data.latent_size, data.latent_size)
+    state = {
+        STATISTICS[0]: checkpoint.mean.double().expand(size).contiguous(),
+        STATISTICS[1]: checkpoint.std.double().square().expand(size).contiguous(),
+        STATISTICS[2]: torch.tensor(1.0),
+    }
+    state |= {AUTOENCODER + name: value for name, value in autoencoder.items()}
+    return state | {"model." + to_published(name): value for name, value in weights.items()}
+
+
+def _published_cfg(recipe: Recipe, template: Path | None) -> dict[str, Any]:
+    """A published snapshot's whole cfg with our values in it; without one, our values alone, which is told."""
+    ours = _described(recipe)
+    if template is None:
+        say(
+            "its cfg holds what this recipe says; the published loader also wants the names of its own classes "
+            "(target_class), which only its own snapshots know: --cfg-from SNAPSHOT.pt takes them over"
+        )
+        return ours
+    theirs = _plain_cfg(template)
+    for field, places in schedule_places(dict(walk_cfg(theirs))).items():
+        key = {"alpha": "alpha_cfg", "times.equal_share": "ratio_fm_cfg"}[field]
+        schedule = ours["loss"].pop(key) if places else None
+        for place in places:  # theirs stand where they stand; ours must not stand beside them
+            _put(theirs, place, schedule)
+    return _merged(theirs, ours)
+
+
+def _described(recipe: Recipe) -> dict[str, Any]:
+    """What our recipe says, at the places where the published snapshots keep it."""
+    model, mix, sample = recipe.model, recipe.guidance, recipe.sample
+    one_jump = sample.sampler == "consistency"
+    return {
+        "model": {
+            "dim": model.dim,
+            "num_blocks": model.depth,
+            "num_heads": model.heads,
+            "mlp_ratio": model.mlp_ratio,
+            "label_dropout": mix.label_dropout,
+            "tokenizer": {"resolution": [1, model.patch, model.patch]},
+        },
+        "dataset": {"label_shape": [recipe.data.classes]},
+        "loss": {
+            "cfg_params": {"omega": mix.omega, "kappa": mix.kappa, "t_min": mix.t_min, "t_max": mix.t_max},
+            "alpha_cfg": _schedule(recipe.alpha, recipe.train.steps),
+            "ratio_fm_cfg": _schedule(recipe.times.equal_share, recipe.train.steps),
+        },
+        "sampling": {
+            "num_steps": sample.nfe,
+            "sigma_noise": 1.0,
+            "custom_t_steps": None if sample.times is None else list(sample.times),
+            "enable_trajectory_sampling": sample.sampler == "trajectory" or one_jump,
+            "enable_consistency_sampling": one_jump,
+        },
+    }
+
+
+def _schedule(schedule: Schedule, steps: int) -> dict[str, Any]:
+    return {
+        "scheduler": schedule.kind,
+        "initial_value": schedule.initial,
+        "end_value": schedule.final,
+        "change_init_steps": resolve_step(schedule.start, steps),
+        "change_end_steps": resolve_step(schedule.end, steps),
+        "gamma": schedule.gamma,
+        "clamp_value": schedule.clamp,
+        "discrete_training": False,
+        "up_clamp_value": None,
+    }
+
+
+def _plain_cfg(template: Path) -> dict[str, Any]:
+    """A copy of a snapshot's cfg, whose tables were a class of theirs, as plain dicts."""
+    cfg = read_source(template).get("cfg")
+    if not isinstance(cfg, dict) or not isinstance(cfg.get("model"), dict):
+        raise AlphaflowError(f"{template}: has no cfg with a model in it; name a snapshot of the published system.")
+    try:
+        plain: dict[str, Any] = _plain(cfg)
+    except RecursionError as error:
+        raise AlphaflowError(f"{template}: its cfg is nested without end; no snapshot's is.") from error
+    return plain
+
+
+def _plain(tree: Any) -> Any:
+    """Nothing in the file that is written may need their code to be read."""
+    if isinstance(tree, dict):
+        return {key: _plain(value) for key, value in tree.items()}
+    return [_plain(value) for value in tree] if isinstance(tree, list) else tree
+
+
+def _put(tree: dict[str, Any], place: str, schedule: dict[str, Any] | None) -> None:
+    """Our schedule into their table at a dotted place, whose other keys stay; in the place of a bare number."""
+    *above, last = place.split(".")
+    for key in above:
+        tree = tree.get(key) or {}
+    if last not in tree:
+        raise AlphaflowError(f"its cfg.{place} is no place of a published snapshot's; name another with --cfg-from.")
+    inside = tree[last] if isinstance(tree[last], dict) else {}
+    tree[last] = inside | (schedule or {})
+
+
+def _merged(theirs: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
+    """Their tree with our values; a table of ours goes into a table of theirs."""
+    for key, value in ours.items():
+        inside = theirs.get(key)
+        theirs[key] = _merged(inside, value) if isinstance(inside, dict) and isinstance(value, dict) else value
+    return theirs
