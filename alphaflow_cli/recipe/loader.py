@@ -9,7 +9,7 @@ from alphaflow_cli.recipe.build import build, suggest, with_value
 from alphaflow_cli.recipe.checks import check
 from alphaflow_cli.recipe.schema import Recipe
 from alphaflow_cli.recipe.source import MAX_DEPTH, MAX_INSIDE, Faults, Mapping, parse, parse_value, read_text
-from alphaflow_cli.text import shorten
+from alphaflow_cli.text import for_terminal
 
 MAX_SETS = 1000  # the schema has about 100 values
 
@@ -67,7 +67,7 @@ def recipe_from_text(text: str, where: str, sets: Sequence[str] = (), *, name: s
 
 
 def _assign(tree: Mapping, assignment: str, faults: Faults) -> Mapping:
-    where = f"--set {shorten(assignment, 100)}"
+    where = f"--set {for_terminal(assignment, limit=100)}"
     dotted, equals, text = assignment.partition("=")
     path = [part.strip() for part in dotted.split(".")]
     if not equals or not all(path):
