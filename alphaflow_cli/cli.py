@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 import click
 
 from alphaflow_cli import __version__
-from alphaflow_cli.errors import LostOutput, fault_of_the_user, silence_stdout
+from alphaflow_cli.errors import LostOutput, fault_of_the_user
 from alphaflow_cli.text import for_message
 
 # verb → (the module whose `command` it is, its line in `alphaflow --help`). A listing imports none of the modules.
@@ -58,6 +58,7 @@ class Result(io.FileIO):
         try:
             return super().write(data) or 0
         except OSError as fault:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())  # said once: what waits behind it goes nowhere
             raise LostOutput(fault) from fault
 
 
@@ -98,8 +99,9 @@ class LazyGroup(click.Group):
     def invoke(self, ctx: click.Context) -> object:
         try:
             return super().invoke(ctx)
-        except BrokenPipeError as fault:  # click would end without a word, and stdout's are LostOutput
-            raise RuntimeError("a pipe between processes broke") from fault
+        except (BrokenPipeError, EOFError) as fault:
+            # click would leave without a word at the one, and call the other an interruption; stdout's are LostOutput
+            raise RuntimeError(f"{type(fault).__name__}: {fault}") from fault
 
 
 def print_version(ctx: click.Context, param: click.Parameter, value: bool) -> None:
@@ -134,7 +136,9 @@ def run(args: Sequence[str]) -> int:
     """Run one command line in this process; returns the exit code."""
     debug, rest = split_debug(args)
     try:
-        code = group.main(rest, prog_name="alphaflow", standalone_mode=False)
+        code = group.main(
+            rest, prog_name="alphaflow", standalone_mode=False, obj=tuple(args)
+        )  # see common.command_line
         sys.stdout.flush()
         return code if isinstance(code, int) else 0
     except click.UsageError as fault:
@@ -160,7 +164,6 @@ def run(args: Sequence[str]) -> int:
 
 def _without_output(lost: LostOutput) -> int:
     """141 where the reader of stdout went away, and 1 where the disk behind it is full."""
-    silence_stdout()
     if isinstance(lost.__cause__, BrokenPipeError):
         return 141
     say_error(str(lost))

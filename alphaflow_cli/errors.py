@@ -3,11 +3,10 @@
 import errno
 import os
 import re
-import sys
 import sysconfig
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 DAMAGE = (OSError, ValueError, LookupError, TypeError, AttributeError, SyntaxError)  # what readers raise on such data
@@ -54,12 +53,6 @@ class LostOutput(AlphaflowError):
 
     def __init__(self, cause: OSError) -> None:
         super().__init__(f"stdout cannot be written ({cause.strerror}), so the result is not shown. Files are kept.")
-
-
-def silence_stdout() -> None:
-    """What waits to be written to stdout goes nowhere; else the interpreter complains about it when it ends."""
-    with suppress(OSError, ValueError):  # ValueError: a stdout without a descriptor
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextmanager

@@ -74,7 +74,7 @@ def shards(path: Path) -> list[Path]:
 
 
 def drop(path: Path) -> None:
-    """Out of the page cache; pages that some stream has mapped and touched would stay, so none may be open."""
+    """Out of the page cache."""
     for file in shards(path):
         handle = os.open(file, os.O_RDONLY)
         os.fsync(handle)

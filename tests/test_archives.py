@@ -241,6 +241,13 @@ def test_a_tar_that_ends_early_is_refused_and_not_taken_for_a_smaller_one(tmp_pa
         open_source(str(path))
 
 
+def test_an_empty_archive_has_no_pictures(tmp_path, capfd):
+    for name, data in {"a.tar": tar_of([]), "a.tgz": tar_of([], compressed=True), "a.zip": zip_of([])}.items():
+        (tmp_path / name).write_bytes(data)
+        assert run(["prep-latents", str(tmp_path / name), *OPTIONS, "--out", str(tmp_path / "s")]) == 1
+        assert f"{name}: no pictures here" in capfd.readouterr().err
+
+
 def test_a_member_of_negative_size_ends_the_listing(tmp_path):
     data = bytearray(tar_of([("a/1.png", PNG), ("a/2.png", PNG)]))
     data[124:136] = b"\xff" * 10 + (-1024).to_bytes(2, "big", signed=True)

@@ -10,7 +10,7 @@ from foreign_nets import published_u, random_weights, transformer
 from snapshots import CLASSES, HEADS, SIZE, meanflow_weights, sit_weights
 
 from alphaflow_cli.commands.convert import command
-from alphaflow_cli.convert import Options, convert
+from alphaflow_cli.convert import FAMILIES, Options, convert, main
 from alphaflow_cli.engine.checkpoint import load_checkpoint
 from alphaflow_cli.engine.generate import load_network
 from alphaflow_cli.errors import AlphaflowError
@@ -195,3 +195,9 @@ def test_flows_of_one_embedder_train_on_as_uniform_flow_matching(tmp_path, kind)
     _, checkpoint, _ = converted(tmp_path, {"ema": sit_weights()}, family=kind)
     assert checkpoint.recipe.times.law == "uniform"
     assert checkpoint.recipe.times.equal_share.initial == 1.0
+
+
+def test_every_family_has_a_reader_and_a_choice_on_the_command_line():
+    (choice,) = (option.type.choices for option in command.params if option.name == "family")
+    assert tuple(choice) == FAMILIES
+    assert {"auto", *main.FLOWS, *main.READERS} == set(FAMILIES)

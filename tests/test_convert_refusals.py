@@ -193,6 +193,9 @@ BROKEN = {
     "no first time layer": ({"t_embedder.mlp.0.weight": None}, "1 missing, such as time_embed.mlp.0.weight"),
     "no last bias": ({"final_layer.linear.bias": None}, "final.linear.bias is missing"),
     "a short last bias": ({"final_layer.linear.bias": torch.zeros(5)}, "final.linear.bias is missing or short"),
+    "a label table of no rows": ({"y_embedder.embedding_table.weight": torch.zeros(())}, "not whole"),
+    "a last bias that is one number": ({"final_layer.linear.bias": torch.zeros(())}, "final.linear.bias is missing or"),
+    "a table of nothing": ({"pos_embed": torch.zeros(0)}, "not whole"),
     "flat patches": ({"x_embedder.proj.weight": torch.zeros(96)}, "not whole"),
 }
 
@@ -203,3 +206,20 @@ def test_a_table_that_is_no_network_gets_its_line(tmp_path, what):
     tree = {name: value for name, value in (sit_weights() | change).items() if value is not None}
     with pytest.raises(AlphaflowError, match=message):
         converted(tmp_path, tree, family="sit")
+
+
+@pytest.mark.parametrize("ready", [torch.zeros(0), torch.zeros(2, 2), torch.zeros(())])
+def test_statistics_that_are_not_there_are_asked_for_however_it_is_written(tmp_path, ready):
+    tree = published_snapshot()
+    tree["ema"]["are_ldm_stats_inited"] = ready
+    with pytest.raises(AlphaflowError, match="holds no latents' statistics"):
+        converted(tmp_path, tree)
+
+
+def test_an_autoencoder_of_odd_names_and_shapes_is_named(tmp_path):
+    for names in ({f"encoder.down_blocks.{i}.x": torch.zeros(1) for i in range(20_000)},
+                  {"encoder.down_blocks.0.resnets.0.conv1.weight": torch.zeros(())}):  # fmt: skip
+        tree = published_snapshot()
+        tree["ema"] |= {f"autoencoder.model.model.{name}": value for name, value in names.items()}
+        with pytest.raises(AlphaflowError, match=r"the autoencoder in the snapshot lacks|does not divide"):
+            converted(tmp_path, tree)

@@ -204,6 +204,21 @@ def test_guidance_of_the_previews_is_the_samplers_where_none_is_built_in(tmp_pat
     assert checkpoint.recipe.sample.guidance == 1.0
 
 
+def test_tensors_where_plain_values_are_due_are_not_compared(tmp_path):
+    odd = torch.zeros(2)
+    loss = {"cfg_params": {"omega": 1.0, "kappa": 0.0}, "predict_x": odd, "precond": None, "name": odd}
+    sampling = {"num_steps": odd, "custom_t_steps": odd, "enable_trajectory_sampling": odd,
+                "cfg": {"scale": 1.5, "t_min": odd, "t_max": 1.0}}  # fmt: skip
+    tree = snapshot(loss=loss, sampling=sampling, training={"max_steps": odd})
+    tree["stats"]["cur_step"] = odd
+    tree["optimizer"]["param_groups"] = [{"initial_lr": odd, "betas": (odd, odd), "eps": odd}]
+    _, checkpoint = converted(tmp_path, tree)
+    assert "step" not in checkpoint.origin
+    (tmp_path / "ours.safetensors").unlink()
+    with pytest.raises(AlphaflowError, match="up_clamp_value or discrete_training"):
+        converted(tmp_path, snapshot(loss={"alpha_cfg": SIGMOID | {"discrete_training": odd}}))
+
+
 def test_no_guidance_and_no_time_for_it_are_the_same(tmp_path):
     for mix in ({"omega": 1.0, "kappa": 0.0, "t_min": 0.0, "t_max": 0.0}, XL | {"t_max": -1.0}):
         _, checkpoint = converted(tmp_path, snapshot(dropout=0.0, loss={"cfg_params": mix}))

@@ -112,7 +112,9 @@ def test_the_top_makes_a_line_of_them(error, monkeypatch, capsys):
     assert "Traceback" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("error", [BrokenPipeError(errno.EPIPE, "x"), OSError("x"), RecursionError(), ValueError("x")])
+@pytest.mark.parametrize(
+    "error", [BrokenPipeError(errno.EPIPE, "x"), EOFError("x"), OSError("x"), RecursionError(), ValueError("x")]
+)
 def test_the_top_lets_a_bug_pass(error, monkeypatch):
     def fail(*_):
         raise error
@@ -120,7 +122,7 @@ def test_the_top_lets_a_bug_pass(error, monkeypatch):
     monkeypatch.setattr("alphaflow_cli.recipe.loader.shipped", fail)
     with pytest.raises((OSError, RuntimeError, ValueError)) as caught:
         run(["recipe", "show", "b2"])
-    assert error in (caught.value, caught.value.__cause__)  # click would end at a broken pipe without a word
+    assert error in (caught.value, caught.value.__cause__)  # of a broken pipe and an early end, click would not say it
 
 
 def test_a_message_is_cut_where_nobody_reads_on():
@@ -138,3 +140,44 @@ def test_a_long_command_line_gets_a_short_answer(capsys):
     for args in (["recipe", "show", "9" * 5000], ["recipe", "show", "b2", f"--{'x' * 5000}"], ["9" * 5000]):
         assert run(args) in (1, 2)
         assert len(capsys.readouterr().err) < 1000
+
+
+def test_a_worker_makes_a_line_of_them_too(monkeypatch, capsys):
+    from alphaflow_cli.engine.launch import as_worker
+
+    def work():
+        raise system_error(errno.EACCES, "latents/shard-0.bin")
+
+    def leave(code):
+        raise SystemExit(code)
+
+    monkeypatch.setattr(os, "_exit", leave)
+    with pytest.raises(SystemExit) as ended:
+        as_worker(work)
+    assert ended.value.code == 1
+    assert capsys.readouterr().err.startswith("error: process 0: latents/shard-0.bin: no permission.")
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "text"),
+    [
+        (system_error(errno.EACCES, "a.png"), "fault", "a.png: no permission."),
+        (AlphaflowError("a.png: no picture."), "fault", "a.png: no picture."),
+        (ZeroDivisionError("x"), "bug", "Traceback"),
+    ],
+)
+def test_a_member_of_a_crew_does_so_as_well(error, kind, text, monkeypatch):
+    import queue
+
+    from alphaflow_cli.engine import crew
+
+    def task(share, tell):
+        raise error
+
+    monkeypatch.setattr(crew.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(crew, "_leave_with", lambda parent: None)
+    messages = queue.Queue()
+    crew._member(task, None, messages)
+    told = messages.get_nowait()
+    assert told[0] == kind
+    assert told[1].startswith(text)

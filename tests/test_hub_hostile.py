@@ -183,6 +183,47 @@ def test_a_file_larger_than_the_disk_is_not_begun(published, hub, capsys, length
     assert len(err) < 600
 
 
+HEADS = {
+    "X-Linked-Size": "outside",
+    "Location": "/elsewhere",
+    "Content-Range": "bytes x-y/z",
+    "Set-Cookie": "a=b; Domain=²".encode().decode("latin-1"),
+    "X-Error-Code": "²".encode().decode("latin-1"),
+    "Link": "<",
+}
+
+
+@pytest.mark.parametrize("part", ["/api/models/", "/resolve/"])
+@pytest.mark.parametrize("head", HEADS)
+def test_a_strange_head_is_left_out_or_one_line(published, hub, capsys, part, head):  # noqa: F811
+    for method in ("GET", "HEAD"):
+        hub.faults[method, part] = Fault(200, headers={head: HEADS[head]})
+    alphaflow("pull", "me/tiny", capsys=capsys)
+    hub.faults.clear()
+    assert alphaflow("pull", "me/tiny", capsys=capsys)[0] == 0  # nothing of it stays behind
+
+
+@pytest.mark.parametrize(
+    "body", [b"[]", b'"x"', b"\xff\xfe", b"3", b'{"error": [3]}', b'{"error": "\\u001b[2J"}', LOGIN_PAGE]
+)
+@pytest.mark.parametrize("status", [304, 400, 404, 409, 418, 503])
+def test_a_refusal_of_any_shape_is_one_line(hub, project_run, capsys, status, body):  # noqa: F811
+    hub.faults["GET", "/api/models/"] = Fault(status, body=body)
+    hub.faults["POST", "/repos/create"] = Fault(status, body=body)
+    assert alphaflow("pull", "me/tiny", capsys=capsys)[0] == 1
+    code, err = alphaflow("push", "runs/tiny", capsys=capsys)
+    assert code == 1
+    assert all(line.isprintable() for line in err.splitlines())
+
+
+def test_an_answer_about_other_files_is_one_line(hub, project_run, capsys):  # noqa: F811
+    other = {"files": [{"path": "other.bin", "uploadMode": "regular", "shouldIgnore": False}]}
+    hub.faults["POST", "/preupload/"] = Fault(200, body=json.dumps(other).encode())
+    code, err = alphaflow("push", "runs/tiny", capsys=capsys)
+    assert code == 1
+    assert "it answers about other files than it was asked about" in err
+
+
 # The token stays on the Hub.
 
 

@@ -166,6 +166,13 @@ def test_a_lock_that_names_nobody_is_taken(tmp_path, content):
         assert json.loads((tmp_path / lock.NAME).read_text())["pid"] == os.getpid()
 
 
+def test_what_a_lock_says_cannot_drive_a_terminal(tmp_path):
+    folder = left_by_a_kill(tmp_path / "run", tmp_path)
+    rewrite(folder, host="\x1b[2J elsewhere")
+    with lock.hold(folder, "train"):
+        pass
+
+
 def test_of_many_that_see_a_dead_lock_exactly_one_wins(tmp_path):
     for turn in range(6):
         folder = left_by_a_kill(tmp_path / f"run-{turn}", tmp_path)

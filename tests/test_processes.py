@@ -16,6 +16,7 @@ from train_helpers import fork
 
 from alphaflow_cli import cli
 from alphaflow_cli.engine import crew, launch, prepare, world
+from alphaflow_cli.engine.reference import load_reference
 from alphaflow_cli.errors import AlphaflowError
 
 REFUSED = "error: --processes 2: this machine has 1 GPU, and every process needs one of its own. Give --processes 1"
@@ -81,6 +82,44 @@ def test_when_all_fail_to_exchange_their_message_is_shown(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, env=outside, capture_output=True, text=True, timeout=200)
     assert done.returncode == 1
     assert re.search(r"error: process [01]: .*nowhere", done.stderr), done.stderr
+
+
+def test_eval_inside_a_launcher_refuses_another_number_of_processes(monkeypatch, capsys):
+    for name, value in {"RANK": "0", "WORLD_SIZE": "4"}.items():
+        monkeypatch.setenv(name, value)
+    assert cli.run(["eval", "glyphs:100", "--metrics", "fd-tiny", "--processes", "2"]) == 1
+    assert "--processes 2: a launcher has started 4 processes already" in capsys.readouterr().err
+
+
+@pytest.mark.distributed
+def test_two_processes_of_torchrun_measure_one_reference(tmp_path):
+    line = ["reference", "glyphs:300", "--metrics", "fd-tiny", "-o"]
+    outside = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    together = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "alphaflow_cli"]
+    done = subprocess.run(
+        [*together, *line, "two.safetensors"], cwd=tmp_path, env=outside, capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "two.safetensors"
+    assert cli.run([*line, str(tmp_path / "one.safetensors"), "--work", str(tmp_path / "work")]) == 0
+    one, two = (load_reference(tmp_path / f"{name}.safetensors").stats["tiny"] for name in ("one", "two"))
+    torch.testing.assert_close(two.cov, one.cov, rtol=1e-12, atol=1e-12)
+    assert torch.equal(two.features, one.features)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        ["eval", "glyphs:100", "--metrics", "fd-tiny", "--processes", "2"],
+        ["train", "quickstart", "--set", "data.source=glyphs:20", "--out", "run", "--processes", "2", "--debug"],
+    ],
+)
+def test_processes_run_the_command_that_started_them_whatever_started_it(line, monkeypatch, tmp_path):
+    started = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(launch, "launch", lambda argv, count: started.append((list(argv), count)) or 0)
+    assert cli.run(line) == 0
+    assert started == [(line, 2)]
 
 
 def left(folder, **record):

@@ -118,7 +118,10 @@ def test_a_plan_or_a_sidecar_with_any_value_of_another_shape_is_one_line(made, t
                 (out / "manifest.json").unlink(missing_ok=True)
 
 
-@pytest.mark.parametrize("name", ["manifest.json", "plan.json", "classes.json"])
+@pytest.mark.parametrize(
+    "name",
+    ["manifest.json", "plan.json", "classes.json", "images.json", "stats.safetensors", "train-00002.safetensors"],
+)
 @pytest.mark.parametrize("kind", ["binary", "empty", "deep", "a folder", "a pipe", "two documents", "a huge number"])
 def test_a_document_that_is_none_is_one_line(store, name, kind):
     path = store / name

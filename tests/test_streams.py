@@ -16,7 +16,7 @@ TINY = (
     "train quickstart --set train.steps=2 --set model.dim=32 --set model.depth=1 --set model.heads=2 "
     "--set train.batch=8 --set data.source=glyphs:64 --set alpha.kind=constant --set train.sample_every=0"
 )
-needs_full = pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+needs_full = pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="needs /dev/full")
 
 
 def shell(line, **kwargs):

@@ -156,6 +156,12 @@ def decoder_option(function: Command) -> Command:
     return click.option("--decoder", type=choice, default="auto", show_default=True, help=help_text)(function)
 
 
+def command_line() -> Sequence[str]:
+    """The arguments of the command that is running, for processes that run it too: `cli.run` may be anybody's."""
+    arguments: Sequence[str] = click.get_current_context().find_root().obj
+    return arguments
+
+
 def examples(*lines: str) -> str:
     """An epilog that shows command lines; a test runs each of them."""
     return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)

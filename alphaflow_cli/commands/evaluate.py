@@ -12,6 +12,7 @@ from alphaflow_cli.commands.common import (
     PROCESSES,
     Destination,
     autoencoder_option,
+    command_line,
     decoder_option,
     examples,
     json_option,
@@ -112,7 +113,7 @@ def run(request: "Request", processes: int | None, of_checkpoint: bool, *, markd
         check_processes(processes)
         as_worker(measure)
     count = processes_here(processes)
-    code = measure() if count == 1 else launch(sys.argv[1:], count)
+    code = measure() if count == 1 else launch(command_line(), count)
     if code:
         sys.exit(code)
 

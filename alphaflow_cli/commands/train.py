@@ -12,6 +12,7 @@ from alphaflow_cli.commands.common import (
     BATCH,
     PROCESSES,
     Destination,
+    command_line,
     examples,
     json_option,
     print_json,
@@ -19,7 +20,7 @@ from alphaflow_cli.commands.common import (
     set_option,
     tell,
 )
-from alphaflow_cli.errors import LostOutput, silence_stdout
+from alphaflow_cli.errors import LostOutput
 from alphaflow_cli.recipe import load_recipe
 from alphaflow_cli.recipe.schema import Recipe
 
@@ -116,7 +117,7 @@ def begin(recipe: Recipe, options: "Options", processes: int | None) -> int:
         if count == 1:
             return train(recipe, options)
         os.environ |= hand_on(options.out)
-        return launch(sys.argv[1:], count)
+        return launch(command_line(), count)
 
 
 def finish(folder: Path) -> None:
@@ -125,7 +126,6 @@ def finish(folder: Path) -> None:
     try:
         click.echo("\n".join([*lines, str(folder / "model.safetensors")]))
     except LostOutput as lost:
-        silence_stdout()
         click.echo(f"{lost} The run is finished and saved: {folder}", err=True)
 
 

@@ -166,7 +166,7 @@ def _downscale(foreign: Imported, options: Options) -> int:
     if options.autoencoder == "none":
         return 1
     levels = {name.split(".")[2] for name in foreign.autoencoder if name.startswith("encoder.down_blocks.")}
-    return int(2 ** (len(levels) - 1)) if levels else 8
+    return int(2 ** min(len(levels) - 1, 12)) if levels else 8  # beyond 12 no network is: refused where it is built
 
 
 def _autoencoder(foreign: Imported, options: Options, out: Path) -> str:

@@ -159,7 +159,7 @@ def _write_autoencoder(weights: dict[str, Tensor], out: Path) -> Path:
     folder = autoencoder_folder(out)
     try:
         config = kl_config(weights)
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, IndexError) as error:
         raise AlphaflowError(f"{out.name}: the autoencoder in the snapshot lacks {error}.") from error
     folder.mkdir(exist_ok=True)
     tensors = {name: value.detach().float().contiguous() for name, value in weights.items()}

@@ -121,9 +121,9 @@ def _base(
     """The recipe of the file's name or of the command line, checked against the file, with what the file says put in.
     Guidance is baked in: where the file does not say it, it is asked for, unless there is no null row."""
     published = RECIPES.get(path.stem.lower())
-    asked = options.recipe or "guidance.omega" in training.facts
-    asked = asked or any(text.startswith("guidance.") for text in options.sets)
-    if said.get("label_dropout", 0) > 0 and not published and not asked:
+    answered = options.recipe or "guidance.omega" in training.facts
+    answered = answered or any(text.startswith("guidance.") for text in options.sets)
+    if said.get("label_dropout", 0) > 0 and not published and not answered:
         raise AlphaflowError(
             f"{path.name}: was trained with guidance (it drops labels), but does not say which, and the name is none "
             "of the released files'. Say it: --recipe b2-cfg (or another), or --set guidance.omega=… and kappa=…"
@@ -153,7 +153,7 @@ def _latents(state: dict[str, Tensor], options: Options, where: str) -> Latents:
     if options.latents:
         return parse_latents(options.latents)
     mean, variance, ready = (state.get(name) for name in STATISTICS)
-    if mean is None or variance is None or (ready is not None and not bool(ready.max() > 0)):
+    if mean is None or variance is None or (ready is not None and not bool((ready > 0).any())):
         raise AlphaflowError(
             f"{where}: holds no latents' statistics (autoencoder_mean, autoencoder_var, filled in). "
             "Give them: --latents FILE.safetensors with mean and std, or --latents scale:0.18215"

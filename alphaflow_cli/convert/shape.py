@@ -54,6 +54,8 @@ def read_shape(weights: dict[str, Tensor], where: str) -> Shape:
         blocks = {int(name.split(".")[1]) for name in weights if name.startswith("blocks.")}
         hidden = weights["blocks.0.mlp.fc1.weight"].shape[0]
         last = weights["final.linear.weight"].shape[0]
+        table = weights.get("label_embed.weight")
+        rows = 0 if table is None else table.shape[0]
     except (KeyError, ValueError, IndexError) as error:
         raise AlphaflowError(f"{where}: a checkpoint of another family, or not whole ({error}).") from error
     if blocks != set(range(len(blocks))):  # a few bytes may name block 3,000,000
@@ -63,7 +65,6 @@ def read_shape(weights: dict[str, Tensor], where: str) -> Shape:
             f"{where}: no network has {dim} channels, {tokens} tokens, and patches of {patch}x{patch} with {channels} "
             f"channels in and {last} numbers out."
         )
-    table = weights.get("label_embed.weight")
     return Shape(
         dim=dim,
         depth=len(blocks),
@@ -72,7 +73,7 @@ def read_shape(weights: dict[str, Tensor], where: str) -> Shape:
         latent_size=math.isqrt(tokens) * patch,
         mlp_ratio=hidden / dim,
         qk_norm="blocks.0.attn.q_norm.weight" in weights,
-        label_rows=0 if table is None else table.shape[0],
+        label_rows=rows,
         out=last // patch**2,
     )
 
@@ -114,7 +115,7 @@ def without_variance(weights: dict[str, Tensor], shape: Shape, where: str) -> di
     kept = {}
     for name in ("final.linear.weight", "final.linear.bias"):
         value = weights.get(name, torch.zeros(0))
-        if len(value) != shape.patch**2 * shape.out:
+        if value.shape[:1] != (shape.patch**2 * shape.out,):
             raise AlphaflowError(f"{where}: not the weights of the network it describes ({name} is missing or short).")
         pixels = value.reshape(shape.patch**2, shape.out, *value.shape[1:])
         kept[name] = pixels[:, : shape.channels].reshape(-1, *value.shape[1:])

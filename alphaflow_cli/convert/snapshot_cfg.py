@@ -7,7 +7,7 @@ twice with two values, or has no place in a recipe, is listed as not read.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Any, cast, get_args
@@ -30,6 +30,7 @@ NO_VELOCITY = {"x", "x0", "x_0", "x_prediction", "x_pred", "data", "sample", "ep
 X_SWITCHES = ("x_prediction", "x_pred", "predict_x", "predict_x0")
 NO_PRECOND = {"", "none", "null", "identity", "false", "recflow", "rf", "flow", "velocity", "v"}
 COMPARED = ("guidance.omega", "guidance.kappa", "guidance.t_min", "guidance.t_max", "alpha", "times.equal_share")
+INTERVAL = ("sampling.cfg.t_min", "sampling.cfg.t_max")
 MOST_UNREAD = 40  # names
 MOST_ENTRIES = 100_000  # of cfg: a real one has a few hundred
 
@@ -111,6 +112,10 @@ def _in_words(value: object) -> str:
     if value.kind == "constant":
         return f"constant {value.initial:g}"
     return f"{value.kind} {value.initial:g} to {value.final:g} on [{value.start}, {value.end}]"
+
+
+def _row(values: Iterable[float]) -> str:
+    return ", ".join(f"{value:g}" for value in values)
 
 
 def walk_cfg(tree: dict[Any, Any]) -> Iterator[tuple[str, Any]]:
@@ -223,7 +228,7 @@ def _schedule(value: Any, name: str, where: str) -> Schedule:
     kind = in_brief(value.get("scheduler"))
     if kind not in get_args(ScheduleKind):
         raise AlphaflowError(f"{where}: its {name} is a schedule of kind {kind!r}, which no recipe here has.")
-    if value.get("up_clamp_value") is not None or value.get("discrete_training"):
+    if value.get("up_clamp_value") is not None or value.get("discrete_training", False) is not False:
         raise AlphaflowError(f"{where}: its {name} has up_clamp_value or discrete_training, which no recipe here has.")
 
     def part(key: str, default: float) -> float:
@@ -263,13 +268,14 @@ def _sampling(leaves: Mapping[str, Any], training: Training, where: str) -> None
         training.facts |= {"sample.sampler": kind, "sample.nfe": count, "sample.times": own}
     read = ("enable_consistency_sampling", "enable_trajectory_sampling", "num_steps", "sigma_noise")
     known = {f"sampling.{key}": stated[key] for key in read if isinstance(stated.get(key), (bool, int, float))}
-    training.read |= known | ({"sampling.custom_t_steps": list(grid)} if grid else {})
+    training.read |= known | ({"sampling.custom_t_steps": _row(grid)} if grid else {})
 
 
 def _sampling_guidance(leaves: Mapping[str, Any], training: Training) -> None:
     """Guidance at sampling, of a network that was trained without and knows the null label."""
     scale, dropout = leaves.get("sampling.cfg.scale"), leaves.get("model.label_dropout")
-    whole = (leaves.get("sampling.cfg.t_min", 0), leaves.get("sampling.cfg.t_max", 1)) == (0, 1)
+    ends = [leaves.get(place, default) for place, default in zip(INTERVAL, (0, 1), strict=True)]
+    whole = all(map(_is_number, ends)) and ends == [0, 1]
     plain = (training.facts.get("guidance.omega"), training.facts.get("guidance.kappa")) == (1.0, 0.0)
     if (
         whole
@@ -280,7 +286,7 @@ def _sampling_guidance(leaves: Mapping[str, Any], training: Training) -> None:
         and float(dropout or 0) > 0
     ):
         training.facts["sample.guidance"] = training.read["sampling.cfg.scale"] = float(scale or 0)
-        training.read |= {f"sampling.cfg.{key}": leaves.get(f"sampling.cfg.{key}") for key in ("t_min", "t_max")}
+        training.read |= {place: leaves[place] for place in INTERVAL if place in leaves}
 
 
 def _optimiser(state: object, training: Training) -> None:
@@ -294,7 +300,7 @@ def _optimiser(state: object, training: Training) -> None:
     betas = group.get("betas")
     if isinstance(betas, (list, tuple)) and len(betas) == 2 and all(isinstance(b, float) for b in betas):
         training.facts["optim.betas"] = tuple(betas)
-        training.read["optimizer.betas"] = list(betas)
+        training.read["optimizer.betas"] = _row(betas)
 
 
 def _unread(leaves: Mapping[str, Any], read: set[str]) -> list[str]:

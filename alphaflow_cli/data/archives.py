@@ -33,19 +33,9 @@ from alphaflow_cli.data.sources import Fetch, is_picture
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.text import brief
 
-BROKEN = (  # what the two libraries raise on damaged archives
-    tarfile.TarError,
-    zipfile.BadZipFile,
-    zlib.error,
-    lzma.LZMAError,
-    struct.error,
-    OSError,
-    EOFError,
-    ValueError,
-    OverflowError,
-    IndexError,
-    RuntimeError,  # an encrypted member, an unknown compression, headers that name headers without end
-)
+_OF_THE_LIBRARIES = (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error)
+# RuntimeError: an encrypted member, an unknown compression, headers that name headers without end
+BROKEN = (*_OF_THE_LIBRARIES, OSError, EOFError, ValueError, OverflowError, IndexError, RuntimeError)
 ZIP_MAGIC = (b"PK\3\4", b"PK\5\6", b"PK\7\x08")
 HOPS = 40  # links behind links, as the kernel allows
 MAX_TARGET = 4096  # bytes of a link's target
@@ -162,7 +152,7 @@ def _from_tar(archive: Archive, file: BinaryIO, lines: Sequence[int]) -> Iterato
 def _from_stream(archive: Archive, file: BinaryIO, lines: Sequence[int]) -> Iterator[tuple[int, Fetch]]:
     """The lines are in the order of their places; several names of one place are neighbours."""
     with _named(archive.path):
-        opened = tarfile.open(fileobj=file, tarinfo=_Header)  # noqa: SIM115 (`file` is what has to be closed)
+        opened = tarfile.open(fileobj=file)  # noqa: SIM115 (`file` is what has to be closed)
     members = _members(archive.path, opened)
     for place, same in itertools.groupby(lines, key=archive.place):
         fetch: Fetch = partial(archive.checked, file, partial(_dense, file), place)
@@ -258,12 +248,12 @@ def _open_zip(path: Path, file: BinaryIO, stamp: Stamp) -> Archive:
 
 
 def _open_tar(path: Path, file: BinaryIO, stamp: Stamp) -> Archive:
-    opened = tarfile.open(fileobj=file, tarinfo=_Header)  # noqa: SIM115 (`file` is what has to be closed)
-    entries = _Entries()
+    opened = tarfile.open(fileobj=file)  # noqa: SIM115 (`file` is what has to be closed)
+    kind, entries = "tar" if opened.fileobj is file else "compressed tar", _Entries()
     for member in _members(path, opened):
         if not member.isdir():
             entries.add(member.name, _entry(member, entries))
-    return entries.archive(path, "tar" if opened.fileobj is file else "compressed tar", stamp)
+    return entries.archive(path, kind, stamp)
 
 
 def _entry(member: tarfile.TarInfo, before: "_Entries") -> Entry:
@@ -284,32 +274,39 @@ def _entry(member: tarfile.TarInfo, before: "_Entries") -> Entry:
 
 def _members(path: Path, opened: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
     """One after the other. The library keeps them all, which we have no memory for."""
-    at = -1
+    watched, at = _Watched(opened.fileobj), -1
+    opened.fileobj = watched  # type: ignore[assignment]
     while True:
         with _named(path):
             member = opened.next()
+            if member is None:
+                return watched.check_end()
         opened.members = []  # type: ignore[attr-defined]
-        if member is None:
-            return
         if member.size < 0 or opened.offset <= at:
             raise AlphaflowError(f"{path}: not a whole zip or tar archive (a member has a negative size)")
         at = opened.offset
         yield member
 
 
-class _Header(tarfile.TarInfo):
-    """A header that is strict: the library takes a damaged one, or the end of the file, for the end of the archive."""
+class _Watched:
+    """What a tar is read from; it remembers the last block, because the library takes a damaged header, or the end of
+    the file, for the end of the archive. Only a block of zeros is one."""
 
-    @classmethod
-    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "_Header":
-        """One block; only a block of zeros ends an archive."""
-        try:
-            return super().frombuf(buf, encoding, errors)
-        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
-            raise
-        except tarfile.HeaderError as fault:
-            why = "it was cut off: the mark at its end is missing" if len(buf) < tarfile.BLOCKSIZE else str(fault)
-            raise tarfile.ReadError(why) from fault
+    def __init__(self, file: Any) -> None:
+        self.seek, self.tell, self._read, self.last = file.seek, file.tell, file.read, bytes(tarfile.BLOCKSIZE)
+
+    def read(self, size: int) -> bytes:
+        """As the file does."""
+        data: bytes = self._read(size)
+        self.last = data if size == tarfile.BLOCKSIZE else self.last
+        return data
+
+    def check_end(self) -> None:
+        """The last header that was looked at is the closing mark."""
+        if len(self.last) < tarfile.BLOCKSIZE:
+            raise tarfile.ReadError("it was cut off: the mark at its end is missing")
+        if self.last.strip(b"\0"):
+            raise tarfile.ReadError(f"a damaged header at byte {self.tell() - tarfile.BLOCKSIZE:,}")
 
 
 class _Entries:

@@ -13,6 +13,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from alphaflow_cli.data.files import brief
 from alphaflow_cli.errors import AlphaflowError
 
 SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing", "eval"}
@@ -37,7 +38,7 @@ class Classes:
         """How many, in which order, and the first and the last ones: the numbers that the network will know them by."""
         count = len(self.folders)
         what = "1 class" if count == 1 else f"{count:,} classes{' (ImageNet)' if self.imagenet else ''}, {self.order}"
-        shown = [f"{index} = {self.names[index]}" for index in range(count) if index < 3 or index == count - 1]
+        shown = [f"{index} = {_plain(self.names[index])}" for index in range(count) if index < 3 or index == count - 1]
         return f"{what}: {', '.join([*shown[:3], *(['…'] if count > 4 else []), *shown[3:]])}"
 
     def as_dict(self) -> dict[str, Any]:
@@ -140,6 +141,11 @@ def _without_repeats(pairs: list[tuple[str, object]]) -> dict[str, object]:
     if len(document) < len(pairs):
         raise ValueError("a key stands in it twice")
     return document
+
+
+def _plain(name: str) -> str:
+    """For a terminal: a name may hold anything that a file system takes."""
+    return brief(name) if name.isprintable() else brief(repr(name))
 
 
 def _are_numbers(folders: Collection[str]) -> bool:

@@ -268,9 +268,12 @@ def _open_without_waiting(path: str, flags: int) -> int:
 def sha256_of(path: Path) -> str:
     """The checksum of a file, read in large pieces."""
     digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(1 << 22):
-            digest.update(piece)
+    try:
+        with open(path, "rb", opener=_open_without_waiting) as file:
+            while piece := file.read(1 << 22):
+                digest.update(piece)
+    except OSError as fault:
+        raise AlphaflowError(f"{path}: cannot be read ({fault.strerror})") from fault
     return digest.hexdigest()
 
 

@@ -1,13 +1,13 @@
 """Rows out of many shard files."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from alphaflow_cli.data.files import Array, TensorFile, open_tensors
-from alphaflow_cli.data.manifest import AGAIN, Plan
+from alphaflow_cli.data.manifest import AGAIN, Plan, Shard
 from alphaflow_cli.data.stats import Statistics, statistics_of
 from alphaflow_cli.errors import AlphaflowError
 
@@ -44,14 +44,19 @@ class Shards:
             yield int(file), piece, ordered[piece] - self.starts[file]
 
 
-def open_shards(paths: list[Path]) -> Shards:
-    """Open the files; how many rows each has is read from its labels."""
-    files = [open_tensors(path) for path in paths]
-    for file in files:
-        if len(file.places["label"].shape if "label" in file.places else ()) != 1:
-            raise AlphaflowError(f"{file.path}: not a shard of latents, it holds no labels. {AGAIN}")
-    starts = np.cumsum([0, *(file.places["label"].shape[0] for file in files)])
-    return Shards(files, starts)
+def open_shards(folder: Path, plan: Plan, shards: Sequence[Shard]) -> Shards:
+    """Open the files; each must hold the tensors that the plan and its sidecar speak of."""
+    files = [open_tensors(folder / shard.file) for shard in shards]
+    kinds = [plan.kind, *([f"{plan.kind}_flip"] if plan.stores_flips else [])]
+    wanted: dict[str, tuple[object, tuple[int, ...]]]
+    for file, shard in zip(files, shards, strict=True):
+        wanted = {name: (np.dtype(plan.dtype), (shard.count, plan.rows, *plan.latent[1:])) for name in kinds}
+        wanted["label"] = (np.dtype(np.int64), (shard.count,))
+        for name, fact in wanted.items():
+            place = file.places.get(name)
+            if place is None or (place.dtype, place.shape) != fact:
+                raise AlphaflowError(f"{file.path}: its {name} are not what the plan and the sidecar say. {AGAIN}")
+    return Shards(files, np.cumsum([0, *(shard.count for shard in shards)]))
 
 
 def statistics_of_rows(shards: Shards, plan: Plan, name: str, rows: Array) -> Statistics:

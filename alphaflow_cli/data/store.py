@@ -43,11 +43,10 @@ def open_store(path: Path, verify: Verify) -> Store:
     faults = _faults(path, manifest, verify)
     if faults:
         raise AlphaflowError("\n".join(faults) + f"\n{path}: remove the named files and run prep-latents again")
-    shards = open_shards([path / shard.file for shard in manifest.shards])
+    shards = open_shards(path, manifest.plan, manifest.shards)
     for file in shards.files:
         if file.stamp != before[file.path]:  # while the checksums were taken, which may last minutes
             raise changed(file.path)
-    _check_shards(shards, manifest)
     labels = np.concatenate([file.read("label") for file in shards.files])
     statistics = read_statistics(open_tensors(path / manifest.statistics["file"]))
     if not {"all", "subset"} <= statistics.keys():
@@ -126,20 +125,6 @@ def _stamps(path: Path, manifest: Manifest) -> dict[Path, Stamp]:
     """Of the shards that are there, before their checksums are taken."""
     files = [path / shard.file for shard in manifest.shards]
     return {file: stamp_of(file) for file in files if is_there(file)}
-
-
-def _check_shards(shards: Shards, manifest: Manifest) -> None:
-    """Each file holds the tensors that the plan and the sidecar speak of."""
-    plan = manifest.plan
-    kinds = [plan.kind, *([f"{plan.kind}_flip"] if plan.stores_flips else [])]
-    for file, shard in zip(shards.files, manifest.shards, strict=True):
-        wanted: dict[str, tuple[object, tuple[int, ...]]]
-        wanted = {name: (np.dtype(plan.dtype), (shard.count, plan.rows, *plan.latent[1:])) for name in kinds}
-        wanted["label"] = (np.dtype(np.int64), (shard.count,))
-        for name, fact in wanted.items():
-            place = file.places.get(name)
-            if place is None or (place.dtype, place.shape) != fact:
-                raise AlphaflowError(f"{file.path}: its {name} are not what manifest.json says. {AGAIN}")
 
 
 def _faults(path: Path, manifest: Manifest, verify: Verify) -> list[str]:

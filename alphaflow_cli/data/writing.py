@@ -61,7 +61,7 @@ def finish_store(out: Path, plan: Plan) -> None:
     count, bad = sum(shard.count for shard in sidecars), [entry for shard in sidecars for entry in shard.bad]
     if not count:
         raise AlphaflowError(f"{out}: not one good picture; the first, {bad[0]['name']!r}: {bad[0]['why']}")
-    stats = _statistics(plan, paths)
+    stats = _statistics(out, plan, sidecars)
     content = {key: value for name, part in stats.items() for key, value in statistics_tensors(part, name).items()}
     _, digest = write_tensors(out / STATISTICS_FILE, content, METADATA)
     summary = {
@@ -86,9 +86,9 @@ def _read_sidecar(plan: Plan, number: int, path: Path) -> Shard:
     return shard
 
 
-def _statistics(plan: Plan, paths: list[Path]) -> dict[str, Statistics]:
+def _statistics(out: Path, plan: Plan, sidecars: list[Shard]) -> dict[str, Statistics]:
     """Of all latents (merged in shard order) and of the published way's subset; of the mirrored copies likewise."""
-    shards = open_shards(paths)
+    shards = open_shards(out, plan, sidecars)
     parts = [read_statistics(file) for file in shards.files]
     rows = subset_rows(shards.count, STATS_IMAGES)
     found = {}

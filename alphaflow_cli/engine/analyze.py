@@ -31,7 +31,7 @@ from alphaflow_cli.engine.measure import make_folder
 from alphaflow_cli.engine.processes import smaller_batch_if_full
 from alphaflow_cli.engine.progress import Progress, say
 from alphaflow_cli.engine.protocol import environment
-from alphaflow_cli.engine.ready import check_folder, check_store
+from alphaflow_cli.engine.ready import check_store
 from alphaflow_cli.engine.state import checkpoint_folders
 from alphaflow_cli.engine.step import Objective
 from alphaflow_cli.errors import AlphaflowError, blamed_on
@@ -69,7 +69,6 @@ class Work:
 def analyze(request: Request) -> tuple[dict[str, Any], Path]:
     """Measure what is missing; returns the document and the folder that holds it and the pictures."""
     addresses, out = checkpoints_of(request), request.out or home_of(request) / "analysis"
-    check_folder(out)
     with hold(out, "analyze"):
         return measure_all(addresses, request, out), out
 

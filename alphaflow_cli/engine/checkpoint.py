@@ -90,8 +90,9 @@ def load_checkpoint(path: Path) -> Checkpoint:
                     "A checkpoint of another system: alphaflow convert."
                 )
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
-    except FileNotFoundError as error:
-        raise AlphaflowError(f"{path}: no such checkpoint.") from error
+    except FileNotFoundError as error:  # safetensors says so of a file without permission, too
+        why = "no permission to read it. Change the permissions." if path.exists() else "no such checkpoint."
+        raise AlphaflowError(f"{path}: {why}") from error
     except (OSError, SafetensorError) as error:
         raise AlphaflowError(f"{path}: cannot be read as safetensors, truncated or another format: {error}") from error
     return _checkpoint(path, tensors, metadata)

@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from alphaflow_cli.errors import AlphaflowError
+from alphaflow_cli.errors import AlphaflowError, fault_of_the_user
 
 Tell = Callable[[int], None]
 LOOK_EVERY = 0.5  # seconds between looks at whether everybody is alive
@@ -65,10 +65,9 @@ def _member(task: Callable[[Any, Tell], None], share: Any, messages: Any) -> Non
     try:
         task(share, lambda count: messages.put(("count", count)))
         messages.put(("done", 0))
-    except AlphaflowError as fault:
-        messages.put(("fault", str(fault)))
-    except BaseException:  # our own bug, or a library that leaves: the parent shows it whole, and must not wait for us
-        messages.put(("bug", traceback.format_exc()))
+    except BaseException as fault:  # a library that leaves, too: the parent must not wait for us
+        line = fault_of_the_user(fault)  # none for our own bug: the parent shows it whole
+        messages.put(("fault", line) if line else ("bug", traceback.format_exc()))
 
 
 def _leave_with(parent: int) -> None:

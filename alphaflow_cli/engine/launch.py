@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from alphaflow_cli.engine.slurm import join_slurm, whole_number
-from alphaflow_cli.errors import AlphaflowError
+from alphaflow_cli.errors import AlphaflowError, fault_of_the_user
 
 RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")  # whole numbers
 LOOPBACK_SECONDS = 10  # for a connection to ourselves
@@ -179,8 +179,8 @@ def _write_error(text: str) -> None:
 
 def _tell(error: BaseException) -> None:
     """To the parent by a file; without one, on stderr."""
-    rank, message = os.environ.get("RANK", "0"), str(error)
-    user_fault = isinstance(error, AlphaflowError)
+    rank, line = os.environ.get("RANK", "0"), fault_of_the_user(error)
+    message, user_fault = line or str(error), bool(line)
     record = {
         "rank": int(rank),
         "time": time.time(),
@@ -199,8 +199,10 @@ def _tell(error: BaseException) -> None:
 
 def _leave(record: dict[str, Any]) -> bool:
     """Put the record where the parent looks; False where a full disk forbids it, which may be the fault itself."""
-    try:
-        (Path(os.environ["ALPHAFLOW_ERRORS"]) / f"rank-{record['rank']}.json").write_text(json.dumps(record))
+    path = Path(os.environ["ALPHAFLOW_ERRORS"]) / f"rank-{record['rank']}.json"
+    try:  # whole or not at all: the agent may kill us meanwhile
+        path.with_suffix(".tmp").write_text(json.dumps(record))
+        path.with_suffix(".tmp").replace(path)
     except OSError:
         return False
     return True

@@ -104,7 +104,7 @@ def _take(folder: Path, command: str) -> str:
         with _opened(folder / NAME) as file:
             there = _owner_in(os.pread(file, 10_000, 0))
             if there is not None and there.token != os.environ.get(HANDED_ON):
-                _refuse_living(folder, there, quiet=_quiet_seconds(folder, file))
+                _refuse_living(folder, there, file)
                 say(f"{folder}: going on after process {there.pid} on {there.host} ({there.command}), which is gone")
             _write(file, me)
     except OSError as error:
@@ -112,19 +112,20 @@ def _take(folder: Path, command: str) -> str:
     return token
 
 
-def _refuse_living(folder: Path, there: Owner, *, quiet: float) -> None:
+def _refuse_living(folder: Path, there: Owner, file: int) -> None:
     """The line for the second of two commands, unless the first is gone."""
-    if not (there.is_alive() if there.is_here() else quiet < PATIENCE):
-        return
-    who = f"{there.command}, process {there.pid} on {there.host}, since {there.since}"
     if there.is_here():
-        wait = f"Wait for it, end it (kill {there.pid})"
+        alive, wait = there.is_alive(), f"Wait for it, end it (kill {there.pid})"
     else:
+        quiet = _quiet_seconds(folder, file)
+        alive = quiet < PATIENCE
         wait = (
-            f"Its last sign of life was {duration(quiet)} ago; after {duration(PATIENCE)} without one the same command "
-            "goes on here. Wait for it, end it there"
+            f"Its last sign of life was {duration(max(quiet, 0))} ago; after {duration(PATIENCE)} without one the same "
+            "command goes on here. Wait for it, end it there"
         )
-    raise AlphaflowError(f"{folder}: another command is writing here ({who}). {wait}, or name another folder.")
+    if alive:
+        who = f"{there.command}, process {there.pid} on {there.host}, since {there.since}"
+        raise AlphaflowError(f"{folder}: another command is writing here ({who}). {wait}, or name another folder.")
 
 
 @contextlib.contextmanager
@@ -179,10 +180,11 @@ def _write(file: int, owner: Owner) -> None:
 
 
 def _owner_in(text: bytes) -> Owner | None:
-    """Whom a lock names; None where it is empty or was cut short by a kill."""
+    """Whom a lock names; None where it is empty, was cut short by a kill, or holds what no terminal should be shown."""
     try:
         found = Owner(**json.loads(text))
-        sound = all(isinstance(value, str) for name, value in asdict(found).items() if name != "pid")
+        texts = [value for name, value in asdict(found).items() if name != "pid"]
+        sound = all(isinstance(value, str) and value.isprintable() and len(value) < 300 for value in texts)
         return found if sound and type(found.pid) is int else None
     except (ValueError, TypeError, RecursionError):
         return None

@@ -1,5 +1,6 @@
 """Before a run: everything that can be wrong, found before any process starts, each fault with what to do."""
 
+import os
 import socket
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -75,7 +76,7 @@ def check_folder(out: Path) -> None:
     """The run folder can be written."""
     try:
         out.mkdir(parents=True, exist_ok=True)
-        probe = out / ".write.tmp"
+        probe = out / f".write.{os.getpid()}.tmp"
         probe.touch()
         probe.unlink()
     except OSError as error:

@@ -25,7 +25,7 @@ from alphaflow_cli.errors import AlphaflowError
 STATE_FORMAT = "alphaflow-state/2"
 WITHOUT_CHECKSUM = "alphaflow-state/1"  # read for ever, and it is said
 FACTS = {"step": int, "retries": int, "accumulation": int, "processes": int, "store": str, "init_from": str}
-OWN_FILES = (".model.safetensors.*tmp", ".recipe.yaml.*tmp", ".metrics.jsonl.*tmp", ".write.tmp")  # of training
+OWN_FILES = (".model.safetensors.*tmp", ".recipe.yaml.*tmp", ".metrics.jsonl.*tmp", ".write.*tmp")  # of training
 
 
 def step_name(step: int) -> str:

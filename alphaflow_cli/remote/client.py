@@ -108,18 +108,11 @@ def _library() -> Any:
 
 
 @cache
-def _install() -> None:
-    """Once in a process; classes are made here, since their bases are imported late."""
-    from huggingface_hub import set_client_factory
-    from huggingface_hub.utils._http import default_client_factory
+def _body() -> Any:
+    """The class of an answer's bytes, counted and timed; made here, since its base is imported late."""
+    base: Any = _library().SyncByteStream
 
-    library = _library()
-    stream_base: Any = library.SyncByteStream
-    client_base: Any = library.Client
-
-    class Body(stream_base):  # type: ignore[misc]
-        """An answer's bytes, counted and timed."""
-
+    class Body(base):  # type: ignore[misc]
         def __init__(self, inner: Any, limits: "Limits") -> None:
             self.inner, self.limits = inner, limits
 
@@ -128,6 +121,18 @@ def _install() -> None:
 
         def close(self) -> None:
             self.inner.close()
+
+    return Body
+
+
+@cache
+def _install() -> None:
+    """Once in a process."""
+    from huggingface_hub import set_client_factory
+    from huggingface_hub.utils._http import default_client_factory
+
+    library = _library()
+    client_base: Any = library.Client
 
     class Client(client_base):  # type: ignore[misc]
         """Sends nothing and believes nothing without looking."""
@@ -141,7 +146,7 @@ def _install() -> None:
 
     def receive(response: Any) -> None:
         _see_head(response)
-        response.stream = Body(response.stream, _limits(response))
+        response.stream = _body()(response.stream, _limits(response))
 
     def make() -> Any:
         plain = default_client_factory()
