@@ -10,6 +10,7 @@ pure function of (target, seed, number); a failure prints the line that repeats 
 """
 
 import contextlib
+import copy
 import io
 import json
 import os
@@ -323,7 +324,7 @@ def mutate_json(rng: random.Random, document: object) -> str:
         if not holders:
             break
         holder, key = rng.choice(holders)
-        kind, value = rng.randrange(8), rng.choice(rng.choice((JSON, JSON, TEXTS, NUMBERS)))
+        kind, value = rng.randrange(8), copy.deepcopy(rng.choice(rng.choice((JSON, JSON, TEXTS, NUMBERS))))
         if kind < 5:
             holder[key] = value
         elif kind == 5:

@@ -74,7 +74,8 @@ class Generator:
     @property
     def _record(self) -> dict[str, Any]:
         """The autoencoder that the latents are of."""
-        return self.origin.get("autoencoder") or {"id": self.recipe.data.autoencoder}
+        record: dict[str, Any] = self.origin.get("autoencoder") or {}
+        return record if record.get("id") else {**record, "id": self.recipe.data.autoencoder}
 
     @property
     def has_decoder(self) -> bool:
