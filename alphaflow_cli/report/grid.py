@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from alphaflow_cli.data.pictures import open_picture
 from alphaflow_cli.errors import blamed_on
 
 GAP, INK, PAPER = 2, (26, 32, 44), (255, 255, 255)
@@ -44,7 +45,7 @@ def picture_png(picture: np.ndarray) -> bytes:
 
 def plain_png(path: Path) -> bytes:
     """The pixels of a PNG file and nothing else that may stand in one."""
-    with blamed_on(path, "a PNG picture", Image.DecompressionBombError), Image.open(path, formats=["PNG"]) as image:
+    with blamed_on(path, "a PNG picture", Image.DecompressionBombError), open_picture(path) as image:
         return encode(image.convert("RGB"))
 
 
