@@ -49,6 +49,11 @@ BODIES = {
     "not UTF-8": (b"\xff\xfe", "not UTF-8"),
     "deep": (b"[" * 100_000, "levels inside each other"),
     "digits": (b'{"sha": ' + b"1" * 10_000 + b"}", "10,000 digits"),
+    "half a letter": (b'{"id": "me/tiny", "sha": "\\ud800"}', "has not the form"),
+    "half a letter in a name": (
+        b'{"id": "me/tiny", "sha": "%s", "siblings": [{"rfilename": "\\ud800"}]}' % (b"a" * 40),
+        "siblings[0].rfilename",
+    ),
     "files of another kind": (b'{"id": "me/tiny", "sha": "%s", "siblings": [3]}' % (b"a" * 40), "siblings[0]"),
 }
 

@@ -8,9 +8,9 @@ from alphaflow_cli.errors import AlphaflowError
 
 COMMIT = r"[0-9a-f]{40}"
 CHECKSUM = r"[0-9a-f]{40}|[0-9a-f]{64}"  # git's sha1 of a small file, sha256 of a large one
-FILE = r"(?!/)(?!(?:.*/)?\.{1,2}(?:/|$))[^\x00-\x1f\x7f]+"  # a path that stays inside its folder
+FILE = r"(?!/)(?!(?:.*/)?\.{1,2}(?:/|$))[^\x00-\x1f\x7f\ud800-\udfff]+"  # a path that stays inside its folder
 NAME = r"[\w.-]{1,96}"
-ADDRESS = r"https?://[^\s\x00-\x1f\x7f]+"
+ADDRESS = r"https?://[^\s\x00-\x1f\x7f\ud800-\udfff]+"
 REPOSITORY = rf"{ADDRESS}/{NAME}/{NAME}"
 
 OPEN = Anything()  # keys that nobody reads: allowed, and left out
