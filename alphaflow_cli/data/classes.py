@@ -13,8 +13,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from alphaflow_cli.data.files import brief
 from alphaflow_cli.errors import AlphaflowError
+from alphaflow_cli.text import for_terminal
 
 SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing", "eval"}
 AS_NUMBERS = "sorted as numbers"
@@ -145,7 +145,7 @@ def _without_repeats(pairs: list[tuple[str, object]]) -> dict[str, object]:
 
 def _plain(name: str) -> str:
     """For a terminal: a name may hold anything that a file system takes."""
-    return brief(name) if name.isprintable() else brief(repr(name))
+    return for_terminal(name, limit=200)
 
 
 def _are_numbers(folders: Collection[str]) -> bool:

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from alphaflow_cli.engine.facts import facts, human, lines
-from alphaflow_cli.engine.progress import duration
+from alphaflow_cli.engine.progress import duration, say
 from alphaflow_cli.engine.split import split_batch
 from alphaflow_cli.recipe import diff_recipes, load_recipe, shipped
 from alphaflow_cli.recipe.schema import Recipe
@@ -40,6 +40,8 @@ def estimate(recipe: Recipe, micro_batch: int | None, processes: int) -> tuple[l
 
     world = join_world(allow_tf32=recipe.train.tf32)
     per_process = -(-recipe.train.batch // processes)
+    if recipe.train.compile:
+        say("compiling the blocks, as train.compile asks for: minutes on a CPU")
     rows = min(micro_batch or micro_batch_that_fits(recipe, world), per_process)
     measured = measure_phases(recipe, rows, per_process=per_process)
     total = sum(phase.seconds for phase in measured)
