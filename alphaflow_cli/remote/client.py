@@ -140,7 +140,7 @@ def _install() -> None:
         def send(self, request: Any, *, stream: bool = False, **options: Any) -> Any:
             fetch = partial(_fetch, partial(super().send, request, stream=True, **options), stream)
             answer = within(PATIENCE, fetch) if request.method in ("GET", "HEAD") else fetch()
-            if answer.is_error and not _is_taken(request, answer):
+            if answer.status_code >= 400 and not _is_taken(request, answer):
                 return _refusal(library, answer)
             return answer if stream else _checked(library, request, answer)
 
@@ -182,7 +182,7 @@ def within(seconds: float, work: Callable[[], Value]) -> Value:
 def _fetch(send: Callable[[], Any], stream: bool) -> Any:
     """The head of an answer, and all of it where it is no download."""
     answer = send()
-    if not stream or answer.is_error:
+    if not stream or answer.status_code >= 400:
         answer.stream.limits.most = min(answer.stream.limits.most, LONGEST)
         answer.stream.limits.until = time.monotonic() + PATIENCE
         try:
