@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from alphaflow_cli.charts.draw import to_png
 from alphaflow_cli.engine.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from alphaflow_cli.engine.curves import recipe_chart
 from alphaflow_cli.engine.files import write_atomically
@@ -27,7 +28,6 @@ from alphaflow_cli.nn.autoencoder import load_autoencoder
 from alphaflow_cli.nn.weights import sha256_of
 from alphaflow_cli.recipe import dump_recipe
 from alphaflow_cli.report.grid import grid_png
-from alphaflow_cli.report.png import to_png
 
 HUB_ID = re.compile(r"\w[\w.-]*(?:/\w[\w.-]*){1,2}(?:@\S+)?")  # user/repo or user/repo/subfolder
 GRID = (4, 8)  # rows and columns of a sample grid drawn for the card

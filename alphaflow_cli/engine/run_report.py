@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from alphaflow_cli.charts import chart
 from alphaflow_cli.data.files import sha256_of
 from alphaflow_cli.engine.curves import BANDS, recipe_chart
 from alphaflow_cli.engine.facts import lines
@@ -17,7 +18,6 @@ from alphaflow_cli.engine.run_report_scores import scores_of
 from alphaflow_cli.errors import AlphaflowError, blamed_on
 from alphaflow_cli.recipe import diff_recipes, load_recipe, recipe_from_text, shipped
 from alphaflow_cli.recipe.schema import Recipe
-from alphaflow_cli.report import chart
 from alphaflow_cli.report.embedded import embed, spread_over
 from alphaflow_cli.report.page import RunPage, run_page
 

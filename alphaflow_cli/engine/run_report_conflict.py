@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from alphaflow_cli.charts.chart import Chart
 from alphaflow_cli.engine.conflict_charts import NAMES, bins_chart, sizes_chart, steps_chart
 from alphaflow_cli.errors import blamed_on
-from alphaflow_cli.report.chart import Chart
 
 Told = list[tuple[str, ...]]
 
