@@ -1,7 +1,7 @@
-"""Charts as PNG and SVG by matplotlib, which is imported here alone, and only when a chart is drawn.
+"""Charts as PNG and SVG by matplotlib, which is imported in this room alone, and only when a chart is drawn.
 
-Margins are fixed and words are measured before anything is drawn: titles break into lines and legends move below them
-where there is no room, so that one description serves a wide page and a telephone. Equal charts give equal bytes.
+Equal charts give equal bytes, whatever a matplotlibrc says. The words of an SVG stay words, and it goes dark with its
+page.
 """
 
 import io
@@ -9,32 +9,69 @@ import logging
 import math
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from html import escape
 from typing import TYPE_CHECKING, Any
 
+from alphaflow_cli.charts import layout
 from alphaflow_cli.charts.chart import DARK, FAINT, GREY, GRID, INK, PAPER, Bars, Chart, Line, Panel, show_number
+from alphaflow_cli.charts.layout import (
+    BETWEEN,
+    BOTTOM,
+    GAP,
+    HANDLE,
+    HEADLINE,
+    LEFT,
+    RIGHT,
+    ROW,
+    SMALL,
+    TITLE,
+    Axis,
+    Head,
+    clean,
+    width_of,
+    wrapped,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 SCALE = 2  # pixels of a PNG to a pixel of the page
-LEFT, RIGHT, GAP, BOTTOM, STRIP, ROW = (
-    62,
-    22,
-    26,
-    56,
-    20,
-    18,
-)  # pixels; STRIP holds the bands' names, ROW a line of words
-HEADLINE, TITLE, SMALL = 18, 13, 12  # sizes of letters
-HANDLE, BETWEEN = 30, 16  # of a legend's entry: the line before the word, the room after it
-FEW = 9  # points of a lone curve that get their values written beside them
-HUGE = 1e150  # larger values are drawn as this one: differences must stay finite, and quotients on a log axis
 FONT = "Helvetica Neue, Helvetica, Arial, sans-serif"  # of an SVG that stands alone; within a page, the page's own
+LOOK: dict[Any, Any] = {  # matplotlib's settings while a chart is drawn; one of its points is one pixel of the page
+    "svg.fonttype": "none",
+    "text.parse_math": False,
+    "text.color": GREY,
+    "font.size": SMALL,
+    "figure.dpi": 72,
+    "figure.facecolor": PAPER,
+    "axes.facecolor": PAPER,
+    "axes.edgecolor": FAINT,
+    "axes.linewidth": 1.2,
+    "axes.spines.left": False,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "grid.color": GRID,
+    "grid.linewidth": 1,
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+    "ytick.major.pad": 8,
+    "ytick.labelcolor": GREY,
+    "lines.linewidth": 2.2,
+    "lines.markersize": 7,
+    "lines.markeredgewidth": 0,
+    "legend.frameon": False,
+    "legend.handlelength": (HANDLE - 7) / SMALL,
+    "legend.handletextpad": 7 / SMALL,
+    "legend.columnspacing": BETWEEN / SMALL,
+    "legend.labelspacing": (ROW - 14) / SMALL,
+    "legend.borderpad": 0,
+    "legend.borderaxespad": 0,
+}
 
 DARK_STYLE = (  # for a style sheet: matplotlib writes every colour as a style, in which it can be found
     "@media (prefers-color-scheme: dark) {"
@@ -49,7 +86,7 @@ DARK_STYLE = (  # for a style sheet: matplotlib writes every colour as a style, 
 
 def to_png(chart: Chart) -> bytes:
     """The chart in its light form, at twice its width in pixels."""
-    with _own_settings(chart):
+    with _settings(chart):
         out = io.BytesIO()
         _figure(chart).savefig(out, format="png", dpi=72 * SCALE, metadata={"Software": None})
     return out.getvalue()
@@ -67,7 +104,7 @@ def to_svg_element(chart: Chart) -> str:
 
 def _svg(chart: Chart, attributes: str, style: str) -> str:
     """matplotlib's drawing in a frame of ours: without its header, names of groups, fonts and needless digits."""
-    with _own_settings(chart):
+    with _settings(chart):
         out, figure = io.StringIO(), _figure(chart)
         figure.savefig(out, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
         width, height = (round(72 * inches) for inches in figure.get_size_inches())
@@ -81,312 +118,150 @@ def _svg(chart: Chart, attributes: str, style: str) -> str:
     names = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
     size = f'width="{width}" height="{height}" viewBox="0 0 {width} {height}" stroke-linejoin="round"'
     return (
-        f'<svg {names} {size} role="img"{attributes}><title>{escape(_clean(chart.title))}</title>{style}{body}</svg>\n'
+        f'<svg {names} {size} role="img"{attributes}><title>{escape(clean(chart.title))}</title>{style}{body}</svg>\n'
     )
 
 
 @contextmanager
-def _own_settings(chart: Chart) -> Iterator[None]:
-    """matplotlib's defaults whatever a matplotlibrc says, and nothing on stderr about its caches and fonts."""
+def _settings(chart: Chart) -> Iterator[None]:
+    """Our look on matplotlib's defaults, and nothing on stderr about its caches and fonts."""
     log = logging.getLogger("matplotlib")
     level = log.level
     log.setLevel(logging.CRITICAL)
     try:
         import matplotlib
 
-        settings: dict[Any, Any] = {k: v for k, v in matplotlib.rcParamsDefault.items() if "backend" not in k}
-        settings |= {"svg.fonttype": "none", "svg.hashsalt": repr(chart), "text.parse_math": False}
-        with warnings.catch_warnings(), matplotlib.rc_context(settings):
+        defaults = {name: value for name, value in matplotlib.rcParamsDefault.items() if "backend" not in name}
+        with warnings.catch_warnings(), matplotlib.rc_context({**defaults, **LOOK, "svg.hashsalt": repr(chart)}):
             warnings.filterwarnings("ignore", r"Glyph \d+")  # a letter that the font lacks is drawn as a box
             yield
     finally:
         log.setLevel(level)
 
 
-def _clean(text: str) -> str:
-    """Without characters that no picture can show and no XML may hold."""
-    return "".join(letter if letter.isprintable() else " " for letter in text)
-
-
-def _width(text: str, size: float, *, bold: bool = False) -> float:
-    """Pixels of a line of words in matplotlib's own font; the fonts of a browser are narrower."""
-    from matplotlib.font_manager import FontProperties
-    from matplotlib.textpath import text_to_path
-
-    font = FontProperties(size=size, weight="bold" if bold else "normal")
-    return float(text_to_path.get_text_width_height_descent(_clean(text), font, False)[0])
-
-
-def _wrapped(text: str, size: float, room: float, *, bold: bool = False) -> list[str]:
-    """The words in as many lines as they need."""
-    lines: list[str] = []
-    for word in _clean(text).split():
-        if lines and _width(f"{lines[-1]} {word}", size, bold=bold) <= room:
-            lines[-1] += f" {word}"
-        else:
-            lines.append(word)
-    return lines
-
-
-@dataclass(frozen=True)
-class _Head:
-    """What stands above a panel: its title, the legend beside or below it, and a strip with the bands' names."""
-
-    title: list[str]
-    labels: list[str]
-    columns: int
-    beside: bool
-    strip: int
-
-    @property
-    def height(self) -> int:
-        legend = math.ceil(len(self.labels) / self.columns)
-        return ROW * (max(len(self.title), legend) if self.beside else len(self.title) + legend) + self.strip + 4
-
-
-def _head(panel: Panel, room: float, *, strip: bool) -> _Head:
-    """There is a legend where there is something to tell apart; a lone curve is named by the panel's title."""
-    labels = [word for line in panel.lines for word in (line.label, line.spread_label if line.spread else "") if word]
-    labels = labels if len(panel.lines) > 1 or any(line.spread for line in panel.lines) else []
-    widths = [HANDLE + _width(word, SMALL) + BETWEEN for word in labels]
-    title = _wrapped(panel.title, TITLE, room, bold=True)
-    beside = len(title) < 2 and _width(panel.title, TITLE, bold=True) + BETWEEN + sum(widths) <= room
-    columns = len(labels) if sum(widths) <= room else max(1, int(room // max(widths)))
-    return _Head(title, labels, max(1, columns), beside, STRIP if strip else 0)
-
-
-@dataclass(frozen=True)
-class _Page:
-    """A figure measured in pixels from its upper left corner."""
-
-    figure: "Figure"
-    width: int
-    height: int
-
-    def text(self, x: float, y: float, text: str, size: float, colour: str, **style: Any) -> None:
-        self.figure.text(x / self.width, 1 - y / self.height, _clean(text), size=size, color=colour, **style)
-
-    def axes(self, top: float, height: float) -> "Axes":
-        bottom, width = 1 - (top + height) / self.height, self.width - LEFT - RIGHT
-        return self.figure.add_axes((LEFT / self.width, bottom, width / self.width, height / self.height))
-
-
 def _figure(chart: Chart) -> "Figure":
-    """The whole chart, from top to bottom; one of matplotlib's points is one pixel of the page."""
+    """The whole chart, from top to bottom."""
     from matplotlib.figure import Figure
 
     room = chart.width - LEFT - RIGHT
-    heads = [_head(panel, room, strip=bool(chart.bands) and i == 0) for i, panel in enumerate(chart.panels)]
-    title = _wrapped(chart.title, HEADLINE, room, bold=True)
-    together = _width(chart.title, HEADLINE, bold=True) + BETWEEN + _width(chart.subtitle, SMALL)
-    below = _wrapped(chart.subtitle, SMALL, room) if together > room else []
+    heads = [layout.head_of(panel, room, strip=bool(chart.bands) and i == 0) for i, panel in enumerate(chart.panels)]
+    title = wrapped(chart.title, HEADLINE, room, bold=True)
+    together = width_of(chart.title, HEADLINE, bold=True) + BETWEEN + width_of(chart.subtitle, SMALL)
+    below = wrapped(chart.subtitle, SMALL, room) if together > room else []
     top = 22 + 24 * len(title) + ROW * len(below)
     height = top + sum(head.height + panel.height for head, panel in zip(heads, chart.panels, strict=True))
     height += GAP * (len(heads) - 1) + BOTTOM
-    page = _Page(Figure((chart.width / 72, height / 72), dpi=72, facecolor=PAPER), chart.width, height)
+    figure = Figure((chart.width / 72, height / 72))
     for i, line in enumerate(title):
-        page.text(LEFT, 28 + 24 * i, line, HEADLINE, INK, weight="bold")
+        _write(figure, LEFT, 28 + 24 * i, line, size=HEADLINE, color=INK, weight="bold")
     for i, line in enumerate(below):
-        page.text(LEFT, 24 + 24 * len(title) + ROW * i, line, SMALL, GREY)
+        _write(figure, LEFT, 24 + 24 * len(title) + ROW * i, line)
     if not below:
-        page.text(chart.width - RIGHT, 28, chart.subtitle, SMALL, GREY, ha="right")
-    x_range, x_ticks = _x_axis(chart)
+        _write(figure, chart.width - RIGHT, 28, chart.subtitle, ha="right")
+    x_axis = layout.x_axis(chart)
     for panel, head in zip(chart.panels, heads, strict=True):
         for i, line in enumerate(head.title):
-            page.text(LEFT, top + 12 + ROW * i, line, TITLE, INK, weight="bold")
-        axes = page.axes(top + head.height, panel.height)
-        _draw_axes(axes, chart, panel, x_range, x_ticks)
-        _draw_lines(axes, panel)
-        _draw_bands(axes, chart, head)
-        _draw_legend(axes, head)
-        top += head.height + panel.height + GAP
-    _draw_x_labels(page, axes, chart, top - GAP)
-    return page.figure
+            _write(figure, LEFT, top + 12 + ROW * i, line, size=TITLE, color=INK, weight="bold")
+        top += head.height
+        place = LEFT / chart.width, 1 - (top + panel.height) / height, room / chart.width, panel.height / height
+        _draw_panel(figure.add_axes(place), chart, panel, head, x_axis)
+        top += panel.height + GAP
+    _draw_x_labels(figure, chart, x_axis, top - GAP)
+    return figure
 
 
-def _x_axis(chart: Chart) -> tuple[tuple[float, float], list[float]]:
-    """The range and its ticks: some room at both ends where there are dots or bars, whole numbers where all x are."""
-    lines = [line for panel in chart.panels for line in panel.lines]
-    xs = [x for line in lines for x, _ in line.points]
-    bars = any(isinstance(line, Bars) for line in lines)
-    dots = any(isinstance(line, Line) and line.markers for line in lines)
-    low, high = chart.x_range or _fit(xs, log=chart.log_x, share=0.03 if dots else 0)
-    if bars and not chart.x_range:
-        low, high = low - 0.6, high + 0.6
-    whole = all(float(x).is_integer() for x in (*xs, *(chart.x_range or ())))
-    count = max(5, (chart.width - LEFT - RIGHT) // 85)
-    ticks = chart.x_ticks or _ticks(low, high, count, log=chart.log_x, whole=whole)
-    return (low, high), [x for x in ticks if low <= x <= high]
+def _write(figure: "Figure", x: float, y: float, text: str, **style: Any) -> None:
+    """Words on a line that is y pixels below the upper edge."""
+    width, height = figure.bbox.size
+    figure.text(x / width, 1 - y / height, clean(text), **style)
 
 
-def _fit(values: Sequence[float], *, log: bool, share: float) -> tuple[float, float]:
-    """A range around all that can be drawn, with this share of it as room at both ends; one value gets a range too."""
-    smallest = 1 / HUGE if log else -HUGE
-    inside = [min(max(v, smallest), HUGE) for v in values if math.isfinite(v) and (v > 0 or not log)] or [0.1, 1.0]
-    low, high = min(inside), max(inside)
-    if log:
-        room = max((high / low) ** share, 1.1)
-        return low / room, high * room
-    if high - low <= 1e-3 * max(abs(low), abs(high)):
-        return low - (abs(low) / 10 or 0.5), high + (abs(high) / 10 or 0.5)
-    room = share * (high - low)
-    return (max(low - room, 0.0) if low >= 0 else low - room), high + room
+def _draw_x_labels(figure: "Figure", chart: Chart, axis: Axis, bottom: float) -> None:
+    """Below the last panel: the numbers for which there is room, and what they count."""
+    transform, taken = figure.axes[-1].transData, 0.0
+    for x in axis.ticks:
+        middle, half = transform.transform((x, 1))[0], width_of(show_number(x, 5), SMALL) / 2
+        if middle - half > taken:
+            _write(figure, middle, bottom + 19, show_number(x, 5), ha="center")
+            taken = middle + half + 6
+    _write(figure, (LEFT + chart.width - RIGHT) / 2, bottom + 42, chart.x_label, size=TITLE, color=INK, ha="center")
 
 
-def _ticks(low: float, high: float, count: int, *, log: bool = False, whole: bool = False) -> list[float]:
-    """Round values within the range, about `count` at most."""
-    from matplotlib.ticker import MaxNLocator
-
-    if log:
-        powers = range(math.floor(math.log10(low)), math.floor(math.log10(high)) + 1)
-        for factors in ((1, 2, 3, 5, 7), (1, 2, 5), (1, 3), (1,)):
-            values = [float(f"{factor}e{power}") for power in powers for factor in factors]
-            inside = [value for value in values if low <= value <= high]
-            if len(inside) <= count:
-                break
-        if len(inside) > 2:
-            return inside[:: math.ceil(len(inside) / count)]
-    slack = 1e-9 * (high - low)
-    values = MaxNLocator(count, steps=[1, 2, 2.5, 5, 10], integer=whole).tick_values(low, high)
-    return [0.0 if abs(v) < slack else float(v) for v in values if low - slack <= v <= high + slack]
-
-
-def _y_axis(panel: Panel) -> tuple[float, float]:
-    values = [y for line in panel.lines for _, y in line.points]
-    values += [y for line in panel.lines for _, *ends in line.spread for y in ends]
-    values += [0.0 for line in panel.lines if isinstance(line, Bars)]
-    return panel.y_range or _fit(values, log=panel.log_y, share=0.16 if _has_values(panel) else 0.06)
-
-
-def _draw_axes(
-    axes: "Axes", chart: Chart, panel: Panel, x_range: tuple[float, float], x_ticks: Sequence[float]
-) -> None:
-    """The grid, the line below, the numbers at the left."""
-    low, high = _y_axis(panel)
-    y_ticks = _ticks(low, high, max(3, panel.height // 30), log=panel.log_y)
-    axes.set(xscale="log" if chart.log_x else "linear", yscale="log" if panel.log_y else "linear")
-    axes.set(facecolor=PAPER, xlim=x_range, ylim=(low, high))
-    axes.set_xticks(x_ticks, [""] * len(x_ticks))
-    axes.set_yticks(y_ticks, [show_number(y, 5) for y in y_ticks])
+def _draw_panel(axes: "Axes", chart: Chart, panel: Panel, head: Head, x_axis: Axis) -> None:
+    """Axes, bands, curves and bars in the order of the description, and the legend above the data."""
+    y_axis = layout.y_axis(panel)
+    axes.set(xscale="log" if x_axis.log else "linear", yscale="log" if y_axis.log else "linear")
+    axes.set(xlim=(x_axis.low, x_axis.high), ylim=(y_axis.low, y_axis.high))
+    axes.set_xticks(x_axis.ticks, [""] * len(x_axis.ticks))
+    axes.set_yticks(y_axis.ticks, [show_number(y, 5) for y in y_axis.ticks])
     axes.minorticks_off()
-    axes.tick_params(length=0, labelsize=SMALL, labelcolor=GREY, pad=8)
-    axes.grid(color=GRID, linewidth=1, clip_on=False)
-    axes.set_axisbelow(True)
-    axes.spines[["left", "right", "top"]].set_visible(False)
-    axes.spines["bottom"].set(color=FAINT, linewidth=1.2)
-    if low < 0 < high:
-        axes.axhline(0, color=FAINT, linewidth=1.2, clip_on=False, zorder=1)
-
-
-def _draw_lines(axes: "Axes", panel: Panel) -> None:
-    """Every curve and bar, in the order of the description, labelled for the legend."""
-    (low, high), (first, last) = axes.get_ylim(), axes.get_xlim()
+    if y_axis.low < 0 < y_axis.high:
+        axes.axhline(0, color=FAINT, linewidth=1.2, zorder=1)
+    _draw_bands(axes, chart, head)
     for line in panel.lines:
-        points = [(x, _inside(y, low, high, log=panel.log_y)) for x, y in line.points if first <= x <= last]
-        xs, ys = [x for x, _ in points], [y for _, y in points]
-        around = [x for x, _, _ in line.spread]
-        lows, highs = ([_inside(ends[i], low, high, log=panel.log_y) for ends in line.spread] for i in (1, 2))
+        points = [(x, y_axis.clamp(y)) for x, y in line.points if x_axis.low <= x <= x_axis.high]
+        spread = [(x, y_axis.clamp(low), y_axis.clamp(high)) for x, low, high in line.spread]
         if isinstance(line, Bars):
-            axes.bar(xs, ys, 0.6, color=line.colour, linewidth=0, clip_on=False, label=_clean(line.label))
-            if around:
-                axes.vlines(
-                    around,
-                    lows,
-                    highs,
-                    color=INK,
-                    linewidth=2,
-                    clip_on=False,
-                    label=_clean(line.spread_label),
-                    zorder=3,
-                )
-            continue
-        if around:
-            style: dict[str, Any] = {"color": line.colour, "alpha": 0.16, "linewidth": 0, "clip_on": False}
-            axes.fill_between(around, lows, highs, label=_clean(line.spread_label), **style)
-        _draw_curve(axes, line, xs, ys)
-        if _has_values(panel):
-            _draw_values(axes, xs, ys)
+            _draw_bars(axes, line, points, spread)
+        else:
+            _draw_curve(axes, line, points, spread)
+            if layout.shows_values(panel):
+                _draw_values(axes, points)
+    if head.labels:
+        place = (1 if head.beside else 0, 1 + (head.strip + 7) / panel.height)
+        axes.legend(loc="lower right" if head.beside else "lower left", bbox_to_anchor=place, ncols=head.columns)
+    for artist in axes.findobj():
+        artist.set_clip_on(False)  # everything lies inside; a dot on the edge is shown whole
 
 
-def _inside(value: float, low: float, high: float, *, log: bool) -> float:
-    """A value that can be drawn, at the edge where it lies beyond; nan, which leaves a gap, where there is none."""
-    return min(max(value, low), high) if math.isfinite(value) and (value > 0 or not log) else math.nan
-
-
-def _draw_curve(axes: "Axes", line: Line, xs: Sequence[float], ys: Sequence[float]) -> None:
-    """A line through the points, and dots where it has markers or a point has no neighbour."""
-    dashes = (0, (3, 2)) if line.dashed else "solid"
-    axes.plot(
-        xs, ys, color=line.colour, linewidth=2.2, linestyle=dashes, clip_on=False, label=_clean(line.label), zorder=3
-    )
-    gaps = [True, *map(math.isnan, ys), True]
-    dots = [i for i, y in enumerate(ys) if not math.isnan(y) and (line.markers or (gaps[i] and gaps[i + 2]))]
-    places = [xs[i] for i in dots], [ys[i] for i in dots]
-    axes.plot(*places, "o", color=line.colour, markersize=7, markeredgewidth=0, clip_on=False, zorder=4)
-
-
-def _has_values(panel: Panel) -> bool:
-    """Whether the points get their values written beside them: a lone curve with few dots."""
-    (line, *others) = panel.lines or (None,)
-    return isinstance(line, Line) and not others and line.markers and not line.spread and len(line.points) <= FEW
-
-
-def _draw_values(axes: "Axes", xs: Sequence[float], ys: Sequence[float]) -> None:
-    """On the side of each point from which the curve bends away, if there is room above the axis."""
-    for i, (x, y) in enumerate(zip(xs, ys, strict=True)):
-        beside = [ys[j] for j in (i - 1, i + 1) if 0 <= j < len(ys)]
-        below = y < sum(beside) / max(len(beside), 1) and axes.transData.transform((x, y))[1] - axes.bbox.y0 > 26
-        place: dict[str, Any] = {"xytext": (0, -8 if below else 8), "va": "top" if below else "bottom", "ha": "center"}
-        box = {"facecolor": PAPER, "linewidth": 0, "pad": 1}
-        place |= {"textcoords": "offset points", "color": GREY, "size": SMALL, "bbox": box, "zorder": 2}
-        if math.isfinite(y):
-            axes.annotate(show_number(y), (x, y), **place)
-
-
-def _draw_bands(axes: "Axes", chart: Chart, head: _Head) -> None:
+def _draw_bands(axes: "Axes", chart: Chart, head: Head) -> None:
     """Shaded through the panel; above the first one in a strip with their names, as far as these find room."""
     (low, high), (width, height) = axes.get_xlim(), axes.bbox.size
     for band in chart.bands:
         first, last = (min(max(x, low), high) for x in (band.first, band.last))
-        axes.axvspan(first, last, 0, 1 + head.strip / height, color=band.colour, linewidth=0, clip_on=False, zorder=0)
-        names = (_clean(band.label), _clean(band.label).partition(":")[0]) if head.strip else ()
-        fitting = [name for name in names if _width(name, SMALL) + 8 <= width * (last - first) / (high - low)]
+        axes.axvspan(first, last, 0, 1 + head.strip / height, color=band.colour, linewidth=0, zorder=0)
+        names = (clean(band.label), clean(band.label).partition(":")[0]) if head.strip else ()
+        fitting = [name for name in names if width_of(name, SMALL) + 8 <= width * (last - first) / (high - low)]
         if fitting:
-            place: dict[str, Any] = {
-                "transform": axes.get_xaxis_transform(),
-                "ha": "center",
-                "color": GREY,
-                "size": SMALL,
-            }
-            axes.text((first + last) / 2, 1 + 6 / height, fitting[0], **place)
+            middle = (first + last) / 2
+            axes.text(middle, 1 + 6 / height, fitting[0], ha="center", transform=axes.get_xaxis_transform())
 
 
-def _draw_legend(axes: "Axes", head: _Head) -> None:
-    """Above the data: at the right of the title, or below the title."""
-    if head.labels:
-        axes.legend(
-            loc="lower right" if head.beside else "lower left",
-            bbox_to_anchor=(1 if head.beside else 0, 1 + (head.strip + 7) / axes.bbox.height),
-            ncols=head.columns,
-            frameon=False,
-            fontsize=SMALL,
-            labelcolor=GREY,
-            handlelength=(HANDLE - 7) / SMALL,
-            handletextpad=7 / SMALL,
-            columnspacing=BETWEEN / SMALL,
-            labelspacing=(ROW - 14) / SMALL,
-            borderpad=0,
-            borderaxespad=0,
-        )
+Points = list[tuple[float, float]]
+Spread = list[tuple[float, float, float]]
 
 
-def _draw_x_labels(page: _Page, axes: "Axes", chart: Chart, bottom: float) -> None:
-    """Below the last panel: the numbers for which there is room, and what they count."""
-    taken = 0.0
-    for x in axes.get_xticks():
-        place = LEFT + axes.transData.transform((x, axes.get_ylim()[0]))[0] - axes.bbox.x0
-        half = _width(show_number(x, 5), SMALL) / 2
-        if place - half > taken:
-            page.text(place, bottom + 19, show_number(x, 5), SMALL, GREY, ha="center")
-            taken = place + half + 6
-    page.text((LEFT + page.width - RIGHT) / 2, bottom + 42, chart.x_label, TITLE, INK, ha="center")
+def _draw_bars(axes: "Axes", bars: Bars, points: Points, spread: Spread) -> None:
+    """A bar per point, a whisker per spread."""
+    xs, heights = [x for x, _ in points], [y for _, y in points]
+    axes.bar(xs, heights, 0.6, color=bars.colour, linewidth=0, label=clean(bars.label))
+    if spread:
+        around, lows, highs = zip(*spread, strict=True)
+        axes.vlines(around, lows, highs, color=INK, linewidth=2, zorder=3, label=clean(bars.spread_label))
+
+
+def _draw_curve(axes: "Axes", line: Line, points: Points, spread: Spread) -> None:
+    """A line through the points, dots where it has markers or a point has no neighbour, and its spread in shade."""
+    if spread:
+        xs, lows, highs = zip(*spread, strict=True)
+        label = clean(line.spread_label)
+        axes.fill_between(xs, lows, highs, color=line.colour, alpha=0.16, linewidth=0, label=label)
+    style = (0, (3, 2)) if line.dashed else "solid"
+    label = clean(line.label)
+    axes.plot([x for x, _ in points], [y for _, y in points], color=line.colour, linestyle=style, zorder=3, label=label)
+    gaps = [True, *(math.isnan(y) for _, y in points), True]
+    dots = [point for i, point in enumerate(points) if not gaps[i + 1] and (line.markers or (gaps[i] and gaps[i + 2]))]
+    axes.plot([x for x, _ in dots], [y for _, y in dots], "o", color=line.colour, zorder=4)
+
+
+def _draw_values(axes: "Axes", points: Points) -> None:
+    """On the side of each point from which the curve bends away, if there is room above the axis."""
+    box = {"facecolor": PAPER, "linewidth": 0, "pad": 1}  # hides the grid behind the number
+    for i, (x, y) in enumerate(points):
+        beside = [points[j][1] for j in (i - 1, i + 1) if 0 <= j < len(points)]
+        below = y < sum(beside) / max(len(beside), 1) and axes.transData.transform((x, y))[1] - axes.bbox.y0 > 26
+        place, side = ((0, -8), "top") if below else ((0, 8), "bottom")
+        if math.isfinite(y):
+            axes.annotate(
+                show_number(y), (x, y), place, textcoords="offset points", ha="center", va=side, bbox=box, zorder=2
+            )
