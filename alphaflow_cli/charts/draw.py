@@ -129,12 +129,14 @@ def _settings(chart: Chart) -> Iterator[None]:
     level = log.level
     log.setLevel(logging.CRITICAL)
     try:
-        import matplotlib
-
-        defaults = {name: value for name, value in matplotlib.rcParamsDefault.items() if "backend" not in name}
-        with warnings.catch_warnings(), matplotlib.rc_context({**defaults, **LOOK, "svg.hashsalt": repr(chart)}):
+        with warnings.catch_warnings():
             warnings.filterwarnings("ignore", r"Glyph \d+")  # a letter that the font lacks is drawn as a box
-            yield
+            warnings.simplefilter("ignore", DeprecationWarning)  # an older matplotlib beside newer libraries
+            import matplotlib
+
+            defaults = {name: value for name, value in matplotlib.rcParamsDefault.items() if "backend" not in name}
+            with matplotlib.rc_context({**defaults, **LOOK, "svg.hashsalt": repr(chart)}):
+                yield
     finally:
         log.setLevel(level)
 
