@@ -115,7 +115,7 @@ def curves_of(recipe: Recipe, rows: Sequence[dict[str, Any]]) -> chart.Chart | N
         chart.Panel(title, [line(rows, *each) for each in each_of], height=190 if i == 0 else 120)
         for i, (title, each_of) in enumerate(CURVES)
     ]
-    return over_steps(recipe, rows, "Curves", panels)
+    return over_steps(recipe, rows, "Losses, gradient and speed", panels)
 
 
 def over_steps(
