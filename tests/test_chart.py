@@ -376,3 +376,16 @@ def test_every_shipped_recipe_has_its_chart(name):
     ET.fromstring(to_svg(chart))
     assert [panel.title.split(":")[0] for panel in chart.panels] == ["α", "equal_share", "learning rate"]
     assert sum(band.last - band.first for band in chart.bands) == load_recipe(name).train.steps
+
+
+def test_a_value_that_is_cut_off_at_the_edge_has_no_number_that_would_be_wrong():
+    chart = score_chart([5.5, 0.25])
+    panel = replace(chart.panels[0], y_range=(0, 1))
+    assert "5.5" in words(chart)
+    assert not {"5.5", "0.25"} & set(words(replace(chart, panels=[panel])))
+
+
+def test_values_for_which_there_is_no_room_are_left_out():
+    near = Line("", [(1, 1.111), (1.01, 2.222), (50, 3.333)], markers=True)
+    assert {"1.111", "3.333"} <= set(words(Chart("", [Panel("", [near])], "")))
+    assert "2.222" not in words(Chart("", [Panel("", [near])], ""))

@@ -182,7 +182,8 @@ def _draw_x_labels(figure: "Figure", chart: Chart, axis: Axis, bottom: float) ->
     """Below the last panel: the numbers for which there is room, and what they count."""
     transform, taken = figure.axes[-1].transData, 0.0
     for x in axis.ticks:
-        middle, half = transform.transform((x, 1))[0], width_of(show_number(x, 5), SMALL) / 2
+        half = width_of(show_number(x, 5), SMALL) / 2
+        middle = min(transform.transform((x, 1))[0], chart.width - half)
         if middle - half > taken:
             _write(figure, middle, bottom + 19, show_number(x, 5), ha="center")
             taken = middle + half + 6
@@ -257,13 +258,17 @@ def _draw_curve(axes: "Axes", line: Line, points: Points, spread: Spread) -> Non
 
 
 def _draw_values(axes: "Axes", points: Points) -> None:
-    """On the side of each point from which the curve bends away, if there is room above the axis."""
-    box = {"facecolor": PAPER, "linewidth": 0, "pad": 1}  # hides the grid behind the number
+    """On the side of each point from which the curve bends away, as far as there is room."""
+    box, taken = {"facecolor": PAPER, "linewidth": 0, "pad": 1}, axes.bbox.x0  # the box hides the grid
     for i, (x, y) in enumerate(points):
+        if not math.isfinite(y):
+            continue
         beside = [points[j][1] for j in (i - 1, i + 1) if 0 <= j < len(points)]
-        below = y < sum(beside) / max(len(beside), 1) and axes.transData.transform((x, y))[1] - axes.bbox.y0 > 26
+        (across, up), width = axes.transData.transform((x, y)), width_of(show_number(y), SMALL)
+        below = y < sum(beside) / max(len(beside), 1) and up - axes.bbox.y0 > 26
         place, side = ((0, -8), "top") if below else ((0, 8), "bottom")
-        if math.isfinite(y):
-            axes.annotate(
-                show_number(y), (x, y), place, textcoords="offset points", ha="center", va=side, bbox=box, zorder=2
-            )
+        start = max(min(across - width / 2, axes.bbox.x1 + RIGHT - width), axes.bbox.x0)
+        if start >= taken:
+            place = (start - across, place[1])
+            axes.annotate(show_number(y), (x, y), place, textcoords="offset points", va=side, bbox=box, zorder=2)
+            taken = start + width + 6

@@ -107,9 +107,11 @@ def y_axis(panel: Panel) -> Axis:
 
 
 def shows_values(panel: Panel) -> bool:
-    """Whether the points get their values written beside them: a lone curve with few dots."""
+    """Whether the points get their values written beside them: a lone curve with few dots, none of them cut off."""
     (line, *others) = panel.lines or (None,)
-    return isinstance(line, Line) and not others and line.markers and not line.spread and len(line.points) <= FEW
+    if not isinstance(line, Line) or others or panel.y_range is not None:
+        return False
+    return line.markers and not line.spread and len(line.points) <= FEW
 
 
 def _fit(values: Sequence[float], *, log: bool, share: float) -> tuple[float, float]:
