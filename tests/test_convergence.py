@@ -17,8 +17,8 @@ from page import document  # noqa: E402
 from run import Job, is_done, parser, told_options  # noqa: E402
 from table import Run, read_run, told, verdict  # noqa: E402
 
+from alphaflow_cli.charts.draw import to_png  # noqa: E402
 from alphaflow_cli.recipe import diff_recipes, dump_recipe, load_recipe  # noqa: E402
-from alphaflow_cli.report.png import to_png  # noqa: E402
 
 MEMBERS = {path.stem: load_recipe(str(path)) for path in sorted((FOLDER / "recipes").glob("*.yaml"))}
 MAY_DIFFER = ("name", "alpha.", "times.equal_share.", "loss.weight", "loss.velocity", "sample.")

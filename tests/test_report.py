@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+from alphaflow_cli.charts.chart import BLUE, DARK, GREY, PAPER
 from alphaflow_cli.cli import run as cli
 from alphaflow_cli.engine.build import build_network
 from alphaflow_cli.engine.checkpoint import Checkpoint, save_checkpoint
@@ -137,6 +138,7 @@ def test_the_page_loads_nothing_from_anywhere(run_folder, capsys):
     )
     assert not {"link", "iframe", "object", "embed"} & set(page.tags)
     assert not re.search(r"url\(|@import|fetch\(|XMLHttpRequest", text)
+    assert {link[1:] for link in re.findall(r'xlink:href="([^"]*)"', text)} <= set(page.ids)
     assert "default-src &#x27;none&#x27;" in text
     assert len(set(page.ids)) == len(page.ids)
 
@@ -235,6 +237,39 @@ def browse(address, tmp_path, *options):
     line = [CHROMIUM, *FLAGS, f"--user-data-dir={tmp_path / 'profile'}", *options, "--dump-dom", address]
     done = subprocess.run(line, capture_output=True, text=True, timeout=120, check=True)
     return done.stdout
+
+
+def test_every_chart_has_a_form_for_a_telephone_with_letters_as_large_as_the_others(run_folder, capsys):
+    text = report(run_folder, capsys).read_text(encoding="utf-8")
+    shown = {name: re.findall(rf'<div class="{name}"><svg [^>]* width="(\d+)"', text) for name in ("wide", "narrow")}
+    assert len(shown["wide"]) == len(shown["narrow"]) == 3
+    assert set(shown["wide"]) == {"960"}
+    assert max(map(int, shown["narrow"])) <= 380  # a window of 420 pixels, less the page's margins
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on the PATH")
+def test_in_a_real_browser_the_charts_follow_light_and_dark(run_folder, tmp_path, capsys):
+    text = report(run_folder, capsys).read_text(encoding="utf-8")
+    probe = """<script>
+      const style = (part, what) => getComputedStyle(document.querySelector(part))[what];
+      const curve = 'svg path[style*="fill: none"][style*="2.2"]';
+      document.body.setAttribute("data-found", [style("svg path", "fill"), style("svg text", "fill"),
+        style(curve, "stroke"), style("section", "backgroundColor")].join("|"));
+    </script></body>"""
+    path = tmp_path / "probed.html"
+    path.write_text(text.replace("</body>", probe), encoding="utf-8")
+    found = {}
+    for dark in (False, True):
+        scheme = f"--blink-settings=preferredColorScheme={int(not dark)}"
+        found[dark] = re.search(r'data-found="([^"]*)"', browse("file://" + quote(str(path)), tmp_path, scheme))[1]
+    light, dark = (found[key].split("|") for key in (False, True))
+    assert light == [rgb(PAPER), rgb(GREY), rgb(BLUE), rgb(PAPER)]
+    assert dark == [rgb(DARK[PAPER]), rgb(DARK[GREY]), rgb(DARK[BLUE]), rgb(DARK[PAPER])]
+
+
+def rgb(colour):
+    """As a browser writes it."""
+    return f"rgb({', '.join(str(int(colour[i : i + 2], 16)) for i in (1, 3, 5))})"
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on the PATH")

@@ -111,20 +111,14 @@ def _fault(file: str, sets: tuple[str, ...]) -> str:
 @set_option
 def plot(recipe: str, out: Path, sets: tuple[str, ...]) -> None:
     """Draw alpha and its phases, the share of r = t rows and the learning rate over the steps."""
+    from alphaflow_cli.charts.draw import to_png, to_svg
     from alphaflow_cli.engine.curves import recipe_chart
     from alphaflow_cli.recipe import load_recipe
 
     if out.suffix.lower() not in (".png", ".svg"):
         raise click.BadParameter(f"{str(out)!r} must end in .png or .svg", param_hint="-o")
     chart = recipe_chart(load_recipe(recipe, sets))
-    if out.suffix.lower() == ".svg":
-        from alphaflow_cli.report.svg import to_svg
-
-        write_new(out, to_svg(chart), overwrite=True)
-    else:
-        from alphaflow_cli.report.png import to_png
-
-        write_new(out, to_png(chart), overwrite=True)
+    write_new(out, to_svg(chart) if out.suffix.lower() == ".svg" else to_png(chart), overwrite=True)
     click.echo(out)
 
 

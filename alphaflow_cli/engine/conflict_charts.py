@@ -4,9 +4,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from alphaflow_cli.charts.chart import BLUE, GREEN, ORANGE, RED, Bars, Chart, Line, Panel
+from alphaflow_cli.charts.draw import to_png
 from alphaflow_cli.engine.files import write_atomically
-from alphaflow_cli.report.chart import BLUE, GREEN, GREY, ORANGE, RED, Chart, Line, Panel
-from alphaflow_cli.report.png import to_png
 
 NAMES = {"tfm.tc": "cos(TFM, TC)", "tfm.fm": "cos(TFM, FM')", "tc.fm": "cos(TC, FM')"}
 COLOURS = {"tfm.tc": RED, "tfm.fm": BLUE, "tc.fm": ORANGE}
@@ -53,7 +53,7 @@ def steps_chart(summaries: Sequence[Summary]) -> Chart:
         title="Cosines between gradients along the run",
         subtitle=f"{last['recipe']}, {last['batches']} batches of {last['rows_per_batch']} rows each",
         x_label="step",
-        panels=band_panels(points),
+        panels=cosine_panels(points),
     )
 
 
@@ -67,7 +67,7 @@ def bins_chart(summary: Summary) -> Chart:
         x_label="t − r, middle of its bin",
         x_range=(0.0, 1.0),
         x_ticks=edges,
-        panels=band_panels(points),
+        panels=cosine_panels(points),
     )
 
 
@@ -80,29 +80,24 @@ def blocks_chart(summary: Summary) -> Chart:
         subtitle=subtitle(summary),
         x_label="block",
         x_ticks=[x for x, _ in points],
-        panels=band_panels(points),
+        panels=cosine_panels(points, bars=True),
     )
 
 
-def band_panels(points: Points) -> list[Panel]:
-    """One panel per pair: the median, and dashed the 5th and 95th percentiles."""
-    return [
-        Panel(
-            NAMES[pair],
-            [
-                Line("95%", _line(points, pair, "p95"), GREY, dashed=True),
-                Line("median", _line(points, pair, "p50"), COLOURS[pair], markers=True),
-                Line("5%", _line(points, pair, "p5"), GREY, dashed=True),
-            ],
-            (-1.0, 1.0),
-            height=150,
+def cosine_panels(points: Points, *, bars: bool = False) -> list[Panel]:
+    """One panel per pair of gradients: the median over batches, and how far its 5th and 95th percentiles lie apart."""
+    panels = []
+    for pair, colour in COLOURS.items():
+        measured = [(x, cosines[pair]) for x, cosines in points if cosines[pair]["p50"] is not None]
+        medians = [(x, each["p50"]) for x, each in measured]
+        spread = [(x, each["p5"], each["p95"]) for x, each in measured]
+        line = (
+            Bars("median", medians, colour, spread, "5% to 95%")
+            if bars
+            else Line("median", medians, colour, markers=True, spread=spread, spread_label="5% to 95%")
         )
-        for pair in NAMES
-    ]
-
-
-def _line(points: Points, pair: str, which: str) -> list[tuple[float, float]]:
-    return [(x, cosines[pair][which]) for x, cosines in points if cosines[pair][which] is not None]
+        panels.append(Panel(NAMES[pair], [line], (-1.0, 1.0), height=150))
+    return panels
 
 
 def sizes_chart(summary: Summary) -> Chart:

@@ -2,15 +2,15 @@
 
 from collections.abc import Callable
 
+from alphaflow_cli.charts import chart
 from alphaflow_cli.engine import plan
 from alphaflow_cli.recipe.schema import Recipe
-from alphaflow_cli.report import chart
 
 POINTS = 600  # along the run; each change of phase has its own besides
 BANDS: dict[plan.PhaseKind, tuple[str, str]] = {
-    "flow": ("alpha = 1: flow matching", "#ebf4ff"),
-    "between": ("0 < alpha < 1", "#fffaf0"),
-    "derivative": ("alpha = 0: JVP", "#fff0f0"),
+    "flow": ("α = 1: flow matching", chart.SHADES[0]),
+    "between": ("0 < α < 1", chart.SHADES[1]),
+    "derivative": ("α = 0: JVP", chart.SHADES[2]),
 }
 
 
@@ -29,7 +29,7 @@ def recipe_chart(recipe: Recipe) -> chart.Chart:
         x_range=(0, steps),
         bands=[chart.Band(phase.first, phase.until, *BANDS[phase.kind]) for phase in phases],
         panels=[
-            chart.Panel("alpha", curve("alpha", plan.alpha_at(recipe), chart.BLUE), (0, 1.2), height=210),
+            chart.Panel("α", curve("α", plan.alpha_at(recipe), chart.BLUE), (0, 1.05), height=190),
             chart.Panel(
                 "equal_share: share of rows with r = t",
                 curve("equal_share", plan.equal_share_at(recipe), chart.ORANGE),
@@ -48,5 +48,5 @@ def recipe_chart(recipe: Recipe) -> chart.Chart:
 
 def _changes(phases: list[plan.Phase]) -> list[str]:
     """The steps at which the kind of target changes, in words."""
-    names = {"flow": "alpha = 1", "between": "0 < alpha < 1", "derivative": "JVP"}
+    names = {"flow": "α = 1", "between": "0 < α < 1", "derivative": "JVP"}
     return [f"{names[phase.kind]} from {phase.first:,}" for phase in phases[1:]]

@@ -6,6 +6,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from alphaflow_cli.charts.chart import BLUE, GREEN, ORANGE, RED, Chart, Line, Panel
+from alphaflow_cli.charts.draw import to_png
 from alphaflow_cli.engine import evaluate as engine
 from alphaflow_cli.engine.decoder import DecoderChoice
 from alphaflow_cli.engine.files import write_atomically
@@ -19,11 +21,9 @@ from alphaflow_cli.engine.walk import Walk, plan_walk
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.nn.weights import sha256_of
 from alphaflow_cli.recipe.schema import LabelDraw, Metric
-from alphaflow_cli.report.chart import Chart, Line, Panel
-from alphaflow_cli.report.png import to_png
 
 MIDPOINTS = tuple(round(0.1 * i, 1) for i in range(1, 10))  # of --sweep-midpoint
-COLOURS = ("#2b6cb0", "#c05621", "#2f855a", "#b83280")
+COLOURS = (BLUE, ORANGE, GREEN, RED)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from alphaflow_cli.charts.draw import to_png
 from alphaflow_cli.engine.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from alphaflow_cli.engine.curves import recipe_chart
 from alphaflow_cli.engine.files import write_atomically
@@ -28,8 +29,7 @@ from alphaflow_cli.hub.scrub import last_part, scrub
 from alphaflow_cli.nn.autoencoder import load_autoencoder
 from alphaflow_cli.nn.weights import sha256_of
 from alphaflow_cli.recipe import dump_recipe
-from alphaflow_cli.report.grid import grid_png, plain_png
-from alphaflow_cli.report.png import to_png
+from alphaflow_cli.report.grid import grid_in_rows, plain_png
 
 HUB_ID = re.compile(r"\w[\w.-]*(?:/\w[\w.-]*){1,2}(?:@\S+)?")  # user/repo or user/repo/subfolder
 GRID = (4, 8)  # rows and columns of a sample grid drawn for the card
@@ -240,4 +240,4 @@ def _samples(source: Source, model: Path) -> bytes:
     labels = [seed % classes if classes else 0 for seed in seeds]
     walk = plan_walk(recipe, nfe=recipe.sample.nfe)
     pictures = generator.images(seeds, labels, walk).permute(0, 2, 3, 1).cpu().numpy()
-    return grid_png([list(pictures[i * columns : (i + 1) * columns]) for i in range(rows)])
+    return grid_in_rows(list(pictures), columns)

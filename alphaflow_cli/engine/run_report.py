@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from alphaflow_cli.charts import chart
 from alphaflow_cli.data.files import sha256_of
 from alphaflow_cli.documents import Anything, Maybe, Number, Table, Whole, check_shape
 from alphaflow_cli.engine.checkpoint import read_origin
@@ -18,7 +19,6 @@ from alphaflow_cli.engine.run_report_scores import scores_of
 from alphaflow_cli.errors import AlphaflowError, blamed_on
 from alphaflow_cli.recipe import diff_recipes, load_recipe, recipe_from_text, shipped
 from alphaflow_cli.recipe.schema import Recipe
-from alphaflow_cli.report import chart
 from alphaflow_cli.report.embedded import embed, spread_over
 from alphaflow_cli.report.page import RunPage, run_page
 
@@ -136,7 +136,7 @@ def curves_of(recipe: Recipe, rows: Sequence[dict[str, Any]]) -> chart.Chart | N
         chart.Panel(title, [line(rows, *each) for each in each_of], height=190 if i == 0 else 120)
         for i, (title, each_of) in enumerate(CURVES)
     ]
-    return over_steps(recipe, rows, "Curves", panels)
+    return over_steps(recipe, rows, "Losses, gradient and speed", panels)
 
 
 def over_steps(

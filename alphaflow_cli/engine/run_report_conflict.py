@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Any
 
+from alphaflow_cli.charts.chart import Chart
 from alphaflow_cli.documents import Anything, Maybe, Number, Rows, Table, Text, Whole, read_json
 from alphaflow_cli.engine.conflict_charts import NAMES, SIZES, bins_chart, sizes_chart, steps_chart
-from alphaflow_cli.report.chart import Chart
 
 Told = list[tuple[str, ...]]
 SPREAD = Table(dict.fromkeys(("p5", "p50", "p95"), Maybe(Number(-1e200, 1e200))), others=Anything())

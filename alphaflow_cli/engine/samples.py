@@ -14,7 +14,7 @@ from alphaflow_cli.engine.run import Run
 from alphaflow_cli.engine.state import step_name
 from alphaflow_cli.engine.walk import plan_walk
 from alphaflow_cli.errors import AlphaflowError
-from alphaflow_cli.report.grid import grid_png
+from alphaflow_cli.report.grid import grid_side_by_side
 
 COLUMNS, ROWS = 10, 4  # of each half
 
@@ -58,12 +58,13 @@ class SampleGrids:
         classes = generator.recipe.data.classes
         seeds = list(range(COLUMNS * ROWS))
         labels = [seed % COLUMNS * max(1, classes // COLUMNS) % classes if classes else 0 for seed in seeds]
-        halves = [generator.images(seeds, labels, plan_walk(generator.recipe, nfe=nfe)) for nfe in (1, 2)]
-        one, two = (to_numpy(half) for half in halves)
-        rows = [[*one[i::COLUMNS], *two[i::COLUMNS]] for i in range(COLUMNS)]
+        halves = [
+            (f"{nfe} NFE", to_numpy(generator.images(seeds, labels, plan_walk(generator.recipe, nfe=nfe))))
+            for nfe in (1, 2)
+        ]
         names = generator.origin.get("class_names") or []
         chosen = [names[label] if label < len(names) else "" for label in labels[:COLUMNS]]
-        return grid_png(rows, row_names=chosen if any(chosen) else (), column_names=["1 NFE"] * ROWS + ["2 NFE"] * ROWS)
+        return grid_side_by_side(halves, COLUMNS, chosen)
 
 
 def to_numpy(images: Tensor) -> list[np.ndarray]:

@@ -19,7 +19,7 @@ from alphaflow_cli.engine.processes import device_of, processes_here, smaller_ba
 from alphaflow_cli.engine.progress import Progress, say
 from alphaflow_cli.engine.walk import Walk, draw_labels, plan_walk
 from alphaflow_cli.errors import AlphaflowError
-from alphaflow_cli.report.grid import grid_png, picture_png
+from alphaflow_cli.report.grid import grid_by_walk, grid_in_rows, picture_png
 from alphaflow_cli.text import shorten
 
 COLUMNS = 10  # of a grid
@@ -231,13 +231,12 @@ def grid(
     """One NFE: pictures in reading order. Several: the same seeds in rows, an NFE per row."""
     names = [generator.class_names[label] if label < len(generator.class_names) else str(label) for label in labels]
     shown = names if has_labels(generator.recipe) else [""] * len(names)
-    if len(walks) > 1:
-        rows = [[row["image"] for row in samples[: 2 * COLUMNS]] for samples in drawn]
-        return grid_png(rows, row_names=[f"{walk.nfe} NFE" for walk in walks], column_names=shown[: 2 * COLUMNS])
-    pictures = [row["image"] for row in drawn[0]]
-    rows = [pictures[i : i + COLUMNS] for i in range(0, len(pictures), COLUMNS)]
-    by_column = all(label == labels[i % COLUMNS] for i, label in enumerate(labels))
-    return grid_png(rows, column_names=shown[:COLUMNS] if by_column else ())
+    pictures = [[row["image"] for row in rows] for rows in drawn]
+    if len(walks) == 1:
+        return grid_in_rows(pictures[0], COLUMNS, shown)
+    return grid_by_walk(
+        [(f"{walk.nfe} NFE", each) for walk, each in zip(walks, pictures, strict=True)], 2 * COLUMNS, shown
+    )
 
 
 def _save_bytes(path: Path, data: bytes) -> None:

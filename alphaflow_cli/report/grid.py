@@ -1,4 +1,8 @@
-"""Pictures side by side, with room for a word above each column and beside each row."""
+"""Grids of pictures with a word above each column or beside each row: the only place that lays them out.
+
+`grid_in_rows` shows pictures in reading order, `grid_by_walk` the same seeds by several walks below each other, and
+`grid_side_by_side` by several walks beside each other, a class per row.
+"""
 
 import io
 from collections.abc import Sequence
@@ -11,6 +15,26 @@ from alphaflow_cli.data.pictures import open_picture
 from alphaflow_cli.errors import blamed_on
 
 GAP, INK, PAPER = 2, (26, 32, 44), (255, 255, 255)
+
+
+def grid_in_rows(pictures: Sequence[np.ndarray], columns: int, names: Sequence[str] = ()) -> bytes:
+    """In reading order; the columns have names where all pictures below bear them."""
+    rows = [pictures[i : i + columns] for i in range(0, len(pictures), columns)]
+    by_column = all(name == names[i % columns] for i, name in enumerate(names))
+    return grid_png(rows, column_names=names[:columns] if by_column else ())
+
+
+def grid_by_walk(drawn: Sequence[tuple[str, Sequence[np.ndarray]]], columns: int, names: Sequence[str]) -> bytes:
+    """A row for each walk, named by it, with the first pictures; the columns have their pictures' names."""
+    rows = [pictures[:columns] for _, pictures in drawn]
+    return grid_png(rows, row_names=[name for name, _ in drawn], column_names=names[:columns])
+
+
+def grid_side_by_side(drawn: Sequence[tuple[str, Sequence[np.ndarray]]], rows: int, names: Sequence[str]) -> bytes:
+    """Each walk's pictures as a block under its name, column by column, so that a row holds one class."""
+    columns = [name for name, pictures in drawn for _ in pictures[::rows]]
+    cells = [[picture for _, pictures in drawn for picture in pictures[i::rows]] for i in range(rows)]
+    return grid_png(cells, row_names=names[:rows] if any(names) else (), column_names=columns)
 
 
 def grid_png(

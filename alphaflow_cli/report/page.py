@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from html import escape
 
-from alphaflow_cli.report.chart import Chart
+from alphaflow_cli.charts.chart import Chart
+from alphaflow_cli.charts.draw import DARK_STYLE, to_svg_element
 from alphaflow_cli.report.style import CSS, SCRIPT
-from alphaflow_cli.report.svg import to_svg
 
-NARROW = 460  # pixels: a chart for a telephone
+NARROW = 380  # pixels: a chart for a telephone
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"  # no network
 
 Rows = Sequence[Sequence[str]]
@@ -64,7 +64,7 @@ def run_page(page: RunPage) -> str:
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{escape(POLICY)}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(page.name)}: run report</title><style>{CSS}</style></head>\n<body><main>"
+        f"<title>{escape(page.name)}: run report</title><style>{CSS}{DARK_STYLE}</style></head>\n<body><main>"
         f"<header><h1>{escape(page.name)}</h1><p>{escape(page.status)}<br>{escape(page.made_by)}</p></header>"
         f"<nav>{links}</nav>{body}</main><script>{SCRIPT}</script></body></html>\n"
     )
@@ -72,8 +72,8 @@ def run_page(page: RunPage) -> str:
 
 def drawn(chart: Chart) -> str:
     """Twice: for a wide window and for a narrow one; the style sheet shows one of them."""
-    small = replace(chart, width=NARROW, subtitle="", bands=[replace(band, label="") for band in chart.bands])
-    return f'<div class="wide">{to_svg(chart)}</div><div class="narrow">{to_svg(small)}</div>'
+    narrow = replace(chart, width=NARROW)
+    return f'<div class="wide">{to_svg_element(chart)}</div><div class="narrow">{to_svg_element(narrow)}</div>'
 
 
 def table(rows: Rows, *, head: Sequence[str] = (), numbers: Sequence[int] = (), style: str = "") -> str:
@@ -97,8 +97,8 @@ def _curves(page: RunPage) -> str:
         return note("metrics.jsonl has no row yet.")
     told = (
         "All losses are unweighted means over the rows since the last point: the weighted loss is near 1 by "
-        "construction. TC is L_TC at alpha = 0; before, it is that of alpha's own target, so it jumps there. "
-        "Shaded: the phases of alpha."
+        "construction. TC is L_TC at α = 0; before, it is that of α's own target, so it jumps there. "
+        "Shaded: the phases of α."
     )
     return drawn(page.curves) + note(told)
 

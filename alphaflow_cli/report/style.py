@@ -36,19 +36,6 @@ summary { cursor: pointer; color: var(--accent); margin: 8px 0; }
 figure { margin: 0; background: #ffffff; border-radius: 6px; padding: 6px; text-align: center; }
 figure img { max-width: 100%; height: auto; display: block; margin: 0 auto; image-rendering: auto; }
 figure img[hidden] { display: none; }
-@media (prefers-color-scheme: dark) {
-  svg [fill="#ffffff"] { fill: var(--paper); } svg [fill="#1a202c"] { fill: var(--ink); }
-  svg [fill="#4a5568"] { fill: var(--soft); } svg [fill="#718096"] { fill: var(--faint); }
-  svg [stroke="#e2e8f0"] { stroke: var(--line); } svg [stroke="#718096"] { stroke: var(--faint); }
-  svg [stroke="#4a5568"] { stroke: #9aa8ba; } svg [stroke="#2b6cb0"] { stroke: #63a9ef; }
-  svg [fill="#2b6cb0"] { fill: #63a9ef; }
-  svg [stroke="#c05621"] { stroke: #ed8936; } svg [fill="#c05621"] { fill: #ed8936; }
-  svg [stroke="#2f855a"] { stroke: #48bb78; } svg [fill="#2f855a"] { fill: #48bb78; }
-  svg [stroke="#b83280"] { stroke: #ed64a6; } svg [fill="#b83280"] { fill: #ed64a6; }
-  svg [stroke="#6b46c1"] { stroke: #9f7aea; } svg [fill="#6b46c1"] { fill: #9f7aea; }
-  svg [fill="#ebf4ff"] { fill: #1a2a40; } svg [fill="#fffaf0"] { fill: #2c2617; }
-  svg [fill="#fff0f0"] { fill: #331d22; }
-}
 @media print { .wide { display: block; } .narrow { display: none; } section { break-inside: avoid; } }
 """
 

@@ -10,8 +10,8 @@ from conflict import conflict_lines, training_lines
 from record import processor
 from table import NAMES, PAIRS, Job, Run, chart, read_run, table, verdict
 
+from alphaflow_cli.charts.draw import to_png
 from alphaflow_cli.recipe import load_recipe
-from alphaflow_cli.report.png import to_png
 
 LIMITS = """## What it does not support
 

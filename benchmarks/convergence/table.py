@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Protocol
 
-from alphaflow_cli.report.chart import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, Chart, Line, Panel
+from alphaflow_cli.charts.chart import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, Chart, Line, Panel
 
 NFE = (1, 2, 4)
 NAMES = {
@@ -35,16 +35,16 @@ PANELS = (  # title, members with their colours and short names
         ),
     ),
     (
-        "MeanFlow, alpha-Flow",
+        "MeanFlow, α-Flow",
         (
             ("meanflow-25", ORANGE, "MeanFlow .25"),
             ("meanflow-75", RED, "MeanFlow .75"),
-            ("alphaflow-25", BLUE, "alpha-Flow .25"),
-            ("alphaflow-50", GREEN, "alpha-Flow .5"),
+            ("alphaflow-25", BLUE, "α-Flow .25"),
+            ("alphaflow-50", GREEN, "α-Flow .5"),
         ),
     ),
     (
-        f"alpha-Flow .25, {FIRST_SEED}",
+        f"α-Flow .25, {FIRST_SEED}",
         (
             ("alphaflow-25", BLUE, "published"),
             ("alphaflow-25-unclamped", ORANGE, "no clamp"),

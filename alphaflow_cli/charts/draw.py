@@ -1,0 +1,274 @@
+"""Charts as PNG and SVG by matplotlib, which is imported in this room alone, and only when a chart is drawn.
+
+Equal charts give equal bytes, whatever a matplotlibrc says. The words of an SVG stay words, and it goes dark with its
+page.
+"""
+
+import io
+import logging
+import math
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+from alphaflow_cli.charts import layout
+from alphaflow_cli.charts.chart import DARK, FAINT, GREY, GRID, INK, PAPER, Bars, Chart, Line, Panel, show_number
+from alphaflow_cli.charts.layout import (
+    BETWEEN,
+    BOTTOM,
+    GAP,
+    HANDLE,
+    HEADLINE,
+    LEFT,
+    RIGHT,
+    ROW,
+    SMALL,
+    TITLE,
+    Axis,
+    Head,
+    clean,
+    width_of,
+    wrapped,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+SCALE = 2  # pixels of a PNG to a pixel of the page
+FONT = "Helvetica Neue, Helvetica, Arial, sans-serif"  # of an SVG that stands alone; within a page, the page's own
+LOOK: dict[Any, Any] = {  # matplotlib's settings while a chart is drawn; one of its points is one pixel of the page
+    "svg.fonttype": "none",
+    "text.parse_math": False,
+    "text.color": GREY,
+    "font.size": SMALL,
+    "figure.dpi": 72,
+    "figure.facecolor": PAPER,
+    "axes.facecolor": PAPER,
+    "axes.edgecolor": FAINT,
+    "axes.linewidth": 1.2,
+    "axes.spines.left": False,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "grid.color": GRID,
+    "grid.linewidth": 1,
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+    "ytick.major.pad": 8,
+    "ytick.labelcolor": GREY,
+    "lines.linewidth": 2.2,
+    "lines.markersize": 7,
+    "lines.markeredgewidth": 0,
+    "legend.frameon": False,
+    "legend.handlelength": (HANDLE - 7) / SMALL,
+    "legend.handletextpad": 7 / SMALL,
+    "legend.columnspacing": BETWEEN / SMALL,
+    "legend.labelspacing": (ROW - 14) / SMALL,
+    "legend.borderpad": 0,
+    "legend.borderaxespad": 0,
+}
+
+DARK_STYLE = (  # for a style sheet: matplotlib writes every colour as a style, in which it can be found
+    "@media (prefers-color-scheme: dark) {"
+    + "".join(
+        f'\n  svg [style*="{kind}: {light}"] {{ {kind}: {dark} !important; }}'
+        for light, dark in DARK.items()
+        for kind in ("fill", "stroke")
+    )
+    + "\n}"
+)
+
+
+def to_png(chart: Chart) -> bytes:
+    """The chart in its light form, at twice its width in pixels."""
+    with _settings(chart):
+        out = io.BytesIO()
+        _figure(chart).savefig(out, format="png", dpi=72 * SCALE, metadata={"Software": None})
+    return out.getvalue()
+
+
+def to_svg(chart: Chart) -> str:
+    """A file of its own, which follows the reader's light or dark colours. Its words stay words."""
+    return _svg(chart, f' font-family="{FONT}"', f"<style>{DARK_STYLE}</style>")
+
+
+def to_svg_element(chart: Chart) -> str:
+    """For a page whose style sheet contains DARK_STYLE: letters and colours follow the page."""
+    return _svg(chart, "", "")
+
+
+def _svg(chart: Chart, attributes: str, style: str) -> str:
+    """matplotlib's drawing in a frame of ours: without its header, names of groups, fonts and needless digits."""
+    with _settings(chart):
+        out, figure = io.StringIO(), _figure(chart)
+        figure.savefig(out, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+        width, height = (round(72 * inches) for inches in figure.get_size_inches())
+    found = re.search(r"<svg[^>]*>\s*<defs>\s*<style.*?</defs>(.*)</svg>", out.getvalue(), re.DOTALL)
+    assert found is not None, "matplotlib writes SVG in another form"
+    body = re.sub(r'<g id="[^"]*"(/>)?', lambda group: "" if group[1] else "<g", found[1])
+    body = re.sub(r"<[^>]*>", lambda tag: re.sub(r"(\.\d\d)\d+", r"\1", tag[0]), body)
+    body = re.sub(r"; font-family: [^;\"]*|; stroke-linecap: square", "", body)
+    body = re.sub(r' transform="rotate\(-0 [^"]*"', "", body)
+    body = re.sub(r"\s*\n\s*", "\n", body)
+    names = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
+    size = f'width="{width}" height="{height}" viewBox="0 0 {width} {height}" stroke-linejoin="round"'
+    return (
+        f'<svg {names} {size} role="img"{attributes}><title>{escape(clean(chart.title))}</title>{style}{body}</svg>\n'
+    )
+
+
+@contextmanager
+def _settings(chart: Chart) -> Iterator[None]:
+    """Our look on matplotlib's defaults, and nothing on stderr about its caches and fonts."""
+    log = logging.getLogger("matplotlib")
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", r"Glyph \d+")  # a letter that the font lacks is drawn as a box
+            warnings.simplefilter("ignore", DeprecationWarning)  # an older matplotlib beside newer libraries
+            import matplotlib
+
+            defaults = {name: value for name, value in matplotlib.rcParamsDefault.items() if "backend" not in name}
+            with matplotlib.rc_context({**defaults, **LOOK, "svg.hashsalt": repr(chart)}):
+                yield
+    finally:
+        log.setLevel(level)
+
+
+def _figure(chart: Chart) -> "Figure":
+    """The whole chart, from top to bottom."""
+    from matplotlib.figure import Figure
+
+    room = chart.width - LEFT - RIGHT
+    heads = [layout.head_of(panel, room, strip=bool(chart.bands) and i == 0) for i, panel in enumerate(chart.panels)]
+    title = wrapped(chart.title, HEADLINE, room, bold=True)
+    together = width_of(chart.title, HEADLINE, bold=True) + BETWEEN + width_of(chart.subtitle, SMALL)
+    below = wrapped(chart.subtitle, SMALL, room) if together > room else []
+    top = 22 + 24 * len(title) + ROW * len(below)
+    height = top + sum(head.height + panel.height for head, panel in zip(heads, chart.panels, strict=True))
+    height += GAP * (len(heads) - 1) + BOTTOM
+    figure = Figure((chart.width / 72, height / 72))
+    for i, line in enumerate(title):
+        _write(figure, LEFT, 28 + 24 * i, line, size=HEADLINE, color=INK, weight="bold")
+    for i, line in enumerate(below):
+        _write(figure, LEFT, 24 + 24 * len(title) + ROW * i, line)
+    if not below:
+        _write(figure, chart.width - RIGHT, 28, chart.subtitle, ha="right")
+    x_axis = layout.x_axis(chart)
+    for panel, head in zip(chart.panels, heads, strict=True):
+        for i, line in enumerate(head.title):
+            _write(figure, LEFT, top + 12 + ROW * i, line, size=TITLE, color=INK, weight="bold")
+        top += head.height
+        place = LEFT / chart.width, 1 - (top + panel.height) / height, room / chart.width, panel.height / height
+        _draw_panel(figure.add_axes(place), chart, panel, head, x_axis)
+        top += panel.height + GAP
+    _draw_x_labels(figure, chart, x_axis, top - GAP)
+    return figure
+
+
+def _write(figure: "Figure", x: float, y: float, text: str, **style: Any) -> None:
+    """Words on a line that is y pixels below the upper edge."""
+    width, height = figure.bbox.size
+    figure.text(x / width, 1 - y / height, clean(text), **style)
+
+
+def _draw_x_labels(figure: "Figure", chart: Chart, axis: Axis, bottom: float) -> None:
+    """Below the last panel: the numbers for which there is room, and what they count."""
+    transform, taken = figure.axes[-1].transData, 0.0
+    for x in axis.ticks:
+        half = width_of(show_number(x, 5), SMALL) / 2
+        middle = min(transform.transform((x, 1))[0], chart.width - half)
+        if middle - half > taken:
+            _write(figure, middle, bottom + 19, show_number(x, 5), ha="center")
+            taken = middle + half + 6
+    _write(figure, (LEFT + chart.width - RIGHT) / 2, bottom + 42, chart.x_label, size=TITLE, color=INK, ha="center")
+
+
+def _draw_panel(axes: "Axes", chart: Chart, panel: Panel, head: Head, x_axis: Axis) -> None:
+    """Axes, bands, curves and bars in the order of the description, and the legend above the data."""
+    y_axis = layout.y_axis(panel)
+    axes.set(xscale="log" if x_axis.log else "linear", yscale="log" if y_axis.log else "linear")
+    axes.set(xlim=(x_axis.low, x_axis.high), ylim=(y_axis.low, y_axis.high))
+    axes.set_xticks(x_axis.ticks, [""] * len(x_axis.ticks))
+    axes.set_yticks(y_axis.ticks, [show_number(y, 5) for y in y_axis.ticks])
+    axes.minorticks_off()
+    if y_axis.low < 0 < y_axis.high:
+        axes.axhline(0, color=FAINT, linewidth=1.2, zorder=1)
+    _draw_bands(axes, chart, head)
+    for line in panel.lines:
+        points = [(x, y_axis.clamp(y)) for x, y in line.points if x_axis.low <= x <= x_axis.high]
+        spread = [(x, y_axis.clamp(low), y_axis.clamp(high)) for x, low, high in line.spread]
+        if isinstance(line, Bars):
+            _draw_bars(axes, line, points, spread)
+        else:
+            _draw_curve(axes, line, points, spread)
+            if layout.shows_values(panel):
+                _draw_values(axes, points)
+    if head.labels:
+        place = (1 if head.beside else 0, 1 + (head.strip + 7) / panel.height)
+        axes.legend(loc="lower right" if head.beside else "lower left", bbox_to_anchor=place, ncols=head.columns)
+    for artist in axes.findobj():
+        artist.set_clip_on(False)  # everything lies inside; a dot on the edge is shown whole
+
+
+def _draw_bands(axes: "Axes", chart: Chart, head: Head) -> None:
+    """Shaded through the panel; above the first one in a strip with their names, as far as these find room."""
+    (low, high), (width, height) = axes.get_xlim(), axes.bbox.size
+    for band in chart.bands:
+        first, last = (min(max(x, low), high) for x in (band.first, band.last))
+        axes.axvspan(first, last, 0, 1 + head.strip / height, color=band.colour, linewidth=0, zorder=0)
+        names = (clean(band.label), clean(band.label).partition(":")[0]) if head.strip else ()
+        fitting = [name for name in names if width_of(name, SMALL) + 8 <= width * (last - first) / (high - low)]
+        if fitting:
+            middle = (first + last) / 2
+            axes.text(middle, 1 + 6 / height, fitting[0], ha="center", transform=axes.get_xaxis_transform())
+
+
+Points = list[tuple[float, float]]
+Spread = list[tuple[float, float, float]]
+
+
+def _draw_bars(axes: "Axes", bars: Bars, points: Points, spread: Spread) -> None:
+    """A bar per point, a whisker per spread."""
+    xs, heights = [x for x, _ in points], [y for _, y in points]
+    axes.bar(xs, heights, 0.6, color=bars.colour, linewidth=0, label=clean(bars.label))
+    if spread:
+        around, lows, highs = zip(*spread, strict=True)
+        axes.vlines(around, lows, highs, color=INK, linewidth=2, zorder=3, label=clean(bars.spread_label))
+
+
+def _draw_curve(axes: "Axes", line: Line, points: Points, spread: Spread) -> None:
+    """A line through the points, dots where it has markers or a point has no neighbour, and its spread in shade."""
+    if spread:
+        xs, lows, highs = zip(*spread, strict=True)
+        label = clean(line.spread_label)
+        axes.fill_between(xs, lows, highs, color=line.colour, alpha=0.16, linewidth=0, label=label)
+    style = (0, (3, 2)) if line.dashed else "solid"
+    label = clean(line.label)
+    axes.plot([x for x, _ in points], [y for _, y in points], color=line.colour, linestyle=style, zorder=3, label=label)
+    gaps = [True, *(math.isnan(y) for _, y in points), True]
+    dots = [point for i, point in enumerate(points) if not gaps[i + 1] and (line.markers or (gaps[i] and gaps[i + 2]))]
+    axes.plot([x for x, _ in dots], [y for _, y in dots], "o", color=line.colour, zorder=4)
+
+
+def _draw_values(axes: "Axes", points: Points) -> None:
+    """On the side of each point from which the curve bends away, as far as there is room."""
+    box, taken = {"facecolor": PAPER, "linewidth": 0, "pad": 1}, axes.bbox.x0  # the box hides the grid
+    for i, (x, y) in enumerate(points):
+        if not math.isfinite(y):
+            continue
+        beside = [points[j][1] for j in (i - 1, i + 1) if 0 <= j < len(points)]
+        (across, up), width = axes.transData.transform((x, y)), width_of(show_number(y), SMALL)
+        below = y < sum(beside) / max(len(beside), 1) and up - axes.bbox.y0 > 26
+        place, side = ((0, -8), "top") if below else ((0, 8), "bottom")
+        start = max(min(across - width / 2, axes.bbox.x1 + RIGHT - width), axes.bbox.x0)
+        if start >= taken:
+            place = (start - across, place[1])
+            axes.annotate(show_number(y), (x, y), place, textcoords="offset points", va=side, bbox=box, zorder=2)
+            taken = start + width + 6

@@ -1,0 +1,52 @@
+"""Grids of pictures: every picture where its seed, its class and its walk say."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from alphaflow_cli.report.grid import grid_by_walk, grid_in_rows, grid_png, grid_side_by_side
+
+CELL = 64 + 2  # a picture of 16 px is shown four times as large
+
+
+def pictures(count, first=0):
+    """Picture i is all of colour (i, i, i)."""
+    return [np.full((16, 16, 3), i, np.uint8) for i in range(first, first + count)]
+
+
+def cells(png, rows, columns):
+    """The colour in the middle of each cell, from the lower right corner, where no word stands."""
+    image = np.asarray(Image.open(io.BytesIO(png)))
+    height, width, _ = image.shape
+    return [
+        [int(image[height - (rows - i) * CELL + 32, width - (columns - j) * CELL + 32, 0]) for j in range(columns)]
+        for i in range(rows)
+    ]
+
+
+def test_rows_show_pictures_in_reading_order():
+    assert cells(grid_in_rows(pictures(6), 3), 2, 3) == [[0, 1, 2], [3, 4, 5]]
+    assert cells(grid_in_rows(pictures(5), 3), 2, 3) == [[0, 1, 2], [3, 4, 255]]
+
+
+def test_columns_are_named_where_all_their_pictures_bear_the_name():
+    plain = grid_in_rows(pictures(4), 2)
+    assert grid_in_rows(pictures(4), 2, ["a", "b", "b", "a"]) == plain
+    assert grid_in_rows(pictures(4), 2, ["", "", "", ""]) == plain
+    assert grid_in_rows(pictures(4), 2, ["a", "b", "a", "b"]) == grid_png(
+        [pictures(2), pictures(2, 2)], column_names=["a", "b"]
+    )
+
+
+def test_walks_stand_below_each_other_with_the_same_seeds_above_each_other():
+    drawn = [("1 NFE", pictures(4)), ("1 NFE", pictures(4, 100)), ("4 NFE", pictures(4, 200))]
+    assert cells(grid_by_walk(drawn, 3, ["a", "b", "c", "d"]), 3, 3) == [[0, 1, 2], [100, 101, 102], [200, 201, 202]]
+
+
+@pytest.mark.parametrize("names", [["", "", ""], ["one", "two", "three"]])
+def test_walks_stand_beside_each_other_with_a_class_in_each_row(names):
+    drawn = [("1 NFE", pictures(6)), ("2 NFE", pictures(6, 100))]
+    shown = cells(grid_side_by_side(drawn, 3, names), 3, 4)
+    assert shown == [[0, 3, 100, 103], [1, 4, 101, 104], [2, 5, 102, 105]]
