@@ -21,7 +21,7 @@ def main() -> NoReturn:
         if (fault.name or "").partition(".")[0] == "alphaflow_cli":
             raise
         raise SystemExit(f"error: {fault.name} is not installed. Run, in alphaflow's folder: pip install .") from None
-    cli.main()
+    cli.run_and_exit()
 
 
 if __name__ == "__main__":

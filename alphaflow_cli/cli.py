@@ -214,7 +214,7 @@ def set_streams() -> None:
         setattr(sys, name, safe)
 
 
-def main() -> NoReturn:
+def run_and_exit() -> NoReturn:
     """Entry point of the `alphaflow` command."""
     signal.signal(signal.SIGTERM, _terminate)
     signal.signal(signal.SIGINT, _interrupt)

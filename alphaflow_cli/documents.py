@@ -68,7 +68,7 @@ class Maybe:
 
 
 @dataclass(frozen=True)
-class Rows:
+class ListOf:
     """A list."""
 
     shape: "Shape"
@@ -85,8 +85,8 @@ class Table:
     others: "Shape | None" = None
 
 
-Shape = Text | Number | Whole | Flag | Anything | Maybe | Rows | Table
-NAMES = {Text: "text", Number: "a number", Whole: "a whole number", Flag: "true or false", Rows: "a list"}
+Shape = Text | Number | Whole | Flag | Anything | Maybe | ListOf | Table
+NAMES = {Text: "text", Number: "a number", Whole: "a whole number", Flag: "true or false", ListOf: "a list"}
 
 
 def read_json(path: Path, shape: Shape, *, limit: int = MAX_BYTES, advice: str = ADVICE) -> Any:
@@ -141,7 +141,7 @@ def _faults(value: Any, shape: Shape, place: str) -> Iterator[tuple[str, str]]:
         yield from _faults(value, shape.shape, place)
     elif isinstance(shape, Table):
         yield from _table_faults(value, shape, place)
-    elif isinstance(shape, Rows) and isinstance(value, list):
+    elif isinstance(shape, ListOf) and isinstance(value, list):
         if not shape.least <= len(value) <= shape.most:
             yield place, f"{len(value):,} entries, {shape.least:,} to {shape.most:,} are wanted"
         for i, item in enumerate(value[: shape.most]):
@@ -166,7 +166,7 @@ def _table_faults(value: Any, shape: Table, place: str) -> Iterator[tuple[str, s
             yield from _faults(item, wanted, f"{dot}{key}")
 
 
-def _plain_fault(value: Any, shape: Text | Number | Whole | Flag | Rows) -> str:
+def _plain_fault(value: Any, shape: Text | Number | Whole | Flag | ListOf) -> str:
     """What is wrong with a value that is no table; empty: nothing."""
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     fits = {
@@ -174,7 +174,7 @@ def _plain_fault(value: Any, shape: Text | Number | Whole | Flag | Rows) -> str:
         Number: number,
         Whole: number and isinstance(value, int),
         Flag: isinstance(value, bool),
-        Rows: isinstance(value, list),
+        ListOf: isinstance(value, list),
     }
     if not fits[type(shape)]:
         return f"{NAMES[type(shape)]} is wanted, this is {_kind(value)}"

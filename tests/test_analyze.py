@@ -91,7 +91,7 @@ def test_on_a_linear_network_every_product_is_the_analytic_one():
 
 def test_gradients_themselves_are_the_analytic_ones():
     net, rows = Linear(), linear_rows()
-    later, expected = conflict.prepare(net, rows, PLAIN), analytic(net, rows)
+    later, expected = conflict.prepare_rows(net, rows, PLAIN), analytic(net, rows)
     for term, wanted in expected.items():
         _, found = conflict.gradient_of(net, later, PLAIN, term)
         for name in wanted:

@@ -16,7 +16,7 @@ import torch
 from snapshots import published_snapshot
 
 from alphaflow_cli.cli import run
-from alphaflow_cli.convert import Options, convert
+from alphaflow_cli.convert import ConvertOptions, convert
 from alphaflow_cli.convert.source import read_source
 from alphaflow_cli.engine.checkpoint import load_checkpoint
 from alphaflow_cli.errors import AlphaflowError
@@ -61,7 +61,7 @@ def test_a_pickle_that_would_run_code_is_refused_by_name(tmp_path, monkeypatch, 
     monkeypatch.chdir(tmp_path)
     file = saved(tmp_path / "x.pt", HOSTILE[what](), _use_new_zipfile_serialization=not legacy)
     with pytest.raises(AlphaflowError, match=r"(refused|cannot be read).*wants to import [\w.]+") as caught:
-        convert(file, tmp_path / "out.safetensors", Options())
+        convert(file, tmp_path / "out.safetensors", ConvertOptions())
     assert "\n" not in str(caught.value)
     assert not (tmp_path / PROOF).exists()
     assert not (tmp_path / "out.safetensors").exists()
@@ -162,7 +162,7 @@ def test_a_second_pickle_hidden_under_the_same_name_is_refused(tmp_path):
 def test_a_tensor_that_claims_more_than_the_file_holds_is_refused(tmp_path):
     file = saved(tmp_path / "x.pt", {"ema": {"w": torch.zeros(1).expand(1 << 40)}})
     with pytest.raises(AlphaflowError, match="claims more numbers than the file holds"):
-        convert(file, tmp_path / "out.safetensors", Options(family="sit"))
+        convert(file, tmp_path / "out.safetensors", ConvertOptions(family="sit"))
 
 
 @pytest.mark.parametrize("cut", [0.999, 0.5, 0.01])
@@ -171,7 +171,7 @@ def test_a_truncated_file_is_named(tmp_path, cut):
     content = file.read_bytes()
     file.write_bytes(content[: int(len(content) * cut)])
     with pytest.raises(AlphaflowError, match="truncated"):
-        convert(file, tmp_path / "out.safetensors", Options())
+        convert(file, tmp_path / "out.safetensors", ConvertOptions())
 
 
 @pytest.mark.parametrize("content", [b"", b"\x80", b"GIF89a", b"\x80\x02.", bytes(1000)], ids=lambda c: str(c[:6]))

@@ -10,7 +10,7 @@ from foreign_nets import published_u, random_weights, transformer
 from snapshots import CLASSES, HEADS, SIZE, meanflow_weights, sit_weights
 
 from alphaflow_cli.commands.convert import command
-from alphaflow_cli.convert import FAMILIES, Options, convert, main
+from alphaflow_cli.convert import FAMILIES, ConvertOptions, convert, main
 from alphaflow_cli.engine.checkpoint import load_checkpoint
 from alphaflow_cli.engine.generate import load_network
 from alphaflow_cli.errors import AlphaflowError
@@ -57,7 +57,7 @@ def converted(tmp_path, tree, *sets, family="auto", **options):
     source, out = tmp_path / "theirs.pt", tmp_path / "ours.safetensors"
     out.unlink(missing_ok=True)
     torch.save(tree, source)
-    outcome = convert(source, out, Options(family=family, sets=(HEADS_SET, *sets), **options))
+    outcome = convert(source, out, ConvertOptions(family=family, sets=(HEADS_SET, *sets), **options))
     checkpoint = load_checkpoint(out)
     return outcome, checkpoint, load_network(checkpoint)
 

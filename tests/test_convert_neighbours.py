@@ -7,7 +7,7 @@ import torch
 from foreign_nets import dit_alpha_bar, dit_noise, published_u, sit_velocity
 from snapshots import CLASSES, HEADS, meanflow_weights, sit_weights
 
-from alphaflow_cli.convert import Options, convert
+from alphaflow_cli.convert import ConvertOptions, convert
 from alphaflow_cli.convert.latents import MEANFLOW_MEAN, MEANFLOW_STD
 from alphaflow_cli.convert.sit import turn_time
 from alphaflow_cli.engine.checkpoint import load_checkpoint
@@ -20,7 +20,7 @@ HEADS_SET = (f"model.heads={HEADS}",)
 def converted(tmp_path, tree, family, **options):
     source, out = tmp_path / "theirs.pt", tmp_path / "ours.safetensors"
     torch.save(tree, source)
-    outcome = convert(source, out, Options(family=family, sets=HEADS_SET, **options))
+    outcome = convert(source, out, ConvertOptions(family=family, sets=HEADS_SET, **options))
     checkpoint = load_checkpoint(out)
     return outcome, checkpoint, load_network(checkpoint)
 
@@ -186,7 +186,7 @@ def test_heads_that_nobody_knows_are_asked_for(tmp_path):
     source = tmp_path / "theirs.pt"
     torch.save(sit_weights(), source)
     with pytest.raises(AlphaflowError, match="--set model"):
-        convert(source, tmp_path / "ours.safetensors", Options(family="sit"))
+        convert(source, tmp_path / "ours.safetensors", ConvertOptions(family="sit"))
 
 
 def test_nothing_is_overwritten(tmp_path):

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from snapshots import published_snapshot, tiny_autoencoder
 
 from alphaflow_cli.cli import run
-from alphaflow_cli.convert import Options, convert, export
+from alphaflow_cli.convert import ConvertOptions, convert, export
 from alphaflow_cli.engine.build import build_network
 from alphaflow_cli.engine.checkpoint import load_checkpoint, save_checkpoint
 from alphaflow_cli.engine.files import write_atomically
@@ -21,7 +21,7 @@ from alphaflow_cli.errors import AlphaflowError
 def ours(tmp_path):
     """A checkpoint of ours."""
     torch.save(published_snapshot(), tmp_path / "theirs.pt")
-    convert(tmp_path / "theirs.pt", tmp_path / "ours.safetensors", Options())
+    convert(tmp_path / "theirs.pt", tmp_path / "ours.safetensors", ConvertOptions())
     return tmp_path / "ours.safetensors"
 
 
@@ -43,7 +43,7 @@ def test_statistics_of_a_wrong_shape_in_a_checkpoint_of_ours_are_refused(ours, t
 
 def test_a_checkpoint_of_ours_needs_no_conversion(ours, tmp_path):
     with pytest.raises(AlphaflowError, match="a checkpoint of alphaflow already"):
-        convert(ours, tmp_path / "again.safetensors", Options())
+        convert(ours, tmp_path / "again.safetensors", ConvertOptions())
 
 
 def test_a_full_disk_gets_one_line_and_leaves_nothing(ours, tmp_path):
@@ -142,7 +142,7 @@ def test_a_snapshot_that_lends_nothing_is_named(ours, tmp_path, tree):
 
 def test_what_was_written_is_read_again_with_all_it_says(ours, tmp_path):
     export(ours, tmp_path / "back.pt")
-    outcome = convert(tmp_path / "back.pt", tmp_path / "again.safetensors", Options())
+    outcome = convert(tmp_path / "back.pt", tmp_path / "again.safetensors", ConvertOptions())
     first, again = load_checkpoint(ours).recipe, load_checkpoint(tmp_path / "again.safetensors").recipe
     assert again.guidance == first.guidance
     assert (again.alpha.kind, again.alpha.gamma, again.train.steps) == ("sigmoid", 25.0, first.train.steps)
@@ -153,7 +153,7 @@ def test_what_was_written_is_read_again_with_all_it_says(ours, tmp_path):
 def test_the_autoencoder_may_be_named_on_the_way_back(tmp_path):
     autoencoder = tiny_autoencoder()
     torch.save(published_snapshot(autoencoder=autoencoder), tmp_path / "theirs.pt")
-    convert(tmp_path / "theirs.pt", tmp_path / "ours.safetensors", Options())
+    convert(tmp_path / "theirs.pt", tmp_path / "ours.safetensors", ConvertOptions())
     (tmp_path / "ours-autoencoder").rename(tmp_path / "elsewhere")
     line = ["convert", str(tmp_path / "ours.safetensors"), "--to", "alphaflow", "-o", str(tmp_path / "back.pt")]
     assert run([*line, "--autoencoder", str(tmp_path / "elsewhere")]) == 0
@@ -164,7 +164,7 @@ def test_the_autoencoder_may_be_named_on_the_way_back(tmp_path):
 
 def test_another_autoencoder_than_the_latents_are_of_is_refused_on_the_way_back(tmp_path):
     torch.save(published_snapshot(autoencoder=tiny_autoencoder()), tmp_path / "theirs.pt")
-    convert(tmp_path / "theirs.pt", tmp_path / "ours.safetensors", Options())
+    convert(tmp_path / "theirs.pt", tmp_path / "ours.safetensors", ConvertOptions())
     tiny_autoencoder(seed=6).save_pretrained(tmp_path / "other")
     with pytest.raises(AlphaflowError, match="the latents were made with"):
         export(tmp_path / "ours.safetensors", tmp_path / "back.pt", autoencoder=str(tmp_path / "other"))

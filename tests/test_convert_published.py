@@ -12,7 +12,7 @@ from snapshots import CLASSES, HEADS, published_snapshot, published_weights, tin
 
 import alphaflow_cli
 from alphaflow_cli.commands.convert import command
-from alphaflow_cli.convert import Options, convert, export
+from alphaflow_cli.convert import ConvertOptions, convert, export
 from alphaflow_cli.engine.checkpoint import load_checkpoint
 from alphaflow_cli.engine.generate import open_generator
 from alphaflow_cli.engine.walk import plan_walk
@@ -56,7 +56,7 @@ def independent(tree, which, sampler, grid):
 def test_a_converted_snapshot_samples_to_the_independent_values(tmp_path, walk, weights):
     autoencoder = tiny_autoencoder()
     tree = published_snapshot(autoencoder=autoencoder, compiled=weights == "raw")
-    convert(write(tmp_path, tree), tmp_path / "b2.safetensors", Options(weights=weights))
+    convert(write(tmp_path, tree), tmp_path / "b2.safetensors", ConvertOptions(weights=weights))
     generator = open_generator(str(tmp_path / "b2.safetensors"))
     sampler, grid = WALKS[walk]
     plan = plan_walk(generator.recipe, nfe=len(grid) - 1, kind=sampler, times=grid)
@@ -76,7 +76,7 @@ def test_a_converted_snapshot_samples_to_the_independent_values(tmp_path, walk, 
 def test_the_autoencoder_inside_is_written_as_a_diffusers_folder(tmp_path):
     autoencoder = tiny_autoencoder()
     source = write(tmp_path, published_snapshot(autoencoder=autoencoder))
-    outcome = convert(source, tmp_path / "b2.safetensors", Options())
+    outcome = convert(source, tmp_path / "b2.safetensors", ConvertOptions())
     assert outcome.autoencoder == tmp_path / "b2-autoencoder"
     loaded = diffusers.AutoencoderKL.from_pretrained(outcome.autoencoder)
     assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in autoencoder.state_dict().items())
@@ -86,7 +86,7 @@ def test_the_autoencoder_inside_is_written_as_a_diffusers_folder(tmp_path):
 
 def test_statistics_are_per_channel_and_position_and_the_file_holds_the_variance(tmp_path):
     tree = published_snapshot()
-    convert(write(tmp_path, tree), tmp_path / "b2.safetensors", Options())
+    convert(write(tmp_path, tree), tmp_path / "b2.safetensors", ConvertOptions())
     checkpoint = load_checkpoint(tmp_path / "b2.safetensors")
     assert checkpoint.mean.shape == (4, 8, 8)
     torch.testing.assert_close(checkpoint.std**2, tree["ema"]["autoencoder_var"][0], rtol=1e-12, atol=0)
@@ -94,32 +94,34 @@ def test_statistics_are_per_channel_and_position_and_the_file_holds_the_variance
 
 
 def test_prefixes_of_a_compiled_run_are_taken_off(tmp_path):
-    convert(write(tmp_path, published_snapshot(compiled=True)), tmp_path / "b2.safetensors", Options())
+    convert(write(tmp_path, published_snapshot(compiled=True)), tmp_path / "b2.safetensors", ConvertOptions())
     weights = load_checkpoint(tmp_path / "b2.safetensors").weights
     assert torch.equal(weights["blocks.0.attn.qkv.weight"], published_weights(12)["blocks.0.attn.qkv.weight"])
 
 
 def test_a_stripped_snapshot_converts(tmp_path):
     tree = {key: value for key, value in published_snapshot().items() if key in ("ema", "cfg")}
-    assert convert(write(tmp_path, tree), tmp_path / "b2.safetensors", Options()).weights == "ema"
+    assert convert(write(tmp_path, tree), tmp_path / "b2.safetensors", ConvertOptions()).weights == "ema"
 
 
 def test_a_missing_ema_is_not_replaced_silently(tmp_path):
     tree = published_snapshot()
     del tree["ema"]
     with pytest.raises(AlphaflowError, match="no ema weights, only raw"):
-        convert(write(tmp_path, tree), tmp_path / "b2.safetensors", Options())
-    convert(write(tmp_path, tree), tmp_path / "b2.safetensors", Options(weights="raw"))
+        convert(write(tmp_path, tree), tmp_path / "b2.safetensors", ConvertOptions())
+    convert(write(tmp_path, tree), tmp_path / "b2.safetensors", ConvertOptions(weights="raw"))
     assert load_checkpoint(tmp_path / "b2.safetensors").origin["weights"] == "raw"
 
 
 def test_guidance_that_is_not_in_the_file_is_asked_for(tmp_path):
     tree = published_snapshot(dropout=0.1)
     with pytest.raises(AlphaflowError, match="--recipe b2-cfg"):
-        convert(write(tmp_path, tree, "mine.pt"), tmp_path / "a.safetensors", Options())
-    convert(tmp_path / "mine.pt", tmp_path / "a.safetensors", Options(recipe="b2-cfg"))
+        convert(write(tmp_path, tree, "mine.pt"), tmp_path / "a.safetensors", ConvertOptions())
+    convert(tmp_path / "mine.pt", tmp_path / "a.safetensors", ConvertOptions(recipe="b2-cfg"))
     convert(
-        tmp_path / "mine.pt", tmp_path / "b.safetensors", Options(sets=("guidance.omega=0.2", "guidance.kappa=0.92"))
+        tmp_path / "mine.pt",
+        tmp_path / "b.safetensors",
+        ConvertOptions(sets=("guidance.omega=0.2", "guidance.kappa=0.92")),
     )
     mixes = [load_checkpoint(tmp_path / name).recipe.guidance for name in ("a.safetensors", "b.safetensors")]
     assert [(mix.omega, mix.kappa, mix.label_dropout) for mix in mixes] == [(1.0, 0.5, 0.1), (0.2, 0.92, 0.1)]
@@ -127,7 +129,7 @@ def test_guidance_that_is_not_in_the_file_is_asked_for(tmp_path):
 
 def test_the_name_of_a_released_file_stands_for_its_recipe_and_that_is_recorded(tmp_path):
     source = write(tmp_path, published_snapshot(dropout=0.1), "alphaflow-XL-2-cfg.pt")
-    outcome = convert(source, tmp_path / "xl.safetensors", Options())
+    outcome = convert(source, tmp_path / "xl.safetensors", ConvertOptions())
     checkpoint = load_checkpoint(tmp_path / "xl.safetensors")
     assert (checkpoint.recipe.guidance.omega, checkpoint.recipe.guidance.kappa) == (0.2, 0.92)
     assert checkpoint.recipe.sample.two_step_sampler == "consistency"
@@ -139,8 +141,8 @@ def test_statistics_that_are_not_filled_in_are_asked_for(tmp_path):
     tree = published_snapshot()
     tree["ema"]["are_ldm_stats_inited"] = torch.tensor(0.0)
     with pytest.raises(AlphaflowError, match="--latents FILE"):
-        convert(write(tmp_path, tree), tmp_path / "b2.safetensors", Options())
-    convert(tmp_path / "alphaflow-B-2.pt", tmp_path / "b2.safetensors", Options(latents="scale:0.18215"))
+        convert(write(tmp_path, tree), tmp_path / "b2.safetensors", ConvertOptions())
+    convert(tmp_path / "alphaflow-B-2.pt", tmp_path / "b2.safetensors", ConvertOptions(latents="scale:0.18215"))
     assert load_checkpoint(tmp_path / "b2.safetensors").recipe.data.scale == pytest.approx(0.18215)
 
 
@@ -153,12 +155,12 @@ def test_a_configuration_that_contradicts_the_weights_is_refused(tmp_path, secti
     tree = published_snapshot()
     tree["cfg"][section][key] = value
     with pytest.raises(AlphaflowError, match=told):
-        convert(write(tmp_path, tree), tmp_path / "b2.safetensors", Options())
+        convert(write(tmp_path, tree), tmp_path / "b2.safetensors", ConvertOptions())
 
 
 def test_there_and_back_gives_the_same_tables(tmp_path):
     tree = published_snapshot(dropout=0.1, autoencoder=tiny_autoencoder())
-    convert(write(tmp_path, tree, "alphaflow-B-2-cfg.pt"), tmp_path / "b2.safetensors", Options())
+    convert(write(tmp_path, tree, "alphaflow-B-2-cfg.pt"), tmp_path / "b2.safetensors", ConvertOptions())
     export(tmp_path / "b2.safetensors", tmp_path / "back.pt")
     back = torch.load(tmp_path / "back.pt", weights_only=True)
     assert list(back["net"]) == list(back["ema"])
@@ -167,13 +169,13 @@ def test_there_and_back_gives_the_same_tables(tmp_path):
         torch.testing.assert_close(back["ema"][name], value, rtol=1e-12, atol=0, check_dtype="autoencoder" in name)
     assert {key: back["cfg"][key] for key in ("model", "dataset")} == tree["cfg"]
     assert back["cfg"]["loss"]["cfg_params"] == {"omega": 1.0, "kappa": 0.5, "t_min": 0.0, "t_max": 1.0}
-    convert(tmp_path / "back.pt", tmp_path / "again.safetensors", Options(recipe="b2-cfg"))
+    convert(tmp_path / "back.pt", tmp_path / "again.safetensors", ConvertOptions(recipe="b2-cfg"))
     first, second = (load_checkpoint(tmp_path / f"{name}.safetensors") for name in ("b2", "again"))
     assert all(torch.equal(first.weights[name], second.weights[name]) for name in first.weights)
 
 
 def test_the_order_of_the_published_names_is_kept(tmp_path):
-    convert(write(tmp_path, published_snapshot()), tmp_path / "b2.safetensors", Options())
+    convert(write(tmp_path, published_snapshot()), tmp_path / "b2.safetensors", ConvertOptions())
     back = torch.load(export(tmp_path / "b2.safetensors", tmp_path / "back.pt"), weights_only=True)["ema"]
     assert list(back)[:5] == [
         "autoencoder_mean", "autoencoder_var", "are_ldm_stats_inited", "model.pos_embed", "model.x_embedder.proj.weight"
@@ -189,7 +191,11 @@ def test_the_command_prints_the_path_last_and_what_was_filled_in(tmp_path):
 
 
 def test_the_python_door_opens_a_converted_snapshot(tmp_path):
-    convert(write(tmp_path, published_snapshot(autoencoder=tiny_autoencoder())), tmp_path / "b2.safetensors", Options())
+    convert(
+        write(tmp_path, published_snapshot(autoencoder=tiny_autoencoder())),
+        tmp_path / "b2.safetensors",
+        ConvertOptions(),
+    )
     model = alphaflow_cli.load(tmp_path / "b2.safetensors")
     images = model.sample(seeds=range(3), classes=[3, 9], nfe=2)
     assert (images.shape, images.dtype) == ((3, 3, 16, 16), torch.uint8)

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from snapshots import HEADS, meanflow_weights, published_snapshot, sit_weights
 
 from alphaflow_cli.commands.convert import command
-from alphaflow_cli.convert import Options, convert, main
+from alphaflow_cli.convert import ConvertOptions, convert, main
 from alphaflow_cli.engine.checkpoint import load_checkpoint
 from alphaflow_cli.errors import AlphaflowError
 
@@ -27,7 +27,7 @@ def with_arguments(weights, **arguments):
 def converted(tmp_path, tree, *sets, name="theirs.pt", **options):
     source, out = tmp_path / name, tmp_path / "ours.safetensors"
     torch.save(tree, source)
-    outcome = convert(source, out, Options(sets=(HEADS_SET, *sets), **options))
+    outcome = convert(source, out, ConvertOptions(sets=(HEADS_SET, *sets), **options))
     return outcome, load_checkpoint(out)
 
 
@@ -107,7 +107,7 @@ def test_all_that_is_filled_in_is_printed_and_kept(tmp_path):
 
 def test_statistics_and_heads_that_stood_in_the_file_are_not_called_filled_in(tmp_path):
     torch.save(published_snapshot(), tmp_path / "mine.pt")
-    outcome = convert(tmp_path / "mine.pt", tmp_path / "ours.safetensors", Options())
+    outcome = convert(tmp_path / "mine.pt", tmp_path / "ours.safetensors", ConvertOptions())
     assert outcome.filled.keys() == {"recipe", "autoencoder"}
     assert outcome.said.keys() >= {"num_heads", "latents"}
 
@@ -169,7 +169,7 @@ def test_statistics_of_a_wrong_shape_are_refused(tmp_path, shape):
 def test_an_empty_file_is_named(tmp_path, name):
     (save_file if name.endswith("safetensors") else torch.save)({}, tmp_path / name)
     with pytest.raises(AlphaflowError, match="it holds 'nothing'"):
-        convert(tmp_path / name, tmp_path / "ours.safetensors", Options())
+        convert(tmp_path / name, tmp_path / "ours.safetensors", ConvertOptions())
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])

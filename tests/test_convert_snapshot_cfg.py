@@ -9,7 +9,7 @@ import torch
 from golden_data import FOLDER
 from snapshots import published_snapshot
 
-from alphaflow_cli.convert import Options, convert
+from alphaflow_cli.convert import ConvertOptions, convert
 from alphaflow_cli.convert.snapshot_cfg import walk_cfg
 from alphaflow_cli.engine.checkpoint import load_checkpoint
 from alphaflow_cli.engine.walk import plan_walk
@@ -49,7 +49,7 @@ def snapshot(*, dropout=0.1, sampling=SAMPLING, loss=None, **more):
 
 def converted(tmp_path, tree, *sets, name="mine.pt", **options):
     torch.save(tree, tmp_path / name)
-    outcome = convert(tmp_path / name, tmp_path / "ours.safetensors", Options(sets=sets, **options))
+    outcome = convert(tmp_path / name, tmp_path / "ours.safetensors", ConvertOptions(sets=sets, **options))
     return outcome, load_checkpoint(tmp_path / "ours.safetensors")
 
 

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from snapshots import published_snapshot, sit_weights
 
 from alphaflow_cli.cli import run
-from alphaflow_cli.convert import Options, convert
+from alphaflow_cli.convert import ConvertOptions, convert
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.nn.autoencoder import load_autoencoder
 
@@ -36,7 +36,7 @@ STRANGERS = {
 
 def converted(tmp_path, tree, **options):
     torch.save(tree, tmp_path / "theirs.pt")
-    return convert(tmp_path / "theirs.pt", tmp_path / "ours.safetensors", Options(**options))
+    return convert(tmp_path / "theirs.pt", tmp_path / "ours.safetensors", ConvertOptions(**options))
 
 
 @pytest.mark.parametrize("family", ["auto", "sit", "alphaflow"])
@@ -81,7 +81,7 @@ def test_a_folder_is_named_for_what_it_is(tmp_path, capsys, what):
 def test_a_file_of_another_kind_is_named_by_its_suffix_and_not_opened(tmp_path, name):
     (tmp_path / name).write_bytes(pickle.dumps({"a": OrderedDict()}))
     with pytest.raises(AlphaflowError, match=r"Save its weights with torch.save or as safetensors"):
-        convert(tmp_path / name, tmp_path / "ours.safetensors", Options())
+        convert(tmp_path / name, tmp_path / "ours.safetensors", ConvertOptions())
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64, torch.int8], ids=str)
@@ -92,7 +92,7 @@ def test_weights_that_are_no_floats_are_named(tmp_path, dtype, suffix):
     (save_file if suffix == "safetensors" else torch.save)(tree, path)
     kind = str(dtype).removeprefix("torch.")
     with pytest.raises(AlphaflowError, match=rf"theirs\.{suffix}: pos_embed is a table of {kind}"):
-        convert(path, tmp_path / "ours.safetensors", Options(family="sit", sets=("model.heads=6",)))
+        convert(path, tmp_path / "ours.safetensors", ConvertOptions(family="sit", sets=("model.heads=6",)))
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.complex64], ids=str)

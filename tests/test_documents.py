@@ -14,9 +14,9 @@ from alphaflow_cli.documents import (
     MAX_DEPTH,
     Anything,
     Flag,
+    ListOf,
     Maybe,
     Number,
-    Rows,
     Table,
     Text,
     Whole,
@@ -29,7 +29,7 @@ from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.text import UNSAFE, code_span, for_markdown, for_terminal
 
 SHAPE = Table(
-    {"name": Text(20), "rows": Rows(Table({"value": Number(0, 10)}), most=3)},
+    {"name": Text(20), "rows": ListOf(Table({"value": Number(0, 10)}), most=3)},
     optional={"count": Maybe(Whole(0, 5)), "good": Flag(), "kind": Text(one_of=("a", "b")), "rest": Anything()},
 )
 

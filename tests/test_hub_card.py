@@ -20,9 +20,9 @@ from snapshots import published_snapshot, tiny_autoencoder
 
 import alphaflow_cli
 from alphaflow_cli.cli import run
-from alphaflow_cli.convert import Options, convert
+from alphaflow_cli.convert import ConvertOptions, convert
 from alphaflow_cli.engine.checkpoint import load_checkpoint, save_checkpoint
-from alphaflow_cli.engine.publish import open_source, stage
+from alphaflow_cli.engine.publish import open_publication, stage
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.hub.card import CardFacts, model_card
 from alphaflow_cli.hub.scrub import scrub
@@ -47,7 +47,7 @@ def width(path):
 
 
 def staged(source, tmp_path, **options):
-    opened = open_source(source, with_results=True)
+    opened = open_publication(source, with_results=True)
     stage(opened, tmp_path / "hub", **({"repo": "me/tiny", "licence": "unknown"} | options))
     return tmp_path / "hub"
 
@@ -101,7 +101,7 @@ def test_results_of_other_weights_are_refused(finished, tmp_path):
     write_results(finished / "results.json", "00" * 32)
     with pytest.raises(AlphaflowError, match="FD-tiny-2k was measured on other weights"):
         staged(finished, tmp_path)
-    stage(open_source(finished, with_results=False), tmp_path / "hub", repo="me/tiny", licence="unknown")
+    stage(open_publication(finished, with_results=False), tmp_path / "hub", repo="me/tiny", licence="unknown")
     assert not (tmp_path / "hub" / "results.json").exists()
     assert "Not measured yet" in (tmp_path / "hub" / "README.md").read_text()
 
@@ -196,7 +196,7 @@ def test_no_path_no_state_and_no_secret_leaves(finished, tmp_path, monkeypatch):
 
 def test_an_autoencoder_of_its_own_travels_along(hub, tmp_path):  # noqa: F811
     torch.save(published_snapshot(autoencoder=tiny_autoencoder()), tmp_path / "alphaflow-B-2.pt")
-    convert(tmp_path / "alphaflow-B-2.pt", tmp_path / "b2.safetensors", Options())
+    convert(tmp_path / "alphaflow-B-2.pt", tmp_path / "b2.safetensors", ConvertOptions())
     assert run(["push", str(tmp_path / "b2.safetensors"), "me/b2"]) == 0
     assert {"autoencoder/config.json", "autoencoder/diffusion_pytorch_model.safetensors"} <= set(hub.files("me/b2"))
     local = alphaflow_cli.load(tmp_path / "b2.safetensors").sample(seeds=[0, 1], classes=3)

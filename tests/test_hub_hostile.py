@@ -11,7 +11,7 @@ import pytest
 from hub_fixtures import alphaflow, hub, project_run, write_checkpoint  # noqa: F401 (fixtures)
 from hub_server import Fault
 
-from alphaflow_cli.engine.publish import open_source, stage
+from alphaflow_cli.engine.publish import open_publication, stage
 from alphaflow_cli.hub import resolve_checkpoint
 from alphaflow_cli.remote import client
 
@@ -22,7 +22,7 @@ LOGIN_PAGE = b"<!DOCTYPE html><html><title>Log in to the network</title></html>"
 @pytest.fixture(scope="module")
 def staged(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
-    source = open_source(write_checkpoint(folder / "m.safetensors"), with_results=False)
+    source = open_publication(write_checkpoint(folder / "m.safetensors"), with_results=False)
     stage(source, folder / "hub", repo="me/tiny", licence="unknown")
     return {path.name: path.read_bytes() for path in (folder / "hub").iterdir()}
 

@@ -6,7 +6,7 @@ import pytest
 from hub_fixtures import alphaflow, hub, project_run, scored, sha256, write_checkpoint, write_results  # noqa: F401
 
 from alphaflow_cli.engine import publish
-from alphaflow_cli.engine.publish import open_source, stage
+from alphaflow_cli.engine.publish import open_publication, stage
 from alphaflow_cli.errors import AlphaflowError
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
@@ -132,7 +132,7 @@ def test_a_folder_below_a_file_is_one_clear_line(hub, project_run, capsys, args)
 
 
 def test_weights_replaced_after_they_were_read_are_not_published(project_run, tmp_path):  # noqa: F811
-    source = open_source(project_run, with_results=True)
+    source = open_publication(project_run, with_results=True)
     write_checkpoint(project_run / "model.safetensors", seed=1, step=200)
     with pytest.raises(AlphaflowError, match=r"changed while it was read; is it training\? Run the same command again"):
         stage(source, tmp_path / "hub", repo="me/tiny", licence="unknown")
@@ -148,13 +148,13 @@ def test_weights_replaced_while_they_are_read_are_not_published(project_run, mon
 
     monkeypatch.setattr(publish, "load_checkpoint", replaced_meanwhile)
     with pytest.raises(AlphaflowError, match="changed while it was read"):
-        open_source(project_run, with_results=True)
+        open_publication(project_run, with_results=True)
 
 
 def test_scores_follow_the_weights_that_were_read(project_run, tmp_path):  # noqa: F811
     path = write_checkpoint(project_run / "model.safetensors", sets=[f"data.store={HOME}/latents"])  # will be cleaned
     write_results(project_run / "results.json", sha256(path.read_bytes()))
-    source = open_source(project_run, with_results=True)
+    source = open_publication(project_run, with_results=True)
     write_checkpoint(path, seed=1, step=200)
     stage(source, tmp_path / "hub", repo="me/tiny", licence="unknown")
     (row,) = json.loads((tmp_path / "hub" / "results.json").read_text())["evaluations"][0]["rows"]

@@ -11,7 +11,7 @@ from hub_server import Fault
 import alphaflow_cli
 from alphaflow_cli.cli import run
 from alphaflow_cli.engine.checkpoint import load_checkpoint
-from alphaflow_cli.engine.publish import open_source, stage
+from alphaflow_cli.engine.publish import open_publication, stage
 from alphaflow_cli.hub import pull, resolve_checkpoint, resolve_file
 
 # huggingface_hub 2.x hands its HTTP library bytes in a way that library no longer likes.
@@ -183,7 +183,7 @@ def staged(tmp_path_factory):
     versions = []
     for seed in (0, 1):
         folder = tmp_path_factory.mktemp(f"version{seed}")
-        source = open_source(write_checkpoint(folder / "m.safetensors", seed=seed), with_results=False)
+        source = open_publication(write_checkpoint(folder / "m.safetensors", seed=seed), with_results=False)
         stage(source, folder / "hub", repo="me/tiny", licence="unknown")
         versions.append({path.name: path.read_bytes() for path in (folder / "hub").iterdir()})
     return versions

@@ -28,7 +28,7 @@ from alphaflow_cli.cli import run as cli
 from alphaflow_cli.engine import lock, ready, start, state
 from alphaflow_cli.engine.journal import Journal
 from alphaflow_cli.engine.prepare import prepare_latents
-from alphaflow_cli.engine.publish import open_source, stage
+from alphaflow_cli.engine.publish import open_publication, stage
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.report.grid import grid_png
 
@@ -78,8 +78,8 @@ def left_by_a_kill(folder, tmp_path):
 
 def test_of_eight_starts_of_one_run_one_trains_and_seven_are_refused_in_one_line(store, tmp_path):
     recipe, out = make_recipe(tmp_path), tmp_path / "run"
-    options = ready.Options(out, store)
-    ready.prepare(recipe, options)
+    options = ready.TrainOptions(out, store)
+    ready.prepare_run(recipe, options)
     started = [fork(lambda: start.train(recipe, options), tmp_path / f"errors-{i}") for i in range(8)]
     codes = [each.wait()[0] for each in started]
     assert sorted(codes) == [0, *[1] * 7], [each.said() for each in started]
@@ -220,12 +220,12 @@ def test_it_beats_and_stops_beating_when_it_is_released(tmp_path, monkeypatch):
 
 def test_a_run_that_was_taken_over_while_it_stood_still_writes_nothing_more(store, tmp_path):
     out = tmp_path / "run"
-    ready.prepare(make_recipe(tmp_path), ready.Options(out, store))
+    ready.prepare_run(make_recipe(tmp_path), ready.TrainOptions(out, store))
     book = Journal(out / "metrics.jsonl", 0, writes=True)
     with lock.hold(out, "train"):
         book.row({"step": 1}, step=1, batch=1)
         rewrite(out, token="of another", host="elsewhere")
-        for write in (lambda: book.row({"step": 2}, step=2, batch=1), lambda: lock.check(out)):
+        for write in (lambda: book.row({"step": 2}, step=2, batch=1), lambda: lock.check_lock(out)):
             with pytest.raises(AlphaflowError, match=r"on elsewhere took over at .*, while this one stood still"):
                 write()
     assert row_values(out, "step") == [1]
@@ -331,5 +331,5 @@ def test_the_lock_is_not_pushed(finished, tmp_path):
     (finished / "samples").mkdir()
     (finished / "samples" / "step-00000004.png").write_bytes(grid_png([[np.zeros((8, 8, 3), np.uint8)]]))
     with held_elsewhere(finished, tmp_path):
-        stage(open_source(finished, with_results=False), tmp_path / "staged", repo="user/name", licence="mit")
+        stage(open_publication(finished, with_results=False), tmp_path / "staged", repo="user/name", licence="mit")
     assert not list((tmp_path / "staged").rglob(lock.NAME))

@@ -17,7 +17,7 @@ from alphaflow_cli import cli
 from alphaflow_cli.engine.checkpoint import load_checkpoint, save_checkpoint
 from alphaflow_cli.engine.evaluate_checkpoint import is_checkpoint
 from alphaflow_cli.engine.generate import find_checkpoint, open_generator
-from alphaflow_cli.engine.publish import open_source, stage
+from alphaflow_cli.engine.publish import open_publication, stage
 from alphaflow_cli.errors import AlphaflowError
 
 ADDRESSES = ("me/tiny", "me/tiny@main", "me/tiny:model.safetensors", "me/tiny@main:model.safetensors")
@@ -26,7 +26,7 @@ LONG = ("hf://me/tiny", "hf://me/tiny@main", "hf://me/tiny@main/model.safetensor
 
 def test_every_form_of_an_address_is_a_checkpoint(hub, tmp_path):  # noqa: F811
     model = write_checkpoint(tmp_path / "m.safetensors")
-    stage(open_source(model, with_results=False), tmp_path / "hub", repo="me/tiny", licence="unknown")
+    stage(open_publication(model, with_results=False), tmp_path / "hub", repo="me/tiny", licence="unknown")
     hub.add("me/tiny", {path.name: path.read_bytes() for path in (tmp_path / "hub").iterdir()})
     published = (tmp_path / "hub" / "model.safetensors").read_bytes()
     for address in (*ADDRESSES, *LONG):

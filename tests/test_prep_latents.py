@@ -20,7 +20,7 @@ from tiny_autoencoders import tiny_dc, tiny_kl
 from alphaflow_cli.cli import run
 from alphaflow_cli.data.manifest import read_manifest
 from alphaflow_cli.data.store import open_store, verify_store
-from alphaflow_cli.engine.encode import choose_precision, precision
+from alphaflow_cli.engine.encode import choose_precision, encoder_precision
 from alphaflow_cli.engine.prepare import check_room, free_bytes, prepare_latents
 from alphaflow_cli.engine.prepare_plan import default_out, shard_size
 from alphaflow_cli.errors import AlphaflowError
@@ -313,7 +313,7 @@ def test_low_precision_is_measured_and_taken_only_where_its_error_is_small(vae, 
     sample = np.random.default_rng(0).integers(0, 256, (4, 3, 32, 32), dtype=np.uint8)
     name, error = choose_precision(model, sample, CPU, "bf16")
     pixels = torch.from_numpy(sample).float() * 2 / 255 - 1
-    with precision("bf16", CPU):
+    with encoder_precision("bf16", CPU):
         rough, _ = model.encode(pixels)
     mean, std = model.encode(pixels)
     expected = float((rough - mean).square().mean().sqrt() / std.square().mean().sqrt())

@@ -42,8 +42,8 @@ def test_more_processes_than_gpus_are_refused_before_anything_is_done(line, monk
 
 def test_pixels_need_no_gpu_and_any_number_of_processes_may_share_them(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    assert prepare.count_processes("none", 2) == 2
-    assert prepare.count_processes("none", None) == prepare.count_processes("some/autoencoder", 1) == 1
+    assert prepare.count_encoders("none", 2) == 2
+    assert prepare.count_encoders("none", None) == prepare.count_encoders("some/autoencoder", 1) == 1
 
 
 def test_two_processes_of_one_gpu_are_refused_when_they_join(monkeypatch):

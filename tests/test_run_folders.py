@@ -53,7 +53,7 @@ def killed_at(recipe, store, out, step, **more):
             return real(run, book, stop, trackers=trackers, after_save=after)
 
         start.train_steps = steps
-        return start.train(recipe, ready.Options(out, store))
+        return start.train(recipe, ready.TrainOptions(out, store))
 
     started = begin(recipe, store, out, work=work, **more)
     assert started.wait() == [-signal.SIGKILL], started.said()

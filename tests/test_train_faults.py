@@ -46,7 +46,7 @@ def disturbed(recipe, options, disturb):
 
 
 def run_disturbed(recipe, store, out, disturb, *, processes=1, micro_batch=None):
-    options = ready.Options(out, store, micro_batch)
+    options = ready.TrainOptions(out, store, micro_batch)
     return begin(recipe, store, out, processes=processes, work=lambda: disturbed(recipe, options, disturb))
 
 
@@ -163,21 +163,23 @@ def test_a_store_with_a_nan_in_it_is_refused(tmp_path):
     with np.errstate(invalid="ignore"):
         store = write_store(tmp_path / "store", {"moments": moments}, np.arange(48) % 10)
     with pytest.raises(AlphaflowError, match="the statistics are not finite"):
-        ready.prepare(make_recipe(tmp_path), ready.Options(tmp_path / "run", store))
+        ready.prepare_run(make_recipe(tmp_path), ready.TrainOptions(tmp_path / "run", store))
 
 
 def test_a_store_that_disagrees_is_refused_with_both_sides(store, tmp_path):
     recipe = make_recipe(tmp_path, "data.classes=7", "data.image_size=64", "data.latent_size=8")
     with pytest.raises(AlphaflowError) as fault:
-        ready.prepare(recipe, ready.Options(tmp_path / "run", store))
+        ready.prepare_run(recipe, ready.TrainOptions(tmp_path / "run", store))
     for line in ("image_size: the store has 32, the recipe wants 64", "classes: the store has 10, the recipe wants 7"):
         assert line in str(fault.value)
 
 
 def test_a_folder_of_another_recipe_is_refused_with_the_differences(store, tmp_path):
-    ready.prepare(make_recipe(tmp_path), ready.Options(tmp_path / "run", store))
+    ready.prepare_run(make_recipe(tmp_path), ready.TrainOptions(tmp_path / "run", store))
     with pytest.raises(AlphaflowError) as fault:
-        ready.prepare(make_recipe(tmp_path, "optim.lr=2e-3", "train.seed=4"), ready.Options(tmp_path / "run", store))
+        ready.prepare_run(
+            make_recipe(tmp_path, "optim.lr=2e-3", "train.seed=4"), ready.TrainOptions(tmp_path / "run", store)
+        )
     assert "optim.lr: 0.001 there, 0.002 asked for" in str(fault.value)
     assert "train.seed: 0 there, 4 asked for" in str(fault.value)
 
@@ -201,7 +203,7 @@ def test_another_store_for_the_same_run_is_refused(store, tmp_path):
 
 def test_no_store_at_all_says_what_to_do(tmp_path):
     with pytest.raises(AlphaflowError, match="alphaflow prep-latents SOURCE --out DIR"):
-        ready.prepare(make_recipe(tmp_path), ready.Options(tmp_path / "run"))
+        ready.prepare_run(make_recipe(tmp_path), ready.TrainOptions(tmp_path / "run"))
 
 
 def test_a_changed_byte_in_the_store_is_found_before_the_first_step(tmp_path):
@@ -251,7 +253,7 @@ def test_a_full_disk_ends_the_run_and_loses_nothing(processes, store, tmp_path):
 
 def test_a_file_that_cannot_grow_ends_the_run_and_loses_nothing(store, tmp_path):
     recipe, out = make_recipe(tmp_path), tmp_path / "run"
-    options = ready.Options(out, store)
+    options = ready.TrainOptions(out, store)
 
     def limited():
         resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, 400_000))
@@ -267,16 +269,16 @@ def test_a_read_only_run_folder_is_named_before_the_start(store, tmp_path):
     with small_disk(tmp_path / "disk", 100) as remount:
         remount("ro")
         with pytest.raises(AlphaflowError, match=r"run: cannot be written \(Read-only file system\).*--out RUN"):
-            ready.prepare(make_recipe(tmp_path), ready.Options(tmp_path / "disk" / "run", store))
+            ready.prepare_run(make_recipe(tmp_path), ready.TrainOptions(tmp_path / "disk" / "run", store))
 
 
 def test_a_run_folder_that_becomes_read_only_ends_the_run(store, tmp_path):
     recipe = make_recipe(tmp_path)
     with small_disk(tmp_path / "disk", 100_000) as remount:
         out = tmp_path / "disk" / "run"
-        ready.prepare(recipe, ready.Options(out, store))
+        ready.prepare_run(recipe, ready.TrainOptions(out, store))
         remount("ro")
-        options = ready.Options(out, store)
+        options = ready.TrainOptions(out, store)
         started = fork(lambda: start.train(recipe, options), tmp_path / "errors")
         refused(started, "Read-only file system", "cannot be written")
 
@@ -284,7 +286,7 @@ def test_a_run_folder_that_becomes_read_only_ends_the_run(store, tmp_path):
 def test_a_run_folder_under_a_file_is_named(store, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(AlphaflowError, match=r"cannot be written \(Not a directory\)"):
-        ready.prepare(make_recipe(tmp_path), ready.Options(tmp_path / "file" / "run", store))
+        ready.prepare_run(make_recipe(tmp_path), ready.TrainOptions(tmp_path / "file" / "run", store))
 
 
 # Memory.

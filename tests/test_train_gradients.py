@@ -39,7 +39,7 @@ def awake(net):
 def write_gradients(recipe, store, folder, micro_batch):
     """Of one step of every phase, by name, in one file; and the rows of each kind that this process saw."""
     world = join_world()
-    run = start.open_run(recipe, ready.Options(folder, store, micro_batch), world)
+    run = start.open_run(recipe, ready.TrainOptions(folder, store, micro_batch), world)
     awake(run.net)
     found = {}
     for phase, alpha in ALPHAS.items():
@@ -59,8 +59,8 @@ def write_gradients(recipe, store, folder, micro_batch):
 
 def gradients_of(recipe, store, folder, *, processes, micro_batch=None):
     folder.mkdir()
-    options = ready.Options(folder, store)
-    ready.prepare(recipe, options)
+    options = ready.TrainOptions(folder, store)
+    ready.prepare_run(recipe, options)
     started = fork(lambda: write_gradients(recipe, store, folder, micro_batch), folder / "errors", processes)
     assert started.wait() == [0] * processes, started.said()
     return torch.load(folder / "gradients.pt")
@@ -99,7 +99,7 @@ def test_gradients_on_several_processes_are_those_of_one(way, alone, store, tmp_
 def test_asking_about_the_needed_rows_only_changes_no_gradient(alpha, store, tmp_path):
     interval = ("guidance.t_min=0.3", "guidance.t_max=0.6", "guidance.label_dropout=0.4")
     recipe = make_recipe(tmp_path, "train.precision=fp64", *interval)
-    run = start.open_run(recipe, ready.Options(tmp_path / "run", store), join_world())
+    run = start.open_run(recipe, ready.TrainOptions(tmp_path / "run", store), join_world())
     awake(run.net)
     law, n_equal = recipe.times, 4
     draws = step_draws(0, 5, batch=16, shape=run.stream.shape, device=run.world.device)

@@ -60,7 +60,7 @@ def interrupted_at(recipe, options, step, how):
 
 
 def interrupt(recipe, store, out, step, how, processes, micro_batch):
-    options = ready.Options(out, store, micro_batch)
+    options = ready.TrainOptions(out, store, micro_batch)
     started = begin(recipe, store, out, processes=processes, work=lambda: interrupted_at(recipe, options, step, how))
     expected = {"kill": -signal.SIGKILL, "stop": 143}[how]
     assert started.wait() == [expected] * processes, started.said()

@@ -134,8 +134,8 @@ def _child(work, folder: Path, rank: int, processes: int, port: int) -> None:
 
 def begin(recipe, store: Path, out: Path, *, processes: int = 1, micro_batch=None, init_from="", work=None) -> Started:
     """Start `alphaflow train` as its own parent would: checked first, then forked."""
-    options = ready.Options(out, store, micro_batch, init_from)
-    ready.prepare(recipe, options)
+    options = ready.TrainOptions(out, store, micro_batch, init_from)
+    ready.prepare_run(recipe, options)
     errors = out.parent / f"{out.name}-errors"
     return fork(work or (lambda: start.train(recipe, options)), errors, processes)
 

@@ -9,7 +9,7 @@ from alphaflow_cli.commands.common import (
     BATCH,
     SEED,
     Destination,
-    Whole,
+    WholeWithin,
     examples,
     json_option,
     print_json,
@@ -28,7 +28,9 @@ NAMES = {"tfm": "∇L_TFM", "tc": "∇L_TC", "fm": "∇L_FM'", "mean_flow": "∇
 @click.command("analyze", epilog=EXAMPLES)
 @click.argument("address", metavar="CKPT|RUN")
 @click.option("--data", type=click.Path(path_type=Path), help="Latent store. Default: the recipe's, or RUN/latents.")
-@click.option("--batches", type=Whole(1, 1_000_000), default=100, show_default=True, help="More of them later go on.")
+@click.option(
+    "--batches", type=WholeWithin(1, 1_000_000), default=100, show_default=True, help="More of them later go on."
+)
 @click.option("--batch", type=BATCH, default=64, show_default=True, help="Rows of a batch, all r < t.")
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Of the rows, their noise and their times.")
 @click.option("--weights", type=click.Choice(["ema", "raw"]), default="ema", show_default=True, help="Which weights.")
@@ -52,10 +54,10 @@ def command(
     percentiles, their sizes, per block and per range of t - r; and the weighted gradient's size over alpha. Running
     the same command again resumes; docs/understanding.md says how to read it.
     """
-    from alphaflow_cli.engine.analyze import Request, analyze
+    from alphaflow_cli.engine.analyze import AnalyzeRequest, analyze
 
     document, folder = analyze(
-        Request(
+        AnalyzeRequest(
             address=address, data=data, out=out, batches=batches, batch=batch, seed=seed, weights=weights,
             all_checkpoints=all_checkpoints,
         )

@@ -23,7 +23,7 @@ LONGEST = 100_000  # letters of one printed text
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
-class Whole(click.ParamType):  # type: ignore[type-arg]
+class WholeWithin(click.ParamType):  # type: ignore[type-arg]
     """A whole number within bounds; where they are passed they are named, and nowhere else: the help stays short."""
 
     name = "integer"
@@ -39,7 +39,7 @@ class Whole(click.ParamType):  # type: ignore[type-arg]
         return int(text)
 
 
-class Number(click.ParamType):  # type: ignore[type-arg]
+class NumberWithin(click.ParamType):  # type: ignore[type-arg]
     """A number within bounds; NaN is not, though it passes every comparison of click's own range."""
 
     name = "float"
@@ -60,13 +60,13 @@ class Number(click.ParamType):  # type: ignore[type-arg]
 
 # One type for each kind of number that several verbs take. The upper bounds are far beyond use: what passes them is a
 # slip of the hand, and would end in a machine without memory.
-NFE = Whole(1, MOST_NFE)
-IMAGES = Whole(1, 100_000_000)
-BATCH = Whole(1, 65_536)
-SIZE = Whole(16, 8192)
-SEED = Whole(-(2**63), 2**63 - 1)
-PROCESSES = Whole(1, 1024)
-GUIDANCE = Number(-1000, 1000)
+NFE = WholeWithin(1, MOST_NFE)
+IMAGES = WholeWithin(1, 100_000_000)
+BATCH = WholeWithin(1, 65_536)
+SIZE = WholeWithin(16, 8192)
+SEED = WholeWithin(-(2**63), 2**63 - 1)
+PROCESSES = WholeWithin(1, 1024)
+GUIDANCE = NumberWithin(-1000, 1000)
 
 
 class Destination(click.Path):

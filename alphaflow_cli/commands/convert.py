@@ -70,7 +70,7 @@ def command(
     or REPA, or a PyTorch MeanFlow of zhuyu-cs or FastGen. Nothing in it is executed. What SRC does not say (guidance,
     the latents' statistics, the sampler) is taken from the published recipe or asked for, and recorded as such in FILE.
     """
-    from alphaflow_cli.convert import Options, convert
+    from alphaflow_cli.convert import ConvertOptions, convert
     from alphaflow_cli.hub import resolve_file
 
     if target:
@@ -80,7 +80,7 @@ def command(
         return
     if template:
         raise click.UsageError("--cfg-from belongs to --to alphaflow")
-    options = Options(
+    options = ConvertOptions(
         family=cast("Family", family),
         recipe=recipe,
         sets=sets,

@@ -26,7 +26,7 @@ from alphaflow_cli.recipe.schema import LabelDraw
 
 if TYPE_CHECKING:
     from alphaflow_cli.engine.decoder import DecoderChoice
-    from alphaflow_cli.engine.evaluate_checkpoint import Report, Request
+    from alphaflow_cli.engine.evaluate_checkpoint import EvalRequest, Report
     from alphaflow_cli.engine.results import Evaluation
 
 OF_CHECKPOINTS = "--nfe, --sampler, --times, --guidance, --draw, --autoencoder and --decoder"
@@ -83,11 +83,11 @@ def command(
     or glyphs:N; pictures are measured as they are, never resized. Every number is printed with its protocol; running
     the same command again resumes.
     """
-    from alphaflow_cli.engine.evaluate_checkpoint import Request, is_checkpoint
+    from alphaflow_cli.engine.evaluate_checkpoint import EvalRequest, is_checkpoint
 
     if (markdown and as_json) or (times is not None and nfe) or (sweep_midpoint and (nfe or times)):
         raise click.UsageError("--markdown and --json exclude each other; so do --nfe, --times and --sweep-midpoint.")
-    request = Request(
+    request = EvalRequest(
         checkpoint=subject, nfe=nfe, sampler=sampler, times=times, guidance=guidance,
         guidance_channels=guidance_channels, sweep_midpoint=sweep_midpoint, metrics=metrics, reference=reference,
         images=images, draw=draw, autoencoder=autoencoder, decoder=decoder, batch=batch, weights=weights, out=out,
@@ -95,10 +95,12 @@ def command(
     asked = (nfe, times, guidance is not None, guidance_channels, sweep_midpoint, draw, autoencoder)
     if not (of_checkpoint := is_checkpoint(subject)) and (any(asked) or sampler != "auto" or decoder != "auto"):
         raise click.UsageError(f"{subject} is a source of pictures: {OF_CHECKPOINTS} are for checkpoints.")
-    run(request, processes, of_checkpoint, markdown=markdown, as_json=as_json)
+    run_evaluation(request, processes, of_checkpoint, markdown=markdown, as_json=as_json)
 
 
-def run(request: "Request", processes: int | None, of_checkpoint: bool, *, markdown: bool, as_json: bool) -> None:
+def run_evaluation(
+    request: "EvalRequest", processes: int | None, of_checkpoint: bool, *, markdown: bool, as_json: bool
+) -> None:
     """Here, or in N processes of which the first prints."""
     from alphaflow_cli.engine.launch import as_worker, check_processes, is_worker, launch
     from alphaflow_cli.engine.processes import processes_here
@@ -106,7 +108,7 @@ def run(request: "Request", processes: int | None, of_checkpoint: bool, *, markd
     def measure() -> int:
         found = measure_checkpoint(request) if of_checkpoint else measure_pictures(request)
         if found is not None:
-            show(found, markdown=markdown, as_json=as_json)
+            show_report(found, markdown=markdown, as_json=as_json)
         return 0
 
     if is_worker():
@@ -118,7 +120,7 @@ def run(request: "Request", processes: int | None, of_checkpoint: bool, *, markd
         sys.exit(code)
 
 
-def measure_checkpoint(request: "Request") -> "Report | None":
+def measure_checkpoint(request: "EvalRequest") -> "Report | None":
     """Every walk asked for."""
     from alphaflow_cli.engine.evaluate_checkpoint import evaluate_checkpoint
     from alphaflow_cli.engine.processes import join_processes
@@ -126,7 +128,7 @@ def measure_checkpoint(request: "Request") -> "Report | None":
     return evaluate_checkpoint(request, join_processes())
 
 
-def measure_pictures(request: "Request") -> "Report | None":
+def measure_pictures(request: "EvalRequest") -> "Report | None":
     """A folder of pictures from anywhere."""
     from alphaflow_cli.engine import evaluate as engine
     from alphaflow_cli.engine.evaluate_checkpoint import Report
@@ -154,7 +156,7 @@ def measure_pictures(request: "Request") -> "Report | None":
     return Report([evaluation], path, None)
 
 
-def show(report: "Report", *, markdown: bool, as_json: bool) -> None:
+def show_report(report: "Report", *, markdown: bool, as_json: bool) -> None:
     """The table and the file; what is talk goes to stderr."""
     from alphaflow_cli.engine import results
 
@@ -166,13 +168,13 @@ def show(report: "Report", *, markdown: bool, as_json: bool) -> None:
     if markdown:
         click.echo(results.markdown(report.evaluations), nl=False)
     else:
-        print_table(table(report.evaluations), head=("metric", "value", "protocol"))
+        print_table(score_table(report.evaluations), head=("metric", "value", "protocol"))
     if report.picture is not None:
         click.echo(str(report.picture))
     click.echo(str(report.results))
 
 
-def table(evaluations: Sequence["Evaluation"]) -> list[tuple[str, ...]]:
+def score_table(evaluations: Sequence["Evaluation"]) -> list[tuple[str, ...]]:
     """One row per number."""
     from alphaflow_cli.engine import results
 

@@ -5,7 +5,7 @@ from typing import Literal
 
 import click
 
-from alphaflow_cli.commands.common import IMAGES, PROCESSES, Destination, Number, Whole, examples, tell
+from alphaflow_cli.commands.common import IMAGES, PROCESSES, Destination, NumberWithin, WholeWithin, examples, tell
 from alphaflow_cli.recipe.schema import Data
 
 GLYPH_SIZE = 32  # the embedded set is drawn at this size
@@ -21,7 +21,7 @@ EPILOG = examples(
 @click.command("prep-latents", epilog=EPILOG)
 @click.argument("source")
 @click.option("--out", type=Destination(is_folder=True), help="The store. [default: latents/SOURCE-SIZE-AUTOENCODER]")
-@click.option("--size", type=Whole(1, 8192), help="Side of the square picture. [default: 256; glyphs: 32]")
+@click.option("--size", type=WholeWithin(1, 8192), help="Side of the square picture. [default: 256; glyphs: 32]")
 @click.option(
     "--autoencoder",
     metavar="ID|DIR|FILE|none",
@@ -29,7 +29,9 @@ EPILOG = examples(
 )
 @click.option("--dtype", type=click.Choice(["fp16", "fp32"]), default="fp16", show_default=True, help="On disk.")
 @click.option("--flips", is_flag=True, help="Store the mirror images' latents, too (twice the disk).")
-@click.option("--batch", type=Whole(0, 65_536), default=0, help="Pictures encoded at once. [default: by the size]")
+@click.option(
+    "--batch", type=WholeWithin(0, 65_536), default=0, help="Pictures encoded at once. [default: by the size]"
+)
 @click.option("--processes", type=PROCESSES, help="[default: one per GPU, else one]")
 @click.option("--limit", type=IMAGES, help="Take so many pictures, spread evenly over the source.")
 @click.option(
@@ -48,7 +50,7 @@ EPILOG = examples(
 )
 @click.option(
     "--max-megapixels",
-    type=Number(0, 100_000, open_below=True),
+    type=NumberWithin(0, 100_000, open_below=True),
     default=200.0,
     show_default=True,
     help="A larger picture is taken for a bomb.",
@@ -80,20 +82,20 @@ def command(
         from alphaflow_cli.engine.prepare_report import verify
 
         return print_lines(verify(Path(source)))
-    from alphaflow_cli.engine.prepare import count_processes, plan_job, prepare
-    from alphaflow_cli.engine.prepare_plan import Request, default_out
-    from alphaflow_cli.engine.prepare_report import describe, estimate
+    from alphaflow_cli.engine.prepare import count_encoders, plan_job, prepare_store
+    from alphaflow_cli.engine.prepare_plan import StoreRequest, default_out
+    from alphaflow_cli.engine.prepare_report import describe_store, estimate_store
 
     glyphs = source.startswith("glyphs:")
     size = size or (GLYPH_SIZE if glyphs else Data.image_size)
     autoencoder = autoencoder or ("none" if glyphs else Data.autoencoder)
     max_pixels = round(max_megapixels * 1e6)
-    request = Request(source, size, autoencoder, dtype, flips, batch, limit or 0, bad, precision, max_pixels)
-    out, processes = out or default_out(source, size, autoencoder), count_processes(autoencoder, processes)
+    request = StoreRequest(source, size, autoencoder, dtype, flips, batch, limit or 0, bad, precision, max_pixels)
+    out, processes = out or default_out(source, size, autoencoder), count_encoders(autoencoder, processes)
     if only_estimate:
-        return print_lines(estimate(plan_job(request, out, processes)[0], processes).lines())
-    prepare(request, out, processes=processes, shown=True)
-    return print_lines(describe(out))
+        return print_lines(estimate_store(plan_job(request, out, processes)[0], processes).lines())
+    prepare_store(request, out, processes=processes, shown=True)
+    return print_lines(describe_store(out))
 
 
 def print_lines(lines: list[str]) -> None:

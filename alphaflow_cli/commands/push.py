@@ -84,13 +84,13 @@ def command(
     machine. Without arguments: the newest run, to <you>/<recipe name>. Interrupted, the same command goes on.
     """
     from alphaflow_cli.engine.progress import say
-    from alphaflow_cli.engine.publish import newest_run, open_source, stage
+    from alphaflow_cli.engine.publish import newest_run, open_publication, stage
     from alphaflow_cli.hub.upload import Target, check_login, check_name, upload
 
     if out is not None and not dry_run:
         raise click.UsageError("--out goes with --dry-run.")
     path = local_source(source, repo) if source else newest_run()
-    opened = open_source(path, with_results=not without_results)
+    opened = open_publication(path, with_results=not without_results)
     if dry_run:
         folder = out or (path / "hub" if path.is_dir() else path.with_name(f"{path.stem}-hub"))
         name = repo or f"user/{opened.name}"

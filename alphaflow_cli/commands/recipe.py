@@ -55,7 +55,7 @@ def list_recipes(as_json: bool) -> None:
 @recipe_argument
 @set_option
 @json_option
-def show(recipe: str, sets: tuple[str, ...], as_json: bool) -> None:
+def show_command(recipe: str, sets: tuple[str, ...], as_json: bool) -> None:
     """Print a recipe with every default filled in, and what follows from it.
 
     What follows are the phases of alpha in steps, images seen, parameters, and estimates of memory and disk. They come
@@ -80,7 +80,7 @@ def show(recipe: str, sets: tuple[str, ...], as_json: bool) -> None:
 @set_option
 @json_option
 @click.pass_context
-def check(ctx: click.Context, files: tuple[str, ...], sets: tuple[str, ...], as_json: bool) -> None:
+def check_command(ctx: click.Context, files: tuple[str, ...], sets: tuple[str, ...], as_json: bool) -> None:
     """Check recipes; every fault is listed with its file and line.
 
     The exit code is 1 if any of them is at fault.

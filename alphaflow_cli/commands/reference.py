@@ -9,7 +9,7 @@ from alphaflow_cli.commands.common import (
     IMAGES,
     SIZE,
     Destination,
-    Whole,
+    WholeWithin,
     examples,
     json_option,
     print_json,
@@ -36,7 +36,7 @@ EXAMPLES = examples(
 @click.option("--images", "limit", type=IMAGES, help="Only so many pictures, taken evenly.")
 @click.option("--name", default="", help="How the reference is called in every row; the source's name otherwise.")
 @click.option(
-    "--keep", type=Whole(0, 1_000_000), default=10_000, show_default=True,
+    "--keep", type=WholeWithin(0, 1_000_000), default=10_000, show_default=True,
     help="Single features kept, for KID, precision and recall.",
 )  # fmt: skip
 @batch_option

@@ -25,7 +25,7 @@ from alphaflow_cli.recipe import load_recipe
 from alphaflow_cli.recipe.schema import Recipe
 
 if TYPE_CHECKING:
-    from alphaflow_cli.engine.ready import Options
+    from alphaflow_cli.engine.ready import TrainOptions
 
 EXAMPLES = examples(
     "alphaflow train quickstart",
@@ -80,9 +80,9 @@ def command(
         show_plan(loaded, recipe, folder, processes, micro_batch, measured=estimate, as_json=as_json)
         return
     from alphaflow_cli.engine.launch import as_worker, check_processes, is_worker
-    from alphaflow_cli.engine.ready import Options
+    from alphaflow_cli.engine.ready import TrainOptions
 
-    options = Options(folder, data, micro_batch or None, init_from, verify)
+    options = TrainOptions(folder, data, micro_batch or None, init_from, verify)
     if is_worker():
         check_processes(processes)
         as_worker(lambda: join(loaded, options))
@@ -92,7 +92,7 @@ def command(
     finish(folder)
 
 
-def join(recipe: Recipe, options: "Options") -> int:
+def join(recipe: Recipe, options: "TrainOptions") -> int:
     """Train as one of several processes; the first one has the last word where no parent of ours has."""
     from alphaflow_cli.engine.launch import has_parent
     from alphaflow_cli.engine.start import train
@@ -104,16 +104,16 @@ def join(recipe: Recipe, options: "Options") -> int:
     return code
 
 
-def begin(recipe: Recipe, options: "Options", processes: int | None) -> int:
+def begin(recipe: Recipe, options: "TrainOptions", processes: int | None) -> int:
     """Check everything, then train here or in N processes."""
     from alphaflow_cli.engine.launch import launch
     from alphaflow_cli.engine.lock import hand_on, hold
-    from alphaflow_cli.engine.ready import count_processes, prepare
+    from alphaflow_cli.engine.ready import count_processes, prepare_run
     from alphaflow_cli.engine.start import train
 
     count = count_processes(recipe, processes)
     with hold(options.out, "train"):
-        prepare(recipe, options)
+        prepare_run(recipe, options)
         if count == 1:
             return train(recipe, options)
         os.environ |= hand_on(options.out)
@@ -133,11 +133,11 @@ def show_plan(
     recipe: Recipe, asked: str, folder: Path, processes: int | None, micro_batch: int, *, measured: bool, as_json: bool
 ) -> None:
     """--dry-run and --estimate."""
-    from alphaflow_cli.engine.dry_run import describe, estimate
+    from alphaflow_cli.engine.dry_run import describe_run, estimate_training
 
-    document, lines = describe(recipe, asked, folder, processes=processes or 1, micro_batch=micro_batch or None)
+    document, lines = describe_run(recipe, asked, folder, processes=processes or 1, micro_batch=micro_batch or None)
     if measured:
-        times, more = estimate(recipe, micro_batch or None, processes or 1)
+        times, more = estimate_training(recipe, micro_batch or None, processes or 1)
         document, lines = document | {"estimate": times}, [*lines, *more]
     if as_json:
         print_json(document)

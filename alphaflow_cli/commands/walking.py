@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 import click
 
-from alphaflow_cli.commands.common import GUIDANCE, NFE, Whole
+from alphaflow_cli.commands.common import GUIDANCE, NFE, WholeWithin
 from alphaflow_cli.recipe.schema import MOST_NFE
 from alphaflow_cli.text import shorten
 
@@ -47,7 +47,7 @@ def walk_options(*, nfe: str) -> Callable[[Command], Command]:
         click.option("--guidance", type=GUIDANCE, help="At sampling, for models trained without guidance."),
         click.option(
             "--guidance-channels",
-            type=Whole(1, 4096),
+            type=WholeWithin(1, 4096),
             metavar="N",
             help="Guide the first N channels only: 3 is DiT's way. Default: all.",
         ),

@@ -1,6 +1,6 @@
 """Checkpoints of the neighbours to ours, and back (docs/interop.md). No byte of a foreign file is executed."""
 
 from alphaflow_cli.convert.export import export
-from alphaflow_cli.convert.main import FAMILIES, Options, Outcome, convert
+from alphaflow_cli.convert.main import FAMILIES, ConvertOptions, Outcome, convert
 
-__all__ = ["FAMILIES", "Options", "Outcome", "convert", "export"]
+__all__ = ["FAMILIES", "ConvertOptions", "Outcome", "convert", "export"]

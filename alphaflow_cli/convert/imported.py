@@ -19,7 +19,7 @@ FAMILIES: tuple[Family, ...] = get_args(Family)
 
 
 @dataclass(frozen=True)
-class Options:
+class ConvertOptions:
     """What the command line adds to a file."""
 
     family: Family = "auto"
@@ -67,7 +67,7 @@ def check_out(out: Path) -> None:
         raise AlphaflowError(f"{out}: exists already, and is not overwritten. Choose another name or remove it.")
 
 
-def base_recipe(options: Options, published: str | None, found: dict[str, str], *, default: str) -> Recipe:
+def base_recipe(options: ConvertOptions, published: str | None, found: dict[str, str], *, default: str) -> Recipe:
     """The recipe named on the command line, else the published one that the file's name points to, else a default."""
     name = options.recipe or published or default
     how = "--recipe" if options.recipe else "the file's name" if published else "no better knowledge"
@@ -75,7 +75,7 @@ def base_recipe(options: Options, published: str | None, found: dict[str, str], 
     return load_recipe(name)
 
 
-def step_of(value: object) -> int | None:
+def step_in_file(value: object) -> int | None:
     """A step as a checkpoint keeps it; anything else is no step."""
     good = isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 10**12
     return value if isinstance(value, int) and good else None
@@ -90,7 +90,7 @@ def with_facts(recipe: Recipe, facts: Mapping[str, Any]) -> Recipe:
     return recipe
 
 
-def complete(foreign: Imported, options: Options, out: Path) -> Recipe:
+def complete(foreign: Imported, options: ConvertOptions, out: Path) -> Recipe:
     """The base recipe with what the file says, then what the command line says, checked as a whole."""
     _check_sets(options)
     shape, base = foreign.shape, foreign.base
@@ -124,12 +124,12 @@ def complete(foreign: Imported, options: Options, out: Path) -> Recipe:
     return recipe_from_text(dump_recipe(recipe), f"{out.name} (its recipe)", options.sets)
 
 
-def is_set(options: Options, key: str) -> bool:
+def is_set(options: ConvertOptions, key: str) -> bool:
     """Whether `--set` names this key."""
     return any(text.partition("=")[0].strip() == key for text in options.sets)
 
 
-def _check_sets(options: Options) -> None:
+def _check_sets(options: ConvertOptions) -> None:
     """The recipe's normalisation and the statistics beside it are one thing, and --latents sets both."""
     for key in ("data.scale", "data.shift", "data.normalise"):
         if is_set(options, key):
@@ -139,7 +139,7 @@ def _check_sets(options: Options) -> None:
             )
 
 
-def number_set(options: Options, key: str) -> float | None:
+def number_set(options: ConvertOptions, key: str) -> float | None:
     """`--set model.heads=N` and others that are needed before the recipe stands; text is left to the recipe's check."""
     values = [text.partition("=")[2].strip() for text in options.sets if text.partition("=")[0].strip() == key]
     try:
@@ -149,7 +149,7 @@ def number_set(options: Options, key: str) -> float | None:
     return value if value is not None and math.isfinite(value) else None
 
 
-def note_heads(heads: int, dim: int, options: Options, filled: dict[str, str]) -> None:
+def note_heads(heads: int, dim: int, options: ConvertOptions, filled: dict[str, str]) -> None:
     """Where the number of heads comes from, when the file does not say it."""
     how = "--set model.heads" if is_set(options, "model.heads") else f"of the published size with {dim} channels"
     filled["heads"] = f"{heads} ({how})"
@@ -161,7 +161,7 @@ def _scale(foreign: Imported) -> tuple[float, float]:
     return 1 / float(foreign.latents.std.flatten()[0]), float(foreign.latents.mean.flatten()[0])
 
 
-def _downscale(foreign: Imported, options: Options) -> int:
+def _downscale(foreign: Imported, options: ConvertOptions) -> int:
     """Pixels per latent: from the autoencoder inside, else 8 as in every Stable Diffusion autoencoder."""
     if options.autoencoder == "none":
         return 1
@@ -169,7 +169,7 @@ def _downscale(foreign: Imported, options: Options) -> int:
     return int(2 ** min(len(levels) - 1, 12)) if levels else 8  # beyond 12 no network is: refused where it is built
 
 
-def _autoencoder(foreign: Imported, options: Options, out: Path) -> str:
+def _autoencoder(foreign: Imported, options: ConvertOptions, out: Path) -> str:
     if options.autoencoder:
         foreign.filled["autoencoder"] = f"{options.autoencoder} (--autoencoder)"
         return options.autoencoder
@@ -189,7 +189,12 @@ def _name(out: Path) -> str:
 
 
 def pick(
-    tree: dict[str, Any], names: Mapping[str, tuple[str, ...]], options: Options, where: str, *, filled: dict[str, str]
+    tree: dict[str, Any],
+    names: Mapping[str, tuple[str, ...]],
+    options: ConvertOptions,
+    where: str,
+    *,
+    filled: dict[str, str],
 ) -> tuple[object, str]:
     """The EMA or raw table of a checkpoint; where the wanted one is missing, both sides are said."""
     for key in names[options.weights]:

@@ -15,16 +15,16 @@ from alphaflow_cli.convert.arguments import plain_arguments
 from alphaflow_cli.convert.imported import (
     AUTOENCODER_FILE,
     FAMILIES,
+    ConvertOptions,
     Family,
     Imported,
-    Options,
     autoencoder_folder,
     check_out,
     complete,
 )
 from alphaflow_cli.convert.meanflow import FASTGEN, fastgen_tables, read_fastgen, read_meanflow
 from alphaflow_cli.convert.published import looks_published, read_published
-from alphaflow_cli.convert.shape import check_fit, finite
+from alphaflow_cli.convert.shape import check_weights_fit, finite
 from alphaflow_cli.convert.sit import Kind, add_second_embedder, looks_like_sit, read_sit, turn_time
 from alphaflow_cli.convert.source import bare_name, read_source
 from alphaflow_cli.convert.strangers import check_path, refuse_strangers, refuse_unknown
@@ -36,7 +36,7 @@ from alphaflow_cli.nn.autoencoder import load_autoencoder
 from alphaflow_cli.nn.autoencoder_files import kl_config
 from alphaflow_cli.recipe import Recipe
 
-__all__ = ["FAMILIES", "Options", "Outcome", "convert"]
+__all__ = ["FAMILIES", "ConvertOptions", "Outcome", "convert"]
 READERS = {"alphaflow": read_published, "meanflow": read_meanflow, "fastgen": read_fastgen}
 FLOWS: tuple[Family, ...] = get_args(Kind)  # of one time embedder
 
@@ -55,7 +55,7 @@ class Outcome:
     autoencoder: Path | None
 
 
-def convert(source: Path, out: Path, options: Options) -> Outcome:
+def convert(source: Path, out: Path, options: ConvertOptions) -> Outcome:
     """Read, translate, check against the network, write."""
     check_out(out)
     foreign = _read(source, options)
@@ -75,14 +75,14 @@ def convert(source: Path, out: Path, options: Options) -> Outcome:
 def _network_weights(foreign: Imported, recipe: Recipe, where: str) -> dict[str, Tensor]:
     """Checked by names and shapes before anything is built, then with our time and the embedder that is missing."""
     one_embedder = foreign.family in FLOWS
-    check_fit(foreign.weights, recipe, where, without=("second_embed.",) if one_embedder else ())
+    check_weights_fit(foreign.weights, recipe, where, without=("second_embed.",) if one_embedder else ())
     weights = turn_time(foreign.weights) if foreign.family == "sit" else foreign.weights
     if one_embedder:
         weights = add_second_embedder(weights, build_network(recipe).state_dict())
     return finite(weights, where)
 
 
-def _read(source: Path, options: Options) -> Imported:
+def _read(source: Path, options: ConvertOptions) -> Imported:
     """By --from, else by what only one family has; a file that says another family is not forced."""
     check_path(source)
     tree = read_source(source)

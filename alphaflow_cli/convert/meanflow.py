@@ -17,15 +17,15 @@ from torch import Tensor
 
 from alphaflow_cli.convert.arguments import check_classes, number, plain_arguments, recipe_facts
 from alphaflow_cli.convert.imported import (
+    ConvertOptions,
     Imported,
     Latents,
-    Options,
     base_recipe,
     is_set,
     note_heads,
     number_set,
     pick,
-    step_of,
+    step_in_file,
     with_facts,
 )
 from alphaflow_cli.convert.latents import SD_SCALE, ZHUYU_SCALE, parse_latents, scaled
@@ -50,7 +50,7 @@ FASTGEN_NAMES = {  # theirs → SiT's
 }
 
 
-def read_meanflow(tree: dict[str, Any], path: Path, options: Options) -> Imported:
+def read_meanflow(tree: dict[str, Any], path: Path, options: ConvertOptions) -> Imported:
     """A checkpoint of zhuyu-cs/MeanFlow."""
     filled: dict[str, str] = {}
     table, which = pick(tree, TABLES, options, path.name, filled=filled)
@@ -73,7 +73,7 @@ def read_meanflow(tree: dict[str, Any], path: Path, options: Options) -> Importe
         latents=_latents(
             options, ZHUYU_SCALE, "its trainer's scale since 28 May 2025, written so (before: --latents meanflow)"
         ),
-        step=step_of(steps),
+        step=step_in_file(steps),
         said={key: value for key, value in arguments.items() if key in SAID or key in read},
         unread=tuple(sorted(arguments.keys() - read - set(SAID))),
     )
@@ -87,7 +87,7 @@ def fastgen_tables(tree: dict[str, Any]) -> dict[str, Any]:
     return tables if any(FASTGEN in map(bare_name, table) for table in tables.values()) else {}
 
 
-def read_fastgen(tree: dict[str, Any], path: Path, options: Options) -> Imported:
+def read_fastgen(tree: dict[str, Any], path: Path, options: ConvertOptions) -> Imported:
     """A MeanFlow DiT of FastGen: net and its averages under `model`, or a bare table."""
     filled: dict[str, str] = {}
     tables = fastgen_tables(tree)
@@ -114,7 +114,7 @@ def read_fastgen(tree: dict[str, Any], path: Path, options: Options) -> Imported
         family="fastgen",
         base=base if foreign.shape.label_rows else replace(base, guidance=Guidance()),
         latents=_latents(options, SD_SCALE, "the Stable Diffusion convention, which FastGen's SDVAE follows"),
-        step=step_of(step),
+        step=step_in_file(step),
     )
 
 
@@ -124,7 +124,9 @@ def _sit_name(name: str) -> str:
     return name
 
 
-def _imported(state: dict[str, Tensor], which: str, path: Path, options: Options, filled: dict[str, str]) -> Imported:
+def _imported(
+    state: dict[str, Tensor], which: str, path: Path, options: ConvertOptions, filled: dict[str, str]
+) -> Imported:
     """The network of both; recipe and latents are still to come."""
     state = {name: value for name, value in state.items() if not name.startswith("logvar_linear.")}
     weights = to_our_names(state, path.name, second="r_embedder.")
@@ -143,7 +145,7 @@ def _imported(state: dict[str, Tensor], which: str, path: Path, options: Options
     )
 
 
-def _meanflow_base(arguments: dict[str, Any], options: Options, path: Path, filled: dict[str, str]) -> Recipe:
+def _meanflow_base(arguments: dict[str, Any], options: ConvertOptions, path: Path, filled: dict[str, str]) -> Recipe:
     """Guidance is baked in: from the file's arguments, else from --recipe or --set, else asked for."""
     mix = _mix(arguments, options, path.name, filled)
     answered = options.recipe or any(text.startswith("guidance.") for text in options.sets)
@@ -162,7 +164,7 @@ def _meanflow_base(arguments: dict[str, Any], options: Options, path: Path, fill
     return replace(base, guidance=replace(guidance, **mix))
 
 
-def _mix(arguments: dict[str, Any], options: Options, where: str, filled: dict[str, str]) -> dict[str, float]:
+def _mix(arguments: dict[str, Any], options: ConvertOptions, where: str, filled: dict[str, str]) -> dict[str, float]:
     """omega, kappa and their times from the arguments; where --set says one, the file's does not matter."""
     mix = {ours: number(arguments, theirs, where) for ours, theirs in MIX.items() if theirs in arguments}
     if mix.get("t_max", 1.0) <= mix.get("t_min", 0.0):  # no time lies between: trained without guidance
@@ -179,5 +181,5 @@ def _mix(arguments: dict[str, Any], options: Options, where: str, filled: dict[s
     return mix
 
 
-def _latents(options: Options, scale: float, why: str) -> Latents:
+def _latents(options: ConvertOptions, scale: float, why: str) -> Latents:
     return parse_latents(options.latents) if options.latents else scaled(scale, f"latent · {scale}: {why}")

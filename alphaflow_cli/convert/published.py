@@ -7,9 +7,9 @@ from typing import Any
 from torch import Tensor
 
 from alphaflow_cli.convert.imported import (
+    ConvertOptions,
     Imported,
     Latents,
-    Options,
     base_recipe,
     is_set,
     note_heads,
@@ -43,7 +43,7 @@ def looks_published(table: dict[str, Tensor]) -> bool:
     return "model.noise_labels_next_embedder.mlp.0.weight" in table
 
 
-def read_published(tree: dict[str, Any], path: Path, options: Options) -> Imported:
+def read_published(tree: dict[str, Any], path: Path, options: ConvertOptions) -> Imported:
     """Network, statistics, autoencoder; the configuration is checked against the shapes."""
     filled: dict[str, str] = {}
     table, which = pick(tree, TABLES, options, path.name, filled=filled)
@@ -116,7 +116,7 @@ def _check(said: dict[str, Any], shape: Shape, where: str) -> None:
 
 
 def _base(
-    path: Path, options: Options, said: dict[str, Any], training: Training, filled: dict[str, str], rows: int
+    path: Path, options: ConvertOptions, said: dict[str, Any], training: Training, filled: dict[str, str], rows: int
 ) -> Recipe:
     """The recipe of the file's name or of the command line, checked against the file, with what the file says put in.
     Guidance is baked in: where the file does not say it, it is asked for, unless there is no null row."""
@@ -148,7 +148,7 @@ def _base(
     return replace(base, guidance=replace(base.guidance, label_dropout=float(dropout)))
 
 
-def _latents(state: dict[str, Tensor], options: Options, where: str) -> Latents:
+def _latents(state: dict[str, Tensor], options: ConvertOptions, where: str) -> Latents:
     """Mean and standard deviation: the file holds mean and VARIANCE, [1, C, h, w] in float64."""
     if options.latents:
         return parse_latents(options.latents)

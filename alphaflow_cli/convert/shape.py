@@ -91,7 +91,7 @@ def heads_of(dim: int, where: str, said: float | None) -> int:
     )
 
 
-def check_fit(weights: dict[str, Tensor], recipe: Recipe, where: str, *, without: tuple[str, ...]) -> None:
+def check_weights_fit(weights: dict[str, Tensor], recipe: Recipe, where: str, *, without: tuple[str, ...]) -> None:
     """The recipe's network has exactly these names and shapes, but for those that are still to be added."""
     told = misfits(weights, recipe, without=without)
     if told:

@@ -20,7 +20,16 @@ import torch
 from torch import Tensor
 
 from alphaflow_cli.convert.arguments import check_classes, number, plain_arguments, recipe_facts
-from alphaflow_cli.convert.imported import Imported, Latents, Options, note_heads, number_set, pick, step_of, with_facts
+from alphaflow_cli.convert.imported import (
+    ConvertOptions,
+    Imported,
+    Latents,
+    note_heads,
+    number_set,
+    pick,
+    step_in_file,
+    with_facts,
+)
 from alphaflow_cli.convert.latents import SD_SCALE, parse_latents, scaled
 from alphaflow_cli.convert.shape import heads_of, read_shape, to_our_names, without_variance
 from alphaflow_cli.convert.source import state_dict
@@ -61,7 +70,7 @@ def looks_like_sit(table: dict[str, Any], arguments: dict[str, Any]) -> Kind | N
     return MODELS.get(str(arguments.get("model"))[:3])
 
 
-def read_sit(tree: dict[str, Any], path: Path, options: Options, kind: Kind) -> Imported:
+def read_sit(tree: dict[str, Any], path: Path, options: ConvertOptions, kind: Kind) -> Imported:
     """Our names; time and sign are turned where the network is known to fit."""
     filled: dict[str, str] = {}
     table, which = pick(tree, TABLES, options, path.name, filled=filled)
@@ -92,7 +101,7 @@ def read_sit(tree: dict[str, Any], path: Path, options: Options, kind: Kind) -> 
         heads=heads,
         latents=_latents(options),
         base=base if shape.label_rows else replace(base, guidance=Guidance()),
-        step=step_of(steps),
+        step=step_in_file(steps),
         said={key: value for key, value in arguments.items() if key in SAID or key in read},
         filled=filled,
         unread=tuple(sorted(arguments.keys() - read - set(SAID))),
@@ -145,7 +154,7 @@ def _flow_base(kind: Kind, arguments: dict[str, Any], where: str, filled: dict[s
     )
 
 
-def _latents(options: Options) -> Latents:
+def _latents(options: ConvertOptions) -> Latents:
     if options.latents:
         return parse_latents(options.latents)
     return scaled(SD_SCALE, f"latent · {SD_SCALE}, the Stable Diffusion convention")

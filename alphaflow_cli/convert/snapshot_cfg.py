@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Any, cast, get_args
 
-from alphaflow_cli.convert.imported import step_of
+from alphaflow_cli.convert.imported import step_in_file
 from alphaflow_cli.convert.source import in_brief
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.recipe import Recipe
@@ -58,7 +58,7 @@ def read_training(tree: Mapping[str, Any], where: str) -> Training:
     _optimiser(tree.get("optimizer"), training)
     stats = tree.get("stats")
     step = stats.get("cur_step") if isinstance(stats, dict) else None
-    training.step = step_of(step)
+    training.step = step_in_file(step)
     if training.step is not None:
         training.read["stats.cur_step"] = training.step
     training.unread += _unread(leaves, training.read.keys() | SHAPES)

@@ -26,10 +26,16 @@ from alphaflow_cli.text import brief
 Array = npt.NDArray[Any]
 MAX_BYTES = 1 << 30  # of one file that is read as a whole
 MAX_HEADER = 100_000_000  # bytes; the safetensors library's own bound
-DTYPES = {"F64": "<f8", "I64": "<i8", "F32": "<f4", "F16": "<f2", "U8": "|u1"}  # widest first: keeps them aligned
+TENSOR_DTYPES = {
+    "F64": "<f8",
+    "I64": "<i8",
+    "F32": "<f4",
+    "F16": "<f2",
+    "U8": "|u1",
+}  # widest first: keeps them aligned
 SEAL, SEAL_BYTES = "checksum", 32  # name and size of a sealed file's last tensor
-_NAMES = {np.dtype(code): name for name, code in DTYPES.items()}
-_WIDTH = {name: -np.dtype(code).itemsize for name, code in DTYPES.items()}
+_NAMES = {np.dtype(code): name for name, code in TENSOR_DTYPES.items()}
+_WIDTH = {name: -np.dtype(code).itemsize for name, code in TENSOR_DTYPES.items()}
 
 
 def write_atomic(path: Path, pieces: Iterable[bytes | memoryview], *, sealed: bool = False) -> tuple[int, str]:
@@ -233,7 +239,7 @@ def _parse(handle: int, size: int) -> tuple[dict[str, TensorPlace], dict[str, st
         start, end = (8 + length + offset for offset in entry["data_offsets"])
         if end > size:
             raise ValueError(f"{name} should end at byte {end}, the file at {size}")
-        code, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
+        code, shape = TENSOR_DTYPES[entry["dtype"]], tuple(entry["shape"])
         wanted = np.dtype(code).itemsize * math.prod(shape)
         if start < 8 + length or end - start != wanted or any(type(n) is not int or n < 0 for n in shape):
             raise ValueError(f"{name} has {end - start} bytes for a shape of {list(shape)}")

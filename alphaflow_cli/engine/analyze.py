@@ -21,7 +21,7 @@ from alphaflow_cli.data.batches import LatentStream
 from alphaflow_cli.data.files import sha256_of
 from alphaflow_cli.data.manifest import read_manifest
 from alphaflow_cli.engine import conflict
-from alphaflow_cli.engine.conflict_charts import write_pictures
+from alphaflow_cli.engine.conflict_charts import write_charts
 from alphaflow_cli.engine.conflict_rows import conflict_rows, renormalised
 from alphaflow_cli.engine.conflict_summary import summarise
 from alphaflow_cli.engine.files import append, check_regular, write_atomically
@@ -42,7 +42,7 @@ SIZE_BATCHES = 8  # batches on which the gradient's size over α is measured too
 
 
 @dataclass(frozen=True)
-class Request:
+class AnalyzeRequest:
     """What the command line asks for."""
 
     address: str
@@ -61,36 +61,36 @@ class Work:
 
     generator: Generator
     stream: LatentStream
-    request: Request
+    request: AnalyzeRequest
     how: Objective
     path: Path
 
 
-def analyze(request: Request) -> tuple[dict[str, Any], Path]:
+def analyze(request: AnalyzeRequest) -> tuple[dict[str, Any], Path]:
     """Measure what is missing; returns the document and the folder that holds it and the pictures."""
     addresses, out = checkpoints_of(request), request.out or home_of(request) / "analysis"
     with hold(out, "analyze"):
         return measure_all(addresses, request, out), out
 
 
-def measure_all(addresses: Sequence[str], request: Request, out: Path) -> dict[str, Any]:
+def measure_all(addresses: Sequence[str], request: AnalyzeRequest, out: Path) -> dict[str, Any]:
     """Every checkpoint, then the document and the pictures of all."""
     found = [analyze_one(address, request, out) for address in addresses]
     summaries = sorted(found, key=lambda each: int(each["step"] or 0))
     document: dict[str, Any] = {"schema": SCHEMA, "environment": environment(), "checkpoints": summaries}
     text = json.dumps(document, indent=1, ensure_ascii=False) + "\n"
     write_atomically(out / "conflict.json", lambda temporary: _write(temporary, text))
-    document["pictures"] = [str(path) for path in write_pictures(out, summaries)]
+    document["pictures"] = [str(path) for path in write_charts(out, summaries)]
     return document
 
 
-def home_of(request: Request) -> Path:
+def home_of(request: AnalyzeRequest) -> Path:
     """The run that the checkpoint belongs to, else its folder if that was named, else here."""
     path = Path(request.address)
     return run_folder(request.address) or (path if path.is_dir() else Path())
 
 
-def checkpoints_of(request: Request) -> list[str]:
+def checkpoints_of(request: AnalyzeRequest) -> list[str]:
     """The checkpoint asked for, or all that the run kept."""
     if not request.all_checkpoints:
         return [str(find_checkpoint(request.address, weights=request.weights))]
@@ -105,13 +105,13 @@ def checkpoints_of(request: Request) -> list[str]:
     return [str(path) for path in found]
 
 
-def analyze_one(address: str, request: Request, out: Path) -> dict[str, Any]:
+def analyze_one(address: str, request: AnalyzeRequest, out: Path) -> dict[str, Any]:
     """One checkpoint, batch by batch."""
     generator = open_generator(address, weights=request.weights)
     recipe, device = generator.recipe, best_device()
-    store = store_of(recipe, request)
+    store = store_to_analyze(recipe, request)
     check_store(recipe, store)
-    protocol = describe(Path(address), generator, request, store)
+    protocol = describe_setting(Path(address), generator, request, store)
     digest = hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest()[:16]
     path = out / digest / "batches.jsonl"
     make_folder(path.parent)
@@ -137,7 +137,7 @@ def analyze_one(address: str, request: Request, out: Path) -> dict[str, Any]:
     return {**protocol, "step": generator.origin.get("step"), "address": address, **summary}
 
 
-def store_of(recipe: Recipe, request: Request) -> Path:
+def store_to_analyze(recipe: Recipe, request: AnalyzeRequest) -> Path:
     """--data, else the recipe's, else the one beside the run."""
     here = home_of(request) / "latents"
     for path in (request.data, Path(recipe.data.store) if recipe.data.store else None, here):
@@ -155,7 +155,7 @@ def objective_of(recipe: Recipe, device: torch.device) -> Objective:
     return how if device.type == "cuda" else Objective(**{**vars(how), "bf16": False})
 
 
-def describe(path: Path, generator: Generator, request: Request, store: Path) -> dict[str, Any]:
+def describe_setting(path: Path, generator: Generator, request: AnalyzeRequest, store: Path) -> dict[str, Any]:
     """All that decides a batch's numbers."""
     recipe = generator.recipe
     return {

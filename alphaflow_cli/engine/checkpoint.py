@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from alphaflow_cli.documents import Anything, Maybe, Number, Rows, Table, Text, Whole, parse_json
+from alphaflow_cli.documents import Anything, ListOf, Maybe, Number, Table, Text, Whole, parse_json
 from alphaflow_cli.engine.build import build_network
 from alphaflow_cli.engine.files import check_regular, save_tensors
 from alphaflow_cli.errors import AlphaflowError
@@ -37,7 +37,7 @@ ORIGIN = Table(  # what is read of it; the rest is told in the card and the repo
                 others=Anything(),
             )
         ),
-        "class_names": Maybe(Rows(Text(1000))),
+        "class_names": Maybe(ListOf(Text(1000))),
         "versions": Maybe(Table(others=Text(100))),
         "converted": Maybe(
             Table(

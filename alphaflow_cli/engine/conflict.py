@@ -46,7 +46,7 @@ class Later:
 
 def measure_batch(net: nn.Module, rows: Rows, how: Objective, *, bins: int) -> dict[str, Any]:
     """Losses, and products per group of tensors: of all rows, and of those in each bin of t − r."""
-    later = prepare(net, rows, how)
+    later = prepare_rows(net, rows, how)
     found = {"rows": len(later.t), **measure_conflict(net, later, how)}
     index = ((later.t - later.r) * bins).ceil().long().clamp(1, bins) - 1
     found["bins"] = []
@@ -59,7 +59,7 @@ def measure_batch(net: nn.Module, rows: Rows, how: Objective, *, bins: int) -> d
     return found
 
 
-def prepare(net: nn.Module, rows: Rows, how: Objective) -> Later:
+def prepare_rows(net: nn.Module, rows: Rows, how: Objective) -> Later:
     """Guided velocities and the derivative, without gradient; ties count as r = t in training and are left out."""
     assert rows.n_equal == 0, rows.n_equal
     z_t, v_guided, y = guided_rows(net, rows, how)

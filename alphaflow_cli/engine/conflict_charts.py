@@ -17,7 +17,7 @@ Summary = dict[str, Any]
 Points = list[tuple[float, Any]]  # (x, cosines of one summary, bin or group)
 
 
-def write_pictures(out: Path, summaries: Sequence[Summary]) -> list[Path]:
+def write_charts(out: Path, summaries: Sequence[Summary]) -> list[Path]:
     """Every picture that there are numbers for; the last checkpoint's where a picture shows one."""
     charts = {"bins": bins_chart(summaries[-1]), "blocks": blocks_chart(summaries[-1])}
     if summaries[-1]["sizes"]:

@@ -8,7 +8,7 @@ import time
 from typing import Any
 
 from alphaflow_cli.core.conflict import cosine
-from alphaflow_cli.engine.conflict import measure_conflict, prepare
+from alphaflow_cli.engine.conflict import measure_conflict, prepare_rows
 from alphaflow_cli.engine.conflict_rows import conflict_rows
 from alphaflow_cli.engine.conflict_summary import PAIRS, TERMS
 from alphaflow_cli.engine.run import Run
@@ -30,7 +30,7 @@ def measure(run: Run) -> dict[str, Any]:
     began = time.monotonic()
     batch = run.stream.batch_at(run.step, run.split.rows(0, 0))
     rows = conflict_rows(run.recipe, batch.latents, batch.y, seed=run.seed, index=run.step)
-    later = prepare(run.net, rows, run.how)
+    later = prepare_rows(run.net, rows, run.how)
     if not len(later.t):
         return {"rows": 0, "seconds": round(time.monotonic() - began, 3)}
     found = measure_conflict(run.net, later, run.how)

@@ -10,11 +10,11 @@ TERMS = ("tfm", "tc", "fm")
 PAIRS = (("tfm", "tc"), ("tfm", "fm"), ("tc", "fm"))
 STRONG = -0.4  # the paper: cos(∇L_TFM, ∇L_TC) is typically below it
 
-Line = Mapping[str, Any]
+Measurement = Mapping[str, Any]
 Products = Mapping[str, float]
 
 
-def summarise(lines: Sequence[Line]) -> dict[str, Any]:
+def summarise(lines: Sequence[Measurement]) -> dict[str, Any]:
     """Everything that `analyze` tells about one checkpoint."""
     totals = [{name: sum(groups.values()) for name, groups in line["products"].items()} for line in lines]
     groups = list(lines[0]["products"]["tfm.tc"]) if lines else []
@@ -66,16 +66,16 @@ def _norms(products: Sequence[Products]) -> dict[str, Any]:
     return found | {"mean_flow": spread(math.sqrt(max(square, 0.0)) for square in whole)}
 
 
-def _losses(lines: Sequence[Line]) -> dict[str, Any]:
+def _losses(lines: Sequence[Measurement]) -> dict[str, Any]:
     return {name: spread(line["losses"][name] for line in lines) for name in TERMS}
 
 
-def _of_group(lines: Sequence[Line], group: str) -> dict[str, Any]:
+def _of_group(lines: Sequence[Measurement], group: str) -> dict[str, Any]:
     products = [{name: groups[group] for name, groups in line["products"].items()} for line in lines]
     return {"cosines": _cosines(products), "norms": _norms(products)}
 
 
-def _of_bin(lines: Sequence[Line], number: int) -> dict[str, Any]:
+def _of_bin(lines: Sequence[Measurement], number: int) -> dict[str, Any]:
     """One range of t − r; batches without a row in it have no say."""
     bins, count = [line["bins"][number] for line in lines], len(lines[0]["bins"])
     filled = [each for each in bins if each["rows"]]

@@ -24,7 +24,7 @@ from alphaflow_cli.nn.features import true_float32
 
 Precision = Literal["fp32", "bf16"]
 DecoderChoice = Literal["auto", "fp32", "bf16"]
-DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DECODER_DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 GROUP = 16
 COMPILED_FROM = 10_000  # pictures; an estimate, not measured: compiling takes about a minute, which must be won back
 
@@ -40,7 +40,7 @@ class Decoder:
     def load(self, name: str, device: torch.device) -> Autoencoder:
         """The autoencoder of that name. Nothing is compiled before the first group."""
         bf16 = self.precision == "bf16"
-        found = load_autoencoder(name, device=device, dtype=DTYPES[self.precision], channels_last=bf16)
+        found = load_autoencoder(name, device=device, dtype=DECODER_DTYPES[self.precision], channels_last=bf16)
         if self.compiled and found.module is not None:
             warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools.lru_cache`")  # in diffusers
             part: Any = found.module.decoder

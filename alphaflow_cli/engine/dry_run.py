@@ -10,7 +10,7 @@ from alphaflow_cli.recipe import diff_recipes, load_recipe, shipped
 from alphaflow_cli.recipe.schema import Recipe
 
 
-def describe(
+def describe_run(
     recipe: Recipe, asked: str, folder: Path, *, processes: int, micro_batch: int | None
 ) -> tuple[dict[str, Any], list[str]]:
     """(machine-readable, lines): split, network, phases, disk, and what differs from the shipped recipe."""
@@ -33,7 +33,9 @@ def describe(
     return document, text
 
 
-def estimate(recipe: Recipe, micro_batch: int | None, processes: int) -> tuple[list[dict[str, Any]], list[str]]:
+def estimate_training(
+    recipe: Recipe, micro_batch: int | None, processes: int
+) -> tuple[list[dict[str, Any]], list[str]]:
     """(per phase, lines): measured on this machine, one process, extrapolated."""
     from alphaflow_cli.engine.probe import measure_phases, micro_batch_that_fits
     from alphaflow_cli.engine.world import join_world

@@ -58,7 +58,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Picture:
+class EncoderInput:
     """One line of images.json: pixels (3, H, W) uint8, or why there are none."""
 
     line: int
@@ -75,7 +75,7 @@ def work(job: Job, shards: Sequence[int], device: torch.device, tell: Tell) -> N
 
 
 def encode_shard(
-    job: Job, shard: int, encoder: Autoencoder, stream: Iterator[Picture], *, device: torch.device, tell: Tell
+    job: Job, shard: int, encoder: Autoencoder, stream: Iterator[EncoderInput], *, device: torch.device, tell: Tell
 ) -> None:
     """Encode one shard in batches of neighbours; write the file, then the sidecar that marks it as done."""
     rows = _Rows(job, job.span(shard))
@@ -83,19 +83,19 @@ def encode_shard(
     while group := list(itertools.islice(good, job.batch)):
         pixels = [picture.pixels for picture in group if picture.pixels is not None]
         with smaller_batch_if_full(job.batch):
-            rows.add(group, encode(encoder, job.plan, pixels, device))
+            rows.add(group, encode_rows(encoder, job.plan, pixels, device))
         tell(len(group))
     tell(len(rows.bad))
     rows.save(shard)
 
 
-def pictures(job: Job, lines: Sequence[int]) -> Generator[Picture, None, None]:
+def pictures(job: Job, lines: Sequence[int]) -> Generator[EncoderInput, None, None]:
     """Decoded ahead of the encoder, in order.
 
     The source is open from the first fetch to the end of the last thread: the list of fetches ends long before.
     """
     pool = ThreadPoolExecutor(job.threads, "decode")
-    pending: deque[Future[list[Picture]]] = deque()
+    pending: deque[Future[list[EncoderInput]]] = deque()
     with job.source.reading([job.lines[line] for line in lines]) as fetches:
         pairs = ((line, fetch) for line, (_, fetch) in zip(lines, fetches, strict=True))
         try:
@@ -109,24 +109,24 @@ def pictures(job: Job, lines: Sequence[int]) -> Generator[Picture, None, None]:
             pool.shutdown(cancel_futures=True)
 
 
-def _decode_all(group: list[tuple[int, Fetch]], size: int, max_pixels: int) -> list[Picture]:
+def _decode_all(group: list[tuple[int, Fetch]], size: int, max_pixels: int) -> list[EncoderInput]:
     return [_decode_one(line, fetch, size, max_pixels) for line, fetch in group]
 
 
-def _decode_one(line: int, fetch: Fetch, size: int, max_pixels: int) -> Picture:
+def _decode_one(line: int, fetch: Fetch, size: int, max_pixels: int) -> EncoderInput:
     try:
-        return Picture(line, decode(fetch(), size, max_pixels), "")
+        return EncoderInput(line, decode(fetch(), size, max_pixels), "")
     except BadPicture as fault:
-        return Picture(line, None, str(fault))
+        return EncoderInput(line, None, str(fault))
     except OSError as fault:  # removed while we run, no permission, a link to nowhere
         if fault.errno == errno.EBADF:  # a file that we closed: never a fault of the picture
             raise
         if fault.errno in SOURCE_DOWN:
             raise AlphaflowError(f"the source cannot be read any more ({fault}); try again later") from fault
-        return Picture(line, None, f"cannot be read ({fault.strerror or fault})")
+        return EncoderInput(line, None, f"cannot be read ({fault.strerror or fault})")
 
 
-def encode(encoder: Autoencoder, plan: Plan, group: Sequence[Array], device: torch.device) -> dict[str, Array]:
+def encode_rows(encoder: Autoencoder, plan: Plan, group: Sequence[Array], device: torch.device) -> dict[str, Array]:
     """Stored rows of a batch, by tensor name: the pictures' and, where the plan says so, their mirror images'."""
     stacked = np.stack(group)
     if plan.kind == "pixels":
@@ -139,7 +139,7 @@ def encode(encoder: Autoencoder, plan: Plan, group: Sequence[Array], device: tor
 
 def _rows_of(encoder: Autoencoder, plan: Plan, stacked: Array, device: torch.device) -> Array:
     pixels = torch.from_numpy(stacked).to(device).float() * 2 / 255 - 1
-    with precision(plan.autoencoder.precision, device):
+    with encoder_precision(plan.autoencoder.precision, device):
         mean, std = encoder.encode(pixels)
     rows = torch.cat([mean, std], dim=1) if plan.kind == "moments" else mean
     stored: Array = rows.to(getattr(torch, plan.dtype)).cpu().numpy()
@@ -151,7 +151,7 @@ def _rows_of(encoder: Autoencoder, plan: Plan, stacked: Array, device: torch.dev
 
 
 @contextmanager
-def precision(name: str, device: torch.device) -> Iterator[None]:
+def encoder_precision(name: str, device: torch.device) -> Iterator[None]:
     """How the encoder multiplies: fp32, tf32 (10 bits of mantissa on a GPU) or bf16 autocast (8 bits)."""
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     before = matmul.allow_tf32, cudnn.allow_tf32
@@ -191,7 +191,7 @@ def choose_precision(encoder: Autoencoder, sample: Array, device: torch.device, 
 
 
 def _moments(encoder: Autoencoder, sample: Array, name: str, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    with precision(name, device):
+    with encoder_precision(name, device):
         mean, std = encoder.encode(torch.from_numpy(sample).to(device).float() * 2 / 255 - 1)
     return mean.double(), std.double()
 
@@ -229,7 +229,7 @@ class _Rows:
         self.tensors["label"] = np.empty(len(span), np.int64)
         self.tensors["index"] = np.empty(len(span), np.int64)
 
-    def accept(self, picture: Picture) -> bool:
+    def accept(self, picture: EncoderInput) -> bool:
         """A good picture; a bad one is put down, or stops the run."""
         if picture.pixels is not None:
             return True
@@ -239,7 +239,7 @@ class _Rows:
         self.bad.append({"line": picture.line, "name": name, "why": picture.why})
         return False
 
-    def add(self, group: Sequence[Picture], encoded: dict[str, Array]) -> None:
+    def add(self, group: Sequence[EncoderInput], encoded: dict[str, Array]) -> None:
         """A batch more."""
         place = slice(self.filled, self.filled + len(group))
         for name, rows in encoded.items():

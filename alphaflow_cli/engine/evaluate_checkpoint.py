@@ -27,7 +27,7 @@ COLOURS = (BLUE, ORANGE, GREEN, RED)
 
 
 @dataclass(frozen=True)
-class Request:
+class EvalRequest:
     """What the command line asks for; empty or None: as the recipe says."""
 
     checkpoint: str
@@ -69,7 +69,7 @@ def is_checkpoint(text: str) -> bool:
     return path.suffix == ".safetensors" or (text.count("/") == 1 and not text.startswith((".", "/", "~")))
 
 
-def evaluate_checkpoint(request: Request, processes: Processes) -> Report | None:
+def evaluate_checkpoint(request: EvalRequest, processes: Processes) -> Report | None:
     """Every walk asked for; None on all processes but the first."""
     generator = open_generator(request.checkpoint, device=processes.device, decoder=request.decoder)
     said = generator.recipe.eval
@@ -82,7 +82,7 @@ def evaluate_checkpoint(request: Request, processes: Processes) -> Report | None
     folder = results_folder(request)
     extractors = engine.build_extractors(metrics, processes.device, request.weights)
     ruler = engine.Ruler(extractors, processes, folder, request.batch)
-    reference = find_reference(request, generator, metrics, ruler)
+    reference = requested_reference(request, generator, metrics, ruler)
     digest = sha256_of(find_checkpoint(request.checkpoint))
     found = []
     for walk in walks:
@@ -90,10 +90,10 @@ def evaluate_checkpoint(request: Request, processes: Processes) -> Report | None
         evaluation = engine.evaluate(source, metrics, ruler, reference=reference)
         if evaluation is not None:
             found.append(evaluation)
-    return write_report(request, found, folder, digest) if found else None
+    return write_evaluation(request, found, folder, digest) if found else None
 
 
-def choose_walks(request: Request, generator: Generator) -> list[Walk]:
+def choose_walks(request: EvalRequest, generator: Generator) -> list[Walk]:
     """One per --nfe, the grid of --times, or the midpoints of a sweep."""
     recipe = generator.recipe
     plan = partial(plan_walk, recipe, guidance=request.guidance, guidance_channels=request.guidance_channels)
@@ -106,8 +106,8 @@ def choose_walks(request: Request, generator: Generator) -> list[Walk]:
     return [plan(nfe=nfe, kind=request.sampler, times=request.times) for nfe in counts]
 
 
-def find_reference(
-    request: Request, generator: Generator, metrics: tuple[Metric, ...], ruler: engine.Ruler
+def requested_reference(
+    request: EvalRequest, generator: Generator, metrics: tuple[Metric, ...], ruler: engine.Ruler
 ) -> Reference | None:
     """The reference asked for, else the recipe's; metrics that compare nothing need none."""
     text = request.reference or generator.recipe.eval.reference
@@ -124,13 +124,13 @@ def find_reference(
     )
 
 
-def results_folder(request: Request) -> Path:
+def results_folder(request: EvalRequest) -> Path:
     """Where unfinished work and history go: in the run, or beside."""
     run = run_folder(request.checkpoint)
     return request.out or (run / "evals" if run else Path("evals"))
 
 
-def write_report(request: Request, evaluations: list[Evaluation], folder: Path, digest: str) -> Report:
+def write_evaluation(request: EvalRequest, evaluations: list[Evaluation], folder: Path, digest: str) -> Report:
     """results.json in the run folder where the run's own model was measured, else beside; the history, the picture."""
     run = run_folder(request.checkpoint)
     own = run is not None and request.out is None and is_model_of(run, digest)

@@ -48,7 +48,7 @@ def ask(t: Tensor, uniforms: Tensor, n_equal: int, mix: Guidance, device: torch.
         t_max=mix.t_max,
     )
     places = (null.nonzero().flatten(), own.nonzero().flatten())
-    return _question(*places, n_null_equal=int(null[:n_equal].sum()), rows=len(t), n_equal=n_equal, device=device)
+    return _join_question(*places, n_null_equal=int(null[:n_equal].sum()), rows=len(t), n_equal=n_equal, device=device)
 
 
 def ask_all(rows: int, n_equal: int, mix: Guidance, device: torch.device) -> Question:
@@ -56,10 +56,10 @@ def ask_all(rows: int, n_equal: int, mix: Guidance, device: torch.device) -> Que
     n_null = rows if guidance.null_weight(mix.omega, mix.kappa) != 0.0 else 0
     first = n_equal if mix.kappa != 0.0 else rows
     places = (torch.arange(n_null, device=device), torch.arange(first, rows, device=device))
-    return _question(*places, n_null_equal=min(n_null, n_equal), rows=rows, n_equal=n_equal, device=device)
+    return _join_question(*places, n_null_equal=min(n_null, n_equal), rows=rows, n_equal=n_equal, device=device)
 
 
-def _question(
+def _join_question(
     null: Tensor, own: Tensor, *, n_null_equal: int, rows: int, n_equal: int, device: torch.device
 ) -> Question:
     if len(null) + len(own) == 0:  # ∅ of the first row all the same: a sharded network is called on every process

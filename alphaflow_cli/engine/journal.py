@@ -16,7 +16,7 @@ from torch import Tensor
 
 from alphaflow_cli.core.objective import Terms, interval_bins
 from alphaflow_cli.engine.files import append, check_regular, write_atomically
-from alphaflow_cli.engine.lock import check
+from alphaflow_cli.engine.lock import check_lock
 from alphaflow_cli.engine.optimise import COUNTERS
 from alphaflow_cli.engine.progress import say
 from alphaflow_cli.errors import AlphaflowError, blamed_on
@@ -112,7 +112,7 @@ class Journal:
         return row
 
     def _append(self, line: str) -> None:
-        check(self.path.parent)
+        check_lock(self.path.parent)
         try:
             append(self.path, line)
         except OSError as error:

@@ -78,7 +78,7 @@ def hold(folder: Path, command: str) -> Iterator[None]:
         _release(place / NAME, token)
 
 
-def check(folder: Path) -> None:
+def check_lock(folder: Path) -> None:
     """Before a save: the lock is still ours. Somebody else took it where this process stood still for too long."""
     token = _held.get(folder.absolute())
     owner = _read(folder / NAME) if token else None

@@ -20,7 +20,7 @@ from alphaflow_cli.data.writing import finish_store, is_done
 from alphaflow_cli.engine.crew import Tell, run_crew
 from alphaflow_cli.engine.encode import Bad, Job, work, writing_to
 from alphaflow_cli.engine.lock import hold
-from alphaflow_cli.engine.prepare_plan import Listing, Request, make_job
+from alphaflow_cli.engine.prepare_plan import Listing, StoreRequest, make_job
 from alphaflow_cli.engine.processes import device_of, processes_here
 from alphaflow_cli.engine.progress import Progress, say, size
 from alphaflow_cli.errors import AlphaflowError
@@ -31,7 +31,7 @@ SPARE = 64_000_000  # bytes that the disk should keep free beyond the store
 
 
 @dataclass(frozen=True)
-class Share:
+class StoreShare:
     """One process's part of the work."""
 
     job: Job
@@ -57,11 +57,11 @@ def prepare_latents(
     shown: bool = True,
 ) -> Path:
     """Make the store, or go on with it; returns its folder. 0 means: batch by size, a process per GPU, no limit."""
-    request = Request(source, size, autoencoder, dtype, flips, batch, limit, bad, precision, max_pixels)
-    return prepare(request, out, processes=count_processes(autoencoder, processes), shown=shown)
+    request = StoreRequest(source, size, autoencoder, dtype, flips, batch, limit, bad, precision, max_pixels)
+    return prepare_store(request, out, processes=count_encoders(autoencoder, processes), shown=shown)
 
 
-def prepare(request: Request, out: Path, *, processes: int, shown: bool) -> Path:
+def prepare_store(request: StoreRequest, out: Path, *, processes: int, shown: bool) -> Path:
     """The same for a request."""
     job, listing = plan_job(request, out, processes)
     missing = missing_shards(job)
@@ -76,13 +76,13 @@ def prepare(request: Request, out: Path, *, processes: int, shown: bool) -> Path
     return out
 
 
-def plan_job(request: Request, out: Path, processes: int) -> tuple[Job, Listing]:
+def plan_job(request: StoreRequest, out: Path, processes: int) -> tuple[Job, Listing]:
     """What is to be done; nothing is written."""
     threads = max(1, min(16, (os.cpu_count() or 1) // processes))
     return make_job(request, out, threads=threads, device=device_of(0))
 
 
-def count_processes(autoencoder: str, requested: int | None) -> int:
+def count_encoders(autoencoder: str, requested: int | None) -> int:
     """One per GPU, else one. Pictures that stay pixels need no GPU, so any number may share that work."""
     return requested if requested and autoencoder == "none" else processes_here(requested)
 
@@ -151,10 +151,10 @@ def _share_out(job: Job, missing: Sequence[int], processes: int, tell: Tell) -> 
     if processes <= 1:
         return work(job, missing, device_of(0), tell)
     threads = max(1, (os.cpu_count() or 1) // processes)
-    shares = [Share(job, missing[rank::processes], str(device_of(rank)), threads) for rank in range(processes)]
+    shares = [StoreShare(job, missing[rank::processes], str(device_of(rank)), threads) for rank in range(processes)]
     return run_crew(_work_share, shares, tell)
 
 
-def _work_share(share: Share, tell: Tell) -> None:
+def _work_share(share: StoreShare, tell: Tell) -> None:
     torch.set_num_threads(share.torch_threads)
     work(share.job, share.shards, torch.device(share.device), tell)

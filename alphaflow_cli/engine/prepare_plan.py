@@ -39,11 +39,11 @@ from alphaflow_cli.nn.autoencoder import Autoencoder, load_autoencoder, public_i
 SHARD_PICTURES, SHARD_BYTES = 8192, 512_000_000  # of one shard at most: it is held in memory until it is written
 SHARDS_WANTED, SHARD_LEAST = 16, 256  # small sets are cut, too, so that several processes have something to share
 SAMPLE = 16  # pictures that a lower precision is tried on
-DTYPES = {"fp16": "float16", "fp32": "float32"}
+STORED_DTYPES = {"fp16": "float16", "fp32": "float32"}
 
 
 @dataclass(frozen=True)
-class Request:
+class StoreRequest:
     """What was asked for."""
 
     source: str
@@ -83,7 +83,7 @@ class Listing:
         return b"[\n" + b",\n".join(json.dumps([names[line], label]).encode() for line, label in pairs) + b"\n]\n"
 
 
-def make_job(request: Request, out: Path, *, threads: int, device: torch.device) -> tuple[Job, Listing]:
+def make_job(request: StoreRequest, out: Path, *, threads: int, device: torch.device) -> tuple[Job, Listing]:
     """List the source, look at the encoder, and compare with what `out` already holds."""
     listing = list_pictures(request)
     old = read_json(out / "plan.json") if is_there(out / "plan.json") else None
@@ -112,7 +112,7 @@ def make_job(request: Request, out: Path, *, threads: int, device: torch.device)
     return job, listing
 
 
-def list_pictures(request: Request) -> Listing:
+def list_pictures(request: StoreRequest) -> Listing:
     """All pictures, or `limit` of them spread evenly over the list; labels never depend on the limit."""
     source = open_source(request.source)
     lines, prefix = choose_split(source.names)
@@ -144,7 +144,7 @@ def default_out(source: str, size: int, autoencoder: str) -> Path:
     return Path("latents") / f"{name}-{size}-{kind}"
 
 
-def default_batch(request: Request, device: torch.device) -> int:
+def default_batch(request: StoreRequest, device: torch.device) -> int:
     """Pictures that the encoder sees at once: 32 at 256 px on a GPU; on a CPU small ones, so that progress shows."""
     if request.autoencoder == "none":
         return 256
@@ -176,7 +176,7 @@ def _with_the_removed(listing: Listing, out: Path) -> Listing:
 
 
 def _encoder(
-    request: Request, listing: Listing, before: Plan | None, *, finished: bool, device: torch.device
+    request: StoreRequest, listing: Listing, before: Plan | None, *, finished: bool, device: torch.device
 ) -> Encoder:
     """Who encodes. A finished store is believed: its encoder is not loaded again to say that nothing is to be done."""
     if request.autoencoder == "none":
@@ -203,7 +203,7 @@ def _encoder(
 
 
 def _precision(
-    request: Request, listing: Listing, model: Autoencoder, before: Plan | None, device: torch.device
+    request: StoreRequest, listing: Listing, model: Autoencoder, before: Plan | None, device: torch.device
 ) -> tuple[str, float | None]:
     """As asked; `auto` is fp32 on a CPU, is measured on a GPU, and stays what it was when a run goes on."""
     if before and request.precision == "auto":
@@ -216,7 +216,7 @@ def _precision(
     return choose_precision(model, sample, device, request.precision)
 
 
-def _plan(request: Request, listing: Listing, encoder: Encoder) -> Plan:
+def _plan(request: StoreRequest, listing: Listing, encoder: Encoder) -> Plan:
     source = {
         "kind": listing.source.kind,
         "name": listing.source.name,
@@ -229,7 +229,7 @@ def _plan(request: Request, listing: Listing, encoder: Encoder) -> Plan:
         image_size=request.size,
         latent=encoder.latent,
         kind=encoder.kind,
-        dtype="uint8" if encoder.kind == "pixels" else DTYPES[request.dtype],
+        dtype="uint8" if encoder.kind == "pixels" else STORED_DTYPES[request.dtype],
         flips=request.flips,
         autoencoder=encoder.record,
         transform=TRANSFORM,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from alphaflow_cli.data.manifest import read_manifest
 from alphaflow_cli.data.store import verify_store
-from alphaflow_cli.engine.encode import Job, encode, pictures
+from alphaflow_cli.engine.encode import Job, encode_rows, pictures
 from alphaflow_cli.engine.prepare import bytes_needed, free_bytes, missing_shards
 from alphaflow_cli.engine.processes import device_of
 from alphaflow_cli.engine.progress import duration, size
@@ -45,7 +45,7 @@ class Estimate:
         ]
 
 
-def estimate(job: Job, processes: int) -> Estimate:
+def estimate_store(job: Job, processes: int) -> Estimate:
     """Encode a few pictures spread over the source, throw them away, and multiply."""
     missing = missing_shards(job)
     todo = sum(len(job.span(shard)) for shard in missing)
@@ -74,15 +74,15 @@ def _trial(job: Job) -> tuple[int, float]:
     with closing(pictures(job, lines)) as stream:
         good = (picture.pixels for picture in stream if picture.pixels is not None)
         if first := list(itertools.islice(good, 1)):
-            encode(encoder, job.plan, first, device_of(0))
+            encode_rows(encoder, job.plan, first, device_of(0))
         tried, batch, start = 0, 1, time.monotonic()
         while (group := list(itertools.islice(good, batch))) and time.monotonic() - start < TRIAL_SECONDS:
-            encode(encoder, job.plan, group, device_of(0))
+            encode_rows(encoder, job.plan, group, device_of(0))
             tried, batch = tried + len(group), min(2 * batch, job.batch)
     return max(tried, 1), max(time.monotonic() - start, 1e-3)
 
 
-def describe(store: Path) -> list[str]:
+def describe_store(store: Path) -> list[str]:
     """What is in a store; the last line is its path."""
     manifest = read_manifest(store)
     plan, total = manifest.plan, sum(shard.bytes for shard in manifest.shards)
@@ -104,4 +104,4 @@ def verify(store: Path) -> list[str]:
     faults = verify_store(store)
     if faults:
         raise AlphaflowError("\n".join(faults))
-    return describe(store)
+    return describe_store(store)

@@ -36,7 +36,7 @@ GRID = (4, 8)  # rows and columns of a sample grid drawn for the card
 
 
 @dataclass(frozen=True)
-class Source:
+class Publication:
     """What is to be published, read and found sound."""
 
     run: Path | None  # its run folder, where it is one
@@ -65,7 +65,7 @@ def newest_run(root: Path = Path("runs")) -> Path:
     return found[-1].parent
 
 
-def open_source(address: Path, *, with_results: bool) -> Source:
+def open_publication(address: Path, *, with_results: bool) -> Publication:
     """A run folder or a checkpoint; results that belong to other weights are refused here, before anything is sent."""
     path = find_checkpoint(str(address))
     run = address if address.is_dir() else None
@@ -73,7 +73,7 @@ def open_source(address: Path, *, with_results: bool) -> Source:
         see_own(run, path)
     sha256, checkpoint = sha256_of(path), load_checkpoint(path)
     _see_same(path, sha256, path)
-    return Source(run, path, sha256, checkpoint, _results(run, path, sha256) if run and with_results else None)
+    return Publication(run, path, sha256, checkpoint, _results(run, path, sha256) if run and with_results else None)
 
 
 def see_own(run: Path, path: Path) -> None:
@@ -91,7 +91,9 @@ def _see_same(path: Path, sha256: str, original: Path) -> None:
         raise AlphaflowError(f"{original}: changed while it was read; is it training? Run the same command again.")
 
 
-def stage(source: Source, folder: Path, *, repo: str, licence: str, autoencoder: Path | None = None) -> dict[str, int]:
+def stage(
+    source: Publication, folder: Path, *, repo: str, licence: str, autoencoder: Path | None = None
+) -> dict[str, int]:
     """Fill `folder` for the repository user/repo, with the autoencoder given or found; returns its files' sizes."""
     if folder.resolve() == source.path.parent.resolve():
         raise AlphaflowError(f"{folder}: the weights to publish lie there. Give another folder.")
@@ -119,7 +121,7 @@ def stage(source: Source, folder: Path, *, repo: str, licence: str, autoencoder:
     return {path.relative_to(folder).as_posix(): path.stat().st_size for path in found}
 
 
-def _write_model(source: Source, clean: Checkpoint, model: Path) -> str:
+def _write_model(source: Publication, clean: Checkpoint, model: Path) -> str:
     """The file as it is where nothing is private, else the cleaned one; returns its sha256."""
     same = (clean.recipe, clean.origin) == (source.checkpoint.recipe, source.checkpoint.origin)
     if not same or not _is_bare(source):
@@ -134,7 +136,7 @@ def _write_model(source: Source, clean: Checkpoint, model: Path) -> str:
     return source.sha256
 
 
-def _is_bare(source: Source) -> bool:
+def _is_bare(source: Publication) -> bool:
     """Whether the file holds nothing but what was read of it: no other metadata or tensor, no comment in the recipe."""
     with safe_open(source.path, framework="pt") as file:
         metadata, names = file.metadata() or {}, set(file.keys())
@@ -177,7 +179,7 @@ def _autoencoder_record(checkpoint: Checkpoint) -> dict[str, Any]:
     return record | {"id": str(record.get("id") or said)}
 
 
-def local_autoencoder(source: Source, given: Path | None) -> Path | None:
+def local_autoencoder(source: Publication, given: Path | None) -> Path | None:
     """The autoencoder that has to go along: the one given, else beside the checkpoint, else from here. None: it is the
     Hub's, or there is none."""
     name, said = _autoencoder_record(source.checkpoint)["id"], source.checkpoint.recipe.data.autoencoder
@@ -197,7 +199,7 @@ def local_autoencoder(source: Source, given: Path | None) -> Path | None:
     return found
 
 
-def _package_autoencoder(place: Path, target: Path, source: Source) -> None:
+def _package_autoencoder(place: Path, target: Path, source: Publication) -> None:
     """Any form of it becomes a folder of safetensors; its weights are those that made the latents."""
     found = load_autoencoder(str(place), device=torch.device("cpu"))
     check_autoencoder(found, _autoencoder_record(source.checkpoint))
@@ -226,7 +228,7 @@ def _results(run: Path, checkpoint: Path, ours: str) -> dict[str, Any] | None:
     return results if rows else None
 
 
-def _samples(source: Source, model: Path) -> bytes:
+def _samples(source: Publication, model: Path) -> bytes:
     """The run's own grid of these weights, else one by the file that is published."""
     recipe, step = source.checkpoint.recipe, source.checkpoint.origin.get("step")
     if source.run is not None and isinstance(step, int):

@@ -29,7 +29,7 @@ ADJUSTABLE = {  # what a run may change when it goes on: none of it changes what
 
 
 @dataclass(frozen=True)
-class Options:
+class TrainOptions:
     """What the command line says: the machine and the destination."""
 
     out: Path
@@ -39,7 +39,7 @@ class Options:
     verify: bool = True  # read the whole store against its checksums before the first step
 
 
-def store_of(recipe: Recipe, options: Options) -> Path:
+def store_of(recipe: Recipe, options: TrainOptions) -> Path:
     """Where the latents are, or will be made."""
     if options.data is not None:
         return options.data
@@ -99,7 +99,7 @@ def check_recipe(recipe: Recipe, out: Path) -> list[tuple[str, str, str]]:
     return changes
 
 
-def prepare(recipe: Recipe, options: Options) -> Path:
+def prepare_run(recipe: Recipe, options: TrainOptions) -> Path:
     """Everything that can be wrong, found before any process starts; makes the store of an embedded set."""
     check_trackers(recipe)
     check_folder(options.out)
@@ -131,7 +131,7 @@ def count_rows(recipe: Recipe, processes: int) -> None:
 
 
 @contextmanager
-def one_owner(recipe: Recipe, options: Options, world: World) -> Iterator[None]:
+def one_owner(recipe: Recipe, options: TrainOptions, world: World) -> Iterator[None]:
     """The run folder is ours: the first process holds it for all, and does what a parent of ours would have done."""
     fault: AlphaflowError | None = None
     alone = is_worker() and not has_parent()
@@ -141,7 +141,7 @@ def one_owner(recipe: Recipe, options: Options, world: World) -> Iterator[None]:
                 held.enter_context(hold(options.out, "train"))
                 if alone:
                     count_rows(recipe, world.size)
-                    prepare(recipe, options)
+                    prepare_run(recipe, options)
             except AlphaflowError as found:
                 fault = found
         if world.agree(fault is not None):

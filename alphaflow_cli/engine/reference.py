@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from alphaflow_cli.core.frechet import Moments, frechet_distance
-from alphaflow_cli.documents import Anything, Maybe, Rows, Table, Text, Whole, parse_json
+from alphaflow_cli.documents import Anything, ListOf, Maybe, Table, Text, Whole, parse_json
 from alphaflow_cli.engine.files import save_tensors
 from alphaflow_cli.engine.foreign import read_foreign
 from alphaflow_cli.engine.measure import Content, Pass, load_all, make_folder
@@ -30,7 +30,7 @@ SEED = 2020  # of the part kept, and of the splits of the floor
 ADVICE = "Build it again: alphaflow reference SOURCE -o FILE."
 SPACES = Table(others=SPACE)
 FACTS = Table(
-    {"name": Text(300), "kind": Text(100), "count": Maybe(Whole(1)), "size": Maybe(Rows(Whole(1, 1 << 20), 2, 2))},
+    {"name": Text(300), "kind": Text(100), "count": Maybe(Whole(1)), "size": Maybe(ListOf(Whole(1, 1 << 20), 2, 2))},
     others=Anything(),
 )
 SPLITS = 4  # of the kept features into halves, for the floor

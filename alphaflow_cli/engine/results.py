@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from alphaflow_cli.documents import Anything, Maybe, Number, Rows, Table, Text, Whole, read_json
+from alphaflow_cli.documents import Anything, ListOf, Maybe, Number, Table, Text, Whole, read_json
 from alphaflow_cli.engine.files import append, write_atomically
 from alphaflow_cli.engine.measure import make_folder
 from alphaflow_cli.engine.protocol import SPACE, Row, environment
@@ -40,18 +40,18 @@ ROW = Table(
         "label": Text(1000),
         "reference": Maybe(REFERENCE),
     },
-    {"settings": Table(others=Anything()), "notes": Rows(Text(2000), most=100)},
+    {"settings": Table(others=Anything()), "notes": ListOf(Text(2000), most=100)},
 )
 RESULTS = Table(
     {
-        "evaluations": Rows(
+        "evaluations": ListOf(
             Table(
-                {"rows": Rows(ROW, most=1000)},
+                {"rows": ListOf(ROW, most=1000)},
                 {
                     "id": Text(200),
                     "measured": Text(100),
                     "pictures_sha256": Text(64),
-                    "warnings": Rows(Text(2000), most=1000),
+                    "warnings": ListOf(Text(2000), most=1000),
                     "seconds": Table(others=Number()),
                     "processes": Whole(1),
                 },

@@ -19,7 +19,7 @@ from alphaflow_cli.engine.build import DTYPES, build_network
 from alphaflow_cli.engine.checkpoint import Checkpoint
 from alphaflow_cli.engine.compile import compile_blocks
 from alphaflow_cli.engine.journal import Sums
-from alphaflow_cli.engine.lock import check
+from alphaflow_cli.engine.lock import check_lock
 from alphaflow_cli.engine.optimise import MOMENTS, Optimiser
 from alphaflow_cli.engine.plan import alpha_at, equal_share_at
 from alphaflow_cli.engine.split import Split
@@ -112,7 +112,7 @@ class Run:
 
     def _write(self, models: dict[str, Checkpoint], tensors: dict[str, torch.Tensor]) -> None:
         train = self.recipe.train
-        check(self.folder)
+        check_lock(self.folder)
         try:
             state.save_models(self.folder, self.step, models)
             state.save_state(self.folder, self.step, tensors, self.facts())

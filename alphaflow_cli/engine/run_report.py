@@ -22,7 +22,7 @@ from alphaflow_cli.recipe.schema import Recipe
 from alphaflow_cli.report.embedded import embed, spread_over
 from alphaflow_cli.report.page import RunPage, run_page
 
-POINTS = 800  # of a curve; of more rows, evenly spread ones
+JOURNAL_POINTS = 800  # of a curve; of more rows, evenly spread ones
 CURVES: tuple[tuple[str, tuple[tuple[str, str, str], ...]], ...] = (  # panel â†’ (field, label, colour)
     (
         "losses",
@@ -36,7 +36,7 @@ CURVES: tuple[tuple[str, tuple[tuple[str, str, str], ...]], ...] = (  # panel â†
     ("norm of the gradient", (("grad_norm", "norm", chart.PURPLE),)),
     ("seconds per step", (("seconds_per_step", "seconds", chart.ORANGE),)),
 )
-COSINES = (
+COSINE_LINES = (
     ("cos_tfm_tc", "TFM, TC", chart.RED),
     ("cos_tfm_fm", "TFM, FM'", chart.BLUE),
     ("cos_tc_fm", "TC, FM'", chart.ORANGE),
@@ -48,7 +48,9 @@ ROW = Table(
     {"step": Whole(0, 10**12), "images_seen": Whole(0)},
     {
         **dict.fromkeys([*DRAWN, "seconds_per_step", "memory_gb"], NUMBER),
-        "conflict": Maybe(Table(optional=dict.fromkeys((n for n, _, _ in COSINES + NORMS), NUMBER), others=Anything())),
+        "conflict": Maybe(
+            Table(optional=dict.fromkeys((n for n, _, _ in COSINE_LINES + NORMS), NUMBER), others=Anything())
+        ),
     },
     others=Anything(),
 )
@@ -78,8 +80,8 @@ def page_of(run: Path) -> RunPage:
             f"{run}: not a run folder (no recipe.yaml in it). Make one: alphaflow train RECIPE --out {run}"
         )
     text = read_document(path)
-    recipe, rows = recipe_from_text(text, str(path)), rows_of(run / "metrics.jsonl")
-    origin, digest = origin_of(run), digest_of(run)
+    recipe, rows = recipe_from_text(text, str(path)), checked_rows(run / "metrics.jsonl")
+    origin, digest = origin_of(run), weights_digest(run)
     compared, other = counterpart(recipe)
     changes = [(name, shown(there), shown(here)) for name, there, here in diff_recipes(other, recipe) if name != "name"]
     conflict, told = conflict_of(run, recipe, rows)
@@ -102,7 +104,7 @@ def page_of(run: Path) -> RunPage:
     )
 
 
-def rows_of(path: Path) -> list[dict[str, Any]]:
+def checked_rows(path: Path) -> list[dict[str, Any]]:
     """The journal, as far as it is drawn."""
     rows = read_rows(path)
     for row in rows:
@@ -151,7 +153,7 @@ def over_steps(
 def line(rows: Sequence[dict[str, Any]], name: str, label: str, colour: str) -> chart.Line:
     """A field of the journal; rows without it are left out."""
     points = [(float(row["step"]), float(row[name])) for row in rows if row.get(name) is not None]
-    return chart.Line(label, spread_over(points, POINTS), colour, markers=len(points) < 3)
+    return chart.Line(label, spread_over(points, JOURNAL_POINTS), colour, markers=len(points) < 3)
 
 
 def conflict_of(
@@ -161,7 +163,7 @@ def conflict_of(
     charts = []
     recorded = [{"step": row["step"], **row["conflict"]} for row in rows if row.get("conflict")]
     if recorded:
-        cosines = chart.Panel("cosines", [line(recorded, *each) for each in COSINES], (-1, 1))
+        cosines = chart.Panel("cosines", [line(recorded, *each) for each in COSINE_LINES], (-1, 1))
         norms = chart.Panel("norms", [line(recorded, *each) for each in NORMS], log_y=True)
         charts.append(over_steps(recipe, recorded, "Recorded while training", [cosines, norms]))
     analysed, told = analysis_of(run)
@@ -180,7 +182,7 @@ def origin_of(run: Path) -> dict[str, Any]:
     return read_origin(text, path)
 
 
-def digest_of(run: Path) -> str:
+def weights_digest(run: Path) -> str:
     """The newest checkpoint's checksum; empty where there is none."""
     path = run / "model.safetensors"
     return sha256_of(path) if path.is_file() else ""

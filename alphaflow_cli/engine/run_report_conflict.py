@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from alphaflow_cli.charts.chart import Chart
-from alphaflow_cli.documents import Anything, Maybe, Number, Rows, Table, Text, Whole, read_json
+from alphaflow_cli.documents import Anything, ListOf, Maybe, Number, Table, Text, Whole, read_json
 from alphaflow_cli.engine.conflict_charts import NAMES, SIZES, bins_chart, sizes_chart, steps_chart
 
 Told = list[tuple[str, ...]]
@@ -18,14 +18,14 @@ SUMMARY = Table(
         "batches": Whole(0),
         "rows_per_batch": Whole(0),
         "cosines": COSINES,
-        "bins": Rows(
+        "bins": ListOf(
             Table({"from": Number(0, 1), "to": Number(0, 1), "cosines": COSINES}, others=Anything()), most=1000
         ),
-        "sizes": Table(optional=dict.fromkeys(SIZES, Rows(SIZE, most=1000)), others=Anything()),
+        "sizes": Table(optional=dict.fromkeys(SIZES, ListOf(SIZE, most=1000)), others=Anything()),
     },
     others=Anything(),
 )
-CONFLICT = Table({"checkpoints": Rows(SUMMARY, least=1, most=10_000)}, others=Anything())
+CONFLICT = Table({"checkpoints": ListOf(SUMMARY, least=1, most=10_000)}, others=Anything())
 
 
 def analysis_of(run: Path) -> tuple[list[Chart], Told]:

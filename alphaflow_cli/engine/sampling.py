@@ -48,7 +48,7 @@ class SampleRequest:
 
 
 @dataclass(frozen=True)
-class Share:
+class SampleShare:
     """One process's part of the seeds, and where it leaves what it made."""
 
     request: SampleRequest
@@ -158,7 +158,8 @@ def draw_shared(
     folder = Path(tempfile.mkdtemp(prefix=".sample-parts-", suffix=".tmp", dir=target))  # two commands mix nothing
     seeds, plain = list(request.seeds), replace(request, seeds=list(request.seeds))
     shares = [
-        Share(plain, rank, seeds[rank::processes], labels[rank::processes], walks, folder) for rank in range(processes)
+        SampleShare(plain, rank, seeds[rank::processes], labels[rank::processes], walks, folder)
+        for rank in range(processes)
     ]
     try:
         run_crew(draw_share, [share for share in shares if share.seeds], tell)
@@ -175,7 +176,7 @@ def draw_shared(
     ]
 
 
-def draw_share(share: Share, tell: Callable[[int], None]) -> None:
+def draw_share(share: SampleShare, tell: Callable[[int], None]) -> None:
     """One process's part."""
     torch.set_num_threads(max(1, torch.get_num_threads() // 2))
     generator = make_generator(share.request, device_of(share.rank))
@@ -201,7 +202,7 @@ def write(
     if request.out is not None:
         request.out.mkdir(parents=True, exist_ok=True)
         for walk, rows in zip(walks, drawn, strict=True):
-            write_pictures(request, generator, walk, labels, rows)
+            write_files(request, generator, walk, labels, rows)
         made.append(request.out)
     if request.grid is not None:
         data = grid(request, generator, walks, labels, drawn)
@@ -210,7 +211,7 @@ def write(
     return made
 
 
-def write_pictures(
+def write_files(
     request: SampleRequest, generator: Generator, walk: Walk, labels: Sequence[int], rows: list[dict[str, Any]]
 ) -> None:
     """seed-000012-class-3.png; the NFE in front where there are several."""

@@ -11,7 +11,7 @@ from alphaflow_cli.engine import journal, split, state
 from alphaflow_cli.engine.initial import start_from
 from alphaflow_cli.engine.probe import micro_batch_that_fits
 from alphaflow_cli.engine.progress import say
-from alphaflow_cli.engine.ready import Options, one_owner, store_of
+from alphaflow_cli.engine.ready import TrainOptions, one_owner, store_of
 from alphaflow_cli.engine.run import Run, build_run, newest_for_all
 from alphaflow_cli.engine.samples import SampleGrids
 from alphaflow_cli.engine.shards import check_sharding
@@ -25,7 +25,7 @@ from alphaflow_cli.recipe.schema import Recipe
 RESIDENT_SHARE = 0.25  # of a GPU's memory that the latents may take
 
 
-def open_run(recipe: Recipe, options: Options, world: World) -> Run:
+def open_run(recipe: Recipe, options: TrainOptions, world: World) -> Run:
     """The run, at the step where it was left."""
     store = store_of(recipe, options)
     newest = newest_for_all(options.out, world)
@@ -33,7 +33,9 @@ def open_run(recipe: Recipe, options: Options, world: World) -> Run:
     # the main process reads every byte against its checksum; the others trust it
     stream = open_stream(recipe, store, world, verify=options.verify and world.is_main)
     world.wait()
-    run = build_run(recipe, options.out, world=world, stream=stream, split=choose_split(recipe, options, world, saved))
+    run = build_run(
+        recipe, options.out, world=world, stream=stream, split=choose_batch_split(recipe, options, world, saved)
+    )
     run.may_shrink = options.micro_batch is None
     if newest is not None:
         run.restore(newest)
@@ -75,7 +77,7 @@ def fits_on_device(store: Path, flips: bool, device: torch.device) -> bool:
     return manifest.count * manifest.plan.sample_bytes / halves <= torch.cuda.mem_get_info(device)[1] * RESIDENT_SHARE
 
 
-def choose_split(recipe: Recipe, options: Options, world: World, saved: dict[str, Any]) -> split.Split:
+def choose_batch_split(recipe: Recipe, options: TrainOptions, world: World, saved: dict[str, Any]) -> split.Split:
     """What was asked for, else what the run had, else what fits."""
     batch, processes = recipe.train.batch, world.size
     if options.micro_batch is None and saved.get("processes") == processes:
@@ -87,7 +89,7 @@ def choose_split(recipe: Recipe, options: Options, world: World, saved: dict[str
     return chosen
 
 
-def train(recipe: Recipe, options: Options) -> int:
+def train(recipe: Recipe, options: TrainOptions) -> int:
     """Train in this process (one of several, perhaps); 0 when finished, 130 or 143 when stopped and saved."""
     world = join_world(allow_tf32=recipe.train.tf32, trackers=recipe.train.trackers, folder=options.out)
     with one_owner(recipe, options, world):
@@ -130,7 +132,7 @@ def train_run(run: Run, book: journal.Journal) -> int:
     return 0 if finished else 128 + (stop.signal or 15)
 
 
-def say_where(run: Run, options: Options) -> None:
+def say_where(run: Run, options: TrainOptions) -> None:
     """One line about the beginning: how the batch is cut, and where the run goes on."""
     steps = run.recipe.train.steps
     if run.step >= steps:

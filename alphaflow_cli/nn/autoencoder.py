@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from alphaflow_cli.documents import Anything, Maybe, Number, Rows, Table, Text, Whole, check_shape, read_json
+from alphaflow_cli.documents import Anything, ListOf, Maybe, Number, Table, Text, Whole, check_shape, read_json
 from alphaflow_cli.errors import DAMAGE, AlphaflowError
 from alphaflow_cli.nn.autoencoder_files import ask_hub, cached, has_weights, kl_config, read_weights, rename
 from alphaflow_cli.nn.weights import check_real
@@ -26,7 +26,7 @@ from alphaflow_cli.text import for_terminal
 
 Kind = Literal["kl", "tiny", "dc", "none"]
 CLASSES: dict[str, Kind] = {"AutoencoderKL": "kl", "AutoencoderTiny": "tiny", "AutoencoderDC": "dc"}
-WIDTHS = Maybe(Rows(Whole(1, 1 << 14), least=1, most=12))
+WIDTHS = Maybe(ListOf(Whole(1, 1 << 14), least=1, most=12))
 CONFIG = Table(  # of what config.json holds, whatever decides about memory or is used here; diffusers reads the rest
     {"_class_name": Text(one_of=tuple(CLASSES))},
     {

@@ -18,7 +18,7 @@ from alphaflow_cli.nn.features import Extractor, normalise, resize_bicubic
 from alphaflow_cli.nn.weights import CLIP, find_weights, fit_weights, load_weights, sha256_of
 
 SIDE = 224
-HEAD = 64  # channels of an attention head
+CLIP_HEAD = 64  # channels of an attention head
 LARGE = "clip-vit-l-14/embedding"
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIP's own
 
@@ -31,7 +31,7 @@ class Clip(Extractor):
 
     def __init__(self, state: dict[str, Tensor], *, sha256: str, source: Path) -> None:
         super().__init__()
-        state = to_timm(state, source)
+        state = clip_to_timm(state, source)
         width = state["cls_token"].shape[-1]
         depth = 1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks."))
         patch = state["patch_embed.proj.weight"].shape[-1]
@@ -41,7 +41,7 @@ class Clip(Extractor):
             patch_size=patch,
             embed_dim=width,
             depth=depth,
-            num_heads=width // HEAD,
+            num_heads=width // CLIP_HEAD,
             num_classes=self.dim,
             pre_norm=True,
             norm_layer=partial(nn.LayerNorm, eps=1e-5),
@@ -67,7 +67,7 @@ class Clip(Extractor):
         return embedding
 
 
-RENAMED = (
+CLIP_RENAMED = (
     ("conv1", "patch_embed.proj"),
     ("positional_embedding", "pos_embed"),
     ("class_embedding", "cls_token"),
@@ -82,7 +82,7 @@ RENAMED = (
 )
 
 
-def to_timm(state: dict[str, Tensor], source: Path) -> dict[str, Tensor]:
+def clip_to_timm(state: dict[str, Tensor], source: Path) -> dict[str, Tensor]:
     """OpenAI's or timm's names, to timm's, in float32 (OpenAI's file is half precision)."""
     if "visual.class_embedding" in state:
         state = _from_openai({key[7:]: value for key, value in state.items() if key.startswith("visual.")})
@@ -96,7 +96,7 @@ def to_timm(state: dict[str, Tensor], source: Path) -> dict[str, Tensor]:
 def _from_openai(state: dict[str, Tensor]) -> dict[str, Tensor]:
     renamed = {}
     for key, value in state.items():
-        for old, new in RENAMED:
+        for old, new in CLIP_RENAMED:
             key = key.replace(old, new)
         renamed[key] = value
     renamed["cls_token"] = renamed["cls_token"][None, None]

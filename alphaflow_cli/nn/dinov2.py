@@ -20,7 +20,7 @@ from alphaflow_cli.nn.weights import DINOV2, find_weights, fit_weights, load_wei
 PATCH = 14
 GRID = 16  # patches along 224 px
 OFFSET = 0.1  # added to the grid by the official resampling
-HEAD = 64  # channels of an attention head, in all sizes
+DINOV2_HEAD = 64  # channels of an attention head, in all sizes
 DIM, DEPTH = 1024, 24  # ViT-L
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet
 
@@ -33,7 +33,7 @@ class DinoV2(Extractor):
 
     def __init__(self, state: dict[str, Tensor], *, sha256: str, source: Path) -> None:
         super().__init__()
-        state = to_timm(state, source)
+        state = dinov2_to_timm(state, source)
         self.dim = state["cls_token"].shape[-1]
         depth = 1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks."))
         state["pos_embed"] = resample_positions(state["pos_embed"])
@@ -42,7 +42,7 @@ class DinoV2(Extractor):
             patch_size=PATCH,
             embed_dim=self.dim,
             depth=depth,
-            num_heads=self.dim // HEAD,
+            num_heads=self.dim // DINOV2_HEAD,
             init_values=1.0,
             num_classes=0,
         )
@@ -79,7 +79,7 @@ def resample_positions(table: Tensor) -> Tensor:
     return torch.cat([table[:, :1].float(), small.permute(0, 2, 3, 1).flatten(1, 2)], dim=1)
 
 
-def to_timm(state: dict[str, Tensor], source: Path) -> dict[str, Tensor]:
+def dinov2_to_timm(state: dict[str, Tensor], source: Path) -> dict[str, Tensor]:
     """The official, timm's or transformers' names, to timm's."""
     if "embeddings.cls_token" in state or "dinov2.embeddings.cls_token" in state:
         state = _from_transformers(state)
@@ -90,7 +90,7 @@ def to_timm(state: dict[str, Tensor], source: Path) -> dict[str, Tensor]:
     return {key: value.float() for key, value in state.items() if key != "mask_token"}
 
 
-RENAMED = (
+DINOV2_RENAMED = (
     (r"^dinov2\.", ""),
     (r"^embeddings\.cls_token$", "cls_token"),
     (r"^embeddings\.mask_token$", "mask_token"),
@@ -109,7 +109,7 @@ RENAMED = (
 def _from_transformers(state: dict[str, Tensor]) -> dict[str, Tensor]:
     renamed = {}
     for key, value in state.items():
-        for pattern, target in RENAMED:
+        for pattern, target in DINOV2_RENAMED:
             key = re.sub(pattern, target, key)
         renamed[key] = value
     for query in [key for key in renamed if ".attn.q." in key]:

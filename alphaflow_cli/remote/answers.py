@@ -3,7 +3,7 @@
 import re
 from typing import Any
 
-from alphaflow_cli.documents import Anything, Flag, Maybe, Rows, Shape, Table, Text, Whole, parse_json
+from alphaflow_cli.documents import Anything, Flag, ListOf, Maybe, Shape, Table, Text, Whole, parse_json
 from alphaflow_cli.errors import AlphaflowError
 
 COMMIT = r"[0-9a-f]{40}"
@@ -17,7 +17,7 @@ OPEN = Anything()  # keys that nobody reads: allowed, and left out
 SIZE = Whole(0)
 INFO = Table(
     {"id": Text(200, form=rf"(?:{NAME}/)?{NAME}"), "sha": Text(form=COMMIT)},
-    {"private": Maybe(Flag()), "siblings": Maybe(Rows(Table({"rfilename": Text(1000, form=FILE)}, others=OPEN)))},
+    {"private": Maybe(Flag()), "siblings": Maybe(ListOf(Table({"rfilename": Text(1000, form=FILE)}, others=OPEN)))},
     OPEN,
 )
 LARGE = Table({"oid": Text(form=CHECKSUM), "size": SIZE, "pointerSize": SIZE}, others=OPEN)
@@ -40,7 +40,7 @@ UPLOAD = Table(
     {"shouldIgnore": Flag(), "oid": Maybe(Text(form=CHECKSUM))},
     OPEN,
 )
-ISSUES = Rows(Table({"message": Text()}, others=OPEN))
+ISSUES = ListOf(Table({"message": Text()}, others=OPEN))
 COMMITTED = Table(
     {"commitUrl": Text(1000, form=rf"{REPOSITORY}/commit/\w+"), "commitOid": Text(form=COMMIT)},
     {"pullRequestUrl": Maybe(Text(1000, form=rf"{REPOSITORY}/discussions/\d+"))},
@@ -50,10 +50,10 @@ SHAPES: tuple[tuple[str, str, Shape], ...] = (  # method, end of the path, what 
     ("GET", "/api/whoami-v2", Table({"name": Text(form=NAME)}, others=OPEN)),
     ("POST", "/api/repos/create", Table({"url": Text(1000, form=REPOSITORY)}, others=OPEN)),
     ("POST", "/api/validate-yaml", Table(optional={"errors": ISSUES, "warnings": ISSUES}, others=OPEN)),
-    ("POST", "/api/models/.+/preupload/.+", Table({"files": Rows(UPLOAD)}, others=OPEN)),
+    ("POST", "/api/models/.+/preupload/.+", Table({"files": ListOf(UPLOAD)}, others=OPEN)),
     ("POST", "/api/models/.+/commit/.+", COMMITTED),
-    ("POST", "/info/lfs/objects/batch", Table({"objects": Rows(LFS_OBJECT)}, {"transfer": Text(100)}, OPEN)),
-    ("GET", "/api/(?:models|datasets)/.+/tree/.+", Rows(ENTRY)),
+    ("POST", "/info/lfs/objects/batch", Table({"objects": ListOf(LFS_OBJECT)}, {"transfer": Text(100)}, OPEN)),
+    ("GET", "/api/(?:models|datasets)/.+/tree/.+", ListOf(ENTRY)),
     ("GET", "/api/(?:models|datasets)/[^/]+(?:/[^/]+)?(?:/revision/.+)?", INFO),
 )
 
@@ -76,7 +76,7 @@ def known_parts(value: Any, shape: Shape) -> Any:
     """Without the keys that the shape does not name."""
     if isinstance(shape, Maybe):
         return None if value is None else known_parts(value, shape.shape)
-    if isinstance(shape, Rows):
+    if isinstance(shape, ListOf):
         return [known_parts(item, shape.shape) for item in value]
     if not isinstance(shape, Table):
         return value

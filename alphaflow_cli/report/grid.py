@@ -59,21 +59,21 @@ def grid_png(
         for j, picture in enumerate(row):
             image = Image.fromarray(picture).resize((cell, cell), Image.Resampling.NEAREST)
             canvas.paste(image, (left + GAP + j * (cell + GAP), y))
-    return encode(canvas)
+    return png_bytes(canvas)
 
 
 def picture_png(picture: np.ndarray) -> bytes:
     """PNG of one uint8 (H, W, 3) picture."""
-    return encode(Image.fromarray(picture))
+    return png_bytes(Image.fromarray(picture))
 
 
 def plain_png(path: Path) -> bytes:
     """The pixels of a PNG file and nothing else that may stand in one."""
     with blamed_on(path, "a PNG picture", Image.DecompressionBombError), open_picture(path) as image:
-        return encode(image.convert("RGB"))
+        return png_bytes(image.convert("RGB"))
 
 
-def encode(image: Image.Image) -> bytes:
+def png_bytes(image: Image.Image) -> bytes:
     """PNG bytes."""
     out = io.BytesIO()
     image.save(out, "PNG")

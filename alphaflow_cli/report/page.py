@@ -48,14 +48,14 @@ class RunPage:
 def run_page(page: RunPage) -> str:
     """The whole document."""
     sections = [
-        ("run", "The run", table(page.facts, style="facts")),
+        ("run", "The run", html_table(page.facts, style="facts")),
         ("alpha", "Alpha and its phases", drawn(page.plan)),
         ("curves", "Curves", _curves(page)),
         ("conflict", "The conflict", _conflict(page)),
         ("samples", "Samples over time", _samples(page)),
         ("scores", "Scores", _scores(page)),
         ("recipe", "Recipe", _recipe(page)),
-        ("environment", "Environment", table(page.environment, style="facts")),
+        ("environment", "Environment", html_table(page.environment, style="facts")),
         ("reproduce", "How to reproduce", f"<pre>{escape(chr(10).join(page.commands))}</pre>"),
     ]
     links = "".join(f'<a href="#{key}">{escape(title)}</a>' for key, title, _ in sections)
@@ -76,7 +76,7 @@ def drawn(chart: Chart) -> str:
     return f'<div class="wide">{to_svg_element(chart)}</div><div class="narrow">{to_svg_element(narrow)}</div>'
 
 
-def table(rows: Rows, *, head: Sequence[str] = (), numbers: Sequence[int] = (), style: str = "") -> str:
+def html_table(rows: Rows, *, head: Sequence[str] = (), numbers: Sequence[int] = (), style: str = "") -> str:
     """`numbers`: columns that stand to the right."""
     kinds = [' class="number"' if i in numbers else "" for i in range(max(map(len, rows), default=0))]
     top = "".join(f"<th{kind}>{escape(cell)}</th>" for cell, kind in zip(head, kinds, strict=False))
@@ -111,7 +111,11 @@ def _conflict(page: RunPage) -> str:
         "consistency) and of the border case r = t (FM') on the same rows. Below zero, one half undoes the other. "
         "Gradient over α: the weighted gradient of the r < t rows against MeanFlow's, its size and its direction."
     )
-    rows = table(page.conflict_rows, head=("", "5%", "median", "95%"), numbers=(1, 2, 3)) if page.conflict_rows else ""
+    rows = (
+        html_table(page.conflict_rows, head=("", "5%", "median", "95%"), numbers=(1, 2, 3))
+        if page.conflict_rows
+        else ""
+    )
     return note(told) + "".join(drawn(chart) for chart in page.conflict) + rows
 
 
@@ -143,7 +147,7 @@ def _scores(page: RunPage) -> str:
         return note("Not measured. Run: alphaflow eval RUN --reference REFERENCE")
     rows = [(score.name, score.nfe, score.value, score.protocol) for score in page.scores]
     told = "Two numbers may be compared only where their protocols are the same."
-    return table(rows, head=("score", "NFE", "value", "protocol"), numbers=(1, 2)) + note(told)
+    return html_table(rows, head=("score", "NFE", "value", "protocol"), numbers=(1, 2)) + note(told)
 
 
 def _recipe(page: RunPage) -> str:
@@ -151,4 +155,4 @@ def _recipe(page: RunPage) -> str:
     if not page.changes:
         return note(f"No difference from {page.compared_with}.") + whole
     head = ("field", page.compared_with, "this run")
-    return note(f"Where it differs from {page.compared_with}:") + table(page.changes, head=head) + whole
+    return note(f"Where it differs from {page.compared_with}:") + html_table(page.changes, head=head) + whole

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from alphaflow_cli.data.files import sha256_of
-from alphaflow_cli.engine.analyze import Request, analyze
+from alphaflow_cli.engine.analyze import AnalyzeRequest, analyze
 from alphaflow_cli.engine.evaluate import Ruler, build_extractors, evaluate, make_reference
 from alphaflow_cli.engine.generate import open_generator
 from alphaflow_cli.engine.generated import GeneratedImages
@@ -69,7 +69,7 @@ def prepare_reference(pictures: Path, out: Path, name: str) -> Path:
 def conflict_of(run: Path, store: Path, *, batches: int, rows: int, out: Path) -> dict[str, Any]:
     """What `alphaflow analyze` finds at the last checkpoint, averaged weights."""
     torch.set_num_threads(1)
-    request = Request(
+    request = AnalyzeRequest(
         address=str(run), data=store, out=out, batches=batches, batch=rows, seed=0, weights="ema", all_checkpoints=False
     )
     checkpoint: dict[str, Any] = analyze(request)[0]["checkpoints"][-1]
