@@ -22,8 +22,13 @@ INFO = Table(
 )
 LARGE = Table({"oid": Text(form=CHECKSUM), "size": SIZE, "pointerSize": SIZE}, others=OPEN)
 ENTRY = Table(
-    {"type": Text(20, one_of=("file", "directory")), "path": Text(1000, form=FILE), "oid": Text(form=CHECKSUM)},
-    {"size": SIZE, "lfs": Maybe(LARGE), "xetHash": Maybe(Text(form=CHECKSUM))},
+    {
+        "type": Text(20, one_of=("file", "directory")),
+        "path": Text(1000, form=FILE),
+        "oid": Text(form=CHECKSUM),
+        "size": SIZE,
+    },
+    {"lfs": Maybe(LARGE), "xetHash": Maybe(Text(form=CHECKSUM))},
     OPEN,
 )
 ACTION = Table({"href": Text(form=ADDRESS)}, {"header": Maybe(Table(others=Text()))}, OPEN)
