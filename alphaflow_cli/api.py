@@ -8,11 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from alphaflow_cli.engine.decoder import DecoderChoice
-from alphaflow_cli.engine.generate import Generator, open_generator
-from alphaflow_cli.engine.walk import draw_labels, plan_walk
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.recipe import Recipe
+from alphaflow_cli.sample.generator import DecoderChoice, Generator, open_generator
+from alphaflow_cli.sample.walk import draw_labels, plan_walk
 
 SamplerChoice = Literal["auto", "trajectory", "consistency", "flow", "heun"]
 

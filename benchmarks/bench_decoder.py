@@ -23,13 +23,13 @@ from torch import Tensor
 
 from alphaflow_cli.core.frechet import frechet_distance
 from alphaflow_cli.core.pixels import from_uint8, to_uint8
-from alphaflow_cli.engine.decoder import GROUP, Decoder, decode_in_groups
-from alphaflow_cli.engine.evaluate import build_extractors
-from alphaflow_cli.engine.pictures import open_pictures
-from alphaflow_cli.engine.protocol import name_of
+from alphaflow_cli.evaluate.evaluate import build_extractors
+from alphaflow_cli.evaluate.features import Extractor
+from alphaflow_cli.evaluate.pictures import open_pictures
+from alphaflow_cli.evaluate.results import name_of
 from alphaflow_cli.nn.autoencoder import Autoencoder
-from alphaflow_cli.nn.features import Extractor
 from alphaflow_cli.nn.weights import FILES, missing_weights
+from alphaflow_cli.sample.generator import GROUP, Decoder, decode_in_groups
 
 PLAIN, COMPILED = {"fp32": Decoder("fp32"), "bf16": Decoder("bf16")}, {"bf16 compiled": Decoder("bf16", compiled=True)}
 TITLES = {"tiny": "FD-tiny", "inception": "FID"}

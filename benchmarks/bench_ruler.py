@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from alphaflow_cli.core.frechet import Moments, frechet_distance
-from alphaflow_cli.nn.tiny import Tiny
+from alphaflow_cli.evaluate.tiny import Tiny
 
 Ladder = list[tuple[str, Callable[[Tensor], Tensor]]]
 SET = 2_000

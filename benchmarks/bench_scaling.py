@@ -24,7 +24,7 @@ from workload import Size, build, draw, objective
 
 from alphaflow_cli.charts.chart import BLUE, ORANGE, Chart, Line, Panel
 from alphaflow_cli.charts.draw import to_svg
-from alphaflow_cli.engine.step import training_step
+from alphaflow_cli.train.step import training_step
 
 BASE, BATCH, SHARE = Size(dim=128, depth=4, heads=4, latent=16), 16, 0.25  # 64 tokens
 STEPS = ("fm", "alpha_zero")

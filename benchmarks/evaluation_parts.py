@@ -12,17 +12,17 @@ from random_networks import AUTOENCODERS, DOWNSCALE, random_inception, save_dit
 from torch import Tensor
 from workload import SIZES
 
-from alphaflow_cli.engine.evaluate import Ruler, build_extractors
-from alphaflow_cli.engine.generate import Generator, open_generator
-from alphaflow_cli.engine.generated import GeneratedImages
-from alphaflow_cli.engine.measure import Clock, content_of, gather_moments, run_pass
-from alphaflow_cli.engine.processes import Alone
-from alphaflow_cli.engine.protocol import space_of
-from alphaflow_cli.engine.reference import Reference, Stats
-from alphaflow_cli.engine.score import Measured, score
-from alphaflow_cli.engine.walk import plan_walk
-from alphaflow_cli.nn.features import Extractor
+from alphaflow_cli.evaluate.evaluate import Ruler, build_extractors
+from alphaflow_cli.evaluate.features import Extractor
+from alphaflow_cli.evaluate.measure import Clock, content_of, gather_moments, run_pass
+from alphaflow_cli.evaluate.pictures import GeneratedImages
+from alphaflow_cli.evaluate.reference import Reference, Stats
+from alphaflow_cli.evaluate.results import space_of
+from alphaflow_cli.evaluate.score import Measured, score
 from alphaflow_cli.nn.weights import sha256_of
+from alphaflow_cli.runtime.processes import Alone
+from alphaflow_cli.sample.generator import Generator, open_generator
+from alphaflow_cli.sample.walk import plan_walk
 
 MODEL, INCEPTION = "model.safetensors", "inception.pth"
 

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from alphaflow_cli.data.glyphs import GLYPHS, draw_glyph
-from alphaflow_cli.engine.generate import open_generator
-from alphaflow_cli.engine.walk import draw_labels, plan_walk
+from alphaflow_cli.sample.generator import open_generator
+from alphaflow_cli.sample.walk import draw_labels, plan_walk
 
 FIRST_UNSEEN = 1_000_000  # glyph indices far beyond any quickstart's training set
 TRAIN, TEST, SAMPLES, STEPS, BATCH = 6_000, 2_000, 2_000, 600, 64

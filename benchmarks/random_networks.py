@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from workload import CLASSES, Size, build
 
-from alphaflow_cli.engine.checkpoint import Checkpoint, save_checkpoint
+from alphaflow_cli.model.checkpoint import Checkpoint, save_checkpoint
 from alphaflow_cli.recipe import load_recipe
 
 sys.path.append(str(Path(__file__).parent.parent / "tests"))  # it has random networks of its own

@@ -15,7 +15,7 @@ Gradients equal the fast step's to rounding (tests/test_step.py).
 import torch
 from torch import Tensor, nn
 
-from alphaflow_cli.engine.step import Objective, Rows, precision
+from alphaflow_cli.train.step import Objective, Rows, precision
 
 
 def reference_step(net: nn.Module, rows: Rows, *, alpha: float, how: Objective) -> Tensor:

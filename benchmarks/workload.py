@@ -4,10 +4,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from alphaflow_cli.engine.guide import ask
-from alphaflow_cli.engine.step import Objective, Rows
 from alphaflow_cli.nn.dit import DiT
 from alphaflow_cli.recipe.schema import Guidance, Loss
+from alphaflow_cli.train.step import Objective, Rows, ask
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from alphaflow_cli.convert.export import from_published
 from alphaflow_cli.nn.dit import DiT
-from alphaflow_cli.nn.names import from_published
 
 FOLDER = Path(__file__).parent / "golden"
 LABEL_ROWS = {"M": 11, "N": 10}  # M has a null row; in N "null" is row 9

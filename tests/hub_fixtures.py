@@ -9,8 +9,8 @@ import torch
 from hub_server import HubServer
 
 from alphaflow_cli.cli import run
-from alphaflow_cli.engine.build import build_network
-from alphaflow_cli.engine.checkpoint import Checkpoint, save_checkpoint
+from alphaflow_cli.model.build import build_network
+from alphaflow_cli.model.checkpoint import Checkpoint, save_checkpoint
 from alphaflow_cli.recipe import recipe_from_text
 
 RECIPE = """

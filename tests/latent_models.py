@@ -6,8 +6,8 @@ import torch
 from test_sample import checkpoint_m, recipe_m
 from tiny_autoencoders import tiny_kl
 
-from alphaflow_cli.engine.build import build_network
-from alphaflow_cli.engine.checkpoint import save_checkpoint
+from alphaflow_cli.model.build import build_network
+from alphaflow_cli.model.checkpoint import save_checkpoint
 from alphaflow_cli.nn.autoencoder import load_autoencoder
 from alphaflow_cli.recipe.schema import Data, Model
 

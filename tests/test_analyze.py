@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import nn
 
+from alphaflow_cli.analyze import analyze as engine
+from alphaflow_cli.analyze.summary import percentile, spread, summarise
 from alphaflow_cli.cli import run as cli
 from alphaflow_cli.core.conflict import cosine
-from alphaflow_cli.engine import analyze as engine
-from alphaflow_cli.engine import conflict, conflict_probe
-from alphaflow_cli.engine.conflict_summary import percentile, spread, summarise
-from alphaflow_cli.engine.step import Objective, Rows
 from alphaflow_cli.recipe.schema import Guidance, Loss
+from alphaflow_cli.train import conflict
+from alphaflow_cli.train.step import Objective, Rows
 
 BATCH, DIM = 200, 3
 PLAIN = Objective(loss=Loss(clamp=0.0), guidance=Guidance(), y_null=0, has_labels=False, bf16=False)
@@ -287,7 +287,7 @@ def test_the_probe_is_due_at_the_first_row_after_each_multiple(every, due):
     from types import SimpleNamespace as Space
 
     def at(step):
-        return conflict_probe.is_due(Space(step=step, recipe=Space(train=Space(conflict_every=every, log_every=2))))
+        return conflict.is_due(Space(step=step, recipe=Space(train=Space(conflict_every=every, log_every=2))))
 
     assert [step for step in (2, 4, 6, 8, 10) if at(step)] == due
 

@@ -15,9 +15,9 @@ from alphaflow_cli.charts.chart import Chart, Line, Panel
 from alphaflow_cli.charts.draw import to_svg
 from alphaflow_cli.cli import run as cli
 from alphaflow_cli.core.objective import is_tie
-from alphaflow_cli.engine.checkpoint import load_checkpoint, save_checkpoint
-from alphaflow_cli.engine.conflict_rows import conflict_rows
+from alphaflow_cli.model.checkpoint import load_checkpoint, save_checkpoint
 from alphaflow_cli.recipe.schema import Recipe, Times
+from alphaflow_cli.train.conflict import conflict_rows
 
 
 def fault_of(capsys, *line):

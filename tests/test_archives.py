@@ -290,7 +290,7 @@ def big_archive(path: Path, form: str, seed: int) -> None:
 @pytest.mark.parametrize("change", ["truncated", "written over", "replaced"])
 @pytest.mark.parametrize("bad", ["stop", "skip"])
 def test_an_archive_that_changes_while_it_is_read_is_one_line(tmp_path, form, change, bad, monkeypatch, capfd):
-    from alphaflow_cli.engine import encode
+    from alphaflow_cli.latents import encode
 
     path, other, done = tmp_path / "set.bin", tmp_path / "other", []
     big_archive(path, form, seed=0)

@@ -10,7 +10,7 @@ import torch
 from tiny_autoencoders import tiny_kl
 
 from alphaflow_cli.core.pixels import from_uint8, to_uint8
-from alphaflow_cli.engine.pictures import open_pictures
+from alphaflow_cli.evaluate.pictures import open_pictures
 from alphaflow_cli.nn.autoencoder import load_autoencoder
 
 

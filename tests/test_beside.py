@@ -4,10 +4,10 @@ import pytest
 import torch
 from test_tangent import CONFIGS, random_inputs, random_net, relative
 
-from alphaflow_cli.engine.compile import compile_blocks
-from alphaflow_cli.nn.beside import Beside
+from alphaflow_cli.model.build import compile_blocks
 from alphaflow_cli.nn.dit import DiT
 from alphaflow_cli.nn.noise import NoiseDiT
+from alphaflow_cli.nn.tangent import Beside
 
 NAMES = [str(i) for i in range(len(CONFIGS))]
 

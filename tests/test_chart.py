@@ -33,8 +33,8 @@ from alphaflow_cli.charts.chart import (
     show_number,
 )
 from alphaflow_cli.charts.draw import DARK_STYLE, to_png, to_svg, to_svg_element
-from alphaflow_cli.engine.curves import recipe_chart
 from alphaflow_cli.recipe import load_recipe, shipped
+from alphaflow_cli.train.curves import recipe_chart
 
 SVG = "{http://www.w3.org/2000/svg}"
 LINK = "{http://www.w3.org/1999/xlink}href"

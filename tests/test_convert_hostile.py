@@ -18,8 +18,8 @@ from snapshots import published_snapshot
 from alphaflow_cli.cli import run
 from alphaflow_cli.convert import ConvertOptions, convert
 from alphaflow_cli.convert.source import read_source
-from alphaflow_cli.engine.checkpoint import load_checkpoint
 from alphaflow_cli.errors import AlphaflowError
+from alphaflow_cli.model.checkpoint import load_checkpoint
 
 PROOF = "executed"  # the file that a hostile pickle would leave in the working folder
 

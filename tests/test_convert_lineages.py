@@ -11,9 +11,9 @@ from snapshots import CLASSES, HEADS, SIZE, meanflow_weights, sit_weights
 
 from alphaflow_cli.commands.convert import command
 from alphaflow_cli.convert import FAMILIES, ConvertOptions, convert, main
-from alphaflow_cli.engine.checkpoint import load_checkpoint
-from alphaflow_cli.engine.generate import load_network
 from alphaflow_cli.errors import AlphaflowError
+from alphaflow_cli.model.checkpoint import load_checkpoint
+from alphaflow_cli.sample.generator import load_network
 
 HEADS_SET = f"model.heads={HEADS}"
 REPA = {"model": "SiT-XL/2", "path_type": "linear", "prediction": "v", "enc_type": "dinov2-vit-b"}

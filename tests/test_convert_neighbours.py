@@ -10,9 +10,9 @@ from snapshots import CLASSES, HEADS, meanflow_weights, sit_weights
 from alphaflow_cli.convert import ConvertOptions, convert
 from alphaflow_cli.convert.latents import MEANFLOW_MEAN, MEANFLOW_STD
 from alphaflow_cli.convert.sit import turn_time
-from alphaflow_cli.engine.checkpoint import load_checkpoint
-from alphaflow_cli.engine.generate import load_network
 from alphaflow_cli.errors import AlphaflowError
+from alphaflow_cli.model.checkpoint import load_checkpoint
+from alphaflow_cli.sample.generator import load_network
 
 HEADS_SET = (f"model.heads={HEADS}",)
 

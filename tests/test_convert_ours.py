@@ -11,10 +11,10 @@ from snapshots import published_snapshot, tiny_autoencoder
 
 from alphaflow_cli.cli import run
 from alphaflow_cli.convert import ConvertOptions, convert, export
-from alphaflow_cli.engine.build import build_network
-from alphaflow_cli.engine.checkpoint import load_checkpoint, save_checkpoint
-from alphaflow_cli.engine.files import write_atomically
 from alphaflow_cli.errors import AlphaflowError
+from alphaflow_cli.files import write_atomically
+from alphaflow_cli.model.build import build_network
+from alphaflow_cli.model.checkpoint import load_checkpoint, save_checkpoint
 
 
 @pytest.fixture

@@ -13,10 +13,10 @@ from snapshots import CLASSES, HEADS, published_snapshot, published_weights, tin
 import alphaflow_cli
 from alphaflow_cli.commands.convert import command
 from alphaflow_cli.convert import ConvertOptions, convert, export
-from alphaflow_cli.engine.checkpoint import load_checkpoint
-from alphaflow_cli.engine.generate import open_generator
-from alphaflow_cli.engine.walk import plan_walk
 from alphaflow_cli.errors import AlphaflowError
+from alphaflow_cli.model.checkpoint import load_checkpoint
+from alphaflow_cli.sample.generator import open_generator
+from alphaflow_cli.sample.walk import plan_walk
 
 SEEDS, LABELS = [0, 1, 7], [3, 9, 0]
 WALKS = {

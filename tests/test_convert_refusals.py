@@ -11,8 +11,8 @@ from snapshots import HEADS, meanflow_weights, published_snapshot, sit_weights
 
 from alphaflow_cli.commands.convert import command
 from alphaflow_cli.convert import ConvertOptions, convert, main
-from alphaflow_cli.engine.checkpoint import load_checkpoint
 from alphaflow_cli.errors import AlphaflowError
+from alphaflow_cli.model.checkpoint import load_checkpoint
 
 HEADS_SET = f"model.heads={HEADS}"
 SIT = {"model": "SiT-XL/2", "path_type": "Linear", "prediction": "velocity"}

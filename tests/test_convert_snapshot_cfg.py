@@ -11,9 +11,9 @@ from snapshots import published_snapshot
 
 from alphaflow_cli.convert import ConvertOptions, convert
 from alphaflow_cli.convert.snapshot_cfg import walk_cfg
-from alphaflow_cli.engine.checkpoint import load_checkpoint
-from alphaflow_cli.engine.walk import plan_walk
 from alphaflow_cli.errors import AlphaflowError
+from alphaflow_cli.model.checkpoint import load_checkpoint
+from alphaflow_cli.sample.walk import plan_walk
 
 SIGMOID = {
     "scheduler": "sigmoid", "initial_value": 1.0, "end_value": 0, "change_init_steps": 600_000,

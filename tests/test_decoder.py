@@ -9,17 +9,18 @@ from test_sample import checkpoint_m, pixel_checkpoint, recipe_m
 from tiny_autoencoders import tiny_dc, tiny_kl, tiny_taesd
 
 import alphaflow_cli
-from alphaflow_cli.engine import decoder
-from alphaflow_cli.engine.decoder import (
+from alphaflow_cli.errors import AlphaflowError
+from alphaflow_cli.sample import generator as decoder
+from alphaflow_cli.sample.generator import (
     COMPILED_FROM,
     Decoder,
+    Generator,
     decode_in_groups,
+    open_generator,
     plan_decoder,
     told_precision,
 )
-from alphaflow_cli.engine.generate import Generator, open_generator
-from alphaflow_cli.engine.walk import plan_walk
-from alphaflow_cli.errors import AlphaflowError
+from alphaflow_cli.sample.walk import plan_walk
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 

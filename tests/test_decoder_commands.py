@@ -14,10 +14,9 @@ from test_sample import pixel_checkpoint
 import alphaflow_cli
 from alphaflow_cli import cli
 from alphaflow_cli.commands import evaluate, sample
-from alphaflow_cli.engine.decoder import DecoderChoice
-from alphaflow_cli.engine.generate import Generator
-from alphaflow_cli.engine.generated import GeneratedImages
-from alphaflow_cli.engine.measure import CHUNK
+from alphaflow_cli.evaluate.measure import CHUNK
+from alphaflow_cli.evaluate.pictures import GeneratedImages
+from alphaflow_cli.sample.generator import DecoderChoice, Generator
 
 
 @pytest.fixture(scope="module")

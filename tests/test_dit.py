@@ -5,9 +5,9 @@ import warnings
 import pytest
 import torch
 
-from alphaflow_cli.engine.plan import parameter_count
+from alphaflow_cli.convert.export import from_published, to_published
 from alphaflow_cli.nn.dit import DiT
-from alphaflow_cli.nn.names import from_published, to_published
+from alphaflow_cli.recipe.plan import parameter_count
 from alphaflow_cli.recipe.schema import Data, Guidance, Model, Recipe
 
 SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}

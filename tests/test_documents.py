@@ -24,8 +24,8 @@ from alphaflow_cli.documents import (
     parse_json,
     read_json,
 )
-from alphaflow_cli.engine.progress import say
 from alphaflow_cli.errors import AlphaflowError
+from alphaflow_cli.runtime.progress import say
 from alphaflow_cli.text import UNSAFE, code_span, for_markdown, for_terminal
 
 SHAPE = Table(

@@ -143,7 +143,7 @@ def test_a_long_command_line_gets_a_short_answer(capsys):
 
 
 def test_a_worker_makes_a_line_of_them_too(monkeypatch, capsys):
-    from alphaflow_cli.engine.launch import as_worker
+    from alphaflow_cli.runtime.launch import as_worker
 
     def work():
         raise system_error(errno.EACCES, "latents/shard-0.bin")
@@ -169,7 +169,7 @@ def test_a_worker_makes_a_line_of_them_too(monkeypatch, capsys):
 def test_a_member_of_a_crew_does_so_as_well(error, kind, text, monkeypatch):
     import queue
 
-    from alphaflow_cli.engine import crew
+    from alphaflow_cli.runtime import crew
 
     def task(share, tell):
         raise error

@@ -12,8 +12,8 @@ from PIL import Image
 from test_sample import pixel_checkpoint
 
 from alphaflow_cli import cli
-from alphaflow_cli.engine.checkpoint import load_checkpoint, save_checkpoint
-from alphaflow_cli.engine.generate import run_folder
+from alphaflow_cli.model.checkpoint import load_checkpoint, save_checkpoint
+from alphaflow_cli.sample.generator import run_folder
 
 
 @pytest.fixture

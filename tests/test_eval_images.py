@@ -16,7 +16,7 @@ import ruler
 import torch
 
 from alphaflow_cli.cli import run
-from alphaflow_cli.engine.measure import CHUNK
+from alphaflow_cli.evaluate.measure import CHUNK
 
 CALL = [sys.executable, "-m", "alphaflow_cli"]
 
@@ -99,7 +99,7 @@ def test_changed_pictures_under_the_same_names_are_measured_anew() -> None:
 
 
 def test_so_many_pictures_are_taken_evenly_from_all_classes() -> None:
-    from alphaflow_cli.engine.pictures import open_pictures
+    from alphaflow_cli.evaluate.pictures import open_pictures
 
     for i in range(4):
         ruler.write_pictures(Path(f"classes/{i}"), torch.full((30, 3, 32, 32), i, dtype=torch.uint8))

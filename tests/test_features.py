@@ -10,11 +10,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from alphaflow_cli.errors import AlphaflowError
-from alphaflow_cli.nn.clip import Clip
-from alphaflow_cli.nn.dinov2 import DinoV2, resample_positions
-from alphaflow_cli.nn.features import build_extractor, resize_bicubic, true_float32
-from alphaflow_cli.nn.inception import Inception
-from alphaflow_cli.nn.tiny import FLOOR, Tiny
+from alphaflow_cli.evaluate.features import build_extractor, resize_bicubic, true_float32
+from alphaflow_cli.evaluate.networks import Clip, DinoV2, Inception, resample_positions
+from alphaflow_cli.evaluate.tiny import FLOOR, Tiny
 from alphaflow_cli.nn.weights import load_weights, sha256_of
 
 CPU = torch.device("cpu")

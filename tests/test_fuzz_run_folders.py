@@ -13,7 +13,7 @@ import pytest
 from train_helpers import make_recipe, make_store, train
 
 from alphaflow_cli.cli import run as cli
-from alphaflow_cli.report.grid import grid_png
+from alphaflow_cli.sample.grid import grid_png
 
 TRIALS = int(os.environ.get("ALPHAFLOW_FUZZ", "80"))
 SECONDS = 60  # for one verb: far more than it takes, even on a busy machine

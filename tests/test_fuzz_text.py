@@ -9,7 +9,7 @@ from fuzzing import CONTROL, JSON, NUMBERS, TEXTS, YAML, Trial, fuzz, mutate_byt
 from hub_fixtures import RECIPE, results_of, sha256, write_checkpoint
 
 from alphaflow_cli.recipe import dump_recipe, load_recipe, recipe_from_text, shipped
-from alphaflow_cli.recipe.dump import to_dict
+from alphaflow_cli.recipe.loader import to_dict
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600, method="thread")]
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from alphaflow_cli.report.grid import grid_by_walk, grid_in_rows, grid_png, grid_side_by_side
+from alphaflow_cli.sample.grid import grid_by_walk, grid_in_rows, grid_png, grid_side_by_side
 
 CELL = 64 + 2  # a picture of 16 px is shown four times as large
 

@@ -15,14 +15,13 @@ from fake_gpu import GPU, TORCH, fake_gpu
 from latent_stores import random_moments, write_store
 from train_helpers import make_recipe
 
-from alphaflow_cli.data.batches import LatentStream
-from alphaflow_cli.data.transfer import to_device
-from alphaflow_cli.engine.build import build_network
-from alphaflow_cli.engine.journal import Sums
-from alphaflow_cli.engine.optimise import Optimiser
-from alphaflow_cli.engine.split import Split
-from alphaflow_cli.engine.step import Objective
-from alphaflow_cli.engine.train import gradients
+from alphaflow_cli.data.batches import LatentStream, to_device
+from alphaflow_cli.model.build import build_network
+from alphaflow_cli.train.journal import Sums
+from alphaflow_cli.train.loop import gradients
+from alphaflow_cli.train.optimise import Optimiser
+from alphaflow_cli.train.parallel import Split
+from alphaflow_cli.train.step import Objective
 
 pytestmark = pytest.mark.skipif(TORCH < (2, 11), reason="older torch asks the driver what a fake GPU can do")
 STREAM = {"posterior": "sample", "normalise": "position", "scale": 1.0, "shift": 0.0, "stats_images": 0}

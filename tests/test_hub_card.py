@@ -21,11 +21,10 @@ from snapshots import published_snapshot, tiny_autoencoder
 import alphaflow_cli
 from alphaflow_cli.cli import run
 from alphaflow_cli.convert import ConvertOptions, convert
-from alphaflow_cli.engine.checkpoint import load_checkpoint, save_checkpoint
-from alphaflow_cli.engine.publish import open_publication, stage
 from alphaflow_cli.errors import AlphaflowError
-from alphaflow_cli.hub.card import CardFacts, model_card
-from alphaflow_cli.hub.scrub import scrub
+from alphaflow_cli.hub.card import CardFacts, model_card, scrub
+from alphaflow_cli.hub.push import open_publication, stage
+from alphaflow_cli.model.checkpoint import load_checkpoint, save_checkpoint
 from alphaflow_cli.recipe import load_recipe
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")

@@ -16,8 +16,8 @@ from safetensors.numpy import load_file
 from alphaflow_cli.data import hub_images
 from alphaflow_cli.data.opening import open_source
 from alphaflow_cli.data.store import verify_store
-from alphaflow_cli.engine.prepare import prepare_latents
 from alphaflow_cli.errors import AlphaflowError
+from alphaflow_cli.latents.prepare import prepare_latents
 
 COMMIT = "c" * 40
 PICTURE = encoded(gradient(size=(8, 8)), "PNG")

@@ -11,11 +11,11 @@ from awkward_pictures import ASIDE, BAD, GOOD, RED, encoded, gradient, png_that_
 from PIL import Image
 
 from alphaflow_cli.data.classes import choose_split, folders_of, read_classes
-from alphaflow_cli.data.files import read_file
 from alphaflow_cli.data.opening import open_source
 from alphaflow_cli.data.pictures import MAX_PIXELS, BadPicture, decode, square
 from alphaflow_cli.data.sources import open_folder
 from alphaflow_cli.errors import AlphaflowError
+from alphaflow_cli.tensors import read_file
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 

@@ -25,12 +25,13 @@ from train_helpers import (
 )
 
 from alphaflow_cli.cli import run as cli
-from alphaflow_cli.engine import lock, ready, start, state
-from alphaflow_cli.engine.journal import Journal
-from alphaflow_cli.engine.prepare import prepare_latents
-from alphaflow_cli.engine.publish import open_publication, stage
 from alphaflow_cli.errors import AlphaflowError
-from alphaflow_cli.report.grid import grid_png
+from alphaflow_cli.hub.push import open_publication, stage
+from alphaflow_cli.latents.prepare import prepare_latents
+from alphaflow_cli.runtime import lock
+from alphaflow_cli.sample.grid import grid_png
+from alphaflow_cli.train import start, state
+from alphaflow_cli.train.journal import Journal
 
 LONG = ("train.steps=5000", "alpha.start=10", "alpha.end=20", "train.save_every=5")
 
@@ -78,8 +79,8 @@ def left_by_a_kill(folder, tmp_path):
 
 def test_of_eight_starts_of_one_run_one_trains_and_seven_are_refused_in_one_line(store, tmp_path):
     recipe, out = make_recipe(tmp_path), tmp_path / "run"
-    options = ready.TrainOptions(out, store)
-    ready.prepare_run(recipe, options)
+    options = start.TrainOptions(out, store)
+    start.prepare_run(recipe, options)
     started = [fork(lambda: start.train(recipe, options), tmp_path / f"errors-{i}") for i in range(8)]
     codes = [each.wait()[0] for each in started]
     assert sorted(codes) == [0, *[1] * 7], [each.said() for each in started]
@@ -220,7 +221,7 @@ def test_it_beats_and_stops_beating_when_it_is_released(tmp_path, monkeypatch):
 
 def test_a_run_that_was_taken_over_while_it_stood_still_writes_nothing_more(store, tmp_path):
     out = tmp_path / "run"
-    ready.prepare_run(make_recipe(tmp_path), ready.TrainOptions(out, store))
+    start.prepare_run(make_recipe(tmp_path), start.TrainOptions(out, store))
     book = Journal(out / "metrics.jsonl", 0, writes=True)
     with lock.hold(out, "train"):
         book.row({"step": 1}, step=1, batch=1)

@@ -10,16 +10,16 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from alphaflow_cli.engine import measure, score
-from alphaflow_cli.engine.evaluate import Ruler, evaluate, make_reference
-from alphaflow_cli.engine.measure import Clock, Pass, content_of, gather_moments, load_all, run_pass
-from alphaflow_cli.engine.processes import Alone
-from alphaflow_cli.engine.protocol import space_of
-from alphaflow_cli.engine.reference import Reference, Stats
-from alphaflow_cli.engine.score import Measured
 from alphaflow_cli.errors import AlphaflowError
-from alphaflow_cli.nn.features import Extractor, build_extractor
-from alphaflow_cli.nn.tiny import Tiny
+from alphaflow_cli.evaluate import measure, score
+from alphaflow_cli.evaluate.evaluate import Ruler, evaluate, make_reference
+from alphaflow_cli.evaluate.features import Extractor, build_extractor
+from alphaflow_cli.evaluate.measure import Clock, Pass, content_of, gather_moments, load_all, run_pass
+from alphaflow_cli.evaluate.reference import Reference, Stats
+from alphaflow_cli.evaluate.results import space_of
+from alphaflow_cli.evaluate.score import Measured
+from alphaflow_cli.evaluate.tiny import Tiny
+from alphaflow_cli.runtime.processes import Alone
 
 CPU = torch.device("cpu")
 

@@ -23,9 +23,11 @@ from torch.nn import functional
 from train_helpers import largest_difference
 
 import alphaflow_cli
+from alphaflow_cli.analyze import analyze
 from alphaflow_cli.cli import run
-from alphaflow_cli.engine import analyze, conflict, sampling, train
-from alphaflow_cli.nn.features import BUILDERS, Extractor
+from alphaflow_cli.evaluate.features import BUILDERS, Extractor
+from alphaflow_cli.sample import write
+from alphaflow_cli.train import conflict, loop
 
 TINY = (
     "model.dim=32", "model.depth=1", "model.heads=2", "data.source=glyphs:100",
@@ -124,14 +126,14 @@ def test_other_recipes_train_and_sample_too(device, tmp_path, sets):
 
 
 def test_a_gradient_that_is_not_finite_rolls_a_run_back(device, tmp_path, monkeypatch, capsys):
-    step = train.one_step
+    step = loop.one_step
 
     def broken(run, at):
         if at == 7 and not run.retries:
             run.net.final.linear.bias.data.fill_(float("nan"))
         step(run, at)
 
-    monkeypatch.setattr(train, "one_step", broken)
+    monkeypatch.setattr(loop, "one_step", broken)
     assert train_run("run", "optim.nonfinite=rollback", "train.conflict_every=0", "train.sample_every=0") == 0
     assert "rolled back to step 6, with other draws" in capsys.readouterr().err
 
@@ -140,17 +142,17 @@ def test_a_gradient_that_is_not_finite_rolls_a_run_back(device, tmp_path, monkey
 def test_a_stopped_run_goes_on_to_the_same_weights(device, trained, tmp_path, monkeypatch, memory):
     if memory == "streamed":
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *args: (0, 0))
-    step = train.one_step
+    step = loop.one_step
 
     def stopped(run, at):
         step(run, at)
         if at == 4:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(train, "one_step", stopped)
+    monkeypatch.setattr(loop, "one_step", stopped)
     with pytest.raises(SystemExit, match="143"):
         train_run(tmp_path / "run")
-    monkeypatch.setattr(train, "one_step", step)
+    monkeypatch.setattr(loop, "one_step", step)
     assert train_run(tmp_path / "run") == 0
     assert largest_difference(trained, tmp_path / "run") == 0
 
@@ -209,15 +211,15 @@ def measured(trained, capsys, *, weights=()):
 
 
 def test_where_several_processes_draw_their_parent_takes_no_gpu(device, trained, monkeypatch, capsys):
-    opened, shared = sampling.open_generator, []
+    opened, shared = write.open_generator, []
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(sampling, "open_generator", lambda *a, **b: shared.append(b["device"]) or opened(*a, **b))
+    monkeypatch.setattr(write, "open_generator", lambda *a, **b: shared.append(b["device"]) or opened(*a, **b))
 
     def draw_shared(request, walks, labels, processes, tell):
         shared.append(processes)
-        return sampling.draw_here(request, sampling.make_generator(request, GPU), walks, request.seeds, labels, tell)
+        return write.draw_here(request, write.make_generator(request, GPU), walks, request.seeds, labels, tell)
 
-    monkeypatch.setattr(sampling, "draw_shared", draw_shared)
+    monkeypatch.setattr(write, "draw_shared", draw_shared)
     assert run(["sample", str(trained), "--seeds", "0-3", "--grid", "g.png"]) == 0
     assert shared == [torch.device("cpu"), 2, GPU]
 
@@ -266,10 +268,13 @@ def test_a_converted_checkpoint_samples_and_is_converted_back(device):
 @pytest.mark.parametrize(
     ("broken", "line"),
     [
-        ("alphaflow_cli.engine.generate.Generator.latents", "sample {run} --grid g.png --batch 7"),
-        ("alphaflow_cli.nn.tiny.Tiny.features", "eval glyphs:100 --metrics fd-tiny --reference glyphs:200 --batch 7"),
-        ("alphaflow_cli.engine.encode.encode", "prep-latents glyphs:20 --out store --batch 7"),
-        ("alphaflow_cli.engine.conflict.measure_batch", "analyze {run} --batch 7 --batches 1"),
+        ("alphaflow_cli.sample.generator.Generator.latents", "sample {run} --grid g.png --batch 7"),
+        (
+            "alphaflow_cli.evaluate.tiny.Tiny.features",
+            "eval glyphs:100 --metrics fd-tiny --reference glyphs:200 --batch 7",
+        ),
+        ("alphaflow_cli.latents.encode.encode", "prep-latents glyphs:20 --out store --batch 7"),
+        ("alphaflow_cli.train.conflict.measure_batch", "analyze {run} --batch 7 --batches 1"),
     ],
 )
 def test_a_gpu_that_is_full_is_one_line_that_says_what_to_do(trained, monkeypatch, capsys, broken, line):

@@ -5,10 +5,9 @@ import sys
 
 import pytest
 
-from alphaflow_cli.engine import plan
-from alphaflow_cli.engine.facts import facts, human, lines
-from alphaflow_cli.recipe import load_recipe, recipe_from_text, shipped
-from alphaflow_cli.recipe.steps import resolve_step
+from alphaflow_cli.recipe import load_recipe, plan, recipe_from_text, shipped
+from alphaflow_cli.recipe.facts import facts, human, lines
+from alphaflow_cli.recipe.loader import resolve_step
 
 PARAMETERS = {
     "b2": 131_287_312,
@@ -27,7 +26,7 @@ def test_the_parameter_count_is_the_published_one(name):
 @pytest.mark.parametrize("extra", ["", ", qk_norm: true", ", second_time: r", ", mlp_ratio: 2.5"])
 @pytest.mark.parametrize("labels", ["{classes: 0}", "{classes: 7}"])
 def test_the_parameter_count_is_that_of_the_built_network(extra, labels):
-    from alphaflow_cli.engine.build import build_network
+    from alphaflow_cli.model.build import build_network
 
     recipe = recipe_from_text(f"model: {{dim: 32, depth: 2, heads: 4{extra}}}\ndata: {labels}", "r")
     assert plan.parameter_count(recipe) == sum(p.numel() for p in build_network(recipe).parameters())
@@ -92,7 +91,7 @@ def test_disk_and_memory_grow_as_they_should():
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_the_memory_estimate_is_what_autograd_keeps(precision):
     """Bytes of the saved tensors of the real network, per row: two batch sizes, so that the weights drop out."""
-    from alphaflow_cli.engine.build import build_network
+    from alphaflow_cli.model.build import build_network
 
     text = "model: {dim: 128, depth: 3, heads: 4}\ndata: {classes: 0}\n" + f"train: {{precision: {precision}}}"
     recipe = recipe_from_text(text, "r")

@@ -20,10 +20,10 @@ from tiny_autoencoders import tiny_dc, tiny_kl
 from alphaflow_cli.cli import run
 from alphaflow_cli.data.manifest import read_manifest
 from alphaflow_cli.data.store import open_store, verify_store
-from alphaflow_cli.engine.encode import choose_precision, encoder_precision
-from alphaflow_cli.engine.prepare import check_room, free_bytes, prepare_latents
-from alphaflow_cli.engine.prepare_plan import default_out, shard_size
 from alphaflow_cli.errors import AlphaflowError
+from alphaflow_cli.latents.encode import choose_precision, encoder_precision
+from alphaflow_cli.latents.plan import default_out, shard_size
+from alphaflow_cli.latents.prepare import check_room, free_bytes, prepare_latents
 from alphaflow_cli.nn.autoencoder import load_autoencoder
 
 CIFAR = os.environ.get("ALPHAFLOW_CIFAR", "")

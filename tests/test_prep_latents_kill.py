@@ -10,7 +10,7 @@ import time
 import pytest
 
 from alphaflow_cli.data.store import verify_store
-from alphaflow_cli.engine.prepare import prepare_latents
+from alphaflow_cli.latents.prepare import prepare_latents
 
 PICTURES = 12_000
 

@@ -7,8 +7,8 @@ import torch
 from other_device import other_device
 from train_helpers import CPU, make_recipe
 
-from alphaflow_cli.engine import probe
-from alphaflow_cli.engine.compile import compile_blocks
+from alphaflow_cli.model.build import compile_blocks
+from alphaflow_cli.train import estimate
 
 COMPILED = ("train.compile=true", "train.batch=16")
 
@@ -22,7 +22,7 @@ def compiled(monkeypatch):
         found.append(compile_blocks(net, backend="eager"))
         return net
 
-    monkeypatch.setattr(probe, "compile_blocks", compile_eagerly)
+    monkeypatch.setattr(estimate, "compile_blocks", compile_eagerly)
     return found
 
 
@@ -30,7 +30,7 @@ def compiled(monkeypatch):
 @pytest.mark.parametrize("setting", ["true", "false"])
 def test_an_estimate_compiles_what_the_run_compiles(compiled, tmp_path, setting):
     recipe = make_recipe(tmp_path, f"train.compile={setting}")
-    measured = probe.measure_phases(recipe, 8, per_process=16)
+    measured = estimate.measure_phases(recipe, 8, per_process=16)
     assert [phase.kind for phase in measured] == ["flow", "between", "derivative"]
     assert all(phase.seconds_per_step > 0 for phase in measured)
     assert [net.compiled for net in compiled] == ([True] if setting == "true" else [])
@@ -48,30 +48,30 @@ def test_the_probe_of_memory_tries_compiled_blocks_on_what_fits_eagerly(monkeypa
             if count > (4 if self.compiled else 8):
                 raise torch.OutOfMemoryError("full")
 
-    monkeypatch.setattr(probe, "Trial", Trial)
-    assert probe._rows_that_fit(make_recipe(tmp_path, *COMPILED), CPU, 32) == 4
+    monkeypatch.setattr(estimate, "Trial", Trial)
+    assert estimate._rows_that_fit(make_recipe(tmp_path, *COMPILED), CPU, 32) == 4
     assert tried == [(False, 32), (False, 16), (False, 8), (True, 8), (True, 4)]
     tried.clear()
-    assert probe._rows_that_fit(make_recipe(tmp_path), CPU, 32) == 8
+    assert estimate._rows_that_fit(make_recipe(tmp_path), CPU, 32) == 8
     assert tried == [(False, 32), (False, 16), (False, 8)]
 
 
 def test_a_trial_takes_the_shares_of_the_step_that_it_stands_for(monkeypatch, tmp_path):
     recipe = make_recipe(tmp_path, "times.equal_share={kind: linear, initial: 0.75, final: 0.25, start: 0, end: 20}")
-    trial, seen = probe.Trial(recipe, CPU), []
+    trial, seen = estimate.Trial(recipe, CPU), []
     monkeypatch.setattr(trial, "step", lambda count, at: seen.append((count, at)))
     trial.phases(16)
     assert seen == [(16, 5), (16, 14), (16, 19)]
     rows = []
-    take = probe.random_rows
-    monkeypatch.setattr(probe, "random_rows", lambda *args: rows.append(args[2]) or take(*args))
+    take = estimate.random_rows
+    monkeypatch.setattr(estimate, "random_rows", lambda *args: rows.append(args[2]) or take(*args))
     for at in (0, 19):
-        probe.Trial.step(trial, 16, at)
+        estimate.Trial.step(trial, 16, at)
     assert rows == [12, 4]
 
 
 def test_on_a_gpu_the_rows_of_the_whole_batch_are_tried(monkeypatch, tmp_path):
     with other_device(monkeypatch) as device:
         world = SimpleNamespace(size=2, device=torch.device("cuda"), largest=lambda value: value)
-        assert probe.micro_batch_that_fits(make_recipe(tmp_path), world) == 8
+        assert estimate.micro_batch_that_fits(make_recipe(tmp_path), world) == 8
     assert device.ran > 0

@@ -15,9 +15,10 @@ from torch import distributed as dist
 from train_helpers import fork
 
 from alphaflow_cli import cli
-from alphaflow_cli.engine import crew, launch, prepare, world
-from alphaflow_cli.engine.reference import load_reference
 from alphaflow_cli.errors import AlphaflowError
+from alphaflow_cli.evaluate.reference import load_reference
+from alphaflow_cli.latents import prepare
+from alphaflow_cli.runtime import crew, launch, processes
 
 REFUSED = "error: --processes 2: this machine has 1 GPU, and every process needs one of its own. Give --processes 1"
 
@@ -53,14 +54,14 @@ def test_two_processes_of_one_gpu_are_refused_when_they_join(monkeypatch):
         raise dist.DistBackendError("NCCL error: Duplicate GPU detected : rank 0 and rank 1 both on CUDA device 1000")
 
     monkeypatch.setattr(dist, "all_reduce", exchange)
-    together = world.World(SimpleNamespace(num_processes=2, device="cpu"))
+    together = processes.World(SimpleNamespace(num_processes=2, device="cpu"))
     with pytest.raises(AlphaflowError, match="2 processes were started, but two of them have the same GPU"):
-        world._meet(together)
+        processes._meet(together)
 
 
 def late(rank):
     """One process comes half a second late."""
-    joined = world.join_world()
+    joined = processes.join_world()
     time.sleep(0.5 * (joined.rank == rank))
     joined.wait()
 
@@ -68,7 +69,7 @@ def late(rank):
 @pytest.mark.distributed
 @pytest.mark.parametrize(("patience", "codes"), [(0.1, [1]), (30, [0])])
 def test_processes_wait_for_each_other_with_our_patience(monkeypatch, tmp_path, patience, codes):
-    monkeypatch.setattr(world, "PATIENCE", timedelta(seconds=patience))
+    monkeypatch.setattr(processes, "PATIENCE", timedelta(seconds=patience))
     started = fork(lambda: late(0), tmp_path, 2)
     assert started.wait()[1:] == codes, started.said()
 

@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from alphaflow_cli.engine import progress
-from alphaflow_cli.engine.progress import Progress, duration, say, size
+from alphaflow_cli.runtime import progress
+from alphaflow_cli.runtime.progress import Progress, duration, say, size
 
 
 class Terminal(io.StringIO):

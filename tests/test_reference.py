@@ -12,13 +12,22 @@ import pytest
 import ruler
 import torch
 
-from alphaflow_cli.engine.evaluate import Ruler, make_reference
-from alphaflow_cli.engine.foreign import HALF_PIXEL, TF1, TF1_DINO, read_foreign
-from alphaflow_cli.engine.pictures import open_pictures
-from alphaflow_cli.engine.processes import Alone
-from alphaflow_cli.engine.reference import Reference, check_fit, floor_of, load_reference, save_reference
 from alphaflow_cli.errors import AlphaflowError
-from alphaflow_cli.nn.tiny import Tiny
+from alphaflow_cli.evaluate.evaluate import Ruler, make_reference
+from alphaflow_cli.evaluate.pictures import open_pictures
+from alphaflow_cli.evaluate.reference import (
+    HALF_PIXEL,
+    TF1,
+    TF1_DINO,
+    Reference,
+    check_fit,
+    floor_of,
+    load_reference,
+    read_foreign,
+    save_reference,
+)
+from alphaflow_cli.evaluate.tiny import Tiny
+from alphaflow_cli.runtime.processes import Alone
 
 FEATURES = np.random.RandomState(0).randn(300, 2048).astype(np.float64)
 MU, SIGMA = FEATURES.mean(0), np.cov(FEATURES, rowvar=False)

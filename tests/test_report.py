@@ -17,14 +17,13 @@ from PIL import Image
 
 from alphaflow_cli.charts.chart import BLUE, DARK, GREY, PAPER
 from alphaflow_cli.cli import run as cli
-from alphaflow_cli.engine.build import build_network
-from alphaflow_cli.engine.checkpoint import Checkpoint, save_checkpoint
-from alphaflow_cli.engine.plan import phases
-from alphaflow_cli.engine.protocol import FeatureSpace, Row
-from alphaflow_cli.engine.results import Evaluation, document
+from alphaflow_cli.evaluate.results import Evaluation, FeatureSpace, Row, document
+from alphaflow_cli.model.build import build_network
+from alphaflow_cli.model.checkpoint import Checkpoint, save_checkpoint
 from alphaflow_cli.recipe import dump_recipe, load_recipe
-from alphaflow_cli.report.embedded import BUDGET, embed, spread_over
-from alphaflow_cli.report.grid import grid_png
+from alphaflow_cli.recipe.plan import phases
+from alphaflow_cli.report.page import BUDGET, embed, spread_over
+from alphaflow_cli.sample.grid import grid_png
 
 STEPS = (100, 200, 300)
 SETS = (

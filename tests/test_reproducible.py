@@ -11,14 +11,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from train_helpers import assert_same, make_recipe
 
 from alphaflow_cli.core.objective import interval_bins
-from alphaflow_cli.engine.build import build_network
-from alphaflow_cli.engine.journal import Sums
-from alphaflow_cli.engine.optimise import Optimiser
-from alphaflow_cli.engine.probe import random_rows
-from alphaflow_cli.engine.step import Objective, training_step
+from alphaflow_cli.model.build import build_network
 from alphaflow_cli.nn.layers import PatchEmbed
 from alphaflow_cli.nn.tangent import Dual
 from alphaflow_cli.recipe import load_recipe
+from alphaflow_cli.train.estimate import random_rows
+from alphaflow_cli.train.journal import Sums
+from alphaflow_cli.train.optimise import Optimiser
+from alphaflow_cli.train.step import Objective, training_step
 
 # What torch.use_deterministic_algorithms says may differ from call to call on a GPU, by the operators' names. The label
 # table's gradient (embedding_dense_backward) and index_copy are on that list too: the first did not differ when it was

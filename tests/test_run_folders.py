@@ -14,13 +14,13 @@ from safetensors.torch import save_file
 from train_helpers import assert_same, begin, left_behind, make_recipe, make_store, row_values, train
 
 from alphaflow_cli.cli import run as cli
-from alphaflow_cli.data.files import SEAL
-from alphaflow_cli.engine import state
-from alphaflow_cli.engine.checkpoint import load_checkpoint, save_checkpoint
-from alphaflow_cli.engine.prepare import prepare_latents
-from alphaflow_cli.engine.run import texts_apart
 from alphaflow_cli.errors import AlphaflowError
+from alphaflow_cli.latents.prepare import prepare_latents
+from alphaflow_cli.model.checkpoint import load_checkpoint, save_checkpoint
 from alphaflow_cli.nn.weights import fit_weights
+from alphaflow_cli.tensors import SEAL
+from alphaflow_cli.train import state
+from alphaflow_cli.train.run import texts_apart
 
 FEW = ("train.steps=8", "alpha=0.5", "train.save_every=4", "train.log_every=2")
 
@@ -38,7 +38,7 @@ def half(store, tmp_path_factory):
 
 
 def killed_at(recipe, store, out, step, **more):
-    from alphaflow_cli.engine import ready, start
+    from alphaflow_cli.train import start
 
     def work():
         start.StopFlag.__exit__ = lambda *_: None
@@ -53,7 +53,7 @@ def killed_at(recipe, store, out, step, **more):
             return real(run, book, stop, trackers=trackers, after_save=after)
 
         start.train_steps = steps
-        return start.train(recipe, ready.TrainOptions(out, store))
+        return start.train(recipe, start.TrainOptions(out, store))
 
     started = begin(recipe, store, out, work=work, **more)
     assert started.wait() == [-signal.SIGKILL], started.said()
@@ -175,7 +175,7 @@ def test_copies_beside_what_was_saved_disturb_nothing_and_are_kept(run, store, t
     assert all(path.read_bytes() == content for path, content in before.items())
     assert_same(train(make_recipe(tmp_path, *FEW), store, tmp_path / "whole"), run)
     assert cli(["sample", str(run), "--weights", "raw", "--latents", str(tmp_path / "a.npy"), "--seeds", "0"]) == 0
-    from alphaflow_cli.engine.generate import find_checkpoint
+    from alphaflow_cli.sample.generator import find_checkpoint
 
     assert find_checkpoint(str(run), weights="raw").parent.name == "step-00000008"
 

@@ -9,11 +9,11 @@ import torch
 from golden_data import network, tensor
 
 from alphaflow_cli import cli
-from alphaflow_cli.engine.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from alphaflow_cli.engine.generate import Generator
-from alphaflow_cli.engine.walk import draw_labels, plan_walk
 from alphaflow_cli.errors import AlphaflowError
+from alphaflow_cli.model.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from alphaflow_cli.recipe.schema import Data, Guidance, Model, Recipe, Sample, Schedule, Train
+from alphaflow_cli.sample.generator import Generator
+from alphaflow_cli.sample.walk import draw_labels, plan_walk
 
 PIXELS = {"id": "none", "revision": "", "weights_sha256": ""}
 
@@ -51,7 +51,7 @@ def pixel_checkpoint(path: Path, side: int = 8) -> Path:
         model=Model(dim=32, depth=2, heads=2, patch=2),
         data=Data(autoencoder="none", image_size=side, channels=3, latent_size=side, classes=10, normalise="scale"),
     )
-    from alphaflow_cli.engine.build import build_network
+    from alphaflow_cli.model.build import build_network
 
     net = build_network(recipe)
     generator = torch.Generator().manual_seed(1)

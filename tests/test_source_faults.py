@@ -347,7 +347,7 @@ def test_a_destination_that_cannot_be_written_is_one_line(tmp_path, kind, capfd)
 def test_a_destination_that_goes_away_is_one_line(tmp_path, monkeypatch, capfd):
     import shutil
 
-    from alphaflow_cli.engine import encode
+    from alphaflow_cli.latents import encode
 
     def gone(*args, **options):
         shutil.rmtree(tmp_path / "s")

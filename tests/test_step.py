@@ -10,12 +10,11 @@ from golden_data import FOLDER, LABEL_ROWS, arrays, assert_close, labels, networ
 from reference_step import reference_step
 from workload import CLASSES, Size, asking, build, draw
 
+from alphaflow_cli.convert.export import to_published
 from alphaflow_cli.core.alpha import schedule_value
-from alphaflow_cli.engine.compile import compile_blocks
-from alphaflow_cli.engine.guide import ask
-from alphaflow_cli.engine.step import Objective, Rows, training_step
-from alphaflow_cli.nn.names import to_published
+from alphaflow_cli.model.build import compile_blocks
 from alphaflow_cli.recipe.schema import Guidance, Loss
+from alphaflow_cli.train.step import Objective, Rows, ask, training_step
 
 TINY = Size(dim=32, depth=2, heads=4, latent=8)
 LOSS_META = json.loads((FOLDER / "loss_meta_f64.json").read_text())

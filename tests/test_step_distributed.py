@@ -9,7 +9,7 @@ import torch
 from torch import distributed, multiprocessing, nn
 from workload import Size, asking, build, draw, objective
 
-from alphaflow_cli.engine.step import Rows, training_step
+from alphaflow_cli.train.step import Rows, training_step
 
 TINY = Size(dim=32, depth=2, heads=4, latent=8)
 TORCH = tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2])

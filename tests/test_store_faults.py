@@ -17,10 +17,10 @@ from train_helpers import begin, make_recipe, make_store, saved_step, wait_for_s
 from alphaflow_cli.cli import run
 from alphaflow_cli.data.batches import LatentStream
 from alphaflow_cli.data.classes import parse_classes
-from alphaflow_cli.data.files import open_tensors, to_json
 from alphaflow_cli.data.manifest import digest_of
 from alphaflow_cli.data.store import class_names, open_store, verify_store
 from alphaflow_cli.errors import AlphaflowError
+from alphaflow_cli.tensors import open_tensors, to_json
 
 OTHERS = (None, True, -1, 0, 1.5, 10**30, "x", "../../x", [], [[]], {}, {"a": 1}, float("nan"))
 STREAM = {
@@ -98,7 +98,7 @@ def test_a_manifest_with_any_value_of_another_shape_opens_or_is_one_line(store):
 
 
 def test_a_plan_or_a_sidecar_with_any_value_of_another_shape_is_one_line(made, tmp_path):
-    from alphaflow_cli.engine.prepare import prepare_latents
+    from alphaflow_cli.latents.prepare import prepare_latents
 
     def prepare():
         prepare_latents("glyphs:40", out, size=32, autoencoder="none", shown=False, bad="skip")

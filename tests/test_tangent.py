@@ -7,7 +7,7 @@ import torch
 from golden_data import arrays, assert_close, labels, network, tensor
 
 from alphaflow_cli.core.objective import jvp_derivative
-from alphaflow_cli.engine.compile import compile_blocks
+from alphaflow_cli.model.build import compile_blocks
 from alphaflow_cli.nn.dit import DiT
 
 CONFIGS = [

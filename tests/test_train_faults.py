@@ -19,14 +19,13 @@ from train_helpers import (
     train,
 )
 
-from alphaflow_cli.engine import ready, start, state
-from alphaflow_cli.engine.journal import Journal, read_rows
-from alphaflow_cli.engine.signals import StopFlag
-from alphaflow_cli.engine.split import largest_that_fits
-from alphaflow_cli.engine.trackers import Trackers
-from alphaflow_cli.engine.train import train_steps
-from alphaflow_cli.engine.world import join_world
 from alphaflow_cli.errors import AlphaflowError
+from alphaflow_cli.runtime.launch import StopFlag
+from alphaflow_cli.runtime.processes import join_world
+from alphaflow_cli.train import start, state
+from alphaflow_cli.train.journal import Journal, Trackers, read_rows
+from alphaflow_cli.train.loop import train_steps
+from alphaflow_cli.train.parallel import largest_that_fits
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +45,7 @@ def disturbed(recipe, options, disturb):
 
 
 def run_disturbed(recipe, store, out, disturb, *, processes=1, micro_batch=None):
-    options = ready.TrainOptions(out, store, micro_batch)
+    options = start.TrainOptions(out, store, micro_batch)
     return begin(recipe, store, out, processes=processes, work=lambda: disturbed(recipe, options, disturb))
 
 
@@ -163,22 +162,22 @@ def test_a_store_with_a_nan_in_it_is_refused(tmp_path):
     with np.errstate(invalid="ignore"):
         store = write_store(tmp_path / "store", {"moments": moments}, np.arange(48) % 10)
     with pytest.raises(AlphaflowError, match="the statistics are not finite"):
-        ready.prepare_run(make_recipe(tmp_path), ready.TrainOptions(tmp_path / "run", store))
+        start.prepare_run(make_recipe(tmp_path), start.TrainOptions(tmp_path / "run", store))
 
 
 def test_a_store_that_disagrees_is_refused_with_both_sides(store, tmp_path):
     recipe = make_recipe(tmp_path, "data.classes=7", "data.image_size=64", "data.latent_size=8")
     with pytest.raises(AlphaflowError) as fault:
-        ready.prepare_run(recipe, ready.TrainOptions(tmp_path / "run", store))
+        start.prepare_run(recipe, start.TrainOptions(tmp_path / "run", store))
     for line in ("image_size: the store has 32, the recipe wants 64", "classes: the store has 10, the recipe wants 7"):
         assert line in str(fault.value)
 
 
 def test_a_folder_of_another_recipe_is_refused_with_the_differences(store, tmp_path):
-    ready.prepare_run(make_recipe(tmp_path), ready.TrainOptions(tmp_path / "run", store))
+    start.prepare_run(make_recipe(tmp_path), start.TrainOptions(tmp_path / "run", store))
     with pytest.raises(AlphaflowError) as fault:
-        ready.prepare_run(
-            make_recipe(tmp_path, "optim.lr=2e-3", "train.seed=4"), ready.TrainOptions(tmp_path / "run", store)
+        start.prepare_run(
+            make_recipe(tmp_path, "optim.lr=2e-3", "train.seed=4"), start.TrainOptions(tmp_path / "run", store)
         )
     assert "optim.lr: 0.001 there, 0.002 asked for" in str(fault.value)
     assert "train.seed: 0 there, 4 asked for" in str(fault.value)
@@ -203,7 +202,7 @@ def test_another_store_for_the_same_run_is_refused(store, tmp_path):
 
 def test_no_store_at_all_says_what_to_do(tmp_path):
     with pytest.raises(AlphaflowError, match="alphaflow prep-latents SOURCE --out DIR"):
-        ready.prepare_run(make_recipe(tmp_path), ready.TrainOptions(tmp_path / "run"))
+        start.prepare_run(make_recipe(tmp_path), start.TrainOptions(tmp_path / "run"))
 
 
 def test_a_changed_byte_in_the_store_is_found_before_the_first_step(tmp_path):
@@ -217,7 +216,7 @@ def test_a_changed_byte_in_the_store_is_found_before_the_first_step(tmp_path):
 
 def test_more_processes_than_rows_of_a_batch_are_refused(tmp_path):
     with pytest.raises(AlphaflowError, match=r"17 processes for a batch of 16 rows.*at most 16"):
-        ready.count_processes(make_recipe(tmp_path), 17)
+        start.count_processes(make_recipe(tmp_path), 17)
 
 
 def test_a_store_smaller_than_a_batch_trains(tmp_path):
@@ -253,7 +252,7 @@ def test_a_full_disk_ends_the_run_and_loses_nothing(processes, store, tmp_path):
 
 def test_a_file_that_cannot_grow_ends_the_run_and_loses_nothing(store, tmp_path):
     recipe, out = make_recipe(tmp_path), tmp_path / "run"
-    options = ready.TrainOptions(out, store)
+    options = start.TrainOptions(out, store)
 
     def limited():
         resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, 400_000))
@@ -269,16 +268,16 @@ def test_a_read_only_run_folder_is_named_before_the_start(store, tmp_path):
     with small_disk(tmp_path / "disk", 100) as remount:
         remount("ro")
         with pytest.raises(AlphaflowError, match=r"run: cannot be written \(Read-only file system\).*--out RUN"):
-            ready.prepare_run(make_recipe(tmp_path), ready.TrainOptions(tmp_path / "disk" / "run", store))
+            start.prepare_run(make_recipe(tmp_path), start.TrainOptions(tmp_path / "disk" / "run", store))
 
 
 def test_a_run_folder_that_becomes_read_only_ends_the_run(store, tmp_path):
     recipe = make_recipe(tmp_path)
     with small_disk(tmp_path / "disk", 100_000) as remount:
         out = tmp_path / "disk" / "run"
-        ready.prepare_run(recipe, ready.TrainOptions(out, store))
+        start.prepare_run(recipe, start.TrainOptions(out, store))
         remount("ro")
-        options = ready.TrainOptions(out, store)
+        options = start.TrainOptions(out, store)
         started = fork(lambda: start.train(recipe, options), tmp_path / "errors")
         refused(started, "Read-only file system", "cannot be written")
 
@@ -286,7 +285,7 @@ def test_a_run_folder_that_becomes_read_only_ends_the_run(store, tmp_path):
 def test_a_run_folder_under_a_file_is_named(store, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(AlphaflowError, match=r"cannot be written \(Not a directory\)"):
-        ready.prepare_run(make_recipe(tmp_path), ready.TrainOptions(tmp_path / "file" / "run", store))
+        start.prepare_run(make_recipe(tmp_path), start.TrainOptions(tmp_path / "file" / "run", store))
 
 
 # Memory.

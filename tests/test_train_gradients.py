@@ -12,13 +12,12 @@ from train_helpers import fork, make_recipe, make_store, row_values, train
 from alphaflow_cli.core.alpha import equal_rows
 from alphaflow_cli.core.draws import step_draws
 from alphaflow_cli.core.times import sample_times
-from alphaflow_cli.engine import ready, start
-from alphaflow_cli.engine.plan import equal_share_at
-from alphaflow_cli.engine.shards import local, part, whole
-from alphaflow_cli.engine.split import Split, split_batch
-from alphaflow_cli.engine.step import training_step
-from alphaflow_cli.engine.train import gradients, rows_at
-from alphaflow_cli.engine.world import join_world
+from alphaflow_cli.recipe.plan import equal_share_at
+from alphaflow_cli.runtime.processes import join_world
+from alphaflow_cli.train import start
+from alphaflow_cli.train.loop import gradients, rows_at
+from alphaflow_cli.train.parallel import Split, local, part, split_batch, whole
+from alphaflow_cli.train.step import training_step
 
 ALPHAS = {"flow": 1.0, "between": 0.4, "derivative": 0.0}
 
@@ -39,7 +38,7 @@ def awake(net):
 def write_gradients(recipe, store, folder, micro_batch):
     """Of one step of every phase, by name, in one file; and the rows of each kind that this process saw."""
     world = join_world()
-    run = start.open_run(recipe, ready.TrainOptions(folder, store, micro_batch), world)
+    run = start.open_run(recipe, start.TrainOptions(folder, store, micro_batch), world)
     awake(run.net)
     found = {}
     for phase, alpha in ALPHAS.items():
@@ -59,8 +58,8 @@ def write_gradients(recipe, store, folder, micro_batch):
 
 def gradients_of(recipe, store, folder, *, processes, micro_batch=None):
     folder.mkdir()
-    options = ready.TrainOptions(folder, store)
-    ready.prepare_run(recipe, options)
+    options = start.TrainOptions(folder, store)
+    start.prepare_run(recipe, options)
     started = fork(lambda: write_gradients(recipe, store, folder, micro_batch), folder / "errors", processes)
     assert started.wait() == [0] * processes, started.said()
     return torch.load(folder / "gradients.pt")
@@ -99,7 +98,7 @@ def test_gradients_on_several_processes_are_those_of_one(way, alone, store, tmp_
 def test_asking_about_the_needed_rows_only_changes_no_gradient(alpha, store, tmp_path):
     interval = ("guidance.t_min=0.3", "guidance.t_max=0.6", "guidance.label_dropout=0.4")
     recipe = make_recipe(tmp_path, "train.precision=fp64", *interval)
-    run = start.open_run(recipe, ready.TrainOptions(tmp_path / "run", store), join_world())
+    run = start.open_run(recipe, start.TrainOptions(tmp_path / "run", store), join_world())
     awake(run.net)
     law, n_equal = recipe.times, 4
     draws = step_draws(0, 5, batch=16, shape=run.stream.shape, device=run.world.device)

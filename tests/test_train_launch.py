@@ -14,8 +14,8 @@ import pytest
 from train_helpers import assert_same, make_recipe, make_store, saved_step, train
 
 from alphaflow_cli.cli import run as cli
-from alphaflow_cli.engine.journal import read_rows
-from alphaflow_cli.engine.launch import is_worker
+from alphaflow_cli.runtime.launch import is_worker
+from alphaflow_cli.train.journal import read_rows
 
 pytestmark = pytest.mark.distributed
 STEPS = 5_000  # more than a test waits for

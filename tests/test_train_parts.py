@@ -11,21 +11,26 @@ import torch
 from counting import count
 from train_helpers import CPU, begin, make_recipe, make_store, train
 
-from alphaflow_cli.engine import start
-from alphaflow_cli.engine.build import build_network
-from alphaflow_cli.engine.checkpoint import load_checkpoint
-from alphaflow_cli.engine.journal import Journal, console_line, read_rows
-from alphaflow_cli.engine.launch import check_processes
-from alphaflow_cli.engine.probe import random_rows
-from alphaflow_cli.engine.shards import check_sharding
-from alphaflow_cli.engine.signals import StopFlag
-from alphaflow_cli.engine.slurm import first_host, slurm_environment
-from alphaflow_cli.engine.split import Split
-from alphaflow_cli.engine.step import Objective, training_step
-from alphaflow_cli.engine.trackers import check_trackers, flat
-from alphaflow_cli.engine.utilisation import forward_flops, mean_asked_rows, peak_of, step_flops
 from alphaflow_cli.errors import AlphaflowError
+from alphaflow_cli.model.build import build_network
+from alphaflow_cli.model.checkpoint import load_checkpoint
 from alphaflow_cli.recipe import load_recipe
+from alphaflow_cli.runtime.launch import StopFlag, check_processes, first_host, slurm_environment
+from alphaflow_cli.train import start
+from alphaflow_cli.train.estimate import random_rows
+from alphaflow_cli.train.journal import (
+    Journal,
+    check_trackers,
+    console_line,
+    flat,
+    forward_flops,
+    mean_asked_rows,
+    peak_of,
+    read_rows,
+    step_flops,
+)
+from alphaflow_cli.train.parallel import Split, check_sharding
+from alphaflow_cli.train.step import Objective, training_step
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +102,7 @@ def test_a_missing_tracker_names_the_extra(tmp_path, monkeypatch):
     recipe = make_recipe(tmp_path)
     check_trackers(recipe)
     absent = replace(recipe, train=replace(recipe.train, trackers=("wandb",)))
-    monkeypatch.setattr("alphaflow_cli.engine.trackers.find_spec", lambda name: None)
+    monkeypatch.setattr("alphaflow_cli.train.journal.find_spec", lambda name: None)
     with pytest.raises(AlphaflowError, match=r"pip install 'alphaflow\[wandb\]'"):
         check_trackers(absent)
 
@@ -170,7 +175,7 @@ def test_the_journal_tells_the_share_of_the_peak(tmp_path):
 
 def test_one_signal_asks_its_echo_is_ignored_a_later_one_leaves(monkeypatch):
     clock = [100.0]
-    monkeypatch.setattr("alphaflow_cli.engine.signals.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("alphaflow_cli.runtime.launch.time.monotonic", lambda: clock[0])
     with StopFlag() as stop:
         assert not stop.is_set
         os.kill(os.getpid(), signal.SIGINT)

@@ -18,12 +18,11 @@ from train_helpers import (
     wait_for_step,
 )
 
-from alphaflow_cli.engine import ready, start, state
-from alphaflow_cli.engine.journal import Journal, read_rows
-from alphaflow_cli.engine.signals import StopFlag
-from alphaflow_cli.engine.trackers import Trackers
-from alphaflow_cli.engine.train import train_steps
-from alphaflow_cli.engine.world import join_world
+from alphaflow_cli.runtime.launch import StopFlag
+from alphaflow_cli.runtime.processes import join_world
+from alphaflow_cli.train import start, state
+from alphaflow_cli.train.journal import Journal, Trackers, read_rows
+from alphaflow_cli.train.loop import train_steps
 
 WAYS = {  # processes, micro-batch, --set
     "one process": (1, None, ()),
@@ -60,7 +59,7 @@ def interrupted_at(recipe, options, step, how):
 
 
 def interrupt(recipe, store, out, step, how, processes, micro_batch):
-    options = ready.TrainOptions(out, store, micro_batch)
+    options = start.TrainOptions(out, store, micro_batch)
     started = begin(recipe, store, out, processes=processes, work=lambda: interrupted_at(recipe, options, step, how))
     expected = {"kill": -signal.SIGKILL, "stop": 143}[how]
     assert started.wait() == [expected] * processes, started.said()
@@ -217,7 +216,7 @@ def test_a_finished_run_is_left_alone(store, tmp_path):
 
 
 def test_weights_and_averages_are_apart_in_the_files(store, tmp_path):
-    from alphaflow_cli.engine.checkpoint import load_checkpoint
+    from alphaflow_cli.model.checkpoint import load_checkpoint
 
     out = train(make_recipe(tmp_path), store, tmp_path / "run")
     folder, tensors = out / "checkpoints" / "step-00000020", left_behind(out)

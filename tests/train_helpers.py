@@ -23,9 +23,10 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 from latent_stores import random_moments, write_store
 
-from alphaflow_cli.engine import launch, ready, start, state
-from alphaflow_cli.engine.journal import TIMING, read_rows
 from alphaflow_cli.recipe import load_recipe
+from alphaflow_cli.runtime import launch
+from alphaflow_cli.train import start, state
+from alphaflow_cli.train.journal import TIMING, read_rows
 
 CPU = torch.device("cpu")
 RECIPE = """
@@ -134,8 +135,8 @@ def _child(work, folder: Path, rank: int, processes: int, port: int) -> None:
 
 def begin(recipe, store: Path, out: Path, *, processes: int = 1, micro_batch=None, init_from="", work=None) -> Started:
     """Start `alphaflow train` as its own parent would: checked first, then forked."""
-    options = ready.TrainOptions(out, store, micro_batch, init_from)
-    ready.prepare_run(recipe, options)
+    options = start.TrainOptions(out, store, micro_batch, init_from)
+    start.prepare_run(recipe, options)
     errors = out.parent / f"{out.name}-errors"
     return fork(work or (lambda: start.train(recipe, options)), errors, processes)
 

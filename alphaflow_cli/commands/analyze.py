@@ -54,7 +54,7 @@ def command(
     percentiles, their sizes, per block and per range of t - r; and the weighted gradient's size over alpha. Running
     the same command again resumes; docs/understanding.md says how to read it.
     """
-    from alphaflow_cli.engine.analyze import AnalyzeRequest, analyze
+    from alphaflow_cli.analyze.analyze import AnalyzeRequest, analyze
 
     document, folder = analyze(
         AnalyzeRequest(

@@ -15,7 +15,7 @@ def command(as_json: bool) -> None:
     Versions, devices, caches, which weights are present, disk, and whether a Hugging Face token is set (it is not
     shown). Nothing is downloaded and no server is asked.
     """
-    from alphaflow_cli.engine.machine import examine
+    from alphaflow_cli.doctor import examine
 
     found = examine()
     if as_json:

@@ -25,9 +25,9 @@ from alphaflow_cli.commands.walking import walk_options
 from alphaflow_cli.recipe.schema import LabelDraw
 
 if TYPE_CHECKING:
-    from alphaflow_cli.engine.decoder import DecoderChoice
-    from alphaflow_cli.engine.evaluate_checkpoint import EvalRequest, Report
-    from alphaflow_cli.engine.results import Evaluation
+    from alphaflow_cli.evaluate.evaluate import EvalRequest, Report
+    from alphaflow_cli.evaluate.results import Evaluation
+    from alphaflow_cli.sample.generator import DecoderChoice
 
 OF_CHECKPOINTS = "--nfe, --sampler, --times, --guidance, --draw, --autoencoder and --decoder"
 EXAMPLES = examples(
@@ -83,7 +83,7 @@ def command(
     or glyphs:N; pictures are measured as they are, never resized. Every number is printed with its protocol; running
     the same command again resumes.
     """
-    from alphaflow_cli.engine.evaluate_checkpoint import EvalRequest, is_checkpoint
+    from alphaflow_cli.evaluate.evaluate import EvalRequest, is_checkpoint
 
     if (markdown and as_json) or (times is not None and nfe) or (sweep_midpoint and (nfe or times)):
         raise click.UsageError("--markdown and --json exclude each other; so do --nfe, --times and --sweep-midpoint.")
@@ -102,8 +102,8 @@ def run_evaluation(
     request: "EvalRequest", processes: int | None, of_checkpoint: bool, *, markdown: bool, as_json: bool
 ) -> None:
     """Here, or in N processes of which the first prints."""
-    from alphaflow_cli.engine.launch import as_worker, check_processes, is_worker, launch
-    from alphaflow_cli.engine.processes import processes_here
+    from alphaflow_cli.runtime.launch import as_worker, check_processes, is_worker, launch
+    from alphaflow_cli.runtime.processes import processes_here
 
     def measure() -> int:
         found = measure_checkpoint(request) if of_checkpoint else measure_pictures(request)
@@ -122,19 +122,19 @@ def run_evaluation(
 
 def measure_checkpoint(request: "EvalRequest") -> "Report | None":
     """Every walk asked for."""
-    from alphaflow_cli.engine.evaluate_checkpoint import evaluate_checkpoint
-    from alphaflow_cli.engine.processes import join_processes
+    from alphaflow_cli.evaluate.evaluate import evaluate_checkpoint
+    from alphaflow_cli.runtime.processes import join_processes
 
     return evaluate_checkpoint(request, join_processes())
 
 
 def measure_pictures(request: "EvalRequest") -> "Report | None":
     """A folder of pictures from anywhere."""
-    from alphaflow_cli.engine import evaluate as engine
-    from alphaflow_cli.engine.evaluate_checkpoint import Report
-    from alphaflow_cli.engine.pictures import open_pictures
-    from alphaflow_cli.engine.processes import join_processes
-    from alphaflow_cli.engine.results import save_results
+    from alphaflow_cli.evaluate import evaluate as engine
+    from alphaflow_cli.evaluate.evaluate import Report
+    from alphaflow_cli.evaluate.pictures import open_pictures
+    from alphaflow_cli.evaluate.results import save_results
+    from alphaflow_cli.runtime.processes import join_processes
 
     source, out = open_pictures(request.checkpoint, size=None, limit=request.images), request.out or Path("evals")
     processes = join_processes()
@@ -158,7 +158,7 @@ def measure_pictures(request: "EvalRequest") -> "Report | None":
 
 def show_report(report: "Report", *, markdown: bool, as_json: bool) -> None:
     """The table and the file; what is talk goes to stderr."""
-    from alphaflow_cli.engine import results
+    from alphaflow_cli.evaluate import results
 
     if as_json:
         print_json({**results.document(report.evaluations), "path": str(report.results)})
@@ -176,14 +176,14 @@ def show_report(report: "Report", *, markdown: bool, as_json: bool) -> None:
 
 def score_table(evaluations: Sequence["Evaluation"]) -> list[tuple[str, ...]]:
     """One row per number."""
-    from alphaflow_cli.engine import results
+    from alphaflow_cli.evaluate import results
 
     return [(row.name, results.told_value(row), row.told()) for each in evaluations for row in each.rows]
 
 
 def tell_notes(evaluation: "Evaluation") -> None:
     """Warnings, notes and the time split."""
-    from alphaflow_cli.engine import results
+    from alphaflow_cli.evaluate import results
 
     for warning in evaluation.warnings:
         tell(f"warning: {warning}", err=True)

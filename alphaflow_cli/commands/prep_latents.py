@@ -79,12 +79,11 @@ def command(
     (the embedded set). Pictures directly in the folder are one class.
     """
     if only_verify:
-        from alphaflow_cli.engine.prepare_report import verify
+        from alphaflow_cli.latents.prepare import verify
 
         return print_lines(verify(Path(source)))
-    from alphaflow_cli.engine.prepare import count_encoders, plan_job, prepare_store
-    from alphaflow_cli.engine.prepare_plan import StoreRequest, default_out
-    from alphaflow_cli.engine.prepare_report import describe_store, estimate_store
+    from alphaflow_cli.latents.plan import StoreRequest, default_out
+    from alphaflow_cli.latents.prepare import count_encoders, describe_store, estimate_store, plan_job, prepare_store
 
     glyphs = source.startswith("glyphs:")
     size = size or (GLYPH_SIZE if glyphs else Data.image_size)

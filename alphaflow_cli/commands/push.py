@@ -24,7 +24,7 @@ def check_licence(_context: click.Context, _parameter: click.Parameter, value: s
 
 def check_repository(_context: click.Context, _parameter: click.Parameter, value: str | None) -> str | None:
     """A name that the Hub can have."""
-    from alphaflow_cli.hub.address import is_repository
+    from alphaflow_cli.remote.address import is_repository
 
     if value is not None and not is_repository(value):
         raise click.BadParameter(f"{value!r} is not of the form user/name, in the letters the Hub takes.")
@@ -33,7 +33,7 @@ def check_repository(_context: click.Context, _parameter: click.Parameter, value
 
 def local_source(source: str, repo: str | None) -> Path:
     """Only what lies here is published: the Hub's copy is not sent back under another name."""
-    from alphaflow_cli.hub.address import is_repository
+    from alphaflow_cli.remote.address import is_repository
 
     path = Path(source).expanduser()
     if not path.exists():
@@ -83,9 +83,8 @@ def command(
     Weights, config.json, recipe.yaml, a model card, results.json and a sample grid; no optimiser state, no path of this
     machine. Without arguments: the newest run, to <you>/<recipe name>. Interrupted, the same command goes on.
     """
-    from alphaflow_cli.engine.progress import say
-    from alphaflow_cli.engine.publish import newest_run, open_publication, stage
-    from alphaflow_cli.hub.upload import Target, check_login, check_name, upload
+    from alphaflow_cli.hub.push import Target, check_login, check_name, newest_run, open_publication, stage, upload
+    from alphaflow_cli.runtime.progress import say
 
     if out is not None and not dry_run:
         raise click.UsageError("--out goes with --dry-run.")

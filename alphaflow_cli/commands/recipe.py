@@ -31,8 +31,8 @@ def command() -> None:
 @json_option
 def list_recipes(as_json: bool) -> None:
     """List the shipped recipes."""
-    from alphaflow_cli.engine.plan import parameter_count
     from alphaflow_cli.recipe import load_recipe, shipped
+    from alphaflow_cli.recipe.plan import parameter_count
     from alphaflow_cli.recipe.source import read_text, title
 
     found = []
@@ -61,9 +61,9 @@ def show_command(recipe: str, sets: tuple[str, ...], as_json: bool) -> None:
     What follows are the phases of alpha in steps, images seen, parameters, and estimates of memory and disk. They come
     as comments: the output is itself a recipe.
     """
-    from alphaflow_cli.engine.facts import facts, lines
     from alphaflow_cli.recipe import dump_recipe, load_recipe
-    from alphaflow_cli.recipe.dump import to_dict
+    from alphaflow_cli.recipe.facts import facts, lines
+    from alphaflow_cli.recipe.loader import to_dict
 
     loaded = load_recipe(recipe, sets)
     if as_json:
@@ -112,8 +112,8 @@ def _fault(file: str, sets: tuple[str, ...]) -> str:
 def plot(recipe: str, out: Path, sets: tuple[str, ...]) -> None:
     """Draw alpha and its phases, the share of r = t rows and the learning rate over the steps."""
     from alphaflow_cli.charts.draw import to_png, to_svg
-    from alphaflow_cli.engine.curves import recipe_chart
     from alphaflow_cli.recipe import load_recipe
+    from alphaflow_cli.train.curves import recipe_chart
 
     if out.suffix.lower() not in (".png", ".svg"):
         raise click.BadParameter(f"{str(out)!r} must end in .png or .svg", param_hint="-o")

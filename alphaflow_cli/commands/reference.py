@@ -20,7 +20,7 @@ from alphaflow_cli.commands.measuring import Metrics, Weights, batch_option, met
 from alphaflow_cli.errors import AlphaflowError
 
 if TYPE_CHECKING:
-    from alphaflow_cli.engine.reference import Reference
+    from alphaflow_cli.evaluate.reference import Reference
 
 EXAMPLES = examples(
     "alphaflow reference glyphs:1000 --metrics fd-tiny -o glyphs.safetensors",
@@ -65,7 +65,7 @@ def command(
     hf://datasets/NAME, or glyphs:N. Where a source holds splits and --size is given, the training split is taken.
     Without --metrics: every network whose weights are on this machine.
     """
-    from alphaflow_cli.engine.launch import as_worker, is_worker
+    from alphaflow_cli.runtime.launch import as_worker, is_worker
 
     if path.suffix != ".safetensors":
         raise click.UsageError(f"-o {path}: a reference is a .safetensors file")
@@ -88,9 +88,9 @@ def make(
     size: int | None, limit: int | None, name: str, kept: int, batch: int,
 ) -> "tuple[Reference, list[str]] | None":  # fmt: skip
     """Measure and save, in this process or as one of those that a launcher started."""
-    from alphaflow_cli.engine import evaluate as engine
-    from alphaflow_cli.engine.pictures import open_pictures
-    from alphaflow_cli.engine.processes import join_processes
+    from alphaflow_cli.evaluate import evaluate as engine
+    from alphaflow_cli.evaluate.pictures import open_pictures
+    from alphaflow_cli.runtime.processes import join_processes
 
     pictures = open_pictures(source, size=size, limit=limit)
     processes = join_processes()

@@ -18,6 +18,6 @@ def command(run: Path, out: Path | None) -> None:
     Recipe and what differs from the shipped one, alpha and its phases, curves, the conflict where it was recorded,
     samples over time, scores with their protocols, environment, commands. It needs no network and opens anywhere.
     """
-    from alphaflow_cli.engine.run_report import write_report
+    from alphaflow_cli.report.run import write_report
 
     click.echo(str(write_report(run, out or run / "report.html")))

@@ -17,7 +17,7 @@ from alphaflow_cli.commands.walking import walk_options
 from alphaflow_cli.text import shorten
 
 if TYPE_CHECKING:
-    from alphaflow_cli.engine.decoder import DecoderChoice
+    from alphaflow_cli.sample.generator import DecoderChoice
 
 EXAMPLES = examples(
     "alphaflow sample runs/quickstart --grid grid.png",
@@ -87,7 +87,7 @@ def command(
         raise click.UsageError("--times and --nfe exclude each other: the grid says how many steps there are.")
     if latents is not None and len(nfe) > 1:
         raise click.UsageError("--latents wants one --nfe.")
-    from alphaflow_cli.engine.sampling import SampleRequest, sample_to_files
+    from alphaflow_cli.sample.write import SampleRequest, sample_to_files
 
     request = SampleRequest(
         checkpoint=checkpoint, seeds=seeds, classes=classes, nfe=nfe or (1,), sampler=sampler, times=times,

@@ -25,7 +25,7 @@ from alphaflow_cli.recipe import load_recipe
 from alphaflow_cli.recipe.schema import Recipe
 
 if TYPE_CHECKING:
-    from alphaflow_cli.engine.ready import TrainOptions
+    from alphaflow_cli.train.start import TrainOptions
 
 EXAMPLES = examples(
     "alphaflow train quickstart",
@@ -79,8 +79,8 @@ def command(
     if dry_run or estimate:
         show_plan(loaded, recipe, folder, processes, micro_batch, measured=estimate, as_json=as_json)
         return
-    from alphaflow_cli.engine.launch import as_worker, check_processes, is_worker
-    from alphaflow_cli.engine.ready import TrainOptions
+    from alphaflow_cli.runtime.launch import as_worker, check_processes, is_worker
+    from alphaflow_cli.train.start import TrainOptions
 
     options = TrainOptions(folder, data, micro_batch or None, init_from, verify)
     if is_worker():
@@ -94,8 +94,8 @@ def command(
 
 def join(recipe: Recipe, options: "TrainOptions") -> int:
     """Train as one of several processes; the first one has the last word where no parent of ours has."""
-    from alphaflow_cli.engine.launch import has_parent
-    from alphaflow_cli.engine.start import train
+    from alphaflow_cli.runtime.launch import has_parent
+    from alphaflow_cli.train.start import train
 
     code = train(recipe, options)
     if code == 0 and not has_parent() and os.environ["RANK"] == "0":
@@ -106,10 +106,9 @@ def join(recipe: Recipe, options: "TrainOptions") -> int:
 
 def begin(recipe: Recipe, options: "TrainOptions", processes: int | None) -> int:
     """Check everything, then train here or in N processes."""
-    from alphaflow_cli.engine.launch import launch
-    from alphaflow_cli.engine.lock import hand_on, hold
-    from alphaflow_cli.engine.ready import count_processes, prepare_run
-    from alphaflow_cli.engine.start import train
+    from alphaflow_cli.runtime.launch import launch
+    from alphaflow_cli.runtime.lock import hand_on, hold
+    from alphaflow_cli.train.start import count_processes, prepare_run, train
 
     count = count_processes(recipe, processes)
     with hold(options.out, "train"):
@@ -133,7 +132,7 @@ def show_plan(
     recipe: Recipe, asked: str, folder: Path, processes: int | None, micro_batch: int, *, measured: bool, as_json: bool
 ) -> None:
     """--dry-run and --estimate."""
-    from alphaflow_cli.engine.dry_run import describe_run, estimate_training
+    from alphaflow_cli.train.estimate import describe_run, estimate_training
 
     document, lines = describe_run(recipe, asked, folder, processes=processes or 1, micro_batch=micro_batch or None)
     if measured:

@@ -28,12 +28,11 @@ from alphaflow_cli.convert.shape import check_weights_fit, finite
 from alphaflow_cli.convert.sit import Kind, add_second_embedder, looks_like_sit, read_sit, turn_time
 from alphaflow_cli.convert.source import bare_name, read_source
 from alphaflow_cli.convert.strangers import check_path, refuse_strangers, refuse_unknown
-from alphaflow_cli.engine.build import build_network
-from alphaflow_cli.engine.checkpoint import Checkpoint, check_latents, save_checkpoint
-from alphaflow_cli.engine.files import write_atomically
 from alphaflow_cli.errors import AlphaflowError
-from alphaflow_cli.nn.autoencoder import load_autoencoder
-from alphaflow_cli.nn.autoencoder_files import kl_config
+from alphaflow_cli.files import write_atomically
+from alphaflow_cli.model.build import build_network
+from alphaflow_cli.model.checkpoint import Checkpoint, check_latents, save_checkpoint
+from alphaflow_cli.nn.autoencoder import kl_config, load_autoencoder
 from alphaflow_cli.recipe import Recipe
 
 __all__ = ["FAMILIES", "ConvertOptions", "Outcome", "convert"]

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from alphaflow_cli.engine.checkpoint import misfits
+from alphaflow_cli.convert.export import from_published
 from alphaflow_cli.errors import AlphaflowError
-from alphaflow_cli.nn.names import from_published
+from alphaflow_cli.model.checkpoint import misfits
 from alphaflow_cli.recipe.schema import Recipe
 
 HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}  # of S, B, L, XL: the shapes do not tell

@@ -9,6 +9,8 @@ So a run resumes at any step without replaying one, every sample appears once pe
 of two epochs, nothing is dropped), and two processes see what one would: they take other rows of the same batch.
 
 Shapes: B global batch, n rows asked for, (C, h, w) a latent; a stored row has 2C channels (mean, std) or C.
+
+From the host to a device, without the host waiting for it.
 """
 
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,12 +25,10 @@ import torch
 from torch import Tensor
 
 from alphaflow_cli.core.draws import FLIP, ORDER, POSTERIOR, mix_seed
-from alphaflow_cli.data.files import Array
-from alphaflow_cli.data.shards import Shards, statistics_of_rows
 from alphaflow_cli.data.stats import Statistics, merge, mirrored, subset_rows
-from alphaflow_cli.data.store import Store, Verify, open_store
-from alphaflow_cli.data.transfer import to_device
+from alphaflow_cli.data.store import Shards, Store, Verify, open_store, statistics_of_rows
 from alphaflow_cli.errors import AlphaflowError
+from alphaflow_cli.tensors import Array
 
 Rows = slice | Tensor
 CONSTANT = 1e-6  # a latent that varies less than this (std) is constant: dividing by it would blow up rounding noise
@@ -244,3 +244,11 @@ def _whole(shards: Shards, name: str, device: torch.device) -> Tensor:
     for (start, stop), file in zip(pairwise(shards.starts), shards.files, strict=True):
         whole[start:stop].copy_(torch.from_numpy(file.read(name)))  # without a name: gone before the next is read
     return whole
+
+
+def to_device(values: Tensor, device: torch.device) -> Tensor:
+    """Through pinned memory where it is a GPU; a plain copy would wait for all work that is queued there, and one with
+    gaps goes through memory that is not pinned."""
+    if device.type == "cuda" and values.device.type == "cpu":
+        return values.contiguous().pin_memory().to(device, non_blocking=True)
+    return values.to(device)

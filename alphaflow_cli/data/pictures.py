@@ -9,7 +9,7 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from alphaflow_cli.data.files import Array
+from alphaflow_cli.tensors import Array
 from alphaflow_cli.text import brief
 
 Image.MAX_IMAGE_PIXELS = None  # Pillow's guard warns, then raises; ours is one limit, and names the file

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from alphaflow_cli.core.draws import SUBSET, mix_seed
-from alphaflow_cli.data.files import Array, TensorFile
+from alphaflow_cli.tensors import Array, TensorFile
 
 CHUNK = 256  # rows turned to float64 at once
 

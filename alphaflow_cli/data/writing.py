@@ -5,7 +5,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from alphaflow_cli.data.files import Array, is_there, to_json, write_atomic, write_tensors
 from alphaflow_cli.data.manifest import (
     AGAIN,
     STATISTICS_FILE,
@@ -15,7 +14,6 @@ from alphaflow_cli.data.manifest import (
     read_json,
     shard_from_dict,
 )
-from alphaflow_cli.data.shards import open_shards, statistics_of_rows
 from alphaflow_cli.data.stats import (
     Statistics,
     merge_all,
@@ -24,7 +22,9 @@ from alphaflow_cli.data.stats import (
     statistics_tensors,
     subset_rows,
 )
+from alphaflow_cli.data.store import open_shards, statistics_of_rows
 from alphaflow_cli.errors import AlphaflowError
+from alphaflow_cli.tensors import Array, is_there, to_json, write_atomic, write_tensors
 
 STATS_IMAGES = 2048  # the published estimate's number of latents; its statistics lie beside those of all
 METADATA = {"format": "alphaflow-latents-1"}

@@ -11,7 +11,7 @@ forward-mode derivative).
 
 Given a `tangent` of z on the last rows, du/dt rides along through the same lines: there x and c are `Dual`s, a value
 with its derivative, and every operation below is one that has a rule for them (nn/tangent.py). Given other rows
-`beside`, each block computes them too, without gradient (nn/beside.py).
+`beside`, each block computes them too, without gradient (nn/tangent.py).
 """
 
 import warnings
@@ -20,9 +20,22 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from alphaflow_cli.nn.beside import Beside, Inputs, Loaded, both, recomputed
 from alphaflow_cli.nn.layers import Attention, Modulation, PatchEmbed, TimeEmbedding, position_table
-from alphaflow_cli.nn.tangent import Dual, Ride, add, each, gated, modulate, moving, through
+from alphaflow_cli.nn.tangent import (
+    Beside,
+    Dual,
+    Inputs,
+    Loaded,
+    Ride,
+    add,
+    both,
+    each,
+    gated,
+    modulate,
+    moving,
+    recomputed,
+    through,
+)
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", FutureWarning)  # importing timm compiles with torch.jit.script, deprecated
@@ -92,7 +105,7 @@ class DiT(nn.Module):
         super().__init__()
         self.patch, self.channels, self.second_time = patch, channels, second_time
         self.gradient_checkpointing = gradient_checkpointing
-        self.compiled = False  # whether the blocks were compiled (engine/compile.py)
+        self.compiled = False  # whether the blocks were compiled (model/build.py)
         self.activation = nn.SiLU()
         self.patch_embed = PatchEmbed(latent_size, patch, channels, dim)
         self.grid = latent_size // patch

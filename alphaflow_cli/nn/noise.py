@@ -17,10 +17,9 @@ import torch
 from torch import Tensor
 
 from alphaflow_cli.core.path import expand
-from alphaflow_cli.nn.beside import Beside, Inputs, Loaded
 from alphaflow_cli.nn.dit import Attend, DiT
 from alphaflow_cli.nn.layers import TimeEmbedding, time_features, time_features_speed
-from alphaflow_cli.nn.tangent import Dual, Ride, last, last_rows, through
+from alphaflow_cli.nn.tangent import Beside, Dual, Inputs, Loaded, Ride, last, last_rows, through
 
 DISCRETE_TIMES = 1000
 BETAS = (1e-4, 0.02)  # the linear schedule of DDPM and DiT

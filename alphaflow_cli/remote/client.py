@@ -23,8 +23,7 @@ from urllib.parse import urljoin, urlsplit
 
 from alphaflow_cli.documents import Anything, Table, Text, parse_json
 from alphaflow_cli.errors import AlphaflowError
-from alphaflow_cli.remote.answers import CHECKSUM, COMMIT, read_answer, shape_of
-from alphaflow_cli.remote.faults import Distrusted, TooSlow
+from alphaflow_cli.remote.faults import CHECKSUM, COMMIT, Distrusted, TooSlow, read_answer, shape_of
 from alphaflow_cli.text import for_terminal
 
 if TYPE_CHECKING:

@@ -1,12 +1,24 @@
-"""The run page: one HTML file that needs nothing else. Plain values in, text out; everything shown is escaped."""
+"""The run page: one HTML file that needs nothing else. Plain values in, text out; everything shown is escaped.
 
+The look of the run page: one style sheet and the slider's script, both inside the page.
+
+Pictures inside a page: as WebP in a data address, small enough together for a page that can be mailed.
+"""
+
+import base64
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from html import escape
+from pathlib import Path
+from typing import TypeVar
+
+from PIL import Image
 
 from alphaflow_cli.charts.chart import Chart
 from alphaflow_cli.charts.draw import DARK_STYLE, to_svg_element
-from alphaflow_cli.report.style import CSS, SCRIPT
+from alphaflow_cli.data.pictures import open_picture
+from alphaflow_cli.errors import blamed_on
 
 NARROW = 380  # pixels: a chart for a telephone
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"  # no network
@@ -156,3 +168,103 @@ def _recipe(page: RunPage) -> str:
         return note(f"No difference from {page.compared_with}.") + whole
     head = ("field", page.compared_with, "this run")
     return note(f"Where it differs from {page.compared_with}:") + html_table(page.changes, head=head) + whole
+
+
+CSS = """
+:root { color-scheme: light dark; --ink: #1a202c; --soft: #4a5568; --faint: #718096; --line: #e2e8f0;
+  --paper: #ffffff; --back: #f7fafc; --accent: #2b6cb0; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e8edf4; --soft: #b6c2d2; --faint: #8b99ab; --line: #2e3a4a;
+  --paper: #161c26; --back: #0e131b; --accent: #7ab8f5; } }
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--back); color: var(--ink);
+  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Helvetica, Arial, sans-serif; }
+main { max-width: 1040px; margin: 0 auto; padding: 24px 20px 64px; }
+header h1 { margin: 0 0 4px; font-size: 30px; line-height: 1.2; overflow-wrap: anywhere; }
+header p { margin: 0 0 18px; color: var(--soft); }
+nav { display: flex; flex-wrap: wrap; gap: 4px 18px; margin: 0 0 20px; font-size: 15px; }
+a { color: var(--accent); text-decoration: none; } a:hover { text-decoration: underline; }
+section { background: var(--paper); border: 1px solid var(--line); border-radius: 10px; padding: 18px 20px;
+  margin: 0 0 18px; }
+h2 { margin: 0 0 10px; font-size: 20px; } h3 { margin: 18px 0 6px; font-size: 16px; }
+p { margin: 0 0 10px; } .note { color: var(--soft); font-size: 14.5px; }
+svg { display: block; width: 100%; height: auto; } .narrow { display: none; }
+@media (max-width: 700px) { main { padding: 14px 10px 40px; } section { padding: 14px 12px; }
+  .wide { display: none; } .narrow { display: block; } header h1 { font-size: 24px; } }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; width: 100%; font-size: 14.5px; }
+th, td { text-align: left; vertical-align: top; padding: 5px 14px 5px 0; border-bottom: 1px solid var(--line); }
+th { color: var(--soft); font-weight: 600; } td.number, th.number { text-align: right; white-space: nowrap;
+  font-variant-numeric: tabular-nums; }
+table.facts td:first-child { white-space: nowrap; color: var(--soft); width: 1%; }
+code, pre { font: 13.5px/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
+pre { background: var(--back); border: 1px solid var(--line); border-radius: 8px; padding: 12px; overflow-x: auto;
+  margin: 0 0 10px; }
+summary { cursor: pointer; color: var(--accent); margin: 8px 0; }
+.slider { display: flex; gap: 14px; align-items: center; margin: 0 0 12px; }
+.slider input { flex: 1; min-width: 0; accent-color: var(--accent); height: 28px; }
+.slider output { min-width: 9em; text-align: right; font-variant-numeric: tabular-nums; }
+figure { margin: 0; background: #ffffff; border-radius: 6px; padding: 6px; text-align: center; }
+figure img { max-width: 100%; height: auto; display: block; margin: 0 auto; image-rendering: auto; }
+figure img[hidden] { display: none; }
+@media print { .wide { display: block; } .narrow { display: none; } section { break-inside: avoid; } }
+"""
+
+SCRIPT = """
+const slider = document.getElementById("sample-slider");
+if (slider) {
+  const pictures = Array.from(document.querySelectorAll("#sample-pictures img"));
+  const shown = document.getElementById("sample-step");
+  const show = () => {
+    pictures.forEach((picture, i) => { picture.hidden = i !== Number(slider.value); });
+    shown.textContent = pictures[Number(slider.value)].alt;
+  };
+  slider.addEventListener("input", show);
+  show();
+}
+"""
+
+
+BUDGET = 3_000_000  # bytes of all pictures together; base64 makes a third more of them
+MOST = 40  # steps on the slider; of more, evenly spread ones and the last
+ATTEMPTS = ((1200, 82), (1000, 70), (800, 55), (640, 40))  # (largest width in pixels, quality)
+
+
+Item = TypeVar("Item")
+
+
+def embed(paths: Sequence[Path], budget: int = BUDGET) -> list[tuple[str, str]]:
+    """(step name, data address) of evenly spread sample grids, in the best quality that the budget allows."""
+    chosen = spread_over(paths, MOST)
+    for width, quality in ATTEMPTS:
+        encoded = [to_webp(path, width, quality) for path in chosen]
+        if sum(map(len, encoded)) <= budget:
+            break
+    else:
+        room = budget // max(map(len, encoded), default=1)
+        keep = spread_over(range(len(chosen)), max(1, room))
+        chosen, encoded = [chosen[i] for i in keep], [encoded[i] for i in keep]
+    return [(path.stem, data_address(data)) for path, data in zip(chosen, encoded, strict=True)]
+
+
+def spread_over(items: Sequence[Item], most: int) -> list[Item]:
+    """At most so many, evenly spread, the last one always."""
+    if len(items) <= most:
+        return list(items)
+    first = len(items) - 1
+    return [items[first - round(i * first / max(most - 1, 1))] for i in reversed(range(most))]
+
+
+def to_webp(path: Path, width: int, quality: int) -> bytes:
+    """At most so wide."""
+    with blamed_on(path, "a PNG picture", Image.DecompressionBombError), open_picture(path) as image:
+        picture = image.convert("RGB")
+    if picture.width > width:
+        picture = picture.resize((width, round(picture.height * width / picture.width)), Image.Resampling.LANCZOS)
+    out = io.BytesIO()
+    picture.save(out, "WEBP", quality=quality, method=4)
+    return out.getvalue()
+
+
+def data_address(data: bytes) -> str:
+    """For an <img src>."""
+    return "data:image/webp;base64," + base64.b64encode(data).decode()

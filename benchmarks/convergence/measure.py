@@ -6,16 +6,15 @@ from typing import Any
 
 import torch
 
-from alphaflow_cli.data.files import sha256_of
-from alphaflow_cli.engine.analyze import AnalyzeRequest, analyze
-from alphaflow_cli.engine.evaluate import Ruler, build_extractors, evaluate, make_reference
-from alphaflow_cli.engine.generate import open_generator
-from alphaflow_cli.engine.generated import GeneratedImages
-from alphaflow_cli.engine.pictures import open_pictures
-from alphaflow_cli.engine.processes import Alone
-from alphaflow_cli.engine.reference import load_reference
-from alphaflow_cli.engine.results import save_results
-from alphaflow_cli.engine.walk import plan_walk
+from alphaflow_cli.analyze.analyze import AnalyzeRequest, analyze
+from alphaflow_cli.evaluate.evaluate import Ruler, build_extractors, evaluate, make_reference
+from alphaflow_cli.evaluate.pictures import GeneratedImages, open_pictures
+from alphaflow_cli.evaluate.reference import load_reference
+from alphaflow_cli.evaluate.results import save_results
+from alphaflow_cli.runtime.processes import Alone
+from alphaflow_cli.sample.generator import open_generator
+from alphaflow_cli.sample.walk import plan_walk
+from alphaflow_cli.tensors import sha256_of
 
 NFE = (1, 2, 4)
 

@@ -1,0 +1,273 @@
+"""`alphaflow analyze`: the conflict over many batches, of one checkpoint or of all that a run kept.
+
+OUT/<key>/batches.jsonl has one line per finished batch; the key is a hash of the checkpoint's bytes, the store and the
+settings, so that the same command goes on where it stopped, and another one never mixes with it. A line says which
+batch it is and ends with its checksum, so a damaged one costs time but changes no number. Of two analyses of one folder
+at once the second is refused.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from alphaflow_cli.analyze.summary import summarise, write_charts
+from alphaflow_cli.data.batches import LatentStream
+from alphaflow_cli.data.manifest import read_manifest
+from alphaflow_cli.errors import AlphaflowError, blamed_on
+from alphaflow_cli.evaluate.measure import make_folder
+from alphaflow_cli.evaluate.results import environment
+from alphaflow_cli.files import append, check_regular, write_atomically
+from alphaflow_cli.recipe.schema import Recipe
+from alphaflow_cli.runtime.lock import hold
+from alphaflow_cli.runtime.processes import smaller_batch_if_full
+from alphaflow_cli.runtime.progress import Progress, say
+from alphaflow_cli.sample.generator import Generator, best_device, find_checkpoint, open_generator, run_folder
+from alphaflow_cli.tensors import sha256_of
+from alphaflow_cli.train import conflict
+from alphaflow_cli.train.conflict import conflict_rows, renormalised
+from alphaflow_cli.train.start import check_store
+from alphaflow_cli.train.state import checkpoint_folders
+from alphaflow_cli.train.step import Objective
+
+SCHEMA = "alphaflow-conflict/1"
+SIZE_BATCHES = 8  # batches on which the gradient's size over α is measured too: it costs 17 gradients each
+
+
+@dataclass(frozen=True)
+class AnalyzeRequest:
+    """What the command line asks for."""
+
+    address: str
+    data: Path | None
+    out: Path | None
+    batches: int
+    batch: int
+    seed: int
+    weights: str
+    all_checkpoints: bool
+
+
+@dataclass(frozen=True)
+class Work:
+    """One checkpoint, its data, and the file that finished batches go to."""
+
+    generator: Generator
+    stream: LatentStream
+    request: AnalyzeRequest
+    how: Objective
+    path: Path
+
+
+def analyze(request: AnalyzeRequest) -> tuple[dict[str, Any], Path]:
+    """Measure what is missing; returns the document and the folder that holds it and the pictures."""
+    addresses, out = checkpoints_of(request), request.out or home_of(request) / "analysis"
+    with hold(out, "analyze"):
+        return measure_all(addresses, request, out), out
+
+
+def measure_all(addresses: Sequence[str], request: AnalyzeRequest, out: Path) -> dict[str, Any]:
+    """Every checkpoint, then the document and the pictures of all."""
+    found = [analyze_one(address, request, out) for address in addresses]
+    summaries = sorted(found, key=lambda each: int(each["step"] or 0))
+    document: dict[str, Any] = {"schema": SCHEMA, "environment": environment(), "checkpoints": summaries}
+    text = json.dumps(document, indent=1, ensure_ascii=False) + "\n"
+    write_atomically(out / "conflict.json", lambda temporary: _write(temporary, text))
+    document["pictures"] = [str(path) for path in write_charts(out, summaries)]
+    return document
+
+
+def home_of(request: AnalyzeRequest) -> Path:
+    """The run that the checkpoint belongs to, else its folder if that was named, else here."""
+    path = Path(request.address)
+    return run_folder(request.address) or (path if path.is_dir() else Path())
+
+
+def checkpoints_of(request: AnalyzeRequest) -> list[str]:
+    """The checkpoint asked for, or all that the run kept."""
+    if not request.all_checkpoints:
+        return [str(find_checkpoint(request.address, weights=request.weights))]
+    name = "model.safetensors" if request.weights == "ema" else "raw.safetensors"
+    kept = checkpoint_folders(Path(request.address))
+    found = [folder / name for folder in kept if (folder / name).exists()]
+    if not found:
+        raise AlphaflowError(
+            f"{request.address}: no checkpoints/step-*/{name} in it. --all-checkpoints wants a run folder; "
+            "train.keep and train.milestone_every say which checkpoints a run keeps."
+        )
+    return [str(path) for path in found]
+
+
+def analyze_one(address: str, request: AnalyzeRequest, out: Path) -> dict[str, Any]:
+    """One checkpoint, batch by batch."""
+    generator = open_generator(address, weights=request.weights)
+    recipe, device = generator.recipe, best_device()
+    store = store_to_analyze(recipe, request)
+    check_store(recipe, store)
+    protocol = describe_setting(Path(address), generator, request, store)
+    digest = hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest()[:16]
+    path = out / digest / "batches.jsonl"
+    make_folder(path.parent)
+    stream = LatentStream(
+        store,
+        batch=request.batch,
+        seed=request.seed,
+        posterior=recipe.data.posterior,
+        flips=recipe.data.flips,
+        normalise=recipe.data.normalise,
+        scale=recipe.data.scale,
+        shift=recipe.data.shift,
+        stats_images=recipe.data.stats_images,
+        device=device,
+        verify="sizes",
+    )
+    work = Work(generator, stream, request, objective_of(recipe, device), path)
+    rows = measure_missing(work)
+    stream.close()
+    former = any("sha256" not in row for row in rows)  # then a damaged one may be among them
+    with blamed_on(path, "the batches of an analysis") if former else nullcontext():
+        summary = summarise(rows)
+    return {**protocol, "step": generator.origin.get("step"), "address": address, **summary}
+
+
+def store_to_analyze(recipe: Recipe, request: AnalyzeRequest) -> Path:
+    """--data, else the recipe's, else the one beside the run."""
+    here = home_of(request) / "latents"
+    for path in (request.data, Path(recipe.data.store) if recipe.data.store else None, here):
+        if path is not None and (path == request.data or (path / "manifest.json").is_file()):
+            return path
+    raise AlphaflowError(
+        f"{request.address}: where are the latents it was trained on? Give --data DIR, made by alphaflow prep-latents "
+        f"(the recipe says {recipe.data.store or recipe.data.source or 'nothing'!r})."
+    )
+
+
+def objective_of(recipe: Recipe, device: torch.device) -> Objective:
+    """The training's; bf16 on a GPU only, where training in it is fast."""
+    how = Objective.of(recipe)
+    return how if device.type == "cuda" else Objective(**{**vars(how), "bf16": False})
+
+
+def describe_setting(path: Path, generator: Generator, request: AnalyzeRequest, store: Path) -> dict[str, Any]:
+    """All that decides a batch's numbers."""
+    recipe = generator.recipe
+    return {
+        "recipe": recipe.name,
+        "checkpoint_sha256": sha256_of(path),
+        "weights": generator.origin.get("weights"),
+        "store": read_manifest(store).digest,
+        "rows_per_batch": request.batch,
+        "seed": request.seed,
+        "bins": conflict.BINS,
+        "alphas": list(conflict.ALPHAS),
+        "size_batches": SIZE_BATCHES,
+        "precision": recipe.train.precision,  # bf16 on a GPU only; `device` says which
+        "guidance": asdict(recipe.guidance),
+        "device": generator.device.type,
+        "ties": "drawn again",
+    }
+
+
+def measure_missing(work: Work) -> list[dict[str, Any]]:
+    """The lines of all batches asked for, in order; one that a kill cut short, or lost, is measured again."""
+    rows = read_lines(work.path)
+    net, wanted = work.generator.net.requires_grad_(), work.request.batches
+    missing = [index for index in range(wanted) if index not in rows]
+    if rows:
+        say(f"{len(rows):,} batches were measured before: going on")
+    step = work.generator.origin.get("step")
+    with Progress(f"step {step}", wanted, unit="batch", done=wanted - len(missing)) as bar:
+        for index in missing:
+            with smaller_batch_if_full(work.request.batch):
+                row = measure_one(net, work, index)
+            check_finite(work, row)
+            rows[index] = {**row, "sha256": _checksum(row)}
+            _append(work.path, rows[index])
+            bar.advance(1)
+    return [rows[index] for index in range(wanted)]
+
+
+def measure_one(net: torch.nn.Module, work: Work, index: int) -> dict[str, Any]:
+    """One batch: the conflict, and on the first ones the gradient's size over α."""
+    generator, stream = work.generator, work.stream
+    batch = stream.batch_at(index, slice(None))
+    x = renormalised(batch.latents, (stream.mean, stream.std), (generator.mean, generator.std))
+    rows = conflict_rows(generator.recipe, x, batch.y, seed=work.request.seed, index=index)
+    found = {"batch": index, **conflict.measure_batch(net, rows, work.how, bins=conflict.BINS)}
+    if index < SIZE_BATCHES:
+        found["sizes"] = conflict.sizes_over_alpha(net, rows, work.how, conflict.ALPHAS)
+    return found
+
+
+def check_finite(work: Work, found: dict[str, Any]) -> None:
+    """Weights that are not finite have no gradient, and times that never differ have none of the r < t loss."""
+    where = f"{work.generator.recipe.name or 'checkpoint'}, batch {found['batch']}"
+    if found["rows"] < work.request.batch:
+        raise AlphaflowError(
+            f"{where}: {work.request.batch - found['rows']} of {work.request.batch} rows never got r < t: the recipe's "
+            "times are all but equal; raise times.std."
+        )
+    if not all(math.isfinite(number) for number in numbers_in(found)):
+        raise AlphaflowError(
+            f"{where}: a loss or a gradient is not finite, so the checkpoint has no conflict to measure: its weights "
+            "are damaged, or the training diverged. Analyze an earlier one."
+        )
+
+
+def numbers_in(value: Any) -> Iterator[float]:
+    """Every number of a line, at any depth."""
+    if isinstance(value, dict | list):
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from numbers_in(each)
+    elif isinstance(value, float | int):
+        yield value
+
+
+def read_lines(path: Path) -> dict[int, dict[str, Any]]:
+    """Whole lines by the batch they are of, the first of each; the file is cut behind the last whole line."""
+    if not path.exists():
+        return {}
+    check_regular(path)
+    text = path.read_text(encoding="utf-8", errors="replace")
+    whole = text[: text.rfind("\n") + 1]
+    if whole != text:
+        write_atomically(path, lambda temporary: _write(temporary, whole))
+    found: dict[int, dict[str, Any]] = {}
+    for line in whole.split("\n"):
+        batch = _batch_of(line)
+        if batch is not None:
+            found.setdefault(batch, json.loads(line))
+    return found
+
+
+def _batch_of(line: str) -> int | None:
+    """Which batch a line is of; None where a power cut or another writer damaged it. Former lines have no checksum."""
+    try:
+        row = json.loads(line)
+        return int(row["batch"]) if row.get("sha256") in (None, _checksum(row)) else None
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
+        return None
+
+
+def _checksum(row: dict[str, Any]) -> str:
+    values = {name: value for name, value in row.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _append(path: Path, row: dict[str, Any]) -> None:
+    try:
+        append(path, json.dumps(row, allow_nan=False) + "\n")
+    except OSError as error:
+        raise AlphaflowError(
+            f"{path}: cannot be written: {error.strerror}. Finished batches are kept; the same command goes on."
+        ) from error
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")

@@ -1,0 +1,140 @@
+"""What this machine has: versions, devices, caches, weights, disk; and what will not work on it, and why.
+
+Nothing here asks the network, and a token is looked for but never read.
+"""
+
+import os
+import platform
+import re
+import shutil
+from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
+from typing import Any
+
+from alphaflow_cli import __version__
+
+AUTOENCODERS = ("stabilityai/sd-vae-ft-ema", "stabilityai/sd-vae-ft-mse")
+LITTLE_DISK = 20 * 10**9  # bytes: about two checkpoints of XL/2
+
+
+def examine() -> dict[str, Any]:
+    """Everything that `alphaflow doctor` prints."""
+    found: dict[str, Any] = {
+        "alphaflow": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": packages(),
+        "devices": devices(),
+        "weights": [],
+        "caches": caches(),
+        "free_bytes": shutil.disk_usage(Path.cwd()).free,
+        "hub": {"token": has_token(), "offline": os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0")},
+    }
+    if not found["devices"]["error"]:
+        found["weights"] = weights()
+    return {**found, "problems": problems(found)}
+
+
+def packages() -> dict[str, str | None]:
+    """The version of each package that alphaflow requires; None where it is missing."""
+    try:
+        needed = [line for line in requires("alphaflow") or [] if "extra ==" not in line]
+    except PackageNotFoundError:  # a clone that is not installed does not say what it requires
+        return {}
+    return {name: _version(name) for name in sorted(re.split(r"[^A-Za-z0-9_.-]", line)[0] for line in needed)}
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def devices() -> dict[str, Any]:
+    """What torch can compute on; `error` says why it cannot even be asked."""
+    found: dict[str, Any] = {"cpu_cores": os.cpu_count(), "cuda": [], "mps": False, "error": ""}
+    try:
+        import torch  # slow, and the one import that a broken installation fails on
+    except (ImportError, OSError) as fault:
+        return {**found, "error": f"torch cannot be imported: {str(fault).splitlines()[0]}"}
+    found["mps"] = torch.backends.mps.is_available()
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        card = torch.cuda.get_device_properties(index)
+        found["cuda"].append({"name": card.name, "bytes": card.total_memory, "bf16": card.major >= 8})
+    return found
+
+
+def weights() -> list[dict[str, Any]]:
+    """The weights that other projects published, and what each is needed for."""
+    from alphaflow_cli.nn.autoencoder import cached, has_weights
+    from alphaflow_cli.nn.weights import FILES, missing_weights
+
+    found = []
+    for wanted in FILES.values():
+        entry = {"what": wanted.title, "for": wanted.metrics, "present": missing_weights(wanted) is None}
+        found.append({**entry, "get": wanted.url})
+    for name in AUTOENCODERS:
+        folder = cached(name, "main")
+        present = folder is not None and has_weights(folder)
+        found.append(
+            {"what": name, "for": "prep-latents, sample and eval", "present": present, "get": "downloaded by use"}
+        )
+    return found
+
+
+def caches() -> list[dict[str, Any]]:
+    """Folders that weights are kept in, by the libraries' documented variables."""
+    home = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
+    torch_home = Path(os.environ.get("TORCH_HOME", "~/.cache/torch")).expanduser()
+    hub = Path(os.environ.get("HF_HUB_CACHE", home / "hub")).expanduser()
+    folders = {"Hugging Face": hub, "torch": torch_home / "hub" / "checkpoints"}
+    if os.environ.get("ALPHAFLOW_WEIGHTS"):
+        folders["$ALPHAFLOW_WEIGHTS"] = Path(os.environ["ALPHAFLOW_WEIGHTS"]).expanduser()
+    return [{"what": what, "path": str(path), "writable": _writable(path)} for what, path in folders.items()]
+
+
+def _writable(folder: Path) -> bool:
+    """Whether the folder, or the first parent that exists, takes files."""
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    return folder.is_dir() and os.access(folder, os.W_OK)
+
+
+def has_token() -> bool:
+    """Whether a Hugging Face token is set or stored; its value is not read."""
+    home = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
+    stored = Path(os.environ.get("HF_TOKEN_PATH", home / "token")).expanduser()
+    return any(os.environ.get(name) for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")) or stored.is_file()
+
+
+def problems(found: dict[str, Any]) -> list[str]:
+    """What will not work here, each with its reason and its remedy."""
+    said = [
+        f"{name} is not installed: pip install {name}" for name, number in found["packages"].items() if number is None
+    ]
+    if not found["packages"]:
+        said.append("alphaflow is a clone here, not installed, so its packages are not listed: pip install .")
+    said += [_without_torch(found["devices"])] if found["devices"]["error"] else _of_devices(found)
+    for entry in found["weights"]:
+        if not entry["present"] and entry["get"].startswith("https:"):
+            said.append(f"{entry['for']} will not be measured: {entry['what']} is missing. Get {entry['get']}")
+        elif not entry["present"] and found["hub"]["offline"]:
+            said.append(f"{entry['what']} is not in the cache, and HF_HUB_OFFLINE forbids to download it")
+    said += [f"the cache {c['path']} cannot be written" for c in found["caches"] if not c["writable"]]
+    if found["free_bytes"] < LITTLE_DISK:
+        said.append(f"{found['free_bytes'] / 1e9:.1f} GB free here: two checkpoints of an XL/2 run need 22 GB")
+    if not found["hub"]["token"]:
+        said.append("push will not work without a Hugging Face token: run hf auth login")
+    return said
+
+
+def _without_torch(devices: dict[str, Any]) -> str:
+    return f"nothing that computes will work: {devices['error']}"
+
+
+def _of_devices(found: dict[str, Any]) -> list[str]:
+    cards = found["devices"]["cuda"]
+    if not cards and not found["devices"]["mps"]:
+        return ["no GPU: quickstart and other small recipes train here, the ImageNet recipes are out of its reach"]
+    return [f"{card['name']} has no bf16: set train.precision=fp32" for card in cards if not card["bf16"]]

@@ -1,1 +1,0 @@
-"""Devices, processes, files: what turns a recipe into a run."""

@@ -1,0 +1,210 @@
+"""The one pass over the pictures: features of every network asked for, in chunks that can be resumed and shared out.
+
+    chunk c of the pictures  →  features-<first>-<last>.safetensors   (rank r of w does the chunks with c % w == r)
+
+A finished chunk is loaded, never computed again; the folder's name is a hash of everything that decides its content.
+There is no communication inside the loop: ranks may be uneven. Afterwards the moments, sums in float64, are added up
+over the ranks in a fixed order of networks. All ranks must see the same folder.
+"""
+
+import contextlib
+import hashlib
+import json
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from alphaflow_cli.core.frechet import Moments
+from alphaflow_cli.errors import AlphaflowError
+from alphaflow_cli.evaluate.features import Extractor
+from alphaflow_cli.evaluate.pictures import ImageSource
+from alphaflow_cli.evaluate.results import space_of
+from alphaflow_cli.files import write_atomically
+from alphaflow_cli.runtime.processes import Processes, smaller_batch_if_full
+from alphaflow_cli.runtime.progress import Progress, say
+
+CHUNK = 256  # pictures: whole groups of the sampler and the decoder (16), so that none is filled up but the last
+FORMAT = 1  # of the chunk files
+DIGEST = 32  # bytes of a picture's sha256
+
+
+@dataclass
+class Clock:
+    """Seconds by part."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextlib.contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Adds the time spent inside to a part."""
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One evaluation's pictures, networks and folder."""
+
+    source: ImageSource
+    extractors: Mapping[str, Extractor]
+    folder: Path
+    chunk: int = CHUNK
+
+    def chunks(self) -> list[tuple[int, int]]:
+        """First and last + 1 of each chunk."""
+        count = self.source.count
+        return [(first, min(first + self.chunk, count)) for first in range(0, count, self.chunk)]
+
+    def path(self, first: int, stop: int) -> Path:
+        """Of a chunk's features."""
+        return self.folder / f"features-{first:07d}-{stop:07d}.safetensors"
+
+
+def evaluation_id(source: ImageSource, extractors: Mapping[str, Extractor], chunk: int) -> str:
+    """A name for all that decides the features; another name never resumes."""
+    spaces = {name: vars(space_of(extractors[name])) for name in sorted(extractors)}
+    facts = {"format": FORMAT, "pictures": source.fingerprint(), "size": source.size, "spaces": spaces, "chunk": chunk}
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def run_pass(work: Pass, processes: Processes, *, batch: int, clock: Clock) -> None:
+    """Computes what is missing of this rank's chunks; Ctrl-C keeps every finished chunk."""
+    make_folder(work.folder)
+    mine = work.chunks()[processes.rank :: processes.size]
+    waiting = [each for each in mine if not _finished(work, *each)]
+    total = sum(stop - first for first, stop in mine)
+    done = total - sum(stop - first for first, stop in waiting)
+    if done and processes.rank == 0:
+        say(f"{done:,} of {total:,} pictures were measured before: going on")
+    try:
+        with (
+            contextlib.closing(work.source),
+            Progress("measure", total, unit="img", done=done, shown=processes.rank == 0) as bar,
+        ):
+            for first, stop in waiting:
+                found = _measure(work, (first, stop), processes.device, batch=batch, clock=clock)
+                _write(work.path(first, stop), found)
+                bar.advance(stop - first)
+    except KeyboardInterrupt:
+        say(f"interrupted; finished chunks are kept in {work.folder}: run the same command again to go on")
+        raise
+
+
+def make_folder(folder: Path) -> None:
+    """With its parents."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as fault:
+        raise AlphaflowError(f"{folder}: cannot be made ({fault.strerror}); name another folder") from fault
+
+
+def _measure(work: Pass, part: tuple[int, int], device: torch.device, *, batch: int, clock: Clock) -> dict[str, Tensor]:
+    first, stop = part
+    with clock.part("pictures"), smaller_batch_if_full(1):  # a chunk is drawn at once, whatever --batch is
+        images = work.source.images(first, stop)
+    assert len(images) == stop - first, images.shape
+    found = {"digests": _digests(images)}
+    for name in sorted(work.extractors):
+        with clock.part(f"features {name}"), smaller_batch_if_full(batch):
+            rows = [work.extractors[name](few.to(device)).cpu() for few in torch.split(images, batch)]
+        found[name] = torch.cat(rows)
+        if not bool(torch.isfinite(found[name]).all()):
+            raise AlphaflowError(
+                f"{name}: features of pictures {first}–{stop - 1} are not finite; the weights are broken"
+            )
+    return found
+
+
+def _digests(images: Tensor) -> Tensor:
+    """Sha256 of each picture's pixels (N, 32): names the content, and finds copies."""
+    flat = images.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+    joined = b"".join(hashlib.sha256(picture.tobytes()).digest() for picture in flat)
+    return torch.frombuffer(bytearray(joined), dtype=torch.uint8).view(-1, DIGEST)
+
+
+def _write(path: Path, tensors: dict[str, Tensor]) -> None:
+    try:
+        write_atomically(path, lambda temporary: _write_bytes(temporary, save(tensors)))
+    except AlphaflowError as fault:
+        raise AlphaflowError(f"{fault} Make room and run the same command again; finished chunks are kept.") from fault
+
+
+def _write_bytes(path: Path, data: bytes) -> None:
+    path.write_bytes(data)  # not the library's own writer: its faults of a full disk are no OSError
+
+
+def _finished(work: Pass, first: int, stop: int) -> bool:
+    path = work.path(first, stop)
+    if not path.is_file():
+        return False
+    wanted = {name: [stop - first, work.extractors[name].dim] for name in work.extractors}
+    wanted["digests"] = [stop - first, DIGEST]
+    try:
+        with safe_open(str(path), "pt") as file:
+            found = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError):
+        found = {}
+    if found != wanted:
+        say(f"{path.name} is not whole: measured again")
+        return False
+    return True
+
+
+def load_part(work: Pass, name: str, first: int, stop: int) -> Tensor:
+    """One network's features, or the digests, of one chunk."""
+    path = work.path(first, stop)
+    try:
+        with safe_open(str(path), "pt") as file:
+            part: Tensor = file.get_tensor(name)
+            return part
+    except (SafetensorError, OSError) as fault:
+        raise AlphaflowError(
+            f"{path}: cannot be read ({fault}). All processes must share this folder; run the same command again."
+        ) from fault
+
+
+def load_all(work: Pass, name: str) -> Tensor:
+    """One network's features of all pictures, in order."""
+    return torch.cat([load_part(work, name, *each) for each in work.chunks()])
+
+
+def gather_moments(work: Pass, processes: Processes) -> dict[str, Moments]:
+    """Every network's moments over all ranks; each rank reads its own chunks and takes part even without one."""
+    found = {}
+    for name in sorted(work.extractors):  # the same order everywhere, whatever was loaded or computed
+        moments = Moments(work.extractors[name].dim)
+        for first, stop in work.chunks()[processes.rank :: processes.size]:
+            moments.update(load_part(work, name, first, stop))
+        moments.sums = processes.sum(moments.sums.to(processes.device)).cpu()
+        if moments.count != work.source.count:
+            raise AlphaflowError(f"{moments.count:,} of {work.source.count:,} pictures were counted; run it again")
+        found[name] = moments
+    return found
+
+
+@dataclass(frozen=True)
+class Content:
+    """What the pictures turned out to be."""
+
+    sha256: str  # of all pictures' hashes in order; does not depend on the container
+    copies: int  # pictures that equal an earlier one
+
+
+def content_of(work: Pass) -> Content:
+    """Hash and number of copies."""
+    digests = load_all(work, "digests")
+    distinct = len(torch.unique(digests, dim=0))
+    return Content(hashlib.sha256(digests.numpy().tobytes()).hexdigest(), len(digests) - distinct)
+
+
+def told_seconds(seconds: Mapping[str, float]) -> dict[str, Any]:
+    """Rounded, for results and for people."""
+    return {part: round(spent, 2) for part, spent in seconds.items()}

@@ -1,0 +1,287 @@
+"""Pictures to be measured, addressable by index: `count`, `images(start, stop)`, and a description for the protocol.
+
+A generator of samples joins as one more `ImageSource`. Pictures are measured as they are: those of a reference may be
+cropped and resized, those of a model never.
+
+A checkpoint as pictures to be measured: picture i has seed i, the same whoever asks and in whatever order.
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from alphaflow_cli.data import archives, sources
+from alphaflow_cli.data.classes import choose_split
+from alphaflow_cli.data.opening import open_source
+from alphaflow_cli.data.pictures import MAX_PIXELS, BadPicture, decode, decode_whole
+from alphaflow_cli.errors import AlphaflowError
+from alphaflow_cli.evaluate.reference import read_npz
+from alphaflow_cli.sample.generator import Generator
+from alphaflow_cli.sample.walk import Walk, draw_labels
+
+READERS = 8  # threads that fetch and decode
+
+
+class ImageSource(Protocol):
+    """Pictures 0 … count − 1, any range of them at any time."""
+
+    @property
+    def count(self) -> int:
+        """How many there are."""
+        ...
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width, the same for all."""
+        ...
+
+    @property
+    def label(self) -> str:
+        """A few words for a row of a table."""
+        ...
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Time spent so far, by part; may be empty."""
+        ...
+
+    def images(self, start: int, stop: int) -> Tensor:
+        """Uint8 (stop − start, 3, H, W)."""
+        ...
+
+    def close(self) -> None:
+        """Let go of what is open; it is opened again when it is needed."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """What the pictures are, as plain values for the protocol."""
+        ...
+
+    def fingerprint(self) -> str:
+        """Changes whenever the pictures may have changed; it names the folder of unfinished work."""
+        ...
+
+
+class PictureFiles:
+    """Pictures of a folder, a zip, a tar, a Hub dataset or the embedded set; sorted by name."""
+
+    def __init__(self, source: sources.Source, *, size: int | None, limit: int | None) -> None:
+        """`size` None leaves them as they are, and they must be of one size."""
+        self._source, self._size, self.seconds = source, size, dict[str, float]()
+        lines: Sequence[int] = range(len(source.names))
+        self._prefix = ""
+        if size is not None:  # a reference is built from the training split, as latents are
+            lines, self._prefix = choose_split(source.names)
+        self._lines, self._of = _spread(lines, limit), len(lines)
+        self._open = ExitStack()  # holds the source open while it is walked through
+        self._walk: Iterator[tuple[int, sources.Fetch]] = iter(())
+        self._reached = len(self._lines)  # where the walk stands; a compressed tar can only be walked forward
+        self.count = len(self._lines)
+        if not self.count:
+            raise AlphaflowError(f"{source.name}: there are no pictures in it")
+
+    @cached_property
+    def size(self) -> tuple[int, int]:
+        """Of the first picture, which the others must share."""
+        if self._size is not None:
+            return self._size, self._size
+        height, width = self._read(0, 1)[0].shape[1:]
+        return int(height), int(width)
+
+    @property
+    def label(self) -> str:
+        """The name."""
+        return f"{self._source.name}{'/' + self._prefix.rstrip('/') if self._prefix else ''}"
+
+    def images(self, start: int, stop: int) -> Tensor:
+        """Fetched and decoded in threads, in order."""
+        pictures = self._read(start, stop)
+        for line, picture in zip(self._lines[start:stop], pictures, strict=True):
+            if picture.shape[1:] != self.size:
+                here, first = picture.shape[1:], self._source.names[self._lines[0]]
+                raise AlphaflowError(
+                    f"{self._source.name}: {self._source.names[line]} has {here[0]}×{here[1]} px, {first} has "
+                    f"{self.size[0]}×{self.size[1]}. Measured pictures must be of one size, and are never resized."
+                )
+        return torch.from_numpy(np.stack(pictures))
+
+    def _read(self, start: int, stop: int) -> list[Any]:
+        if start < self._reached:
+            self.close()
+            self._walk = self._open.enter_context(self._source.reading(self._lines[start:]))
+            self._reached = start
+        taken = list(islice(self._walk, start - self._reached, stop - self._reached))
+        self._reached = stop
+        with ThreadPoolExecutor(READERS) as pool:
+            return list(pool.map(lambda each: self._decode(*each), taken))
+
+    def close(self) -> None:
+        """End the walk; the next picture begins another one."""
+        self._reached = len(self._lines)
+        self._open.close()
+
+    def _decode(self, line: int, fetch: sources.Fetch) -> Any:
+        try:
+            if self._size is None:
+                return decode_whole(fetch(), MAX_PIXELS)
+            return decode(fetch(), self._size, MAX_PIXELS)
+        except (BadPicture, OSError) as fault:
+            name = f"{self._source.name}/{self._source.names[line]}"
+            raise AlphaflowError(f"{name}: {fault}. Replace or remove it; nothing was measured without it.") from fault
+
+    def describe(self) -> dict[str, Any]:
+        """Source, count, preparation; the content's hash is taken during the pass."""
+        how = "as they are" if self._size is None else f"centre crop, Lanczos to {self._size} px"
+        facts = {"kind": self._source.kind, "name": self.label, "count": self.count, "of": self._of, "prepared": how}
+        return {**facts, **self._source.facts()}
+
+    def fingerprint(self) -> str:
+        """Names, sizes and times of the files; nothing is opened."""
+        facts: list[Any] = [self.describe(), [self._source.names[line] for line in self._lines]]
+        if isinstance(self._source, sources.Folder):
+            facts += [_stamp(self._source.root / self._source.names[line]) for line in self._lines]
+        elif isinstance(self._source, archives.Archive):
+            facts.append(_stamp(self._source.path))
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+class PictureArray:
+    """Pictures of a .npz: its array `arr_0`, uint8 (N, H, W, 3), as ADM's evaluator takes them."""
+
+    def __init__(self, path: Path, *, limit: int | None) -> None:
+        self._path, self.seconds = path, dict[str, float]()
+        array = _arr_0(path)
+        if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] != 3:
+            raise AlphaflowError(
+                f"{path}: arr_0 is {array.dtype} {array.shape}; pictures are uint8 (N, H, W, 3). Round them first."
+            )
+        self._array = array[_spread(range(len(array)), limit)] if limit else array
+        self._of = len(array)
+        self.count = len(self._array)
+        self.size = (int(array.shape[1]), int(array.shape[2]))
+        self.label = path.name
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+    def images(self, start: int, stop: int) -> Tensor:
+        """A slice, channels first."""
+        return torch.from_numpy(np.ascontiguousarray(self._array[start:stop].transpose(0, 3, 1, 2)))
+
+    def describe(self) -> dict[str, Any]:
+        """Source and count."""
+        prepared = "as they are"
+        return {"kind": "npz", "name": self.label, "count": self.count, "of": self._of, "prepared": prepared}
+
+    def fingerprint(self) -> str:
+        """Name, size and time of the file."""
+        facts = [self.describe(), _stamp(self._path)]
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def _spread(lines: Sequence[int], limit: int | None) -> Sequence[int]:
+    """So many lines, evenly: the first ones of a sorted source are all of one class."""
+    if limit is None or limit >= len(lines):
+        return lines
+    return [lines[i * len(lines) // limit] for i in range(limit)]
+
+
+def _stamp(path: Path) -> list[Any]:
+    try:
+        status = path.stat()
+    except OSError:  # gone: whoever reads it says so
+        return [str(path.absolute())]
+    return [str(path.absolute()), status.st_size, status.st_mtime_ns]
+
+
+def _arr_0(path: Path) -> Any:
+    try:
+        names, held = read_npz(path, ("arr_0",))
+        if "arr_0" not in held:
+            raise ValueError(f"it holds {', '.join(names) or 'nothing'}")
+    except ValueError as fault:
+        raise AlphaflowError(f"{path}: no array arr_0 of pictures in it ({fault})") from fault
+    return held["arr_0"]
+
+
+def open_pictures(text: str, *, size: int | None, limit: int | None) -> ImageSource:
+    """Whatever a user may point at: folder, zip, tar, hf://…, glyphs:N, or a .npz of pictures."""
+    if text.endswith(".npz"):
+        return PictureArray(Path(text), limit=limit)
+    return PictureFiles(open_source(text), size=size, limit=limit)
+
+
+FIRST_SEED = 0  # published evaluations use seeds 0 … 49,999
+
+
+class GeneratedImages:
+    """One checkpoint, one walk: an ImageSource."""
+
+    def __init__(self, generator: Generator, walk: Walk, *, count: int, draw: str, digest: str) -> None:
+        self._generator, self._walk, self._draw, self._digest = generator, walk, draw, digest
+        self.count, self.seconds = count, {"network": 0.0, "decoder": 0.0}
+        side = generator.recipe.data.image_size
+        self.size = (side, side)
+
+    @property
+    def label(self) -> str:
+        """`quickstart, 1 NFE, trajectory on 1, 0`."""
+        return f"{self._generator.recipe.name or 'checkpoint'}, {self._walk.nfe} NFE, {self._walk}"
+
+    def images(self, start: int, stop: int) -> Tensor:
+        """uint8 on the generator's device, clocked by part."""
+        seeds = range(FIRST_SEED + start, FIRST_SEED + stop)
+        labels = draw_labels(seeds, self._generator.recipe.data.classes, self._draw)
+        began = time.perf_counter()
+        latents = self._generator.latents(list(seeds), labels, self._walk)
+        self._generator.synchronise()
+        between = time.perf_counter()
+        images = self._generator.decode(latents)
+        self._generator.synchronise()
+        self.seconds["network"] += between - began
+        self.seconds["decoder"] += time.perf_counter() - between
+        return images
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+    def describe(self) -> dict[str, Any]:
+        """The generator's half of the protocol."""
+        origin, recipe = self._generator.origin, self._generator.recipe
+        channels = self._walk.guidance_channels  # told where it is not all: numbers of before keep their fingerprint
+        partly = {} if channels is None else {"guidance_channels": channels}
+        return partly | {
+            "kind": "checkpoint",
+            "name": recipe.name,
+            "count": self.count,
+            "checkpoint_sha256": self._digest,
+            "step": origin.get("step"),
+            "weights": origin.get("weights"),
+            "half_life": origin.get("half_life"),
+            "sampler": self._walk.sampler,
+            "times": list(self._walk.grid),
+            "nfe": self._walk.nfe,
+            "guidance_at_sampling": self._walk.guidance,
+            "guidance_in_training": {"omega": recipe.guidance.omega, "kappa": recipe.guidance.kappa},
+            "labels": self._draw if recipe.data.classes else "none",
+            "seeds": [FIRST_SEED, FIRST_SEED + self.count - 1],
+            "noise": "torch.Generator on the CPU, one per seed",
+            "pixels": recipe.data.pixels,
+            "precision": self._generator.precision,
+            "autoencoder": (origin.get("autoencoder") or {}).get("id"),
+        }
+
+    def fingerprint(self) -> str:
+        """Of everything the pictures depend on."""
+        return hashlib.sha256(json.dumps(self.describe(), sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,351 @@
+"""Reference statistics with their protocol inside: built from pictures, saved, loaded, refused where they do not fit.
+
+One safetensors file holds, per network, `<network>.mean`, `<network>.cov` (float64) and `<network>.features` (float32,
+of a random part of the pictures: KID and precision/recall need single features). Its header says what was measured.
+
+Reference statistics of other systems: their files read into mean and covariance, without running what is in them.
+
+    .npz  mu, sigma              ADM (also with mu_s, sigma_s, arr_0), EDM, MAR
+    .npz  ref_mu, ref_sigma      MeanFlow and iMF in JAX: their Inception resizes with half-pixel centres
+    .pkl  {fid: {mu, sigma}, fd_dinov2: {…}, num_images}           EDM2
+    .pkl  {raw_mean, raw_cov, num_items, …}                        α-Flow and the StyleGAN family: sums, over N
+    .pt   {mu, sigma}                                              torch-fidelity's cache
+
+A pickle may name numpy's own constructors and nothing else.
+"""
+
+import hashlib
+import json
+import pickle
+import struct
+import zipfile
+import zlib
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.lib.npyio import NpzFile
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from alphaflow_cli.core.frechet import Moments, frechet_distance
+from alphaflow_cli.documents import Anything, ListOf, Maybe, Table, Text, Whole, parse_json
+from alphaflow_cli.errors import DAMAGE, AlphaflowError
+from alphaflow_cli.evaluate.features import Extractor
+from alphaflow_cli.evaluate.measure import Content, Pass, load_all, make_folder
+from alphaflow_cli.evaluate.results import SPACE, FeatureSpace, environment, space_of
+from alphaflow_cli.files import save_tensors
+from alphaflow_cli.text import brief
+
+FORMAT = "alphaflow-reference/1"
+KEPT = 10_000  # features kept one by one
+SEED = 2020  # of the part kept, and of the splits of the floor
+ADVICE = "Build it again: alphaflow reference SOURCE -o FILE."
+SPACES = Table(others=SPACE)
+FACTS = Table(
+    {"name": Text(300), "kind": Text(100), "count": Maybe(Whole(1)), "size": Maybe(ListOf(Whole(1, 1 << 20), 2, 2))},
+    others=Anything(),
+)
+SPLITS = 4  # of the kept features into halves, for the floor
+
+
+@dataclass(frozen=True)
+class Stats:
+    """One network's view of the reference."""
+
+    space: FeatureSpace
+    mean: Tensor
+    cov: Tensor
+    features: Tensor | None  # of some pictures
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Statistics by network's name, and where they come from."""
+
+    stats: dict[str, Stats]
+    facts: dict[str, Any]  # name, kind, count, size, prepared, sha256, …: printed with every number
+
+    @property
+    def count(self) -> int | None:
+        """Pictures behind it, where the file tells."""
+        count: int | None = self.facts.get("count")
+        return count
+
+
+def build_reference(work: Pass, moments: dict[str, Moments], content: Content, *, name: str, kept: int) -> Reference:
+    """From a finished pass."""
+    order = np.random.RandomState(SEED).permutation(work.source.count)[:kept]
+    chosen = torch.from_numpy(np.sort(order))
+    stats = {}
+    for key in sorted(work.extractors):
+        mean, cov = moments[key].finalise()
+        features = load_all(work, key)[chosen] if kept else None
+        stats[key] = Stats(space_of(work.extractors[key]), mean, cov, features)
+    described = work.source.describe()
+    facts = {
+        "name": name or described["name"],
+        "kind": described["kind"],
+        "count": work.source.count,
+        "size": list(work.source.size),
+        "prepared": described["prepared"],
+        "source": described,
+        "pictures_sha256": content.sha256,
+        "copies": content.copies,
+        "environment": environment(),
+    }
+    return Reference(stats, facts)
+
+
+def save_reference(reference: Reference, path: Path) -> None:
+    """One file, whole or not at all."""
+    tensors = {}
+    for key, each in reference.stats.items():
+        tensors[f"{key}.mean"], tensors[f"{key}.cov"] = each.mean, each.cov
+        if each.features is not None:
+            tensors[f"{key}.features"] = each.features
+    spaces = {key: asdict(each.space) for key, each in reference.stats.items()}
+    header = {"format": FORMAT, "facts": json.dumps(reference.facts), "spaces": json.dumps(spaces)}
+    make_folder(path.parent)
+    save_tensors(path, tensors, header)
+
+
+def load_reference(path: Path) -> Reference:
+    """Ours, or a file of another system."""
+    if not path.is_file():
+        raise AlphaflowError(f"{path}: no such reference; build one with: alphaflow reference SOURCE -o {path}")
+    if path.suffix == ".safetensors":
+        return _load_own(path)
+    found = read_foreign(path)
+    stats = {
+        each.name: Stats(FeatureSpace("", "", each.preprocessing, each.mean.numel()), each.mean, each.cov, None)
+        for each in found
+    }
+    facts = {"name": path.name, "kind": found[0].kind, "count": found[0].count, "size": None}
+    facts["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return Reference(stats, {**facts, "prepared": "not stated"})
+
+
+def _load_own(path: Path) -> Reference:
+    try:
+        with safe_open(str(path), "pt") as file:
+            header = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as fault:
+        raise AlphaflowError(f"{path}: not a whole safetensors file ({fault})") from fault
+    if header.get("format") != FORMAT:
+        raise AlphaflowError(f"{path}: not a reference ({header.get('format', 'no format')}; {FORMAT} is due)")
+    spaces = parse_json(header.get("spaces", ""), f"{path} (its spaces)", SPACES, advice=ADVICE)
+    facts = parse_json(header.get("facts", ""), f"{path} (its facts)", FACTS, advice=ADVICE)
+    stats = {key: _own_stats(FeatureSpace(**space), tensors, key, path) for key, space in spaces.items()}
+    return Reference(stats, {**facts, "sha256": _content_sha256(header, tensors)})
+
+
+def _own_stats(space: FeatureSpace, tensors: dict[str, Tensor], key: str, path: Path) -> Stats:
+    """One network's tensors, of the sizes that its space has."""
+    mean, cov, features = (tensors.get(f"{key}.{name}") for name in ("mean", "cov", "features"))
+    wanted = {"mean": (mean, (space.dim,)), "cov": (cov, (space.dim, space.dim))}
+    if features is not None:
+        wanted["features"] = (features, (len(features) if features.ndim else 0, space.dim))
+    for name, (tensor, shape) in wanted.items():
+        if tensor is None or tuple(tensor.shape) != shape or not tensor.is_floating_point():
+            there = "is missing" if tensor is None else f"is {tensor.dtype} of shape {tuple(tensor.shape)}"
+            raise AlphaflowError(f"{path}: {key}.{name} {there}, shape {shape} is wanted. {ADVICE}")
+    assert mean is not None
+    assert cov is not None
+    return Stats(space, mean, cov, features)
+
+
+def _content_sha256(header: dict[str, str], tensors: dict[str, Tensor]) -> str:
+    """Of what the file says: safetensors writes a header's entries in any order, so equal files differ in bytes."""
+    digest = hashlib.sha256("".join(f"{key}={header[key]};" for key in sorted(header)).encode())
+    for key in sorted(tensors):
+        digest.update(key.encode())
+        digest.update(tensors[key].contiguous().numpy().data)
+    return digest.hexdigest()
+
+
+def check_fit(reference: Reference, key: str, extractor: Extractor, size: tuple[int, int]) -> list[str]:
+    """Refuses a reference of another space or resolution, with both sides; returns what the reference leaves unsaid."""
+    where = reference.facts["name"]
+    if key not in reference.stats:
+        there = ", ".join(sorted(reference.stats))
+        raise AlphaflowError(f"{where}: has no statistics of the {key} features (it has {there})")
+    theirs, ours = asdict(reference.stats[key].space), asdict(space_of(extractor))
+    unsaid = []
+    for what, value in theirs.items():
+        if value == ours[what]:
+            continue
+        if value == "":
+            unsaid += [] if what == "network" else [what.replace("_", " ")]
+        else:
+            raise AlphaflowError(
+                f"{where}: {what.replace('_', ' ')} differ, so the distance would mean nothing.\n"
+                f"  reference: {value}\n  here:      {ours[what] or 'none'}"
+            )
+    if reference.facts["size"] is None:
+        unsaid.append("resolution")
+    elif tuple(reference.facts["size"]) != tuple(size):
+        raise AlphaflowError(
+            f"{where}: resolutions differ.\n  reference: {_told_size(reference.facts['size'])}\n"
+            f"  here:      {_told_size(size)}\nBuild one: alphaflow reference SOURCE --size {size[0]} -o FILE"
+        )
+    return unsaid
+
+
+def _told_size(size: tuple[int, int]) -> str:
+    return f"{size[0]}×{size[1]} px"
+
+
+def floor_of(reference: Reference, key: str, count: int) -> float | None:
+    """The distance that so many perfect samples would have: from halves of the kept features, scaled as 1/n + 1/m."""
+    features = reference.stats[key].features
+    if features is None or reference.count is None or len(features) < 4:
+        return None
+    half = len(features) // 2
+    rng = np.random.RandomState(SEED)
+    distances = []
+    for _ in range(SPLITS):
+        order = torch.from_numpy(rng.permutation(len(features)))
+        sides = []
+        for part in (order[:half], order[half : 2 * half]):
+            moments = Moments(features.shape[1])
+            moments.update(features[part])
+            sides += list(moments.finalise())
+        distances.append(frechet_distance(*sides))
+    per_picture = sum(distances) / SPLITS / (2 / half)
+    return per_picture * (1 / count + 1 / reference.count)
+
+
+TF1 = "TensorFlow 1 bilinear to 299 px (no half-pixel shift, no antialias); (x − 128)/128"
+HALF_PIXEL = "bilinear to 299 px with half-pixel centres (the JAX port of MeanFlow and iMF)"
+TF1_DINO = "TensorFlow 1 bilinear to 224 px; ImageNet mean and deviation (torch-fidelity's, not FDD's)"
+BROKEN = (EOFError, RuntimeError, OverflowError, MemoryError, struct.error, zipfile.BadZipFile, zlib.error)  # of zips
+BY_DIM = {2048: "inception", 1024: "dinov2", 768: "clip", 192: "tiny"}
+
+
+@dataclass(frozen=True)
+class ForeignStats:
+    """Moments of one feature space; empty strings where the file does not tell."""
+
+    name: str  # of the extractor
+    mean: Tensor
+    cov: Tensor
+    preprocessing: str
+    count: int | None
+    kind: str
+
+
+def read_foreign(path: Path) -> list[ForeignStats]:
+    """By suffix and content."""
+    readers = {".npz": _read_npz, ".pkl": _read_pickle, ".pickle": _read_pickle, ".pt": _read_cache}
+    if path.suffix not in readers:
+        raise AlphaflowError(f"{path}: not a reference file (.safetensors, .npz, .pkl, .pt) and not pictures")
+    try:
+        return readers[path.suffix](path)
+    except (*DAMAGE, *BROKEN, pickle.UnpicklingError) as fault:
+        raise AlphaflowError(f"{path}: cannot be read as reference statistics ({fault})") from fault
+
+
+def holds_statistics(path: Path) -> bool:
+    """An .npz of moments, as opposed to one of pictures only."""
+    try:
+        return bool({"mu", "ref_mu"} & set(read_npz(path, ())[0]))
+    except ValueError as fault:
+        raise AlphaflowError(f"{path}: not a readable .npz ({fault}). Make it, or fetch it, again") from fault
+
+
+def read_npz(path: Path, wanted: Iterable[str]) -> tuple[list[str], dict[str, Any]]:
+    """The names of all arrays in an .npz, and those arrays of the wanted ones that it has.
+
+    Any damage is a ValueError. (Of an empty file numpy makes an EOFError, which click takes for Ctrl-D.)
+    """
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+            if not isinstance(archive, NpzFile):
+                raise ValueError("it is one array, as .npy files are")
+            return archive.files, {name: archive[name] for name in wanted if name in archive.files}
+    except (*DAMAGE, *BROKEN) as fault:
+        raise ValueError(brief(fault)) from fault
+
+
+def _read_npz(path: Path) -> list[ForeignStats]:
+    names, held = read_npz(path, ("ref_mu", "ref_sigma", "mu", "sigma"))
+    if "ref_mu" in names:
+        return [_stats(held["ref_mu"], held["ref_sigma"], HALF_PIXEL, None, kind="MeanFlow npz")]
+    if "mu" not in names or "sigma" not in names:
+        raise ValueError(f"it holds {', '.join(sorted(names))}; mu and sigma, or ref_mu and ref_sigma, are due")
+    kind = "ADM npz" if set(names) & {"mu_s", "sigma_s", "arr_0"} else "npz of mu, sigma (ADM, EDM)"
+    return [_stats(held["mu"], held["sigma"], TF1, None, kind=kind)]
+
+
+def _read_pickle(path: Path) -> list[ForeignStats]:
+    with path.open("rb") as file:
+        held = _NumpyOnly(file).load()
+    if not isinstance(held, dict):
+        raise ValueError("it holds no dictionary")
+    if "raw_mean" in held:
+        return [_from_sums(held)]
+    count = int(held["num_images"]) if "num_images" in held else None
+    known = {"fid": TF1, "fd_dinov2": ""}
+    found = [
+        _stats(held[key]["mu"], held[key]["sigma"], known[key], count, kind="EDM2 pkl") for key in known if key in held
+    ]
+    if not found:
+        raise ValueError(f"it holds {', '.join(map(str, held))}; fid, fd_dinov2 or raw_mean is due")
+    return found
+
+
+def _from_sums(held: dict[str, Any]) -> ForeignStats:
+    """Σf and Σf·fᵀ with N: their covariance is over N, ours over N − 1."""
+    count = int(held["num_items"])
+    mean = np.asarray(held["raw_mean"], np.float64) / count
+    cov = (np.asarray(held["raw_cov"], np.float64) - count * np.outer(mean, mean)) / (count - 1)
+    preprocessing = TF1 if mean.size == 2048 else ""
+    return _stats(mean, cov, preprocessing, count, kind="α-Flow pkl")
+
+
+def _read_cache(path: Path) -> list[ForeignStats]:
+    rebuild: Any = np.zeros(0).__reduce__()[0]  # its module has moved between versions of numpy; files name either
+    places = [(rebuild, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")]
+    dtypes = [type(np.dtype(code)) for code in (np.float32, np.float64)]
+    with torch.serialization.safe_globals([np.ndarray, np.dtype, *dtypes, *places]):
+        held = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(held, dict) or "mu" not in held:
+        raise ValueError("it is no cache of mu and sigma")
+    dino = "dinov2" in path.name
+    return [_stats(held["mu"], held["sigma"], TF1_DINO if dino else TF1, None, kind="torch-fidelity cache")]
+
+
+def _stats(mean: Any, cov: Any, preprocessing: str, count: int | None, *, kind: str) -> ForeignStats:
+    mean, cov = torch.as_tensor(mean).double().flatten(), torch.as_tensor(cov).double()
+    dim = mean.numel()
+    if tuple(cov.shape) != (dim, dim):
+        raise ValueError(f"mean of {dim} and covariance of {tuple(cov.shape)} do not fit")
+    if dim not in BY_DIM:
+        raise ValueError(f"features of dimension {dim}; known are {', '.join(map(str, BY_DIM))}")
+    return ForeignStats(BY_DIM[dim], mean, cov, preprocessing, count, kind)
+
+
+class _NumpyOnly(pickle.Unpickler):
+    """Builds numpy arrays and plain containers; any other name in the file is refused."""
+
+    ALLOWED = frozenset(
+        [(f"numpy.{core}.multiarray", name) for core in ("core", "_core") for name in ("_reconstruct", "scalar")]
+        + [(f"numpy.{core}.numeric", "_frombuffer") for core in ("core", "_core")]
+        + [("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode"), ("collections", "OrderedDict")]
+    )
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Only what is allowed; the StyleGAN family's attribute dictionaries become plain ones."""
+        if module.startswith("dnnlib") and name == "EasyDict":
+            return dict
+        if (module, name) not in self.ALLOWED:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which a file of statistics has no need of")
+        return super().find_class(module.replace("numpy.core", "numpy._core") if _NEW_NUMPY else module, name)
+
+
+_NEW_NUMPY = int(np.__version__.split(".")[0]) >= 2

@@ -1,0 +1,190 @@
+"""From features to rows: every metric asked for, each with its protocol and its warnings."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from alphaflow_cli.core.frechet import Moments, frechet_distance
+from alphaflow_cli.core.scores import inception_score, kid, precision_recall
+from alphaflow_cli.errors import AlphaflowError
+from alphaflow_cli.evaluate.features import Extractor, true_float32
+from alphaflow_cli.evaluate.measure import Pass, load_all
+from alphaflow_cli.evaluate.reference import Reference, check_fit, floor_of
+from alphaflow_cli.evaluate.results import (
+    NEEDS_FEATURES,
+    NEEDS_MOMENTS,
+    NETWORK,
+    TITLE,
+    UNBIASED_FROM,
+    Row,
+    name_of,
+    space_of,
+)
+from alphaflow_cli.recipe.schema import Metric
+
+FEWEST = 100  # single real features
+SEED = 2020  # of subsets and orders, as torch-fidelity draws them
+KID_SUBSETS, KID_SIZE = 100, 1000
+IS_SPLITS = 10
+NEIGHBOURS = 3
+BLOCK = 10_000  # rows of a distance matrix at a time
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A finished pass and what it is held against."""
+
+    work: Pass
+    moments: dict[str, Moments]
+    reference: Reference | None
+    device: torch.device
+
+
+def check_request(
+    metrics: tuple[Metric, ...], reference: Reference | None, extractors: dict[str, Extractor], work: Pass
+) -> None:
+    """All that can be refused before the long pass."""
+    for metric in metrics:
+        if metric == "is":
+            continue
+        if reference is None:
+            raise AlphaflowError(f"{metric} compares with real pictures: add --reference FILE or --reference SOURCE")
+        check_fit(reference, NETWORK[metric], extractors[NETWORK[metric]], work.source.size)
+        kept = reference.stats[NETWORK[metric]].features
+        if metric in NEEDS_FEATURES and (kept is None or len(kept) < FEWEST):
+            raise AlphaflowError(
+                f"{reference.facts['name']}: {metric} needs the features of single real pictures, this file has only "
+                "their mean and covariance. Build a reference from pictures: alphaflow reference SOURCE -o FILE"
+            )
+
+
+def score(measured: Measured, metrics: tuple[Metric, ...]) -> list[Row]:
+    """Rows in the order asked for."""
+    rows: list[Row] = []
+    for metric in metrics:
+        rows += ROWS[metric](measured, metric)
+    return rows
+
+
+def _frechet(measured: Measured, metric: Metric) -> list[Row]:
+    key = NETWORK[metric]
+    reference = _needed(measured)
+    stats, moments = reference.stats[key], measured.moments[key]
+    value = frechet_distance(*moments.finalise(), stats.mean, stats.cov)
+    settings: dict[str, Any] = {}
+    floor = floor_of(reference, key, moments.count) if metric == "fd-tiny" else None
+    if floor:
+        settings["times_the_floor"] = round(value / floor, 2)
+    return [_row(measured, metric, TITLE[metric], value, settings=settings)]
+
+
+def _kid(measured: Measured, metric: Metric) -> list[Row]:
+    fake, real = _both(measured, metric)
+    size = min(KID_SIZE, len(fake), len(real))
+    value, spread = kid(fake, real, _subsets(len(fake), len(real), size))
+    settings = {"subsets": KID_SUBSETS, "of": size, "single_real_pictures": len(real)}
+    return [_row(measured, metric, "KID", value, spread=spread, settings=settings)]
+
+
+def _subsets(fakes: int, reals: int, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    rng = np.random.RandomState(SEED)
+    for _ in range(KID_SUBSETS):
+        chosen = rng.choice(fakes, size, replace=False), rng.choice(reals, size, replace=False)
+        yield torch.from_numpy(chosen[0]), torch.from_numpy(chosen[1])
+
+
+def _inception_score(measured: Measured, metric: Metric) -> list[Row]:
+    features = load_all(measured.work, NETWORK[metric])
+    order = torch.from_numpy(np.random.RandomState(SEED).permutation(len(features)))  # class-sorted sets would collapse
+    extractor = measured.work.extractors[NETWORK[metric]]
+    with true_float32():
+        logits = torch.cat([extractor.logits(part).cpu() for part in torch.split(features[order], BLOCK)])
+    value, spread = inception_score(logits, IS_SPLITS)
+    settings = {"splits": IS_SPLITS, "order": f"shuffled, seed {SEED}"}
+    return [_row(measured, metric, "IS", value, spread=spread, settings=settings, compared=False)]
+
+
+def _precision_recall(measured: Measured, metric: Metric) -> list[Row]:
+    fake, real = _both(measured, metric)
+    with true_float32():
+        found = precision_recall(fake.to(measured.device), real.to(measured.device), NEIGHBOURS, block=BLOCK)
+    settings = {"neighbours": NEIGHBOURS, "single_real_pictures": len(real)}
+    return [
+        _row(measured, metric, title, value, settings=settings)
+        for title, value in (
+            ("precision", found.precision),
+            ("recall", found.recall),
+            ("density", found.density),
+            ("coverage", found.coverage),
+        )
+    ]
+
+
+ROWS: dict[Metric, Callable[[Measured, Metric], list[Row]]] = {
+    "fid": _frechet,
+    "fdd": _frechet,
+    "fcd": _frechet,
+    "fd-tiny": _frechet,
+    "kid": _kid,
+    "is": _inception_score,
+    "pr": _precision_recall,
+}
+
+
+def _both(measured: Measured, metric: Metric) -> tuple[Tensor, Tensor]:
+    real = _needed(measured).stats[NETWORK[metric]].features
+    assert real is not None, metric
+    return load_all(measured.work, NETWORK[metric]), real
+
+
+def _needed(measured: Measured) -> Reference:
+    assert measured.reference is not None
+    return measured.reference
+
+
+def _row(
+    measured: Measured,
+    metric: Metric,
+    title: str,
+    value: float,
+    *,
+    spread: float | None = None,
+    settings: dict[str, Any],
+    compared: bool = True,
+) -> Row:
+    key, source = NETWORK[metric], measured.work.source
+    extractor = measured.work.extractors[key]
+    return Row(
+        name=name_of(title, extractor, source.count),
+        value=value,
+        spread=spread,
+        metric=metric,
+        space=space_of(extractor),
+        count=source.count,
+        pictures=source.describe(),
+        label=source.label,
+        reference=measured.reference.facts if compared and measured.reference is not None else None,
+        settings=settings,
+        notes=_notes(measured, metric),
+    )
+
+
+def _notes(measured: Measured, metric: Metric) -> tuple[str, ...]:
+    """What a reader must know before believing the row."""
+    key, count = NETWORK[metric], measured.work.source.count
+    extractor, notes = measured.work.extractors[key], []
+    if metric in NEEDS_MOMENTS:
+        if count <= extractor.dim:
+            notes.append(f"covariance is singular: {count:,} pictures for {extractor.dim} features")
+        if count < UNBIASED_FROM:
+            notes.append(f"biased upwards: below {UNBIASED_FROM:,} pictures; compare only with the same count")
+    if not extractor.known:
+        notes.append(f"weights are not the published ones (sha256 {extractor.weights_sha256[:8]}…)")
+    if measured.reference is not None and metric != "is":
+        unsaid = check_fit(measured.reference, key, extractor, measured.work.source.size)
+        notes += [f"reference does not state its {', '.join(unsaid)}"] if unsaid else []
+    return tuple(notes)

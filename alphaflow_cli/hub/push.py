@@ -1,0 +1,325 @@
+"""From a run or a checkpoint to the folder that goes to the Hub: no secret, no optimiser state, no machine's path.
+
+Up: a finished folder becomes a commit. Interrupted, the same command sends only what is missing.
+"""
+
+import json
+import re
+import shutil
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import safe_open
+
+from alphaflow_cli.charts.draw import to_png
+from alphaflow_cli.errors import AlphaflowError
+from alphaflow_cli.evaluate.results import read_results
+from alphaflow_cli.files import write_atomically
+from alphaflow_cli.hub.card import CardFacts, config_json, last_part, model_card, result_rows, scrub
+from alphaflow_cli.model.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from alphaflow_cli.nn.autoencoder import load_autoencoder
+from alphaflow_cli.nn.weights import sha256_of
+from alphaflow_cli.recipe import dump_recipe
+from alphaflow_cli.recipe.plan import parameter_count
+from alphaflow_cli.remote.address import is_repository
+from alphaflow_cli.remote.client import cache_folder, hub_api
+from alphaflow_cli.remote.download import (
+    AUTOENCODER,
+    CONFIG,
+    MODEL,
+    NOT_ALWAYS,
+    is_published,
+    prepare_folder,
+    remove_stale,
+)
+from alphaflow_cli.remote.faults import NotThere, hub_faults
+from alphaflow_cli.sample.generator import best_device, check_autoencoder, find_checkpoint, open_generator
+from alphaflow_cli.sample.grid import grid_in_rows, plain_png
+from alphaflow_cli.sample.walk import plan_walk
+from alphaflow_cli.train.curves import recipe_chart
+from alphaflow_cli.train.state import step_name
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+
+HUB_ID = re.compile(r"\w[\w.-]*(?:/\w[\w.-]*){1,2}(?:@\S+)?")  # user/repo or user/repo/subfolder
+GRID = (4, 8)  # rows and columns of a sample grid drawn for the card
+
+
+@dataclass(frozen=True)
+class Publication:
+    """What is to be published, read and found sound."""
+
+    run: Path | None  # its run folder, where it is one
+    path: Path
+    sha256: str  # of the file, when it was read
+    checkpoint: Checkpoint
+    results: dict[str, Any] | None
+
+    @property
+    def name(self) -> str:
+        """The repository's default name."""
+        return self.checkpoint.recipe.name or self.path.stem
+
+    @property
+    def title(self) -> str:
+        """For the commit."""
+        step = self.checkpoint.origin.get("step")
+        return f"{self.name} at step {step:,}" if isinstance(step, int) else self.name
+
+
+def newest_run(root: Path = Path("runs")) -> Path:
+    """The run folder whose weights are newest."""
+    found = sorted(root.glob("*/model.safetensors"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise AlphaflowError(f"{root}/: no run with weights to push. Train one, or name it: alphaflow push RUN")
+    return found[-1].parent
+
+
+def open_publication(address: Path, *, with_results: bool) -> Publication:
+    """A run folder or a checkpoint; results that belong to other weights are refused here, before anything is sent."""
+    path = find_checkpoint(str(address))
+    run = address if address.is_dir() else None
+    if run is not None:
+        see_own(run, path)
+    sha256, checkpoint = sha256_of(path), load_checkpoint(path)
+    _see_same(path, sha256, path)
+    return Publication(run, path, sha256, checkpoint, _results(run, path, sha256) if run and with_results else None)
+
+
+def see_own(run: Path, path: Path) -> None:
+    """Of a run folder only its own regular files are published: a link may lead to anything on this machine."""
+    if not path.is_file() or not path.resolve().is_relative_to(run.resolve()):
+        raise AlphaflowError(
+            f"{path}: not a file of this run, but a link that leads out of it. Nothing was published; put the file "
+            "itself there, or remove the link."
+        )
+
+
+def _see_same(path: Path, sha256: str, original: Path) -> None:
+    """A run that still trains replaces its weights: steps and scores of others must not be told of these."""
+    if sha256_of(path) != sha256:
+        raise AlphaflowError(f"{original}: changed while it was read; is it training? Run the same command again.")
+
+
+def stage(
+    source: Publication, folder: Path, *, repo: str, licence: str, autoencoder: Path | None = None
+) -> dict[str, int]:
+    """Fill `folder` for the repository user/repo, with the autoencoder given or found; returns its files' sizes."""
+    if folder.resolve() == source.path.parent.resolve():
+        raise AlphaflowError(f"{folder}: the weights to publish lie there. Give another folder.")
+    if not is_repository(repo):  # made of the recipe's name, perhaps
+        raise AlphaflowError(f"{repo}: not a name the Hub takes. Give one: alphaflow push RUN user/name")
+    decoder = local_autoencoder(source, autoencoder)
+    prepare_folder(folder)
+    remove_stale(folder)
+    clean = _clean(source.checkpoint, packaged=decoder is not None)
+    recipe, parameters = clean.recipe, parameter_count(clean.recipe)
+    _write(folder / CONFIG, config_json(recipe, clean.origin, parameters))  # first: by it the folder is known as ours
+    if decoder is not None:
+        _package_autoencoder(decoder, folder / AUTOENCODER, source)
+    sha256 = _write_model(source, clean, folder / MODEL)
+    _write(folder / "recipe.yaml", dump_recipe(recipe))
+    results = scrub(source.results)
+    if results:
+        text = json.dumps(results, indent=1, ensure_ascii=False).replace(source.sha256, sha256)
+        _write(folder / "results.json", text + "\n")
+    _write(folder / "alpha.png", to_png(recipe_chart(recipe)))
+    _write(folder / "samples.png", _samples(source, folder / MODEL))
+    facts = CardFacts(repo, recipe, clean.origin, parameters, results, licence)
+    _write(folder / "README.md", model_card(facts))
+    found = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in found}
+
+
+def _write_model(source: Publication, clean: Checkpoint, model: Path) -> str:
+    """The file as it is where nothing is private, else the cleaned one; returns its sha256."""
+    same = (clean.recipe, clean.origin) == (source.checkpoint.recipe, source.checkpoint.origin)
+    if not same or not _is_bare(source):
+        save_checkpoint(model, clean)
+        return sha256_of(model)
+    write_atomically(model, partial(shutil.copyfile, source.path))
+    try:
+        _see_same(model, source.sha256, source.path)
+    except AlphaflowError:
+        model.unlink()
+        raise
+    return source.sha256
+
+
+def _is_bare(source: Publication) -> bool:
+    """Whether the file holds nothing but what was read of it: no other metadata or tensor, no comment in the recipe."""
+    with safe_open(source.path, framework="pt") as file:
+        metadata, names = file.metadata() or {}, set(file.keys())
+    wanted = {f"net.{name}" for name in source.checkpoint.weights} | {"latents.mean", "latents.std"}
+    recipe = dump_recipe(source.checkpoint.recipe)
+    return set(metadata) == {"format", "recipe", "origin"} and metadata["recipe"] == recipe and names == wanted
+
+
+def _write(path: Path, content: str | bytes) -> None:
+    data = content.encode(errors="backslashreplace") if isinstance(content, str) else content  # names may be no UTF-8
+    write_atomically(path, partial(_put, data))
+
+
+def _put(data: bytes, path: Path) -> None:
+    path.write_bytes(data)
+
+
+def _clean(checkpoint: Checkpoint, *, packaged: bool) -> Checkpoint:
+    """The same weights; recipe and origin without paths, a packaged autoencoder under its name in the repository."""
+    recipe, origin = checkpoint.recipe, scrub(checkpoint.origin)
+    if packaged:
+        recipe = replace(recipe, data=replace(recipe.data, autoencoder=AUTOENCODER))
+        origin = origin | {"autoencoder": (origin.get("autoencoder") or {}) | {"id": AUTOENCODER, "revision": ""}}
+    data = replace(
+        recipe.data,
+        store=last_part(recipe.data.store),
+        source=scrub(recipe.data.source),
+        autoencoder=scrub(recipe.data.autoencoder),
+    )
+    evaluation = replace(recipe.eval, reference=last_part(recipe.eval.reference))
+    recipe = replace(recipe, name=scrub(recipe.name), data=data, eval=evaluation)
+    begun = str(origin.get("init_from") or "")
+    if begun and not is_repository(begun.partition("@")[0].partition(":")[0]):
+        origin = origin | {"init_from": last_part(begun)}
+    return replace(checkpoint, recipe=recipe, origin=origin)
+
+
+def _autoencoder_record(checkpoint: Checkpoint) -> dict[str, Any]:
+    record, said = checkpoint.origin.get("autoencoder") or {}, checkpoint.recipe.data.autoencoder
+    return record | {"id": str(record.get("id") or said)}
+
+
+def local_autoencoder(source: Publication, given: Path | None) -> Path | None:
+    """The autoencoder that has to go along: the one given, else beside the checkpoint, else from here. None: it is the
+    Hub's, or there is none."""
+    name, said = _autoencoder_record(source.checkpoint)["id"], source.checkpoint.recipe.data.autoencoder
+    if name == "none":
+        if given:
+            raise AlphaflowError(f"--autoencoder {given}: this model makes pixels without a decoder; leave it out.")
+        return None
+    on_hub = HUB_ID.fullmatch(name)
+    names = [name] if on_hub or said == "none" else [name, said]
+    places = [place for each in names for place in (source.path.parent / each, Path(each).expanduser())]
+    found = given or next((place for place in places if place.is_file() or (place / CONFIG).is_file()), None)
+    if found is None and not on_hub:
+        raise AlphaflowError(
+            f"{source.path}: its latents are of the autoencoder {Path(name).name}, which is none of the Hub's and not "
+            "found here. It has to go along: --autoencoder DIR (or its weights file)."
+        )
+    return found
+
+
+def _package_autoencoder(place: Path, target: Path, source: Publication) -> None:
+    """Any form of it becomes a folder of safetensors; its weights are those that made the latents."""
+    found = load_autoencoder(str(place), device=torch.device("cpu"))
+    check_autoencoder(found, _autoencoder_record(source.checkpoint))
+    module: Any = found.module
+    module.save_pretrained(target, safe_serialization=True)
+    config = json.loads((target / "config.json").read_text(encoding="utf-8"))
+    config.pop("_name_or_path", None)  # the folder it was loaded from
+    _write(target / "config.json", json.dumps(scrub(config), indent=2) + "\n")
+
+
+def _results(run: Path, checkpoint: Path, ours: str) -> dict[str, Any] | None:
+    """results.json, if its numbers were measured on these very weights."""
+    path = run / "results.json"
+    if not path.is_file():
+        return None
+    see_own(run, path)
+    results = read_results(path, advice=f"Measure again: alphaflow eval {run}; or push --without-results")
+    rows = result_rows(results)
+    for row in rows:
+        theirs = str((row.get("pictures") or {}).get("checkpoint_sha256") or "")
+        if theirs != ours:
+            raise AlphaflowError(
+                f"{path}: {row.get('name')} was measured on other weights ({theirs[:12] or 'not said which'}) than "
+                f"{checkpoint.name} holds ({ours[:12]}). Measure again: alphaflow eval {run}; or push --without-results"
+            )
+    return results if rows else None
+
+
+def _samples(source: Publication, model: Path) -> bytes:
+    """The run's own grid of these weights, else one by the file that is published."""
+    recipe, step = source.checkpoint.recipe, source.checkpoint.origin.get("step")
+    if source.run is not None and isinstance(step, int):
+        drawn = source.run / "samples" / f"{step_name(step)}.png"
+        if drawn.exists():
+            see_own(source.run, drawn)
+            return plain_png(drawn)
+    generator = open_generator(str(model), device=best_device())
+    rows, columns = GRID
+    seeds, classes = list(range(rows * columns)), recipe.data.classes
+    labels = [seed % classes if classes else 0 for seed in seeds]
+    walk = plan_walk(recipe, nfe=recipe.sample.nfe)
+    pictures = generator.images(seeds, labels, walk).permute(0, 2, 3, 1).cpu().numpy()
+    return grid_in_rows(list(pictures), columns)
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where to, and how."""
+
+    repo: str  # user/repo
+    private: bool
+    pull_request: bool
+
+
+def check_login() -> str:
+    """The user's name; without a token the clear line."""
+    with hub_faults("push"):
+        return str(hub_api().whoami()["name"])
+
+
+def upload(folder: Path, target: Target, *, message: str) -> str:
+    """Create the repository if need be and commit the folder, without leaving old scores beside new weights."""
+    api = hub_api()
+    if not target.pull_request:
+        with hub_faults(target.repo):
+            api.create_repo(target.repo, private=target.private or None, exist_ok=True)
+    with hub_faults(target.repo, sending=True):
+        commit = api.upload_folder(
+            repo_id=target.repo,
+            folder_path=folder,
+            commit_message=message,
+            create_pr=target.pull_request,
+            ignore_patterns=[".*", "*.tmp"],
+            delete_patterns=list(NOT_ALWAYS),
+        )
+    return str(commit.pr_url) if target.pull_request and commit.pr_url else f"{api.endpoint}/{target.repo}"
+
+
+def check_name(target: Target) -> None:
+    """A repository that holds something else is not overwritten, and --private does not pretend. Makes nothing."""
+    api = hub_api()
+    try:
+        with hub_faults(target.repo):
+            info = api.model_info(target.repo)
+    except NotThere:
+        if target.pull_request:
+            raise
+        return
+    if target.private and not target.pull_request and info.private is False:
+        raise AlphaflowError(
+            f"{target.repo}: exists already and is public; --private would not hide it. "
+            "Make it private on its settings page, or choose another name."
+        )
+    files = [entry.rfilename for entry in info.siblings or [] if not entry.rfilename.startswith(".git")]
+    if files and not _is_ours(api, target.repo, files):
+        raise AlphaflowError(
+            f"{target.repo}: this name is taken by something else (it holds {', '.join(sorted(files)[:3])}). "
+            "Choose another: alphaflow push RUN user/name."
+        )
+
+
+def _is_ours(api: "HfApi", repo: str, files: list[str]) -> bool:
+    """config.json of an alphaflow model, or a repository with a README only."""
+    if "config.json" not in files:
+        return set(files) <= {"README.md"}
+    with hub_faults(repo):
+        config = Path(api.hf_hub_download(repo, "config.json", cache_dir=cache_folder()))
+    return is_published(config)

@@ -1,0 +1,255 @@
+"""One shard of latents: pictures in, one file and its sidecar out. The unit of resuming and of sharing work."""
+
+import errno
+import itertools
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from alphaflow_cli.data.manifest import Plan
+from alphaflow_cli.data.pictures import BadPicture, decode
+from alphaflow_cli.data.sources import Fetch, Source
+from alphaflow_cli.data.writing import write_shard
+from alphaflow_cli.errors import AlphaflowError
+from alphaflow_cli.nn.autoencoder import Autoencoder, load_autoencoder
+from alphaflow_cli.runtime.processes import smaller_batch_if_full
+from alphaflow_cli.tensors import Array
+from alphaflow_cli.text import brief
+
+Bad = Literal["stop", "skip"]
+Tell = Callable[[int], None]
+NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+SOURCE_DOWN = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EMFILE, errno.ENFILE}  # no fault of the picture
+PRECISIONS = ("bf16", "tf32", "fp32")  # fastest first
+MAX_ERROR, MAX_ERROR_PLAIN = 0.25, 0.01  # see choose_precision
+TOGETHER = 16  # pictures decoded by one call in another thread: small ones cost less than the call
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every process of one preparation shares; picklable."""
+
+    source: Source
+    out: Path
+    plan: Plan
+    lines: Sequence[int]  # of the source, one per line of images.json
+    labels: Sequence[int]
+    autoencoder: str
+    batch: int
+    bad: Bad
+    max_pixels: int
+    threads: int  # that decode pictures in each process
+
+    def span(self, shard: int) -> range:
+        """Lines of images.json that a shard covers."""
+        size = self.plan.shard_size
+        return range(shard * size, min((shard + 1) * size, len(self.lines)))
+
+    def picture_name(self, line: int) -> str:
+        """As the source has it."""
+        return self.source.names[self.lines[line]]
+
+
+@dataclass(frozen=True)
+class EncoderInput:
+    """One line of images.json: pixels (3, H, W) uint8, or why there are none."""
+
+    line: int
+    pixels: Array | None
+    why: str
+
+
+def work(job: Job, shards: Sequence[int], device: torch.device, tell: Tell) -> None:
+    """Make these shards; the source is walked through once, in order."""
+    encoder = load_autoencoder(job.autoencoder, device=device)
+    with closing(pictures(job, [line for shard in shards for line in job.span(shard)])) as stream:
+        for shard in shards:
+            encode_shard(job, shard, encoder, itertools.islice(stream, len(job.span(shard))), device=device, tell=tell)
+
+
+def encode_shard(
+    job: Job, shard: int, encoder: Autoencoder, stream: Iterator[EncoderInput], *, device: torch.device, tell: Tell
+) -> None:
+    """Encode one shard in batches of neighbours; write the file, then the sidecar that marks it as done."""
+    rows = _Rows(job, job.span(shard))
+    good = (picture for picture in stream if rows.accept(picture))
+    while group := list(itertools.islice(good, job.batch)):
+        pixels = [picture.pixels for picture in group if picture.pixels is not None]
+        with smaller_batch_if_full(job.batch):
+            rows.add(group, encode_rows(encoder, job.plan, pixels, device))
+        tell(len(group))
+    tell(len(rows.bad))
+    rows.save(shard)
+
+
+def pictures(job: Job, lines: Sequence[int]) -> Generator[EncoderInput, None, None]:
+    """Decoded ahead of the encoder, in order.
+
+    The source is open from the first fetch to the end of the last thread: the list of fetches ends long before.
+    """
+    pool = ThreadPoolExecutor(job.threads, "decode")
+    pending: deque[Future[list[EncoderInput]]] = deque()
+    with job.source.reading([job.lines[line] for line in lines]) as fetches:
+        pairs = ((line, fetch) for line, (_, fetch) in zip(lines, fetches, strict=True))
+        try:
+            while group := list(itertools.islice(pairs, TOGETHER)):
+                pending.append(pool.submit(_decode_all, group, job.plan.image_size, job.max_pixels))
+                if len(pending) * TOGETHER > 2 * job.batch + TOGETHER * job.threads:
+                    yield from pending.popleft().result()
+            while pending:
+                yield from pending.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _decode_all(group: list[tuple[int, Fetch]], size: int, max_pixels: int) -> list[EncoderInput]:
+    return [_decode_one(line, fetch, size, max_pixels) for line, fetch in group]
+
+
+def _decode_one(line: int, fetch: Fetch, size: int, max_pixels: int) -> EncoderInput:
+    try:
+        return EncoderInput(line, decode(fetch(), size, max_pixels), "")
+    except BadPicture as fault:
+        return EncoderInput(line, None, str(fault))
+    except OSError as fault:  # removed while we run, no permission, a link to nowhere
+        if fault.errno == errno.EBADF:  # a file that we closed: never a fault of the picture
+            raise
+        if fault.errno in SOURCE_DOWN:
+            raise AlphaflowError(f"the source cannot be read any more ({fault}); try again later") from fault
+        return EncoderInput(line, None, f"cannot be read ({fault.strerror or fault})")
+
+
+def encode_rows(encoder: Autoencoder, plan: Plan, group: Sequence[Array], device: torch.device) -> dict[str, Array]:
+    """Stored rows of a batch, by tensor name: the pictures' and, where the plan says so, their mirror images'."""
+    stacked = np.stack(group)
+    if plan.kind == "pixels":
+        return {"pixels": stacked}
+    found: dict[str, Array] = {plan.kind: _rows_of(encoder, plan, stacked, device)}
+    if plan.stores_flips:
+        found[f"{plan.kind}_flip"] = _rows_of(encoder, plan, stacked[..., ::-1].copy(), device)
+    return found
+
+
+def _rows_of(encoder: Autoencoder, plan: Plan, stacked: Array, device: torch.device) -> Array:
+    pixels = torch.from_numpy(stacked).to(device).float() * 2 / 255 - 1
+    with encoder_precision(plan.autoencoder.precision, device):
+        mean, std = encoder.encode(pixels)
+    rows = torch.cat([mean, std], dim=1) if plan.kind == "moments" else mean
+    stored: Array = rows.to(getattr(torch, plan.dtype)).cpu().numpy()
+    if not np.isfinite(stored).all():
+        raise AlphaflowError(
+            f"{plan.autoencoder.id}: gives latents that are not finite in {plan.dtype}; try --dtype fp32"
+        )
+    return stored
+
+
+@contextmanager
+def encoder_precision(name: str, device: torch.device) -> Iterator[None]:
+    """How the encoder multiplies: fp32, tf32 (10 bits of mantissa on a GPU) or bf16 autocast (8 bits)."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    cast: AbstractContextManager[Any] = nullcontext()
+    if name == "bf16":
+        cast = torch.autocast(device.type, torch.bfloat16)
+    matmul.allow_tf32 = cudnn.allow_tf32 = name == "tf32"
+    try:
+        with cast:
+            yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before
+
+
+def sample_pixels(source: Source, lines: Sequence[int], size: int, max_pixels: int) -> Array:
+    """Some pictures as the encoder gets them, uint8 (n, 3, H, W); bad ones are passed over."""
+    with source.reading(lines) as fetches:
+        found = [_decode_one(line, fetch, size, max_pixels).pixels for line, fetch in fetches]
+    return np.stack([pixels for pixels in found if pixels is not None] or [np.zeros((3, size, size), np.uint8)])
+
+
+def choose_precision(encoder: Autoencoder, sample: Array, device: torch.device, asked: str) -> tuple[str, float | None]:
+    """The fastest precision whose error is small, or the one asked for, with its error.
+
+    Error: rms difference of the mean from float32, relative to the rms posterior std: noise of that size is added to
+    every latent anyway. Without a posterior the latents' own spread stands in, and the bound is smaller.
+    """
+    reference, std = _moments(encoder, sample, "fp32", device)
+    yardstick, bound = (std, MAX_ERROR) if encoder.has_posterior else (reference - reference.mean(), MAX_ERROR_PLAIN)
+    unit = float(yardstick.square().mean().sqrt()) or 1.0
+    for name in PRECISIONS if asked == "auto" else [asked]:
+        mean, _ = _moments(encoder, sample, name, device)
+        error = float((mean - reference).square().mean().sqrt()) / unit
+        if asked == name or error <= bound:
+            return name, error
+    return "fp32", 0.0
+
+
+def _moments(encoder: Autoencoder, sample: Array, name: str, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    with encoder_precision(name, device):
+        mean, std = encoder.encode(torch.from_numpy(sample).to(device).float() * 2 / 255 - 1)
+    return mean.double(), std.double()
+
+
+@contextmanager
+def writing_to(out: Path) -> Iterator[None]:
+    """A disk that fills up, or a place that cannot be written, is a clear message; what is finished stays and is
+    resumed from. A fault of another file is none of ours to explain."""
+    try:
+        yield
+    except OSError as fault:
+        if fault.errno in NO_ROOM:
+            raise AlphaflowError(
+                f"{out}: no room left ({fault.strerror}). Finished shards are kept: free some, run the same command "
+                "again"
+            ) from fault
+        if fault.errno != errno.EIO and not Path(str(fault.filename)).is_relative_to(out):
+            raise
+        raise AlphaflowError(
+            f"{brief(out)}: cannot be written ({fault.strerror}). Give another --out, or mend this one; what is "
+            "finished is kept"
+        ) from fault
+
+
+class _Rows:
+    """The growing content of one shard."""
+
+    def __init__(self, job: Job, span: range) -> None:
+        self.job, self.span, self.filled = job, span, 0
+        self.bad: list[dict[str, Any]] = []
+        plan = job.plan
+        names = [plan.kind, *([f"{plan.kind}_flip"] if plan.stores_flips else [])]
+        shape = (len(span), plan.rows, *plan.latent[1:])
+        self.tensors: dict[str, Array] = {name: np.empty(shape, plan.dtype) for name in names}
+        self.tensors["label"] = np.empty(len(span), np.int64)
+        self.tensors["index"] = np.empty(len(span), np.int64)
+
+    def accept(self, picture: EncoderInput) -> bool:
+        """A good picture; a bad one is put down, or stops the run."""
+        if picture.pixels is not None:
+            return True
+        name = self.job.picture_name(picture.line)
+        if self.job.bad == "stop":
+            raise AlphaflowError(f"{name!r}: {picture.why}. Mend or remove it, or leave such pictures out: --bad skip")
+        self.bad.append({"line": picture.line, "name": name, "why": picture.why})
+        return False
+
+    def add(self, group: Sequence[EncoderInput], encoded: dict[str, Array]) -> None:
+        """A batch more."""
+        place = slice(self.filled, self.filled + len(group))
+        for name, rows in encoded.items():
+            self.tensors[name][place] = rows
+        self.tensors["index"][place] = [picture.line for picture in group]
+        self.tensors["label"][place] = [self.job.labels[picture.line] for picture in group]
+        self.filled += len(group)
+
+    def save(self, shard: int) -> None:
+        """The file with its statistics, then the sidecar."""
+        with writing_to(self.job.out):
+            content = {key: rows[: self.filled] for key, rows in self.tensors.items()}
+            write_shard(self.job.out, self.job.plan, shard, content, self.bad)

@@ -1,0 +1,239 @@
+"""What `prep-latents` is asked for becomes a plan: which pictures, which classes, which encoder, which shards."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from alphaflow_cli.data.classes import (
+    AS_NUMBERS,
+    Classes,
+    choose_split,
+    folders_of,
+    parse_classes,
+    read_classes,
+    reordered,
+)
+from alphaflow_cli.data.manifest import (
+    TRANSFORM,
+    AutoencoderRecord,
+    Kind,
+    Plan,
+    differences,
+    plan_from_dict,
+    plan_to_dict,
+    read_bytes,
+    read_json,
+    read_list,
+)
+from alphaflow_cli.data.opening import open_source
+from alphaflow_cli.data.sources import Folder, Source
+from alphaflow_cli.errors import AlphaflowError
+from alphaflow_cli.latents.encode import Bad, Job, choose_precision, sample_pixels
+from alphaflow_cli.nn.autoencoder import Autoencoder, load_autoencoder, public_id
+from alphaflow_cli.tensors import is_there
+
+SHARD_PICTURES, SHARD_BYTES = 8192, 512_000_000  # of one shard at most: it is held in memory until it is written
+SHARDS_WANTED, SHARD_LEAST = 16, 256  # small sets are cut, too, so that several processes have something to share
+SAMPLE = 16  # pictures that a lower precision is tried on
+STORED_DTYPES = {"fp16": "float16", "fp32": "float32"}
+
+
+@dataclass(frozen=True)
+class StoreRequest:
+    """What was asked for."""
+
+    source: str
+    size: int
+    autoencoder: str
+    dtype: str  # fp16, fp32
+    flips: bool
+    batch: int  # 0: by the size
+    limit: int  # 0: all
+    bad: Bad
+    precision: str  # auto, fp32, tf32, bf16
+    max_pixels: int
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """What the plan must know of the autoencoder."""
+
+    record: AutoencoderRecord
+    latent: tuple[int, int, int]  # C, h, w
+    kind: Kind
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The pictures of a store: lines of the source, their labels, the classes."""
+
+    source: Source
+    lines: Sequence[int]
+    labels: Sequence[int]
+    classes: Classes
+
+    def to_bytes(self) -> bytes:
+        """images.json: one picture per line."""
+        names = self.source.names
+        pairs = zip(self.lines, self.labels, strict=True)
+        return b"[\n" + b",\n".join(json.dumps([names[line], label]).encode() for line, label in pairs) + b"\n]\n"
+
+
+def make_job(request: StoreRequest, out: Path, *, threads: int, device: torch.device) -> tuple[Job, Listing]:
+    """List the source, look at the encoder, and compare with what `out` already holds."""
+    listing = list_pictures(request)
+    old = read_json(out / "plan.json") if is_there(out / "plan.json") else None
+    before = plan_from_dict(old, out / "plan.json") if old else None
+    if before:
+        listing = _as_begun(listing, out)
+    if before and request.bad == "skip":
+        listing = _with_the_removed(listing, out)
+    finished = is_there(out / "manifest.json")
+    encoder = _encoder(request, listing, before, finished=finished, device=device)
+    plan = _plan(request, listing, encoder)
+    if old and (lines := differences(plan_to_dict(plan), old, "this command", "the store")):
+        raise AlphaflowError(f"{out}: holds another preparation: {'; '.join(lines)}. Give another --out, or delete it")
+    job = Job(
+        source=listing.source,
+        out=out,
+        plan=plan,
+        lines=listing.lines,
+        labels=listing.labels,
+        autoencoder=request.autoencoder,
+        batch=request.batch or default_batch(request, device),
+        bad=request.bad,
+        max_pixels=request.max_pixels,
+        threads=threads,
+    )
+    return job, listing
+
+
+def list_pictures(request: StoreRequest) -> Listing:
+    """All pictures, or `limit` of them spread evenly over the list; labels never depend on the limit."""
+    source = open_source(request.source)
+    lines, prefix = choose_split(source.names)
+    if not lines:
+        raise AlphaflowError(f"{request.source}: no pictures here ({', '.join(source.notes) or 'it is empty'})")
+    names = source.names
+    folders = folders_of([names[line] for line in lines], prefix)
+    classes = read_classes(folders, source.classes_json(), source.class_order())
+    index = {folder: number for number, folder in enumerate(classes.folders)}
+    labels = [index[folder] for folder in folders]
+    if 0 < request.limit < len(lines):
+        kept = [number * len(lines) // request.limit for number in range(request.limit)]
+        lines, labels = [lines[at] for at in kept], [labels[at] for at in kept]
+    return Listing(source, lines, labels, classes)
+
+
+def shard_size(count: int, sample_bytes: int) -> int:
+    """Pictures per shard: a pure function of the plan, never of the machine."""
+    wanted = min(max(-(-count // SHARDS_WANTED), SHARD_LEAST), SHARD_PICTURES)
+    return max(1, min(wanted, SHARD_BYTES // sample_bytes))
+
+
+def default_out(source: str, size: int, autoencoder: str) -> Path:
+    """`latents/<source>-<size>-<autoencoder>`: other settings, another folder."""
+    bare = source.split("://")[-1].split("@")[0].split(":")[0] if source.startswith("hf://") else source
+    parts = [part for part in bare.replace(":", "-").split("/") if part not in ("", ".", "..", "train")]
+    name = (parts or [Path.cwd().name])[-1].split(".")[0] or "pictures"
+    kind = "pixels" if autoencoder == "none" else public_id(autoencoder).rsplit("/", 1)[-1]
+    return Path("latents") / f"{name}-{size}-{kind}"
+
+
+def default_batch(request: StoreRequest, device: torch.device) -> int:
+    """Pictures that the encoder sees at once: 32 at 256 px on a GPU; on a CPU small ones, so that progress shows."""
+    if request.autoencoder == "none":
+        return 256
+    return max(1, min(256 if device.type == "cuda" else 16, 32 * 256**2 // request.size**2))
+
+
+def _as_begun(listing: Listing, out: Path) -> Listing:
+    """The list with the labels that a store was begun with: folders named by numbers were once sorted as words."""
+    path = out / "classes.json"
+    if listing.classes.order != AS_NUMBERS or not is_there(path):
+        return listing
+    classes = reordered(listing.classes, parse_classes(read_bytes(path), str(path)))
+    if classes is None:
+        return listing
+    number = {folder: index for index, folder in enumerate(classes.folders)}
+    labels = [number[listing.classes.folders[label]] for label in listing.labels]
+    return replace(listing, labels=labels, classes=classes)
+
+
+def _with_the_removed(listing: Listing, out: Path) -> Listing:
+    """The list as it was planned, where a folder only lost pictures since: `--bad skip` counts them as bad."""
+    planned = read_list(out / "images.json")
+    names = listing.source.names
+    now = {(names[line], label) for line, label in zip(listing.lines, listing.labels, strict=True)}
+    if not isinstance(listing.source, Folder) or not now < set(planned):
+        return listing
+    source = replace(listing.source, names=[name for name, _ in planned])
+    return Listing(source, range(len(planned)), [label for _, label in planned], listing.classes)
+
+
+def _encoder(
+    request: StoreRequest, listing: Listing, before: Plan | None, *, finished: bool, device: torch.device
+) -> Encoder:
+    """Who encodes. A finished store is believed: its encoder is not loaded again to say that nothing is to be done."""
+    if request.autoencoder == "none":
+        record = AutoencoderRecord("none", "", "", 1, 1.0, 0.0, "exact", None)
+        return Encoder(record, (3, request.size, request.size), "pixels")
+    if before and finished and before.autoencoder.id == public_id(request.autoencoder):
+        return Encoder(before.autoencoder, before.latent, before.kind)
+    model = load_autoencoder(request.autoencoder, device=device)
+    if request.size % model.downscale:
+        raise AlphaflowError(f"--size {request.size}: {model.id} needs a multiple of {model.downscale}")
+    side = request.size // model.downscale
+    chosen, error = _precision(request, listing, model, before, device)
+    record = AutoencoderRecord(
+        id=model.id,
+        revision=model.revision,
+        weights_sha256=model.weights_sha256,
+        downscale=model.downscale,
+        scale=model.scale,
+        shift=model.shift,
+        precision=chosen,
+        precision_error=error,
+    )
+    return Encoder(record, (model.channels, side, side), "moments" if model.has_posterior else "mean")
+
+
+def _precision(
+    request: StoreRequest, listing: Listing, model: Autoencoder, before: Plan | None, device: torch.device
+) -> tuple[str, float | None]:
+    """As asked; `auto` is fp32 on a CPU, is measured on a GPU, and stays what it was when a run goes on."""
+    if before and request.precision == "auto":
+        return before.autoencoder.precision, before.autoencoder.precision_error
+    if request.precision == "auto" and device.type == "cpu":
+        return "fp32", None
+    count = min(SAMPLE, len(listing.lines))
+    lines = [listing.lines[number * len(listing.lines) // count] for number in range(count)]
+    sample = sample_pixels(listing.source, lines, request.size, request.max_pixels)
+    return choose_precision(model, sample, device, request.precision)
+
+
+def _plan(request: StoreRequest, listing: Listing, encoder: Encoder) -> Plan:
+    source = {
+        "kind": listing.source.kind,
+        "name": listing.source.name,
+        "images": len(listing.lines),
+        "list_sha256": hashlib.sha256(listing.to_bytes()).hexdigest(),
+        **listing.source.facts(),
+    }
+    plan = Plan(
+        source=source,
+        image_size=request.size,
+        latent=encoder.latent,
+        kind=encoder.kind,
+        dtype="uint8" if encoder.kind == "pixels" else STORED_DTYPES[request.dtype],
+        flips=request.flips,
+        autoencoder=encoder.record,
+        transform=TRANSFORM,
+        classes=len(listing.classes.folders),
+        shard_size=0,
+    )
+    return replace(plan, shard_size=shard_size(len(listing.lines), plan.sample_bytes))

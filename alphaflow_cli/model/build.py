@@ -1,0 +1,67 @@
+"""From a recipe to objects: the network, its label rows, the bound functions of the core.
+
+torch.compile, block by block.
+
+All blocks share one piece of code, so each form below is compiled once, not once per block:
+
+    graded, value alone       α > 0 without guidance   (B rows)
+    graded, others beside     α > 0 with guidance      (B rows, and those that guidance asks about)
+    graded, with tangents     α = 0                    (B rows, B' of them with a tangent)
+    no gradient               u⁻(z_s, r, s); guidance at α = 0  (their own numbers of rows)
+    math attention            the forward-mode reference only
+
+α never enters a block, so its schedule compiles nothing. Static shapes: a new number of rows is a new form, up to
+torch's limit of 8 for one piece of code; beyond it torch runs eagerly, and says so. The rest of the step stays eager:
+it is under 2% of the arithmetic, and double backward or torch.func.jvp cannot be traced anyway.
+"""
+
+import torch
+from torch import nn
+
+from alphaflow_cli.nn.dit import DiT
+from alphaflow_cli.nn.noise import NoiseDiT
+from alphaflow_cli.recipe.schema import Recipe
+
+NETWORKS: dict[str, type[DiT]] = {"velocity": DiT, "noise": NoiseDiT}
+
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}  # of weights, targets and losses
+
+
+def label_rows(recipe: Recipe) -> int:
+    """Rows of the label table: the classes, plus the null row (last) when labels are dropped in training."""
+    return recipe.data.classes + (recipe.guidance.label_dropout > 0) if recipe.data.classes else 0
+
+
+def null_label(recipe: Recipe) -> int:
+    """The null label: the last row of the table."""
+    return max(label_rows(recipe) - 1, 0)
+
+
+def build_network(recipe: Recipe, *, seed: int | None = None) -> DiT:
+    """The recipe's network, initialised from `seed` (None: the recipe's own); global randomness stays as it was."""
+    model, data = recipe.model, recipe.data
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.train.seed if seed is None else seed)
+        return NETWORKS[model.prediction](
+            latent_size=data.latent_size,
+            channels=data.channels,
+            patch=model.patch,
+            dim=model.dim,
+            depth=model.depth,
+            heads=model.heads,
+            mlp_ratio=model.mlp_ratio,
+            label_rows=label_rows(recipe),
+            qk_norm=model.qk_norm,
+            second_time=model.second_time,
+            gradient_checkpointing=recipe.train.gradient_checkpointing,
+        )
+
+
+def compile_blocks(net: DiT, backend: str = "inductor") -> DiT:
+    """In place, so names in the state dict stay what they are. Nothing is compiled before the first call."""
+    parts: list[nn.Module] = [*net.blocks, net.final]
+    for part in parts:
+        part.compile(dynamic=False, backend=backend)
+    net.compiled = True
+    return net

@@ -1,0 +1,158 @@
+"""One file is enough: weights, recipe, the latents' normalisation and where they came from, in one safetensors file.
+
+Tensors: `net.<name>` (float32), `latents.mean` and `latents.std` (float64, broadcastable to (C, h, w); the network's
+x is (latent − mean) / std). Metadata, all strings: format, recipe (YAML), origin (JSON: step, images_seen, weights,
+half_life, autoencoder, classes, versions, …).
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from alphaflow_cli.documents import Anything, ListOf, Maybe, Number, Table, Text, Whole, parse_json
+from alphaflow_cli.errors import AlphaflowError
+from alphaflow_cli.files import check_regular, save_tensors
+from alphaflow_cli.model.build import build_network
+from alphaflow_cli.nn.weights import check_real
+from alphaflow_cli.recipe import dump_recipe, recipe_from_text
+from alphaflow_cli.recipe.schema import Recipe
+
+FORMAT = "alphaflow/1"
+NAME = Text(4096, form=r"[^\x00-\x1f\x7f]*")  # a file's or repository's
+ORIGIN = Table(  # what is read of it; the rest is told in the card and the report as it stands
+    optional={
+        "step": Maybe(Whole(0)),
+        "images_seen": Maybe(Whole(0)),
+        "weights": Maybe(Text(100)),
+        "half_life": Maybe(Number(0)),
+        "init_from": Maybe(NAME),
+        "autoencoder": Maybe(
+            Table(
+                optional={"id": Maybe(NAME), "revision": Maybe(NAME), "weights_sha256": Maybe(Text(64))},
+                others=Anything(),
+            )
+        ),
+        "class_names": Maybe(ListOf(Text(1000))),
+        "versions": Maybe(Table(others=Text(100))),
+        "converted": Maybe(
+            Table(
+                optional={
+                    "from": Maybe(Text(1000)),
+                    "file": Maybe(NAME),
+                    "sha256": Maybe(Text(64)),
+                    "filled": Maybe(Table(others=Anything())),
+                },
+                others=Anything(),
+            )
+        ),
+    },
+    others=Anything(),
+)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Enough to sample, alone."""
+
+    weights: dict[str, Tensor]  # the network's names → float32
+    recipe: Recipe
+    mean: Tensor  # of the latents, float64, broadcastable to (C, h, w)
+    std: Tensor
+    origin: dict[str, Any]  # step, images_seen, weights ("ema" or "raw"), autoencoder, classes, versions, …
+
+
+def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
+    """Write it atomically."""
+    tensors = {f"net.{name}": tensor for name, tensor in checkpoint.weights.items()}
+    tensors |= {"latents.mean": checkpoint.mean, "latents.std": checkpoint.std}
+    metadata = {
+        "format": FORMAT,
+        "recipe": dump_recipe(checkpoint.recipe),
+        "origin": json.dumps(checkpoint.origin, sort_keys=True),
+    }
+    save_tensors(path, tensors, metadata)
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Read it; a file that is not ours, or not whole, is named."""
+    check_regular(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != FORMAT:
+                raise AlphaflowError(
+                    f"{path}: not an alphaflow checkpoint (format {metadata.get('format')!r}, wanted {FORMAT!r}). "
+                    "A checkpoint of another system: alphaflow convert."
+                )
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
+    except FileNotFoundError as error:  # safetensors says so of a file without permission, too
+        why = "no permission to read it. Change the permissions." if path.exists() else "no such checkpoint."
+        raise AlphaflowError(f"{path}: {why}") from error
+    except (OSError, SafetensorError) as error:
+        raise AlphaflowError(f"{path}: cannot be read as safetensors, truncated or another format: {error}") from error
+    return _checkpoint(path, tensors, metadata)
+
+
+def _checkpoint(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> Checkpoint:
+    weights = {name[4:]: tensor for name, tensor in tensors.items() if name.startswith("net.")}
+    try:
+        mean, std = tensors["latents.mean"], tensors["latents.std"]
+        recipe = recipe_from_text(metadata["recipe"], f"{path} (its recipe)")
+        origin = read_origin(metadata["origin"], path)
+    except KeyError as error:
+        raise AlphaflowError(f"{path}: the checkpoint lacks {error}; it was not written by alphaflow.") from error
+    check_real(weights, path)
+    check_real({"latents.mean": mean, "latents.std": std}, path)
+    if not (torch.isfinite(mean).all() and torch.isfinite(std).all() and (std > 0).all()):
+        raise AlphaflowError(f"{path}: the latents' normalisation in it is not finite and positive.")
+    check_latents(mean, std, recipe, str(path))
+    checkpoint = Checkpoint(weights=weights, recipe=recipe, mean=mean, std=std, origin=origin)
+    check_shapes(checkpoint, str(path))
+    return checkpoint
+
+
+def read_origin(text: str, path: Path) -> dict[str, Any]:
+    """Where a checkpoint's weights come from, as far as its words can be relied on."""
+    found: dict[str, Any] = parse_json(text, f"{path} (its origin)", ORIGIN, advice="It was not written by alphaflow.")
+    return found
+
+
+def check_latents(mean: Tensor, std: Tensor, recipe: Recipe, where: str) -> None:
+    """One number, one per channel, or one per channel and position."""
+    channels, side = recipe.data.channels, recipe.data.latent_size
+    shapes = ((1, 1, 1), (channels, 1, 1), (channels, side, side))
+    if tuple(mean.shape) not in shapes or mean.shape != std.shape:
+        raise AlphaflowError(
+            f"{where}: the latents' mean and std have the shapes {tuple(mean.shape)} and {tuple(std.shape)}; "
+            f"wanted {shapes[1]} or {shapes[2]}, both the same."
+        )
+
+
+def check_shapes(checkpoint: Checkpoint, where: str) -> None:
+    """The weights are those of the recipe's network: seen before a byte of it is allocated."""
+    told = misfits(checkpoint.weights, checkpoint.recipe)
+    if told:
+        raise AlphaflowError(f"{where}: its weights are not those of its recipe's network ({told}).")
+
+
+def misfits(weights: dict[str, Tensor], recipe: Recipe, *, without: tuple[str, ...] = ()) -> str:
+    """How the weights differ from the recipe's network, which is built without memory; empty: not at all."""
+    blocks = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
+    if blocks != recipe.model.depth:  # first: a list of a billion blocks takes memory even when they are empty
+        return f"{blocks} blocks there, model.depth {recipe.model.depth}"
+    try:
+        with torch.device("meta"):
+            state = build_network(recipe).state_dict()
+    except (RuntimeError, OverflowError) as error:
+        return f"no network has such sizes: {str(error).splitlines()[0][:200]}"
+    wanted = {name: tuple(value.shape) for name, value in state.items() if not name.startswith(without)}
+    there = {name: tuple(value.shape) for name, value in weights.items()}
+    missing, extra = sorted(wanted.keys() - there.keys()), sorted(there.keys() - wanted.keys())
+    wrong = sorted(name for name in wanted.keys() & there.keys() if wanted[name] != there[name])
+    parts = {"missing": missing, "unknown": extra, "of another shape": wrong}
+    return "; ".join(f"{len(names)} {what}, such as {names[0]}" for what, names in parts.items() if names)

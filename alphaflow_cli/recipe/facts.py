@@ -1,0 +1,144 @@
+"""The plan of a recipe as plain values for `--json`, and as lines for people."""
+
+from dataclasses import asdict
+from typing import Any
+
+from alphaflow_cli.core.alpha import equal_rows
+from alphaflow_cli.recipe import plan
+from alphaflow_cli.recipe.loader import resolve_step
+from alphaflow_cli.recipe.schema import Recipe, Schedule
+
+PHASE_WORDS = {
+    "flow": ("α = 1", "trajectory flow matching"),
+    "between": ("0 < α < 1", "one more forward per step"),
+    "shortcut": ("0 < α < 1", "Shortcut, two more forwards per step"),
+    "derivative": ("JVP", "α = 0, MeanFlow: a derivative per step"),
+}
+
+
+def facts(recipe: Recipe) -> dict[str, Any]:
+    """Everything that `recipe show` derives, machine-readable."""
+    steps, batch, share = recipe.train.steps, recipe.train.batch, plan.equal_share_at(recipe)
+    only_flow = share(0) == share(steps - 1) == 1
+    cut = [plan.Phase("flow", 0, steps)] if only_flow else plan.phases(recipe)
+    jvp = [phase for phase in cut if phase.kind == "derivative"]
+    return {
+        "parameters": plan.parameter_count(recipe),
+        "tokens": plan.tokens(recipe),
+        "label_rows": plan.label_table_rows(recipe),
+        "images_seen": steps * batch,
+        "phases": [asdict(phase) for phase in cut],
+        "alpha_one_until": cut[0].until if cut[0].kind == "flow" else 0,
+        "jvp_from": jvp[0].first if jvp else None,
+        "jvp_steps": sum(phase.until - phase.first for phase in jvp),
+        "equal_rows": {"first": equal_rows(batch, share(0)), "last": equal_rows(batch, share(steps - 1))},
+        "effective_guidance": plan.effective_guidance(recipe),
+        "warmup_steps": recipe.optim.warmup_steps,
+        "bytes": {
+            "state": plan.state_bytes(recipe),
+            "activations_per_row": plan.activation_bytes(recipe),
+            "checkpoint": plan.checkpoint_bytes(recipe),
+            "checkpoints_kept": plan.kept_checkpoints(recipe),
+            "weights": 4 * plan.parameter_count(recipe),
+            "latents_per_image": plan.latent_bytes(recipe),
+        },
+        "warnings": plan.warnings_of(recipe),
+    }
+
+
+def lines(recipe: Recipe) -> list[tuple[str, str]]:
+    """(what, in words) for people; a continued entry has an empty first part."""
+    f, only_flow = facts(recipe), recipe.times.equal_share.initial == 1 and recipe.alpha.kind == "constant"
+    rows = [("network", _network(recipe, f)), ("latents", _latents(recipe)), ("run", _run(recipe, f))]
+    rows.append(("alpha", "no r < t rows: plain flow matching" if only_flow else _schedule(recipe.alpha, recipe)))
+    rows += [("", text) for text in ([] if only_flow else _phases(recipe, f))]
+    rows += [("r = t rows", _equal(recipe, f)), ("guidance", _guidance(recipe, f)), ("optimiser", _optimiser(recipe))]
+    rows += [("memory", _memory(recipe, f)), ("disk", _disk(recipe, f))]
+    return rows + [("beware", text) for text in f["warnings"]]
+
+
+def human(count: float) -> str:
+    """1.2 kB, 3.4 GB, by powers of 1000."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 999.5:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
+
+
+def _network(recipe: Recipe, f: dict[str, Any]) -> str:
+    m = recipe.model
+    size = f"DiT dim {m.dim}, depth {m.depth}, heads {m.heads}, patch {m.patch}"
+    return f"{size}: {f['parameters']:,} parameters, {f['tokens']:,} tokens per image"
+
+
+def _latents(recipe: Recipe) -> str:
+    d = recipe.data
+    shape = f"{d.channels}×{d.latent_size}×{d.latent_size}"
+    what = "pixels" if d.autoencoder == "none" else f"latents of {d.image_size} px by {d.autoencoder}"
+    return f"{shape} {what}, {f'{d.classes:,} classes' if d.classes else 'no labels'}"
+
+
+def _run(recipe: Recipe, f: dict[str, Any]) -> str:
+    seen = f["images_seen"]
+    short = f"{seen / 1e6:,.1f} M" if seen >= 1e6 else f"{seen:,}"
+    return f"{recipe.train.steps:,} steps × batch {recipe.train.batch:,} = {short} images seen"
+
+
+def _schedule(schedule: Schedule, recipe: Recipe) -> str:
+    if schedule.kind == "constant":
+        return f"{schedule.initial:g} throughout"
+    start, end = (resolve_step(s, recipe.train.steps) for s in (schedule.start, schedule.end))
+    when = f"at step {start:,}" if schedule.kind == "step" else f"over steps {start:,} to {end:,}"
+    return f"{schedule.kind} {schedule.initial:g} → {schedule.final:g} {when}"
+
+
+def _phases(recipe: Recipe, f: dict[str, Any]) -> list[str]:
+    """One line per phase, by the step where it ends, or for the last by the step from which it holds."""
+    steps, said = recipe.train.steps, []
+    for phase in f["phases"]:
+        kind, first, until = phase["kind"], phase["first"], phase["until"]
+        shortcut = kind == "between" and recipe.loss.velocity == "network"
+        when = f"until step {until:,}" if until < steps else f"from step {first:,}"
+        state, what = PHASE_WORDS["shortcut" if shortcut else kind]
+        said.append(f"{state} {when} ({(until - first) / steps:.1%} of the run): {what}")
+    return said
+
+
+def _equal(recipe: Recipe, f: dict[str, Any]) -> str:
+    first, last, batch = f["equal_rows"]["first"], f["equal_rows"]["last"], recipe.train.batch
+    change = "" if first == last else f" at first, {last:,} at last"
+    return f"{first:,} of {batch:,} per batch{change}"
+
+
+def _guidance(recipe: Recipe, f: dict[str, Any]) -> str:
+    g = recipe.guidance
+    if (g.omega, g.kappa) == (1.0, 0.0):
+        return "none"
+    return (
+        f"omega {g.omega:g}, kappa {g.kappa:g} for {g.t_min:g} < t < {g.t_max:g}: effective scale "
+        f"{f['effective_guidance']:g}, built into the weights; labels dropped with probability {g.label_dropout:g}"
+    )
+
+
+def _optimiser(recipe: Recipe) -> str:
+    o, e = recipe.optim, recipe.ema
+    decay = "then constant" if o.final_lr is None else f"then cosine to {o.final_lr:g}"
+    lives = ", ".join(f"{life:g}" for life in e.half_lives)
+    return f"Adam, lr {o.lr:g} after {o.warmup_steps:,} warm-up steps, {decay}; EMA half-life {lives} steps"
+
+
+def _memory(recipe: Recipe, f: dict[str, Any]) -> str:
+    b, batch = f["bytes"], recipe.train.batch
+    whole = human(b["state"] + batch * b["activations_per_row"])
+    per_row = human(b["activations_per_row"])
+    return f"about {human(b['state'])} + {per_row} per row of a micro-batch ({whole} with all {batch:,} rows at once)"
+
+
+def _disk(recipe: Recipe, f: dict[str, Any]) -> str:
+    b = f["bytes"]
+    kept = f"{b['checkpoints_kept']} checkpoints of {human(b['checkpoint'])}"
+    store = f"{human(b['latents_per_image'])} per image in the store"
+    if recipe.data.classes == 1000:
+        store += f" ({human(b['latents_per_image'] * plan.IMAGENET_TRAIN)} for ImageNet)"
+    return f"weights {human(b['weights'])}; {kept}; {store}"

@@ -1,0 +1,172 @@
+"""What follows from a recipe, by arithmetic alone: phases in steps, rows, images, parameters, memory, disk. No torch.
+
+The parameter count is exact. Memory is an estimate: the bytes kept for the backward pass were counted on this
+project's DiT (autograd's saved tensors, 256 tokens) and grow with tokens · blocks · dim; kernels add their workspace.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from alphaflow_cli.core.alpha import clamped, equal_rows, schedule_value
+from alphaflow_cli.core.rates import learning_rate
+from alphaflow_cli.recipe.loader import resolve_step
+from alphaflow_cli.recipe.schema import Recipe, Schedule
+
+TIME_FEATURES = 256  # sines and cosines that a time embedder is fed
+KEPT_BYTES = {
+    "bf16": (32, 4),
+    "fp32": (48, 8),
+    "fp64": (96, 16),
+}  # per token · block · dim: (apart from the MLP, per unit of mlp_ratio)
+KEPT_OUTSIDE = 13  # the same, outside the blocks, per token · dim
+KEPT_CHECKPOINT = 4  # the same, per block, with gradient_checkpointing: the block's fp32 input
+IMAGENET_TRAIN = 1_281_167  # pictures
+
+PhaseKind = Literal["flow", "between", "derivative"]
+
+
+@dataclass(frozen=True)
+class Phase:
+    """The steps `first` ≤ step < `until` in which the r < t rows have one kind of target."""
+
+    kind: PhaseKind
+    first: int
+    until: int
+
+
+def value_at(schedule: Schedule, steps: int) -> Callable[[int], float]:
+    """The schedule of a run of `steps` steps, as a function of the 0-based step."""
+    start, end = resolve_step(schedule.start, steps), resolve_step(schedule.end, steps)
+
+    def at(step: int) -> float:
+        return schedule_value(
+            step,
+            kind=schedule.kind,
+            initial=schedule.initial,
+            final=schedule.final,
+            start=start,
+            end=end,
+            gamma=schedule.gamma,
+            clamp=schedule.clamp,
+        )
+
+    return at
+
+
+def alpha_at(recipe: Recipe) -> Callable[[int], float]:
+    return value_at(recipe.alpha, recipe.train.steps)
+
+
+def equal_share_at(recipe: Recipe) -> Callable[[int], float]:
+    return value_at(recipe.times.equal_share, recipe.train.steps)
+
+
+def learning_rate_at(recipe: Recipe) -> Callable[[int], float]:
+    optim, steps = recipe.optim, recipe.train.steps
+
+    def at(step: int) -> float:
+        return learning_rate(step, lr=optim.lr, final_lr=optim.final_lr, warmup_steps=optim.warmup_steps, steps=steps)
+
+    return at
+
+
+def phase_kind(alpha: float) -> PhaseKind:
+    """What a value of alpha costs: 1 nothing more than flow matching, 0 a derivative, between them a forward."""
+    return "flow" if alpha == 1 else "derivative" if alpha == 0 else "between"
+
+
+def phases(recipe: Recipe) -> list[Phase]:
+    """The run cut where the kind of target changes; schedules are monotone, so each cut is found by bisection."""
+    at, steps = alpha_at(recipe), recipe.train.steps
+    found: list[Phase] = []
+    first = 0
+    while first < steps:
+        kind = phase_kind(at(first))
+        low, high = first, steps  # at(low) has this kind, high has not (or is the end)
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if phase_kind(at(middle)) == kind else (low, middle)
+        found.append(Phase(kind, first, high))
+        first = high
+    return found
+
+
+def tokens(recipe: Recipe) -> int:
+    return int(recipe.data.latent_size // recipe.model.patch) ** 2
+
+
+def label_table_rows(recipe: Recipe) -> int:
+    """The classes, and the null row when labels are dropped."""
+    return recipe.data.classes + (recipe.guidance.label_dropout > 0) if recipe.data.classes else 0
+
+
+def parameter_count(recipe: Recipe) -> int:
+    """Parameters of the network, the positional table included."""
+    model, dim = recipe.model, recipe.model.dim
+    patch_values = model.patch**2 * recipe.data.channels
+    hidden = int(dim * model.mlp_ratio)
+    embed = _linear(patch_values, dim) + tokens(recipe) * dim + label_table_rows(recipe) * dim
+    times = 2 * (_linear(TIME_FEATURES, dim) + _linear(dim, dim))
+    block = _linear(dim, 3 * dim) + _linear(dim, dim) + _linear(dim, hidden) + _linear(hidden, dim)
+    block += _linear(dim, 6 * dim) + (4 * (dim // model.heads) if model.qk_norm else 0)
+    final = _linear(dim, 2 * dim) + _linear(dim, patch_values)
+    return embed + times + model.depth * block + final
+
+
+def _linear(inputs: int, outputs: int) -> int:
+    return inputs * outputs + outputs
+
+
+def state_bytes(recipe: Recipe) -> int:
+    """Weights, gradient, Adam's two moments and the averages, plus the bf16 copy that autocast keeps."""
+    copies, precision = 4 + len(recipe.ema.half_lives), recipe.train.precision
+    each = 8 if precision == "fp64" else 4
+    return parameter_count(recipe) * (each * copies + (2 if precision == "bf16" else 0))
+
+
+def activation_bytes(recipe: Recipe) -> int:
+    """Kept for the backward pass, for one row of the batch."""
+    model = recipe.model
+    base, per_ratio = KEPT_BYTES[recipe.train.precision]
+    block = base + per_ratio * model.mlp_ratio
+    inside = block + KEPT_CHECKPOINT * model.depth if recipe.train.gradient_checkpointing else block * model.depth
+    return int((inside + KEPT_OUTSIDE) * tokens(recipe) * model.dim)
+
+
+def latent_bytes(recipe: Recipe) -> int:
+    """One picture in the store: mean and std in fp16, or the pixels as bytes; twice with its mirror image."""
+    data = recipe.data
+    values = data.channels * data.latent_size**2 * (2 if data.flips else 1)
+    return values if data.autoencoder == "none" else 4 * values
+
+
+def checkpoint_bytes(recipe: Recipe) -> int:
+    """One resumable checkpoint: raw weights, the averages, Adam's two moments."""
+    return 4 * parameter_count(recipe) * (3 + len(recipe.ema.half_lives))
+
+
+def kept_checkpoints(recipe: Recipe) -> int:
+    """Checkpoints on disk at the end: the newest, and the milestones."""
+    train = recipe.train
+    milestones = train.steps // train.milestone_every if train.milestone_every else 0
+    return milestones + min(train.keep, -(-train.steps // train.save_every))
+
+
+def effective_guidance(recipe: Recipe) -> float:
+    """ω' = ω / (1 - κ), the guidance scale that training builds in; 1 is none."""
+    return recipe.guidance.omega / (1 - recipe.guidance.kappa)
+
+
+def warnings_of(recipe: Recipe) -> list[str]:
+    """What is allowed, but might not be meant."""
+    found, steps = [], recipe.train.steps
+    if recipe.optim.warmup_steps >= steps:
+        reached = learning_rate_at(recipe)(steps - 1)
+        found.append(f"the warm-up ({recipe.optim.warmup_steps:,} steps) outlasts the run: lr reaches {reached:.3g}")
+    if recipe.alpha.unfinished:
+        found.append(f"alpha ends the run at {alpha_at(recipe)(steps - 1):.4g}, not at {recipe.alpha.final:g}")
+    last = clamped(recipe.times.equal_share.final, recipe.times.equal_share.clamp)
+    if recipe.times.equal_share.kind != "constant" and equal_rows(recipe.train.batch, last) == 0:
+        found.append("equal_share ends with no r = t row at all")
+    return found

@@ -1,0 +1,228 @@
+"""A folder that a published model is written into: new, empty, or from an earlier push or pull. Nothing else.
+
+Down and up: files from the Hub into its cache, each checked against the Hub's own checksum; folders to the Hub.
+
+The cache of huggingface_hub names a file's content by its checksum (sha256 of a large file, git's sha1 of a small one);
+what was downloaded is hashed again and compared. Offline, what is in the cache is used.
+"""
+
+import contextlib
+import hashlib
+import re
+import shutil
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from alphaflow_cli.documents import Anything, Table, Text, read_json
+from alphaflow_cli.errors import AlphaflowError
+from alphaflow_cli.remote.address import Repo, parse_address
+from alphaflow_cli.remote.client import cache_folder, hub_api
+from alphaflow_cli.remote.faults import HubFault, NoConnection, NotThere, hub_faults
+
+MODEL = "model.safetensors"
+AUTOENCODER = "autoencoder"  # the folder of one that is none of the Hub's
+CONFIG = "config.json"
+OURS = (MODEL, CONFIG, "recipe.yaml", "README.md", "results.json", "samples.png", "alpha.png", AUTOENCODER)
+OUR_CONFIG = Table(
+    {"model_type": Text(one_of=("alphaflow",)), "format": Text(100, form="alphaflow/.+")}, others=Anything()
+)
+NOT_ALWAYS = ("results.json", f"{AUTOENCODER}/*")  # removed where the new version has none
+
+
+def prepare_folder(folder: Path, *, also: Iterable[str] = ()) -> None:
+    """Make it. One that holds something else is refused; `also` names files that may be there beside ours."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        names = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
+    except OSError as fault:
+        raise AlphaflowError(f"{folder}: cannot be made a folder ({fault.strerror}). Give another.") from fault
+    foreign = sorted(names - {*OURS, *also})
+    if names and (foreign or not is_published(folder / CONFIG)):
+        raise AlphaflowError(
+            f"{folder}: holds {', '.join((foreign or sorted(names))[:3])}, not only what a push or pull wrote. "
+            "Nothing was overwritten; give a new or an empty folder."
+        )
+
+
+def remove_stale(folder: Path, kept: Iterable[str] = ()) -> None:
+    """Results and an autoencoder of an earlier version go; `kept` names those that the new one has."""
+    left = set(kept)
+    for path in [path for pattern in NOT_ALWAYS for path in folder.glob(pattern)]:
+        if path.is_file() and path.relative_to(folder).as_posix() not in left:
+            path.unlink()
+
+
+def is_published(config: Path) -> bool:
+    """Whether an earlier push wrote this config.json: of any other, nothing is relied on."""
+    try:
+        read_json(config, OUR_CONFIG, limit=1 << 20)
+    except AlphaflowError:
+        return False
+    return True
+
+
+NEEDED = ["config.json", "recipe.yaml", "autoencoder/*"]  # beside the weights, enough to sample
+PATIENCE = 20.0  # seconds for the first answer
+PUBLISHED = [MODEL, *NEEDED, "README.md", "results.json", "samples.png", "alpha.png"]
+
+
+@dataclass(frozen=True)
+class Pulled:
+    """A repository's files at one commit, in the cache or copied out of it."""
+
+    folder: Path
+    repo: str
+    commit: str
+
+
+def resolve_checkpoint(address: str) -> Path:
+    """The checkpoint's file: a path as it is, a repository's weights from the cache or the Hub; the commit is said."""
+    found = parse_address(address)
+    if isinstance(found, Path):
+        return found
+    name = found.file or MODEL
+    with _perhaps_a_path(address):
+        pulled = _fetch(found, [name, *NEEDED], wanted=name)
+    print(f"{pulled.repo}@{pulled.commit}", file=sys.stderr)
+    return pulled.folder / name
+
+
+def resolve_file(address: str) -> Path:
+    """One file: a path as it is, or hf://user/repo/file (user/repo:file) downloaded."""
+    found = parse_address(address)
+    if isinstance(found, Path):
+        return found
+    if not found.file:
+        raise AlphaflowError(f"{address}: say which file of the repository: hf://{found.id}/FILE")
+    with _perhaps_a_path(address):
+        return _fetch(found, [found.file], wanted=found.file).folder / found.file
+
+
+def pull(address: str, out: Path | None) -> Pulled:
+    """A published model, into the cache; with `out` a copy of it there."""
+    found = parse_address(address)
+    if isinstance(found, Path):
+        raise AlphaflowError(f"{address}: not a repository. The form is user/repo or user/repo@revision.")
+    if out is not None:
+        prepare_folder(out, also=[found.file.split("/")[0]] if found.file else [])
+    pulled = _fetch(found, PUBLISHED if not found.file else [found.file, *NEEDED], wanted=found.file or MODEL)
+    if out is None:
+        return pulled
+    _copy(pulled.folder, out)
+    return Pulled(out, pulled.repo, pulled.commit)
+
+
+def _copy(folder: Path, out: Path) -> None:
+    """config.json first: by it a copy that broke off is known as one."""
+    names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+    remove_stale(out, names)
+    for name in sorted(names, key=lambda name: (name != CONFIG, name)):
+        target = out / name
+        partial = target.with_name(f".{target.name}.part")
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(folder / name, partial)
+            partial.replace(target)
+        except OSError as fault:
+            raise AlphaflowError(f"{target}: cannot be written ({fault.strerror}).") from fault
+
+
+@contextlib.contextmanager
+def _perhaps_a_path(address: str) -> Iterator[None]:
+    """user/repo may be the misspelt path of a run: then that comes first."""
+    try:
+        yield
+    except (NotThere, NoConnection) as fault:
+        if "@" in address or ":" in address:
+            raise
+        raise HubFault(address, f"no such folder here, and {fault.why}") from fault
+
+
+def _fetch(repo: Repo, patterns: list[str], *, wanted: str) -> Pulled:
+    """The files that match, at one commit, verified."""
+    folder = _download(repo, patterns)
+    damaged = [path.name for path in sorted(folder.rglob("*")) if path.is_file() and not _is_whole(path)]
+    if damaged:
+        raise AlphaflowError(
+            f"{repo}: {', '.join(damaged)} came damaged (not the Hub's checksum). Removed; run the same command again."
+        )
+    if not (folder / wanted).is_file():
+        raise AlphaflowError(f"{repo.id}@{folder.name[:8]}: no {wanted} there{_others(repo, folder.name)}")
+    return Pulled(folder, repo.id, folder.name)
+
+
+def _download(repo: Repo, patterns: list[str]) -> Path:
+    """The commit the Hub names; where it does not answer, what the cache has, and that is said. A refusal is one."""
+    try:
+        with hub_faults(str(repo)):
+            commit = _commit(repo)
+            if commit is None:
+                return _snapshot(repo, repo.revision, patterns, cached=True)
+            folder = _snapshot(repo, repo.revision, patterns, cached=False)  # under its name, to be found offline
+            return folder if folder.name == commit else _snapshot(repo, commit, patterns, cached=False)
+    except NoConnection as fault:
+        kept = _kept(repo, patterns)
+        if kept is None:
+            raise
+        print(f"{repo}: {fault.said}; using the cache, commit {kept.name}", file=sys.stderr)
+        return kept
+
+
+def _commit(repo: Repo) -> str | None:
+    """What the Hub says the revision is; None where HF_HUB_OFFLINE forbids to ask."""
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
+    try:
+        return str(hub_api().repo_info(repo.id, revision=repo.revision, timeout=PATIENCE).sha)
+    except OfflineModeIsEnabled:
+        return None
+
+
+def _snapshot(repo: Repo, revision: str | None, patterns: list[str], *, cached: bool) -> Path:
+    return Path(
+        hub_api().snapshot_download(
+            repo.id, revision=revision, allow_patterns=patterns, cache_dir=cache_folder(), local_files_only=cached
+        )
+    )
+
+
+def _kept(repo: Repo, patterns: list[str]) -> Path | None:
+    """The cache's copy, if there is one."""
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return _snapshot(repo, repo.revision, patterns, cached=True)
+    except LocalEntryNotFoundError:
+        return None
+
+
+def _others(repo: Repo, commit: str) -> str:
+    """What the repository has instead."""
+    with hub_faults(str(repo)):
+        files = [name for name in hub_api().list_repo_files(repo.id, revision=commit) if not name.startswith(".")]
+    foreign = [name for name in files if name.endswith((".pt", ".pth", ".ckpt"))]
+    if foreign:
+        return f". A checkpoint of another system: alphaflow convert hf://{repo.id}/{foreign[0]} -o FILE.safetensors"
+    return f"; it holds {', '.join(files[:5]) or 'nothing'}" + (" …" if len(files) > 5 else "")
+
+
+def _is_whole(path: Path) -> bool:
+    """The bytes against the checksum that names them in the cache; damaged ones are removed."""
+    blob = path.resolve()
+    expected = blob.name
+    if re.fullmatch(r"[0-9a-f]{64}", expected):
+        digest = hashlib.sha256()
+    elif re.fullmatch(r"[0-9a-f]{40}", expected):
+        digest = hashlib.sha1(f"blob {blob.stat().st_size}\0".encode(), usedforsecurity=False)
+    else:
+        return True  # a cache without links keeps no checksum
+    with blob.open("rb") as file:
+        while piece := file.read(1 << 22):
+            digest.update(piece)
+    if digest.hexdigest() == expected:
+        return True
+    blob.unlink()
+    path.unlink(missing_ok=True)
+    return False

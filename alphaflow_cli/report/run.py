@@ -1,0 +1,305 @@
+"""What a run folder has to tell, gathered for its page: recipe, curves, conflict, samples, scores, environment.
+
+What a reader types to make a run again, for its page.
+
+The conflict on a run's page: what training recorded, and what `alphaflow analyze` found.
+
+The rows of a run's results.json for its page.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from shlex import quote
+from typing import Any
+
+from alphaflow_cli.analyze.summary import NAMES, SIZES, bins_chart, sizes_chart, steps_chart
+from alphaflow_cli.charts import chart
+from alphaflow_cli.charts.chart import Chart
+from alphaflow_cli.documents import Anything, ListOf, Maybe, Number, Table, Text, Whole, check_shape, read_json
+from alphaflow_cli.errors import AlphaflowError, blamed_on
+from alphaflow_cli.evaluate.results import FeatureSpace, Row, read_results, told_value
+from alphaflow_cli.files import read_document, write_atomically
+from alphaflow_cli.model.checkpoint import read_origin
+from alphaflow_cli.recipe import diff_recipes, load_recipe, recipe_from_text, shipped
+from alphaflow_cli.recipe.facts import lines
+from alphaflow_cli.recipe.plan import phases
+from alphaflow_cli.recipe.schema import Recipe
+from alphaflow_cli.report.page import RunPage, Score, embed, run_page, spread_over
+from alphaflow_cli.tensors import sha256_of
+from alphaflow_cli.text import for_terminal
+from alphaflow_cli.train.curves import BANDS, recipe_chart
+from alphaflow_cli.train.journal import read_rows
+
+JOURNAL_POINTS = 800  # of a curve; of more rows, evenly spread ones
+CURVES: tuple[tuple[str, tuple[tuple[str, str, str], ...]], ...] = (  # panel → (field, label, colour)
+    (
+        "losses",
+        (
+            ("l", "l", chart.GREY),
+            ("l_tfm", "TFM", chart.BLUE),
+            ("l_tc", "TC", chart.RED),
+            ("v_loss", "r = t", chart.GREEN),
+        ),
+    ),
+    ("norm of the gradient", (("grad_norm", "norm", chart.PURPLE),)),
+    ("seconds per step", (("seconds_per_step", "seconds", chart.ORANGE),)),
+)
+COSINE_LINES = (
+    ("cos_tfm_tc", "TFM, TC", chart.RED),
+    ("cos_tfm_fm", "TFM, FM'", chart.BLUE),
+    ("cos_tc_fm", "TC, FM'", chart.ORANGE),
+)
+NORMS = (("norm_tfm", "TFM", chart.BLUE), ("norm_tc", "TC", chart.RED), ("norm_fm", "FM'", chart.GREEN))
+NUMBER = Maybe(Number(-1e200, 1e200))  # more than any float32 squared; an axis can still be laid over it
+DRAWN = [name for _, fields in CURVES for name, _, _ in fields]
+ROW = Table(
+    {"step": Whole(0, 10**12), "images_seen": Whole(0)},
+    {
+        **dict.fromkeys([*DRAWN, "seconds_per_step", "memory_gb"], NUMBER),
+        "conflict": Maybe(
+            Table(optional=dict.fromkeys((n for n, _, _ in COSINE_LINES + NORMS), NUMBER), others=Anything())
+        ),
+    },
+    others=Anything(),
+)
+
+
+def write_report(run: Path, out: Path) -> Path:
+    """The page of a run folder."""
+    if not out.name or out.is_dir():
+        raise AlphaflowError(f"{out}: is a folder. Name the page's file, such as {out / 'report.html'}")
+    text = run_page(page_of(run))
+    write_atomically(out, _writer(text))
+    return out
+
+
+def _writer(text: str) -> Callable[[Path], None]:
+    def write(path: Path) -> None:
+        path.write_text(text, encoding="utf-8", errors="backslashreplace")  # a name may be no UTF-8
+
+    return write
+
+
+def page_of(run: Path) -> RunPage:
+    """Everything there is; what is missing is said on the page."""
+    path = run / "recipe.yaml"
+    if not path.exists():
+        raise AlphaflowError(
+            f"{run}: not a run folder (no recipe.yaml in it). Make one: alphaflow train RECIPE --out {run}"
+        )
+    text = read_document(path)
+    recipe, rows = recipe_from_text(text, str(path)), checked_rows(run / "metrics.jsonl")
+    origin, digest = origin_of(run), weights_digest(run)
+    compared, other = counterpart(recipe)
+    changes = [(name, shown(there), shown(here)) for name, there, here in diff_recipes(other, recipe) if name != "name"]
+    conflict, told = conflict_of(run, recipe, rows)
+    return RunPage(
+        name=recipe.name or run.name,
+        status=status_of(recipe, rows, origin),
+        made_by="α-Flow and its family, by alphaflow " + (origin.get("versions") or {}).get("alphaflow", ""),
+        facts=lines(recipe),
+        plan=recipe_chart(recipe),
+        curves=curves_of(recipe, rows),
+        conflict=conflict,
+        conflict_rows=told,
+        samples=embed(sorted(path for path in (run / "samples").glob("step-*.png") if path.is_file())),
+        scores=scores_of(run / "results.json", digest),
+        compared_with=compared,
+        changes=changes,
+        recipe=text,
+        environment=environment_of(origin, digest, rows),
+        commands=commands_of(recipe, run, diff_recipes(other, recipe), str(origin.get("init_from") or "")),
+    )
+
+
+def checked_rows(path: Path) -> list[dict[str, Any]]:
+    """The journal, as far as it is drawn."""
+    rows = read_rows(path)
+    for row in rows:
+        check_shape(row, f"{path}: the row of step {row['step']}", ROW)
+    return rows
+
+
+def status_of(recipe: Recipe, rows: Sequence[dict[str, Any]], origin: dict[str, Any]) -> str:
+    """How far it is; a fetched model comes without a journal."""
+    if not rows and isinstance(origin.get("step"), int):
+        return f"checkpoint of step {origin['step']:,}; no journal here"
+    if not rows:
+        return f"not begun, {recipe.train.steps:,} steps planned"
+    step, seen = rows[-1]["step"], rows[-1]["images_seen"]
+    state = "finished" if step >= recipe.train.steps else "unfinished"
+    return f"{state}: step {step:,} of {recipe.train.steps:,}, {seen:,} images seen"
+
+
+def counterpart(recipe: Recipe) -> tuple[str, Recipe]:
+    """The shipped recipe of this name, else the schema's defaults."""
+    if recipe.name in shipped():
+        return f"the shipped recipe {recipe.name}", load_recipe(recipe.name)
+    return "the defaults", Recipe()
+
+
+def curves_of(recipe: Recipe, rows: Sequence[dict[str, Any]]) -> chart.Chart | None:
+    """Losses, gradient and speed over the steps."""
+    if not rows:
+        return None
+    panels = [
+        chart.Panel(title, [line(rows, *each) for each in each_of], height=190 if i == 0 else 120)
+        for i, (title, each_of) in enumerate(CURVES)
+    ]
+    return over_steps(recipe, rows, "Losses, gradient and speed", panels)
+
+
+def over_steps(
+    recipe: Recipe, rows: Sequence[dict[str, Any]], title: str, panels: Sequence[chart.Panel]
+) -> chart.Chart:
+    """A chart over the run so far, its phases shaded."""
+    last = max(rows[-1]["step"], 1)
+    bands = [chart.Band(p.first, min(p.until, last), *BANDS[p.kind]) for p in phases(recipe) if p.first < last]
+    return chart.Chart(title=title, panels=panels, x_label="step", bands=bands, x_range=(0, last))
+
+
+def line(rows: Sequence[dict[str, Any]], name: str, label: str, colour: str) -> chart.Line:
+    """A field of the journal; rows without it are left out."""
+    points = [(float(row["step"]), float(row[name])) for row in rows if row.get(name) is not None]
+    return chart.Line(label, spread_over(points, JOURNAL_POINTS), colour, markers=len(points) < 3)
+
+
+def conflict_of(
+    run: Path, recipe: Recipe, rows: Sequence[dict[str, Any]]
+) -> tuple[list[chart.Chart], list[tuple[str, ...]]]:
+    """What training recorded, and what `alphaflow analyze` found."""
+    charts = []
+    recorded = [{"step": row["step"], **row["conflict"]} for row in rows if row.get("conflict")]
+    if recorded:
+        cosines = chart.Panel("cosines", [line(recorded, *each) for each in COSINE_LINES], (-1, 1))
+        norms = chart.Panel("norms", [line(recorded, *each) for each in NORMS], log_y=True)
+        charts.append(over_steps(recipe, recorded, "Recorded while training", [cosines, norms]))
+    analysed, told = analysis_of(run)
+    return charts + analysed, told
+
+
+def origin_of(run: Path) -> dict[str, Any]:
+    """What the newest checkpoint says of itself."""
+    from safetensors import SafetensorError, safe_open
+
+    path = run / "model.safetensors"
+    if not path.is_file():
+        return {}
+    with blamed_on(path, "a checkpoint", SafetensorError), safe_open(str(path), framework="np") as file:
+        text = (file.metadata() or {}).get("origin", "{}")
+    return read_origin(text, path)
+
+
+def weights_digest(run: Path) -> str:
+    """The newest checkpoint's checksum; empty where there is none."""
+    path = run / "model.safetensors"
+    return sha256_of(path) if path.is_file() else ""
+
+
+def environment_of(origin: dict[str, Any], digest: str, rows: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
+    """Versions, weights, speed."""
+    found = [(name, str(number)) for name, number in (origin.get("versions") or {}).items()]
+    if origin:
+        found.append(("checkpoint", f"step {origin.get('step')}, {origin.get('weights')} weights"))
+        found.append(("its sha256", digest))
+        found.append(("autoencoder", str((origin.get("autoencoder") or {}).get("id", ""))))
+    speeds = [row["seconds_per_step"] for row in rows if row.get("seconds_per_step")]
+    if speeds:
+        found.append(("seconds per step", f"{sorted(speeds)[len(speeds) // 2]:.4g} (median)"))
+    memory = [row["memory_gb"] for row in rows if row.get("memory_gb")]
+    return found + ([("device memory", f"{max(memory):.4g} GB")] if memory else [])
+
+
+def commands_of(recipe: Recipe, run: Path, changes: Sequence[tuple[str, Any, Any]], init_from: str) -> list[str]:
+    """Prepare, train, look, measure; `changes`: (field, there, here) against the shipped recipe of this name."""
+    is_shipped, file = recipe.name in shipped(), f"{recipe.name or 'recipe'}.yaml"
+    sets = [f"--set {name}={quote(shown(here))}" for name, _, here in changes if name != "name"] if is_shipped else []
+    train = ["alphaflow train", recipe.name if is_shipped else quote(file), *sets]
+    train += [f"--init-from {quote(init_from)}"] if init_from else []
+    folder = quote(f"runs/{recipe.name or run.name}")
+    prepare = []
+    if not recipe.data.source:
+        flips = " --flips" if recipe.data.flips else ""
+        size, autoencoder = recipe.data.image_size, quote(recipe.data.autoencoder)
+        prepare = [f"alphaflow prep-latents SOURCE --size {size} --autoencoder {autoencoder}{flips} --out DIR"]
+        train.append("--data DIR")
+    return [
+        *([] if is_shipped else [f"# save the recipe above as {for_terminal(file)}"]),
+        *prepare,
+        " ".join(train),
+        f"alphaflow sample {folder} --grid grid.png",
+        f"alphaflow analyze {folder} --batches 100" + (" --data DIR" if prepare else ""),
+        f"alphaflow report {folder}",
+    ]
+
+
+def shown(value: Any) -> str:
+    """A recipe's value as `--set` takes it."""
+    if isinstance(value, tuple):
+        return "[" + ", ".join(shown(item) for item in value) + "]"
+    plain = {None: "null", True: "true", False: "false"} if value is None or isinstance(value, bool) else {}
+    return plain.get(value, str(value)) if plain else str(value) or '""'
+
+
+Told = list[tuple[str, ...]]
+SPREAD = Table(dict.fromkeys(("p5", "p50", "p95"), Maybe(Number(-1e200, 1e200))), others=Anything())
+COSINES = Table(dict.fromkeys(NAMES, SPREAD), others=Anything())
+SIZE = Table({"alpha": Number(0, 1), "size": SPREAD, "cosine": SPREAD}, others=Anything())
+SUMMARY = Table(
+    {
+        "step": Maybe(Whole(0)),
+        "recipe": Text(1000),
+        "batches": Whole(0),
+        "rows_per_batch": Whole(0),
+        "cosines": COSINES,
+        "bins": ListOf(
+            Table({"from": Number(0, 1), "to": Number(0, 1), "cosines": COSINES}, others=Anything()), most=1000
+        ),
+        "sizes": Table(optional=dict.fromkeys(SIZES, ListOf(SIZE, most=1000)), others=Anything()),
+    },
+    others=Anything(),
+)
+CONFLICT = Table({"checkpoints": ListOf(SUMMARY, least=1, most=10_000)}, others=Anything())
+
+
+def analysis_of(run: Path) -> tuple[list[Chart], Told]:
+    """Charts of RUN/analysis, and a line per checkpoint and pair; nothing where there is no analysis."""
+    path = run / "analysis" / "conflict.json"
+    if not path.is_file():
+        return [], []
+    found = read_json(path, CONFLICT, advice="Move it away, or make it again: alphaflow analyze.")["checkpoints"]
+    charts = [steps_chart(found)] if len(found) > 1 else []
+    charts.append(bins_chart(found[-1]))
+    charts += [sizes_chart(found[-1])] if SIZES.keys() <= found[-1]["sizes"].keys() else []
+    return charts, [line for each in found for line in told_cosines(each)]
+
+
+def told_cosines(summary: dict[str, Any]) -> Told:
+    """Percentiles of a checkpoint's cosines, a line per pair."""
+    told: Told = []
+    for pair, values in summary["cosines"].items():
+        cells = ["none" if values[p] is None else f"{values[p]:+.3f}" for p in ("p5", "p50", "p95")]
+        told.append((f"step {summary['step']}, {NAMES[pair]}", *cells))
+    return told
+
+
+def scores_of(path: Path, model: str) -> list[Score]:
+    """Every number, by NFE; none where nothing was measured. `model`: checksum of the run's model, empty: none."""
+    if not path.is_file():
+        return []
+    rows = [row_of(row) for evaluation in read_results(path)["evaluations"] for row in evaluation["rows"]]
+    rows.sort(key=lambda row: (row.name, row.pictures.get("nfe") or 0))
+    return [score_of(row, model) for row in rows]
+
+
+def row_of(values: dict[str, Any]) -> Row:
+    """A row as it was written."""
+    return Row(**{**values, "space": FeatureSpace(**values["space"]), "notes": tuple(values.get("notes", ()))})
+
+
+def score_of(row: Row, model: str) -> Score:
+    """One number with its protocol in a line; that of other weights than the run's model says so."""
+    digest = row.pictures.get("checkpoint_sha256") or ""
+    other = [f"of other weights (sha {digest[:8]})"] if model and digest and digest != model else []
+    told = "; ".join([*other, row.told(), *row.notes])
+    return Score(row.name, str(row.pictures.get("nfe", "")), told_value(row), told)

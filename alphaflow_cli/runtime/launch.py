@@ -1,0 +1,299 @@
+"""Starting N processes of ourselves, and telling whether we are one of them.
+
+torch's elastic agent starts the workers, forwards signals and ends the others when one fails. What a worker has to
+say about its failure it writes to a file; the parent prints the root cause, once. Started by torchrun,
+accelerate launch or Slurm, a worker has no parent of ours and says it itself.
+
+Ctrl-C and SIGTERM: finish the step, save, leave. A second one, a second later, leaves at once.
+
+Sooner it is an echo: a terminal, a launcher and a job system each pass on the same Ctrl-C.
+
+`srun alphaflow train …`: one process per task. Slurm says who is who in its own variables; torch reads others.
+
+A port is not something Slurm hands out: it follows from the job's number, so that all tasks find the same one. Set
+MASTER_PORT yourself where it is taken.
+"""
+
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any, NoReturn
+
+from alphaflow_cli.errors import AlphaflowError, fault_of_the_user
+
+RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")  # whole numbers
+LOOPBACK_SECONDS = 10  # for a connection to ourselves
+LOOK_EVERY = 0.5  # seconds between a worker's looks at whether its parent is still there
+SAVE_SECONDS = 300  # a worker may take so long to save after SIGTERM before the agent kills it
+ECHOES = ("Connection closed by peer", "Connection reset", "Socket Timeout", "NCCL", "Broken pipe", "gloo")
+
+
+def is_worker() -> bool:
+    """Started by torchrun, accelerate launch, srun, or --processes. What these say of us is looked at first."""
+    join_slurm()
+    check_launcher(os.environ)
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def check_launcher(there: Mapping[str, str]) -> None:
+    """torch would take a half set environment for processes to wait for, and a word in it for a fault of its own."""
+    numbers = {name: whole_number(there, name) for name in RANKS if name in there}
+    if "RANK" not in numbers and "LOCAL_RANK" not in numbers and numbers.get("WORLD_SIZE", 1) < 2:
+        return
+    needed = (*RANKS[:2], "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in needed if not there.get(name)]
+    if missing:
+        raise AlphaflowError(
+            f"the environment has {' and '.join(sorted(numbers))}, but no {' and no '.join(missing)}. A launcher sets "
+            "all of them (torchrun, srun, accelerate launch): start with one, or unset them."
+        )
+    if numbers["RANK"] >= numbers["WORLD_SIZE"]:
+        raise AlphaflowError(
+            f"RANK={numbers['RANK']} in the environment, but WORLD_SIZE={numbers['WORLD_SIZE']}: ranks count from 0."
+        )
+    if not 0 < whole_number(there, "MASTER_PORT") < 65536:
+        raise AlphaflowError(f"MASTER_PORT={there['MASTER_PORT']} in the environment is no port: 1 to 65535.")
+
+
+def has_parent() -> bool:
+    """Started by --processes: the parent has checked everything, and tells of faults."""
+    return "ALPHAFLOW_ERRORS" in os.environ
+
+
+def check_processes(asked: int | None) -> None:
+    """--processes inside another launcher must be that launcher's number."""
+    joined = whole_number(os.environ, "WORLD_SIZE")
+    if asked is not None and asked != joined and not has_parent():
+        raise AlphaflowError(
+            f"--processes {asked}: a launcher has started {joined} processes already, and this is one of them. "
+            "Leave --processes out, or start without the launcher."
+        )
+
+
+def launch(argv: Sequence[str], processes: int) -> int:
+    """Run `alphaflow ARGV` in N processes on this machine; the exit code of the run."""
+    from torch.distributed.elastic.multiprocessing import api
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    check_loopback(processes)
+    os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(SAVE_SECONDS)
+    api.PContext.close.__defaults__ = (None, SAVE_SECONDS)  # older torch has no variable for it
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=processes,
+        rdzv_backend="c10d",
+        rdzv_endpoint="127.0.0.1:0",
+        local_addr="127.0.0.1",
+        run_id=f"alphaflow-{os.getpid()}",
+        max_restarts=0,
+        monitor_interval=0.2,
+    )
+    with tempfile.TemporaryDirectory(prefix="alphaflow-") as errors:  # not in the run: its disk may be full
+        os.environ["ALPHAFLOW_ERRORS"] = errors
+        try:
+            elastic_launch(config, sys.executable)("-m", "alphaflow_cli", *argv)
+        except ChildFailedError as failed:
+            codes = {rank: failure.exitcode for rank, failure in failed.failures.items()}
+            return _report(Path(errors), codes)
+        except api.SignalException as signalled:
+            return 128 + int(signalled.sigval)
+    return 0
+
+
+def check_loopback(processes: int) -> None:
+    """The processes meet at 127.0.0.1; where that cannot be reached they would wait for ever."""
+    try:
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            socket.create_connection(server.getsockname(), timeout=LOOPBACK_SECONDS).close()
+    except OSError as error:
+        raise AlphaflowError(
+            f"--processes {processes}: the processes would meet at 127.0.0.1, which cannot be reached here "
+            f"({error.strerror or error}). Bring the loopback interface up, or give --processes 1."
+        ) from error
+
+
+def _report(errors: Path, codes: dict[int, int]) -> int:
+    """Raise the root cause: the first failure that is not the echo of another's, else a crash, else the first echo."""
+    crashed = {rank: code for rank, code in codes.items() if code < 0 and code != -15}
+    said = []
+    for path in sorted(errors.glob("rank-*.json")):
+        with contextlib.suppress(ValueError):  # cut short: the process was killed while it wrote
+            said.append(json.loads(path.read_text()))
+    said.sort(key=lambda each: float(each["time"]))
+    # where all lost the others and nobody crashed, the exchange itself failed, and an echo is all there is
+    causes = [each for each in said if not each["echo"]] or ([] if crashed else said)
+    if causes:
+        first = causes[0]
+        if not first["user_fault"]:
+            _write_error(first["traceback"])
+        raise AlphaflowError(f"process {first['rank']}: {first['message']}")
+    if crashed:
+        rank, code = next(iter(crashed.items()))
+        raise AlphaflowError(
+            f"process {rank} was killed by signal {-code}. What was saved is kept; the same command resumes."
+        )
+    stopped = {code for code in codes.values() if code in (130, 143)}
+    if stopped and all(code in (0, -15, 130, 143) for code in codes.values()):
+        return stopped.pop()
+    raise AlphaflowError(
+        f"processes ended with exit codes {codes}, and none of them left word why, beyond what may stand above. "
+        "The same command resumes; --processes 1 shows a fault where it arises."
+    )
+
+
+def as_worker(work: Callable[[], int]) -> NoReturn:
+    """Run a worker's job and leave by os._exit: a live process group makes sys.exit abort now and then."""
+    code = 1
+    if has_parent():
+        threading.Thread(target=_leave_with, args=(os.getppid(),), daemon=True).start()
+    try:
+        code = work()
+    except SystemExit as leave:
+        code = leave.code if isinstance(leave.code, int) else int(leave.code is not None)
+        if isinstance(leave.code, str):
+            _tell(AlphaflowError(leave.code))
+    except BaseException as error:  # whatever it is: it is told, and the process leaves with 1
+        _tell(error)
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError, AttributeError):  # a full disk, closed, or none at all
+                stream.flush()
+    os._exit(code)
+
+
+def _leave_with(parent: int) -> None:
+    """When the parent is gone, stop as after a signal: a run that goes on behind one's back holds its folder."""
+    while os.getppid() == parent:
+        time.sleep(LOOK_EVERY)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _write_error(text: str) -> None:
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # nobody can be told, then
+        sys.stderr.write(text)
+
+
+def _tell(error: BaseException) -> None:
+    """To the parent by a file; without one, on stderr."""
+    rank, line = os.environ.get("RANK", "0"), fault_of_the_user(error)
+    message, user_fault = line or str(error), bool(line)
+    record = {
+        "rank": int(rank),
+        "time": time.time(),
+        "message": message or type(error).__name__,
+        "user_fault": user_fault,
+        "echo": not user_fault and any(text in message for text in ECHOES),
+        "traceback": "".join(traceback.format_exception(error)),
+    }
+    if has_parent() and _leave(record):
+        return
+    if record["echo"]:
+        _write_error(f"process {rank} lost the others: {message.splitlines()[0]}\n")
+    else:
+        _write_error(f"error: process {rank}: {message}\n" if user_fault else str(record["traceback"]))
+
+
+def _leave(record: dict[str, Any]) -> bool:
+    """Put the record where the parent looks; False where a full disk forbids it, which may be the fault itself."""
+    path = Path(os.environ["ALPHAFLOW_ERRORS"]) / f"rank-{record['rank']}.json"
+    try:  # whole or not at all: the agent may kill us meanwhile
+        path.with_suffix(".tmp").write_text(json.dumps(record))
+        path.with_suffix(".tmp").replace(path)
+    except OSError:
+        return False
+    return True
+
+
+ECHO_SECONDS = 1.0
+
+
+class StopFlag:
+    """`with StopFlag() as stop:` … `stop.is_set`, `stop.signal`."""
+
+    def __init__(self) -> None:
+        self.signal = 0
+        self._since = 0.0
+        self._before: dict[int, object] = {}
+
+    @property
+    def is_set(self) -> bool:
+        return self.signal != 0
+
+    def __enter__(self) -> "StopFlag":
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.is_set and time.monotonic() - self._since > ECHO_SECONDS:
+            raise SystemExit(128 + number)
+        if not self.is_set:
+            self.signal, self._since = number, time.monotonic()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+
+PORTS = range(20_000, 60_000)
+
+
+def slurm_environment(there: Mapping[str, str]) -> dict[str, str]:
+    """What torch wants to know of a task of a job step; empty outside one, and where a launcher has said it already."""
+    # of the step: a batch script is none, whatever the job has
+    tasks = whole_number(there, "SLURM_STEP_NUM_TASKS", "1")
+    if "RANK" in there or tasks < 2 or "SLURM_PROCID" not in there:
+        return {}
+    job, step = (whole_number(there, name, "0") for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
+    visible = [name for name in there.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]  # none: all, or hidden
+    sees_one = len(visible) == 1  # --gpus-per-task 1: its GPU is number 0
+    found = {
+        "RANK": there["SLURM_PROCID"],
+        "WORLD_SIZE": str(tasks),
+        "LOCAL_RANK": "0" if sees_one else there.get("SLURM_LOCALID", "0"),
+        "LOCAL_WORLD_SIZE": there.get("SLURM_STEP_TASKS_PER_NODE", "1").split("(")[0].split(",")[0],
+        "MASTER_ADDR": first_host(there.get("SLURM_STEP_NODELIST", "127.0.0.1")),
+        "MASTER_PORT": str(PORTS[(job * 7 + step) % len(PORTS)]),
+    }
+    return {name: there.get(name, value) for name, value in found.items()}
+
+
+def whole_number(there: Mapping[str, str], name: str, default: str = "") -> int:
+    """A launcher's variable as a number; another text in it is refused by its name."""
+    text = there.get(name, default)
+    if not re.fullmatch("[0-9]{1,12}", text):
+        raise AlphaflowError(
+            f"{name}={text[:40]!r} in the environment is no number. A launcher sets it (torchrun, srun, accelerate "
+            "launch): start with one, or unset it."
+        )
+    return int(text)
+
+
+def first_host(nodes: str) -> str:
+    """`gpu[003-005,9],login1` → `gpu003`."""
+    match = re.match(r"([^,\[]+)(?:\[([^,\]-]+)[^\]]*\])?([^,\[]*)", nodes)
+    if not match:
+        return nodes
+    head, number, tail = match.groups()
+    return f"{head}{number or ''}{tail or ''}"
+
+
+def join_slurm() -> None:
+    """Tell torch."""
+    os.environ.update(slurm_environment(os.environ))

@@ -1,0 +1,227 @@
+"""Who shares the work of a measurement: the processes started together, or this one alone.
+
+The processes of a run: who am I, how many are we, what do we compute on. Accelerate does the joining.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.distributed.tensor import DTensor
+
+from alphaflow_cli.errors import AlphaflowError
+from alphaflow_cli.recipe.schema import Strategy
+from alphaflow_cli.runtime.launch import is_worker, whole_number
+from alphaflow_cli.train.parallel import shard_network
+
+
+class Processes(Protocol):
+    """This process among those that share the work: a World, or Alone."""
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def size(self) -> int: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Over the processes, in place."""
+        ...
+
+    def wait(self) -> None:
+        """Until all are here."""
+        ...
+
+
+@dataclass(frozen=True)
+class Alone:
+    """One process."""
+
+    device: torch.device
+    rank: int = 0
+    size: int = 1
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Of one."""
+        return values
+
+    def wait(self) -> None:
+        """Nobody to wait for."""
+
+
+@contextmanager
+def smaller_batch_if_full(batch: int) -> Iterator[None]:
+    """Inside, a GPU that runs out of memory is one line that names --batch."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        smaller = f"Give a smaller --batch than {batch}" if batch > 1 else "Free some of it"
+        raise AlphaflowError(
+            f"out of memory ({str(error).splitlines()[0]}). {smaller}, or use a larger GPU."
+        ) from error
+
+
+def join_processes() -> Processes:
+    """All that were started together (torchrun, --processes), or this one alone."""
+    if is_worker() and whole_number(os.environ, "WORLD_SIZE") > 1:
+        # SIBLING  # a single process starts without accelerate
+
+        return join_world()
+    return Alone(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def device_of(rank: int) -> torch.device:
+    """The GPU of one of the processes that share work on this machine; the CPU where there is none."""
+    count = torch.cuda.device_count()
+    return torch.device("cuda", rank % count) if count else torch.device("cpu")
+
+
+def processes_here(requested: int | None) -> int:
+    """The number of --processes, else one per GPU; more than there are GPUs is refused, before anything starts."""
+    gpus = torch.cuda.device_count()
+    if requested and gpus and requested > gpus:
+        raise AlphaflowError(
+            f"--processes {requested}: this machine has {gpus} GPU{'s' * (gpus > 1)}, and every process needs one of "
+            f"its own. Give --processes {gpus}, or leave it out."
+        )
+    return requested or max(1, gpus)
+
+
+PATIENCE = timedelta(hours=2)  # one process may work so long while the others wait; a dead one is noticed at once
+SAME = 1e-6  # relative difference of the processes' gradient checksums that rounding may cause
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among its equals."""
+
+    accelerator: Accelerator
+
+    @property
+    def rank(self) -> int:
+        return int(self.accelerator.process_index)
+
+    @property
+    def size(self) -> int:
+        return int(self.accelerator.num_processes)
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self.accelerator.device)
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def wrap(self, net: nn.Module, strategy: Strategy = "ddp") -> nn.Module:
+        """The network whose gradients synchronise; FSDP2 cuts the given one in place."""
+        if strategy == "fsdp2" and self.size > 1:
+            shard_network(net, self.device, self.size)
+            return net
+        wrapped: nn.Module = self.accelerator.prepare_model(net)
+        return wrapped
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Over the processes, in place."""
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def gather(self, values: Tensor) -> Tensor:
+        """(processes, …): everybody's values."""
+        found = [torch.empty_like(values) for _ in range(self.size)]
+        if self.size > 1:
+            dist.all_gather(found, values)
+        return torch.stack(found if self.size > 1 else [values])
+
+    def largest(self, value: float) -> float:
+        """Over the processes."""
+        found = torch.tensor([value], dtype=torch.float64, device=self.device)
+        if self.size > 1:
+            dist.all_reduce(found, dist.ReduceOp.MAX)
+        return float(found.item())
+
+    def agree(self, flag: bool) -> bool:
+        """Whether any process says so."""
+        return bool(self.sum(torch.tensor([float(flag)], device=self.device)).item()) if self.size > 1 else flag
+
+    def wait(self) -> None:
+        """Until all are here."""
+        self.accelerator.wait_for_everyone()
+
+    def check_synchronised(self, net: nn.Module) -> None:
+        """After a backward pass: every process must hold the same gradient, or its own part of it."""
+        grads = [p.grad for p in net.parameters() if p.grad is not None]
+        if self.size == 1 or any(isinstance(grad, DTensor) for grad in grads):
+            return
+        mine = torch.stack([grad.double().abs().sum() for grad in grads])
+        sums = self.gather(mine)
+        apart = (sums - sums[0]).abs() > SAME * sums[0]  # a NaN compares as false: another policy's affair
+        assert not apart.any(), (
+            "the processes' gradients differ after the first backward pass: they were not synchronised. "
+            f"Sums of |gradient| by process: {sums.sum(1).tolist()}"
+        )
+
+
+def join_world(*, allow_tf32: bool = False, trackers: Sequence[str] = (), folder: Path | None = None) -> World:
+    """Join the processes that started us (torchrun, accelerate launch, Slurm or --processes), or be alone."""
+    on_cpu = not torch.cuda.is_available()
+    if on_cpu:
+        os.environ["ACCELERATE_USE_CPU"] = "true"  # else N processes become N lonely first ones
+    expected = whole_number(os.environ, "WORLD_SIZE", "1")
+    # Precision, accumulation and sharding are ours; the environment must not switch them on behind our back.
+    for name in ("GRADIENT_ACCUMULATION_STEPS", "DYNAMO_BACKEND", "USE_FSDP", "USE_DEEPSPEED", "USE_MEGATRON_LM"):
+        os.environ.pop(f"ACCELERATE_{name}", None)
+    accelerator = Accelerator(
+        cpu=on_cpu,
+        mixed_precision="no",
+        gradient_accumulation_steps=1,
+        log_with=list(trackers) or None,
+        project_config=ProjectConfiguration(str(folder), str(folder / "trackers")) if folder else None,
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],  # else gradients exist twice
+    )
+    if accelerator.num_processes != expected:
+        raise AlphaflowError(
+            f"{expected} processes were started but only {accelerator.num_processes} joined. "
+            "Start them with --processes, torchrun, or accelerate launch --multi_gpu."
+        )
+    torch.backends.cuda.matmul.allow_tf32 = allow_tf32
+    torch.backends.cudnn.allow_tf32 = allow_tf32
+    world = World(accelerator)
+    _meet(world)
+    return world
+
+
+def _meet(world: World) -> None:
+    """Exchange a number before any work: what keeps processes from exchanging must not show when all is measured.
+
+    Then they wait for each other with patience: torch's 10 minutes on GPUs end a run whose first process verifies a
+    large store, and an evaluation of which one process had most left to measure.
+    """
+    if world.size == 1:
+        return
+    try:
+        world.sum(torch.zeros(1, device=world.device))
+    except dist.DistBackendError as error:
+        if "Duplicate GPU" not in str(error):
+            raise
+        raise AlphaflowError(
+            f"{world.size} processes were started, but two of them have the same GPU, and every process needs one of "
+            "its own. Start as many on each machine as it has GPUs."
+        ) from error
+    older: Callable[[timedelta], Any] | None = getattr(dist.distributed_c10d, "_set_pg_timeout", None)
+    set_timeout = getattr(dist, "set_timeout", older)
+    assert set_timeout is not None, torch.__version__
+    set_timeout(PATIENCE)

@@ -1,0 +1,298 @@
+"""The decoder: in which precision latents become pictures, and when it is compiled.
+
+    fp32    true float32: TF32, a GPU's default for convolutions, is switched off
+    bf16    bfloat16 in channels_last; on a GPU compiled from COMPILED_FROM pictures on, where torch.compile can
+
+Raw latents go through it in groups of GROUP rows, the last one filled up with zeros: kernels of odd sizes round
+otherwise, which would show in the pictures, and a compiled decoder would need one form for each size.
+
+From a checkpoint to pictures. Sample i depends on its seed, its label and the checkpoint: on nothing else.
+
+Noise of seed i: a CPU torch.Generator seeded with i, torch.randn(C, h, w) in float32; a consistency step draws its
+fresh noise from the same generator afterwards, in float64. The network sees whole groups of GROUP rows, the last one
+filled up with zeros: matrix products of odd sizes use other kernels, whose rounding would show through.
+"""
+
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from shutil import which
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from alphaflow_cli.core import pixels, sampler
+from alphaflow_cli.errors import AlphaflowError
+from alphaflow_cli.evaluate.features import true_float32
+from alphaflow_cli.model.build import DTYPES, build_network, label_rows, null_label
+from alphaflow_cli.model.checkpoint import Checkpoint, load_checkpoint
+from alphaflow_cli.nn.autoencoder import Autoencoder, load_autoencoder
+from alphaflow_cli.recipe.schema import Recipe
+from alphaflow_cli.sample.walk import Walk
+from alphaflow_cli.train.state import checkpoint_folders
+
+Precision = Literal["fp32", "bf16"]
+DecoderChoice = Literal["auto", "fp32", "bf16"]
+DECODER_DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
+GROUP = 16
+COMPILED_FROM = 10_000  # pictures; an estimate, not measured: compiling takes about a minute, which must be won back
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """How an autoencoder is made ready to decode."""
+
+    precision: Precision
+    compiled: bool = False
+    backend: Any = "inductor"  # of torch.compile
+
+    def load(self, name: str, device: torch.device) -> Autoencoder:
+        """The autoencoder of that name. Nothing is compiled before the first group."""
+        bf16 = self.precision == "bf16"
+        found = load_autoencoder(name, device=device, dtype=DECODER_DTYPES[self.precision], channels_last=bf16)
+        if self.compiled and found.module is not None:
+            warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools.lru_cache`")  # in diffusers
+            part: Any = found.module.decoder
+            part.compile(dynamic=False, backend=self.backend)  # in place: the weights keep their names
+        return found
+
+
+def plan_decoder(asked: DecoderChoice, device: torch.device, *, pictures: int) -> Decoder:
+    """As asked; auto is bf16 on a GPU, fp32 on a CPU. `pictures` of all processes: sharing them out changes none."""
+    if asked not in get_args(DecoderChoice):
+        raise AlphaflowError(f"decoder {asked!r}: there are {', '.join(get_args(DecoderChoice))}")
+    on_gpu = device.type == "cuda"
+    if asked == "fp32" or (asked == "auto" and not on_gpu):
+        return Decoder("fp32")
+    return Decoder("bf16", compiled=on_gpu and pictures >= COMPILED_FROM and can_compile())
+
+
+def can_compile() -> bool:
+    """On a GPU, torch.compile writes Triton kernels and builds their launchers with a C compiler."""
+    compilers = (os.environ.get("CC", "cc"), "gcc", "clang")
+    return find_spec("triton") is not None and any(which(name) for name in compilers)
+
+
+def decode_in_groups(autoencoder: Autoencoder, latents: Tensor) -> Tensor:
+    """Raw latents (n, C, h, w) to float32 pixels (n, 3, H, W); whole groups."""
+    count = len(latents)
+    spare = -count % GROUP if autoencoder.module is not None else 0
+    rows = torch.cat([latents, latents.new_zeros((spare, *latents.shape[1:]))]) if spare else latents
+    exact = autoencoder.dtype == torch.float32
+    with true_float32() if exact else nullcontext():  # inside, TF32's old switches raise, and compilers may read them
+        return torch.cat([autoencoder.decode(part.float()) for part in torch.split(rows, GROUP)])[:count]
+
+
+def told_precision(network: str, decoder: Precision | None) -> str:
+    """For the protocol; None: pixels come from the network itself."""
+    if network == "fp32" and decoder in (None, "fp32"):
+        return "fp32"
+    return f"{network} network" + (f", {decoder} decoder" if decoder else "")
+
+
+class Generator:
+    """A network with everything around it; call `images` or `latents`."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        *,
+        device: torch.device,
+        net: nn.Module | None = None,
+        decoder: DecoderChoice = "auto",
+    ) -> None:
+        self.folder = Path()  # the checkpoint's: a converted or pulled one may have its autoencoder beside it
+        self.recipe, self.origin, self.device = checkpoint.recipe, checkpoint.origin, device
+        self.mean, self.std = checkpoint.mean.to(device), checkpoint.std.to(device)
+        self.net = net or load_network(checkpoint).to(device).eval()
+        self.bf16 = self.recipe.train.precision == "bf16" and device.type == "cuda"
+        self.decoder = plan_decoder(decoder, device, pictures=0)
+        self._autoencoder: Autoencoder | None = None
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, h, w) of a latent."""
+        data = self.recipe.data
+        return data.channels, data.latent_size, data.latent_size
+
+    @property
+    def class_names(self) -> list[str]:
+        """By index; empty where the checkpoint has none."""
+        return [str(name) for name in self.origin.get("class_names") or []]
+
+    @property
+    def autoencoder(self) -> Autoencoder:
+        """Loaded when the first picture is decoded."""
+        if self._autoencoder is None:
+            self.use_autoencoder(self._autoencoder_name())
+        assert self._autoencoder is not None
+        return self._autoencoder
+
+    def _autoencoder_name(self) -> str:
+        """Beside the checkpoint, else by its id; a store made with a local one knows its bare name only, so then the
+        recipe's. Whichever it is, its weights are checked against those that made the latents."""
+        record = self._record
+        name = f"{record['id']}@{record['revision']}" if record.get("revision") else str(record["id"])
+        if (self.folder / name / "config.json").is_file():
+            return str(self.folder / name)
+        said = self.recipe.data.autoencoder
+        return said if "/" not in name and not Path(name).exists() and said != "none" and self.has_decoder else name
+
+    @property
+    def _record(self) -> dict[str, Any]:
+        """The autoencoder that the latents are of."""
+        record: dict[str, Any] = self.origin.get("autoencoder") or {}
+        return record if record.get("id") else {**record, "id": self.recipe.data.autoencoder}
+
+    @property
+    def has_decoder(self) -> bool:
+        """Whether the network makes latents, not pixels."""
+        return bool(self._record.get("id") != "none")
+
+    @property
+    def precision(self) -> str:
+        """Of the network and the decoder, as the protocol says it."""
+        said = self.recipe.train.precision
+        network = "fp32" if said == "bf16" and not self.bf16 else said
+        return told_precision(network, self.decoder.precision if self.has_decoder else None)
+
+    def synchronise(self) -> None:
+        """Wait for the device, so that a clock tells the truth."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def expect(self, pictures: int) -> None:
+        """So many will be decoded, by all processes together: said before the first, for compiling has to pay."""
+        assert self._autoencoder is None, "expect comes before the first picture"
+        self.decoder = plan_decoder(self.decoder.precision, self.device, pictures=pictures)
+
+    def use_autoencoder(self, name: str) -> None:
+        """Decode with this copy of the checkpoint's autoencoder."""
+        found = self.decoder.load(name, self.device)
+        check_autoencoder(found, self._record)
+        self._autoencoder = found
+
+    @torch.no_grad()
+    def latents(self, seeds: Sequence[int], labels: Sequence[int], walk: Walk) -> Tensor:
+        """(n, C, h, w) float64, the network's own normalised latents."""
+        groups = (
+            [slice(i, i + GROUP) for i in range(0, len(seeds), GROUP)] if self.device.type == "cpu" else [slice(None)]
+        )
+        return torch.cat([self._group(seeds[part], labels[part], walk) for part in groups])
+
+    def _group(self, seeds: Sequence[int], labels: Sequence[int], walk: Walk) -> Tensor:
+        spare = -len(seeds) % GROUP
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+
+        def draw(dtype: torch.dtype) -> Tensor:
+            rows = [torch.randn(self.shape, generator=g, dtype=dtype) for g in generators]
+            return torch.stack(rows + [torch.zeros(self.shape, dtype=dtype)] * spare).to(self.device)
+
+        y = torch.tensor([*labels, *[0] * spare], device=self.device)
+        net: sampler.Net = self._call
+        if walk.guidance != 1.0:
+            net = sampler.guided_net(net, null_label(self.recipe), walk.guidance, channels=walk.guidance_channels)
+        out = sampler.sample(
+            net, draw(torch.float32), y, grid=walk.grid, sampler=walk.sampler, fresh_noise=lambda: draw(torch.float64)
+        )
+        return out[: len(seeds)]
+
+    def _call(self, x: Tensor, t: Tensor, r: Tensor, y: Tensor) -> Tensor:
+        """The network in its own precision; the state stays float64."""
+        dtype = next(self.net.parameters()).dtype
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            u: Tensor = self.net(x.to(dtype), t.to(dtype), r.to(dtype), y)
+        return u
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Normalised latents to uint8 pictures (n, 3, H, W); whole groups again, for the same reason."""
+        decoded = decode_in_groups(self.autoencoder, latents * self.std + self.mean)
+        return pixels.to_uint8(decoded, self.recipe.data.pixels)
+
+    def images(self, seeds: Sequence[int], labels: Sequence[int], walk: Walk) -> Tensor:
+        """uint8 (n, 3, H, W) on the device."""
+        return self.decode(self.latents(seeds, labels, walk))
+
+    def batches(
+        self, seeds: Sequence[int], labels: Sequence[int], walk: Walk, *, batch: int
+    ) -> Iterator[tuple[Sequence[int], Sequence[int], Tensor]]:
+        """(seeds, labels, pictures), batch by batch."""
+        for i in range(0, len(seeds), batch):
+            part = slice(i, i + batch)
+            yield seeds[part], labels[part], self.images(seeds[part], labels[part], walk)
+
+
+def load_network(checkpoint: Checkpoint) -> nn.Module:
+    """The recipe's network with the checkpoint's weights; a shape that does not fit is named."""
+    net = build_network(checkpoint.recipe).to(DTYPES[checkpoint.recipe.train.precision])
+    try:
+        net.load_state_dict(checkpoint.weights)
+    except RuntimeError as error:
+        raise AlphaflowError(f"the checkpoint's weights do not fit its own recipe: {str(error)[:400]}") from error
+    return net
+
+
+def check_autoencoder(autoencoder: Autoencoder, record: dict[str, Any]) -> None:
+    """Latents must be decoded by the network that encoded them."""
+    wanted = record.get("weights_sha256")
+    if wanted and autoencoder.weights_sha256 != wanted:
+        raise AlphaflowError(
+            f"the autoencoder {autoencoder.id} has weights {autoencoder.weights_sha256[:12]}…, the latents were made "
+            f"with {wanted[:12]}…. Give the right one: --autoencoder DIR."
+        )
+
+
+def best_device() -> torch.device:
+    """A GPU where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def find_checkpoint(address: str, *, weights: str = "ema") -> Path:
+    """A file, a run folder (its newest), or an address on the Hub."""
+    path = Path(address).expanduser()
+    if path.is_dir():
+        if weights == "ema" and (path / "model.safetensors").exists():
+            return path / "model.safetensors"
+        name = "model.safetensors" if weights == "ema" else "raw.safetensors"
+        kept = [folder / name for folder in checkpoint_folders(path) if (folder / name).exists()]
+        found = [path / name] if (path / name).exists() else kept
+        if not found:
+            raise AlphaflowError(
+                f"{path}: no checkpoint in this folder yet. Train one: alphaflow train RECIPE --out {path}"
+            )
+        return found[-1]
+    from alphaflow_cli.hub import resolve_checkpoint
+
+    return resolve_checkpoint(address)
+
+
+def run_folder(address: str) -> Path | None:
+    """The run that a checkpoint belongs to: RUN, RUN/model.safetensors, RUN/checkpoints/step-N/model.safetensors."""
+    path = Path(address).expanduser()
+    folder = path if path.is_dir() else path.parent
+    run = folder.parent.parent if folder.parent.name == "checkpoints" else folder
+    return run if path.exists() and (run / "recipe.yaml").is_file() else None
+
+
+def open_generator(
+    address: str, *, device: torch.device | None = None, weights: str = "ema", decoder: DecoderChoice = "auto"
+) -> Generator:
+    """Ready to sample."""
+    checkpoint = load_checkpoint(path := find_checkpoint(address, weights=weights))
+    if weights == "raw" and checkpoint.origin.get("weights") != "raw":
+        raise AlphaflowError(f"{address}: holds averaged weights only; --weights raw needs a run folder.")
+    generator = Generator(checkpoint, device=device or best_device(), decoder=decoder)
+    if decoder != "auto" and not generator.has_decoder:
+        raise AlphaflowError(f"--decoder {decoder}: this model makes pixels without a decoder; leave it out.")
+    generator.folder = path.parent
+    return generator
+
+
+def has_labels(recipe: Recipe) -> bool:
+    """Whether samples have a class."""
+    return label_rows(recipe) > 0

@@ -1,0 +1,183 @@
+"""Measuring before training: how many rows fit the memory, and how long a step of each phase takes.
+
+What is measured is what will run: the recipe's network with compiled blocks where the recipe compiles them.
+
+What a run would be, without running it: --dry-run by arithmetic, --estimate by a few timed steps.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from alphaflow_cli.core.alpha import equal_rows
+from alphaflow_cli.model.build import DTYPES, build_network, compile_blocks, label_rows
+from alphaflow_cli.recipe import diff_recipes, load_recipe, shipped
+from alphaflow_cli.recipe.facts import facts, human, lines
+from alphaflow_cli.recipe.plan import alpha_at, equal_share_at, phases
+from alphaflow_cli.recipe.schema import Recipe
+from alphaflow_cli.runtime.processes import World
+from alphaflow_cli.runtime.progress import duration, say
+from alphaflow_cli.train.optimise import Optimiser
+from alphaflow_cli.train.parallel import largest_that_fits, split_batch
+from alphaflow_cli.train.step import Objective, Rows, training_step
+
+TIMED_STEPS = 5  # of which the median counts
+
+
+def random_rows(recipe: Recipe, count: int, n_equal: int, device: torch.device) -> Rows:
+    """Rows of the right shapes, for timing and memory only."""
+    data, dtype = recipe.data, DTYPES[recipe.train.precision]
+    shape = (data.channels, data.latent_size, data.latent_size)
+    x, noise = (torch.randn((count, *shape), device=device, dtype=dtype) for _ in range(2))
+    r = torch.full((count,), 0.25, device=device, dtype=dtype)
+    t = torch.full_like(r, 0.75)
+    r = torch.cat([t[:n_equal], r[n_equal:]])
+    y = torch.zeros(count, dtype=torch.int64, device=device)
+    return Rows(x=x, noise=noise, t=t, r=r, y=y.clamp(max=max(label_rows(recipe) - 1, 0)), uniforms=r, n_equal=n_equal)
+
+
+def micro_batch_that_fits(recipe: Recipe, world: World) -> int:
+    """Rows per process and micro-batch: halved until a step of every phase fits; on a CPU, all of them."""
+    rows = -(-recipe.train.batch // world.size)
+    if world.device.type == "cpu":
+        return rows
+    fits = _rows_that_fit(recipe, world.device, rows)
+    forget_compiled(recipe)
+    torch.cuda.empty_cache()
+    return -int(world.largest(-fits))  # the fewest that fit anywhere
+
+
+def _rows_that_fit(recipe: Recipe, device: torch.device, rows: int) -> int:
+    eager = replace(recipe, train=replace(recipe.train, compile=False))
+    fits = largest_that_fits(rows, Trial(eager, device).phases)
+    if recipe.train.compile:  # not at once: compiling takes a minute for each number of rows
+        fits = largest_that_fits(fits, lambda count: Trial(recipe, device).phases(count))
+    return fits
+
+
+def forget_compiled(recipe: Recipe) -> None:
+    """Let the run begin with no compiled forms: torch counts those of a trial among the 8 that it allows."""
+    if recipe.train.compile:
+        torch.compiler.reset()
+
+
+class Trial:
+    """A network and an optimiser that are thrown away afterwards."""
+
+    def __init__(self, recipe: Recipe, device: torch.device) -> None:
+        self.recipe, self.device, self.how = recipe, device, Objective.of(recipe)
+        self.net = build_network(recipe).to(device, DTYPES[recipe.train.precision])
+        if recipe.train.compile:
+            forget_compiled(recipe)
+            compile_blocks(self.net)
+        self.optimiser = Optimiser(self.net, recipe)
+
+    def phases(self, count: int) -> None:
+        """The step of every phase with the most r < t rows, on `count` rows."""
+        for phase in phases(self.recipe):
+            self.step(count, min(phase.first, phase.until - 1, key=equal_share_at(self.recipe)))
+
+    def step(self, count: int, at: int) -> None:
+        """Forward, backward, optimiser, on `count` rows, as at that step of the run."""
+        alpha, n_equal = alpha_at(self.recipe)(at), equal_rows(count, equal_share_at(self.recipe)(at))
+        rows = random_rows(self.recipe, count, n_equal, self.device)
+        training_step(self.net, self.net, rows, alpha=alpha, how=self.how).loss.backward()  # type: ignore[no-untyped-call]
+        self.optimiser.step(1)
+
+
+@dataclass(frozen=True)
+class PhaseTime:
+    """A phase of the run, as measured."""
+
+    kind: str
+    steps: int
+    seconds_per_step: float
+    memory_bytes: int
+
+    @property
+    def seconds(self) -> float:
+        """Of the whole phase."""
+        return self.steps * self.seconds_per_step
+
+
+def measure_phases(recipe: Recipe, micro_batch: int, *, per_process: int) -> list[PhaseTime]:
+    """A few steps of every phase on this machine, with a network that is thrown away."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    trial = Trial(recipe, device)
+    turns = -(-per_process // micro_batch)
+    found = []
+    for phase in phases(recipe):
+        middle = (phase.first + phase.until) // 2
+        trial.step(micro_batch, middle)  # warm up, and compile
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        each = statistics.median(_timed(partial(trial.step, micro_batch, middle)) for _ in range(TIMED_STEPS)) * turns
+        memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
+        found.append(PhaseTime(phase.kind, phase.until - phase.first, each, memory))
+    forget_compiled(recipe)
+    return found
+
+
+def _timed(work: Callable[[], None]) -> float:
+    """Seconds until it is done, on the device too."""
+    started = time.perf_counter()
+    work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def describe_run(
+    recipe: Recipe, asked: str, folder: Path, *, processes: int, micro_batch: int | None
+) -> tuple[dict[str, Any], list[str]]:
+    """(machine-readable, lines): split, network, phases, disk, and what differs from the shipped recipe."""
+    batch = recipe.train.batch
+    cut = split_batch(batch, processes=processes, micro_batch=micro_batch)
+    changes = diff_recipes(load_recipe(recipe.name), recipe) if recipe.name in shipped() else []
+    split = {
+        "processes": processes,
+        "micro_batch": cut.micro_batch,
+        "accumulation": cut.accumulation,
+        "batch": batch,
+    }
+    document = {"run": str(folder), "split": split, "changes": changes} | facts(recipe)
+    width = max(len(name) for name, _ in lines(recipe))
+    text = [f"{name.ljust(width)}  {value}" for name, value in lines(recipe)]
+    text.append(f"{'split'.ljust(width)}  {cut}")
+    text.append(f"{'folder'.ljust(width)}  {folder}{', resumes' if (folder / 'state').exists() else ''}")
+    for field, old, new in changes:
+        text.append(f"{'changed'.ljust(width)}  {field}: {old} in the shipped {recipe.name}, {new} here")
+    return document, text
+
+
+def estimate_training(
+    recipe: Recipe, micro_batch: int | None, processes: int
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """(per phase, lines): measured on this machine, one process, extrapolated."""
+    from alphaflow_cli.runtime.processes import join_world
+
+    world = join_world(allow_tf32=recipe.train.tf32)
+    per_process = -(-recipe.train.batch // processes)
+    if recipe.train.compile:
+        say("compiling the blocks, as train.compile asks for: minutes on a CPU")
+    rows = min(micro_batch or micro_batch_that_fits(recipe, world), per_process)
+    measured = measure_phases(recipe, rows, per_process=per_process)
+    total = sum(phase.seconds for phase in measured)
+    document = [
+        {"phase": p.kind, "steps": p.steps, "seconds_per_step": p.seconds_per_step, "memory_bytes": p.memory_bytes}
+        for p in measured
+    ]
+    text = [
+        f"{p.kind}: {p.steps:,} steps at {p.seconds_per_step:.3f} s = {duration(p.seconds)}"
+        + (f", {human(p.memory_bytes)} of GPU memory" if p.memory_bytes else "")
+        for p in measured
+    ]
+    seen = recipe.train.steps * recipe.train.batch
+    text.append(f"together: {duration(total)} on this machine, {seen / max(total, 1e-9):,.0f} images/s")
+    return document, text

@@ -1,0 +1,208 @@
+"""The training loop. The order of a step is a contract:
+
+batch → times → path → guidance → target → forward → loss → backward → step → ema → journal → save
+
+While α > 0 guidance's rows go along in the forward, which then comes before the guided velocity and the target.
+
+When a step runs out of memory: with --micro-batch auto, the same step again in smaller parts.
+
+The draws are functions of (seed, step), so a step can be begun anew. Not on several processes: the others wait in the
+middle of an exchange for the one that failed, so the run ends and says what to do.
+
+What happens after a gradient that was not finite: the recipe's policy. The optimiser has skipped the step already.
+
+skip       go on, say so; so many in a row end the run
+rollback   back to the last saved state, with other noise and times; so many times at most
+stop       end the run
+replace    nothing here: the optimiser replaced the values and took the step, as published, and counted it
+"""
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from alphaflow_cli.core.alpha import equal_rows
+from alphaflow_cli.core.draws import step_draws
+from alphaflow_cli.core.times import sample_times
+from alphaflow_cli.data.batches import to_device
+from alphaflow_cli.errors import AlphaflowError
+from alphaflow_cli.recipe.plan import phase_kind
+from alphaflow_cli.runtime.launch import StopFlag
+from alphaflow_cli.runtime.progress import Progress, say
+from alphaflow_cli.train import conflict
+from alphaflow_cli.train.journal import Journal, Trackers, console_line, step_flops, take_counters
+from alphaflow_cli.train.optimise import COUNTERS
+from alphaflow_cli.train.parallel import split_batch
+from alphaflow_cli.train.run import Run, newest_for_all
+from alphaflow_cli.train.step import Rows, ask, training_step
+
+CHECK_EVERY = 10  # steps between looks at the device's counters and at the stop flag, where a look makes it wait
+
+
+def train_steps(
+    run: Run, journal: Journal, stop: StopFlag, *, trackers: Trackers, after_save: Callable[[Run], None]
+) -> bool:
+    """From run.step to the last step, or to a signal; returns whether the end was reached."""
+    train, world = run.recipe.train, run.world
+    look_every = 1 if world.device.type == "cpu" else CHECK_EVERY
+    with Progress("train", train.steps, unit="step", done=run.step, shown=world.is_main) as bar:
+        while run.step < train.steps:
+            one_step(run, run.step)
+            run.step += 1
+            bar.advance(1)
+            last = run.step == train.steps
+            log, save = last or _is_due(run.step, train.log_every), last or _is_due(run.step, train.save_every)
+            look = log or save or _is_due(run.step, look_every)
+            if look and survive_nonfinite(run):
+                journal.rewind(run.step)
+                bar.advance(run.step - bar.done)
+                continue
+            if log:
+                row = _log(run, journal)
+                trackers.log(row)
+                bar.advance(0, console_line(row))
+            stopping = look and world.agree(stop.is_set)
+            if stopping or save:
+                run.save()
+            after_save(run)
+            if stopping:
+                return last
+    return True
+
+
+def one_step(run: Run, step: int) -> None:
+    """One optimiser step on the global batch of this step."""
+    within_memory(run, lambda: gradients(run, step))
+    if not run.checked:
+        run.world.check_synchronised(run.net)
+        run.checked = True
+    run.optimiser.step(step)
+
+
+def gradients(run: Run, step: int) -> None:
+    """Of the mean loss over the global batch of this step, on every process."""
+    recipe, world = run.recipe, run.world
+    alpha = run.alpha_at(step)
+    n_equal = equal_rows(recipe.train.batch, run.equal_share_at(step))
+    draws = step_draws(run.seed, step, batch=recipe.train.batch, shape=run.stream.shape, device=world.device)
+    law = recipe.times
+    t, r = sample_times(draws.normals, n_equal, law=law.law, mean=law.mean, std=law.std, order=law.order)
+    times = torch.stack([t, r, draws.uniforms]).to(run.dtype)
+    for turn in range(run.split.accumulation):
+        place, mine = run.split.rows(world.rank, turn), run.split.equal_rows(world.rank, turn, n_equal)
+        rows = rows_at(run, step, place, noise=draws.noise[place], times=times[:, place], n_equal=mine)
+        last = turn == run.split.accumulation - 1
+        with contextlib.nullcontext() if last else world.accelerator.no_sync(run.wrapped):
+            result = training_step(run.wrapped, run.net, rows, alpha=alpha, how=run.how)
+            # synchronising averages over the processes; the loss is a mean over the global batch
+            (result.loss * (world.size / recipe.train.batch)).backward()  # type: ignore[no-untyped-call]
+        run.sums.add(result.terms, rows.t, rows.r, rows.n_equal)
+
+
+def rows_at(run: Run, step: int, place: slice, *, noise: Tensor, times: Tensor, n_equal: int) -> Rows:
+    """A micro-batch; `times` are t, r and the uniforms of label dropout, on the host."""
+    batch, device, how = run.stream.batch_at(step, place), run.world.device, run.how
+    t, r, uniforms = to_device(times, device)
+    question = None  # compiled blocks are asked about every row, so that their number stays
+    if how.is_guided and not run.recipe.train.compile:
+        question = ask(times[0], times[2], n_equal, how.guidance, device)
+    return Rows(
+        x=batch.latents.to(run.dtype),
+        noise=noise.to(run.dtype),
+        t=t,
+        r=r,
+        y=batch.y,
+        uniforms=uniforms,
+        n_equal=n_equal,
+        question=question,
+    )
+
+
+def _is_due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _log(run: Run, journal: Journal) -> dict[str, Any]:
+    """A row of metrics.jsonl about the steps since the last row."""
+    step, last = run.step, run.step - 1
+    batch, alpha, share = run.recipe.train.batch, run.alpha_at(last), run.equal_share_at(last)
+    values: dict[str, Any] = {"step": step, "images_seen": step * batch, "alpha": alpha, "phase": phase_kind(alpha)}
+    values |= {"equal_share": share, "lr": run.optimiser.rate_at(last)}
+    values |= run.sums.take(run.world.sum(run.sums.values.clone()))
+    values |= take_counters(run.optimiser.counters)
+    if conflict.is_due(run):
+        values["conflict"] = conflict.measure(run)
+    return journal.row(values, step=step, batch=batch, flops=step_flops(run.recipe, alpha, equal_rows(batch, share)))
+
+
+def within_memory(run: Run, gradients: Callable[[], None]) -> None:
+    """Call `gradients`, again and again until its micro-batches fit."""
+    before = run.sums.values.clone()
+    while _runs_out(run, gradients):
+        # here the failed attempt's frames, and what they held, are gone
+        smaller = split_batch(run.split.batch, processes=run.world.size, micro_batch=-(-run.split.micro_batch // 2))
+        say(f"out of memory at step {run.step}: going on with {smaller}")
+        run.split = smaller
+        run.sums.values.copy_(before)
+        run.optimiser.forget_gradients()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def _runs_out(run: Run, gradients: Callable[[], None]) -> bool:
+    try:
+        gradients()
+    except torch.OutOfMemoryError as error:
+        rows = run.split.micro_batch
+        if run.may_shrink and run.world.size == 1 and rows > 1:
+            return True
+        way = f"--micro-batch {-(-rows // 2)}" if rows > 1 else "--set train.gradient_checkpointing=true"
+        raise AlphaflowError(
+            f"{run.folder}: out of memory at step {run.step} with micro-batches of {rows} rows ({error}). The last "
+            f"checkpoint is kept; go on from it with: {way}"
+        ) from error
+    return False
+
+
+ADVICE = "Lower optim.lr, or look at the data: alphaflow prep-latents --verify."
+
+
+def survive_nonfinite(run: Run) -> bool:
+    """Apply the policy to what was counted since the last journal row; True after a roll back."""
+    found = dict(zip(COUNTERS, run.optimiser.counters.tolist(), strict=True))
+    policy, count, streak = run.recipe.optim.nonfinite, int(found["nonfinite"]), int(found["streak"])
+    where = f"{run.folder}: step {run.step}: the gradient was not finite"
+    if policy == "replace" or count == 0 or (policy == "skip" and streak == 0):
+        return False
+    if policy == "stop":
+        raise AlphaflowError(f"{where}. The last save is kept; optim.nonfinite: stop ended the run. {ADVICE}")
+    if policy == "rollback":
+        _roll_back(run, where)
+        return True
+    limit = run.recipe.optim.nonfinite_limit
+    if streak >= limit:
+        raise AlphaflowError(
+            f"{where} for {streak} steps in a row (optim.nonfinite_limit {limit}). Each was skipped. {ADVICE}"
+        )
+    if run.world.is_main:
+        say(f"{where}; the step was skipped ({streak} in a row).")
+    return False
+
+
+def _roll_back(run: Run, where: str) -> None:
+    limit, path = run.recipe.optim.nonfinite_limit, newest_for_all(run.folder, run.world)
+    if path is None:
+        raise AlphaflowError(f"{where}, and there is no saved state to roll back to yet. {ADVICE}")
+    if run.retries >= limit:
+        raise AlphaflowError(
+            f"{where} again, after {run.retries} rolls back (optim.nonfinite_limit {limit}). "
+            f"The last save is kept. {ADVICE}"
+        )
+    run.retries += 1
+    run.restore(path)
+    run.world.wait()  # nobody saves, and removes the state, while another still reads it
+    if run.world.is_main:
+        say(f"{where}; rolled back to step {run.step}, with other draws ({run.retries} of at most {limit} times).")

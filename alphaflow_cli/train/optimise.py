@@ -1,0 +1,144 @@
+"""From gradients to weights: the non-finite policy, clipping, Adam, the averages. No host synchronisation.
+
+A gradient with a NaN or an infinity never reaches the weights: fused Adam skips the step on the device (found_inf).
+The counters stay on the device too; the trainer reads them when it reads the losses. Where the parameters are cut
+over the processes (FSDP2), Adam and the averages work on this process's parts: both act value by value.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from alphaflow_cli.core.ema import ema_beta, update_ema
+from alphaflow_cli.core.gradients import replace_nonfinite
+from alphaflow_cli.recipe.plan import learning_rate_at
+from alphaflow_cli.recipe.schema import Recipe
+from alphaflow_cli.train.parallel import local, part, whole
+
+COUNTERS = ("steps", "grad_norm", "clipped", "nonfinite", "streak")
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class Optimiser:
+    """Adam and the running averages of one network."""
+
+    def __init__(self, net: nn.Module, recipe: Recipe) -> None:
+        optim = recipe.optim
+        self.recipe = recipe
+        self.rate_at = learning_rate_at(recipe)
+        self.parameters = dict(net.named_parameters())
+        self.weights = [local(parameter) for parameter in self.parameters.values()]
+        # AdamW without decay is Adam
+        self.adam = torch.optim.AdamW(
+            self.weights, lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay, fused=True
+        )
+        self.emas = [[w.detach().clone() for w in self.weights] for _ in recipe.ema.half_lives]
+        self.counters = torch.zeros(len(COUNTERS), dtype=torch.float64, device=self.weights[0].device)
+
+    def step(self, step: int) -> None:
+        """Clip, step, average; gradients are ready and synchronised."""
+        norm, bad = self._norm(self._gradients())
+        for group in self.adam.param_groups:
+            group["lr"] = self.rate_at(step)
+        # what GradScaler sets, and what fused Adam reads on the device
+        self.adam.grad_scale, self.adam.found_inf = None, bad.float()  # type: ignore[attr-defined]
+        self.adam.step()
+        self.forget_gradients()
+        for ema, half_life in zip(self.emas, self.recipe.ema.half_lives, strict=True):
+            update_ema(ema, self.weights, ema_beta(step, half_life=half_life, ramp=self.recipe.ema.ramp))
+        self._count(norm, bad)
+
+    def forget_gradients(self) -> None:
+        """In place: DDP's buckets are views of them."""
+        grads = [local(p.grad) for p in self.parameters.values() if p.grad is not None]
+        if grads:
+            torch._foreach_zero_(grads)
+
+    def _gradients(self) -> list[Tensor]:
+        """Of every parameter, whole or cut; the parts that Adam steps on get theirs."""
+        grads = []
+        for (name, parameter), w in zip(self.parameters.items(), self.weights, strict=True):
+            assert parameter.grad is not None, name
+            if w is not parameter:
+                assert local(parameter).data_ptr() == w.data_ptr(), f"{name}: FSDP moved its part"
+                w.grad = local(parameter.grad)
+            grads.append(parameter.grad)
+        return grads
+
+    def _norm(self, grads: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """(norm before clipping, whether it is not finite); clips in place."""
+        norm = _total_norm(grads)
+        bad = ~torch.isfinite(norm)
+        if self.recipe.optim.nonfinite == "replace":
+            replace_nonfinite([local(grad) for grad in grads])
+            norm = _total_norm(grads)
+        if self.recipe.optim.clip_norm > 0:
+            torch.nn.utils.clip_grads_with_norm_(self.weights, self.recipe.optim.clip_norm, norm, foreach=True)
+        return norm, bad if self.recipe.optim.nonfinite != "replace" else self._seen(bad)
+
+    def _seen(self, bad: Tensor) -> Tensor:
+        """Replaced gradients are counted, but the step is taken."""
+        self.counters[COUNTERS.index("nonfinite")] += bad
+        return torch.zeros_like(bad)
+
+    def _count(self, norm: Tensor, bad: Tensor) -> None:
+        clip = self.recipe.optim.clip_norm
+        finite = torch.where(bad, 0.0, norm.double())
+        clipped = (finite > clip).double() if clip > 0 else torch.zeros_like(finite)
+        streak = (self.counters[-1] + 1) * bad
+        self.counters[:-1] += torch.stack([(~bad).double(), finite, clipped, bad.double()])
+        self.counters[-1] = streak
+
+    def tensors(self, *, keep: bool = True) -> dict[str, Tensor]:
+        """Everything that a resumed run needs: raw weights, averages, Adam's moments. All processes must call it."""
+        found: dict[str, Tensor] = {}
+        for i, ((name, parameter), w) in enumerate(zip(self.parameters.items(), self.weights, strict=True)):
+            found[f"raw.{name}"] = whole(parameter, w, keep=keep)
+            for j, ema in enumerate(self.emas):
+                found[f"ema{j}.{name}"] = whole(parameter, ema[i], keep=keep)
+            moments = self.adam.state[w]
+            if moments:
+                found[f"adam.step.{name}"] = moments["step"]
+            found |= {f"adam.{key}.{name}": whole(parameter, moments[key], keep=keep) for key in MOMENTS if moments}
+        return found | {"counters": self.counters}
+
+    @torch.no_grad()
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Put the tensors of a saved state back."""
+        for i, ((name, parameter), w) in enumerate(zip(self.parameters.items(), self.weights, strict=True)):
+            w.copy_(part(parameter, tensors[f"raw.{name}"]))
+            for j, ema in enumerate(self.emas):
+                ema[i].copy_(part(parameter, tensors[f"ema{j}.{name}"]))
+            moments: dict[str, Any] = self.adam.state[w]
+            moments.clear()  # a roll back to before the first step has none
+            if f"adam.step.{name}" in tensors:
+                moments["step"] = tensors[f"adam.step.{name}"].to(w.device).clone()
+                moments |= {key: part(parameter, tensors[f"adam.{key}.{name}"]).to(w.device).clone() for key in MOMENTS}
+        self.counters.copy_(tensors["counters"])
+
+    def average(self, which: int = 0, *, keep: bool = True) -> dict[str, Tensor]:
+        """Name → weight of a running average. All processes must call it."""
+        parts = zip(self.parameters.items(), self.emas[which], strict=True)
+        return {name: whole(parameter, value, keep=keep) for (name, parameter), value in parts}
+
+    def raw(self, *, keep: bool = True) -> dict[str, Tensor]:
+        """Name → weight. All processes must call it."""
+        parts = zip(self.parameters.items(), self.weights, strict=True)
+        return {name: whole(parameter, value, keep=keep) for (name, parameter), value in parts}
+
+    @torch.no_grad()
+    def start_from(self, weights: dict[str, Tensor]) -> None:
+        """Take these weights, and let the averages begin at what is there then."""
+        for (name, parameter), w in zip(self.parameters.items(), self.weights, strict=True):
+            if name in weights:
+                w.copy_(part(parameter, weights[name]))
+        for ema in self.emas:
+            torch._foreach_copy_(ema, [w.detach() for w in self.weights])
+
+
+def _total_norm(grads: list[Tensor]) -> Tensor:
+    """Of the whole gradient, over all processes where it is cut."""
+    norm = torch.nn.utils.get_total_norm(grads, foreach=True)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm

@@ -1,0 +1,153 @@
+"""How the global batch is cut: over processes, and over micro-batches that fit the memory.
+
+Part a·P + p of A·P parts is micro-batch a of process p, and takes every (A·P)-th row of the global batch: the
+r = t rows come first in the batch, so a strided cut gives every part its share of them, still first.
+
+FSDP2: every process keeps a part of each parameter; a block is whole only while it computes, or is saved.
+
+Accelerate silently falls back to plain DDP where it knows no FSDP (on a CPU), so the network is cut here: block by
+block, then what is left. The rest of the engine works on plain tensors: `local` is this process's part of a
+parameter, `whole` puts the parts together (all processes must call it), `part` cuts again. Without FSDP all three
+give back what they were given.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+
+from alphaflow_cli.core.alpha import equal_rows
+from alphaflow_cli.core.times import rows_of
+from alphaflow_cli.errors import AlphaflowError
+from alphaflow_cli.recipe.plan import equal_share_at
+from alphaflow_cli.recipe.schema import Recipe
+
+
+@dataclass(frozen=True)
+class Split:
+    """processes × micro-batches of a global batch."""
+
+    batch: int
+    processes: int
+    accumulation: int
+
+    @property
+    def micro_batch(self) -> int:
+        """Rows of the largest micro-batch."""
+        return -(-self.batch // (self.processes * self.accumulation))
+
+    def rows(self, rank: int, turn: int) -> slice:
+        """The rows of the global batch that a process sees in a micro-batch."""
+        return self._part(rank, turn, 0)[0]
+
+    def equal_rows(self, rank: int, turn: int, n_equal: int) -> int:
+        """How many of them are r = t rows; over all parts they add up to n_equal."""
+        return self._part(rank, turn, n_equal)[1]
+
+    def _part(self, rank: int, turn: int, n_equal: int) -> tuple[slice, int]:
+        parts = self.processes * self.accumulation
+        return rows_of(self.batch, n_equal=n_equal, parts=parts, part=turn * self.processes + rank)
+
+    def __str__(self) -> str:
+        processes = "1 process" if self.processes == 1 else f"{self.processes} processes"
+        turns = "1 micro-batch" if self.accumulation == 1 else f"{self.accumulation} micro-batches"
+        return f"{processes} × {turns} of {self.micro_batch} rows = batch {self.batch}"
+
+
+def split_batch(batch: int, *, processes: int, micro_batch: int | None) -> Split:
+    """The split with micro-batches of at most so many rows."""
+    if processes > batch:
+        raise AlphaflowError(
+            f"{processes} processes for a batch of {batch} rows: some would have none. Use at most {batch} processes."
+        )
+    per_process = -(-batch // processes)
+    accumulation = -(-per_process // (micro_batch or per_process))
+    return Split(batch, processes, min(accumulation, batch // processes))
+
+
+def largest_that_fits(rows: int, attempt: Callable[[int], None]) -> int:
+    """The first of rows, rows/2, rows/4, … that `attempt` survives without running out of memory."""
+    while True:
+        try:
+            attempt(rows)
+            return rows
+        except torch.OutOfMemoryError as error:
+            if rows == 1:
+                raise AlphaflowError(
+                    "not even one row fits the device's memory. Choose a smaller model, a larger patch, or "
+                    "--set train.gradient_checkpointing=true."
+                ) from error
+        rows = -(-rows // 2)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+NEEDED = (2, 13)  # below it, backward through a sharded module fails on CPUs or beside forward-mode derivatives
+
+
+def check_sharding(recipe: Recipe, split: Split, version: str = torch.__version__) -> None:
+    """Refuse what FSDP2 cannot do: an old torch, a gradient of one process, micro-batches that call unequally often."""
+    if recipe.train.strategy != "fsdp2" or split.processes == 1:
+        return
+    if tuple(int(part) for part in version.split(".")[:2]) < NEEDED:
+        raise AlphaflowError(
+            f"train.strategy fsdp2 needs torch {'.'.join(map(str, NEEDED))} or newer, this is {version}: older ones "
+            "fail in the backward pass of a sharded network. Use train.strategy: ddp, or a newer torch."
+        )
+    if recipe.train.conflict_every:
+        raise AlphaflowError(
+            "train.conflict_every: the conflict needs the whole network on one device, not strategy fsdp2. "
+            "Set it to 0, and measure the checkpoints: alphaflow analyze RUN --all-checkpoints"
+        )
+    share, batch = equal_share_at(recipe), recipe.train.batch
+    ends = {batch - equal_rows(batch, share(step)) for step in (0, recipe.train.steps - 1)}  # shares are monotone
+    parts = split.processes * split.accumulation
+    if ends != {0} and min(ends) < parts:
+        raise AlphaflowError(
+            f"train.strategy fsdp2: {min(ends)} r < t rows for {parts} micro-batches ({split}): one without such a row "
+            "would leave the other processes waiting. Use fewer micro-batches, a smaller times.equal_share, or ddp."
+        )
+
+
+def shard_network(net: nn.Module, device: torch.device, processes: int) -> None:
+    """Cut the parameters in place; names stay what they are."""
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(device.type, (processes,))
+    blocks = net.get_submodule("blocks")
+    for block in blocks.children():
+        fully_shard(block, mesh=mesh)
+    fully_shard(net, mesh=mesh)
+
+
+@torch.no_grad()
+def local(value: Tensor) -> Tensor:
+    """This process's part, sharing its memory."""
+    if not isinstance(value, DTensor):
+        return value
+    mine: Tensor = value.detach().to_local()  # type: ignore[attr-defined]
+    return mine
+
+
+@torch.no_grad()
+def whole(parameter: Tensor, value: Tensor, *, keep: bool = True) -> Tensor:
+    """All parts of a tensor that is cut like the parameter, on the host; an empty one where it is not kept."""
+    if not isinstance(parameter, DTensor):
+        return value.detach()
+    shape, stride = parameter.shape, parameter.stride()
+    mesh, placements = parameter.device_mesh, parameter.placements
+    cut = DTensor.from_local(value.detach(), mesh, placements, run_check=False, shape=shape, stride=stride)
+    full = cut.full_tensor()
+    return full.cpu() if keep else full.new_empty(0)
+
+
+def part(parameter: Tensor, value: Tensor) -> Tensor:
+    """This process's part of a whole tensor: FSDP2 cuts the first dimension as torch.chunk does."""
+    if not isinstance(parameter, DTensor):
+        return value
+    mesh = parameter.device_mesh
+    chunks, rank = value.chunk(mesh.size(), dim=0), mesh.get_local_rank()
+    return chunks[rank] if rank < len(chunks) else value[:0]

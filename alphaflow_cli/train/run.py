@@ -1,0 +1,238 @@
+"""A run in memory: everything the loop needs, made from a recipe, and put back from a saved state.
+
+--init-from: begin with another checkpoint's weights, and say what was taken and what was not.
+"""
+
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from alphaflow_cli import __version__
+from alphaflow_cli.core.draws import mix_seed
+from alphaflow_cli.data.batches import LatentStream
+from alphaflow_cli.data.store import class_names
+from alphaflow_cli.errors import AlphaflowError
+from alphaflow_cli.model.build import DTYPES, build_network, compile_blocks
+from alphaflow_cli.model.checkpoint import Checkpoint, load_checkpoint
+from alphaflow_cli.recipe import diff_recipes
+from alphaflow_cli.recipe.plan import alpha_at, equal_share_at
+from alphaflow_cli.recipe.schema import Recipe
+from alphaflow_cli.runtime.lock import check_lock
+from alphaflow_cli.runtime.processes import World
+from alphaflow_cli.sample.generator import find_checkpoint
+from alphaflow_cli.train import state
+from alphaflow_cli.train.journal import Sums
+from alphaflow_cli.train.optimise import MOMENTS, Optimiser
+from alphaflow_cli.train.parallel import Split
+from alphaflow_cli.train.step import Objective
+
+
+@dataclass
+class Run:
+    """What the steps change, and what they read."""
+
+    recipe: Recipe
+    folder: Path
+    world: World
+    stream: LatentStream
+    split: Split
+    net: nn.Module  # bare: targets see it
+    wrapped: nn.Module  # the loss sees it
+    optimiser: Optimiser
+    sums: Sums
+    how: Objective
+    class_names: list[str]
+    init_from: str = ""  # whose weights it began with
+    may_shrink: bool = False  # whether micro-batches become smaller when the memory runs out
+    step: int = 0  # steps done
+    retries: int = 0  # rolls back so far; each gives the steps after it other draws
+    checked: bool = False  # whether the processes' gradients were compared
+
+    def __post_init__(self) -> None:
+        self.alpha_at, self.equal_share_at = alpha_at(self.recipe), equal_share_at(self.recipe)
+        self.dtype = DTYPES[self.recipe.train.precision]
+
+    @property
+    def seed(self) -> int:
+        """Of the draws: the recipe's, until a roll back asks for others."""
+        seed = self.recipe.train.seed
+        return mix_seed(seed, self.retries) if self.retries else seed
+
+    def facts(self) -> dict[str, Any]:
+        """What a state says beside its tensors."""
+        return {
+            "retries": self.retries,
+            "accumulation": self.split.accumulation,
+            "processes": self.world.size,
+            "store": self.stream.store.manifest.digest,
+            "init_from": self.init_from,
+        }
+
+    def model(self, which: int = 0) -> Checkpoint:
+        """A running average, ready to be saved or sampled by the first process. All processes must call it."""
+        values = self.optimiser.average(which, keep=self.world.is_main)
+        return self._checkpoint(values, weights="ema", half_life=self.recipe.ema.half_lives[which])
+
+    def models(self) -> dict[str, Checkpoint]:
+        """The files of a checkpoint: the first average, the others, the raw weights. All processes must call it."""
+        lives = self.recipe.ema.half_lives
+        names = ["model.safetensors", *(f"ema-{text}.safetensors" for text in texts_apart(lives[1:]))]
+        found = {name: self.model(i) for i, name in enumerate(names)}
+        raw = self.optimiser.raw(keep=self.world.is_main)
+        return found | {"raw.safetensors": self._checkpoint(raw, weights="raw", half_life=0.0)}
+
+    def _checkpoint(self, values: dict[str, torch.Tensor], *, weights: str, half_life: float) -> Checkpoint:
+        store = self.stream.store
+        origin = {
+            "step": self.step,
+            "images_seen": self.step * self.recipe.train.batch,
+            "weights": weights,
+            "half_life": half_life,
+            "init_from": self.init_from,
+            "autoencoder": asdict(store.plan.autoencoder),
+            "class_names": self.class_names,
+            "versions": {
+                "alphaflow": __version__,
+                "torch": version("torch"),
+                "python": platform.python_version(),
+            },
+        }
+        ready = {name: value.detach().float() for name, value in values.items()}
+        return Checkpoint(ready, self.recipe, self.stream.mean, self.stream.std, origin)
+
+    def save(self) -> None:
+        """Checkpoint first, then the state that counts on it, then older ones go. Rank 0 writes, all wait."""
+        sums, models = self.world.gather(self.sums.values), self.models()
+        tensors = self.optimiser.tensors(keep=self.world.is_main) | {"sums": sums}
+        if self.world.is_main:
+            self._write(models, tensors)
+        self.world.wait()
+
+    def _write(self, models: dict[str, Checkpoint], tensors: dict[str, torch.Tensor]) -> None:
+        train = self.recipe.train
+        check_lock(self.folder)
+        try:
+            state.save_models(self.folder, self.step, models)
+            state.save_state(self.folder, self.step, tensors, self.facts())
+            state.prune(self.folder, keep=train.keep, milestone_every=train.milestone_every)
+        except OSError as error:
+            where = error.filename or self.folder
+            raise AlphaflowError(f"{where}: cannot be written: {error.strerror}. What was there is kept.") from error
+
+    def restore(self, path: Path) -> None:
+        """Go on from a saved state."""
+        facts, tensors = state.read_facts(path), state.read_tensors(path)
+        self._check_store(path, facts["store"])
+        self._check_tensors(path, tensors)
+        self.optimiser.load(tensors)
+        sums = tensors["sums"].to(self.world.device)  # (processes, n)
+        mine = sums[self.world.rank] if len(sums) == self.world.size else sums.sum(0) * self.world.is_main
+        self.sums.values.copy_(mine)
+        self.step, self.retries = facts["step"], max(facts["retries"], self.retries)
+        self.init_from = facts["init_from"]
+
+    def _check_tensors(self, path: Path, tensors: dict[str, torch.Tensor]) -> None:
+        """A state without a checksum may hold anything, and a copy would stretch a tensor of another shape."""
+        shapes = {name: parameter.shape for name, parameter in self.optimiser.parameters.items()}
+        kinds = ["raw", *(f"ema{i}" for i in range(len(self.recipe.ema.half_lives)))]
+        kinds += MOMENTS if any(name.startswith("adam.step.") for name in tensors) else ()
+        wanted = {
+            f"adam.{kind}.{name}" if kind in MOMENTS else f"{kind}.{name}": s
+            for kind in kinds
+            for name, s in shapes.items()
+        }
+        wrong = [name for name, shape in wanted.items() if name not in tensors or tensors[name].shape != shape]
+        wrong += [name for name in ("counters", "sums") if name not in tensors]
+        if wrong:
+            raise AlphaflowError(
+                f"{path}: not a state of this recipe: {wrong[0]} is missing or of another shape. Go on from the "
+                f"weights: --init-from {self.folder} with another --out."
+            )
+
+    def _check_store(self, path: Path, digest: str) -> None:
+        """The same run on other data would be another run."""
+        store = self.stream.store
+        if digest != store.manifest.digest:
+            raise AlphaflowError(
+                f"{path}: this run was trained on a latent store with the digest {digest[:12]}, {store.path} has "
+                f"{store.manifest.digest[:12]}. Give the same data (--data DIR), or begin another run from these "
+                f"weights: --init-from {self.folder} --out RUN"
+            )
+
+
+def texts_apart(numbers: Sequence[float]) -> list[str]:
+    """`50`, `0.5`: as short as names may be; with every digit where two short ones would be the same."""
+    short = [f"{number:g}" for number in numbers]
+    return [text if short.count(text) == 1 else repr(number) for text, number in zip(short, numbers, strict=True)]
+
+
+def newest_for_all(folder: Path, world: World) -> Path | None:
+    """The state to go on from; None before the first save. The first process checks its bytes, the others follow."""
+    newest = state.newest_state(folder) if world.is_main else None
+    step = int(world.largest(state.step_of(newest) if newest else -1))
+    return state.state_file(folder, step) if step >= 0 else None
+
+
+def build_run(recipe: Recipe, folder: Path, *, world: World, stream: LatentStream, split: Split) -> Run:
+    """A run at step 0."""
+    net = build_network(recipe).to(world.device, DTYPES[recipe.train.precision])
+    if recipe.train.compile:
+        compile_blocks(net)
+    wrapped = world.wrap(net, recipe.train.strategy)
+    return Run(
+        recipe=recipe,
+        folder=folder,
+        world=world,
+        stream=stream,
+        split=split,
+        net=net,
+        wrapped=wrapped,
+        optimiser=Optimiser(net, recipe),
+        sums=Sums(world.device),
+        how=Objective.of(recipe),
+        class_names=class_names(stream.store.path),
+    )
+
+
+MEANINGS = ("model.second_time", "model.prediction", "data.autoencoder", "data.normalise", "data.scale", "data.shift")
+
+
+@torch.no_grad()
+def start_from(run: Run, address: str) -> list[str]:
+    """Copy every weight of the same name and shape; a label table of another size keeps its fresh start."""
+    checkpoint = load_checkpoint(find_checkpoint(address))
+    ours = run.optimiser.parameters
+    matched = [n for n, w in ours.items() if n in checkpoint.weights and checkpoint.weights[n].shape == w.shape]
+    fresh = [name for name in ours if name not in matched]
+    left_out = [name for name in checkpoint.weights if name not in ours]
+    misfits = [name for name in fresh if name in checkpoint.weights and name != "label_embed.weight"]
+    if misfits or not matched:
+        shapes = [f"{n}: {tuple(checkpoint.weights[n].shape)} there, {tuple(ours[n].shape)} here" for n in misfits[:4]]
+        raise AlphaflowError(
+            f"{address}: another architecture. " + "; ".join(shapes or ["no weight has a name we know"])
+        )
+    run.optimiser.start_from({name: checkpoint.weights[name] for name in matched})
+    run.init_from = address
+    lines = [
+        f"{address}: {len(matched)} of {len(ours)} tensors taken (step {checkpoint.origin.get('step', 'unknown')})"
+    ]
+    if fresh:
+        lines.append(f"freshly initialised: {', '.join(fresh)}")
+    if left_out:
+        lines.append(f"left out of the checkpoint: {', '.join(left_out)}")
+    return [*lines, *_other_meanings(checkpoint.recipe, run.recipe)]
+
+
+def _other_meanings(theirs: Recipe, ours: Recipe) -> list[str]:
+    """What the same weights were fed or asked for there, and are not here."""
+    return [
+        f"beware: {field}: {there} there, {here} here; training has to bridge it"
+        for field, there, here in diff_recipes(theirs, ours)
+        if field.startswith(MEANINGS)
+    ]

@@ -1,0 +1,76 @@
+"""Grids of samples while training: fixed seeds, 1 and 2 network evaluations side by side."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from alphaflow_cli.errors import AlphaflowError
+from alphaflow_cli.evaluate.measure import make_folder
+from alphaflow_cli.files import write_atomically
+from alphaflow_cli.runtime.progress import say
+from alphaflow_cli.sample.generator import Generator
+from alphaflow_cli.sample.grid import grid_side_by_side
+from alphaflow_cli.sample.walk import plan_walk
+from alphaflow_cli.train.run import Run
+from alphaflow_cli.train.state import step_name
+
+COLUMNS, ROWS = 10, 4  # of each half
+
+
+class SampleGrids:
+    """`grids.draw(run)` writes samples/step-N.png from the first average."""
+
+    def __init__(self) -> None:
+        self.generator: Generator | None = None
+        self.broken = ""  # why no grid can be drawn; said once
+
+    def is_due(self, run: Run) -> bool:
+        """Whether the present step has a grid."""
+        every, steps = run.recipe.train.sample_every, run.recipe.train.steps
+        return bool(every) and (run.step % every == 0 or run.step == steps)
+
+    def path(self, run: Run) -> Path:
+        """The grid of the present step."""
+        return run.folder / "samples" / f"{step_name(run.step)}.png"
+
+    def draw(self, run: Run) -> Path | None:
+        """The grid of the present weights; None where the autoencoder cannot be had."""
+        checkpoint = run.model()  # all processes: the weights may be cut over them
+        if self.broken or not run.world.is_main:
+            return None
+        if self.generator is None:
+            self.generator = Generator(checkpoint, device=run.world.device)
+        self.generator.net.load_state_dict(checkpoint.weights)
+        try:
+            picture = self._grid(self.generator)
+        except AlphaflowError as error:  # training goes on without pictures, and says why
+            self.broken = str(error)
+            say(f"no sample grids: {error}")
+            return None
+        path = self.path(run)
+        make_folder(path.parent)
+        write_atomically(path, lambda temporary: _write(temporary, picture))
+        return path
+
+    def _grid(self, generator: Generator) -> bytes:
+        classes = generator.recipe.data.classes
+        seeds = list(range(COLUMNS * ROWS))
+        labels = [seed % COLUMNS * max(1, classes // COLUMNS) % classes if classes else 0 for seed in seeds]
+        halves = [
+            (f"{nfe} NFE", to_numpy(generator.images(seeds, labels, plan_walk(generator.recipe, nfe=nfe))))
+            for nfe in (1, 2)
+        ]
+        names = generator.origin.get("class_names") or []
+        chosen = [names[label] if label < len(names) else "" for label in labels[:COLUMNS]]
+        return grid_side_by_side(halves, COLUMNS, chosen)
+
+
+def to_numpy(images: Tensor) -> list[np.ndarray]:
+    """(n, 3, H, W) uint8 → pictures (H, W, 3)."""
+    return list(images.permute(0, 2, 3, 1).to("cpu", torch.uint8).numpy())
+
+
+def _write(path: Path, data: bytes) -> None:
+    path.write_bytes(data)

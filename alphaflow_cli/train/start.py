@@ -1,0 +1,292 @@
+"""Before a run: everything that can be wrong, found before any process starts, each fault with what to do.
+
+From a recipe and a folder to a finished run: resume or begin, then train.
+"""
+
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from alphaflow_cli.data.batches import LatentStream
+from alphaflow_cli.data.manifest import read_manifest
+from alphaflow_cli.data.store import disagreements, open_store
+from alphaflow_cli.errors import AlphaflowError
+from alphaflow_cli.files import read_document, write_atomically
+from alphaflow_cli.latents.prepare import prepare_latents
+from alphaflow_cli.recipe import diff_recipes, dump_recipe, recipe_from_text
+from alphaflow_cli.recipe.schema import Recipe
+from alphaflow_cli.runtime.launch import StopFlag, has_parent, is_worker
+from alphaflow_cli.runtime.lock import hold
+from alphaflow_cli.runtime.processes import World, join_world, processes_here
+from alphaflow_cli.runtime.progress import say
+from alphaflow_cli.train import journal, parallel, state
+from alphaflow_cli.train.estimate import micro_batch_that_fits
+from alphaflow_cli.train.journal import Trackers, check_trackers, peak_of
+from alphaflow_cli.train.loop import train_steps
+from alphaflow_cli.train.parallel import check_sharding
+from alphaflow_cli.train.run import Run, build_run, newest_for_all, start_from
+from alphaflow_cli.train.samples import SampleGrids
+
+ADJUSTABLE = {  # what a run may change when it goes on: none of it changes what is learnt, beyond rounding
+    "data.store",
+    *(f"train.{name}" for name in ("strategy", "compile", "gradient_checkpointing", "tf32", "trackers", "keep")),
+    *(f"train.{name}_every" for name in ("save", "milestone", "log", "sample")),
+}
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """What the command line says: the machine and the destination."""
+
+    out: Path
+    data: Path | None = None
+    micro_batch: int | None = None  # None: as many rows as fit
+    init_from: str = ""
+    verify: bool = True  # read the whole store against its checksums before the first step
+
+
+def store_of(recipe: Recipe, options: TrainOptions) -> Path:
+    """Where the latents are, or will be made."""
+    if options.data is not None:
+        return options.data
+    if recipe.data.store:
+        return Path(recipe.data.store)
+    if recipe.data.source:
+        return options.out / "latents"
+    raise AlphaflowError(
+        f"recipe {recipe.name}: no latents named. Make them: alphaflow prep-latents SOURCE --out DIR, "
+        "then give --data DIR (or data.store in the recipe)."
+    )
+
+
+def check_store(recipe: Recipe, store: Path) -> None:
+    """Refuse a store that the recipe was not written for, both sides printed."""
+    data = recipe.data
+    faults = disagreements(
+        open_store(store, "sizes").manifest,
+        autoencoder=data.autoencoder,
+        image_size=data.image_size,
+        channels=data.channels,
+        latent_size=data.latent_size,
+        classes=data.classes,
+        flips=data.flips,
+    )
+    if faults:
+        listed = "\n".join(f"  {fault}" for fault in faults)
+        raise AlphaflowError(
+            f"{store}: not what recipe {recipe.name} wants:\n{listed}\nRun: alphaflow prep-latents again"
+        )
+
+
+def check_folder(out: Path) -> None:
+    """The run folder can be written."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        probe = out / f".write.{os.getpid()}.tmp"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise AlphaflowError(
+            f"{out}: cannot be written ({error.strerror}). Choose another folder: --out RUN"
+        ) from error
+
+
+def check_recipe(recipe: Recipe, out: Path) -> list[tuple[str, str, str]]:
+    """A run folder belongs to one recipe; another one is refused with the differences. Returns what may change."""
+    path = out / "recipe.yaml"
+    there = recipe_from_text(read_document(path), str(path)) if path.exists() else recipe
+    changes = [row for row in diff_recipes(there, recipe) if row[0] != "name"]
+    if any(field not in ADJUSTABLE for field, _, _ in changes):
+        listed = "\n".join(f"  {field}: {old} there, {new} asked for" for field, old, new in changes)
+        raise AlphaflowError(
+            f"{out}: holds a run of another recipe:\n{listed}\nResume it with its own recipe: alphaflow train {path} "
+            f"--out {out}, or choose another folder: --out RUN"
+        )
+    return changes
+
+
+def prepare_run(recipe: Recipe, options: TrainOptions) -> Path:
+    """Everything that can be wrong, found before any process starts; makes the store of an embedded set."""
+    check_trackers(recipe)
+    check_folder(options.out)
+    changes = check_recipe(recipe, options.out)
+    store = store_of(recipe, options)
+    data = recipe.data
+    if data.source and options.data is None and not (store / "manifest.json").exists():
+        say(f"preparing {data.source} in {store}")
+        prepare_latents(data.source, store, size=data.image_size, autoencoder=data.autoencoder, flips=data.flips)
+    check_store(recipe, store)
+    path = options.out / "recipe.yaml"
+    for field, old, new in changes:
+        say(f"{options.out}: {field} was {old}, and is {new} from here on")
+    if changes or not path.exists():
+        write_atomically(path, lambda temporary: _write_text(temporary, dump_recipe(recipe)))
+    return store
+
+
+def count_processes(recipe: Recipe, asked: int | None) -> int:
+    """What was asked for, else one per GPU; more than rows of a batch is refused before anything starts."""
+    count = processes_here(asked)
+    count_rows(recipe, count)
+    return count
+
+
+def count_rows(recipe: Recipe, processes: int) -> None:
+    """Every process needs a row of the batch."""
+    parallel.split_batch(recipe.train.batch, processes=processes, micro_batch=None)
+
+
+@contextmanager
+def one_owner(recipe: Recipe, options: TrainOptions, world: World) -> Iterator[None]:
+    """The run folder is ours: the first process holds it for all, and does what a parent of ours would have done."""
+    fault: AlphaflowError | None = None
+    alone = is_worker() and not has_parent()
+    with ExitStack() as held:
+        if world.is_main:
+            try:
+                held.enter_context(hold(options.out, "train"))
+                if alone:
+                    count_rows(recipe, world.size)
+                    prepare_run(recipe, options)
+            except AlphaflowError as found:
+                fault = found
+        if world.agree(fault is not None):
+            raise fault or SystemExit(1)  # one message is enough
+        if alone and not (options.out / "recipe.yaml").exists():
+            raise AlphaflowError(
+                f"{options.out}: process {world.rank} on {socket.gethostname()} does not see what process 0 wrote "
+                "there. All machines need the run folder and the latents on a shared file system."
+            )
+        yield
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+RESIDENT_SHARE = 0.25  # of a GPU's memory that the latents may take
+
+
+def open_run(recipe: Recipe, options: TrainOptions, world: World) -> Run:
+    """The run, at the step where it was left."""
+    store = store_of(recipe, options)
+    newest = newest_for_all(options.out, world)
+    saved = state.read_facts(newest) if newest else {}
+    # the main process reads every byte against its checksum; the others trust it
+    stream = open_stream(recipe, store, world, verify=options.verify and world.is_main)
+    world.wait()
+    run = build_run(
+        recipe, options.out, world=world, stream=stream, split=choose_batch_split(recipe, options, world, saved)
+    )
+    run.may_shrink = options.micro_batch is None
+    if newest is not None:
+        run.restore(newest)
+    elif options.init_from:
+        for line in start_from(run, options.init_from):
+            if world.is_main:
+                say(line)
+    return run
+
+
+def open_stream(recipe: Recipe, store: Path, world: World, *, verify: bool) -> LatentStream:
+    """The recipe's stream; a store that fits a quarter of a GPU's memory lives there."""
+    data = recipe.data
+    resident = fits_on_device(store, data.flips, world.device)
+    if resident and world.is_main:
+        say(f"{store}: kept in the GPU's memory")
+    return LatentStream(
+        store,
+        batch=recipe.train.batch,
+        seed=recipe.train.seed,
+        posterior=data.posterior,
+        flips=data.flips,
+        normalise=data.normalise,
+        scale=data.scale,
+        shift=data.shift,
+        stats_images=data.stats_images,
+        device=world.device,
+        resident=resident,
+        verify="full" if verify else "sizes",
+    )
+
+
+def fits_on_device(store: Path, flips: bool, device: torch.device) -> bool:
+    """Whether a GPU can hold all latents and still has three quarters of its memory for the training."""
+    if device.type != "cuda":
+        return False
+    manifest = read_manifest(store)
+    halves = 2 if manifest.plan.stores_flips and not flips else 1  # mirror images that are not asked for stay on disk
+    return manifest.count * manifest.plan.sample_bytes / halves <= torch.cuda.mem_get_info(device)[1] * RESIDENT_SHARE
+
+
+def choose_batch_split(recipe: Recipe, options: TrainOptions, world: World, saved: dict[str, Any]) -> parallel.Split:
+    """What was asked for, else what the run had, else what fits."""
+    batch, processes = recipe.train.batch, world.size
+    if options.micro_batch is None and saved.get("processes") == processes:
+        chosen = parallel.Split(batch, processes, saved["accumulation"])
+    else:
+        micro_batch = options.micro_batch or micro_batch_that_fits(recipe, world)
+        chosen = parallel.split_batch(batch, processes=processes, micro_batch=micro_batch)
+    check_sharding(recipe, chosen)
+    return chosen
+
+
+def train(recipe: Recipe, options: TrainOptions) -> int:
+    """Train in this process (one of several, perhaps); 0 when finished, 130 or 143 when stopped and saved."""
+    world = join_world(allow_tf32=recipe.train.tf32, trackers=recipe.train.trackers, folder=options.out)
+    with one_owner(recipe, options, world):
+        if world.is_main:
+            state.sweep(options.out)
+        world.wait()
+        run = open_run(recipe, options, world)
+        if world.is_main:
+            say_where(run, options)
+        return train_run(run, open_journal(run))
+
+
+def open_journal(run: Run) -> journal.Journal:
+    """metrics.jsonl, without rows past the step where the run goes on."""
+    world = run.world
+    is_gpu = world.device.type == "cuda"
+    peak = peak_of(torch.cuda.get_device_name(), run.recipe.train.precision) if is_gpu else None
+    flops = peak and peak * world.size
+    return journal.Journal(run.folder / "metrics.jsonl", run.step, writes=world.is_main, device_flops=flops)
+
+
+def train_run(run: Run, book: journal.Journal) -> int:
+    """To the last step, or to a signal."""
+    world = run.world
+    trackers, grids = Trackers(run.recipe, world, run.folder, run.step), SampleGrids()
+    if run.step and world.agree(world.is_main and grids.is_due(run) and not grids.path(run).exists()):
+        grids.draw(run)  # a kill came between the save and its pictures
+
+    def pictures(now: Run) -> None:
+        if grids.is_due(now):
+            grids.draw(now)
+
+    with StopFlag() as stop:
+        finished = train_steps(run, book, stop, trackers=trackers, after_save=pictures)
+    run.stream.close()
+    trackers.close()
+    world.wait()
+    if not finished and world.is_main:
+        say(f"stopped and saved at step {run.step:,}. To go on, run the same command again.")
+    return 0 if finished else 128 + (stop.signal or 15)
+
+
+def say_where(run: Run, options: TrainOptions) -> None:
+    """One line about the beginning: how the batch is cut, and where the run goes on."""
+    steps = run.recipe.train.steps
+    if run.step >= steps:
+        say(f"{run.folder}: the run is finished, {run.step:,} steps of {steps:,}")
+    elif run.step:
+        unused = ", --init-from is not needed any more" if options.init_from else ""
+        say(f"resuming {run.folder} at step {run.step:,} of {steps:,}; {run.split}{unused}")
+    else:
+        say(f"training {run.folder}: {steps:,} steps; {run.split}")

@@ -1,0 +1,190 @@
+"""A run folder's files: what is published, what resumes it, and the order that survives a kill at any moment.
+
+    checkpoints/step-N/model.safetensors   the first average; ema-H.safetensors the others, raw.safetensors the weights
+    state/step-N.safetensors               everything a resumed run needs, in one file, with its own checksum
+    model.safetensors                      the newest checkpoint's model
+
+The checkpoint is renamed into place before the state that counts on it, the state before older ones go, and folders
+are renamed away before they are deleted. So the newest readable state always belongs to a whole checkpoint.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from alphaflow_cli.errors import AlphaflowError
+from alphaflow_cli.files import check_regular, save_tensors, sync, write_atomically
+from alphaflow_cli.model.checkpoint import Checkpoint, save_checkpoint
+from alphaflow_cli.runtime.progress import say
+from alphaflow_cli.tensors import SEAL, seal_holds
+
+STATE_FORMAT = "alphaflow-state/2"
+WITHOUT_CHECKSUM = "alphaflow-state/1"  # read for ever, and it is said
+FACTS = {"step": int, "retries": int, "accumulation": int, "processes": int, "store": str, "init_from": str}
+OWN_FILES = (".model.safetensors.*tmp", ".recipe.yaml.*tmp", ".metrics.jsonl.*tmp", ".write.*tmp")  # of training
+
+
+def step_name(step: int) -> str:
+    """`step-00001000`: sorts as text."""
+    return f"step-{step:08d}"
+
+
+def step_of(path: Path) -> int:
+    """The step in a name."""
+    return int(path.stem.removeprefix("step-"))
+
+
+def state_file(run: Path, step: int) -> Path:
+    """state/step-N.safetensors."""
+    return run / "state" / f"{step_name(step)}.safetensors"
+
+
+def saved_steps(folder: Path, suffix: str = "") -> list[Path]:
+    """What we saved in this folder, by step. A copy that somebody made (`step-00000100 (1)`) is not ours to touch."""
+    found = [path for path in folder.glob(f"step-*{suffix}") if path.stem[5:].isdecimal() and path.suffix == suffix]
+    return sorted((path for path in found if path.stem == step_name(step_of(path))), key=step_of)
+
+
+def checkpoint_folders(run: Path) -> list[Path]:
+    """The checkpoints that a run kept, by step."""
+    return [path for path in saved_steps(run / "checkpoints") if path.is_dir()]
+
+
+def sweep(run: Path) -> None:
+    """Remove what an interrupted save or deletion of this run left behind; other commands' files are theirs."""
+    ours = [left for name in ("checkpoints", "state", "samples") for left in (run / name).glob(".*")]
+    leftovers = [left for left in ours if left.name.endswith(".tmp") or left.name.startswith(".trash-")]
+    for leftover in leftovers + [left for pattern in OWN_FILES for left in run.glob(pattern)]:
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+
+
+def save_models(run: Path, step: int, models: dict[str, Checkpoint]) -> None:
+    """checkpoints/step-N/ with its files, all at once; then the newest model at the top of the run."""
+    folder = run / "checkpoints" / step_name(step)
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    except OSError as error:
+        raise AlphaflowError(f"{folder}: cannot be written: {error.strerror}. What was there is kept.") from error
+    try:
+        for name, checkpoint in models.items():
+            save_checkpoint(temporary / name, checkpoint)
+    except AlphaflowError:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    sync(temporary)
+    discard(folder)  # a step saved twice: after a roll back, or a state that was lost
+    temporary.rename(folder)
+    sync(folder.parent)
+    publish(run, folder / "model.safetensors")
+
+
+def publish(run: Path, model: Path) -> None:
+    """RUN/model.safetensors becomes this file: a hard link where the file system has them, else a copy."""
+
+    def link(target: Path) -> None:
+        target.unlink(missing_ok=True)
+        try:
+            target.hardlink_to(model)
+        except OSError:
+            shutil.copyfile(model, target)
+
+    write_atomically(run / "model.safetensors", link)
+
+
+def save_state(run: Path, step: int, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+    """state/step-N.safetensors; older states go once it is there."""
+    path = state_file(run, step)
+    path.parent.mkdir(exist_ok=True)
+    metadata = {"format": STATE_FORMAT, "facts": json.dumps(facts | {"step": step}, sort_keys=True)}
+    save_tensors(path, tensors, metadata, sealed=True)
+    for old in saved_steps(path.parent, ".safetensors"):
+        if old != path and old.is_file():
+            old.unlink()
+
+
+def prune(run: Path, *, keep: int, milestone_every: int) -> None:
+    """Keep the newest checkpoints and the milestones."""
+    for folder in checkpoint_folders(run)[: -keep or None]:
+        if not (milestone_every and step_of(folder) % milestone_every == 0):
+            discard(folder)
+
+
+def discard(folder: Path) -> None:
+    """Rename away, then delete: a kill in between leaves no half a checkpoint."""
+    if folder.exists():
+        trash = folder.with_name(f".trash-{folder.name}")
+        shutil.rmtree(trash, ignore_errors=True)
+        folder.rename(trash)
+        shutil.rmtree(trash)
+
+
+def newest_state(run: Path) -> Path | None:
+    """The newest state that is sound, None before the first save; a damaged one is named, and an older one taken."""
+    fault = None
+    for path in reversed(saved_steps(run / "state", ".safetensors")):
+        try:
+            check_state(path)
+        except AlphaflowError as error:
+            say(f"warning: {error}")
+            fault = fault or error
+            continue
+        if fault is not None:
+            say(f"warning: {run}: going on from the older state of step {step_of(path):,}")
+        return path
+    if fault is not None:  # beginning anew would throw the journal away
+        raise AlphaflowError(
+            f"{fault} There is no other to resume from. Go on from the weights: --init-from {run} with another --out, "
+            f"or remove {run / 'state'} to begin anew."
+        )
+    return None
+
+
+def check_state(path: Path) -> None:
+    """Every byte of it against its checksum; a state of former versions has none, and that is said."""
+    facts = read_facts(path)
+    with open_state(path) as file:
+        sealed = SEAL in file.keys()  # noqa: SIM118 (safe_open is no mapping)
+        former = (file.metadata() or {}).get("format") == WITHOUT_CHECKSUM
+    if former and not sealed:
+        if facts["step"] != step_of(path):
+            raise AlphaflowError(f"{path}: damaged: it says that it is of step {facts['step']:,}.")
+        say(f"{path}: an earlier version saved it without a checksum, so it is taken as it is; later saves have one")
+    elif not (sealed and seal_holds(path)):
+        raise AlphaflowError(f"{path}: damaged: its bytes changed since it was written (checksum).")
+
+
+def open_state(path: Path) -> Any:
+    """A state's file; one that is truncated or something else is named."""
+    check_regular(path)
+    try:
+        return safe_open(path, framework="pt")
+    except (OSError, SafetensorError) as error:
+        raise AlphaflowError(f"{path}: truncated or not a state of a run: {error}.") from error
+
+
+def read_facts(path: Path) -> dict[str, Any]:
+    """What a state says of itself, without its tensors."""
+    with open_state(path) as file:
+        metadata = file.metadata() or {}
+    if metadata.get("format") not in (STATE_FORMAT, WITHOUT_CHECKSUM):
+        raise AlphaflowError(f"{path}: not a state of a run (format {metadata.get('format')!r}).")
+    try:
+        facts: dict[str, Any] = json.loads(metadata.get("facts", ""))
+        sound = isinstance(facts, dict) and all(type(facts.get(name)) is kind for name, kind in FACTS.items())
+    except (ValueError, RecursionError):
+        sound = False
+    if not sound:
+        raise AlphaflowError(f"{path}: damaged: what it says of itself cannot be read.")
+    return facts
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a state."""
+    with open_state(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys() if name != SEAL}  # noqa: SIM118
