@@ -9,22 +9,21 @@ import hashlib
 import json
 import math
 import os
-import stat
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from torch import Tensor
 
 from alphaflow_cli.errors import AlphaflowError
+from alphaflow_cli.files import Stamp, changed, stamp_of, write_atomic
 from alphaflow_cli.text import brief
 
 Array = npt.NDArray[Any]
-MAX_BYTES = 1 << 30  # of one file that is read as a whole
 MAX_HEADER = 100_000_000  # bytes; the safetensors library's own bound
 TENSOR_DTYPES = {
     "F64": "<f8",
@@ -36,47 +35,6 @@ TENSOR_DTYPES = {
 SEAL, SEAL_BYTES = "checksum", 32  # name and size of a sealed file's last tensor
 _NAMES = {np.dtype(code): name for name, code in TENSOR_DTYPES.items()}
 _WIDTH = {name: -np.dtype(code).itemsize for name, code in TENSOR_DTYPES.items()}
-
-
-def write_atomic(path: Path, pieces: Iterable[bytes | memoryview], *, sealed: bool = False) -> tuple[int, str]:
-    """Write, sync, rename; returns size and sha256. A kill leaves the old file or the new one, never half of one.
-
-    A sealed file ends with the 32 bytes of the sha256 of all that stands before them.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # a worker that outlives its killed parent meets
-    #                                                                the next run here; both write the same bytes
-    digest, size = hashlib.sha256(), 0
-    try:
-        with temporary.open("wb") as file, ThreadPoolExecutor(1) as beside:
-            for piece in pieces:
-                hashed = beside.submit(digest.update, piece)  # while it is written: the two cost the longer one's time
-                file.write(piece)
-                hashed.result()
-                size += len(piece)
-            if sealed:
-                size += file.write(digest.digest())
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)  # a full disk: give the room back at once
-        raise
-    sync_folder(path.parent)
-    return size, digest.hexdigest()
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames in a folder survive a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def to_json(value: object) -> bytes:
-    """Equal values, equal bytes; undecodable file names survive as escaped surrogates."""
-    return json.dumps(value, indent=1, ensure_ascii=True).encode() + b"\n"
 
 
 def write_tensors(
@@ -114,23 +72,6 @@ def _pieces(header: bytes, arrays: list[Array]) -> Iterator[bytes | memoryview]:
     for array in arrays:
         if array.size:
             yield memoryview(np.ascontiguousarray(array)).cast("B")  # type: ignore[arg-type]
-
-
-@dataclass(frozen=True)
-class Stamp:
-    """What an open file looks like from outside: it differs after every write, and after every truncation.
-
-    The inode is no part of it: some network file systems number a file anew whenever it is opened.
-    """
-
-    size: int
-    modified: int  # nanoseconds
-
-
-def stamp_of(file: int | Path) -> Stamp:
-    """Of an open file, or of the file that stands at a path now."""
-    status = file.stat() if isinstance(file, Path) else os.fstat(file)
-    return Stamp(status.st_size, status.st_mtime_ns)
 
 
 @dataclass(frozen=True)
@@ -203,14 +144,6 @@ class TensorFile:
             done += count
 
 
-def changed(path: Path) -> AlphaflowError:
-    """The one line about a file that was written to while it was read."""
-    return AlphaflowError(
-        f"{path}: was changed or replaced while it was read. Leave it alone, and run the same command again: "
-        "it checks every byte"
-    )
-
-
 def open_tensors(path: Path) -> TensorFile:
     """Open a safetensors file; anything wrong with its shape is an error that names it."""
     try:
@@ -247,43 +180,12 @@ def _parse(handle: int, size: int) -> tuple[dict[str, TensorPlace], dict[str, st
     return places, metadata
 
 
-def is_there(path: Path) -> bool:
-    """Whether something stands there that can be reached; a path that cannot be walked is not there."""
+def save_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], *, sealed: bool = False
+) -> None:
+    """A safetensors file, atomically: equal content gives equal bytes. A sealed one carries its own checksum."""
+    arrays = {name: tensor.detach().cpu().contiguous().numpy() for name, tensor in tensors.items()}
     try:
-        path.stat()
-    except (OSError, ValueError):  # no permission, not a folder, too long, a zero byte
-        return False
-    return True
-
-
-def read_file(path: Path) -> bytes:
-    """A whole regular file of sane size; a pipe or device would block for ever."""
-    with open(path, "rb", opener=_open_without_waiting) as file:
-        status = os.fstat(file.fileno())
-        if not stat.S_ISREG(status.st_mode):
-            raise OSError("not a regular file")
-        if status.st_size > MAX_BYTES:
-            raise OSError(f"{status.st_size:,} bytes, the limit is {MAX_BYTES:,}")
-        return file.read()
-
-
-def _open_without_waiting(path: str, flags: int) -> int:
-    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
-
-
-def sha256_of(path: Path) -> str:
-    """The checksum of a file, read in large pieces."""
-    digest = hashlib.sha256()
-    try:
-        with open(path, "rb", opener=_open_without_waiting) as file:
-            while piece := file.read(1 << 22):
-                digest.update(piece)
-    except OSError as fault:
-        raise AlphaflowError(f"{path}: cannot be read ({fault.strerror})") from fault
-    return digest.hexdigest()
-
-
-def sha256_of_all(paths: list[Path]) -> list[str]:
-    """Checksums of many files, on every core (hashing releases the interpreter's lock)."""
-    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-        return list(pool.map(sha256_of, paths))
+        write_tensors(path, arrays, metadata, sealed=sealed)
+    except OSError as error:
+        raise AlphaflowError(f"{path}: cannot be written: {error.strerror}. What was there is kept.") from error

@@ -29,7 +29,7 @@ from record import record
 from alphaflow_cli.data.batches import LatentStream
 from alphaflow_cli.data.manifest import TRANSFORM, AutoencoderRecord, Plan, plan_to_dict
 from alphaflow_cli.data.writing import finish_store, write_shard
-from alphaflow_cli.tensors import to_json, write_atomic
+from alphaflow_cli.files import to_json, write_atomic
 
 LATENT, SHARD = (4, 32, 32), 8192
 ROW = 2 * 4 * 32 * 32 * 2 + 16  # bytes of one sample: mean and std in fp16, label, index

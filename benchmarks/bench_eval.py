@@ -30,9 +30,10 @@ from torch import Tensor
 from torch_fidelity import FeatureExtractorInceptionV3
 from workload import SIZES
 
-from alphaflow_cli.evaluate.features import build_extractor, true_float32
+from alphaflow_cli.evaluate.features import build_extractor
 from alphaflow_cli.evaluate.measure import CHUNK
 from alphaflow_cli.nn.weights import sha256_of
+from alphaflow_cli.runtime.precision import true_float32
 from alphaflow_cli.sample.generator import DecoderChoice
 
 OURS, THEIRS, AS_IT_COMES, TINY = "ours", "torch-fidelity", "torch-fidelity as it comes", "fd_haar192"

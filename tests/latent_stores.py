@@ -6,7 +6,7 @@ import numpy as np
 
 from alphaflow_cli.data.manifest import TRANSFORM, AutoencoderRecord, Plan, plan_to_dict
 from alphaflow_cli.data.writing import finish_store, write_shard
-from alphaflow_cli.tensors import to_json, write_atomic
+from alphaflow_cli.files import to_json, write_atomic
 
 SD_VAE = AutoencoderRecord("stabilityai/sd-vae-ft-ema", "0" * 40, "1" * 64, 8, 0.18215, 0.0, "fp32", None)
 

@@ -13,7 +13,7 @@ from test_sample import pixel_checkpoint
 
 from alphaflow_cli import cli
 from alphaflow_cli.model.checkpoint import load_checkpoint, save_checkpoint
-from alphaflow_cli.sample.generator import run_folder
+from alphaflow_cli.model.find import run_folder
 
 
 @pytest.fixture

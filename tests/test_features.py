@@ -10,10 +10,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from alphaflow_cli.errors import AlphaflowError
-from alphaflow_cli.evaluate.features import build_extractor, resize_bicubic, true_float32
+from alphaflow_cli.evaluate.features import build_extractor, resize_bicubic
 from alphaflow_cli.evaluate.networks import Clip, DinoV2, Inception, resample_positions
 from alphaflow_cli.evaluate.tiny import FLOOR, Tiny
 from alphaflow_cli.nn.weights import load_weights, sha256_of
+from alphaflow_cli.runtime.precision import true_float32
 
 CPU = torch.device("cpu")
 HERE = Path("weights")

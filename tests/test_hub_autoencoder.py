@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 from tiny_autoencoders import tiny_kl
 
 import alphaflow_cli
+from alphaflow_cli.model.find import step_name
 from alphaflow_cli.nn.autoencoder import load_autoencoder
 from alphaflow_cli.sample.grid import grid_png
-from alphaflow_cli.train.state import step_name
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 SHAPE = ("data.latent_size=2", "data.channels=4", "model.patch=1")

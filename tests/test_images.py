@@ -15,7 +15,7 @@ from alphaflow_cli.data.opening import open_source
 from alphaflow_cli.data.pictures import MAX_PIXELS, BadPicture, decode, square
 from alphaflow_cli.data.sources import open_folder
 from alphaflow_cli.errors import AlphaflowError
-from alphaflow_cli.tensors import read_file
+from alphaflow_cli.files import read_file
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 

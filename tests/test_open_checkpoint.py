@@ -18,7 +18,8 @@ from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.evaluate.evaluate import is_checkpoint
 from alphaflow_cli.hub.push import open_publication, stage
 from alphaflow_cli.model.checkpoint import load_checkpoint, save_checkpoint
-from alphaflow_cli.sample.generator import find_checkpoint, open_generator
+from alphaflow_cli.model.find import find_checkpoint
+from alphaflow_cli.sample.generator import open_generator
 
 ADDRESSES = ("me/tiny", "me/tiny@main", "me/tiny:model.safetensors", "me/tiny@main:model.safetensors")
 LONG = ("hf://me/tiny", "hf://me/tiny@main", "hf://me/tiny@main/model.safetensors")

@@ -21,10 +21,11 @@ from alphaflow_cli.cli import run
 from alphaflow_cli.data.manifest import read_manifest
 from alphaflow_cli.data.store import open_store, verify_store
 from alphaflow_cli.errors import AlphaflowError
-from alphaflow_cli.latents.encode import choose_precision, encoder_precision
+from alphaflow_cli.latents.encode import choose_precision
 from alphaflow_cli.latents.plan import default_out, shard_size
 from alphaflow_cli.latents.prepare import check_room, free_bytes, prepare_latents
 from alphaflow_cli.nn.autoencoder import load_autoencoder
+from alphaflow_cli.runtime.precision import encoder_precision
 
 CIFAR = os.environ.get("ALPHAFLOW_CIFAR", "")
 CPU = torch.device("cpu")

@@ -16,10 +16,10 @@ from test_report import SETS, Page, report, score, write_run
 from alphaflow_cli.cli import run as cli
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.evaluate.results import Evaluation, document
+from alphaflow_cli.files import sha256_of
 from alphaflow_cli.model.checkpoint import load_checkpoint, save_checkpoint
 from alphaflow_cli.recipe import dump_recipe, load_recipe
 from alphaflow_cli.sample.grid import grid_png
-from alphaflow_cli.tensors import sha256_of
 
 
 @pytest.fixture

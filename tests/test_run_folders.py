@@ -175,7 +175,7 @@ def test_copies_beside_what_was_saved_disturb_nothing_and_are_kept(run, store, t
     assert all(path.read_bytes() == content for path, content in before.items())
     assert_same(train(make_recipe(tmp_path, *FEW), store, tmp_path / "whole"), run)
     assert cli(["sample", str(run), "--weights", "raw", "--latents", str(tmp_path / "a.npy"), "--seeds", "0"]) == 0
-    from alphaflow_cli.sample.generator import find_checkpoint
+    from alphaflow_cli.model.find import find_checkpoint
 
     assert find_checkpoint(str(run), weights="raw").parent.name == "step-00000008"
 

@@ -12,7 +12,8 @@ from alphaflow_cli.data.manifest import digest_of, read_manifest
 from alphaflow_cli.data.stats import Statistics, merge, statistics_of
 from alphaflow_cli.data.store import disagreements, open_store, verify_store
 from alphaflow_cli.errors import AlphaflowError
-from alphaflow_cli.tensors import open_tensors, write_atomic, write_tensors
+from alphaflow_cli.files import write_atomic
+from alphaflow_cli.tensors import open_tensors, write_tensors
 
 RECIPE = {
     "autoencoder": "stabilityai/sd-vae-ft-ema",

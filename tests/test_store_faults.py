@@ -20,7 +20,8 @@ from alphaflow_cli.data.classes import parse_classes
 from alphaflow_cli.data.manifest import digest_of
 from alphaflow_cli.data.store import class_names, open_store, verify_store
 from alphaflow_cli.errors import AlphaflowError
-from alphaflow_cli.tensors import open_tensors, to_json
+from alphaflow_cli.files import to_json
+from alphaflow_cli.tensors import open_tensors
 
 OTHERS = (None, True, -1, 0, 1.5, 10**30, "x", "../../x", [], [[]], {}, {"a": 1}, float("nan"))
 STREAM = {

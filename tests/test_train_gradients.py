@@ -16,7 +16,7 @@ from alphaflow_cli.recipe.plan import equal_share_at
 from alphaflow_cli.runtime.processes import join_world
 from alphaflow_cli.train import start
 from alphaflow_cli.train.loop import gradients, rows_at
-from alphaflow_cli.train.parallel import Split, local, part, split_batch, whole
+from alphaflow_cli.train.parallel import Split, local, part, split_batch, whole, wrap_network
 from alphaflow_cli.train.step import training_step
 
 ALPHAS = {"flow": 1.0, "between": 0.4, "derivative": 0.0}
@@ -165,7 +165,7 @@ def unsynchronised():
 def synchronised():
     world = join_world()
     net = nn.Linear(3, 3)
-    wrapped = world.wrap(net)  # a wrapper that is gone synchronises nothing
+    wrapped = wrap_network(net, world, "ddp")  # a wrapper that is gone synchronises nothing
     wrapped(torch.full((1, 3), float(world.rank + 1))).sum().backward()
     world.check_synchronised(net)
 

@@ -18,6 +18,7 @@ from train_helpers import (
     wait_for_step,
 )
 
+from alphaflow_cli.model.find import step_of
 from alphaflow_cli.runtime.launch import StopFlag
 from alphaflow_cli.runtime.processes import join_world
 from alphaflow_cli.train import start, state
@@ -201,7 +202,7 @@ def test_the_model_file_at_the_top_is_the_newest_checkpoints(store, tmp_path):
 
 def test_milestones_are_kept(store, tmp_path):
     out = train(make_recipe(tmp_path, "train.milestone_every=5", "train.keep=1"), store, tmp_path / "run")
-    assert [state.step_of(path) for path in sorted((out / "checkpoints").iterdir())] == [5, 10, 15, 20]
+    assert [step_of(path) for path in sorted((out / "checkpoints").iterdir())] == [5, 10, 15, 20]
 
 
 def test_a_finished_run_is_left_alone(store, tmp_path):

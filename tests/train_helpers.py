@@ -23,6 +23,7 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 from latent_stores import random_moments, write_store
 
+from alphaflow_cli.model.find import step_of
 from alphaflow_cli.recipe import load_recipe
 from alphaflow_cli.runtime import launch
 from alphaflow_cli.train import start, state
@@ -160,7 +161,7 @@ def wait_for_step(out: Path, step: int, seconds: float = 60) -> None:
 
 def saved_step(out: Path) -> int:
     """Of the newest state; -1 where there is none."""
-    return max((state.step_of(path) for path in (out / "state").glob("step-*.safetensors")), default=-1)
+    return max((step_of(path) for path in (out / "state").glob("step-*.safetensors")), default=-1)
 
 
 def left_behind(out: Path) -> dict[str, object]:
@@ -169,7 +170,7 @@ def left_behind(out: Path) -> dict[str, object]:
     assert path is not None, out
     rows = [{k: v for k, v in row.items() if k not in TIMING} for row in read_rows(out / "metrics.jsonl")]
     tensors = state.read_tensors(path)
-    return {**tensors, "step": state.step_of(path), "rows": rows}
+    return {**tensors, "step": step_of(path), "rows": rows}
 
 
 def assert_same(one: Path, other: Path) -> None:

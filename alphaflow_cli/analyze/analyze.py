@@ -23,17 +23,16 @@ from alphaflow_cli.data.manifest import read_manifest
 from alphaflow_cli.errors import AlphaflowError, blamed_on
 from alphaflow_cli.evaluate.measure import make_folder
 from alphaflow_cli.evaluate.results import environment
-from alphaflow_cli.files import append, check_regular, write_atomically
+from alphaflow_cli.files import append, check_regular, sha256_of, write_atomically
+from alphaflow_cli.model.find import checkpoint_folders, find_checkpoint, run_folder
 from alphaflow_cli.recipe.schema import Recipe
 from alphaflow_cli.runtime.lock import hold
 from alphaflow_cli.runtime.processes import smaller_batch_if_full
 from alphaflow_cli.runtime.progress import Progress, say
-from alphaflow_cli.sample.generator import Generator, best_device, find_checkpoint, open_generator, run_folder
-from alphaflow_cli.tensors import sha256_of
+from alphaflow_cli.sample.generator import Generator, best_device, open_generator
 from alphaflow_cli.train import conflict
 from alphaflow_cli.train.conflict import conflict_rows, renormalised
 from alphaflow_cli.train.start import check_store
-from alphaflow_cli.train.state import checkpoint_folders
 from alphaflow_cli.train.step import Objective
 
 SCHEMA = "alphaflow-conflict/1"

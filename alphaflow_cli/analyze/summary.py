@@ -12,9 +12,8 @@ from alphaflow_cli.charts.chart import BLUE, GREEN, ORANGE, RED, Bars, Chart, Li
 from alphaflow_cli.charts.draw import to_png
 from alphaflow_cli.core.conflict import cosine
 from alphaflow_cli.files import write_atomically
+from alphaflow_cli.train.conflict import PAIRS, TERMS
 
-TERMS = ("tfm", "tc", "fm")
-PAIRS = (("tfm", "tc"), ("tfm", "fm"), ("tc", "fm"))
 STRONG = -0.4  # the paper: cos(∇L_TFM, ∇L_TC) is typically below it
 
 Measurement = Mapping[str, Any]

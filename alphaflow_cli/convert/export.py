@@ -17,13 +17,12 @@ from alphaflow_cli.convert.source import read_source
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.files import write_atomically
 from alphaflow_cli.model.build import build_network
-from alphaflow_cli.model.checkpoint import Checkpoint, load_checkpoint
+from alphaflow_cli.model.checkpoint import Checkpoint, check_autoencoder, load_checkpoint
 from alphaflow_cli.nn.autoencoder import load_autoencoder
 from alphaflow_cli.recipe import Recipe
 from alphaflow_cli.recipe.loader import resolve_step
 from alphaflow_cli.recipe.schema import Schedule
 from alphaflow_cli.runtime.progress import say
-from alphaflow_cli.sample.generator import check_autoencoder
 
 
 def export(source: Path, out: Path, *, autoencoder: str = "", template: Path | None = None) -> Path:

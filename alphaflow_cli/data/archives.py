@@ -30,7 +30,7 @@ from typing import Any, BinaryIO
 
 from alphaflow_cli.data.sources import Fetch, is_picture
 from alphaflow_cli.errors import AlphaflowError
-from alphaflow_cli.tensors import MAX_BYTES, Stamp, changed, stamp_of
+from alphaflow_cli.files import MAX_BYTES, Stamp, changed, stamp_of
 from alphaflow_cli.text import brief
 
 _OF_THE_LIBRARIES = (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error)

@@ -21,7 +21,7 @@ from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 from alphaflow_cli.errors import AlphaflowError
-from alphaflow_cli.tensors import read_file, to_json
+from alphaflow_cli.files import read_file, to_json
 
 AGAIN = "Remove it, or the whole store, and run the same prep-latents command again"
 FORMAT, VERSION = "alphaflow-latents", 1

@@ -20,7 +20,7 @@ from alphaflow_cli.data.classes import SPLITS
 from alphaflow_cli.data.glyphs import GLYPHS, draw_glyph
 from alphaflow_cli.data.pictures import SUFFIXES
 from alphaflow_cli.errors import AlphaflowError
-from alphaflow_cli.tensors import read_file
+from alphaflow_cli.files import read_file
 from alphaflow_cli.text import brief
 
 Fetch = Callable[[], bytes | Image.Image]

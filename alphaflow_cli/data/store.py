@@ -23,7 +23,8 @@ from alphaflow_cli.data.manifest import (
 )
 from alphaflow_cli.data.stats import Statistics, read_statistics, statistics_of
 from alphaflow_cli.errors import AlphaflowError
-from alphaflow_cli.tensors import Array, Stamp, TensorFile, changed, is_there, open_tensors, sha256_of_all, stamp_of
+from alphaflow_cli.files import Stamp, changed, is_there, sha256_of_all, stamp_of
+from alphaflow_cli.tensors import Array, TensorFile, open_tensors
 
 DENSE = 4  # a shard of which more than a quarter is wanted is read by the system's own read-ahead
 

@@ -24,7 +24,8 @@ from alphaflow_cli.data.stats import (
 )
 from alphaflow_cli.data.store import open_shards, statistics_of_rows
 from alphaflow_cli.errors import AlphaflowError
-from alphaflow_cli.tensors import Array, is_there, to_json, write_atomic, write_tensors
+from alphaflow_cli.files import is_there, to_json, write_atomic
+from alphaflow_cli.tensors import Array, write_tensors
 
 STATS_IMAGES = 2048  # the published estimate's number of latents; its statistics lie beside those of all
 METADATA = {"format": "alphaflow-latents-1"}

@@ -32,11 +32,12 @@ from alphaflow_cli.evaluate.reference import KEPT, Reference, build_reference, l
 from alphaflow_cli.evaluate.results import NEEDS_MOMENTS, NETWORK, Evaluation, save_results
 from alphaflow_cli.evaluate.score import Measured, check_request, score
 from alphaflow_cli.files import write_atomically
+from alphaflow_cli.model.find import find_checkpoint, run_folder
 from alphaflow_cli.nn.weights import FILES, missing_weights, sha256_of
 from alphaflow_cli.recipe.schema import Eval, LabelDraw, Metric
 from alphaflow_cli.runtime.lock import hold
 from alphaflow_cli.runtime.processes import Processes
-from alphaflow_cli.sample.generator import DecoderChoice, Generator, find_checkpoint, open_generator, run_folder
+from alphaflow_cli.sample.generator import DecoderChoice, Generator, open_generator
 from alphaflow_cli.sample.walk import Walk, plan_walk
 
 FEWEST = 100  # pictures; below it nothing is printed that looks like a score

@@ -9,15 +9,14 @@
 Features are always computed in true float32: on recent GPUs the default would be TF32 for convolutions.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from alphaflow_cli.errors import AlphaflowError
+from alphaflow_cli.runtime.precision import true_float32
 
 
 class Extractor(nn.Module):
@@ -47,27 +46,6 @@ class Extractor(nn.Module):
             features = self.features(images)
         assert features.shape == (len(images), self.dim), features.shape
         return features.clone()
-
-
-@contextmanager
-def true_float32() -> Iterator[None]:
-    """Switches TF32 off for convolutions and products, and puts the old setting back."""
-    switches = _precision_switches()
-    before = [getattr(place, name) for place, name, _ in switches]
-    for place, name, value in switches:
-        setattr(place, name, value)
-    try:
-        yield
-    finally:
-        for (place, name, _), value in zip(switches, before, strict=True):
-            setattr(place, name, value)
-
-
-def _precision_switches() -> list[tuple[Any, str, Any]]:
-    cuda, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    if hasattr(cudnn, "conv"):  # torch ≥ 2.9; mixing these with the old names raises
-        return [(cuda, "fp32_precision", "ieee"), (cudnn.conv, "fp32_precision", "ieee")]
-    return [(cuda, "allow_tf32", False), (cudnn, "allow_tf32", False)]
 
 
 def resize_bicubic(images: Tensor, side: int) -> Tensor:

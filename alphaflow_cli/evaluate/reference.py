@@ -37,7 +37,7 @@ from alphaflow_cli.errors import DAMAGE, AlphaflowError
 from alphaflow_cli.evaluate.features import Extractor
 from alphaflow_cli.evaluate.measure import Content, Pass, load_all, make_folder
 from alphaflow_cli.evaluate.results import SPACE, FeatureSpace, environment, space_of
-from alphaflow_cli.files import save_tensors
+from alphaflow_cli.tensors import save_tensors
 from alphaflow_cli.text import brief
 
 FORMAT = "alphaflow-reference/1"

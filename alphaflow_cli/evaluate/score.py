@@ -11,7 +11,7 @@ from torch import Tensor
 from alphaflow_cli.core.frechet import Moments, frechet_distance
 from alphaflow_cli.core.scores import inception_score, kid, precision_recall
 from alphaflow_cli.errors import AlphaflowError
-from alphaflow_cli.evaluate.features import Extractor, true_float32
+from alphaflow_cli.evaluate.features import Extractor
 from alphaflow_cli.evaluate.measure import Pass, load_all
 from alphaflow_cli.evaluate.reference import Reference, check_fit, floor_of
 from alphaflow_cli.evaluate.results import (
@@ -25,6 +25,7 @@ from alphaflow_cli.evaluate.results import (
     space_of,
 )
 from alphaflow_cli.recipe.schema import Metric
+from alphaflow_cli.runtime.precision import true_float32
 
 FEWEST = 100  # single real features
 SEED = 2020  # of subsets and orders, as torch-fidelity draws them

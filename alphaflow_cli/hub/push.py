@@ -19,7 +19,8 @@ from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.evaluate.results import read_results
 from alphaflow_cli.files import write_atomically
 from alphaflow_cli.hub.card import CardFacts, config_json, last_part, model_card, result_rows, scrub
-from alphaflow_cli.model.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from alphaflow_cli.model.checkpoint import Checkpoint, check_autoencoder, load_checkpoint, save_checkpoint
+from alphaflow_cli.model.find import find_checkpoint, step_name
 from alphaflow_cli.nn.autoencoder import load_autoencoder
 from alphaflow_cli.nn.weights import sha256_of
 from alphaflow_cli.recipe import dump_recipe
@@ -36,11 +37,10 @@ from alphaflow_cli.remote.download import (
     remove_stale,
 )
 from alphaflow_cli.remote.faults import NotThere, hub_faults
-from alphaflow_cli.sample.generator import best_device, check_autoencoder, find_checkpoint, open_generator
+from alphaflow_cli.sample.generator import best_device, open_generator
 from alphaflow_cli.sample.grid import grid_in_rows, plain_png
 from alphaflow_cli.sample.walk import plan_walk
 from alphaflow_cli.train.curves import recipe_chart
-from alphaflow_cli.train.state import step_name
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi

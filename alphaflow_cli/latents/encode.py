@@ -5,7 +5,7 @@ import itertools
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +19,7 @@ from alphaflow_cli.data.sources import Fetch, Source
 from alphaflow_cli.data.writing import write_shard
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.nn.autoencoder import Autoencoder, load_autoencoder
+from alphaflow_cli.runtime.precision import encoder_precision
 from alphaflow_cli.runtime.processes import smaller_batch_if_full
 from alphaflow_cli.tensors import Array
 from alphaflow_cli.text import brief
@@ -148,22 +149,6 @@ def _rows_of(encoder: Autoencoder, plan: Plan, stacked: Array, device: torch.dev
             f"{plan.autoencoder.id}: gives latents that are not finite in {plan.dtype}; try --dtype fp32"
         )
     return stored
-
-
-@contextmanager
-def encoder_precision(name: str, device: torch.device) -> Iterator[None]:
-    """How the encoder multiplies: fp32, tf32 (10 bits of mantissa on a GPU) or bf16 autocast (8 bits)."""
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = matmul.allow_tf32, cudnn.allow_tf32
-    cast: AbstractContextManager[Any] = nullcontext()
-    if name == "bf16":
-        cast = torch.autocast(device.type, torch.bfloat16)
-    matmul.allow_tf32 = cudnn.allow_tf32 = name == "tf32"
-    try:
-        with cast:
-            yield
-    finally:
-        matmul.allow_tf32, cudnn.allow_tf32 = before
 
 
 def sample_pixels(source: Source, lines: Sequence[int], size: int, max_pixels: int) -> Array:

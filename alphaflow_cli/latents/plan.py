@@ -32,9 +32,9 @@ from alphaflow_cli.data.manifest import (
 from alphaflow_cli.data.opening import open_source
 from alphaflow_cli.data.sources import Folder, Source
 from alphaflow_cli.errors import AlphaflowError
+from alphaflow_cli.files import is_there
 from alphaflow_cli.latents.encode import Bad, Job, choose_precision, sample_pixels
 from alphaflow_cli.nn.autoencoder import Autoencoder, load_autoencoder, public_id
-from alphaflow_cli.tensors import is_there
 
 SHARD_PICTURES, SHARD_BYTES = 8192, 512_000_000  # of one shard at most: it is held in memory until it is written
 SHARDS_WANTED, SHARD_LEAST = 16, 256  # small sets are cut, too, so that several processes have something to share

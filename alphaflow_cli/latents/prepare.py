@@ -23,6 +23,7 @@ from alphaflow_cli.data.pictures import MAX_PIXELS
 from alphaflow_cli.data.store import verify_store
 from alphaflow_cli.data.writing import finish_store, is_done
 from alphaflow_cli.errors import AlphaflowError
+from alphaflow_cli.files import is_there, to_json, write_atomic
 from alphaflow_cli.latents.encode import Bad, Job, encode_rows, pictures, work, writing_to
 from alphaflow_cli.latents.plan import Listing, StoreRequest, make_job
 from alphaflow_cli.nn.autoencoder import load_autoencoder
@@ -30,7 +31,6 @@ from alphaflow_cli.runtime.crew import Tell, run_crew
 from alphaflow_cli.runtime.lock import hold
 from alphaflow_cli.runtime.processes import device_of, processes_here
 from alphaflow_cli.runtime.progress import Progress, duration, say, size
-from alphaflow_cli.tensors import is_there, to_json, write_atomic
 
 FINISHED = ("images.json", "stats.safetensors", "manifest.json")  # beside the shards
 BEFORE_THE_PLAN = ("images.json", "classes.json")  # in the order of writing

@@ -16,11 +16,13 @@ from torch import Tensor
 
 from alphaflow_cli.documents import Anything, ListOf, Maybe, Number, Table, Text, Whole, parse_json
 from alphaflow_cli.errors import AlphaflowError
-from alphaflow_cli.files import check_regular, save_tensors
+from alphaflow_cli.files import check_regular
 from alphaflow_cli.model.build import build_network
+from alphaflow_cli.nn.autoencoder import Autoencoder
 from alphaflow_cli.nn.weights import check_real
 from alphaflow_cli.recipe import dump_recipe, recipe_from_text
 from alphaflow_cli.recipe.schema import Recipe
+from alphaflow_cli.tensors import save_tensors
 
 FORMAT = "alphaflow/1"
 NAME = Text(4096, form=r"[^\x00-\x1f\x7f]*")  # a file's or repository's
@@ -156,3 +158,13 @@ def misfits(weights: dict[str, Tensor], recipe: Recipe, *, without: tuple[str, .
     wrong = sorted(name for name in wanted.keys() & there.keys() if wanted[name] != there[name])
     parts = {"missing": missing, "unknown": extra, "of another shape": wrong}
     return "; ".join(f"{len(names)} {what}, such as {names[0]}" for what, names in parts.items() if names)
+
+
+def check_autoencoder(autoencoder: Autoencoder, record: dict[str, Any]) -> None:
+    """Latents must be decoded by the network that encoded them."""
+    wanted = record.get("weights_sha256")
+    if wanted and autoencoder.weights_sha256 != wanted:
+        raise AlphaflowError(
+            f"the autoencoder {autoencoder.id} has weights {autoencoder.weights_sha256[:12]}…, the latents were made "
+            f"with {wanted[:12]}…. Give the right one: --autoencoder DIR."
+        )

@@ -18,14 +18,13 @@ from alphaflow_cli.charts.chart import Chart
 from alphaflow_cli.documents import Anything, ListOf, Maybe, Number, Table, Text, Whole, check_shape, read_json
 from alphaflow_cli.errors import AlphaflowError, blamed_on
 from alphaflow_cli.evaluate.results import FeatureSpace, Row, read_results, told_value
-from alphaflow_cli.files import read_document, write_atomically
+from alphaflow_cli.files import read_document, sha256_of, write_atomically
 from alphaflow_cli.model.checkpoint import read_origin
 from alphaflow_cli.recipe import diff_recipes, load_recipe, recipe_from_text, shipped
 from alphaflow_cli.recipe.facts import lines
 from alphaflow_cli.recipe.plan import phases
 from alphaflow_cli.recipe.schema import Recipe
 from alphaflow_cli.report.page import RunPage, Score, embed, run_page, spread_over
-from alphaflow_cli.tensors import sha256_of
 from alphaflow_cli.text import for_terminal
 from alphaflow_cli.train.curves import BANDS, recipe_chart
 from alphaflow_cli.train.journal import read_rows

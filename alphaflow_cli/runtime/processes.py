@@ -19,9 +19,7 @@ from torch import distributed as dist
 from torch.distributed.tensor import DTensor
 
 from alphaflow_cli.errors import AlphaflowError
-from alphaflow_cli.recipe.schema import Strategy
 from alphaflow_cli.runtime.launch import is_worker, whole_number
-from alphaflow_cli.train.parallel import shard_network
 
 
 class Processes(Protocol):
@@ -124,14 +122,6 @@ class World:
     @property
     def is_main(self) -> bool:
         return self.rank == 0
-
-    def wrap(self, net: nn.Module, strategy: Strategy = "ddp") -> nn.Module:
-        """The network whose gradients synchronise; FSDP2 cuts the given one in place."""
-        if strategy == "fsdp2" and self.size > 1:
-            shard_network(net, self.device, self.size)
-            return net
-        wrapped: nn.Module = self.accelerator.prepare_model(net)
-        return wrapped
 
     def sum(self, values: Tensor) -> Tensor:
         """Over the processes, in place."""

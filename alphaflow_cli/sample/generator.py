@@ -28,13 +28,13 @@ from torch import Tensor, nn
 
 from alphaflow_cli.core import pixels, sampler
 from alphaflow_cli.errors import AlphaflowError
-from alphaflow_cli.evaluate.features import true_float32
 from alphaflow_cli.model.build import DTYPES, build_network, label_rows, null_label
-from alphaflow_cli.model.checkpoint import Checkpoint, load_checkpoint
+from alphaflow_cli.model.checkpoint import Checkpoint, check_autoencoder, load_checkpoint
+from alphaflow_cli.model.find import find_checkpoint
 from alphaflow_cli.nn.autoencoder import Autoencoder, load_autoencoder
 from alphaflow_cli.recipe.schema import Recipe
+from alphaflow_cli.runtime.precision import true_float32
 from alphaflow_cli.sample.walk import Walk
-from alphaflow_cli.train.state import checkpoint_folders
 
 Precision = Literal["fp32", "bf16"]
 DecoderChoice = Literal["auto", "fp32", "bf16"]
@@ -237,46 +237,9 @@ def load_network(checkpoint: Checkpoint) -> nn.Module:
     return net
 
 
-def check_autoencoder(autoencoder: Autoencoder, record: dict[str, Any]) -> None:
-    """Latents must be decoded by the network that encoded them."""
-    wanted = record.get("weights_sha256")
-    if wanted and autoencoder.weights_sha256 != wanted:
-        raise AlphaflowError(
-            f"the autoencoder {autoencoder.id} has weights {autoencoder.weights_sha256[:12]}…, the latents were made "
-            f"with {wanted[:12]}…. Give the right one: --autoencoder DIR."
-        )
-
-
 def best_device() -> torch.device:
     """A GPU where there is one."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def find_checkpoint(address: str, *, weights: str = "ema") -> Path:
-    """A file, a run folder (its newest), or an address on the Hub."""
-    path = Path(address).expanduser()
-    if path.is_dir():
-        if weights == "ema" and (path / "model.safetensors").exists():
-            return path / "model.safetensors"
-        name = "model.safetensors" if weights == "ema" else "raw.safetensors"
-        kept = [folder / name for folder in checkpoint_folders(path) if (folder / name).exists()]
-        found = [path / name] if (path / name).exists() else kept
-        if not found:
-            raise AlphaflowError(
-                f"{path}: no checkpoint in this folder yet. Train one: alphaflow train RECIPE --out {path}"
-            )
-        return found[-1]
-    from alphaflow_cli.hub import resolve_checkpoint
-
-    return resolve_checkpoint(address)
-
-
-def run_folder(address: str) -> Path | None:
-    """The run that a checkpoint belongs to: RUN, RUN/model.safetensors, RUN/checkpoints/step-N/model.safetensors."""
-    path = Path(address).expanduser()
-    folder = path if path.is_dir() else path.parent
-    run = folder.parent.parent if folder.parent.name == "checkpoints" else folder
-    return run if path.exists() and (run / "recipe.yaml").is_file() else None
 
 
 def open_generator(

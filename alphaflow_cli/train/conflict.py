@@ -27,7 +27,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from alphaflow_cli.analyze.summary import PAIRS, TERMS
 from alphaflow_cli.core.conflict import consistency_loss, cosine, products, trajectory_loss
 from alphaflow_cli.core.draws import CONFLICT, mix_seed, step_draws
 from alphaflow_cli.core.objective import is_tie
@@ -230,3 +229,9 @@ def measure(run: Run) -> dict[str, Any]:
         values[f"cos_{a}_{b}"] = cosine(products[f"{a}.{b}"], products[f"{a}.{a}"], products[f"{b}.{b}"])
     values |= {f"norm_{name}": sum(products[f"{name}.{name}"]) ** 0.5 for name in TERMS}
     return values | {"seconds": round(time.monotonic() - began, 3)}
+
+
+TERMS = ("tfm", "tc", "fm")
+
+
+PAIRS = (("tfm", "tc"), ("tfm", "fm"), ("tc", "fm"))

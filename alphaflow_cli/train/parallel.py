@@ -23,7 +23,8 @@ from alphaflow_cli.core.alpha import equal_rows
 from alphaflow_cli.core.times import rows_of
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.recipe.plan import equal_share_at
-from alphaflow_cli.recipe.schema import Recipe
+from alphaflow_cli.recipe.schema import Recipe, Strategy
+from alphaflow_cli.runtime.processes import World
 
 
 @dataclass(frozen=True)
@@ -151,3 +152,12 @@ def part(parameter: Tensor, value: Tensor) -> Tensor:
     mesh = parameter.device_mesh
     chunks, rank = value.chunk(mesh.size(), dim=0), mesh.get_local_rank()
     return chunks[rank] if rank < len(chunks) else value[:0]
+
+
+def wrap_network(net: nn.Module, world: World, strategy: Strategy) -> nn.Module:
+    """The network whose gradients synchronise over the processes; FSDP2 cuts the given one in place."""
+    if strategy == "fsdp2" and world.size > 1:
+        shard_network(net, world.device, world.size)
+        return net
+    wrapped: nn.Module = world.accelerator.prepare_model(net)
+    return wrapped

@@ -20,16 +20,16 @@ from alphaflow_cli.data.store import class_names
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.model.build import DTYPES, build_network, compile_blocks
 from alphaflow_cli.model.checkpoint import Checkpoint, load_checkpoint
+from alphaflow_cli.model.find import find_checkpoint, step_of
 from alphaflow_cli.recipe import diff_recipes
 from alphaflow_cli.recipe.plan import alpha_at, equal_share_at
 from alphaflow_cli.recipe.schema import Recipe
 from alphaflow_cli.runtime.lock import check_lock
 from alphaflow_cli.runtime.processes import World
-from alphaflow_cli.sample.generator import find_checkpoint
 from alphaflow_cli.train import state
 from alphaflow_cli.train.journal import Sums
 from alphaflow_cli.train.optimise import MOMENTS, Optimiser
-from alphaflow_cli.train.parallel import Split
+from alphaflow_cli.train.parallel import Split, wrap_network
 from alphaflow_cli.train.step import Objective
 
 
@@ -175,7 +175,7 @@ def texts_apart(numbers: Sequence[float]) -> list[str]:
 def newest_for_all(folder: Path, world: World) -> Path | None:
     """The state to go on from; None before the first save. The first process checks its bytes, the others follow."""
     newest = state.newest_state(folder) if world.is_main else None
-    step = int(world.largest(state.step_of(newest) if newest else -1))
+    step = int(world.largest(step_of(newest) if newest else -1))
     return state.state_file(folder, step) if step >= 0 else None
 
 
@@ -184,7 +184,7 @@ def build_run(recipe: Recipe, folder: Path, *, world: World, stream: LatentStrea
     net = build_network(recipe).to(world.device, DTYPES[recipe.train.precision])
     if recipe.train.compile:
         compile_blocks(net)
-    wrapped = world.wrap(net, recipe.train.strategy)
+    wrapped = wrap_network(net, world, recipe.train.strategy)
     return Run(
         recipe=recipe,
         folder=folder,

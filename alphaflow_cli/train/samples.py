@@ -9,12 +9,12 @@ from torch import Tensor
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.evaluate.measure import make_folder
 from alphaflow_cli.files import write_atomically
+from alphaflow_cli.model.find import step_name
 from alphaflow_cli.runtime.progress import say
 from alphaflow_cli.sample.generator import Generator
 from alphaflow_cli.sample.grid import grid_side_by_side
 from alphaflow_cli.sample.walk import plan_walk
 from alphaflow_cli.train.run import Run
-from alphaflow_cli.train.state import step_name
 
 COLUMNS, ROWS = 10, 4  # of each half
 

@@ -17,10 +17,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from alphaflow_cli.errors import AlphaflowError
-from alphaflow_cli.files import check_regular, save_tensors, sync, write_atomically
+from alphaflow_cli.files import check_regular, sync, write_atomically
 from alphaflow_cli.model.checkpoint import Checkpoint, save_checkpoint
+from alphaflow_cli.model.find import checkpoint_folders, saved_steps, step_name, step_of
 from alphaflow_cli.runtime.progress import say
-from alphaflow_cli.tensors import SEAL, seal_holds
+from alphaflow_cli.tensors import SEAL, save_tensors, seal_holds
 
 STATE_FORMAT = "alphaflow-state/2"
 WITHOUT_CHECKSUM = "alphaflow-state/1"  # read for ever, and it is said
@@ -28,30 +29,9 @@ FACTS = {"step": int, "retries": int, "accumulation": int, "processes": int, "st
 OWN_FILES = (".model.safetensors.*tmp", ".recipe.yaml.*tmp", ".metrics.jsonl.*tmp", ".write.*tmp")  # of training
 
 
-def step_name(step: int) -> str:
-    """`step-00001000`: sorts as text."""
-    return f"step-{step:08d}"
-
-
-def step_of(path: Path) -> int:
-    """The step in a name."""
-    return int(path.stem.removeprefix("step-"))
-
-
 def state_file(run: Path, step: int) -> Path:
     """state/step-N.safetensors."""
     return run / "state" / f"{step_name(step)}.safetensors"
-
-
-def saved_steps(folder: Path, suffix: str = "") -> list[Path]:
-    """What we saved in this folder, by step. A copy that somebody made (`step-00000100 (1)`) is not ours to touch."""
-    found = [path for path in folder.glob(f"step-*{suffix}") if path.stem[5:].isdecimal() and path.suffix == suffix]
-    return sorted((path for path in found if path.stem == step_name(step_of(path))), key=step_of)
-
-
-def checkpoint_folders(run: Path) -> list[Path]:
-    """The checkpoints that a run kept, by step."""
-    return [path for path in saved_steps(run / "checkpoints") if path.is_dir()]
 
 
 def sweep(run: Path) -> None:

@@ -11,10 +11,10 @@ from alphaflow_cli.evaluate.evaluate import Ruler, build_extractors, evaluate, m
 from alphaflow_cli.evaluate.pictures import GeneratedImages, open_pictures
 from alphaflow_cli.evaluate.reference import load_reference
 from alphaflow_cli.evaluate.results import save_results
+from alphaflow_cli.files import sha256_of
 from alphaflow_cli.runtime.processes import Alone
 from alphaflow_cli.sample.generator import open_generator
 from alphaflow_cli.sample.walk import plan_walk
-from alphaflow_cli.tensors import sha256_of
 
 NFE = (1, 2, 4)
 
