@@ -1,4 +1,8 @@
-"""Files that are never half there: written to a temporary name, synced, renamed. And files that may be read at all."""
+"""Files that are never half there: written under a temporary name, synced, renamed. And files that may be read at all.
+
+Everything that the program writes goes through `write_whole` (text or bytes), `write_pieces` (a stream of them) or
+`write_by` (a library's own writer): a kill, a full disk or a power cut leaves the old file or the new one.
+"""
 
 import contextlib
 import errno
@@ -6,35 +10,74 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors import SafetensorError
-
 from alphaflow_cli.errors import AlphaflowError
 
+MAX_BYTES = 1 << 30  # of one file that is read as a whole
 TORCH_WRITER = "inline_container"  # torch.save's writer names itself so in the RuntimeError of a full disk
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """`write` fills a temporary file beside `path`; it takes the name only when it is whole and on the disk."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # two writers of one name do not meet
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a small file; what stood there stays until it is whole and on the disk. Names in it may be no UTF-8."""
     try:
-        write(temporary)
-        temporary.chmod(0o644)  # safetensors writes 0600
-        sync(temporary)
-        temporary.replace(path)
-        sync(path.parent)
-    except (OSError, SafetensorError, RuntimeError) as error:  # each writer wraps a full disk in its own error
-        with contextlib.suppress(OSError):  # a read-only file system refuses even this
-            temporary.unlink(missing_ok=True)
+        write_pieces(path, [content.encode(errors="backslashreplace") if isinstance(content, str) else content])
+    except OSError as error:
+        raise _not_written(path, error.strerror or str(error)) from error
+
+
+def write_pieces(path: Path, pieces: Iterable[bytes | memoryview], *, sealed: bool = False) -> tuple[int, str]:
+    """Write a file piece by piece; returns its size and sha256. An OSError passes: the caller knows what is kept.
+
+    A sealed file ends with the 32 bytes of the sha256 of all that stands before them.
+    """
+    digest, size = hashlib.sha256(), 0
+    with _replacing(path) as temporary, temporary.open("wb") as file, ThreadPoolExecutor(1) as beside:
+        for piece in pieces:
+            hashed = beside.submit(digest.update, piece)  # while it is written: the two cost the longer one's time
+            file.write(piece)
+            hashed.result()
+            size += len(piece)
+        if sealed:
+            size += file.write(digest.digest())
+    return size, digest.hexdigest()
+
+
+def write_by(path: Path, write: Callable[[Path], object]) -> None:
+    """Let a library write the file: `write` gets the temporary name, and its word for a full disk is known."""
+    from safetensors import SafetensorError
+
+    try:
+        with _replacing(path) as temporary:
+            write(temporary)
+            temporary.chmod(0o644)  # safetensors writes 0600
+    except (OSError, SafetensorError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and TORCH_WRITER not in str(error):
             raise
         full = "the file did not take all its bytes; is the disk full?" if isinstance(error, RuntimeError) else error
-        reason = getattr(error, "strerror", None) or full
-        raise AlphaflowError(f"{path}: cannot be written: {reason}. What was there is kept.") from error
+        raise _not_written(path, getattr(error, "strerror", None) or str(full)) from error
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A temporary name of this process beside `path`; it takes the name when all went well."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        sync(temporary)
+        temporary.replace(path)
+        sync(path.parent)
+    except BaseException:
+        with contextlib.suppress(OSError):  # a read-only file system refuses even this
+            temporary.unlink(missing_ok=True)  # a full disk: give the room back at once
+        raise
+
+
+def _not_written(path: Path, reason: str) -> AlphaflowError:
+    return AlphaflowError(f"{path}: cannot be written: {reason}. What was there is kept.")
 
 
 def check_regular(path: Path) -> None:
@@ -71,45 +114,6 @@ def append(path: Path, text: str) -> None:
 def sync(path: Path) -> None:
     """fsync a file or a folder."""
     handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-MAX_BYTES = 1 << 30  # of one file that is read as a whole
-
-
-def write_atomic(path: Path, pieces: Iterable[bytes | memoryview], *, sealed: bool = False) -> tuple[int, str]:
-    """Write, sync, rename; returns size and sha256. A kill leaves the old file or the new one, never half of one.
-
-    A sealed file ends with the 32 bytes of the sha256 of all that stands before them.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # a worker that outlives its killed parent meets
-    #                                                                the next run here; both write the same bytes
-    digest, size = hashlib.sha256(), 0
-    try:
-        with temporary.open("wb") as file, ThreadPoolExecutor(1) as beside:
-            for piece in pieces:
-                hashed = beside.submit(digest.update, piece)  # while it is written: the two cost the longer one's time
-                file.write(piece)
-                hashed.result()
-                size += len(piece)
-            if sealed:
-                size += file.write(digest.digest())
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)  # a full disk: give the room back at once
-        raise
-    sync_folder(path.parent)
-    return size, digest.hexdigest()
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames in a folder survive a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

@@ -20,7 +20,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 from alphaflow_cli.errors import AlphaflowError
-from alphaflow_cli.files import Stamp, changed, stamp_of, write_atomic
+from alphaflow_cli.files import Stamp, changed, stamp_of, write_pieces
 from alphaflow_cli.text import brief
 
 Array = npt.NDArray[Any]
@@ -53,7 +53,7 @@ def write_tensors(
         header[SEAL] = {"dtype": "U8", "shape": [SEAL_BYTES], "data_offsets": [start, start + SEAL_BYTES]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    return write_atomic(path, _pieces(text, [tensors[name] for name in order]), sealed=sealed)
+    return write_pieces(path, _pieces(text, [tensors[name] for name in order]), sealed=sealed)
 
 
 def seal_holds(path: Path) -> bool:

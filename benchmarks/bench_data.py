@@ -29,7 +29,7 @@ from record import record
 from alphaflow_cli.data.batches import LatentStream
 from alphaflow_cli.data.manifest import TRANSFORM, AutoencoderRecord, Plan, plan_to_dict
 from alphaflow_cli.data.writing import finish_store, write_shard
-from alphaflow_cli.files import to_json, write_atomic
+from alphaflow_cli.files import to_json, write_pieces
 
 LATENT, SHARD = (4, 32, 32), 8192
 ROW = 2 * 4 * 32 * 32 * 2 + 16  # bytes of one sample: mean and std in fp16, label, index
@@ -57,8 +57,8 @@ def make_store(path: Path, count: int) -> Path:
     source = {"kind": "synthetic", "name": "bench", "images": count, "list_sha256": hashlib.sha256(images).hexdigest()}
     autoencoder = AutoencoderRecord("synthetic", "", "", 8, 0.18215, 0.0, "fp32", None)
     plan = Plan(source, 256, LATENT, "moments", "float16", False, autoencoder, TRANSFORM, 1000, SHARD)
-    write_atomic(path / "images.json", [images])
-    write_atomic(path / "plan.json", [to_json(plan_to_dict(plan))])
+    write_pieces(path / "images.json", [images])
+    write_pieces(path / "plan.json", [to_json(plan_to_dict(plan))])
     rng = np.random.default_rng(0)
     for shard, first in enumerate(range(0, count, SHARD)):
         rows = rng.random((min(SHARD, count - first), 2 * LATENT[0], *LATENT[1:]), np.float32).astype(np.float16)

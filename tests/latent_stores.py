@@ -6,7 +6,7 @@ import numpy as np
 
 from alphaflow_cli.data.manifest import TRANSFORM, AutoencoderRecord, Plan, plan_to_dict
 from alphaflow_cli.data.writing import finish_store, write_shard
-from alphaflow_cli.files import to_json, write_atomic
+from alphaflow_cli.files import to_json, write_pieces
 
 SD_VAE = AutoencoderRecord("stabilityai/sd-vae-ft-ema", "0" * 40, "1" * 64, 8, 0.18215, 0.0, "fp32", None)
 
@@ -16,7 +16,7 @@ def write_store(path, tensors, labels, *, kind="moments", classes=10, shard_size
     path.mkdir(parents=True)
     count, rows = len(labels), tensors[kind]
     images = to_json([[f"{label}/{index}.png", int(label)] for index, label in enumerate(labels)])
-    write_atomic(path / "images.json", [images])
+    write_pieces(path / "images.json", [images])
     channels = rows.shape[1] // (2 if kind == "moments" else 1)
     plan = Plan(
         source={"kind": "test", "name": "test", "images": count, "list_sha256": hashlib.sha256(images).hexdigest()},
@@ -30,7 +30,7 @@ def write_store(path, tensors, labels, *, kind="moments", classes=10, shard_size
         classes=classes,
         shard_size=shard_size,
     )
-    write_atomic(path / "plan.json", [to_json(plan_to_dict(plan))])
+    write_pieces(path / "plan.json", [to_json(plan_to_dict(plan))])
     everything = {**tensors, "label": np.asarray(labels, np.int64), "index": np.arange(count)}
     for shard in range(-(-count // shard_size)):
         span = slice(shard * shard_size, (shard + 1) * shard_size)

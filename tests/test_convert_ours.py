@@ -12,7 +12,7 @@ from snapshots import published_snapshot, tiny_autoencoder
 from alphaflow_cli.cli import run
 from alphaflow_cli.convert import ConvertOptions, convert, export
 from alphaflow_cli.errors import AlphaflowError
-from alphaflow_cli.files import write_atomically
+from alphaflow_cli.files import write_by
 from alphaflow_cli.model.build import build_network
 from alphaflow_cli.model.checkpoint import load_checkpoint, save_checkpoint
 
@@ -63,7 +63,7 @@ def test_a_bug_of_a_writer_stays_a_bug_and_leaves_nothing(tmp_path):
         raise RuntimeError("ours")
 
     with pytest.raises(RuntimeError, match="ours"):
-        write_atomically(tmp_path / "x", broken)
+        write_by(tmp_path / "x", broken)
     assert list(tmp_path.iterdir()) == []
 
 

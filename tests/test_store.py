@@ -12,7 +12,7 @@ from alphaflow_cli.data.manifest import digest_of, read_manifest
 from alphaflow_cli.data.stats import Statistics, merge, statistics_of
 from alphaflow_cli.data.store import disagreements, open_store, verify_store
 from alphaflow_cli.errors import AlphaflowError
-from alphaflow_cli.files import write_atomic
+from alphaflow_cli.files import write_pieces
 from alphaflow_cli.tensors import open_tensors, write_tensors
 
 RECIPE = {
@@ -79,13 +79,13 @@ def test_a_write_that_fails_keeps_the_old_file_and_leaves_nothing_behind(tmp_pat
 
     (tmp_path / "a").write_bytes(b"old")
     with pytest.raises(OSError, match="No space"):
-        write_atomic(tmp_path / "a", pieces())
+        write_pieces(tmp_path / "a", pieces())
     assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [("a", b"old")]
 
 
 def test_files_have_the_users_mode(tmp_path):
     (tmp_path / "plain").touch()
-    write_atomic(tmp_path / "a", [b"x"])
+    write_pieces(tmp_path / "a", [b"x"])
     assert (tmp_path / "a").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 

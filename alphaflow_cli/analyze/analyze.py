@@ -23,7 +23,7 @@ from alphaflow_cli.data.manifest import read_manifest
 from alphaflow_cli.errors import AlphaflowError, blamed_on
 from alphaflow_cli.evaluate.measure import make_folder
 from alphaflow_cli.evaluate.results import environment
-from alphaflow_cli.files import append, check_regular, sha256_of, write_atomically
+from alphaflow_cli.files import append, check_regular, sha256_of, write_whole
 from alphaflow_cli.model.find import checkpoint_folders, find_checkpoint, run_folder
 from alphaflow_cli.recipe.schema import Recipe
 from alphaflow_cli.runtime.lock import hold
@@ -77,7 +77,7 @@ def measure_all(addresses: Sequence[str], request: AnalyzeRequest, out: Path) ->
     summaries = sorted(found, key=lambda each: int(each["step"] or 0))
     document: dict[str, Any] = {"schema": SCHEMA, "environment": environment(), "checkpoints": summaries}
     text = json.dumps(document, indent=1, ensure_ascii=False) + "\n"
-    write_atomically(out / "conflict.json", lambda temporary: _write(temporary, text))
+    write_whole(out / "conflict.json", text)
     document["pictures"] = [str(path) for path in write_charts(out, summaries)]
     return document
 
@@ -236,7 +236,7 @@ def read_lines(path: Path) -> dict[int, dict[str, Any]]:
     text = path.read_text(encoding="utf-8", errors="replace")
     whole = text[: text.rfind("\n") + 1]
     if whole != text:
-        write_atomically(path, lambda temporary: _write(temporary, whole))
+        write_whole(path, whole)
     found: dict[int, dict[str, Any]] = {}
     for line in whole.split("\n"):
         batch = _batch_of(line)
@@ -266,7 +266,3 @@ def _append(path: Path, row: dict[str, Any]) -> None:
         raise AlphaflowError(
             f"{path}: cannot be written: {error.strerror}. Finished batches are kept; the same command goes on."
         ) from error
-
-
-def _write(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")

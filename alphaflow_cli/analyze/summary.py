@@ -4,14 +4,14 @@ Pictures of the conflict: cosines over steps, over t − r and over the blocks, 
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from alphaflow_cli.charts.chart import BLUE, GREEN, ORANGE, RED, Bars, Chart, Line, Panel
 from alphaflow_cli.charts.draw import to_png
 from alphaflow_cli.core.conflict import cosine
-from alphaflow_cli.files import write_atomically
+from alphaflow_cli.files import write_whole
 from alphaflow_cli.train.conflict import PAIRS, TERMS
 
 STRONG = -0.4  # the paper: cos(∇L_TFM, ∇L_TC) is typically below it
@@ -125,16 +125,9 @@ def write_charts(out: Path, summaries: Sequence[Summary]) -> list[Path]:
     paths = []
     for name, chart in charts.items():
         path, picture = out / f"conflict-{name}.png", to_png(chart)
-        write_atomically(path, _writer(picture))
+        write_whole(path, picture)
         paths.append(path)
     return paths
-
-
-def _writer(picture: bytes) -> Callable[[Path], None]:
-    def write(path: Path) -> None:
-        path.write_bytes(picture)
-
-    return write
 
 
 def subtitle(summary: Summary) -> str:

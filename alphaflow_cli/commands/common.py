@@ -7,7 +7,6 @@ import os
 import re
 import stat
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -194,13 +193,6 @@ def write_new(path: Path, content: str | bytes, *, overwrite: bool = False) -> N
     """Write a whole file or nothing; the folder must exist, and a file that exists is kept unless `overwrite`."""
     if path.exists() and not overwrite:
         raise AlphaflowError(f"{path}: exists already, and is not overwritten. Choose another name or remove it")
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        partial.write_bytes(content.encode() if isinstance(content, str) else content)
-        partial.replace(path)
-    except OSError as fault:
-        reason, advice = OF_A_PATH.get(fault.errno or 0, (str(fault.strerror), "Choose another path."))
-        raise AlphaflowError(f"{path}: cannot be written ({reason}). {advice}") from fault
-    finally:
-        with suppress(OSError):  # a disk that refuses even this
-            partial.unlink(missing_ok=True)
+    from alphaflow_cli.files import write_whole
+
+    write_whole(path, content)

@@ -15,7 +15,7 @@ from alphaflow_cli.convert.published import AUTOENCODER, STATISTICS
 from alphaflow_cli.convert.snapshot_cfg import schedule_places, walk_cfg
 from alphaflow_cli.convert.source import read_source
 from alphaflow_cli.errors import AlphaflowError
-from alphaflow_cli.files import write_atomically
+from alphaflow_cli.files import write_by
 from alphaflow_cli.model.build import build_network
 from alphaflow_cli.model.checkpoint import Checkpoint, check_autoencoder, load_checkpoint
 from alphaflow_cli.nn.autoencoder import load_autoencoder
@@ -35,7 +35,7 @@ def export(source: Path, out: Path, *, autoencoder: str = "", template: Path | N
     with torch.device("meta"):
         order = build_network(checkpoint.recipe).state_dict()  # safetensors sorts the names
     state = _state({name: checkpoint.weights[name] for name in order}, checkpoint, inside)
-    write_atomically(out, partial(torch.save, {"net": state, "ema": state, "cfg": cfg}))
+    write_by(out, partial(torch.save, {"net": state, "ema": state, "cfg": cfg}))
     return out
 
 

@@ -29,7 +29,7 @@ from alphaflow_cli.convert.sit import Kind, add_second_embedder, looks_like_sit,
 from alphaflow_cli.convert.source import bare_name, read_source
 from alphaflow_cli.convert.strangers import check_path, refuse_strangers, refuse_unknown
 from alphaflow_cli.errors import AlphaflowError
-from alphaflow_cli.files import write_atomically
+from alphaflow_cli.files import write_by, write_whole
 from alphaflow_cli.model.build import build_network
 from alphaflow_cli.model.checkpoint import Checkpoint, check_latents, save_checkpoint
 from alphaflow_cli.nn.autoencoder import kl_config, load_autoencoder
@@ -162,11 +162,7 @@ def _write_autoencoder(weights: dict[str, Tensor], out: Path) -> Path:
         raise AlphaflowError(f"{out.name}: the autoencoder in the snapshot lacks {error}.") from error
     folder.mkdir(exist_ok=True)
     tensors = {name: value.detach().float().contiguous() for name, value in weights.items()}
-    write_atomically(folder / AUTOENCODER_FILE, partial(save_file, tensors))
+    write_by(folder / AUTOENCODER_FILE, partial(save_file, tensors))
     text = json.dumps({"_class_name": "AutoencoderKL", **config}, indent=2) + "\n"
-    write_atomically(folder / "config.json", partial(_write_text, text))
+    write_whole(folder / "config.json", text)
     return folder
-
-
-def _write_text(text: str, path: Path) -> None:
-    path.write_text(text)

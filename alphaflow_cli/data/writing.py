@@ -24,7 +24,7 @@ from alphaflow_cli.data.stats import (
 )
 from alphaflow_cli.data.store import open_shards, statistics_of_rows
 from alphaflow_cli.errors import AlphaflowError
-from alphaflow_cli.files import is_there, to_json, write_atomic
+from alphaflow_cli.files import is_there, to_json, write_pieces
 from alphaflow_cli.tensors import Array, write_tensors
 
 STATS_IMAGES = 2048  # the published estimate's number of latents; its statistics lie beside those of all
@@ -51,7 +51,7 @@ def write_shard(out: Path, plan: Plan, shard: int, content: Mapping[str, Array],
     name, count = shard_name(shard), len(content["label"])
     size, digest = write_tensors(out / name, tensors, METADATA)
     sidecar = Shard(name, shard * plan.shard_size, count + len(bad), count, size, digest, bad)
-    write_atomic(out / Path(name).with_suffix(".json"), [to_json(asdict(sidecar))])
+    write_pieces(out / Path(name).with_suffix(".json"), [to_json(asdict(sidecar))])
 
 
 def finish_store(out: Path, plan: Plan) -> None:
@@ -75,7 +75,7 @@ def finish_store(out: Path, plan: Plan) -> None:
     }
     shards = [asdict(shard) for shard in sidecars]
     document = manifest_to_bytes(plan, count=count, bad=bad, statistics=summary, shards=shards)
-    write_atomic(out / "manifest.json", [document])
+    write_pieces(out / "manifest.json", [document])
 
 
 def _read_sidecar(plan: Plan, number: int, path: Path) -> Shard:

@@ -31,9 +31,9 @@ from alphaflow_cli.evaluate.pictures import GeneratedImages, ImageSource, open_p
 from alphaflow_cli.evaluate.reference import KEPT, Reference, build_reference, load_reference, save_reference
 from alphaflow_cli.evaluate.results import NEEDS_MOMENTS, NETWORK, Evaluation, save_results
 from alphaflow_cli.evaluate.score import Measured, check_request, score
-from alphaflow_cli.files import write_atomically
+from alphaflow_cli.files import sha256_of, write_whole
 from alphaflow_cli.model.find import find_checkpoint, run_folder
-from alphaflow_cli.nn.weights import FILES, missing_weights, sha256_of
+from alphaflow_cli.nn.weights import FILES, missing_weights
 from alphaflow_cli.recipe.schema import Eval, LabelDraw, Metric
 from alphaflow_cli.runtime.lock import hold
 from alphaflow_cli.runtime.processes import Processes
@@ -280,7 +280,7 @@ def write_evaluation(request: EvalRequest, evaluations: list[Evaluation], folder
         return Report(evaluations, path, None)
     picture = place / ("midpoints.png" if request.sweep_midpoint else "scores.png")
     data = to_png(chart)
-    write_atomically(picture, lambda temporary: _write(temporary, data))
+    write_whole(picture, data)
     return Report(evaluations, path, picture)
 
 
@@ -312,7 +312,3 @@ def score_chart(evaluations: Sequence[Evaluation], *, sweep: bool) -> Chart | No
 
 def _midpoint(pictures: dict[str, Any]) -> float:
     return float(pictures["times"][1])
-
-
-def _write(path: Path, data: bytes) -> None:
-    path.write_bytes(data)

@@ -26,7 +26,7 @@ from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.evaluate.features import Extractor
 from alphaflow_cli.evaluate.pictures import ImageSource
 from alphaflow_cli.evaluate.results import space_of
-from alphaflow_cli.files import write_atomically
+from alphaflow_cli.files import write_whole
 from alphaflow_cli.runtime.processes import Processes, smaller_batch_if_full
 from alphaflow_cli.runtime.progress import Progress, say
 
@@ -132,13 +132,9 @@ def _digests(images: Tensor) -> Tensor:
 
 def _write(path: Path, tensors: dict[str, Tensor]) -> None:
     try:
-        write_atomically(path, lambda temporary: _write_bytes(temporary, save(tensors)))
+        write_whole(path, save(tensors))
     except AlphaflowError as fault:
         raise AlphaflowError(f"{fault} Make room and run the same command again; finished chunks are kept.") from fault
-
-
-def _write_bytes(path: Path, data: bytes) -> None:
-    path.write_bytes(data)  # not the library's own writer: its faults of a full disk are no OSError
 
 
 def _finished(work: Pass, first: int, stop: int) -> bool:

@@ -30,6 +30,7 @@ from torch_fidelity import FeatureExtractorInceptionV3
 
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.evaluate.features import Extractor, normalise, resize_bicubic
+from alphaflow_cli.files import sha256_of
 from alphaflow_cli.nn.weights import (
     CLIP,
     DINOV2,
@@ -38,7 +39,6 @@ from alphaflow_cli.nn.weights import (
     find_weights,
     fit_weights,
     load_weights,
-    sha256_of,
 )
 
 TENSORS = 566  # entries of the published file

@@ -22,7 +22,7 @@ from alphaflow_cli.documents import Anything, ListOf, Maybe, Number, Table, Text
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.evaluate.features import Extractor
 from alphaflow_cli.evaluate.measure import make_folder
-from alphaflow_cli.files import append, write_atomically
+from alphaflow_cli.files import append, write_whole
 from alphaflow_cli.recipe.schema import Metric
 from alphaflow_cli.text import for_markdown
 
@@ -239,16 +239,12 @@ def save_results(path: Path, history: Path, evaluations: Sequence[Evaluation]) -
     """results.json anew, and a line for each evaluation at the end of the history."""
     make_folder(path.parent)
     text = json.dumps(document(evaluations), indent=1, ensure_ascii=False) + "\n"
-    write_atomically(path, lambda temporary: _write(temporary, text))
+    write_whole(path, text)
     lines = "".join(json.dumps(each.as_dict(), ensure_ascii=False) + "\n" for each in evaluations)
     try:
         append(history, lines)
     except OSError as fault:
         raise AlphaflowError(f"{history}: cannot be written ({fault.strerror}); {path} is whole") from fault
-
-
-def _write(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
 
 
 def markdown(evaluations: Sequence[Evaluation]) -> str:

@@ -17,12 +17,11 @@ from safetensors import safe_open
 from alphaflow_cli.charts.draw import to_png
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.evaluate.results import read_results
-from alphaflow_cli.files import write_atomically
+from alphaflow_cli.files import sha256_of, write_by, write_whole
 from alphaflow_cli.hub.card import CardFacts, config_json, last_part, model_card, result_rows, scrub
 from alphaflow_cli.model.checkpoint import Checkpoint, check_autoencoder, load_checkpoint, save_checkpoint
 from alphaflow_cli.model.find import find_checkpoint, step_name
 from alphaflow_cli.nn.autoencoder import load_autoencoder
-from alphaflow_cli.nn.weights import sha256_of
 from alphaflow_cli.recipe import dump_recipe
 from alphaflow_cli.recipe.plan import parameter_count
 from alphaflow_cli.remote.address import is_repository
@@ -119,19 +118,21 @@ def stage(
     remove_stale(folder)
     clean = _clean(source.checkpoint, packaged=decoder is not None)
     recipe, parameters = clean.recipe, parameter_count(clean.recipe)
-    _write(folder / CONFIG, config_json(recipe, clean.origin, parameters))  # first: by it the folder is known as ours
+    write_whole(
+        folder / CONFIG, config_json(recipe, clean.origin, parameters)
+    )  # first: by it the folder is known as ours
     if decoder is not None:
         _package_autoencoder(decoder, folder / AUTOENCODER, source)
     sha256 = _write_model(source, clean, folder / MODEL)
-    _write(folder / "recipe.yaml", dump_recipe(recipe))
+    write_whole(folder / "recipe.yaml", dump_recipe(recipe))
     results = scrub(source.results)
     if results:
         text = json.dumps(results, indent=1, ensure_ascii=False).replace(source.sha256, sha256)
-        _write(folder / "results.json", text + "\n")
-    _write(folder / "alpha.png", to_png(recipe_chart(recipe)))
-    _write(folder / "samples.png", _samples(source, folder / MODEL))
+        write_whole(folder / "results.json", text + "\n")
+    write_whole(folder / "alpha.png", to_png(recipe_chart(recipe)))
+    write_whole(folder / "samples.png", _samples(source, folder / MODEL))
     facts = CardFacts(repo, recipe, clean.origin, parameters, results, licence)
-    _write(folder / "README.md", model_card(facts))
+    write_whole(folder / "README.md", model_card(facts))
     found = sorted(path for path in folder.rglob("*") if path.is_file())
     return {path.relative_to(folder).as_posix(): path.stat().st_size for path in found}
 
@@ -142,7 +143,7 @@ def _write_model(source: Publication, clean: Checkpoint, model: Path) -> str:
     if not same or not _is_bare(source):
         save_checkpoint(model, clean)
         return sha256_of(model)
-    write_atomically(model, partial(shutil.copyfile, source.path))
+    write_by(model, partial(shutil.copyfile, source.path))
     try:
         _see_same(model, source.sha256, source.path)
     except AlphaflowError:
@@ -158,15 +159,6 @@ def _is_bare(source: Publication) -> bool:
     wanted = {f"net.{name}" for name in source.checkpoint.weights} | {"latents.mean", "latents.std"}
     recipe = dump_recipe(source.checkpoint.recipe)
     return set(metadata) == {"format", "recipe", "origin"} and metadata["recipe"] == recipe and names == wanted
-
-
-def _write(path: Path, content: str | bytes) -> None:
-    data = content.encode(errors="backslashreplace") if isinstance(content, str) else content  # names may be no UTF-8
-    write_atomically(path, partial(_put, data))
-
-
-def _put(data: bytes, path: Path) -> None:
-    path.write_bytes(data)
 
 
 def _clean(checkpoint: Checkpoint, *, packaged: bool) -> Checkpoint:
@@ -222,7 +214,7 @@ def _package_autoencoder(place: Path, target: Path, source: Publication) -> None
     module.save_pretrained(target, safe_serialization=True)
     config = json.loads((target / "config.json").read_text(encoding="utf-8"))
     config.pop("_name_or_path", None)  # the folder it was loaded from
-    _write(target / "config.json", json.dumps(scrub(config), indent=2) + "\n")
+    write_whole(target / "config.json", json.dumps(scrub(config), indent=2) + "\n")
 
 
 def _results(run: Path, checkpoint: Path, ours: str) -> dict[str, Any] | None:

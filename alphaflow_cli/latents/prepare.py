@@ -23,7 +23,7 @@ from alphaflow_cli.data.pictures import MAX_PIXELS
 from alphaflow_cli.data.store import verify_store
 from alphaflow_cli.data.writing import finish_store, is_done
 from alphaflow_cli.errors import AlphaflowError
-from alphaflow_cli.files import is_there, to_json, write_atomic
+from alphaflow_cli.files import is_there, to_json, write_pieces
 from alphaflow_cli.latents.encode import Bad, Job, encode_rows, pictures, work, writing_to
 from alphaflow_cli.latents.plan import Listing, StoreRequest, make_job
 from alphaflow_cli.nn.autoencoder import load_autoencoder
@@ -129,9 +129,9 @@ def _begin(job: Job, listing: Listing, shown: bool) -> None:
         raise AlphaflowError(f"{out}: holds files that are no latent store; give an empty or new --out")
     for left in out.glob(".*.tmp"):
         left.unlink(missing_ok=True)  # a worker that outlives its killed parent renames its own
-    write_atomic(out / "images.json", [listing.to_bytes()])
-    write_atomic(out / "classes.json", [to_json(listing.classes.as_dict())])
-    write_atomic(out / "plan.json", [to_json(plan_to_dict(job.plan))])
+    write_pieces(out / "images.json", [listing.to_bytes()])
+    write_pieces(out / "classes.json", [to_json(listing.classes.as_dict())])
+    write_pieces(out / "plan.json", [to_json(plan_to_dict(job.plan))])
     if shown:
         say(", ".join([f"{listing.source.name}: {len(job.lines)} pictures", *listing.source.notes]))
         say(listing.classes.summary())

@@ -4,7 +4,6 @@ Nothing is downloaded here: an evaluation that starts a 1.2 GB download by surpr
 worse than one clear line. Pickles are read with `weights_only=True`, so a file from anywhere may be tried.
 """
 
-import hashlib
 import os
 import pickle
 import warnings
@@ -121,15 +120,6 @@ def _how_to_get(wanted: WeightFile) -> str:
         f"or name a copy with --weights {wanted.extractor}=FILE or a folder in $ALPHAFLOW_WEIGHTS. "
         "Meanwhile --metrics fd-tiny needs no weights."
     )
-
-
-def sha256_of(path: Path) -> str:
-    """Hash of a file's bytes."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def load_weights(path: Path) -> dict[str, Tensor]:

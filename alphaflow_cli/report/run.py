@@ -7,7 +7,7 @@ The conflict on a run's page: what training recorded, and what `alphaflow analyz
 The rows of a run's results.json for its page.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -18,7 +18,7 @@ from alphaflow_cli.charts.chart import Chart
 from alphaflow_cli.documents import Anything, ListOf, Maybe, Number, Table, Text, Whole, check_shape, read_json
 from alphaflow_cli.errors import AlphaflowError, blamed_on
 from alphaflow_cli.evaluate.results import FeatureSpace, Row, read_results, told_value
-from alphaflow_cli.files import read_document, sha256_of, write_atomically
+from alphaflow_cli.files import read_document, sha256_of, write_whole
 from alphaflow_cli.model.checkpoint import read_origin
 from alphaflow_cli.recipe import diff_recipes, load_recipe, recipe_from_text, shipped
 from alphaflow_cli.recipe.facts import lines
@@ -68,15 +68,8 @@ def write_report(run: Path, out: Path) -> Path:
     if not out.name or out.is_dir():
         raise AlphaflowError(f"{out}: is a folder. Name the page's file, such as {out / 'report.html'}")
     text = run_page(page_of(run))
-    write_atomically(out, _writer(text))
+    write_whole(out, text)
     return out
-
-
-def _writer(text: str) -> Callable[[Path], None]:
-    def write(path: Path) -> None:
-        path.write_text(text, encoding="utf-8", errors="backslashreplace")  # a name may be no UTF-8
-
-    return write
 
 
 def page_of(run: Path) -> RunPage:

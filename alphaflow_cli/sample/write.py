@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from alphaflow_cli.errors import AlphaflowError
-from alphaflow_cli.files import write_atomically
+from alphaflow_cli.files import write_by, write_whole
 from alphaflow_cli.runtime.crew import run_crew
 from alphaflow_cli.runtime.processes import device_of, processes_here, smaller_batch_if_full
 from alphaflow_cli.runtime.progress import Progress, say
@@ -196,7 +196,7 @@ def write(
     made: list[Path] = []
     if request.latents is not None:
         array = np.stack([row["latent"] for row in drawn[0]])
-        write_atomically(request.latents, partial(_save_array, array=array))
+        write_by(request.latents, partial(_save_array, array=array))
         made.append(request.latents)
     if request.out is not None:
         request.out.mkdir(parents=True, exist_ok=True)
@@ -205,7 +205,7 @@ def write(
         made.append(request.out)
     if request.grid is not None:
         data = grid(request, generator, walks, labels, drawn)
-        write_atomically(request.grid, partial(_save_bytes, data=data))
+        write_whole(request.grid, data)
         made.append(request.grid)
     return made
 
@@ -218,7 +218,7 @@ def write_files(
     for seed, label, row in zip(request.seeds, labels, rows, strict=True):
         name = f"seed-{seed:06d}" + (f"-class-{label}" if has_labels(generator.recipe) else "")
         name = f"nfe-{walk.nfe}-{name}" if len(request.nfe) > 1 else name
-        write_atomically(request.out / f"{name}.png", partial(_save_bytes, data=picture_png(row["image"])))
+        write_whole(request.out / f"{name}.png", picture_png(row["image"]))
 
 
 def grid(
@@ -237,10 +237,6 @@ def grid(
     return grid_by_walk(
         [(f"{walk.nfe} NFE", each) for walk, each in zip(walks, pictures, strict=True)], 2 * COLUMNS, shown
     )
-
-
-def _save_bytes(path: Path, data: bytes) -> None:
-    path.write_bytes(data)
 
 
 def _save_array(path: Path, array: np.ndarray) -> None:

@@ -33,7 +33,7 @@ from alphaflow_cli.core.objective import Terms, interval_bins
 from alphaflow_cli.core.times import sample_times
 from alphaflow_cli.errors import AlphaflowError, blamed_on
 from alphaflow_cli.evaluate.measure import make_folder
-from alphaflow_cli.files import append, check_regular, read_document, write_atomically
+from alphaflow_cli.files import append, check_regular, read_document, write_whole
 from alphaflow_cli.recipe.plan import phase_kind, tokens
 from alphaflow_cli.recipe.schema import Recipe
 from alphaflow_cli.runtime.lock import check_lock
@@ -115,7 +115,7 @@ class Journal:
         damaged = sum(at is None for at in steps[:-1])  # the last one was cut off by a kill, perhaps
         if damaged:
             say(f"{self.path}: {damaged:,} lines were no rows of a journal, and are left out")
-        write_atomically(self.path, lambda temporary: _write(temporary, text))
+        write_whole(self.path, text)
 
     def row(self, values: dict[str, Any], *, step: int, batch: int, flops: float = 0.0) -> dict[str, Any]:
         """Add the clock's values, and write."""
@@ -148,10 +148,6 @@ def _without_nan(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _without_nan(item) for name, item in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _write(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
 
 
 def _step_of(line: str) -> int | None:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.evaluate.measure import make_folder
-from alphaflow_cli.files import write_atomically
+from alphaflow_cli.files import write_whole
 from alphaflow_cli.model.find import step_name
 from alphaflow_cli.runtime.progress import say
 from alphaflow_cli.sample.generator import Generator
@@ -51,7 +51,7 @@ class SampleGrids:
             return None
         path = self.path(run)
         make_folder(path.parent)
-        write_atomically(path, lambda temporary: _write(temporary, picture))
+        write_whole(path, picture)
         return path
 
     def _grid(self, generator: Generator) -> bytes:
@@ -70,7 +70,3 @@ class SampleGrids:
 def to_numpy(images: Tensor) -> list[np.ndarray]:
     """(n, 3, H, W) uint8 → pictures (H, W, 3)."""
     return list(images.permute(0, 2, 3, 1).to("cpu", torch.uint8).numpy())
-
-
-def _write(path: Path, data: bytes) -> None:
-    path.write_bytes(data)

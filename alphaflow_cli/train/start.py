@@ -17,7 +17,7 @@ from alphaflow_cli.data.batches import LatentStream
 from alphaflow_cli.data.manifest import read_manifest
 from alphaflow_cli.data.store import disagreements, open_store
 from alphaflow_cli.errors import AlphaflowError
-from alphaflow_cli.files import read_document, write_atomically
+from alphaflow_cli.files import read_document, write_whole
 from alphaflow_cli.latents.prepare import prepare_latents
 from alphaflow_cli.recipe import diff_recipes, dump_recipe, recipe_from_text
 from alphaflow_cli.recipe.schema import Recipe
@@ -126,7 +126,7 @@ def prepare_run(recipe: Recipe, options: TrainOptions) -> Path:
     for field, old, new in changes:
         say(f"{options.out}: {field} was {old}, and is {new} from here on")
     if changes or not path.exists():
-        write_atomically(path, lambda temporary: _write_text(temporary, dump_recipe(recipe)))
+        write_whole(path, dump_recipe(recipe))
     return store
 
 
@@ -164,10 +164,6 @@ def one_owner(recipe: Recipe, options: TrainOptions, world: World) -> Iterator[N
                 "there. All machines need the run folder and the latents on a shared file system."
             )
         yield
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
 
 
 RESIDENT_SHARE = 0.25  # of a GPU's memory that the latents may take

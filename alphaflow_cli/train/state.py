@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from alphaflow_cli.errors import AlphaflowError
-from alphaflow_cli.files import check_regular, sync, write_atomically
+from alphaflow_cli.files import check_regular, sync, write_by
 from alphaflow_cli.model.checkpoint import Checkpoint, save_checkpoint
 from alphaflow_cli.model.find import checkpoint_folders, saved_steps, step_name, step_of
 from alphaflow_cli.runtime.progress import say
@@ -74,7 +74,7 @@ def publish(run: Path, model: Path) -> None:
         except OSError:
             shutil.copyfile(model, target)
 
-    write_atomically(run / "model.safetensors", link)
+    write_by(run / "model.safetensors", link)
 
 
 def save_state(run: Path, step: int, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
