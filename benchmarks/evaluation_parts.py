@@ -19,7 +19,7 @@ from alphaflow_cli.evaluate.pictures import GeneratedImages
 from alphaflow_cli.evaluate.reference import Reference, Stats
 from alphaflow_cli.evaluate.results import space_of
 from alphaflow_cli.evaluate.score import Measured, score
-from alphaflow_cli.nn.weights import sha256_of
+from alphaflow_cli.files import sha256_of
 from alphaflow_cli.runtime.processes import Alone
 from alphaflow_cli.sample.generator import Generator, open_generator
 from alphaflow_cli.sample.walk import plan_walk

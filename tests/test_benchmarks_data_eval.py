@@ -16,7 +16,7 @@ import random_networks
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from alphaflow_cli.nn.weights import sha256_of
+from alphaflow_cli.files import sha256_of
 
 HEAD = {"benchmark", "date", "command", "hardware", "versions", "commit", "dirty"}
 TINY = ["parts", "--size", "tiny", "--autoencoder", "tiny", "--metrics", "fd-tiny", "--images", "8", "--device", "cpu"]

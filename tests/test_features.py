@@ -13,7 +13,8 @@ from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.evaluate.features import build_extractor, resize_bicubic
 from alphaflow_cli.evaluate.networks import Clip, DinoV2, Inception, resample_positions
 from alphaflow_cli.evaluate.tiny import FLOOR, Tiny
-from alphaflow_cli.nn.weights import load_weights, sha256_of
+from alphaflow_cli.files import sha256_of
+from alphaflow_cli.nn.weights import load_weights
 from alphaflow_cli.runtime.precision import true_float32
 
 CPU = torch.device("cpu")
