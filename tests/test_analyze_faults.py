@@ -31,8 +31,8 @@ def fault_of(capsys, *line):
 def test_an_out_that_is_a_file_is_told(tiny_run, tmp_path, capsys):  # noqa: F811
     file = tmp_path / "taken"
     file.write_text("mine")
-    said = fault_of(capsys, tiny_run, "--out", file, "--batches", "1")
-    assert f"{file}: cannot be written" in said
+    said = fault_of(capsys, tiny_run, "--out", file / "x", "--batches", "1")
+    assert f"{file}/x: cannot be written" in said
     assert file.read_text() == "mine"
 
 

@@ -129,7 +129,7 @@ def test_a_block_number_is_no_number_of_blocks(tmp_path):
 def test_nothing_is_built_before_the_shapes_agree(tmp_path, monkeypatch):
     built = []
     monkeypatch.setattr(main, "build_network", lambda recipe: built.append(recipe.model.dim))
-    tree = sit_weights() | {"x_embedder.proj.weight": torch.zeros(96000, 4, 2, 2)}
+    tree = sit_weights() | {"x_embedder.proj.weight": torch.zeros(60000, 4, 2, 2)}
     with pytest.raises(AlphaflowError, match="of another shape"):
         converted(tmp_path, tree, family="sit")
     assert built == []
@@ -221,5 +221,7 @@ def test_an_autoencoder_of_odd_names_and_shapes_is_named(tmp_path):
                   {"encoder.down_blocks.0.resnets.0.conv1.weight": torch.zeros(())}):  # fmt: skip
         tree = published_snapshot()
         tree["ema"] |= {f"autoencoder.model.model.{name}": value for name, value in names.items()}
-        with pytest.raises(AlphaflowError, match=r"the autoencoder in the snapshot lacks|does not divide"):
+        with pytest.raises(
+            AlphaflowError, match=r"the autoencoder in the snapshot lacks|does not divide|data.image_size must be"
+        ):
             converted(tmp_path, tree)

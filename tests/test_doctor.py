@@ -94,10 +94,10 @@ def clone(tmp_path, *line, packages=True):
 def test_a_clone_that_is_not_installed_works_and_says_so(tmp_path):
     done = clone(tmp_path, "doctor")
     assert (done.returncode, done.stderr) == (0, "")
-    assert "alphaflow is not installed" in done.stdout
+    assert "a clone here, not installed" in done.stdout
 
 
 def test_a_clone_without_its_packages_is_one_line(tmp_path):
     done = clone(tmp_path, "--version", packages=False)
     assert done.returncode == 1
-    assert done.stderr == "error: click is not installed. Run, in alphaflow's folder: pip install -e .\n"
+    assert done.stderr == "error: click is not installed. Run, in alphaflow's folder: pip install .\n"

@@ -132,7 +132,7 @@ def test_the_count_is_in_the_name_and_the_bias_is_noted(capsys: pytest.CaptureFi
         ("eval broken --metrics fd-tiny --reference glyphs:200", 1, "00007.png"),
         ("eval mixed --metrics fd-tiny --reference glyphs:200", 1, "must be of one size"),
         ("eval samples --metrics kid --reference adm.npz", 1, "Inception-v3"),
-        ("eval samples --metrics fd-tiny --reference real.safetensors --out floats.npz/x", 1, "cannot be made"),
+        ("eval samples --metrics fd-tiny --reference real.safetensors --out floats.npz/x", 1, "cannot be written"),
         ("reference samples --metrics fd-tiny -o real.npz", 2, ".safetensors"),
         ("reference samples --metrics fd-tiny -o real.safetensors", 1, "exists already"),
     ],

@@ -32,6 +32,9 @@ class Held:
         self.held, self.label, self.asked = images, name, list[tuple[int, int]]()
         self.count, self.size = len(images), (int(images.shape[2]), int(images.shape[3]))
 
+    def close(self) -> None:
+        """Nothing is open."""
+
     def images(self, start: int, stop: int) -> Tensor:
         self.asked.append((start, stop))
         return self.held[start:stop]

@@ -86,7 +86,7 @@ def test_when_all_fail_to_exchange_their_message_is_shown(tmp_path):
 
 
 def test_eval_inside_a_launcher_refuses_another_number_of_processes(monkeypatch, capsys):
-    for name, value in {"RANK": "0", "WORLD_SIZE": "4"}.items():
+    for name, value in {"RANK": "0", "WORLD_SIZE": "4", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
     assert cli.run(["eval", "glyphs:100", "--metrics", "fd-tiny", "--processes", "2"]) == 1
     assert "--processes 2: a launcher has started 4 processes already" in capsys.readouterr().err
