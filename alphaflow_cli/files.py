@@ -190,3 +190,11 @@ def sha256_of_all(paths: list[Path]) -> list[str]:
     """Checksums of many files, on every core (hashing releases the interpreter's lock)."""
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
         return list(pool.map(sha256_of, paths))
+
+
+def make_folder(folder: Path) -> None:
+    """With its parents."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as fault:
+        raise AlphaflowError(f"{folder}: cannot be made ({fault.strerror}); name another folder") from fault

@@ -1,4 +1,4 @@
-"""Shared by all tests: one thread for torch (bit-identical runs), the CPU, and helper modules importable by name.
+"""Shared by all tests: one thread for torch (bit-identical runs), and the CPU.
 
 The tests are written for the CPU: they compare tensors with the host's, and fork, which a process that has touched a
 GPU cannot. So GPUs are hidden from them and from the processes that they start. `pytest -m gpu` leaves the GPUs in
@@ -8,12 +8,8 @@ verb over a device that is not the CPU on any machine.
 
 import os
 import re
-import sys
-from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-sys.path.insert(0, str(Path(__file__).parent))
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
 
 def pytest_configure(config):

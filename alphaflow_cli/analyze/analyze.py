@@ -21,9 +21,8 @@ from alphaflow_cli.analyze.summary import summarise, write_charts
 from alphaflow_cli.data.batches import LatentStream
 from alphaflow_cli.data.manifest import read_manifest
 from alphaflow_cli.errors import AlphaflowError, blamed_on
-from alphaflow_cli.evaluate.measure import make_folder
 from alphaflow_cli.evaluate.results import environment
-from alphaflow_cli.files import append, check_regular, sha256_of, write_whole
+from alphaflow_cli.files import append, check_regular, make_folder, sha256_of, write_whole
 from alphaflow_cli.model.find import checkpoint_folders, find_checkpoint, run_folder
 from alphaflow_cli.recipe.schema import Recipe
 from alphaflow_cli.runtime.lock import hold

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from alphaflow_cli.convert.imported import AUTOENCODER_FILE, check_out
 from alphaflow_cli.convert.published import AUTOENCODER, STATISTICS
+from alphaflow_cli.convert.shape import to_published
 from alphaflow_cli.convert.snapshot_cfg import schedule_places, walk_cfg
 from alphaflow_cli.convert.source import read_source
 from alphaflow_cli.errors import AlphaflowError
@@ -20,8 +21,7 @@ from alphaflow_cli.model.build import build_network
 from alphaflow_cli.model.checkpoint import Checkpoint, check_autoencoder, load_checkpoint
 from alphaflow_cli.nn.autoencoder import load_autoencoder
 from alphaflow_cli.recipe import Recipe
-from alphaflow_cli.recipe.loader import resolve_step
-from alphaflow_cli.recipe.schema import Schedule
+from alphaflow_cli.recipe.schema import Schedule, resolve_step
 from alphaflow_cli.runtime.progress import say
 
 
@@ -185,34 +185,3 @@ def _merged(theirs: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
         inside = theirs.get(key)
         theirs[key] = _merged(inside, value) if isinstance(inside, dict) and isinstance(value, dict) else value
     return theirs
-
-
-PUBLISHED = {
-    "pos_embed": "pos_embed",
-    "patch_embed.proj.": "x_embedder.proj.",
-    "time_embed.mlp.": "noise_labels_embedder.mlp.",
-    "second_embed.mlp.": "noise_labels_next_embedder.mlp.",
-    "label_embed.weight": "y_embedder.embedding_table.weight",
-    "blocks.": "blocks.",
-    "final.linear.": "final_layer.linear.",
-    "final.modulation.linear.": "final_layer.adaLN_modulation.1.",
-}
-MODULATION = (".modulation.linear.", ".adaLN_modulation.1.")  # inside a block
-
-
-def to_published(name: str) -> str:
-    """`blocks.0.modulation.linear.bias` → `blocks.0.adaLN_modulation.1.bias`."""
-    return _rename(name, PUBLISHED, *MODULATION)
-
-
-def from_published(name: str) -> str:
-    """The way back."""
-    return _rename(name, {theirs: ours for ours, theirs in PUBLISHED.items()}, *reversed(MODULATION))
-
-
-def _rename(name: str, prefixes: dict[str, str], old: str, new: str) -> str:
-    for ours, theirs in prefixes.items():
-        if name.startswith(ours):
-            rest = name[len(ours) :]
-            return theirs + (rest.replace(old[1:], new[1:]) if ours == "blocks." else rest)
-    raise KeyError(name)

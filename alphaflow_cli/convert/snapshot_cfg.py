@@ -16,8 +16,7 @@ from alphaflow_cli.convert.imported import step_in_file
 from alphaflow_cli.convert.source import in_brief
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.recipe import Recipe
-from alphaflow_cli.recipe.loader import resolve_step
-from alphaflow_cli.recipe.schema import Schedule, ScheduleKind
+from alphaflow_cli.recipe.schema import Schedule, ScheduleKind, resolve_step
 
 SCHEDULES = {"alpha": "alpha", "times.equal_share": "ratio_fm"}  # field of the recipe → part of the name in cfg
 MIX = ("omega", "kappa", "t_min", "t_max")

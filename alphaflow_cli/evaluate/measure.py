@@ -26,7 +26,7 @@ from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.evaluate.features import Extractor
 from alphaflow_cli.evaluate.pictures import ImageSource
 from alphaflow_cli.evaluate.results import space_of
-from alphaflow_cli.files import write_whole
+from alphaflow_cli.files import make_folder, write_whole
 from alphaflow_cli.runtime.processes import Processes, smaller_batch_if_full
 from alphaflow_cli.runtime.progress import Progress, say
 
@@ -96,14 +96,6 @@ def run_pass(work: Pass, processes: Processes, *, batch: int, clock: Clock) -> N
     except KeyboardInterrupt:
         say(f"interrupted; finished chunks are kept in {work.folder}: run the same command again to go on")
         raise
-
-
-def make_folder(folder: Path) -> None:
-    """With its parents."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as fault:
-        raise AlphaflowError(f"{folder}: cannot be made ({fault.strerror}); name another folder") from fault
 
 
 def _measure(work: Pass, part: tuple[int, int], device: torch.device, *, batch: int, clock: Clock) -> dict[str, Tensor]:

@@ -8,8 +8,11 @@ A checkpoint as pictures to be measured: picture i has seed i, the same whoever 
 
 import hashlib
 import json
+import struct
 import time
-from collections.abc import Iterator, Sequence
+import zipfile
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import cached_property
@@ -19,16 +22,17 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from numpy.lib.npyio import NpzFile
 from torch import Tensor
 
 from alphaflow_cli.data import archives, sources
 from alphaflow_cli.data.classes import choose_split
 from alphaflow_cli.data.opening import open_source
 from alphaflow_cli.data.pictures import MAX_PIXELS, BadPicture, decode, decode_whole
-from alphaflow_cli.errors import AlphaflowError
-from alphaflow_cli.evaluate.reference import read_npz
+from alphaflow_cli.errors import DAMAGE, AlphaflowError
 from alphaflow_cli.sample.generator import Generator
 from alphaflow_cli.sample.walk import Walk, draw_labels
+from alphaflow_cli.text import brief
 
 READERS = 8  # threads that fetch and decode
 
@@ -285,3 +289,20 @@ class GeneratedImages:
     def fingerprint(self) -> str:
         """Of everything the pictures depend on."""
         return hashlib.sha256(json.dumps(self.describe(), sort_keys=True).encode()).hexdigest()
+
+
+BROKEN = (EOFError, RuntimeError, OverflowError, MemoryError, struct.error, zipfile.BadZipFile, zlib.error)  # of zips
+
+
+def read_npz(path: Path, wanted: Iterable[str]) -> tuple[list[str], dict[str, Any]]:
+    """The names of all arrays in an .npz, and those arrays of the wanted ones that it has.
+
+    Any damage is a ValueError. (Of an empty file numpy makes an EOFError, which click takes for Ctrl-D.)
+    """
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+            if not isinstance(archive, NpzFile):
+                raise ValueError("it is one array, as .npy files are")
+            return archive.files, {name: archive[name] for name in wanted if name in archive.files}
+    except (*DAMAGE, *BROKEN) as fault:
+        raise ValueError(brief(fault)) from fault

@@ -17,17 +17,12 @@ A pickle may name numpy's own constructors and nothing else.
 import hashlib
 import json
 import pickle
-import struct
-import zipfile
-import zlib
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.lib.npyio import NpzFile
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -35,10 +30,11 @@ from alphaflow_cli.core.frechet import Moments, frechet_distance
 from alphaflow_cli.documents import Anything, ListOf, Maybe, Table, Text, Whole, parse_json
 from alphaflow_cli.errors import DAMAGE, AlphaflowError
 from alphaflow_cli.evaluate.features import Extractor
-from alphaflow_cli.evaluate.measure import Content, Pass, load_all, make_folder
+from alphaflow_cli.evaluate.measure import Content, Pass, load_all
+from alphaflow_cli.evaluate.pictures import BROKEN, read_npz
 from alphaflow_cli.evaluate.results import SPACE, FeatureSpace, environment, space_of
+from alphaflow_cli.files import make_folder
 from alphaflow_cli.tensors import save_tensors
-from alphaflow_cli.text import brief
 
 FORMAT = "alphaflow-reference/1"
 KEPT = 10_000  # features kept one by one
@@ -223,7 +219,6 @@ def floor_of(reference: Reference, key: str, count: int) -> float | None:
 TF1 = "TensorFlow 1 bilinear to 299 px (no half-pixel shift, no antialias); (x − 128)/128"
 HALF_PIXEL = "bilinear to 299 px with half-pixel centres (the JAX port of MeanFlow and iMF)"
 TF1_DINO = "TensorFlow 1 bilinear to 224 px; ImageNet mean and deviation (torch-fidelity's, not FDD's)"
-BROKEN = (EOFError, RuntimeError, OverflowError, MemoryError, struct.error, zipfile.BadZipFile, zlib.error)  # of zips
 BY_DIM = {2048: "inception", 1024: "dinov2", 768: "clip", 192: "tiny"}
 
 
@@ -256,20 +251,6 @@ def holds_statistics(path: Path) -> bool:
         return bool({"mu", "ref_mu"} & set(read_npz(path, ())[0]))
     except ValueError as fault:
         raise AlphaflowError(f"{path}: not a readable .npz ({fault}). Make it, or fetch it, again") from fault
-
-
-def read_npz(path: Path, wanted: Iterable[str]) -> tuple[list[str], dict[str, Any]]:
-    """The names of all arrays in an .npz, and those arrays of the wanted ones that it has.
-
-    Any damage is a ValueError. (Of an empty file numpy makes an EOFError, which click takes for Ctrl-D.)
-    """
-    try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-            if not isinstance(archive, NpzFile):
-                raise ValueError("it is one array, as .npy files are")
-            return archive.files, {name: archive[name] for name in wanted if name in archive.files}
-    except (*DAMAGE, *BROKEN) as fault:
-        raise ValueError(brief(fault)) from fault
 
 
 def _read_npz(path: Path) -> list[ForeignStats]:

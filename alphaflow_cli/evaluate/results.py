@@ -21,8 +21,7 @@ import alphaflow_cli
 from alphaflow_cli.documents import Anything, ListOf, Maybe, Number, Table, Text, Whole, read_json
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.evaluate.features import Extractor
-from alphaflow_cli.evaluate.measure import make_folder
-from alphaflow_cli.files import append, write_whole
+from alphaflow_cli.files import append, make_folder, write_whole
 from alphaflow_cli.recipe.schema import Metric
 from alphaflow_cli.text import for_markdown
 

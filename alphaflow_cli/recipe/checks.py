@@ -10,8 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from operator import attrgetter
 
-from alphaflow_cli.recipe.loader import resolve_step
-from alphaflow_cli.recipe.schema import MOST_NFE, Recipe, Schedule
+from alphaflow_cli.recipe.schema import MOST_NFE, Recipe, Schedule, resolve_step
 from alphaflow_cli.recipe.source import Faults
 
 Fault = tuple[str, str]

@@ -5,8 +5,7 @@ from typing import Any
 
 from alphaflow_cli.core.alpha import equal_rows
 from alphaflow_cli.recipe import plan
-from alphaflow_cli.recipe.loader import resolve_step
-from alphaflow_cli.recipe.schema import Recipe, Schedule
+from alphaflow_cli.recipe.schema import Recipe, Schedule, resolve_step
 
 PHASE_WORDS = {
     "flow": ("α = 1", "trajectory flow matching"),

@@ -14,7 +14,7 @@ from typing import Any
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.recipe.build import build, suggest, with_value
 from alphaflow_cli.recipe.checks import check
-from alphaflow_cli.recipe.schema import Recipe, Schedule, Step
+from alphaflow_cli.recipe.schema import Recipe, Schedule
 from alphaflow_cli.recipe.source import MAX_DEPTH, MAX_INSIDE, Faults, Mapping, parse, parse_value, read_text
 from alphaflow_cli.text import for_terminal
 
@@ -153,8 +153,3 @@ def diff_recipes(a: Recipe, b: Recipe) -> list[tuple[str, Any, Any]]:
     """(dotted name, value in a, value in b) of every field in which two recipes differ."""
     left, right = flatten(a), flatten(b)
     return [(name, left[name], right[name]) for name in left if left[name] != right[name]]
-
-
-def resolve_step(step: Step, total: int) -> int:
-    """The optimiser step meant by a step or a percentage of `total` steps, rounded to the nearest."""
-    return step if isinstance(step, int) else round(float(step.removesuffix("%")) / 100 * total)

@@ -10,8 +10,7 @@ from typing import Literal
 
 from alphaflow_cli.core.alpha import clamped, equal_rows, schedule_value
 from alphaflow_cli.core.rates import learning_rate
-from alphaflow_cli.recipe.loader import resolve_step
-from alphaflow_cli.recipe.schema import Recipe, Schedule
+from alphaflow_cli.recipe.schema import Recipe, Schedule, resolve_step
 
 TIME_FEATURES = 256  # sines and cosines that a time embedder is fed
 KEPT_BYTES = {

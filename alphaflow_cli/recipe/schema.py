@@ -199,3 +199,8 @@ class Recipe:
     train: Train = field(default_factory=Train)
     sample: Sample = field(default_factory=Sample)
     eval: Eval = field(default_factory=Eval)
+
+
+def resolve_step(step: Step, total: int) -> int:
+    """The optimiser step meant by a step or a percentage of `total` steps, rounded to the nearest."""
+    return step if isinstance(step, int) else round(float(step.removesuffix("%")) / 100 * total)

@@ -32,8 +32,7 @@ from torch import Tensor
 from alphaflow_cli.core.objective import Terms, interval_bins
 from alphaflow_cli.core.times import sample_times
 from alphaflow_cli.errors import AlphaflowError, blamed_on
-from alphaflow_cli.evaluate.measure import make_folder
-from alphaflow_cli.files import append, check_regular, read_document, write_whole
+from alphaflow_cli.files import append, check_regular, make_folder, read_document, write_whole
 from alphaflow_cli.recipe.plan import phase_kind, tokens
 from alphaflow_cli.recipe.schema import Recipe
 from alphaflow_cli.runtime.lock import check_lock

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from alphaflow_cli.errors import AlphaflowError
-from alphaflow_cli.evaluate.measure import make_folder
-from alphaflow_cli.files import write_whole
+from alphaflow_cli.files import make_folder, write_whole
 from alphaflow_cli.model.find import step_name
 from alphaflow_cli.runtime.progress import say
 from alphaflow_cli.sample.generator import Generator

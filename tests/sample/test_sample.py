@@ -6,57 +6,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from golden_data import network, tensor
+from golden_data import tensor
+from small_models import checkpoint_m, pixel_checkpoint, recipe_m
 
 from alphaflow_cli import cli
 from alphaflow_cli.errors import AlphaflowError
-from alphaflow_cli.model.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from alphaflow_cli.recipe.schema import Data, Guidance, Model, Recipe, Sample, Schedule, Train
+from alphaflow_cli.model.checkpoint import load_checkpoint, save_checkpoint
+from alphaflow_cli.recipe.schema import Sample
 from alphaflow_cli.sample.generator import Generator
 from alphaflow_cli.sample.walk import draw_labels, plan_walk
-
-PIXELS = {"id": "none", "revision": "", "weights_sha256": ""}
-
-
-def recipe_m(precision: str = "fp64", **guidance: float) -> Recipe:
-    """The recipe of the golden model M."""
-    return Recipe(
-        name="golden",
-        model=Model(dim=64, depth=2, heads=4, patch=2),
-        data=Data(autoencoder="tiny", image_size=64, channels=4, latent_size=8, classes=10, normalise="scale"),
-        alpha=Schedule(initial=0.0),
-        guidance=Guidance(label_dropout=0.1, **guidance),
-        train=Train(precision=precision),  # type: ignore[arg-type]
-    )
-
-
-def checkpoint_m(recipe: Recipe, weights: dict[str, torch.Tensor] | None = None) -> Checkpoint:
-    one = torch.ones((1, 1, 1), dtype=torch.float64)
-    origin = {"step": 7, "weights": "ema", "class_names": [f"class {i}" for i in range(10)], "autoencoder": PIXELS}
-    state = weights or {name: w.detach() for name, w in network("M").named_parameters()}
-    return Checkpoint(weights=state, recipe=recipe, mean=0 * one, std=one, origin=origin)
 
 
 @pytest.fixture
 def golden_checkpoint(tmp_path: Path) -> Path:
     path = tmp_path / "m.safetensors"
     save_checkpoint(path, checkpoint_m(recipe_m()))
-    return path
-
-
-def pixel_checkpoint(path: Path, side: int = 8) -> Path:
-    """A random pixel-space model, ten classes; every weight random, so that nothing is zero."""
-    recipe = replace(
-        recipe_m("fp32"),
-        model=Model(dim=32, depth=2, heads=2, patch=2),
-        data=Data(autoencoder="none", image_size=side, channels=3, latent_size=side, classes=10, normalise="scale"),
-    )
-    from alphaflow_cli.model.build import build_network
-
-    net = build_network(recipe)
-    generator = torch.Generator().manual_seed(1)
-    weights = {n: torch.randn(w.shape, generator=generator) * 0.05 for n, w in net.named_parameters()}
-    save_checkpoint(path, checkpoint_m(recipe, weights))
     return path
 
 

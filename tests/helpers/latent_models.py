@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import torch
-from test_sample import checkpoint_m, recipe_m
+from small_models import checkpoint_m, recipe_m
 from tiny_autoencoders import tiny_kl
 
 from alphaflow_cli.model.build import build_network

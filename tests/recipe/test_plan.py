@@ -7,7 +7,7 @@ import pytest
 
 from alphaflow_cli.recipe import load_recipe, plan, recipe_from_text, shipped
 from alphaflow_cli.recipe.facts import facts, human, lines
-from alphaflow_cli.recipe.loader import resolve_step
+from alphaflow_cli.recipe.schema import resolve_step
 
 PARAMETERS = {
     "b2": 131_287_312,
@@ -148,7 +148,7 @@ def test_nothing_of_this_needs_torch():
     import subprocess
 
     script = (
-        "import sys, alphaflow_cli.engine.facts as f; from alphaflow_cli.recipe import load_recipe\n"
+        "import sys, alphaflow_cli.recipe.facts as f; from alphaflow_cli.recipe import load_recipe\n"
         "f.facts(load_recipe('b2')); sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0

@@ -9,7 +9,7 @@ from typing import get_args
 import numpy as np
 import pytest
 from latent_models import latent_models
-from test_sample import pixel_checkpoint
+from small_models import pixel_checkpoint
 
 import alphaflow_cli
 from alphaflow_cli import cli

@@ -5,7 +5,7 @@ import warnings
 import pytest
 import torch
 
-from alphaflow_cli.convert.export import from_published, to_published
+from alphaflow_cli.convert.shape import from_published, to_published
 from alphaflow_cli.nn.dit import DiT
 from alphaflow_cli.recipe.plan import parameter_count
 from alphaflow_cli.recipe.schema import Data, Guidance, Model, Recipe

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import click
+from places import ROOT
 
 from alphaflow_cli import doctor
 from alphaflow_cli.cli import run
@@ -85,7 +86,7 @@ def clone(tmp_path, *line, packages=True):
     for entry in Path(click.__file__).parents[1].iterdir() if packages else ():
         if "alphaflow" not in entry.name and entry.suffix != ".pth":
             (site / entry.name).symlink_to(entry)
-    root = Path(__file__).parents[1]
+    root = ROOT
     outside = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), str(site)])}
     command = [sys.executable, "-S", "-m", "alphaflow_cli", *line]
     return subprocess.run(command, cwd=tmp_path, env=outside, capture_output=True, text=True, timeout=200)

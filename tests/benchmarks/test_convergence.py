@@ -1,25 +1,21 @@
 """The comparison: members differ where they should and nowhere else, and no order is claimed without its seeds."""
 
 import json
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import table
+from conflict import conflict_lines, training_lines
+from measure import is_measured
+from page import document
+from places import ROOT
+from run import Job, is_done, parser, told_options
+from table import Run, read_run, told, verdict
 
-FOLDER = Path(__file__).parent.parent / "benchmarks" / "convergence"
-sys.path.append(str(FOLDER))
+from alphaflow_cli.charts.draw import to_png
+from alphaflow_cli.recipe import diff_recipes, dump_recipe, load_recipe
 
-import table  # noqa: E402
-from conflict import conflict_lines, training_lines  # noqa: E402
-from measure import is_measured  # noqa: E402
-from page import document  # noqa: E402
-from run import Job, is_done, parser, told_options  # noqa: E402
-from table import Run, read_run, told, verdict  # noqa: E402
-
-from alphaflow_cli.charts.draw import to_png  # noqa: E402
-from alphaflow_cli.recipe import diff_recipes, dump_recipe, load_recipe  # noqa: E402
-
+FOLDER = ROOT / "benchmarks" / "convergence"
 MEMBERS = {path.stem: load_recipe(str(path)) for path in sorted((FOLDER / "recipes").glob("*.yaml"))}
 MAY_DIFFER = ("name", "alpha.", "times.equal_share.", "loss.weight", "loss.velocity", "sample.")
 UNCLAMPED = ("alphaflow-25-converging", "alphaflow-25-unclamped")  # as their headers say

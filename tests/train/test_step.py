@@ -10,7 +10,7 @@ from golden_data import FOLDER, LABEL_ROWS, arrays, assert_close, labels, networ
 from reference_step import reference_step
 from workload import CLASSES, Size, asking, build, draw
 
-from alphaflow_cli.convert.export import to_published
+from alphaflow_cli.convert.shape import to_published
 from alphaflow_cli.core.alpha import schedule_value
 from alphaflow_cli.model.build import compile_blocks
 from alphaflow_cli.recipe.schema import Guidance, Loss

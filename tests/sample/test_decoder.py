@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from latent_models import latent_models
-from test_sample import checkpoint_m, pixel_checkpoint, recipe_m
+from small_models import checkpoint_m, pixel_checkpoint, recipe_m
 from tiny_autoencoders import tiny_dc, tiny_kl, tiny_taesd
 
 import alphaflow_cli

@@ -6,10 +6,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from places import ROOT
 from torch import Tensor
 from torch_fidelity import FeatureExtractorInceptionV3
 
-CIFAR = Path(__file__).parents[2] / "shared" / "data" / "cifar10.tar.xz"
+CIFAR = ROOT.parent / "shared" / "data" / "cifar10.tar.xz"
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 
 

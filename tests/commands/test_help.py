@@ -2,14 +2,14 @@
 
 import os
 import shlex
-from pathlib import Path
 
 import click
 import pytest
+from places import ROOT
 
 from alphaflow_cli.cli import group, run
 
-SNAPSHOTS = Path(__file__).parent / "help"
+SNAPSHOTS = ROOT / "tests" / "help"
 WIDTH = 100
 RUN_HERE = ("alphaflow", "recipe", "doctor")  # verbs whose examples run at once, with nothing but this package
 

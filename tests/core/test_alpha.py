@@ -2,17 +2,17 @@
 
 import itertools
 import json
-from pathlib import Path
 from typing import get_args
 
 import numpy as np
 import pytest
+from places import ROOT
 
 from alphaflow_cli.core.alpha import PROGRESS, clamped, equal_rows, schedule_value
 from alphaflow_cli.core.rates import learning_rate
 from alphaflow_cli.recipe.schema import ScheduleKind
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = ROOT / "tests" / "golden"
 SCHEDULERS = json.loads((GOLDEN / "schedulers.json").read_text())
 RECIPES = json.loads((GOLDEN / "alpha_recipes.json").read_text())
 MISC = np.load(GOLDEN / "misc.npz")

@@ -3,7 +3,8 @@
 import re
 import subprocess
 import sys
-from pathlib import Path
+
+from places import ROOT
 
 import alphaflow_cli
 
@@ -36,7 +37,7 @@ def test_doctor_says_that_a_clone_is_not_installed():
 
 
 def test_the_package_is_built_with_the_version_that_it_says():
-    text = (Path(__file__).parent.parent / "pyproject.toml").read_text(encoding="utf-8")
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     assert 'dynamic = ["version"]' in text
     assert not re.search(r"^version = ", text, re.MULTILINE)
     assert re.search(r'\[tool\.hatch\.version\]\npath = "alphaflow_cli/__init__\.py"', text)

@@ -3,11 +3,11 @@
 import importlib
 import re
 from functools import reduce
-from pathlib import Path
 
 import pytest
+from places import ROOT
 
-PAGE = (Path(__file__).parent.parent / "docs" / "method.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs" / "method.md").read_text(encoding="utf-8")
 POINTERS = sorted(set(re.findall(r"((?:core|nn|engine)/\w+\.py):([\w.]*\w)", PAGE)))
 CORE = ("path", "times", "alpha", "guidance", "objective", "conflict", "sampler", "ema")
 NOT_EQUATIONS = {"expand", "grid_evaluations"}  # shapes and counts

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from test_sample import pixel_checkpoint
+from small_models import pixel_checkpoint
 
 from alphaflow_cli import cli
 from alphaflow_cli.model.checkpoint import load_checkpoint, save_checkpoint

@@ -2,10 +2,10 @@
 
 import json
 from dataclasses import fields, is_dataclass
-from pathlib import Path
 
 import pytest
 import yaml
+from places import ROOT
 
 from alphaflow_cli.cli import run
 from alphaflow_cli.recipe import Recipe, diff_recipes, dump_recipe, load_recipe, recipe_from_text, shipped
@@ -141,7 +141,7 @@ def test_the_dump_says_every_field_and_other_yaml_readers_understand_it():
 
 
 def test_every_field_of_the_schema_is_explained_in_the_docs():
-    text = (Path(__file__).parent.parent / "docs" / "recipes.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
     for section in fields(Recipe()):
         value = getattr(Recipe(), section.name)
         for field in fields(value) if is_dataclass(value) else ():

@@ -1,17 +1,17 @@
 """The golden vectors, read once: what the published system computes, in float64 (see tests/golden/README.md)."""
 
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from places import ROOT
 from torch import Tensor
 
-from alphaflow_cli.convert.export import from_published
+from alphaflow_cli.convert.shape import from_published
 from alphaflow_cli.nn.dit import DiT
 
-FOLDER = Path(__file__).parent / "golden"
+FOLDER = ROOT / "tests" / "golden"
 LABEL_ROWS = {"M": 11, "N": 10}  # M has a null row; in N "null" is row 9
 
 

@@ -265,7 +265,7 @@ def test_somebody_who_may_not_read_a_folder_or_write_the_destination_gets_one_li
     }
     lines = [["prep-latents", *map(str, line), *OPTIONS] for line in cases.values()]
     script = (
-        "import os, sys; from alphaflow_cli.cli import run; from alphaflow_cli.engine import prepare_report; "
+        "import os, sys; from alphaflow_cli.cli import run; import alphaflow_cli.latents.prepare; "
         f"os.setgid(65534); os.setuid(65534); sys.exit([run(line) for line in {lines!r}] != [1] * {len(lines)})"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=dict(os.environ))

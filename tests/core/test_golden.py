@@ -145,7 +145,7 @@ def test_a_loss_case_agrees_from_labels_to_gradients(name):
 
 @pytest.mark.parametrize("name", sorted(LOSS_META))
 def test_a_loss_case_has_the_published_gradients(name):
-    from alphaflow_cli.convert.export import to_published
+    from alphaflow_cli.convert.shape import to_published
 
     case = LossCase(name)
     grads = {f"model.{to_published(n)}": p.grad for n, p in case.net.named_parameters()}
@@ -220,7 +220,7 @@ def test_the_positional_table_and_the_time_features_are_published_ones():
 
 
 def test_initialisation_has_the_published_statistics():
-    from alphaflow_cli.convert.export import to_published
+    from alphaflow_cli.convert.shape import to_published
     from alphaflow_cli.nn.dit import DiT
 
     stats = json.loads((FOLDER / "init_stats.json").read_text())
