@@ -1,7 +1,7 @@
 """JSON from outside, read strictly: bounded in bytes and depth, every key once, finite numbers, a declared shape.
 
     results = read_json(path, RESULTS)
-    RESULTS = Table({"evaluations": Rows(EVALUATION)}, optional={"schema": Text()})
+    RESULTS = Table({"evaluations": ListOf(EVALUATION)}, optional={"schema": Text()})
 
 A document that does not fit is one line that names the file and the place in it: `results.json: rows[2].value: a number
 is wanted, this is text`. Nothing here knows what a document means.

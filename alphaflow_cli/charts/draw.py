@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+CurvePoints = list[tuple[float, float]]
+Spread = list[tuple[float, float, float]]  # x, low, high
 SCALE = 2  # pixels of a PNG to a pixel of the page
 FONT = "Helvetica Neue, Helvetica, Arial, sans-serif"  # of an SVG that stands alone; within a page, the page's own
 LOOK: dict[Any, Any] = {  # matplotlib's settings while a chart is drawn; one of its points is one pixel of the page
@@ -230,11 +232,7 @@ def _draw_bands(axes: "Axes", chart: Chart, head: Head) -> None:
             axes.text(middle, 1 + 6 / height, fitting[0], ha="center", transform=axes.get_xaxis_transform())
 
 
-Points = list[tuple[float, float]]
-Spread = list[tuple[float, float, float]]
-
-
-def _draw_bars(axes: "Axes", bars: Bars, points: Points, spread: Spread) -> None:
+def _draw_bars(axes: "Axes", bars: Bars, points: CurvePoints, spread: Spread) -> None:
     """A bar per point, a whisker per spread."""
     xs, heights = [x for x, _ in points], [y for _, y in points]
     axes.bar(xs, heights, 0.6, color=bars.colour, linewidth=0, label=clean(bars.label))
@@ -243,7 +241,7 @@ def _draw_bars(axes: "Axes", bars: Bars, points: Points, spread: Spread) -> None
         axes.vlines(around, lows, highs, color=INK, linewidth=2, zorder=3, label=clean(bars.spread_label))
 
 
-def _draw_curve(axes: "Axes", line: Line, points: Points, spread: Spread) -> None:
+def _draw_curve(axes: "Axes", line: Line, points: CurvePoints, spread: Spread) -> None:
     """A line through the points, dots where it has markers or a point has no neighbour, and its spread in shade."""
     if spread:
         xs, lows, highs = zip(*spread, strict=True)
@@ -257,7 +255,7 @@ def _draw_curve(axes: "Axes", line: Line, points: Points, spread: Spread) -> Non
     axes.plot([x for x, _ in dots], [y for _, y in dots], "o", color=line.colour, zorder=4)
 
 
-def _draw_values(axes: "Axes", points: Points) -> None:
+def _draw_values(axes: "Axes", points: CurvePoints) -> None:
     """On the side of each point from which the curve bends away, as far as there is room."""
     box, taken = {"facecolor": PAPER, "linewidth": 0, "pad": 1}, axes.bbox.x0  # the box hides the grid
     for i, (x, y) in enumerate(points):

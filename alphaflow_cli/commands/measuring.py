@@ -1,15 +1,13 @@
 """What `eval` and `reference` share on the command line: metrics, weights, batch."""
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import get_args
 
 import click
 
-from alphaflow_cli.commands.common import BATCH
+from alphaflow_cli.commands.common import BATCH, Command
 from alphaflow_cli.recipe.schema import Metric
 
-Command = TypeVar("Command", bound=Callable[..., Any])
 Metrics = tuple[Metric, ...]
 Weights = dict[str, Path]
 NETWORKS = ("inception", "dinov2", "clip")

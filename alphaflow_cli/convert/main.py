@@ -25,7 +25,7 @@ from alphaflow_cli.convert.imported import (
 from alphaflow_cli.convert.meanflow import FASTGEN, fastgen_tables, read_fastgen, read_meanflow
 from alphaflow_cli.convert.published import looks_published, read_published
 from alphaflow_cli.convert.shape import check_weights_fit, finite
-from alphaflow_cli.convert.sit import Kind, add_second_embedder, looks_like_sit, read_sit, turn_time
+from alphaflow_cli.convert.sit import SiTKind, add_second_embedder, looks_like_sit, read_sit, turn_time
 from alphaflow_cli.convert.source import bare_name, read_source
 from alphaflow_cli.convert.strangers import check_path, refuse_strangers, refuse_unknown
 from alphaflow_cli.errors import AlphaflowError
@@ -37,7 +37,7 @@ from alphaflow_cli.recipe import Recipe
 
 __all__ = ["FAMILIES", "ConvertOptions", "Outcome", "convert"]
 READERS = {"alphaflow": read_published, "meanflow": read_meanflow, "fastgen": read_fastgen}
-FLOWS: tuple[Family, ...] = get_args(Kind)  # of one time embedder
+FLOWS: tuple[Family, ...] = get_args(SiTKind)  # of one time embedder
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def _read(source: Path, options: ConvertOptions) -> Imported:
             f"Leave --from out, or say --from {evident}"
         )
     if family in FLOWS:
-        return read_sit(tree, source, options, cast(Kind, family))
+        return read_sit(tree, source, options, cast(SiTKind, family))
     return READERS[family](tree, source, options)
 
 

@@ -17,6 +17,8 @@ from torch import Tensor
 
 from alphaflow_cli.convert.arguments import check_classes, number, plain_arguments, recipe_facts
 from alphaflow_cli.convert.imported import (
+    SD_SCALE,
+    ZHUYU_SCALE,
     ConvertOptions,
     Imported,
     Latents,
@@ -24,11 +26,12 @@ from alphaflow_cli.convert.imported import (
     is_set,
     note_heads,
     number_set,
+    parse_latents,
     pick,
+    scaled,
     step_in_file,
     with_facts,
 )
-from alphaflow_cli.convert.latents import SD_SCALE, ZHUYU_SCALE, parse_latents, scaled
 from alphaflow_cli.convert.shape import heads_of, read_shape, to_our_names, without_variance
 from alphaflow_cli.convert.sit import DROPOUT, TABLES
 from alphaflow_cli.convert.source import bare_name, state_dict

@@ -14,11 +14,12 @@ from alphaflow_cli.convert.imported import (
     is_set,
     note_heads,
     number_set,
+    parse_latents,
     pick,
+    statistics,
     with_facts,
 )
-from alphaflow_cli.convert.latents import parse_latents, statistics
-from alphaflow_cli.convert.shape import Shape, heads_of, read_shape, to_our_names
+from alphaflow_cli.convert.shape import NetworkShape, heads_of, read_shape, to_our_names
 from alphaflow_cli.convert.snapshot_cfg import Training, check_against, read_training
 from alphaflow_cli.convert.source import in_brief, state_dict
 from alphaflow_cli.errors import AlphaflowError
@@ -76,7 +77,7 @@ def _under(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name[len(prefix) :]: value for name, value in state.items() if name.startswith(prefix)}
 
 
-def _configuration(cfg: object, shape: Shape, where: str) -> dict[str, Any]:
+def _configuration(cfg: object, shape: NetworkShape, where: str) -> dict[str, Any]:
     """What cfg says of the network; a contradiction with the shapes is refused with both sides."""
     if not isinstance(cfg, dict):
         return {}
@@ -98,7 +99,7 @@ def _section(tree: dict[str, Any], name: str) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _check(said: dict[str, Any], shape: Shape, where: str) -> None:
+def _check(said: dict[str, Any], shape: NetworkShape, where: str) -> None:
     for key, value in said.items():
         if not isinstance(value, (int, float)) or not abs(value) < 1e15:
             raise AlphaflowError(f"{where}: its configuration says {key} {in_brief(value)}; it is not one of numbers.")

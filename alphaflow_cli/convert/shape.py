@@ -14,7 +14,7 @@ HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}  # of S, B, L, XL: the shapes do n
 
 
 @dataclass(frozen=True)
-class Shape:
+class NetworkShape:
     """Of a DiT, read off its weights."""
 
     dim: int
@@ -45,7 +45,7 @@ def to_our_names(weights: dict[str, Tensor], where: str, *, second: str | None) 
     return ours
 
 
-def read_shape(weights: dict[str, Tensor], where: str) -> Shape:
+def read_shape(weights: dict[str, Tensor], where: str) -> NetworkShape:
     """From our names; what is missing is named."""
     try:
         dim, channels, patch, _ = weights["patch_embed.proj.weight"].shape
@@ -64,7 +64,7 @@ def read_shape(weights: dict[str, Tensor], where: str) -> Shape:
             f"{where}: no network has {dim} channels, {tokens} tokens, and patches of {patch}x{patch} with {channels} "
             f"channels in and {last} numbers out."
         )
-    return Shape(
+    return NetworkShape(
         dim=dim,
         depth=len(blocks),
         patch=patch,
@@ -105,7 +105,7 @@ def finite(weights: dict[str, Tensor], where: str) -> dict[str, Tensor]:
     return {name: value.detach().float().contiguous() for name, value in weights.items()}
 
 
-def without_variance(weights: dict[str, Tensor], shape: Shape, where: str) -> dict[str, Tensor]:
+def without_variance(weights: dict[str, Tensor], shape: NetworkShape, where: str) -> dict[str, Tensor]:
     """The last linear layer without a learned variance: of every pixel's 2C numbers the first C."""
     if shape.out == shape.channels:
         return weights

@@ -5,11 +5,14 @@ zip must be what torch.save writes (entries stored, not compressed: no bomb) and
 tensor builders and the few plain containers below, which are mapped to inert dicts by name.
 """
 
+import io
 import pickle
+import pickletools
 import re
 import warnings
 import zipfile
 from collections import OrderedDict
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import IO, Any
@@ -18,9 +21,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from alphaflow_cli.convert.scan import LARGEST_PICKLE, Damaged, Dangerous, foreign_globals
 from alphaflow_cli.errors import AlphaflowError
 
+LARGEST_PICKLE = 16 << 20  # bytes; the pickle of a real 10 GB checkpoint has about 1 MB, its tensors lie beside it
+HEAVIEST_TUPLE = 1_000_000  # leaves; nested tuples that share their parts take 2^depth steps to hash
+BROKEN_PICKLE = (ValueError, EOFError, LookupError, AttributeError, TypeError)
+_MARK = object()
 LEGACY_PICKLES = 5  # magic number, protocol, machine, the object, the storages' keys
 
 
@@ -126,6 +132,67 @@ def _check_pickle(path: Path, stream: IO[bytes], pickles: int) -> None:
     if foreign:
         more = f" and {len(foreign) - 3} more" if len(foreign) > 3 else ""
         raise _refusal(path, f"it wants to import {', '.join(foreign[:3])}{more}, which a checkpoint does not need")
+
+
+class Dangerous(Exception):
+    """The pickle would hang its reader."""
+
+
+class Damaged(Exception):
+    """The pickle ends too early, or is none."""
+
+
+def foreign_globals(stream: IO[bytes], *, allowed: frozenset[str], pickles: int) -> list[str]:
+    """The globals that the first pickles of a stream name and that are not allowed, in order, each once."""
+    found: dict[str, None] = {}
+    rest = io.BytesIO(stream.read(LARGEST_PICKLE))
+    try:
+        for _ in range(pickles):
+            for name in _globals(rest):
+                found[name] = None
+    except BROKEN_PICKLE as error:
+        if found.keys() <= allowed:
+            raise Damaged(str(error)) from error
+    return [name for name in found if name not in allowed]
+
+
+def _globals(stream: IO[bytes]) -> Iterator[str]:
+    """Walk one pickle with a stack of what matters: strings (for the names of globals) and the weight of tuples."""
+    stack: list[object] = []
+    memo: dict[int, object] = {}
+    for opcode, arg, _ in pickletools.genops(stream):
+        name = opcode.name
+        if name in ("GLOBAL", "INST"):
+            yield str(arg).replace(" ", ".")
+        if name == "STACK_GLOBAL" and len(stack) > 1:
+            yield f"{stack[-2]}.{stack[-1]}"
+        if name == "MEMOIZE" or "PUT" in name:
+            memo[len(memo) if arg is None else int(arg)] = stack[-1] if stack else 1
+        elif "GET" in name:
+            stack.append(memo.get(int(arg or 0), 1))
+        else:
+            _apply(opcode, arg, stack)
+
+
+def _apply(opcode: pickletools.OpcodeInfo, arg: object, stack: list[object]) -> None:
+    """Pop what the opcode takes, push what it makes."""
+    if opcode.name == "MARK":
+        stack.append(_MARK)
+        return
+    items: list[object] = []
+    before = list(opcode.stack_before)
+    if pickletools.markobject in before:
+        while stack and (item := stack.pop()) is not _MARK:
+            items.append(item)
+        before = before[: before.index(pickletools.markobject)]
+    items += [stack.pop() for _ in before if stack]
+    made: object = arg if isinstance(arg, str) and not opcode.stack_before else 1
+    if opcode.name.startswith("TUPLE"):
+        weight = 1 + sum(item if isinstance(item, int) else 1 for item in items)
+        if weight > HEAVIEST_TUPLE:
+            raise Dangerous("tuples nested so that reading them would never end")
+        made = weight
+    stack.extend([made] * len(opcode.stack_after))
 
 
 def _refusal(path: Path, why: str) -> AlphaflowError:

@@ -17,9 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from alphaflow_cli.core.path import expand, step_back
-
-Net = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+from alphaflow_cli.core.path import Net, expand, step_back
 
 
 def intermediate_time(t: Tensor, r: Tensor, alpha: float) -> Tensor:

@@ -6,7 +6,11 @@ Time convention, stated once: t = 0 is data, t = 1 is noise; every time is a (B,
     z_s = z_t − (t − s) v          (the paper's Algorithm 1; its Definition 1 prints a plus sign)
 """
 
+from collections.abc import Callable
+
 from torch import Tensor
+
+Net = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # the bare network: (z, t, r, y) → u
 
 
 def expand(t: Tensor, like: Tensor) -> Tensor:

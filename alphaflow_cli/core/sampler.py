@@ -15,7 +15,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-Net = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # (x, t, r, y) → u
+from alphaflow_cli.core.path import Net
+
 FreshNoise = Callable[[], Tensor]  # one (B, C, h, w) float64 draw, each row from its own sample's generator
 
 
@@ -37,7 +38,7 @@ def guided_net(net: Net, y_null: int, scale: float, *, channels: int | None) -> 
 
 
 @dataclass(frozen=True)
-class Step:
+class SamplerStep:
     """One step of a sampler, from time `t` to time `to`, for a whole batch."""
 
     net: Net
@@ -52,24 +53,24 @@ class Step:
         return self.net(x, t_rows, r_rows, self.y).to(x.dtype)
 
 
-def trajectory_step(x: Tensor, step: Step) -> Tensor:
+def trajectory_step(x: Tensor, step: SamplerStep) -> Tensor:
     """x − (t − t') u(x, t', t)."""
     return x - (step.t - step.to) * step.u(x, step.t, step.to)
 
 
-def consistency_step(x: Tensor, step: Step) -> Tensor:
+def consistency_step(x: Tensor, step: SamplerStep) -> Tensor:
     """Jump to the data, add fresh noise of the next level."""
     x_hat = x - step.t * step.u(x, step.t, 0.0)
     noise = step.fresh_noise()
     return (1.0 - step.to) * x_hat + step.to * noise
 
 
-def flow_step(x: Tensor, step: Step) -> Tensor:
+def flow_step(x: Tensor, step: SamplerStep) -> Tensor:
     """x − (t − t') u(x, t, t)."""
     return x - (step.t - step.to) * step.u(x, step.t, step.t)
 
 
-def heun_step(x: Tensor, step: Step) -> Tensor:
+def heun_step(x: Tensor, step: SamplerStep) -> Tensor:
     """The trapezoid rule on u(x, t, t); plain Euler where the step ends at 0."""
     v = step.u(x, step.t, step.t)
     end = x - (step.t - step.to) * v
@@ -78,7 +79,7 @@ def heun_step(x: Tensor, step: Step) -> Tensor:
     return x - (step.t - step.to) * 0.5 * (v + step.u(end, step.to, step.to))
 
 
-STEPS: dict[str, Callable[[Tensor, Step], Tensor]] = {
+STEPS: dict[str, Callable[[Tensor, SamplerStep], Tensor]] = {
     "trajectory": trajectory_step,
     "consistency": consistency_step,
     "flow": flow_step,
@@ -93,7 +94,7 @@ def sample(
     """Walk the grid from noise (B, C, h, w) to data, in float64."""
     x = noise.double()
     for t, to in pairwise(grid):
-        x = STEPS[sampler](x, Step(net, y, t, to, fresh_noise))
+        x = STEPS[sampler](x, SamplerStep(net, y, t, to, fresh_noise))
     return x
 
 

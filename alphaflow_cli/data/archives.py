@@ -28,7 +28,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from alphaflow_cli.data.sources import Fetch, is_picture
+from alphaflow_cli.data.pictures import Fetch, is_picture
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.files import MAX_BYTES, Stamp, changed, stamp_of
 from alphaflow_cli.text import brief

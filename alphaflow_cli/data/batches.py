@@ -30,7 +30,7 @@ from alphaflow_cli.data.store import Shards, Store, Verify, open_store, statisti
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.tensors import Array
 
-Rows = slice | Tensor
+RowsTaken = slice | Tensor
 CONSTANT = 1e-6  # a latent that varies less than this (std) is constant: dividing by it would blow up rounding noise
 
 
@@ -43,7 +43,7 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class _Rows:
+class _StoredRows:
     """Stored rows on their way: pinned where a GPU waits for them."""
 
     stored: Tensor  # (n, 2C | C, h, w) as on disk
@@ -84,9 +84,9 @@ class LatentStream:
         self._resident = _load(self.store, device, flips) if resident else None
         ahead = device.type != "cpu" if prefetch is None else prefetch
         self._pool = ThreadPoolExecutor(1, "latents") if ahead and not resident else None
-        self._ahead: dict[tuple[int, bytes], Future[_Rows]] = {}
+        self._ahead: dict[tuple[int, bytes], Future[_StoredRows]] = {}
 
-    def batch_at(self, step: int, rows: Rows) -> Batch:
+    def batch_at(self, step: int, rows: RowsTaken) -> Batch:
         """Rows of the global batch of a step."""
         wanted = torch.arange(self.batch)[rows]
         stored = self._fetch(step, wanted)
@@ -119,7 +119,7 @@ class LatentStream:
         if self._pool:
             self._pool.shutdown(cancel_futures=True)
 
-    def _latents(self, stored: Tensor, step: int, rows: Rows) -> Tensor:
+    def _latents(self, stored: Tensor, step: int, rows: RowsTaken) -> Tensor:
         kind = self.store.plan.kind
         if kind == "pixels":
             return stored.float() / 127.5 - 1.0
@@ -131,7 +131,7 @@ class LatentStream:
         noise = self.noise_at(step)
         return torch.addcmul(mean, std, noise[rows if isinstance(rows, slice) else to_device(rows, self.device)])
 
-    def _fetch(self, step: int, wanted: Tensor) -> _Rows:
+    def _fetch(self, step: int, wanted: Tensor) -> _StoredRows:
         if self._resident:
             return self._from_device(step, wanted)
         if not self._pool:
@@ -143,7 +143,7 @@ class LatentStream:
         self._ahead[step + 1, key] = self._pool.submit(self._read, step + 1, wanted)
         return self._to_device(rows)
 
-    def _read(self, step: int, wanted: Tensor) -> _Rows:
+    def _read(self, step: int, wanted: Tensor) -> _StoredRows:
         """On the host, from the shards."""
         plan, chosen = self.store.plan, wanted.numpy()
         samples, flipped = self.samples_at(step)[chosen], self.flips_at(step)[chosen]
@@ -156,12 +156,12 @@ class LatentStream:
         if plan.kind == "pixels" and flipped.any():
             stored[flipped] = stored[flipped].flip(-1)
         y = torch.from_numpy(self.store.labels[samples])
-        return _Rows(stored, y.pin_memory() if self.device.type == "cuda" else y)
+        return _StoredRows(stored, y.pin_memory() if self.device.type == "cuda" else y)
 
-    def _to_device(self, rows: _Rows) -> _Rows:
-        return _Rows(rows.stored.to(self.device, non_blocking=True), rows.y.to(self.device, non_blocking=True))
+    def _to_device(self, rows: _StoredRows) -> _StoredRows:
+        return _StoredRows(rows.stored.to(self.device, non_blocking=True), rows.y.to(self.device, non_blocking=True))
 
-    def _from_device(self, step: int, wanted: Tensor) -> _Rows:
+    def _from_device(self, step: int, wanted: Tensor) -> _StoredRows:
         assert self._resident is not None
         chosen = wanted.numpy()
         samples, flipped = self.samples_at(step)[chosen], self.flips_at(step)[chosen]
@@ -171,7 +171,7 @@ class LatentStream:
             which = to_device(torch.from_numpy(flipped.nonzero()[0]), self.device)  # places: a mask would have to wait
             name = f"{self.store.plan.kind}_flip"
             stored[which] = self._resident[name][index[which]] if name in self._resident else stored[which].flip(-1)
-        return _Rows(stored, self._resident["label"][index])
+        return _StoredRows(stored, self._resident["label"][index])
 
 
 @lru_cache(maxsize=4)

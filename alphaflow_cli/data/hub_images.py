@@ -14,8 +14,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from alphaflow_cli.data.archives import open_archive
-from alphaflow_cli.data.sources import Fetch, Source, is_picture
+from alphaflow_cli.data.archives import Archive, open_archive
+from alphaflow_cli.data.pictures import Fetch, is_picture
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.remote.client import hub_api, session
 from alphaflow_cli.remote.faults import Distrusted, HubFault, hub_faults
@@ -59,7 +59,7 @@ class HubFiles:
         return None
 
 
-def open_hub(text: str) -> Source:
+def open_hub(text: str) -> HubFiles | Archive:
     """List a data set on the Hub."""
     match = ADDRESS.match(text)
     if match is None:

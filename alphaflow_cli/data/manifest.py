@@ -25,7 +25,7 @@ from alphaflow_cli.files import read_file, to_json
 
 AGAIN = "Remove it, or the whole store, and run the same prep-latents command again"
 FORMAT, VERSION = "alphaflow-latents", 1
-Kind = Literal["moments", "mean", "pixels"]
+RowKind = Literal["moments", "mean", "pixels"]
 Record = TypeVar("Record", "Plan", "AutoencoderRecord", "Shard")
 DTYPES_ON_DISK = ("float16", "float32", "uint8")
 SHARD_FILE = re.compile(r"train-\d{5,9}\.safetensors")
@@ -63,7 +63,7 @@ class Plan:
     source: Mapping[str, Any]  # kind, name, images, list_sha256; revision on the Hub
     image_size: int
     latent: tuple[int, int, int]  # C, h, w
-    kind: Kind
+    kind: RowKind
     dtype: str  # float16, float32, uint8
     flips: bool
     autoencoder: AutoencoderRecord
@@ -164,7 +164,7 @@ def digest_of(document: Mapping[str, Any]) -> str:
     return hashlib.sha256(to_json({k: v for k, v in document.items() if k != "digest"})).hexdigest()
 
 
-def read_bytes(path: Path) -> bytes:
+def read_store_file(path: Path) -> bytes:
     """A file of a store as it is, or an error that names it."""
     try:
         return read_file(path)
@@ -172,10 +172,10 @@ def read_bytes(path: Path) -> bytes:
         raise AlphaflowError(f"{path}: cannot be read ({fault.strerror or fault}). {AGAIN}") from fault
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_store_json(path: Path) -> dict[str, Any]:
     """A JSON object, or an error that names the file."""
     try:
-        document = json.loads(read_bytes(path))
+        document = json.loads(read_store_file(path))
     except (ValueError, RecursionError) as fault:
         raise AlphaflowError(f"{path}: cannot be read as JSON ({fault}). {AGAIN}") from fault
     if not isinstance(document, dict):
@@ -183,10 +183,10 @@ def read_json(path: Path) -> dict[str, Any]:
     return document
 
 
-def read_list(path: Path) -> list[tuple[str, int]]:
+def read_image_list(path: Path) -> list[tuple[str, int]]:
     """images.json: the name and the label of every picture."""
     try:
-        rows = json.loads(read_bytes(path))
+        rows = json.loads(read_store_file(path))
         if not _fits(rows, list[list[Any]]) or not all(_fits(row, tuple[str, int]) for row in rows):
             raise ValueError("should be [[name, label], …]")
     except (ValueError, RecursionError) as fault:
@@ -197,7 +197,7 @@ def read_list(path: Path) -> list[tuple[str, int]]:
 def read_manifest(folder: Path) -> Manifest:
     """Parse manifest.json and check that nobody edited it, field by field against plan.json."""
     path = folder / "manifest.json"
-    document, plan_document = read_json(path), read_json(folder / "plan.json")
+    document, plan_document = read_store_json(path), read_store_json(folder / "plan.json")
     plan = plan_from_dict(document, path)
     edited = differences(document, plan_document, "manifest.json", "plan.json")
     if edited:

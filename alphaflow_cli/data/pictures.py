@@ -2,6 +2,7 @@
 
 import re
 import struct
+from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
 from typing import BinaryIO
@@ -21,13 +22,17 @@ FORMATS = (  # the decoders that may see a picture: each reads its bytes itself.
 )
 _JPEG, _PORTABLE = (".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".j2k"), (".ppm", ".pgm", ".pbm", ".pnm")
 SUFFIXES = (*_JPEG, *_PORTABLE, ".png", ".apng", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".tga", ".avif")
-
-
-ADDRESS = re.compile(r"<[^<>]* at 0x[0-9a-fA-F]+>")  # of an object; it differs from run to run
+OBJECT_ADDRESS = re.compile(r"<[^<>]* at 0x[0-9a-fA-F]+>")  # of an object; it differs from run to run
+Fetch = Callable[[], bytes | Image.Image]  # a picture of a source, read or drawn when it is called
 
 
 class BadPicture(Exception):
     """A file that is not a whole picture, and why: the same words for the same bytes, they stand in a manifest."""
+
+
+def is_picture(name: str) -> bool:
+    """Whether a file of this name is taken for a picture: its suffix decides, in capitals or not."""
+    return name.lower().endswith(SUFFIXES)
 
 
 def open_picture(file: Path | BinaryIO) -> Image.Image:
@@ -74,7 +79,7 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
     except UnidentifiedImageError as fault:  # its own words hold an address in memory
         raise BadPicture("not a whole picture (not of a form that is read here: JPEG, PNG, WebP, TIFF, …)") from fault
     except Exception as fault:  # decoders raise anything on broken data: OSError, SyntaxError, struct.error, ...
-        reason = brief(ADDRESS.sub("", str(fault)).strip() or type(fault).__name__)
+        reason = brief(OBJECT_ADDRESS.sub("", str(fault)).strip() or type(fault).__name__)
         raise BadPicture(f"not a whole picture ({reason})") from fault
 
 

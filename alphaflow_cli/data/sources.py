@@ -7,23 +7,21 @@ raises OSError where the file is gone. Whoever reads holds the context until the
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from PIL import Image
-
+from alphaflow_cli.data.archives import open_archive
 from alphaflow_cli.data.classes import SPLITS
 from alphaflow_cli.data.glyphs import GLYPHS, draw_glyph
-from alphaflow_cli.data.pictures import SUFFIXES
+from alphaflow_cli.data.pictures import Fetch, is_picture
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.files import read_file
 from alphaflow_cli.text import brief
 
-Fetch = Callable[[], bytes | Image.Image]
 Identity = tuple[int, int]  # of a folder: its device and inode
 MAX_WAYS = 1000  # see open_folder
 
@@ -66,6 +64,27 @@ class Source(Protocol):
     def class_order(self) -> Sequence[str] | None:
         """The order of the classes where the source fixes it."""
         ...
+
+
+def open_source(text: str) -> Source:
+    """A folder, a zip or tar file, hf://datasets/NAME, or glyphs:N; its pictures are listed, none is read."""
+    if text.startswith("glyphs:"):
+        return parse_glyphs(text)
+    if text.startswith("hf://"):
+        from alphaflow_cli.data.hub_images import open_hub  # the Hub's client, which other sources do not need
+
+        return open_hub(text)
+    try:
+        path = Path(text).expanduser()
+        is_folder, is_file = path.is_dir(), path.is_file()
+        path = path.resolve()
+    except (OSError, RuntimeError) as fault:  # no permission, too long; no home folder of that name, links in circles
+        raise AlphaflowError(f"{brief(text)}: cannot be opened ({getattr(fault, 'strerror', '') or fault})") from fault
+    if is_folder:
+        return open_folder(path)
+    if is_file:
+        return open_archive(path)
+    raise AlphaflowError(f"{brief(text)}: no such folder or archive. Others: hf://datasets/USER/NAME, glyphs:4000")
 
 
 @dataclass(frozen=True)
@@ -201,11 +220,6 @@ def _entries(root: Path, below: str) -> "list[os.DirEntry[str]] | None":
         if below.endswith("lost+found/"):
             return None
         raise
-
-
-def is_picture(name: str) -> bool:
-    """By its suffix, in any case."""
-    return name.lower().endswith(SUFFIXES)
 
 
 def _read_below(root: Path, name: str) -> bytes:

@@ -17,9 +17,9 @@ from alphaflow_cli.data.manifest import (
     Plan,
     Shard,
     plan_from_dict,
-    read_bytes,
-    read_json,
     read_manifest,
+    read_store_file,
+    read_store_json,
 )
 from alphaflow_cli.data.stats import Statistics, read_statistics, statistics_of
 from alphaflow_cli.errors import AlphaflowError
@@ -125,7 +125,7 @@ def open_store(path: Path, verify: Verify) -> Store:
 
 def class_names(path: Path) -> list[str]:
     """The classes' display names by index."""
-    return parse_classes(read_bytes(path / "classes.json"), str(path / "classes.json")).names
+    return parse_classes(read_store_file(path / "classes.json"), str(path / "classes.json")).names
 
 
 def verify_store(path: Path) -> list[str]:
@@ -179,7 +179,7 @@ def _manifest_of(path: Path) -> Manifest:
     if is_there(path / "manifest.json"):
         return read_manifest(path)
     if is_there(path / "plan.json"):
-        plan = plan_from_dict(read_json(path / "plan.json"), path / "plan.json")
+        plan = plan_from_dict(read_store_json(path / "plan.json"), path / "plan.json")
         done = len(list(path.glob("train-*.json")))
         total = -(-plan.images // plan.shard_size)
         raise AlphaflowError(f"{path}: unfinished, {done} of {total} shards. Run the same prep-latents command again")

@@ -11,7 +11,7 @@ from alphaflow_cli.data.manifest import (
     Plan,
     Shard,
     manifest_to_bytes,
-    read_json,
+    read_store_json,
     shard_from_dict,
 )
 from alphaflow_cli.data.stats import (
@@ -40,7 +40,7 @@ def is_done(out: Path, shard: int) -> bool:
     """It has a sidecar, and the length that this says."""
     file = out / shard_name(shard)
     sidecar = file.with_suffix(".json")
-    return is_there(sidecar) and is_there(file) and file.stat().st_size == read_json(sidecar).get("bytes")
+    return is_there(sidecar) and is_there(file) and file.stat().st_size == read_store_json(sidecar).get("bytes")
 
 
 def write_shard(out: Path, plan: Plan, shard: int, content: Mapping[str, Array], bad: list[dict[str, Any]]) -> None:
@@ -80,7 +80,7 @@ def finish_store(out: Path, plan: Plan) -> None:
 
 def _read_sidecar(plan: Plan, number: int, path: Path) -> Shard:
     where = path.with_suffix(".json")
-    shard, first = shard_from_dict(read_json(where), where), number * plan.shard_size
+    shard, first = shard_from_dict(read_store_json(where), where), number * plan.shard_size
     lines = min(plan.shard_size, plan.images - first)
     if (shard.file, shard.first, shard.lines) != (path.name, first, lines) or shard.count + len(shard.bad) != lines:
         raise AlphaflowError(f"{where}: not the sidecar of pictures {first} to {first + lines - 1}. {AGAIN}")

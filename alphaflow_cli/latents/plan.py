@@ -20,17 +20,16 @@ from alphaflow_cli.data.classes import (
 from alphaflow_cli.data.manifest import (
     TRANSFORM,
     AutoencoderRecord,
-    Kind,
     Plan,
+    RowKind,
     differences,
     plan_from_dict,
     plan_to_dict,
-    read_bytes,
-    read_json,
-    read_list,
+    read_image_list,
+    read_store_file,
+    read_store_json,
 )
-from alphaflow_cli.data.opening import open_source
-from alphaflow_cli.data.sources import Folder, Source
+from alphaflow_cli.data.sources import Folder, Source, open_source
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.files import is_there
 from alphaflow_cli.latents.encode import Bad, Job, choose_precision, sample_pixels
@@ -64,7 +63,7 @@ class Encoder:
 
     record: AutoencoderRecord
     latent: tuple[int, int, int]  # C, h, w
-    kind: Kind
+    kind: RowKind
 
 
 @dataclass(frozen=True)
@@ -86,7 +85,7 @@ class Listing:
 def make_job(request: StoreRequest, out: Path, *, threads: int, device: torch.device) -> tuple[Job, Listing]:
     """List the source, look at the encoder, and compare with what `out` already holds."""
     listing = list_pictures(request)
-    old = read_json(out / "plan.json") if is_there(out / "plan.json") else None
+    old = read_store_json(out / "plan.json") if is_there(out / "plan.json") else None
     before = plan_from_dict(old, out / "plan.json") if old else None
     if before:
         listing = _as_begun(listing, out)
@@ -156,7 +155,7 @@ def _as_begun(listing: Listing, out: Path) -> Listing:
     path = out / "classes.json"
     if listing.classes.order != AS_NUMBERS or not is_there(path):
         return listing
-    classes = reordered(listing.classes, parse_classes(read_bytes(path), str(path)))
+    classes = reordered(listing.classes, parse_classes(read_store_file(path), str(path)))
     if classes is None:
         return listing
     number = {folder: index for index, folder in enumerate(classes.folders)}
@@ -166,7 +165,7 @@ def _as_begun(listing: Listing, out: Path) -> Listing:
 
 def _with_the_removed(listing: Listing, out: Path) -> Listing:
     """The list as it was planned, where a folder only lost pictures since: `--bad skip` counts them as bad."""
-    planned = read_list(out / "images.json")
+    planned = read_image_list(out / "images.json")
     names = listing.source.names
     now = {(names[line], label) for line, label in zip(listing.lines, listing.labels, strict=True)}
     if not isinstance(listing.source, Folder) or not now < set(planned):

@@ -28,8 +28,8 @@ from alphaflow_cli.remote.client import session
 from alphaflow_cli.remote.faults import HubFault, NoConnection, hub_faults
 from alphaflow_cli.text import for_terminal
 
-Kind = Literal["kl", "tiny", "dc", "none"]
-CLASSES: dict[str, Kind] = {"AutoencoderKL": "kl", "AutoencoderTiny": "tiny", "AutoencoderDC": "dc"}
+AutoencoderKind = Literal["kl", "tiny", "dc", "none"]
+CLASSES: dict[str, AutoencoderKind] = {"AutoencoderKL": "kl", "AutoencoderTiny": "tiny", "AutoencoderDC": "dc"}
 WIDTHS = Maybe(ListOf(Whole(1, 1 << 14), least=1, most=12))
 CONFIG = Table(  # of what config.json holds, whatever decides about memory or is used here; diffusers reads the rest
     {"_class_name": Text(one_of=tuple(CLASSES))},
@@ -58,7 +58,7 @@ class Autoencoder:
     id: str
     revision: str
     weights_sha256: str
-    kind: Kind
+    kind: AutoencoderKind
     channels: int
     downscale: int
     scale: float
@@ -112,7 +112,7 @@ def _encode_dc(module: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
     return mean, torch.zeros_like(mean)
 
 
-ENCODE: dict[Kind, Callable[[Any, Tensor], tuple[Tensor, Tensor]]] = {
+ENCODE: dict[AutoencoderKind, Callable[[Any, Tensor], tuple[Tensor, Tensor]]] = {
     "kl": _encode_kl,
     "tiny": _encode_tiny,
     "dc": _encode_dc,
@@ -158,7 +158,7 @@ def weights_sha256(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _downscale(kind: Kind, config: Mapping[str, Any]) -> int:
+def _downscale(kind: AutoencoderKind, config: Mapping[str, Any]) -> int:
     blocks = {"kl": "block_out_channels", "tiny": "encoder_block_out_channels", "dc": "encoder_block_out_channels"}
     return int(2 ** (len(config[blocks[kind]]) - 1))
 

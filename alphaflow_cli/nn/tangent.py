@@ -38,7 +38,7 @@ class Dual(NamedTuple):
 
 Ride = TypeVar("Ride", Tensor, Dual)  # values alone, or all of them with their tangents
 One = TypeVar("One", Tensor, Dual, Tensor | Dual)  # one value, whichever it is
-Whole = TypeVar("Whole", bound=Tensor | tuple[Tensor, ...])  # the same, or a value beside others (nn/tangent.py)
+Either = TypeVar("Either", bound=Tensor | tuple[Tensor, ...])  # the same, or a value beside others (nn/tangent.py)
 
 
 def last_rows(x: Tensor, rows: int) -> Tensor:
@@ -59,9 +59,9 @@ def moving(s: Tensor, rows: int) -> Tensor | Dual:
 # Linear maps: the tangent goes the same way as the value.
 
 
-def each(f: Callable[[Tensor], Tensor], x: Whole) -> Whole:
+def each(f: Callable[[Tensor], Tensor], x: Either) -> Either:
     """A linear f that only moves numbers (reshape, permute), of a value and of what rides along."""
-    return cast(Whole, f(x) if isinstance(x, Tensor) else type(x)(*map(f, x)))
+    return cast(Either, f(x) if isinstance(x, Tensor) else type(x)(*map(f, x)))
 
 
 def cut(f: Callable[[Tensor], tuple[Tensor, ...]], x: Ride) -> tuple[Ride, ...]:

@@ -23,7 +23,7 @@ from alphaflow_cli.errors import blamed_on
 NARROW = 380  # pixels: a chart for a telephone
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"  # no network
 
-Rows = Sequence[Sequence[str]]
+TableRows = Sequence[Sequence[str]]
 
 
 @dataclass(frozen=True)
@@ -43,17 +43,17 @@ class RunPage:
     name: str
     status: str
     made_by: str
-    facts: Rows  # (what, in words)
+    facts: TableRows  # (what, in words)
     plan: Chart
     curves: Chart | None
     conflict: Sequence[Chart] = ()
-    conflict_rows: Rows = ()
+    conflict_rows: TableRows = ()
     samples: Sequence[tuple[str, str]] = ()  # (step name, data address)
     scores: Sequence[Score] = ()
     compared_with: str = ""
-    changes: Rows = ()  # (field, there, here)
+    changes: TableRows = ()  # (field, there, here)
     recipe: str = ""
-    environment: Rows = ()
+    environment: TableRows = ()
     commands: Sequence[str] = ()
 
 
@@ -88,7 +88,7 @@ def drawn(chart: Chart) -> str:
     return f'<div class="wide">{to_svg_element(chart)}</div><div class="narrow">{to_svg_element(narrow)}</div>'
 
 
-def html_table(rows: Rows, *, head: Sequence[str] = (), numbers: Sequence[int] = (), style: str = "") -> str:
+def html_table(rows: TableRows, *, head: Sequence[str] = (), numbers: Sequence[int] = (), style: str = "") -> str:
     """`numbers`: columns that stand to the right."""
     kinds = [' class="number"' if i in numbers else "" for i in range(max(map(len, rows), default=0))]
     top = "".join(f"<th{kind}>{escape(cell)}</th>" for cell, kind in zip(head, kinds, strict=False))
