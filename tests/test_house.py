@@ -74,6 +74,10 @@ TWO_THINGS = {  # public name → the reason why it stands for two things
     "command": "every file of commands/ holds the one command that is named like the file",
     "Model": "the recipe's section `model`, and, for Python users, what `load` gives",
 }
+UNSAID = {"said", "told", "found", "asked", "how"}  # they do not say what the thing is
+PLAIN = ("data/", "nn/", "core/", "convert/", "charts/", "latents/plan.py", "latents/encode.py", "documents.py")
+PLAIN += ("files.py", "tensors.py", "text.py", "errors.py", "cli.py", "commands/common.py", "commands/measuring.py")
+PLAIN += ("commands/walking.py", "commands/convert.py", "commands/doctor.py", "commands/recipe.py")
 CIRCLES: dict[frozenset[str], str] = {  # files that import each other → the reason why one of them does so lazily
     frozenset({"evaluate/features.py", "evaluate/networks.py", "evaluate/tiny.py"}): "each network is loaded when used",
 }
@@ -171,6 +175,24 @@ def public_names(tree):
     return [name for name in names if not name.startswith("_")]
 
 
+def names_in(tree):
+    """(line, name) of every variable, parameter, attribute, function and class."""
+    for node in ast.walk(tree):
+        name = getattr(node, "id", None) or getattr(node, "attr", None) or getattr(node, "name", None)
+        name = node.arg if isinstance(node, ast.arg) else name
+        if isinstance(name, str):
+            yield node.lineno, name
+
+
+def short_docstrings(tree):
+    """(line, docstring) of every docstring that has fewer than four words: no sentence that helps is so short."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            text = ast.get_docstring(node)
+            if text is not None and len(text.split()) < 4:
+                yield node.lineno, text
+
+
 def test_imports_point_one_way():
     assert [b for path in MODULES for b in direction_breaches(name_of(path), imports_of(path))] == []
 
@@ -236,6 +258,18 @@ def test_no_public_name_stands_for_two_things():
         for name in public_names(ast.parse(path.read_text(encoding="utf-8"))):
             places.setdefault(name, []).append(name_of(path))
     assert {name: files for name, files in places.items() if len(files) > 1 and name not in TWO_THINGS} == {}
+
+
+def test_a_name_says_what_the_thing_is():
+    trees = {name_of(path): ast.parse(path.read_text(encoding="utf-8")) for path in MODULES}
+    named = [f"{name}:{line}: {it}" for name, tree in trees.items() for line, it in names_in(tree) if it in UNSAID]
+    assert [each for each in named if each.startswith(PLAIN)] == []
+
+
+def test_a_docstring_is_a_sentence():
+    trees = {name_of(path): ast.parse(path.read_text(encoding="utf-8")) for path in MODULES}
+    short = [f"{name}:{line}: {text}" for name, tree in trees.items() for line, text in short_docstrings(tree)]
+    assert [each for each in short if each.startswith(PLAIN)] == []
 
 
 def test_functions_classes_and_types_are_public_names_and_constants_are_not():

@@ -53,11 +53,14 @@ STRAIGHT = {
 }
 MODELS: dict[str, SiTKind] = {"SiT": "sit", "DiT": "dit"}  # how the argument `model` begins
 PROJECTORS = "projectors."
-SAID = ("path_type", "prediction", "model", "cfg_prob", "num_classes")
+STATED = ("path_type", "prediction", "model", "cfg_prob", "num_classes")
 
 
 def looks_like_sit(table: dict[str, Any], arguments: dict[str, Any]) -> SiTKind | None:
-    """By REPA's projectors, else by how the training arguments are spelled, where they are kept."""
+    """Tell SiT, DiT and REPA apart: by REPA's projectors, else by how the training arguments are spelled.
+
+    None where the table is none of them, or no arguments are kept.
+    """
     if "t_embedder.mlp.0.weight" not in table:
         return None
     if any(name.startswith(PROJECTORS) for name in table):
@@ -73,7 +76,7 @@ def looks_like_sit(table: dict[str, Any], arguments: dict[str, Any]) -> SiTKind 
 
 
 def read_sit(tree: dict[str, Any], path: Path, options: ConvertOptions, kind: SiTKind) -> Imported:
-    """Our names; time and sign are turned where the network is known to fit."""
+    """Translate a SiT, DiT or REPA to our names; time and sign are turned later, when the network is known to fit."""
     filled: dict[str, str] = {}
     table, which = pick(tree, TABLES, options, path.name, filled=filled)
     state = state_dict(table, path.name)
@@ -104,14 +107,14 @@ def read_sit(tree: dict[str, Any], path: Path, options: ConvertOptions, kind: Si
         latents=_latents(options),
         base=base if shape.label_rows else replace(base, guidance=Guidance()),
         step=step_in_file(steps),
-        said={key: value for key, value in arguments.items() if key in SAID or key in read},
+        stated={key: value for key, value in arguments.items() if key in STATED or key in read},
         filled=filled,
-        unread=tuple(sorted(arguments.keys() - read - set(SAID))),
+        unread=tuple(sorted(arguments.keys() - read - set(STATED))),
     )
 
 
 def _check_path(arguments: dict[str, Any], where: str, kind: SiTKind) -> None:
-    """Only a velocity on the straight path; a DiT has neither argument."""
+    """Refuse a file that is no velocity on the straight path; a DiT has neither of these arguments."""
     for key, straight in STRAIGHT.get(kind, {}).items():
         if key in arguments and arguments[key] != straight:
             raise AlphaflowError(
@@ -121,7 +124,7 @@ def _check_path(arguments: dict[str, Any], where: str, kind: SiTKind) -> None:
 
 
 def turn_time(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A network of (1 − t, −v) from one of (t, v), or back: twice gives the first."""
+    """Make a network of (1 − t, −v) from one of (t, v), or the other way round: done twice, it gives the first."""
     first, last = "time_embed.mlp.0.weight", ("final.linear.weight", "final.linear.bias")
     f = frequencies(torch.zeros(0, dtype=torch.float64))
     weight = weights[first].double()
@@ -131,13 +134,13 @@ def turn_time(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def add_second_embedder(weights: dict[str, Tensor], fresh: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The missing embedder: first layer as freshly initialised, last layer zero."""
+    """Add the missing second time embedder: its first layer as freshly initialised, its last layer zero."""
     added = {name: value for name, value in fresh.items() if name.startswith("second_embed.")}
     return weights | {n: torch.zeros_like(v) if n.startswith("second_embed.mlp.2.") else v for n, v in added.items()}
 
 
 def _flow_base(kind: SiTKind, arguments: dict[str, Any], where: str, filled: dict[str, str]) -> Recipe:
-    """Plain velocity, uniform times, guidance only when sampling, many steps."""
+    """The recipe of plain flow matching: uniform times, guidance only when sampling, many steps."""
     filled["recipe"] = f"plain flow matching, as a {kind} trains; what is not listed as said is not known"
     filled["sampler"] = "flow, 100 steps; 250 and guidance 1.5 to 4 are usual (sample --guidance)"
     dropout = number(arguments, "cfg_prob", where) if arguments.get("cfg_prob") else DROPOUT

@@ -14,21 +14,21 @@ Net = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # the bare network: (z
 
 
 def expand(t: Tensor, like: Tensor) -> Tensor:
-    """(B,) → (B, 1, 1, 1), to multiply rows of `like`."""
+    """Reshape times (B,) to (B, 1, 1, 1), so that they multiply the rows of `like`."""
     return t.reshape(-1, *[1] * (like.ndim - 1))
 
 
 def interpolate(x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-    """z_t = (1 − t) x + t noise."""
+    """z_t = (1 − t) x + t noise, the point on the path at time t."""
     t = expand(t, x)
     return (1 - t) * x + t * noise
 
 
 def velocity(x: Tensor, noise: Tensor) -> Tensor:
-    """v = noise − x."""
+    """v = noise − x, the velocity of the path, the same at all times."""
     return noise - x
 
 
 def step_back(z_t: Tensor, v: Tensor, t: Tensor, s: Tensor) -> Tensor:
-    """z_s = z_t − (t − s) v, for s ≤ t."""
+    """z_s = z_t − (t − s) v, the point at the earlier time s ≤ t."""
     return z_t - expand(t - s, z_t) * v

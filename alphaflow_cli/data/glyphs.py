@@ -21,7 +21,7 @@ Placement = Callable[[Outline], Outline]
 
 
 def draw_glyph(index: int) -> Image.Image:
-    """Picture `index`, 32 × 32 RGB."""
+    """Draw picture number `index` of the embedded set, 32 × 32 RGB."""
     rng = random.Random(mix_seed(index))
     hue = rng.random()
     ground = _rgb(hue, rng.uniform(0.3, 0.8), rng.uniform(0.08, 0.38))
@@ -43,7 +43,7 @@ def _rgb(hue: float, saturation: float, value: float) -> tuple[int, int, int]:
 
 
 def _placed(centre: Point, radius: float, angle: float) -> Placement:
-    """Turn, scale and move an outline from the unit disc."""
+    """Turn, scale and move an outline out of the unit disc."""
     cos, sin = radius * math.cos(angle), radius * math.sin(angle)
     return lambda shape: [(centre[0] + cos * x - sin * y, centre[1] + sin * x + cos * y) for x, y in shape]
 

@@ -45,19 +45,19 @@ def open_picture(file: Path | BinaryIO) -> Image.Image:
 
 
 def decode(data: bytes | Image.Image, size: int, max_pixels: int) -> Array:
-    """(3, size, size) uint8, or BadPicture."""
+    """Decode a picture to (3, size, size) uint8; raises BadPicture."""
     image = _rgb(_open(data, max_pixels)) if isinstance(data, bytes) else data
     return np.ascontiguousarray(np.asarray(square(image, size)).transpose(2, 0, 1))
 
 
 def decode_whole(data: bytes | Image.Image, max_pixels: int) -> Array:
-    """(3, H, W) uint8, neither cropped nor resized, or BadPicture."""
+    """Decode a picture to (3, H, W) uint8, neither cropped nor resized; raises BadPicture."""
     image = _rgb(_open(data, max_pixels)) if isinstance(data, bytes) else data
     return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
 
 
 def square(image: Image.Image, size: int) -> Image.Image:
-    """The largest centred square, resized by Lanczos (published: ImageNet at 256)."""
+    """Cut out the largest centred square, and resize it by Lanczos (as published for ImageNet at 256)."""
     width, height = image.size
     side = min(width, height)
     left, top = (width - side) // 2, (height - side) // 2
@@ -91,7 +91,7 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def _rgb(image: Image.Image) -> Image.Image:
-    """8-bit RGB: 16-bit grey scaled down, transparency over white, everything else as Pillow converts it."""
+    """Turn any picture into 8-bit RGB: 16-bit grey is scaled down, transparency laid over white."""
     if image.mode in ("I", "I;16", "I;16L", "I;16B", "I;16N"):
         grey = np.clip(np.asarray(image, np.int64), 0, 65535)
         return Image.fromarray(((grey + 128) // 257).astype(np.uint8)).convert("RGB")
