@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from alphaflow_cli import __version__
+from alphaflow_cli.remote.client import cache_folder, cached_file, is_offline
 
 AUTOENCODERS = ("stabilityai/sd-vae-ft-ema", "stabilityai/sd-vae-ft-mse")
 LITTLE_DISK = 20 * 10**9  # bytes: about two checkpoints of XL/2
@@ -28,7 +29,7 @@ def examine() -> dict[str, Any]:
         "weights": [],
         "caches": caches(),
         "free_bytes": shutil.disk_usage(Path.cwd()).free,
-        "hub": {"token": has_token(), "offline": os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0")},
+        "hub": {"token": has_token(), "offline": is_offline()},
     }
     if not found["devices"]["error"]:
         found["weights"] = weights()
@@ -67,7 +68,7 @@ def devices() -> dict[str, Any]:
 
 def weights() -> list[dict[str, Any]]:
     """The weights that other projects published, and what each is needed for."""
-    from alphaflow_cli.nn.autoencoder import cached, has_weights
+    from alphaflow_cli.nn.autoencoder import has_weights
     from alphaflow_cli.nn.weights import FILES, missing_weights
 
     found = []
@@ -75,8 +76,8 @@ def weights() -> list[dict[str, Any]]:
         entry = {"what": wanted.title, "for": wanted.metrics, "present": missing_weights(wanted) is None}
         found.append({**entry, "get": wanted.url})
     for name in AUTOENCODERS:
-        folder = cached(name, "main")
-        present = folder is not None and has_weights(folder)
+        config = cached_file(name, "config.json")
+        present = config is not None and has_weights(config.parent)
         found.append(
             {"what": name, "for": "prep-latents, sample and eval", "present": present, "get": "downloaded by use"}
         )
@@ -85,10 +86,8 @@ def weights() -> list[dict[str, Any]]:
 
 def caches() -> list[dict[str, Any]]:
     """Folders that weights are kept in, by the libraries' documented variables."""
-    home = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
     torch_home = Path(os.environ.get("TORCH_HOME", "~/.cache/torch")).expanduser()
-    hub = Path(os.environ.get("HF_HUB_CACHE", home / "hub")).expanduser()
-    folders = {"Hugging Face": hub, "torch": torch_home / "hub" / "checkpoints"}
+    folders = {"Hugging Face": cache_folder(), "torch": torch_home / "hub" / "checkpoints"}
     if os.environ.get("ALPHAFLOW_WEIGHTS"):
         folders["$ALPHAFLOW_WEIGHTS"] = Path(os.environ["ALPHAFLOW_WEIGHTS"]).expanduser()
     return [{"what": what, "path": str(path), "writable": _writable(path)} for what, path in folders.items()]

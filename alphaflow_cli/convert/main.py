@@ -1,6 +1,5 @@
 """`convert`: a neighbour's file to a checkpoint of ours."""
 
-import hashlib
 import json
 from dataclasses import dataclass, replace
 from functools import partial
@@ -29,7 +28,7 @@ from alphaflow_cli.convert.sit import SiTKind, add_second_embedder, looks_like_s
 from alphaflow_cli.convert.source import bare_name, read_source
 from alphaflow_cli.convert.strangers import check_path, refuse_strangers, refuse_unknown
 from alphaflow_cli.errors import AlphaflowError
-from alphaflow_cli.files import write_by, write_whole
+from alphaflow_cli.files import sha256_of, write_by, write_whole
 from alphaflow_cli.model.build import build_network
 from alphaflow_cli.model.checkpoint import Checkpoint, check_latents, save_checkpoint
 from alphaflow_cli.nn.autoencoder import kl_config, load_autoencoder
@@ -137,7 +136,7 @@ def _origin(foreign: Imported, source: Path, autoencoder: dict[str, str]) -> dic
     converted = {
         "from": foreign.family,
         "file": source.name,
-        "sha256": _sha256(source),
+        "sha256": sha256_of(source),
         "said": foreign.stated,
         "filled": foreign.filled,
         "unread": list(foreign.unread),
@@ -150,14 +149,6 @@ def _origin(foreign: Imported, source: Path, autoencoder: dict[str, str]) -> dic
         "versions": {"torch": str(torch.__version__)},
         "converted": converted,
     }
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(1 << 22):
-            digest.update(piece)
-    return digest.hexdigest()
 
 
 def _write_autoencoder(weights: dict[str, Tensor], out: Path) -> Path:

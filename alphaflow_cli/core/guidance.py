@@ -27,7 +27,7 @@ def drop_labels(
     return torch.where(dropped, y_null, y)
 
 
-def rows_to_ask(
+def asked_rows(
     t: Tensor,
     uniforms: Tensor,
     n_equal: int,
@@ -80,5 +80,5 @@ def guided_velocity(
 
 
 def effective_scale(omega: float, kappa: float) -> float:
-    """ω / (1 − κ), the guidance scale at sampling that training with ω and κ amounts to."""
+    """ω / (1 − κ)."""
     return omega / (1.0 - kappa)

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from alphaflow_cli.core.draws import FLIP, ORDER, POSTERIOR, mix_seed
+from alphaflow_cli.core.pixels import from_uint8
 from alphaflow_cli.data.stats import Statistics, merge, mirrored, subset_rows
 from alphaflow_cli.data.store import Shards, Store, Verify, open_store, statistics_of_rows
 from alphaflow_cli.errors import AlphaflowError
@@ -125,7 +126,7 @@ class LatentStream:
     def _latents(self, stored: Tensor, step: int, rows: RowsTaken) -> Tensor:
         kind = self.store.plan.kind
         if kind == "pixels":
-            return stored.float() / 127.5 - 1.0
+            return from_uint8(stored)
         if kind == "mean":
             return stored.float()
         mean, std = stored.float().chunk(2, dim=1)

@@ -1,7 +1,7 @@
 """Data sets on the Hub: `hf://datasets/USER/NAME[@REVISION][:SPLIT]`.
 
-Three forms are read: picture files (fetched one by one as their turn comes, nothing is kept), zip or tar archives (one
-download into the Hub's cache, then read there), and parquet tables with an image column, where pyarrow is installed.
+Two forms are read: picture files (fetched one by one as their turn comes, nothing is kept), and a zip or tar archive
+(one download into the Hub's cache, then read there). Parquet tables are not read; the error says what to do with them.
 The commit is looked up once and stands in the plan: a run that goes on reads the same pictures.
 """
 

@@ -1,12 +1,11 @@
-"""Autoencoders behind one interface, by diffusers: pixels in [-1, 1] to raw latents and back.
+"""Autoencoders, loaded by diffusers and used by one interface: pixels in [-1, 1] to raw latents and back.
 
     encode: pixels (n, 3, H, W) → mean, std of the posterior, each (n, C, h, w); std = 0 where there is none
     decode: raw latents → pixels; nothing is scaled or shifted here, `scale` and `shift` are the model's own convention
 
 An autoencoder is named by a folder (config.json and weights), a file of AutoencoderKL weights (.safetensors, or .pt as
 published with α-Flow), a Hub id (user/repo, user/repo/subfolder, either with @revision), or `none`: pixels themselves.
-
-Weights of autoencoders, found and read: bare files of every spelling, the Hub's cache, whether the Hub is there.
+The architecture of a bare weights file is read off its shapes; a Hub id is looked up in the Hub's cache first.
 """
 
 import hashlib
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 from alphaflow_cli.documents import Anything, ListOf, Maybe, Number, Table, Text, Whole, check_shape, read_json
 from alphaflow_cli.errors import DAMAGE, AlphaflowError
 from alphaflow_cli.nn.weights import check_real
-from alphaflow_cli.remote.client import session
+from alphaflow_cli.remote.client import cache_folder, cached_file, hub_api, is_offline
 from alphaflow_cli.remote.faults import HubFault, NoConnection, hub_faults
 from alphaflow_cli.text import for_terminal
 
@@ -48,6 +47,7 @@ CONFIG = Table(  # of what config.json holds, whatever decides about memory or i
 )
 ADVICE = "Give another autoencoder: a folder, a weights file or a Hub id."
 READING = (*DAMAGE, RuntimeError, ArithmeticError, SafetensorError)  # what diffusers raises on files that are not right
+CONVENTIONS = {4: (0.18215, 0.0), 16: (0.3611, 0.1159)}  # scale, shift of a bare file: SD 1.x and FLUX
 LOGVAR = (-30.0, 20.0)  # bounds of the posterior's log-variance, as every AutoencoderKL clamps it
 
 
@@ -236,10 +236,10 @@ def _from_hub(name: str) -> tuple[Any, str]:
     bare, _, revision = name.partition("@")
     user, repo, *below = bare.split("/")
     repo_id, subfolder, revision = f"{user}/{repo}", "".join(below), revision or "main"
-    snapshot = cached(repo_id, revision)
-    if snapshot and has_weights(snapshot / subfolder):
-        return _from_folder(snapshot / subfolder), snapshot.name
-    ask_hub(repo_id)
+    config_file = f"{subfolder}/config.json".lstrip("/")
+    if (path := cached_file(repo_id, config_file, revision)) and has_weights(path.parent):
+        return _from_folder(path.parent), _commit_of(path, subfolder)
+    _ask_hub(repo_id)
     where = {"subfolder": subfolder or None, "revision": revision}
     try:
         with hub_faults(name):
@@ -249,11 +249,13 @@ def _from_hub(name: str) -> tuple[Any, str]:
     except READING as fault:
         reason = for_terminal(fault, limit=300)
         raise AlphaflowError(f"{name}: the autoencoder cannot be downloaded ({reason})") from fault
-    snapshot = cached(repo_id, revision)
-    return module, snapshot.name if snapshot else revision
+    path = cached_file(repo_id, config_file, revision)
+    return module, _commit_of(path, subfolder) if path else revision
 
 
-CONVENTIONS = {4: (0.18215, 0.0), 16: (0.3611, 0.1159)}  # scale, shift of a bare weights file: SD 1.x and FLUX
+def _commit_of(path: Path, subfolder: str) -> str:
+    """The commit of a file in the cache, whose folder there is named by the commit."""
+    return path.parents[1 if subfolder else 0].name
 
 
 def read_weights(path: Path) -> Mapping[str, Any]:
@@ -312,36 +314,21 @@ def kl_config(weights: Mapping[str, Tensor]) -> dict[str, Any]:
     }
 
 
-def _cache() -> Path:
-    home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
-    return Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub").expanduser()
-
-
-def cached(repo_id: str, revision: str) -> Path | None:
-    """The folder of a revision in the Hub's cache, by its documented layout: refs/<name> holds a commit."""
-    root = _cache() / f"models--{repo_id.replace('/', '--')}"
-    ref = root / "refs" / revision
-    commit = ref.read_text().strip() if ref.is_file() else revision
-    snapshot = root / "snapshots" / commit
-    return snapshot if snapshot.is_dir() else None
-
-
 def has_weights(folder: Path) -> bool:
     weights = [*folder.glob("diffusion_pytorch_model*.safetensors"), *folder.glob("diffusion_pytorch_model*.bin")]
     return (folder / "config.json").is_file() and bool(weights)
 
 
-def ask_hub(repo_id: str) -> None:
-    advice = f"not in the cache ({_cache()}) either. Download it once, or give a folder: --autoencoder DIR"
-    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+def _ask_hub(repo_id: str) -> None:
+    """Refuse a repository that the Hub does not show, or a Hub that is not there, in one short question."""
+    advice = f"not in the cache ({cache_folder()}) either. Download it once, or give a folder: --autoencoder DIR"
+    if is_offline():
         raise AlphaflowError(f"{repo_id}: HF_HUB_OFFLINE is set, and it is {advice}")
-    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
     try:
         with hub_faults(repo_id):
-            status = session().get(f"{endpoint}/api/models/{repo_id}", timeout=5).status_code
+            hub_api().model_info(repo_id, timeout=5)
     except NoConnection as fault:
-        raise AlphaflowError(f"{repo_id}: {endpoint} cannot be reached, and it is {advice}") from fault
+        where, why = os.environ.get("HF_ENDPOINT", "https://huggingface.co"), fault.why.rstrip(".")
+        raise AlphaflowError(f"{repo_id}: {where} cannot be reached ({why}), and it is {advice}") from fault
     except HubFault as fault:
-        raise AlphaflowError(f"{repo_id}: {fault.why.rstrip('.')}, and it is {advice}") from fault
-    if status >= 400 and status not in (401, 403):  # those: perhaps private; the download brings the token and is clear
-        raise AlphaflowError(f"{repo_id}: {endpoint} answers {status}; it is {advice}")
+        raise AlphaflowError(f"{repo_id}: {fault.why.rstrip('.')}. It is {advice}") from fault

@@ -7,6 +7,7 @@ worse than one clear line. Pickles are read with `weights_only=True`, so a file 
 import os
 import pickle
 import warnings
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from alphaflow_cli.errors import AlphaflowError
+from alphaflow_cli.remote.client import cached_file
 
 
 @dataclass(frozen=True)
@@ -98,16 +100,8 @@ def _candidates(wanted: WeightFile, given: Path | None) -> list[Path]:
         folders.append(Path(os.environ["ALPHAFLOW_WEIGHTS"]).expanduser())
     folders.append(Path(torch.hub.get_dir()) / "checkpoints")
     paths = [folder / name for folder in folders for name in wanted.names]
-    for repo in wanted.hub_repos:
-        snapshots = _hub_cache() / f"models--{repo.replace('/', '--')}" / "snapshots"
-        paths += sorted(snapshots.glob("*/model.safetensors"))
-    return paths
-
-
-def _hub_cache() -> Path:
-    if os.environ.get("HF_HUB_CACHE"):
-        return Path(os.environ["HF_HUB_CACHE"]).expanduser()
-    return Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser() / "hub"
+    cached = [cached_file(repo, "model.safetensors") for repo in wanted.hub_repos]
+    return paths + [path for path in cached if path]
 
 
 def _how_to_get(wanted: WeightFile) -> str:
@@ -141,8 +135,6 @@ def load_weights(path: Path) -> dict[str, Tensor]:
 
 
 def _is_torchscript(path: Path) -> bool:
-    import zipfile  # here only: the other formats need no look inside
-
     if not zipfile.is_zipfile(path):
         return False
     with zipfile.ZipFile(path) as archive:

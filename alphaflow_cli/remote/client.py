@@ -61,9 +61,23 @@ def hub_api() -> "HfApi":
     return HfApi(endpoint=os.environ.get("HF_ENDPOINT") or None, library_name="alphaflow")
 
 
-def cache_folder() -> str | None:
-    """Where downloads are kept; None: the client's own place."""
-    return os.environ.get("HF_HUB_CACHE") or None
+def cache_folder() -> Path:
+    """The folder in which huggingface_hub keeps what it downloads, by its own variables as they are now."""
+    home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
+    return Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub").expanduser()
+
+
+def is_offline() -> bool:
+    """Whether HF_HUB_OFFLINE forbids to ask the Hub; `0`, `false` and the like do not, as for huggingface_hub."""
+    return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+
+
+def cached_file(repo: str, file: str, revision: str | None = None) -> Path | None:
+    """A model's file in the cache, at a revision's name or commit; None where it was never downloaded."""
+    from huggingface_hub import try_to_load_from_cache
+
+    path = try_to_load_from_cache(repo, file, cache_dir=cache_folder(), revision=revision)
+    return Path(path) if isinstance(path, str) else None
 
 
 def session() -> Any:
@@ -246,7 +260,7 @@ def _see_head(response: Any) -> None:
     if headers.get("Content-Encoding", "identity") not in ("identity", "gzip", "deflate"):
         raise Distrusted(f"it answers {where} compressed, which nobody asked for")
     length = headers.get("Content-Length", "0")
-    free = shutil.disk_usage(_existing(Path(cache_folder() or Path.home()))).free
+    free = shutil.disk_usage(_existing(cache_folder())).free
     if not re.fullmatch(r"[0-9]{1,18}", length) or (response.request.method == "GET" and int(length) > free):
         raise Distrusted(f"it has a file of {for_terminal(length, limit=30)} bytes for us, there is room for {free:,}")
     for name, form in NUMBERS:

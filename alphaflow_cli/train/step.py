@@ -2,7 +2,7 @@
 
     ∅    u⁻(z_t, t, t | ∅)      y    u⁻(z_t, t, t | y)      Places of rows are counted within the micro-batch.
 
-The network is asked (core/guidance.py: rows_to_ask) for ∅ first, then for y. What it is not asked, it has said: an r = t
+The network is asked (core/guidance.py: asked_rows) for ∅ first, then for y. What it is not asked, it has said: an r = t
 row's own prediction is its y, or its ∅ where the label was dropped; a dropped r < t row's y is its ∅. Which rows these
 are is decided on the host, where the times are drawn, so nothing waits for it. Where it must not change from step to
 step (compiled blocks: new numbers of rows are new forms) every row is asked.
@@ -48,7 +48,7 @@ class Question:
 
 def ask(t: Tensor, uniforms: Tensor, n_equal: int, mix: Guidance, device: torch.device) -> Question:
     """About what is needed; t and the uniforms of label dropout are on the host."""
-    own, null = guidance.rows_to_ask(
+    own, null = guidance.asked_rows(
         t,
         uniforms,
         n_equal,
