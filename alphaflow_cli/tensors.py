@@ -1,4 +1,4 @@
-"""Files of a store: written whole or not at all, tensors in the safetensors layout.
+"""Tensors in files of the safetensors layout, written whole or not at all, read by position.
 
 The layout is eight bytes (length of the header, little endian), a JSON header, the tensors' bytes. It is written here
 rather than by the library because equal content must give equal bytes (the library may shuffle the metadata), the
@@ -25,13 +25,7 @@ from alphaflow_cli.text import brief
 
 Array = npt.NDArray[Any]
 MAX_HEADER = 100_000_000  # bytes; the safetensors library's own bound
-TENSOR_DTYPES = {
-    "F64": "<f8",
-    "I64": "<i8",
-    "F32": "<f4",
-    "F16": "<f2",
-    "U8": "|u1",
-}  # widest first: keeps them aligned
+TENSOR_DTYPES = {"F64": "<f8", "I64": "<i8", "F32": "<f4", "F16": "<f2", "U8": "|u1"}
 SEAL, SEAL_BYTES = "checksum", 32  # name and size of a sealed file's last tensor
 _NAMES = {np.dtype(code): name for name, code in TENSOR_DTYPES.items()}
 _WIDTH = {name: -np.dtype(code).itemsize for name, code in TENSOR_DTYPES.items()}
@@ -58,6 +52,25 @@ def write_tensors(
     return write_pieces(path, _pieces(text, [tensors[name] for name in order]), sealed=sealed)
 
 
+def _pieces(header: bytes, arrays: list[Array]) -> Iterator[bytes | memoryview]:
+    yield len(header).to_bytes(8, "little")
+    yield header
+    for array in arrays:
+        if array.size:
+            yield memoryview(np.ascontiguousarray(array)).cast("B")  # type: ignore[arg-type]
+
+
+def save_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], *, sealed: bool = False
+) -> None:
+    """Write torch's tensors as a safetensors file, whole or not at all: equal content gives equal bytes."""
+    arrays = {name: tensor.detach().cpu().contiguous().numpy() for name, tensor in tensors.items()}
+    try:
+        write_tensors(path, arrays, metadata, sealed=sealed)
+    except OSError as error:
+        raise AlphaflowError(f"{path}: cannot be written: {error.strerror}. What was there is kept.") from error
+
+
 def seal_holds(path: Path) -> bool:
     """Whether a sealed file still has the bytes that were written."""
     digest, left = hashlib.sha256(), path.stat().st_size - SEAL_BYTES
@@ -66,14 +79,6 @@ def seal_holds(path: Path) -> bool:
             digest.update(piece)
             left -= len(piece)
         return left == 0 and file.read() == digest.digest()
-
-
-def _pieces(header: bytes, arrays: list[Array]) -> Iterator[bytes | memoryview]:
-    yield len(header).to_bytes(8, "little")
-    yield header
-    for array in arrays:
-        if array.size:
-            yield memoryview(np.ascontiguousarray(array)).cast("B")  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -180,14 +185,3 @@ def _parse(handle: int, size: int) -> tuple[dict[str, TensorPlace], dict[str, st
             raise ValueError(f"{name} has {end - start} bytes for a shape of {list(shape)}")
         places[name] = TensorPlace(np.dtype(code), shape, start)
     return places, metadata
-
-
-def save_tensors(
-    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], *, sealed: bool = False
-) -> None:
-    """Write torch's tensors as a safetensors file, whole or not at all: equal content gives equal bytes."""
-    arrays = {name: tensor.detach().cpu().contiguous().numpy() for name, tensor in tensors.items()}
-    try:
-        write_tensors(path, arrays, metadata, sealed=sealed)
-    except OSError as error:
-        raise AlphaflowError(f"{path}: cannot be written: {error.strerror}. What was there is kept.") from error

@@ -1,7 +1,4 @@
-"""The way back: a checkpoint of ours as a `.pt` of the published form.
-
-Our weights' names and the published system's: a pure renaming, both ways.
-"""
+"""The way back: a checkpoint of ours becomes a `.pt` of the published form (`convert --to alphaflow`)."""
 
 from functools import partial
 from pathlib import Path

@@ -1,4 +1,7 @@
-"""What a family's reader hands over, and how it becomes a recipe: each fact with where it comes from."""
+"""What a family's reader hands over, and how it becomes a recipe: each fact with where it comes from.
+
+The statistics of the latents, which few files hold, come from the file, from --latents or from a convention.
+"""
 
 import math
 import re

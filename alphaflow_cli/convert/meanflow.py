@@ -5,7 +5,7 @@ In both t = 1 is noise, u is the average of noise − x, and the second embedder
 zhuyu-cs   t_embedder, r_embedder; SiT's names. Its training arguments lie in the checkpoint.
 FastGen    t_embedder.proj_net, blocks.N.attention, …, and a logvar_linear that sampling does not use. Its checkpoint
     says nothing of times: its MeanFlow configurations feed t unscaled (scale_t false) and t − r (time_cond_type diff),
-    which is what is assumed, and told. A FastGen without r_embedder may scale its times by 1000, so it is refused.
+    which is what is assumed, and printed. A FastGen without r_embedder may scale its times by 1000, so it is refused.
 """
 
 import math

@@ -1,4 +1,7 @@
-"""What a table of weights says by its names and shapes: the network's size, and whether it is one of this family."""
+"""A table of weights, judged by its names and shapes: the network's size, and whether it is one of this family.
+
+Our names, the published system's and those of SiT and its children differ by pure renaming; both ways are here.
+"""
 
 import math
 from dataclasses import dataclass
@@ -11,6 +14,17 @@ from alphaflow_cli.model.checkpoint import misfits
 from alphaflow_cli.recipe.schema import Recipe
 
 HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}  # of S, B, L, XL: the shapes do not tell
+PUBLISHED = {  # a name of ours begins so → the published system's
+    "pos_embed": "pos_embed",
+    "patch_embed.proj.": "x_embedder.proj.",
+    "time_embed.mlp.": "noise_labels_embedder.mlp.",
+    "second_embed.mlp.": "noise_labels_next_embedder.mlp.",
+    "label_embed.weight": "y_embedder.embedding_table.weight",
+    "blocks.": "blocks.",
+    "final.linear.": "final_layer.linear.",
+    "final.modulation.linear.": "final_layer.adaLN_modulation.1.",
+}
+MODULATION = (".modulation.linear.", ".adaLN_modulation.1.")  # inside a block
 
 
 @dataclass(frozen=True)
@@ -43,6 +57,24 @@ def to_our_names(weights: dict[str, Tensor], where: str, *, second: str | None) 
                 f"{where}: a checkpoint of another family: it has {name!r}, which no SiT, DiT, MeanFlow or α-Flow has."
             ) from error
     return ours
+
+
+def to_published(name: str) -> str:
+    """Rename a weight of ours: `blocks.0.modulation.linear.bias` becomes `blocks.0.adaLN_modulation.1.bias`."""
+    return _rename(name, PUBLISHED, *MODULATION)
+
+
+def from_published(name: str) -> str:
+    """Rename a published weight to ours: the inverse of `to_published`."""
+    return _rename(name, {theirs: ours for ours, theirs in PUBLISHED.items()}, *reversed(MODULATION))
+
+
+def _rename(name: str, prefixes: dict[str, str], old: str, new: str) -> str:
+    for ours, theirs in prefixes.items():
+        if name.startswith(ours):
+            rest = name[len(ours) :]
+            return theirs + (rest.replace(old[1:], new[1:]) if ours == "blocks." else rest)
+    raise KeyError(name)
 
 
 def read_shape(weights: dict[str, Tensor], where: str) -> NetworkShape:
@@ -119,36 +151,3 @@ def without_variance(weights: dict[str, Tensor], shape: NetworkShape, where: str
         pixels = value.reshape(shape.patch**2, shape.out, *value.shape[1:])
         kept[name] = pixels[:, : shape.channels].reshape(-1, *value.shape[1:])
     return weights | kept
-
-
-PUBLISHED = {
-    "pos_embed": "pos_embed",
-    "patch_embed.proj.": "x_embedder.proj.",
-    "time_embed.mlp.": "noise_labels_embedder.mlp.",
-    "second_embed.mlp.": "noise_labels_next_embedder.mlp.",
-    "label_embed.weight": "y_embedder.embedding_table.weight",
-    "blocks.": "blocks.",
-    "final.linear.": "final_layer.linear.",
-    "final.modulation.linear.": "final_layer.adaLN_modulation.1.",
-}
-
-
-MODULATION = (".modulation.linear.", ".adaLN_modulation.1.")  # inside a block
-
-
-def to_published(name: str) -> str:
-    """Rename a weight of ours: `blocks.0.modulation.linear.bias` becomes `blocks.0.adaLN_modulation.1.bias`."""
-    return _rename(name, PUBLISHED, *MODULATION)
-
-
-def from_published(name: str) -> str:
-    """Rename a published weight to ours: the inverse of `to_published`."""
-    return _rename(name, {theirs: ours for ours, theirs in PUBLISHED.items()}, *reversed(MODULATION))
-
-
-def _rename(name: str, prefixes: dict[str, str], old: str, new: str) -> str:
-    for ours, theirs in prefixes.items():
-        if name.startswith(ours):
-            rest = name[len(ours) :]
-            return theirs + (rest.replace(old[1:], new[1:]) if ours == "blocks." else rest)
-    raise KeyError(name)

@@ -7,7 +7,7 @@ SiT   t = 0 is noise, the velocity is x − noise. With t' = 1 − t:
 DiT   predicts noise at DDPM's 1000 times: nn/noise.py computes the velocity from it.
 REPA  a SiT in which t = 1 is noise and the velocity is noise − x: ours already. Its projectors, which compare hidden
     states with those of an encoder in training, are dropped. It spells its arguments `linear` and `v`, SiT `Linear`
-    and `velocity`: by that the two are told apart.
+    and `velocity`; this tells the two apart.
 SiT and DiT predict a variance too (twice the channels): dropped. All get a second time embedder whose last layer is
 zero, so that u does not depend on r until it is trained to.
 """

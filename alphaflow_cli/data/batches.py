@@ -8,9 +8,7 @@
 So a run resumes at any step without replaying one, every sample appears once per epoch (batches run across the border
 of two epochs, nothing is dropped), and two processes see what one would: they take other rows of the same batch.
 
-Shapes: B global batch, n rows asked for, (C, h, w) a latent; a stored row has 2C channels (mean, std) or C.
-
-From the host to a device, without the host waiting for it.
+Shapes: B global batch, n requested rows, (C, h, w) a latent; a stored row has 2C channels (mean, std) or C.
 """
 
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -31,7 +29,7 @@ from alphaflow_cli.data.store import Shards, Store, Verify, open_store, statisti
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.tensors import Array
 
-RowsTaken = slice | Tensor
+RowsTaken = slice | Tensor  # which rows of the global batch a process wants
 CONSTANT = 1e-6  # a latent that varies less than this (std) is constant: dividing by it would blow up rounding noise
 
 

@@ -1,7 +1,4 @@
-"""Rows out of many shard files.
-
-A finished latent store: open it, check it, compare it with a recipe.
-"""
+"""A finished latent store: open it, check it, read rows out of its shards, compare it with a recipe."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -26,6 +23,7 @@ from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.files import Stamp, changed, is_there, sha256_of_all, stamp_of
 from alphaflow_cli.tensors import Array, TensorFile, open_tensors
 
+Verify = Literal["full", "sizes"]
 DENSE = 4  # a shard of which more than a quarter is wanted is read by the system's own read-ahead
 
 
@@ -79,9 +77,6 @@ def statistics_of_rows(shards: Shards, plan: Plan, name: str, rows: Array) -> St
     stored = np.empty((len(rows), plan.rows, *plan.latent[1:]), plan.dtype)
     shards.gather(name, rows, stored, np.arange(len(rows)))
     return statistics_of(stored, plan.latent)
-
-
-Verify = Literal["full", "sizes"]
 
 
 @dataclass(frozen=True)

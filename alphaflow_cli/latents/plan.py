@@ -1,4 +1,4 @@
-"""What `prep-latents` is asked for becomes a plan: which pictures, which classes, which encoder, which shards."""
+"""From the request of `prep-latents` to a plan: which pictures, which classes, which encoder, which shards."""
 
 import hashlib
 import json
