@@ -1,8 +1,8 @@
 """Tensors in files of the safetensors layout, written whole or not at all, read by position.
 
 The layout is eight bytes (length of the header, little endian), a JSON header, the tensors' bytes. It is written here
-rather than by the library because equal content must give equal bytes (the library may shuffle the metadata), the
-checksum is taken on the way to the disk, and files get the user's own mode instead of 0600.
+and not by the library, for three reasons. Equal content must give equal bytes, but the library may shuffle the
+metadata. The checksum is taken on the way to the disk. And files get the user's own mode instead of 0600.
 """
 
 import hashlib
@@ -100,8 +100,8 @@ class TensorFile:
     """An open safetensors file, read by position.
 
     It is not memory-mapped: a mapped file that another program cuts short ends the process by SIGBUS, without a line.
-    A read answers a missing byte with an error, and every read ends with a look at the file's size and time, so rows
-    that were written over after the checksums are never trained on. Per row this costs as much as copying it.
+    A read answers a missing byte with an error, and ends with a look at the file's size and time. So rows that were
+    written over after the checksums are never trained on. Per row this costs as much as copying it.
     """
 
     path: Path

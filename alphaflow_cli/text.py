@@ -1,7 +1,8 @@
 """Words from outside, made harmless: for a terminal, for Markdown, for a code span.
 
-A file's name, a class's name or a server's answer may hold control characters that rewrite the screen, letters that
-turn the reading direction, tags, links, or a megabyte. What is shown is always one bounded run of visible letters.
+A file's name, a class's name or a server's answer may hold anything: control characters that rewrite the screen,
+letters that turn the reading direction, tags, links, or a megabyte. What is shown is always one bounded run of visible
+letters.
 """
 
 import re

@@ -1,9 +1,9 @@
 """What a published snapshot says beside its weights: cfg, stats and the optimiser, as values of a recipe.
 
 Known places: cfg.model and cfg.dataset (sizes), cfg.loss.cfg_params (guidance), cfg.sampling, stats.cur_step,
-optimizer.param_groups. The schedules of alpha and of the share of r = t rows are known by their form (scheduler,
-initial_value, …) and a name with alpha or ratio_fm in it, the number of steps by its name max_steps. What is found
-twice with two values, or has no place in a recipe, is listed as not read.
+optimizer.param_groups. A schedule of alpha, or of the share of r = t rows, is known by its form (scheduler,
+initial_value, …) and by alpha or ratio_fm in its name. The number of steps is known by its name, max_steps. What is
+found twice with two values, or has no place in a recipe, is listed as not read.
 """
 
 import math

@@ -1,8 +1,8 @@
 """A foreign file to a tree of plain values and tensors; nothing in it is executed.
 
 `.pt` is a zip with a pickle in it (or, older, a row of pickles). Before torch reads it with `weights_only=True`, the
-zip must be what torch.save writes (entries stored, not compressed: no bomb) and the pickle may name only torch's own
-tensor builders and the few plain containers below, which are mapped to inert dicts by name.
+zip must be what torch.save writes: entries stored, not compressed, so that it is no bomb. The pickle may name only
+torch's own tensor builders and a few plain containers (below), which are mapped to inert dicts by name.
 """
 
 import io

@@ -8,8 +8,8 @@ With p = (step - start) / (end - start), between start and end:
     sigmoid      i + (e - i) σ(gamma (p - 1/2))
 
 i up to start, e from end on; start = end jumps (the published formula divides by zero there). Then the clamp:
-below it 0, above 1 - it 1, both strict. With the published gamma = 25 and clamp = 0.005 a sigmoid is therefore exactly
-1 for the first 28.8% of [start, end] and exactly 0 for the last 28.8%.
+below it 0, above 1 - it 1, both strict. So with the published gamma = 25 and clamp = 0.005 a sigmoid from 1 to 0
+is exactly 1 for the first 28.8% of [start, end]. It is exactly 0 for the last 28.8%.
 """
 
 import math

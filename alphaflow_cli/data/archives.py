@@ -7,8 +7,8 @@ What an archive holds is what unpacking it would give: of a name that occurs twi
 file that stood under its target's name when the link was written; a symbolic link is what it leads to in the end. A
 link never leads out of the archive, and links to whole folders are not followed, but counted in a note.
 
-The pictures are listed once. Every process that reads them opens the file anew, for one pass, and holds it open until
-the last fetch of that pass is over (`reading`). Its size and time must stay what they were at the listing.
+The pictures are listed once. Every process opens the file anew for each pass over them (`reading`), and holds it open
+until the last fetch of that pass is over. Its size and time must stay what they were at the listing.
 """
 
 import itertools

@@ -5,8 +5,8 @@
     latent:                       mean + std · noise      noise, like the flips, drawn for the GLOBAL batch of step k
     x:                            (latent - mean) / std   per position or per channel, or (latent - shift) · scale
 
-So a run resumes at any step without replaying one, every sample appears once per epoch (batches run across the border
-of two epochs, nothing is dropped), and two processes see what one would: they take other rows of the same batch.
+So a run resumes at any step without replaying one. Every sample appears once per epoch: batches run across the border
+of two epochs, and nothing is dropped. Two processes see what one would: they take other rows of the same batch.
 
 Shapes: B global batch, n requested rows, (C, h, w) a latent; a stored row has 2C channels (mean, std) or C.
 """

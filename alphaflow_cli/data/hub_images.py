@@ -1,8 +1,8 @@
 """Data sets on the Hub: `hf://datasets/USER/NAME[@REVISION][:SPLIT]`.
 
-Two forms are read: picture files (fetched one by one as their turn comes, nothing is kept), and a zip or tar archive
-(one download into the Hub's cache, then read there). Parquet tables are not read; the error says what to do with them.
-The commit is looked up once and stands in the plan: a run that goes on reads the same pictures.
+Two forms are read. Picture files are fetched one by one as their turn comes, and nothing is kept. A zip or tar archive
+is downloaded once into the Hub's cache, and read there. Parquet tables are not read; the error says what to do with
+them. The commit is looked up once and stands in the plan: a run that goes on reads the same pictures.
 """
 
 import re

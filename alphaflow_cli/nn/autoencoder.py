@@ -3,9 +3,12 @@
     encode: pixels (n, 3, H, W) → mean, std of the posterior, each (n, C, h, w); std = 0 where there is none
     decode: raw latents → pixels; nothing is scaled or shifted here, `scale` and `shift` are the model's own convention
 
-An autoencoder is named by a folder (config.json and weights), a file of AutoencoderKL weights (.safetensors, or .pt as
-published with α-Flow), a Hub id (user/repo, user/repo/subfolder, either with @revision), or `none`: pixels themselves.
-The architecture of a bare weights file is read off its shapes; a Hub id is looked up in the Hub's cache first.
+An autoencoder is named by one of these:
+
+    a folder           config.json and weights
+    a weights file     of an AutoencoderKL: .safetensors, or .pt as published with α-Flow; its shapes tell the network
+    a Hub id           user/repo or user/repo/subfolder, either with @revision; looked up in the Hub's cache first
+    none               no autoencoder: the network works on pixels themselves
 """
 
 import hashlib

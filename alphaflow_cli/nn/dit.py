@@ -10,7 +10,7 @@ cosines and trained. Attention is "fused", or "math" where a derivative passes t
 forward-mode derivative).
 
 Given a `tangent` of z on the last rows, du/dt rides along through the same lines: there x and c are `Dual`s, a value
-with its derivative, and `through`, `add`, `modulate`, `gated`, … are the plain operations with a rule for it. Given
+with its derivative. `through`, `add`, `modulate`, `gated`, … are the plain operations with a rule for such pairs. Given
 other rows `beside`, each block computes them too, without gradient (both: nn/tangent.py). Above every such line stands
 what it computes, as a DiT without tangents would write it.
 """

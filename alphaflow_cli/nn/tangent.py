@@ -5,17 +5,17 @@ computes u computes du/dt as well: every layer takes a value with its tangent, a
 
 A `Dual` is such a pair. Its value has all B rows, with gradient and kernels as usual, and is the same, bit for bit, as
 without a tangent. Its tangent belongs to the LAST B' ≤ B rows (the r < t rows; the others need none) and has no
-gradient. For y = f(x), the value is f(x) and the tangent is J dx, where J is the derivative of f at x and dx is the
-tangent of x. The rules below are the chain rule, layer by layer; each uses intermediates that the value has at hand:
+gradient. Let J be the derivative of a layer f at x, and dx the tangent of x. Then the layer's value is f(x), and its
+tangent J dx. The rules below are the chain rule, layer by layer; each uses intermediates that the value has at hand:
 
     linear                 d(W x + b) = W dx
     LayerNorm, GELU, SiLU  J is symmetric, so J dx is what the layer's backward kernel computes from dx
     softmax                the same: dp = p ∘ (ds − Σ p ds)
     products               d(a b) = da b + a db
 
-That costs one more pass of linear cost on those rows, instead of the three of a double backward or of torch.func.jvp,
-which also multiplies by a zero tangent of every weight. The tangent of the residual stream stays in float32: bf16
-doubles the error.
+That costs one more pass on those rows, where a double backward or torch.func.jvp costs three. (The latter also
+multiplies by a zero tangent of every weight.) The tangent of the residual stream stays in float32: bf16 doubles the
+error.
 
 A `Beside` is a value on the rows that are learnt from, and the same quantity on other rows without gradient: the rows
 that guidance asks about (train/step.py). A layer computes the first, then the others, in the same call. So there is
@@ -245,8 +245,8 @@ def recomputed(block: nn.Module, x: OneStream, c: OneStream, attend: str, *, onc
     """block(x, c, attend) under gradient checkpointing: the backward pass computes the block again to get its gradient.
 
     `once`: it then recomputes the value alone, and not what rides along, whose result it does not need. A compiled
-    block saves other tensors without tangents than with them, so there the tangents are recomputed too, and rows
-    beside get a call of their own.
+    block saves other tensors without tangents than with them. There the tangents are recomputed too, and rows beside
+    get a call of their own.
     """
     if isinstance(x, Beside) and isinstance(c, Beside) and not once:
         value = recomputed(block, x.value, c.value, attend, once=once)
