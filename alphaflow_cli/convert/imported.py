@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,7 +20,6 @@ from alphaflow_cli.recipe import Recipe, dump_recipe, load_recipe, recipe_from_t
 
 Family = Literal["auto", "alphaflow", "sit", "dit", "repa", "meanflow", "fastgen"]
 AUTOENCODER_FILE = "diffusion_pytorch_model.safetensors"
-FAMILIES: tuple[Family, ...] = get_args(Family)
 SD_SCALE = 0.18215  # of the Stable Diffusion autoencoders: 1 / std of a latent
 ZHUYU_SCALE = 0.18125  # in zhuyu-cs/MeanFlow's trainer: written so, and its networks are trained to it
 MEANFLOW_MEAN = (0.86488, -0.27787343, 0.21616915, 0.3738409)  # per channel, there for two days before that

@@ -13,7 +13,6 @@ from torch import Tensor
 from alphaflow_cli.convert.arguments import plain_arguments
 from alphaflow_cli.convert.imported import (
     AUTOENCODER_FILE,
-    FAMILIES,
     ConvertOptions,
     Family,
     Imported,
@@ -34,7 +33,6 @@ from alphaflow_cli.model.checkpoint import Checkpoint, check_latents, save_check
 from alphaflow_cli.nn.autoencoder import kl_config, load_autoencoder
 from alphaflow_cli.recipe import Recipe
 
-__all__ = ["FAMILIES", "ConvertOptions", "Outcome", "convert"]
 READERS = {"alphaflow": read_published, "meanflow": read_meanflow, "fastgen": read_fastgen}
 FLOWS: tuple[Family, ...] = get_args(SiTKind)  # of one time embedder
 

@@ -41,7 +41,11 @@ class Classes:
         """
         count = len(self.folders)
         what = "1 class" if count == 1 else f"{count:,} classes{' (ImageNet)' if self.imagenet else ''}, {self.order}"
-        shown = [f"{index} = {_plain(self.names[index])}" for index in range(count) if index < 3 or index == count - 1]
+        shown = [
+            f"{index} = {for_terminal(self.names[index], limit=200)}"
+            for index in range(count)
+            if index < 3 or index == count - 1
+        ]
         return f"{what}: {', '.join([*shown[:3], *(['…'] if count > 4 else []), *shown[3:]])}"
 
     def as_dict(self) -> dict[str, Any]:
@@ -146,11 +150,6 @@ def _without_repeats(pairs: list[tuple[str, object]]) -> dict[str, object]:
     if len(document) < len(pairs):
         raise ValueError("a key stands in it twice")
     return document
-
-
-def _plain(name: str) -> str:
-    """Make a name fit for a terminal: it may hold anything that a file system takes."""
-    return for_terminal(name, limit=200)
 
 
 def _are_numbers(folders: Collection[str]) -> bool:

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from typing import get_args
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from foreign_nets import published_u, random_weights, transformer
 from snapshots import CLASSES, HEADS, SIZE, meanflow_weights, sit_weights
 
 from alphaflow_cli.commands.convert import command
-from alphaflow_cli.convert import FAMILIES, ConvertOptions, convert, main
+from alphaflow_cli.convert import ConvertOptions, convert, main
+from alphaflow_cli.convert.imported import Family
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.model.checkpoint import load_checkpoint
 from alphaflow_cli.sample.generator import load_network
@@ -199,5 +201,5 @@ def test_flows_of_one_embedder_train_on_as_uniform_flow_matching(tmp_path, kind)
 
 def test_every_family_has_a_reader_and_a_choice_on_the_command_line():
     (choice,) = (option.type.choices for option in command.params if option.name == "family")
-    assert tuple(choice) == FAMILIES
-    assert {"auto", *main.FLOWS, *main.READERS} == set(FAMILIES)
+    assert tuple(choice) == get_args(Family)
+    assert {"auto", *main.FLOWS, *main.READERS} == set(get_args(Family))
