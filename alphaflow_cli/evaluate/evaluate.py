@@ -15,7 +15,7 @@ import torch
 from alphaflow_cli.charts.chart import BLUE, GREEN, ORANGE, RED, Chart, Line, Panel
 from alphaflow_cli.charts.draw import to_png
 from alphaflow_cli.errors import AlphaflowError
-from alphaflow_cli.evaluate.features import Extractor, build_extractor
+from alphaflow_cli.evaluate.features import Extractor
 from alphaflow_cli.evaluate.measure import (
     CHUNK,
     Clock,
@@ -27,6 +27,7 @@ from alphaflow_cli.evaluate.measure import (
     run_pass,
     told_seconds,
 )
+from alphaflow_cli.evaluate.networks import build_extractor
 from alphaflow_cli.evaluate.pictures import GeneratedImages, ImageSource, open_pictures
 from alphaflow_cli.evaluate.reference import KEPT, Reference, build_reference, load_reference, save_reference
 from alphaflow_cli.evaluate.results import NEEDS_MOMENTS, NETWORK, Evaluation, save_results
