@@ -1,4 +1,4 @@
-"""From features to rows: every metric asked for, each with its protocol and its warnings."""
+"""From features to rows: every requested metric, with its protocol and its notes."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -37,7 +37,7 @@ BLOCK = 10_000  # rows of a distance matrix at a time
 
 @dataclass(frozen=True)
 class Measured:
-    """A finished pass and what it is held against."""
+    """A finished pass over the pictures, and the reference that they are compared with."""
 
     work: Pass
     moments: dict[str, Moments]
@@ -45,10 +45,10 @@ class Measured:
     device: torch.device
 
 
-def check_request(
+def check_reference(
     metrics: tuple[Metric, ...], reference: Reference | None, extractors: dict[str, Extractor], work: Pass
 ) -> None:
-    """All that can be refused before the long pass."""
+    """Refuse metrics that the reference cannot give, before the long pass over the pictures."""
     for metric in metrics:
         if metric == "is":
             continue
@@ -64,7 +64,7 @@ def check_request(
 
 
 def score(measured: Measured, metrics: tuple[Metric, ...]) -> list[Row]:
-    """Rows in the order asked for."""
+    """Compute the rows of every metric, in the order given."""
     rows: list[Row] = []
     for metric in metrics:
         rows += ROWS[metric](measured, metric)
@@ -112,15 +112,15 @@ def _inception_score(measured: Measured, metric: Metric) -> list[Row]:
 def _precision_recall(measured: Measured, metric: Metric) -> list[Row]:
     fake, real = _both(measured, metric)
     with true_float32():
-        found = precision_recall(fake.to(measured.device), real.to(measured.device), NEIGHBOURS, block=BLOCK)
+        shares = precision_recall(fake.to(measured.device), real.to(measured.device), NEIGHBOURS, block=BLOCK)
     settings = {"neighbours": NEIGHBOURS, "single_real_pictures": len(real)}
     return [
         _row(measured, metric, title, value, settings=settings)
         for title, value in (
-            ("precision", found.precision),
-            ("recall", found.recall),
-            ("density", found.density),
-            ("coverage", found.coverage),
+            ("precision", shares.precision),
+            ("recall", shares.recall),
+            ("density", shares.density),
+            ("coverage", shares.coverage),
         )
     ]
 
@@ -186,6 +186,6 @@ def _notes(measured: Measured, metric: Metric) -> tuple[str, ...]:
     if not extractor.known:
         notes.append(f"weights are not the published ones (sha256 {extractor.weights_sha256[:8]}…)")
     if measured.reference is not None and metric != "is":
-        unsaid = check_fit(measured.reference, key, extractor, measured.work.source.size)
-        notes += [f"reference does not state its {', '.join(unsaid)}"] if unsaid else []
+        unstated = check_fit(measured.reference, key, extractor, measured.work.source.size)
+        notes += [f"reference does not state its {', '.join(unstated)}"] if unstated else []
     return tuple(notes)

@@ -17,7 +17,7 @@ from alphaflow_cli.charts import chart
 from alphaflow_cli.charts.chart import Chart
 from alphaflow_cli.documents import Anything, ListOf, Maybe, Number, Table, Text, Whole, check_shape, read_json
 from alphaflow_cli.errors import AlphaflowError, blamed_on
-from alphaflow_cli.evaluate.results import FeatureSpace, Row, read_results, told_value
+from alphaflow_cli.evaluate.results import FeatureSpace, Row, read_results, value_text
 from alphaflow_cli.files import read_document, sha256_of, write_whole
 from alphaflow_cli.model.checkpoint import read_origin
 from alphaflow_cli.recipe import diff_recipes, load_recipe, recipe_from_text, shipped
@@ -293,5 +293,5 @@ def score_of(row: Row, model: str) -> Score:
     """One number with its protocol in a line; that of other weights than the run's model says so."""
     digest = row.pictures.get("checkpoint_sha256") or ""
     other = [f"of other weights (sha {digest[:8]})"] if model and digest and digest != model else []
-    told = "; ".join([*other, row.told(), *row.notes])
-    return Score(row.name, str(row.pictures.get("nfe", "")), told_value(row), told)
+    told = "; ".join([*other, row.protocol(), *row.notes])
+    return Score(row.name, str(row.pictures.get("nfe", "")), value_text(row), told)

@@ -67,5 +67,5 @@ class SampleGrids:
 
 
 def to_numpy(images: Tensor) -> list[np.ndarray]:
-    """Turn a batch (n, 3, H, W) into pictures (H, W, 3) of uint8."""
+    """(n, 3, H, W) uint8 → pictures (H, W, 3)."""
     return list(images.permute(0, 2, 3, 1).to("cpu", torch.uint8).numpy())
