@@ -15,7 +15,7 @@ import torch
 
 from alphaflow_cli.data.batches import LatentStream
 from alphaflow_cli.data.manifest import read_manifest
-from alphaflow_cli.data.store import disagreements, open_store
+from alphaflow_cli.data.store import Verify, disagreements, open_store
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.files import read_document, write_whole
 from alphaflow_cli.latents.prepare import prepare_latents
@@ -203,23 +203,34 @@ def open_run(recipe: Recipe, options: TrainOptions, world: World) -> Run:
 
 def open_stream(recipe: Recipe, store: Path, world: World, *, verify: bool) -> LatentStream:
     """Open the recipe's stream of latents; a store that fits a quarter of the GPU's memory is kept there."""
-    data = recipe.data
-    resident = fits_on_device(store, data.flips, world.device)
+    resident = fits_on_device(store, recipe.data.flips, world.device)
     if resident and world.is_main:
         say(f"{store}: kept in the GPU's memory")
+    train = recipe.train
+    check: Verify = "full" if verify else "sizes"
+    return recipe_stream(
+        recipe, store, batch=train.batch, seed=train.seed, device=world.device, resident=resident, verify=check
+    )
+
+
+def recipe_stream(
+    recipe: Recipe, store: Path, *, batch: int, seed: int, device: torch.device, resident: bool, verify: Verify
+) -> LatentStream:
+    """Open a store as the recipe reads it: its posterior, flips and normalisation; batch and seed may be others."""
+    data = recipe.data
     return LatentStream(
         store,
-        batch=recipe.train.batch,
-        seed=recipe.train.seed,
+        batch=batch,
+        seed=seed,
         posterior=data.posterior,
         flips=data.flips,
         normalise=data.normalise,
         scale=data.scale,
         shift=data.shift,
         stats_images=data.stats_images,
-        device=world.device,
+        device=device,
         resident=resident,
-        verify="full" if verify else "sizes",
+        verify=verify,
     )
 
 
