@@ -38,7 +38,7 @@ from alphaflow_cli.runtime.lock import check_lock
 from alphaflow_cli.runtime.processes import World
 from alphaflow_cli.runtime.progress import say
 from alphaflow_cli.train.optimise import COUNTERS
-from alphaflow_cli.train.step import Objective, ask, ask_all
+from alphaflow_cli.train.step import ask, ask_all
 
 BINS = 8  # equal bins of t − r in (0, 1]
 SUMS = ("later", "error", "trajectory", "consistency", "equal", "velocity")  # then BINS sums and BINS counts
@@ -287,10 +287,10 @@ def mean_guidance_rows(recipe: Recipe, n_equal: int) -> float:
 
 def step_flops(recipe: Recipe, alpha: float, n_equal: int) -> float:
     """Floating-point operations of one step on the global batch."""
-    batch = recipe.train.batch
+    batch, mix = recipe.train.batch, recipe.guidance
     later = batch - n_equal
     units = 3.0 * batch
-    if Objective.of(recipe).is_guided:
+    if recipe.data.classes and (mix.omega, mix.kappa) != (1.0, 0.0):
         units += mean_guidance_rows(recipe, n_equal)
     if phase_kind(alpha) == "between":
         units += later * (2 if recipe.loss.velocity == "network" else 1)
