@@ -34,7 +34,7 @@ from alphaflow_cli.train.conflict import conflict_rows, renormalised
 from alphaflow_cli.train.start import check_store, recipe_stream
 from alphaflow_cli.train.step import Objective
 
-SCHEMA = "alphaflow-conflict/1"
+CONFLICT_SCHEMA = "alphaflow-conflict/1"
 SIZE_BATCHES = 8  # batches on which the gradient's size over α is measured too: it costs 17 gradients each
 
 
@@ -74,7 +74,7 @@ def measure_all(addresses: Sequence[str], request: AnalyzeRequest, out: Path) ->
     """Measure every checkpoint, then write conflict.json and the pictures of all of them."""
     summaries = [analyze_one(address, request, out) for address in addresses]
     summaries.sort(key=lambda summary: int(summary["step"] or 0))
-    document: dict[str, Any] = {"schema": SCHEMA, "environment": environment(), "checkpoints": summaries}
+    document: dict[str, Any] = {"schema": CONFLICT_SCHEMA, "environment": environment(), "checkpoints": summaries}
     text = json.dumps(document, indent=1, ensure_ascii=False) + "\n"
     write_whole(out / "conflict.json", text)
     document["pictures"] = [str(path) for path in write_charts(out, summaries)]
@@ -152,7 +152,7 @@ def describe_setting(path: Path, generator: Generator, request: AnalyzeRequest, 
         "store": read_manifest(store).digest,
         "rows_per_batch": request.batch,
         "seed": request.seed,
-        "bins": conflict.BINS,
+        "bins": conflict.CONFLICT_BINS,
         "alphas": list(conflict.ALPHAS),
         "size_batches": SIZE_BATCHES,
         "precision": recipe.train.precision,  # bf16 on a GPU only; `device` says which
@@ -187,7 +187,7 @@ def measure_one(net: torch.nn.Module, work: Work, index: int) -> dict[str, Any]:
     batch = stream.batch_at(index, slice(None))
     x = renormalised(batch.latents, (stream.mean, stream.std), (generator.mean, generator.std))
     rows = conflict_rows(generator.recipe, x, batch.y, seed=work.request.seed, index=index)
-    row = {"batch": index, **conflict.measure_batch(net, rows, work.objective, bins=conflict.BINS)}
+    row = {"batch": index, **conflict.measure_batch(net, rows, work.objective, bins=conflict.CONFLICT_BINS)}
     if index < SIZE_BATCHES:
         row["sizes"] = conflict.sizes_over_alpha(net, rows, work.objective, conflict.ALPHAS)
     return row

@@ -15,15 +15,15 @@ from alphaflow_cli.files import write_whole
 from alphaflow_cli.train.conflict import PAIRS, TERMS
 
 STRONG = -0.4  # the paper: cos(∇L_TFM, ∇L_TC) is typically below it
-NAMES = {"tfm.tc": "cos(TFM, TC)", "tfm.fm": "cos(TFM, FM')", "tc.fm": "cos(TC, FM')"}
-COLOURS = {"tfm.tc": RED, "tfm.fm": BLUE, "tc.fm": ORANGE}
+PAIR_NAMES = {"tfm.tc": "cos(TFM, TC)", "tfm.fm": "cos(TFM, FM')", "tc.fm": "cos(TC, FM')"}
+PAIR_COLOURS = {"tfm.tc": RED, "tfm.fm": BLUE, "tc.fm": ORANGE}
 SIZES = {"adaptive": ("published", RED), "converging": ("converging", GREEN)}
 LOWEST = 0.002  # where α = 0 stands on a logarithmic axis
 
 Measurement = Mapping[str, Any]
 Products = Mapping[str, float]
 Summary = dict[str, Any]
-Points = list[tuple[float, Any]]  # (x, cosines of one summary, bin or group)
+CosinePoints = list[tuple[float, Any]]  # (x, cosines of one summary, bin or group)
 
 
 def summarise(lines: Sequence[Measurement]) -> dict[str, Any]:
@@ -175,10 +175,10 @@ def blocks_chart(summary: Summary) -> Chart:
     )
 
 
-def cosine_panels(points: Points, *, bars: bool = False) -> list[Panel]:
+def cosine_panels(points: CosinePoints, *, bars: bool = False) -> list[Panel]:
     """One panel per pair of gradients: the median over batches, and the range of its 5th to 95th percentiles."""
     panels = []
-    for pair, colour in COLOURS.items():
+    for pair, colour in PAIR_COLOURS.items():
         measured = [(x, cosines[pair]) for x, cosines in points if cosines[pair]["p50"] is not None]
         medians = [(x, each["p50"]) for x, each in measured]
         spread = [(x, each["p5"], each["p95"]) for x, each in measured]
@@ -187,7 +187,7 @@ def cosine_panels(points: Points, *, bars: bool = False) -> list[Panel]:
             if bars
             else Line("median", medians, colour, markers=True, spread=spread, spread_label="5% to 95%")
         )
-        panels.append(Panel(NAMES[pair], [line], (-1.0, 1.0), height=150))
+        panels.append(Panel(PAIR_NAMES[pair], [line], (-1.0, 1.0), height=150))
     return panels
 
 

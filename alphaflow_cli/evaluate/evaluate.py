@@ -32,7 +32,7 @@ from alphaflow_cli.evaluate.measure import (
 from alphaflow_cli.evaluate.networks import build_extractor
 from alphaflow_cli.evaluate.pictures import GeneratedImages, ImageSource, open_pictures
 from alphaflow_cli.evaluate.reference import (
-    KEPT,
+    KEPT_FEATURES,
     Reference,
     build_reference,
     holds_statistics,
@@ -50,7 +50,7 @@ from alphaflow_cli.runtime.processes import Processes
 from alphaflow_cli.sample.generator import DecoderChoice, Generator, open_generator
 from alphaflow_cli.sample.walk import Walk, plan_walk
 
-FEWEST = 100  # pictures; below it nothing is printed that looks like a score
+FEWEST_PICTURES = 100  # pictures; below it nothing is printed that looks like a score
 MIDPOINTS = tuple(round(0.1 * i, 1) for i in range(1, 10))  # of --sweep-midpoint
 COLOURS = (BLUE, ORANGE, GREEN, RED)
 
@@ -145,7 +145,7 @@ def _warnings(content: Content, source: ImageSource, notes: tuple[str, ...]) -> 
 
 
 def make_reference(
-    source: ImageSource, ruler: Ruler, path: Path, *, name: str, kept: int = KEPT
+    source: ImageSource, ruler: Ruler, path: Path, *, name: str, kept: int = KEPT_FEATURES
 ) -> tuple[Reference, list[str]] | None:
     """Measure real pictures and save the reference; it and warnings on the first process, None on the others."""
     check_count(source)
@@ -177,9 +177,9 @@ def find_reference(text: str, size: tuple[int, int], ruler: Ruler) -> Reference:
 
 def check_count(source: ImageSource) -> None:
     """Refuse a set of pictures that is too small for any score."""
-    if source.count < FEWEST:
+    if source.count < FEWEST_PICTURES:
         raise AlphaflowError(
-            f"{source.label}: {source.count} pictures; a score needs at least {FEWEST} "
+            f"{source.label}: {source.count} pictures; a score needs at least {FEWEST_PICTURES} "
             "(and 50,000 to be compared with published ones)"
         )
 

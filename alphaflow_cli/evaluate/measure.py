@@ -30,7 +30,7 @@ from alphaflow_cli.runtime.processes import Processes, smaller_batch_if_full
 from alphaflow_cli.runtime.progress import Progress, say
 
 CHUNK = 256  # pictures: whole groups of the sampler and the decoder (16), so that none is filled up but the last
-FORMAT = 1  # of the chunk files
+CHUNK_FORMAT = 1  # of the chunk files
 DIGEST = 32  # bytes of a picture's sha256
 
 
@@ -70,7 +70,13 @@ class Pass:
 def evaluation_id(source: ImageSource, extractors: Mapping[str, Extractor], chunk: int) -> str:
     """Name everything that decides the features: a pass resumes only in a folder of the same name."""
     spaces = {name: vars(space_of(extractors[name])) for name in sorted(extractors)}
-    facts = {"format": FORMAT, "pictures": source.fingerprint(), "size": source.size, "spaces": spaces, "chunk": chunk}
+    facts = {
+        "format": CHUNK_FORMAT,
+        "pictures": source.fingerprint(),
+        "size": source.size,
+        "spaces": spaces,
+        "chunk": chunk,
+    }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 

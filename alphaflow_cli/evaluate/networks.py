@@ -35,7 +35,7 @@ from alphaflow_cli.nn.weights import CLIP, DINOV2, INCEPTION, check_real, find_w
 INCEPTION_TENSORS = 566  # entries of the published file
 HEAD = 64  # channels of an attention head of CLIP and of DINOv2, in all sizes
 PATCH, GRID = 14, 16  # DINOv2's patch in pixels, and its patches along the side
-SIDE = PATCH * GRID  # pixels that DINOv2 and CLIP look at
+VIT_SIDE = PATCH * GRID  # pixels that DINOv2 and CLIP look at
 OFFSET = 0.1  # added to the grid by DINOv2's official resampling
 DINOV2_LARGE, CLIP_LARGE = "dinov2-vit-l-14/cls", "clip-vit-l-14/embedding"
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -127,7 +127,7 @@ class DinoV2(Extractor):
         depth = 1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks."))
         state["pos_embed"] = resample_positions(state["pos_embed"])
         self.net = VisionTransformer(
-            img_size=SIDE,
+            img_size=VIT_SIDE,
             patch_size=PATCH,
             embed_dim=self.dim,
             depth=depth,
@@ -151,7 +151,7 @@ class DinoV2(Extractor):
 
     def features(self, images: Tensor) -> Tensor:
         """The class token after the last norm, (N, dim)."""
-        pixels = normalise(resize_bicubic(images, SIDE), IMAGENET_MEAN, IMAGENET_STD)
+        pixels = normalise(resize_bicubic(images, VIT_SIDE), IMAGENET_MEAN, IMAGENET_STD)
         tokens: Tensor = self.net.forward_features(pixels)  # (N, 1 + 256, dim)
         return tokens[:, 0]
 
@@ -207,7 +207,7 @@ class Clip(Extractor):
         patch = state["patch_embed.proj.weight"].shape[-1]
         self.dim = state["head.weight"].shape[0]
         self.net = VisionTransformer(
-            img_size=SIDE,
+            img_size=VIT_SIDE,
             patch_size=patch,
             embed_dim=width,
             depth=depth,
@@ -233,7 +233,7 @@ class Clip(Extractor):
 
     def features(self, images: Tensor) -> Tensor:
         """The image embedding (N, dim), its length as the network gives it."""
-        embedding: Tensor = self.net(normalise(resize_bicubic(images, SIDE), CLIP_MEAN, CLIP_STD))
+        embedding: Tensor = self.net(normalise(resize_bicubic(images, VIT_SIDE), CLIP_MEAN, CLIP_STD))
         return embedding
 
 

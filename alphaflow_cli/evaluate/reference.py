@@ -36,16 +36,16 @@ from alphaflow_cli.evaluate.results import SPACE, FeatureSpace, environment, spa
 from alphaflow_cli.files import make_folder
 from alphaflow_cli.tensors import save_tensors
 
-FORMAT = "alphaflow-reference/1"
-KEPT = 10_000  # features kept one by one
-SEED = 2020  # of the part kept, and of the splits of the floor
-ADVICE = "Build it again: alphaflow reference SOURCE -o FILE."
+REFERENCE_FORMAT = "alphaflow-reference/1"
+KEPT_FEATURES = 10_000  # features kept one by one
+DRAW_SEED = 2020  # of the part kept, and of the splits of the floor
+REBUILD = "Build it again: alphaflow reference SOURCE -o FILE."
 SPACES = Table(others=SPACE)
 FACTS = Table(
     {"name": Text(300), "kind": Text(100), "count": Maybe(Whole(1)), "size": Maybe(ListOf(Whole(1, 1 << 20), 2, 2))},
     others=Anything(),
 )
-SPLITS = 4  # of the kept features into halves, for the floor
+FLOOR_SPLITS = 4  # of the kept features into halves, for the floor
 TF1 = Inception.preprocessing
 HALF_PIXEL = "bilinear to 299 px with half-pixel centres (the JAX port of MeanFlow and iMF)"
 TF1_DINO = "TensorFlow 1 bilinear to 224 px; ImageNet mean and deviation (torch-fidelity's, not FDD's)"
@@ -79,7 +79,7 @@ class Reference:
 
 def build_reference(work: Pass, moments: dict[str, Moments], content: Content, *, name: str, kept: int) -> Reference:
     """Make a reference of a finished pass, with the features of `kept` pictures drawn at random."""
-    order = np.random.RandomState(SEED).permutation(work.source.count)[:kept]
+    order = np.random.RandomState(DRAW_SEED).permutation(work.source.count)[:kept]
     chosen = torch.from_numpy(np.sort(order))
     stats = {}
     for key in sorted(work.extractors):
@@ -109,7 +109,7 @@ def save_reference(reference: Reference, path: Path) -> None:
         if each.features is not None:
             tensors[f"{key}.features"] = each.features
     spaces = {key: asdict(each.space) for key, each in reference.stats.items()}
-    header = {"format": FORMAT, "facts": json.dumps(reference.facts), "spaces": json.dumps(spaces)}
+    header = {"format": REFERENCE_FORMAT, "facts": json.dumps(reference.facts), "spaces": json.dumps(spaces)}
     make_folder(path.parent)
     save_tensors(path, tensors, header)
 
@@ -137,10 +137,12 @@ def _load_own(path: Path) -> Reference:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as fault:
         raise AlphaflowError(f"{path}: not a whole safetensors file ({fault})") from fault
-    if header.get("format") != FORMAT:
-        raise AlphaflowError(f"{path}: not a reference ({header.get('format', 'no format')}; {FORMAT} is due)")
-    spaces = parse_json(header.get("spaces", ""), f"{path} (its spaces)", SPACES, advice=ADVICE)
-    facts = parse_json(header.get("facts", ""), f"{path} (its facts)", FACTS, advice=ADVICE)
+    if header.get("format") != REFERENCE_FORMAT:
+        raise AlphaflowError(
+            f"{path}: not a reference ({header.get('format', 'no format')}; {REFERENCE_FORMAT} is due)"
+        )
+    spaces = parse_json(header.get("spaces", ""), f"{path} (its spaces)", SPACES, advice=REBUILD)
+    facts = parse_json(header.get("facts", ""), f"{path} (its facts)", FACTS, advice=REBUILD)
     stats = {key: _own_stats(FeatureSpace(**space), tensors, key, path) for key, space in spaces.items()}
     return Reference(stats, {**facts, "sha256": _content_sha256(header, tensors)})
 
@@ -154,7 +156,7 @@ def _own_stats(space: FeatureSpace, tensors: dict[str, Tensor], key: str, path: 
     for name, (tensor, shape) in wanted.items():
         if tensor is None or tuple(tensor.shape) != shape or not tensor.is_floating_point():
             there = "is missing" if tensor is None else f"is {tensor.dtype} of shape {tuple(tensor.shape)}"
-            raise AlphaflowError(f"{path}: {key}.{name} {there}, shape {shape} is wanted. {ADVICE}")
+            raise AlphaflowError(f"{path}: {key}.{name} {there}, shape {shape} is wanted. {REBUILD}")
     assert mean is not None
     assert cov is not None
     return Stats(space, mean, cov, features)
@@ -207,9 +209,9 @@ def floor_of(reference: Reference, key: str, count: int) -> float | None:
     if features is None or reference.count is None or len(features) < 4:
         return None
     half = len(features) // 2
-    rng = np.random.RandomState(SEED)
+    rng = np.random.RandomState(DRAW_SEED)
     distances = []
-    for _ in range(SPLITS):
+    for _ in range(FLOOR_SPLITS):
         order = torch.from_numpy(rng.permutation(len(features)))
         sides = []
         for part in (order[:half], order[half : 2 * half]):
@@ -217,7 +219,7 @@ def floor_of(reference: Reference, key: str, count: int) -> float | None:
             moments.update(features[part])
             sides += list(moments.finalise())
         distances.append(frechet_distance(*sides))
-    per_picture = sum(distances) / SPLITS / (2 / half)
+    per_picture = sum(distances) / FLOOR_SPLITS / (2 / half)
     return per_picture * (1 / count + 1 / reference.count)
 
 

@@ -37,7 +37,7 @@ NETWORK: dict[Metric, str] = {
 TITLE: dict[Metric, str] = {"fid": "FID", "kid": "KID", "is": "IS", "fdd": "FDD", "fcd": "FCD", "fd-tiny": "FD-tiny"}
 NEEDS_FEATURES: tuple[Metric, ...] = ("kid", "pr")  # of single pictures of the reference
 NEEDS_MOMENTS: tuple[Metric, ...] = ("fid", "fdd", "fcd", "fd-tiny")  # the reference's mean and covariance
-SCHEMA = "alphaflow-results/1"
+RESULTS_SCHEMA = "alphaflow-results/1"
 DIGITS = {"KID": 6, "precision": 4, "recall": 4, "density": 4, "coverage": 4}  # after the point; others: 4 significant
 
 SPACE = Table({"network": Text(200), "weights_sha256": Text(64), "preprocessing": Text(300), "dim": Whole(0)})
@@ -45,7 +45,7 @@ PICTURES = Table(optional={"checkpoint_sha256": Maybe(Text(64)), "nfe": Maybe(Wh
 REFERENCE = Table(
     {"name": Text(300), "kind": Text(100), "sha256": Text(64)}, {"count": Maybe(Whole(0))}, others=Anything()
 )
-ROW = Table(
+RESULT_ROW = Table(
     {
         "name": Text(100),
         "value": Number(-1e12, 1e12),
@@ -63,7 +63,7 @@ RESULTS = Table(
     {
         "evaluations": ListOf(
             Table(
-                {"rows": ListOf(ROW, most=1000)},
+                {"rows": ListOf(RESULT_ROW, most=1000)},
                 {
                     "id": Text(200),
                     "measured": Text(100),
@@ -202,7 +202,7 @@ def notes(evaluation: Evaluation) -> dict[str, list[str]]:
 def document(evaluations: Sequence[Evaluation]) -> dict[str, Any]:
     """The content of results.json."""
     return {
-        "schema": SCHEMA,
+        "schema": RESULTS_SCHEMA,
         "environment": environment(),
         "evaluations": [each.as_dict() for each in evaluations],
     }

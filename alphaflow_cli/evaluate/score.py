@@ -13,7 +13,7 @@ from alphaflow_cli.core.scores import inception_score, kid, precision_recall
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.evaluate.features import Extractor
 from alphaflow_cli.evaluate.measure import Pass, load_all
-from alphaflow_cli.evaluate.reference import Reference, check_fit, floor_of
+from alphaflow_cli.evaluate.reference import DRAW_SEED, Reference, check_fit, floor_of
 from alphaflow_cli.evaluate.results import (
     NEEDS_FEATURES,
     NEEDS_MOMENTS,
@@ -27,8 +27,7 @@ from alphaflow_cli.evaluate.results import (
 from alphaflow_cli.recipe.schema import Metric
 from alphaflow_cli.runtime.precision import true_float32
 
-FEWEST = 100  # single real features
-SEED = 2020  # of subsets and orders, as torch-fidelity draws them
+FEWEST_FEATURES = 100  # single real features
 KID_SUBSETS, KID_SIZE = 100, 1000
 IS_SPLITS = 10
 NEIGHBOURS = 3
@@ -56,7 +55,7 @@ def check_reference(
             raise AlphaflowError(f"{metric} compares with real pictures: add --reference FILE or --reference SOURCE")
         check_fit(reference, NETWORK[metric], extractors[NETWORK[metric]], work.source.size)
         kept = reference.stats[NETWORK[metric]].features
-        if metric in NEEDS_FEATURES and (kept is None or len(kept) < FEWEST):
+        if metric in NEEDS_FEATURES and (kept is None or len(kept) < FEWEST_FEATURES):
             raise AlphaflowError(
                 f"{reference.facts['name']}: {metric} needs the features of single real pictures, this file has only "
                 "their mean and covariance. Build a reference from pictures: alphaflow reference SOURCE -o FILE"
@@ -92,7 +91,7 @@ def _kid(measured: Measured, metric: Metric) -> list[Row]:
 
 
 def _subsets(fakes: int, reals: int, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    rng = np.random.RandomState(SEED)
+    rng = np.random.RandomState(DRAW_SEED)
     for _ in range(KID_SUBSETS):
         chosen = rng.choice(fakes, size, replace=False), rng.choice(reals, size, replace=False)
         yield torch.from_numpy(chosen[0]), torch.from_numpy(chosen[1])
@@ -100,12 +99,14 @@ def _subsets(fakes: int, reals: int, size: int) -> Iterator[tuple[Tensor, Tensor
 
 def _inception_score(measured: Measured, metric: Metric) -> list[Row]:
     features = load_all(measured.work, NETWORK[metric])
-    order = torch.from_numpy(np.random.RandomState(SEED).permutation(len(features)))  # class-sorted sets would collapse
+    order = torch.from_numpy(
+        np.random.RandomState(DRAW_SEED).permutation(len(features))
+    )  # class-sorted sets would collapse
     extractor = measured.work.extractors[NETWORK[metric]]
     with true_float32():
         logits = torch.cat([extractor.logits(part).cpu() for part in torch.split(features[order], BLOCK)])
     value, spread = inception_score(logits, IS_SPLITS)
-    settings = {"splits": IS_SPLITS, "order": f"shuffled, seed {SEED}"}
+    settings = {"splits": IS_SPLITS, "order": f"shuffled, seed {DRAW_SEED}"}
     return [_row(measured, metric, "IS", value, spread=spread, settings=settings, compared=False)]
 
 

@@ -31,9 +31,9 @@ LOCAL_PATH = re.compile(
 )
 # More folders than a name on the Hub has.
 DEEP_PATH = re.compile(r"(?<![\w/:.@-])[\w.-]+(?:/[\w. -]*[\w.-]){3,}(?![\w/])")
-ADDRESS = re.compile(r"(?<![\w+])((?!hf:)[a-z][a-z0-9+.-]{1,20}://)([^\s\"'<>]*)", re.IGNORECASE)
+URL = re.compile(r"(?<![\w+])((?!hf:)[a-z][a-z0-9+.-]{1,20}://)([^\s\"'<>]*)", re.IGNORECASE)
 SECRET = re.compile(r"\b(hf_|ghp_|sk-|AKIA)[A-Za-z0-9_-]{12,}")  # tokens of the Hub and its neighbours
-KEPT = "class_names"  # words of the data set, though one may begin with a slash: /m/01g317
+UNSCRUBBED = "class_names"  # words of the data set, though one may begin with a slash: /m/01g317
 
 
 @dataclass(frozen=True)
@@ -261,7 +261,7 @@ def _licence(licence: str) -> str:
 def scrub(value: Any) -> Any:
     """Remove every path and password of this machine, wherever it stands in a tree of plain values."""
     if isinstance(value, dict):
-        return {scrub(key): item if key == KEPT else scrub(item) for key, item in value.items()}
+        return {scrub(key): item if key == UNSCRUBBED else scrub(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [scrub(item) for item in value]
     if not isinstance(value, str):
@@ -270,7 +270,7 @@ def scrub(value: Any) -> Any:
         return Path(value).name
     for known in sorted({str(Path.home()), str(Path.cwd())} - {"/"}, key=len, reverse=True):
         value = value.replace(f"file://{known}/", "").replace(f"{known}/", "")
-    value = SECRET.sub(lambda match: f"{match[1]}…", ADDRESS.sub(_without_password, value))
+    value = SECRET.sub(lambda match: f"{match[1]}…", URL.sub(_without_password, value))
     return DEEP_PATH.sub(_last, LOCAL_PATH.sub(_last, value))
 
 

@@ -22,7 +22,7 @@ from alphaflow_cli.errors import blamed_on
 NARROW = 380  # pixels: a chart for a telephone
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"  # no network
 BUDGET = 3_000_000  # bytes of all pictures together; base64 makes a third more of them
-MOST = 40  # steps on the slider; of more, evenly spread ones and the last
+MOST_GRIDS = 40  # steps on the slider; of more, evenly spread ones and the last
 ATTEMPTS = ((1200, 82), (1000, 70), (800, 55), (640, 40))  # (largest width in pixels, quality)
 
 TableRows = Sequence[Sequence[str]]
@@ -175,7 +175,7 @@ def _recipe(page: RunPage) -> str:
 
 def embed(paths: Sequence[Path], budget: int = BUDGET) -> list[tuple[str, str]]:
     """Step name and data address of evenly spread sample grids, in the best quality that `budget` bytes allow."""
-    chosen = spread_over(paths, MOST)
+    chosen = spread_over(paths, MOST_GRIDS)
     for width, quality in ATTEMPTS:
         encoded = [to_webp(path, width, quality) for path in chosen]
         if sum(map(len, encoded)) <= budget:

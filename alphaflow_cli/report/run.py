@@ -8,7 +8,7 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
-from alphaflow_cli.analyze.summary import NAMES, SIZES, bins_chart, sizes_chart, steps_chart
+from alphaflow_cli.analyze.summary import PAIR_NAMES, SIZES, bins_chart, sizes_chart, steps_chart
 from alphaflow_cli.charts import chart
 from alphaflow_cli.charts.chart import Chart
 from alphaflow_cli.documents import Anything, ListOf, Maybe, Number, Table, Text, Whole, check_shape, read_json
@@ -47,7 +47,7 @@ COSINE_LINES = (
 NORMS = (("norm_tfm", "TFM", chart.BLUE), ("norm_tc", "TC", chart.RED), ("norm_fm", "FM'", chart.GREEN))
 NUMBER = Maybe(Number(-1e200, 1e200))  # more than any float32 squared; an axis can still be laid over it
 DRAWN = [name for _, fields in CURVES for name, _, _ in fields]
-ROW = Table(
+JOURNAL_ROW = Table(
     {"step": Whole(0, 10**12), "images_seen": Whole(0)},
     {
         **dict.fromkeys([*DRAWN, "seconds_per_step", "memory_gb"], NUMBER),
@@ -58,8 +58,8 @@ ROW = Table(
     others=Anything(),
 )
 SPREAD = Table(dict.fromkeys(("p5", "p50", "p95"), Maybe(Number(-1e200, 1e200))), others=Anything())
-COSINES = Table(dict.fromkeys(NAMES, SPREAD), others=Anything())
-SIZE = Table({"alpha": Number(0, 1), "size": SPREAD, "cosine": SPREAD}, others=Anything())
+COSINES = Table(dict.fromkeys(PAIR_NAMES, SPREAD), others=Anything())
+ALPHA_SIZE = Table({"alpha": Number(0, 1), "size": SPREAD, "cosine": SPREAD}, others=Anything())
 SUMMARY = Table(
     {
         "step": Maybe(Whole(0)),
@@ -70,7 +70,7 @@ SUMMARY = Table(
         "bins": ListOf(
             Table({"from": Number(0, 1), "to": Number(0, 1), "cosines": COSINES}, others=Anything()), most=1000
         ),
-        "sizes": Table(optional=dict.fromkeys(SIZES, ListOf(SIZE, most=1000)), others=Anything()),
+        "sizes": Table(optional=dict.fromkeys(SIZES, ListOf(ALPHA_SIZE, most=1000)), others=Anything()),
     },
     others=Anything(),
 )
@@ -124,7 +124,7 @@ def checked_rows(path: Path) -> list[dict[str, Any]]:
     """Read the journal; a row whose drawn fields are no numbers is refused."""
     rows = read_rows(path)
     for row in rows:
-        check_shape(row, f"{path}: the row of step {row['step']}", ROW)
+        check_shape(row, f"{path}: the row of step {row['step']}", JOURNAL_ROW)
     return rows
 
 
@@ -265,7 +265,7 @@ def cosine_cells(summary: dict[str, Any]) -> Cells:
     table: Cells = []
     for pair, values in summary["cosines"].items():
         percentiles = ["none" if values[p] is None else f"{values[p]:+.3f}" for p in ("p5", "p50", "p95")]
-        table.append((f"step {summary['step']}, {NAMES[pair]}", *percentiles))
+        table.append((f"step {summary['step']}, {PAIR_NAMES[pair]}", *percentiles))
     return table
 
 

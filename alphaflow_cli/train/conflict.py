@@ -35,9 +35,9 @@ from alphaflow_cli.train.step import Objective, Rows, guided_rows, precision, tr
 
 TERMS = ("tfm", "tc", "fm")
 PAIRS = (("tfm", "tc"), ("tfm", "fm"), ("tc", "fm"))
-WEIGHTS: tuple[Literal["adaptive", "converging"], ...] = ("adaptive", "converging")
+LOSS_WEIGHTS: tuple[Literal["adaptive", "converging"], ...] = ("adaptive", "converging")
 ALPHAS = (1.0, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005, 0.0)
-BINS = 4  # equal bins of t − r in (0, 1]; each costs the gradients of its rows once more
+CONFLICT_BINS = 4  # equal bins of t − r in (0, 1]; each costs the gradients of its rows once more
 TRIES = 64  # a row of times.order min stays a tie with the probability 2^-64
 
 Gradient = dict[str, Tensor]
@@ -168,7 +168,7 @@ def sizes_over_alpha(
     net: nn.Module, rows: Rows, objective: Objective, alphas: Sequence[float]
 ) -> dict[str, list[dict[str, float | None]]]:
     """Per kind of loss weight and per α: the gradient's size against that at α = 0, and the cosine between the two."""
-    return {kind: list(_sizes(net, rows, _weighted(objective, kind), alphas)) for kind in WEIGHTS}
+    return {kind: list(_sizes(net, rows, _weighted(objective, kind), alphas)) for kind in LOSS_WEIGHTS}
 
 
 def _sizes(

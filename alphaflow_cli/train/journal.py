@@ -40,10 +40,10 @@ from alphaflow_cli.runtime.progress import say
 from alphaflow_cli.train.optimise import COUNTERS
 from alphaflow_cli.train.step import ask, ask_all
 
-BINS = 8  # equal bins of t − r in (0, 1]
-SUMS = ("later", "error", "trajectory", "consistency", "equal", "velocity")  # then BINS sums and BINS counts
+LOSS_BINS = 8  # equal bins of t − r in (0, 1]
+SUMS = ("later", "error", "trajectory", "consistency", "equal", "velocity")  # then LOSS_BINS sums and LOSS_BINS counts
 TANGENT = 1.05  # forwards of a row that a riding tangent costs
-SAMPLE = 1 << 14  # draws of times, for the mean number of rows that guidance evaluates
+TIME_DRAWS = 1 << 14  # draws of times, for the mean number of rows that guidance evaluates
 # NVIDIA's data sheets, dense bf16 with float32 accumulation, in FLOP/s; the first name found in the device's counts
 PEAKS = {
     "B200": 2250e12,
@@ -61,12 +61,12 @@ class Sums:
     """The losses, added up over rows and micro-batches on the device, until a row of the journal takes their means."""
 
     def __init__(self, device: torch.device) -> None:
-        self.values = torch.zeros(len(SUMS) + 2 * BINS, dtype=torch.float64, device=device)
+        self.values = torch.zeros(len(SUMS) + 2 * LOSS_BINS, dtype=torch.float64, device=device)
 
     def add(self, terms: Terms, t: Tensor, r: Tensor, n_equal: int) -> None:
         """Add the rows of one micro-batch."""
         k, error = n_equal, terms.error.double()
-        sums, counts = interval_bins(t[k:], r[k:], error[k:], BINS)
+        sums, counts = interval_bins(t[k:], r[k:], error[k:], LOSS_BINS)
         parts = [error[k:], terms.trajectory[k:].double(), terms.consistency[k:].double(), error[:k]]
         later, trajectory, consistency, velocity = (part.sum() for part in parts)
         n_later, n_equal_rows = (error.new_full((), count) for count in (len(error) - k, k))  # no copy from the host
@@ -85,7 +85,7 @@ class Sums:
             "l_tfm": _mean(named["trajectory"], named["later"]),
             "l_tc": _mean(named["consistency"], named["later"]),
             "v_loss": _mean(named["velocity"], named["equal"]),
-            "l_bins": [_mean(s, n) for s, n in zip(bins[:BINS], bins[BINS:], strict=True)],
+            "l_bins": [_mean(s, n) for s, n in zip(bins[:LOSS_BINS], bins[LOSS_BINS:], strict=True)],
         }
 
 
@@ -275,14 +275,14 @@ def forward_flops(recipe: Recipe) -> float:
 
 
 def mean_guidance_rows(recipe: Recipe, n_equal: int) -> float:
-    """Rows that guidance evaluates in a step: the mean over SAMPLE draws; compiled blocks always see all of them."""
+    """Rows that guidance evaluates in a step, in the mean over TIME_DRAWS draws; compiled blocks always see all."""
     batch, law, host = recipe.train.batch, recipe.times, torch.device("cpu")
     if recipe.train.compile:
         return float(len(ask_all(batch, n_equal, recipe.guidance, host).places))
-    generator, equal = torch.Generator().manual_seed(0), round(SAMPLE * n_equal / batch)
-    normals, uniforms = torch.randn((3, SAMPLE), generator=generator), torch.rand(SAMPLE, generator=generator)
+    generator, equal = torch.Generator().manual_seed(0), round(TIME_DRAWS * n_equal / batch)
+    normals, uniforms = torch.randn((3, TIME_DRAWS), generator=generator), torch.rand(TIME_DRAWS, generator=generator)
     t, _ = sample_times(normals, equal, law=law.law, mean=law.mean, std=law.std, order=law.order)
-    return len(ask(t, uniforms, equal, recipe.guidance, host).places) * batch / SAMPLE
+    return len(ask(t, uniforms, equal, recipe.guidance, host).places) * batch / TIME_DRAWS
 
 
 def step_flops(recipe: Recipe, alpha: float, n_equal: int) -> float:

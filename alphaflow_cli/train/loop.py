@@ -40,7 +40,7 @@ from alphaflow_cli.train.run import Run, newest_for_all
 from alphaflow_cli.train.step import Rows, ask, training_step
 
 CHECK_EVERY = 10  # steps between looks at the device's counters and at the stop flag, where a look makes it wait
-ADVICE = "Lower optim.lr, or look at the data: alphaflow prep-latents --verify."
+NONFINITE_ADVICE = "Lower optim.lr, or look at the data: alphaflow prep-latents --verify."
 
 
 def train_steps(
@@ -55,8 +55,8 @@ def train_steps(
             run.step += 1
             bar.advance(1)
             last = run.step == train.steps
-            log, save = (last or is_due(run.step, every) for every in (train.log_every, train.save_every))
-            look = log or save or is_due(run.step, look_every)
+            log, save = (last or _is_due(run.step, every) for every in (train.log_every, train.save_every))
+            look = log or save or _is_due(run.step, look_every)
             if look and survive_nonfinite(run):
                 journal.rewind(run.step)
                 bar.advance(run.step - bar.done)
@@ -122,7 +122,7 @@ def rows_at(run: Run, step: int, place: slice, *, noise: Tensor, times: Tensor, 
     )
 
 
-def is_due(step: int, every: int) -> bool:
+def _is_due(step: int, every: int) -> bool:
     """Whether something that is done every so many steps is done after this one; 0 means never."""
     return every > 0 and step % every == 0
 
@@ -178,14 +178,14 @@ def survive_nonfinite(run: Run) -> bool:
     if policy == "replace" or count == 0 or (policy == "skip" and streak == 0):
         return False
     if policy == "stop":
-        raise AlphaflowError(f"{where}. The last save is kept; optim.nonfinite: stop ended the run. {ADVICE}")
+        raise AlphaflowError(f"{where}. The last save is kept; optim.nonfinite: stop ended the run. {NONFINITE_ADVICE}")
     if policy == "rollback":
         _roll_back(run, where)
         return True
     limit = run.recipe.optim.nonfinite_limit
     if streak >= limit:
         raise AlphaflowError(
-            f"{where} for {streak} steps in a row (optim.nonfinite_limit {limit}). Each was skipped. {ADVICE}"
+            f"{where} for {streak} steps in a row (optim.nonfinite_limit {limit}). Each was skipped. {NONFINITE_ADVICE}"
         )
     if run.world.is_main:
         say(f"{where}; the step was skipped ({streak} in a row).")
@@ -195,11 +195,11 @@ def survive_nonfinite(run: Run) -> bool:
 def _roll_back(run: Run, where: str) -> None:
     limit, path = run.recipe.optim.nonfinite_limit, newest_for_all(run.folder, run.world)
     if path is None:
-        raise AlphaflowError(f"{where}, and there is no saved state to roll back to yet. {ADVICE}")
+        raise AlphaflowError(f"{where}, and there is no saved state to roll back to yet. {NONFINITE_ADVICE}")
     if run.retries >= limit:
         raise AlphaflowError(
             f"{where} again, after {run.retries} rolls back (optim.nonfinite_limit {limit}). "
-            f"The last save is kept. {ADVICE}"
+            f"The last save is kept. {NONFINITE_ADVICE}"
         )
     run.retries += 1
     run.restore(path)
