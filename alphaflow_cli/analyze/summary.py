@@ -20,13 +20,13 @@ PAIR_COLOURS = {"tfm.tc": RED, "tfm.fm": BLUE, "tc.fm": ORANGE}
 SIZES = {"adaptive": ("published", RED), "converging": ("converging", GREEN)}
 LOWEST = 0.002  # where α = 0 stands on a logarithmic axis
 
-Measurement = Mapping[str, Any]
+BatchLine = Mapping[str, Any]
 Products = Mapping[str, float]
 Summary = dict[str, Any]
 CosinePoints = list[tuple[float, Any]]  # (x, cosines of one summary, bin or group)
 
 
-def summarise(lines: Sequence[Measurement]) -> dict[str, Any]:
+def summarise(lines: Sequence[BatchLine]) -> dict[str, Any]:
     """Summarise a checkpoint's batches: percentiles of all, of each group of tensors, of each bin of t − r."""
     totals = [{name: sum(groups.values()) for name, groups in line["products"].items()} for line in lines]
     groups = list(lines[0]["products"]["tfm.tc"]) if lines else []
@@ -78,16 +78,16 @@ def _norms(products: Sequence[Products]) -> dict[str, Any]:
     return norms | {"mean_flow": spread(math.sqrt(max(square, 0.0)) for square in whole)}
 
 
-def _losses(lines: Sequence[Measurement]) -> dict[str, Any]:
+def _losses(lines: Sequence[BatchLine]) -> dict[str, Any]:
     return {name: spread(line["losses"][name] for line in lines) for name in TERMS}
 
 
-def _of_group(lines: Sequence[Measurement], group: str) -> dict[str, Any]:
+def _of_group(lines: Sequence[BatchLine], group: str) -> dict[str, Any]:
     products = [{name: groups[group] for name, groups in line["products"].items()} for line in lines]
     return {"cosines": _cosines(products), "norms": _norms(products)}
 
 
-def _of_bin(lines: Sequence[Measurement], number: int) -> dict[str, Any]:
+def _of_bin(lines: Sequence[BatchLine], number: int) -> dict[str, Any]:
     """Summarise one bin of t − r; batches without a row in it do not count."""
     bins, count = [line["bins"][number] for line in lines], len(lines[0]["bins"])
     filled = [each for each in bins if each["rows"]]

@@ -214,6 +214,11 @@ def read_results(path: Path, *, advice: str = "Move it away, or measure again: a
     return results
 
 
+def row_of(values: dict[str, Any]) -> Row:
+    """Make a row of results.json a Row again."""
+    return Row(**{**values, "space": FeatureSpace(**values["space"]), "notes": tuple(values.get("notes", ()))})
+
+
 def save_results(path: Path, history: Path, evaluations: Sequence[Evaluation]) -> None:
     """Write results.json anew, and add a line for each evaluation to the history."""
     make_folder(path.parent)

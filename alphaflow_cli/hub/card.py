@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from alphaflow_cli.evaluate.results import row_of
 from alphaflow_cli.recipe import Recipe, dump_recipe
 from alphaflow_cli.text import code_span, for_markdown, for_terminal
 
@@ -68,14 +69,9 @@ def result_rows(results: dict[str, Any] | None) -> list[dict[str, Any]]:
 
 
 def protocol(row: dict[str, Any]) -> str:
-    """Write in one line how a number was made."""
-    space, reference = row["space"], row.get("reference")
-    parts = [f"{space['network']} {str(space['weights_sha256'])[:8]}".strip()]
-    if reference:
-        parts.append(f"reference {reference['name']} ({str(reference['sha256'])[:8]})")
-    parts.append(f"{row['count']:,} pictures: {row['label']}")
-    parts += [f"{str(key).replace('_', ' ')} {value}" for key, value in row.get("settings", {}).items()]
-    return for_terminal("; ".join([*parts, *row.get("notes", ())]), limit=2000)
+    """Write in one line how a number was made, as `eval` does, with what must be known before believing it."""
+    number = row_of(row)
+    return for_terminal("; ".join([number.protocol(), *number.notes]), limit=2000)
 
 
 def _metadata(facts: CardFacts) -> str:

@@ -13,7 +13,7 @@ from alphaflow_cli.charts import chart
 from alphaflow_cli.charts.chart import Chart
 from alphaflow_cli.documents import Anything, ListOf, Maybe, Number, Table, Text, Whole, check_shape, read_json
 from alphaflow_cli.errors import AlphaflowError, blamed_on
-from alphaflow_cli.evaluate.results import FeatureSpace, Row, read_results, value_text
+from alphaflow_cli.evaluate.results import Row, read_results, row_of, value_text
 from alphaflow_cli.files import read_document, sha256_of, write_whole
 from alphaflow_cli.model.checkpoint import read_origin
 from alphaflow_cli.recipe import diff_recipes, load_recipe, recipe_from_text, shipped
@@ -276,11 +276,6 @@ def scores_of(path: Path, model: str) -> list[Score]:
     rows = [row_of(row) for evaluation in read_results(path)["evaluations"] for row in evaluation["rows"]]
     rows.sort(key=lambda row: (row.name, row.pictures.get("nfe") or 0))
     return [score_of(row, model) for row in rows]
-
-
-def row_of(values: dict[str, Any]) -> Row:
-    """Make a row of results.json a Row again."""
-    return Row(**{**values, "space": FeatureSpace(**values["space"]), "notes": tuple(values.get("notes", ()))})
 
 
 def score_of(row: Row, model: str) -> Score:

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -91,6 +91,13 @@ class Later:
         return Later(*(values[index] for values in vars(self).values()))
 
 
+class Measurement(TypedDict):
+    """The three losses, and per pair of terms ("tfm.tc") and group of tensors the gradients' inner product."""
+
+    losses: dict[str, float]
+    products: dict[str, dict[str, float]]
+
+
 def measure_batch(net: nn.Module, rows: Rows, objective: Objective, *, bins: int) -> dict[str, Any]:
     """Measure all rows of a batch, then those of each bin of t − r: losses, and products of gradients."""
     later = prepare_rows(net, rows, objective)
@@ -98,10 +105,12 @@ def measure_batch(net: nn.Module, rows: Rows, objective: Objective, *, bins: int
     index = ((later.t - later.r) * bins).ceil().long().clamp(1, bins) - 1
     for number in range(bins):
         chosen = (index == number).nonzero().flatten()
-        measured = measure_conflict(net, later.take(chosen), objective) if len(chosen) else {}
-        if measured:  # of the whole network; groups within bins would be too much to look at
-            measured["products"] = {name: sum(groups.values()) for name, groups in measured["products"].items()}
-        result["bins"].append({"rows": len(chosen), **measured})
+        entry: dict[str, Any] = {"rows": len(chosen)}
+        if len(chosen):  # products of the whole network; groups within bins would be too much to look at
+            measured = measure_conflict(net, later.take(chosen), objective)
+            entry["losses"] = measured["losses"]
+            entry["products"] = {name: sum(groups.values()) for name, groups in measured["products"].items()}
+        result["bins"].append(entry)
     return result
 
 
@@ -115,8 +124,8 @@ def prepare_rows(net: nn.Module, rows: Rows, objective: Objective) -> Later:
     return later.take((~is_tie(rows.t, rows.r)).nonzero().flatten())
 
 
-def measure_conflict(net: nn.Module, later: Later, objective: Objective) -> dict[str, Any]:
-    """`losses`: term → value; `products`: "tfm.tc" → group of tensors → inner product of the two gradients."""
+def measure_conflict(net: nn.Module, later: Later, objective: Objective) -> Measurement:
+    """Compute the losses and their gradients on the same rows, at most two gradients held at a time."""
     l_tfm, tfm = gradient_of(net, later, objective, "tfm")
     l_tc, tc = gradient_of(net, later, objective, "tc")
     dots = {"tfm.tfm": products(tfm, tfm), "tc.tc": products(tc, tc), "tfm.tc": products(tfm, tc)}

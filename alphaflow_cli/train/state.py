@@ -12,7 +12,6 @@ import json
 import shutil
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -151,7 +150,7 @@ def check_state(path: Path) -> None:
         raise AlphaflowError(f"{path}: damaged: its bytes changed since it was written (checksum).")
 
 
-def open_state(path: Path) -> Any:
+def open_state(path: Path) -> safe_open:
     """Open a state's file; refuse one that is truncated or something else."""
     check_regular(path)
     try:
