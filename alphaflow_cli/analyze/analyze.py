@@ -11,7 +11,7 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ from alphaflow_cli.train.conflict import conflict_rows, renormalised
 from alphaflow_cli.train.start import check_store, recipe_stream
 from alphaflow_cli.train.step import Objective
 
-CONFLICT_SCHEMA = "alphaflow-conflict/1"
+SCHEMA = "alphaflow-conflict/1"
 SIZE_BATCHES = 8  # batches on which the gradient's size over α is measured too: it costs 17 gradients each
 
 
@@ -64,17 +64,17 @@ class Work:
 
 
 def analyze(request: AnalyzeRequest) -> tuple[dict[str, Any], Path]:
-    """Measure what is not there yet; returns conflict.json's content and the folder that holds it and the pictures."""
+    """Measure what is missing; returns the document and the folder that holds it and the pictures."""
     addresses, out = checkpoints_of(request), request.out or home_of(request) / "analysis"
     with hold(out, "analyze"):
         return measure_all(addresses, request, out), out
 
 
 def measure_all(addresses: Sequence[str], request: AnalyzeRequest, out: Path) -> dict[str, Any]:
-    """Measure every checkpoint, then write conflict.json and the pictures of all of them."""
-    summaries = [analyze_one(address, request, out) for address in addresses]
-    summaries.sort(key=lambda summary: int(summary["step"] or 0))
-    document: dict[str, Any] = {"schema": CONFLICT_SCHEMA, "environment": environment(), "checkpoints": summaries}
+    """Every checkpoint, then the document and the pictures of all."""
+    found = [analyze_one(address, request, out) for address in addresses]
+    summaries = sorted(found, key=lambda each: int(each["step"] or 0))
+    document: dict[str, Any] = {"schema": SCHEMA, "environment": environment(), "checkpoints": summaries}
     text = json.dumps(document, indent=1, ensure_ascii=False) + "\n"
     write_whole(out / "conflict.json", text)
     document["pictures"] = [str(path) for path in write_charts(out, summaries)]
@@ -103,7 +103,7 @@ def checkpoints_of(request: AnalyzeRequest) -> list[str]:
 
 
 def analyze_one(address: str, request: AnalyzeRequest, out: Path) -> dict[str, Any]:
-    """Measure one checkpoint batch by batch; returns its summary with everything that decides the numbers."""
+    """One checkpoint, batch by batch."""
     generator = open_generator(address, weights=request.weights)
     recipe, device = generator.recipe, best_device()
     store = store_to_analyze(recipe, request)
@@ -139,11 +139,11 @@ def store_to_analyze(recipe: Recipe, request: AnalyzeRequest) -> Path:
 def objective_of(recipe: Recipe, device: torch.device) -> Objective:
     """The objective of the training; bf16 on a GPU only, where training in it is fast."""
     objective = Objective.of(recipe)
-    return objective if device.type == "cuda" else replace(objective, bf16=False)
+    return objective if device.type == "cuda" else Objective(**{**vars(objective), "bf16": False})
 
 
 def describe_setting(path: Path, generator: Generator, request: AnalyzeRequest, store: Path) -> dict[str, Any]:
-    """Everything that decides a batch's numbers; the key of the analysis is a hash of it."""
+    """All that decides a batch's numbers."""
     recipe = generator.recipe
     return {
         "recipe": recipe.name,
@@ -163,7 +163,7 @@ def describe_setting(path: Path, generator: Generator, request: AnalyzeRequest, 
 
 
 def measure_missing(work: Work) -> list[dict[str, Any]]:
-    """The lines of all requested batches, in order; one that a kill cut short, or lost, is measured again."""
+    """The lines of all batches asked for, in order; one that a kill cut short, or lost, is measured again."""
     rows = read_lines(work.path)
     net, wanted = work.generator.net.requires_grad_(), work.request.batches
     missing = [index for index in range(wanted) if index not in rows]
@@ -218,7 +218,7 @@ def numbers_in(value: Any) -> Iterator[float]:
 
 
 def read_lines(path: Path) -> dict[int, dict[str, Any]]:
-    """Read the whole lines by their batch, the first of each; the file is cut behind its last whole line."""
+    """Whole lines by the batch they are of, the first of each; the file is cut behind the last whole line."""
     if not path.exists():
         return {}
     check_regular(path)
@@ -226,12 +226,12 @@ def read_lines(path: Path) -> dict[int, dict[str, Any]]:
     whole = text[: text.rfind("\n") + 1]
     if whole != text:
         write_whole(path, whole)
-    rows: dict[int, dict[str, Any]] = {}
+    found: dict[int, dict[str, Any]] = {}
     for line in whole.split("\n"):
         batch = _batch_of(line)
         if batch is not None:
-            rows.setdefault(batch, json.loads(line))
-    return rows
+            found.setdefault(batch, json.loads(line))
+    return found
 
 
 def _batch_of(line: str) -> int | None:

@@ -92,10 +92,8 @@ def command(
         guidance_channels=guidance_channels, sweep_midpoint=sweep_midpoint, metrics=metrics, reference=reference,
         images=images, draw=draw, autoencoder=autoencoder, decoder=decoder, batch=batch, weights=weights, out=out,
     )  # fmt: skip
-    of_checkpoints = (nfe, times, guidance is not None, guidance_channels, sweep_midpoint, draw, autoencoder)
-    if not (of_checkpoint := is_checkpoint(subject)) and (
-        any(of_checkpoints) or sampler != "auto" or decoder != "auto"
-    ):
+    special = (nfe, times, guidance is not None, guidance_channels, sweep_midpoint, draw, autoencoder)
+    if not (of_checkpoint := is_checkpoint(subject)) and (any(special) or sampler != "auto" or decoder != "auto"):
         raise click.UsageError(f"{subject} is a source of pictures: {OF_CHECKPOINTS} are for checkpoints.")
     run_evaluation(request, processes, of_checkpoint, markdown=markdown, as_json=as_json)
 
@@ -103,7 +101,7 @@ def command(
 def run_evaluation(
     request: "EvalRequest", processes: int | None, of_checkpoint: bool, *, markdown: bool, as_json: bool
 ) -> None:
-    """Measure here, or in N processes of which the first prints."""
+    """Measure in this process, or in N of which the first prints."""
     from alphaflow_cli.evaluate.evaluate import evaluate_checkpoint, evaluate_pictures
     from alphaflow_cli.runtime.launch import as_worker, check_processes, is_worker, launch
     from alphaflow_cli.runtime.processes import join_processes, processes_here
@@ -143,14 +141,14 @@ def show_report(report: "Report", *, markdown: bool, as_json: bool) -> None:
 
 
 def score_table(evaluations: Sequence["Evaluation"]) -> list[tuple[str, ...]]:
-    """The cells of the table: name, value and protocol of every number."""
+    """One row of the table for every number, with its protocol."""
     from alphaflow_cli.evaluate import results
 
     return [(row.name, results.value_text(row), row.protocol()) for each in evaluations for row in each.rows]
 
 
 def tell_notes(evaluation: "Evaluation") -> None:
-    """Print warnings, notes and the seconds of each part on stderr."""
+    """Print warnings, notes and what took how long on stderr."""
     from alphaflow_cli.evaluate import results
 
     for warning in evaluation.warnings:

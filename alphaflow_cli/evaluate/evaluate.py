@@ -217,17 +217,17 @@ def is_checkpoint(text: str) -> bool:
 def evaluate_checkpoint(request: EvalRequest, processes: Processes) -> Report | None:
     """Measure a checkpoint, once for every requested walk; the report on the first process, None on the others."""
     generator = open_generator(request.checkpoint, device=processes.device, decoder=request.decoder)
-    defaults = generator.recipe.eval
+    published = generator.recipe.eval
     walks = choose_walks(request, generator)
-    count, draw = request.images or defaults.images, request.draw or defaults.draw
+    count, draw = request.images or published.images, request.draw or published.draw
     generator.expect(count)
     if request.autoencoder:
         generator.use_autoencoder(request.autoencoder)
-    metrics = request.metrics or defaults.metrics
+    metrics = request.metrics or published.metrics
     folder = results_folder(request)
     extractors = build_extractors(metrics, processes.device, request.weights)
     ruler = Ruler(extractors, processes, folder, request.batch)
-    side, text = generator.recipe.data.image_size, request.reference or defaults.reference
+    side, text = generator.recipe.data.image_size, request.reference or published.reference
     if not text and set(metrics) != {"is"}:
         raise AlphaflowError(
             f"{request.checkpoint}: nothing to compare with. Give --reference FILE|SOURCE (alphaflow reference makes "
