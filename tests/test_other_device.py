@@ -25,7 +25,8 @@ from train_helpers import largest_difference
 import alphaflow_cli
 from alphaflow_cli.analyze import analyze
 from alphaflow_cli.cli import run
-from alphaflow_cli.evaluate.features import BUILDERS, Extractor
+from alphaflow_cli.evaluate.features import Extractor
+from alphaflow_cli.evaluate.networks import BUILDERS
 from alphaflow_cli.sample import write
 from alphaflow_cli.train import conflict, loop
 

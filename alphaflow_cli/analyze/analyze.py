@@ -31,7 +31,7 @@ from alphaflow_cli.runtime.progress import Progress, say
 from alphaflow_cli.sample.generator import Generator, best_device, open_generator
 from alphaflow_cli.train import conflict
 from alphaflow_cli.train.conflict import conflict_rows, renormalised
-from alphaflow_cli.train.start import check_store
+from alphaflow_cli.train.start import check_store, recipe_stream
 from alphaflow_cli.train.step import Objective
 
 SCHEMA = "alphaflow-conflict/1"
@@ -40,7 +40,7 @@ SIZE_BATCHES = 8  # batches on which the gradient's size over α is measured too
 
 @dataclass(frozen=True)
 class AnalyzeRequest:
-    """What the command line asks for."""
+    """What the command line says about an analysis."""
 
     address: str
     data: Path | None
@@ -54,12 +54,12 @@ class AnalyzeRequest:
 
 @dataclass(frozen=True)
 class Work:
-    """One checkpoint, its data, and the file that finished batches go to."""
+    """One checkpoint, its data and objective, and the file that finished batches go to."""
 
     generator: Generator
     stream: LatentStream
     request: AnalyzeRequest
-    how: Objective
+    objective: Objective
     path: Path
 
 
@@ -82,24 +82,24 @@ def measure_all(addresses: Sequence[str], request: AnalyzeRequest, out: Path) ->
 
 
 def home_of(request: AnalyzeRequest) -> Path:
-    """The run that the checkpoint belongs to, else its folder if that was named, else here."""
+    """The run that the checkpoint belongs to, else the folder that was named, else the present one."""
     path = Path(request.address)
     return run_folder(request.address) or (path if path.is_dir() else Path())
 
 
 def checkpoints_of(request: AnalyzeRequest) -> list[str]:
-    """The checkpoint asked for, or all that the run kept."""
+    """The requested checkpoint, or all that the run kept."""
     if not request.all_checkpoints:
         return [str(find_checkpoint(request.address, weights=request.weights))]
     name = "model.safetensors" if request.weights == "ema" else "raw.safetensors"
     kept = checkpoint_folders(Path(request.address))
-    found = [folder / name for folder in kept if (folder / name).exists()]
-    if not found:
+    paths = [str(folder / name) for folder in kept if (folder / name).exists()]
+    if not paths:
         raise AlphaflowError(
             f"{request.address}: no checkpoints/step-*/{name} in it. --all-checkpoints wants a run folder; "
             "train.keep and train.milestone_every say which checkpoints a run keeps."
         )
-    return [str(path) for path in found]
+    return paths
 
 
 def analyze_one(address: str, request: AnalyzeRequest, out: Path) -> dict[str, Any]:
@@ -112,18 +112,8 @@ def analyze_one(address: str, request: AnalyzeRequest, out: Path) -> dict[str, A
     digest = hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest()[:16]
     path = out / digest / "batches.jsonl"
     make_folder(path.parent)
-    stream = LatentStream(
-        store,
-        batch=request.batch,
-        seed=request.seed,
-        posterior=recipe.data.posterior,
-        flips=recipe.data.flips,
-        normalise=recipe.data.normalise,
-        scale=recipe.data.scale,
-        shift=recipe.data.shift,
-        stats_images=recipe.data.stats_images,
-        device=device,
-        verify="sizes",
+    stream = recipe_stream(
+        recipe, store, batch=request.batch, seed=request.seed, device=device, resident=False, verify="sizes"
     )
     work = Work(generator, stream, request, objective_of(recipe, device), path)
     rows = measure_missing(work)
@@ -135,7 +125,7 @@ def analyze_one(address: str, request: AnalyzeRequest, out: Path) -> dict[str, A
 
 
 def store_to_analyze(recipe: Recipe, request: AnalyzeRequest) -> Path:
-    """--data, else the recipe's, else the one beside the run."""
+    """The latent store: --data, else the recipe's, else the one in the run's folder."""
     here = home_of(request) / "latents"
     for path in (request.data, Path(recipe.data.store) if recipe.data.store else None, here):
         if path is not None and (path == request.data or (path / "manifest.json").is_file()):
@@ -147,9 +137,9 @@ def store_to_analyze(recipe: Recipe, request: AnalyzeRequest) -> Path:
 
 
 def objective_of(recipe: Recipe, device: torch.device) -> Objective:
-    """The training's; bf16 on a GPU only, where training in it is fast."""
-    how = Objective.of(recipe)
-    return how if device.type == "cuda" else Objective(**{**vars(how), "bf16": False})
+    """The objective of the training; bf16 on a GPU only, where training in it is fast."""
+    objective = Objective.of(recipe)
+    return objective if device.type == "cuda" else Objective(**{**vars(objective), "bf16": False})
 
 
 def describe_setting(path: Path, generator: Generator, request: AnalyzeRequest, store: Path) -> dict[str, Any]:
@@ -162,7 +152,7 @@ def describe_setting(path: Path, generator: Generator, request: AnalyzeRequest, 
         "store": read_manifest(store).digest,
         "rows_per_batch": request.batch,
         "seed": request.seed,
-        "bins": conflict.BINS,
+        "bins": conflict.CONFLICT_BINS,
         "alphas": list(conflict.ALPHAS),
         "size_batches": SIZE_BATCHES,
         "precision": recipe.train.precision,  # bf16 on a GPU only; `device` says which
@@ -192,26 +182,26 @@ def measure_missing(work: Work) -> list[dict[str, Any]]:
 
 
 def measure_one(net: torch.nn.Module, work: Work, index: int) -> dict[str, Any]:
-    """One batch: the conflict, and on the first ones the gradient's size over α."""
+    """Measure one batch: the conflict, and on the first batches the gradient's size over α."""
     generator, stream = work.generator, work.stream
     batch = stream.batch_at(index, slice(None))
     x = renormalised(batch.latents, (stream.mean, stream.std), (generator.mean, generator.std))
     rows = conflict_rows(generator.recipe, x, batch.y, seed=work.request.seed, index=index)
-    found = {"batch": index, **conflict.measure_batch(net, rows, work.how, bins=conflict.BINS)}
+    row = {"batch": index, **conflict.measure_batch(net, rows, work.objective, bins=conflict.CONFLICT_BINS)}
     if index < SIZE_BATCHES:
-        found["sizes"] = conflict.sizes_over_alpha(net, rows, work.how, conflict.ALPHAS)
-    return found
+        row["sizes"] = conflict.sizes_over_alpha(net, rows, work.objective, conflict.ALPHAS)
+    return row
 
 
-def check_finite(work: Work, found: dict[str, Any]) -> None:
-    """Weights that are not finite have no gradient, and times that never differ have none of the r < t loss."""
-    where = f"{work.generator.recipe.name or 'checkpoint'}, batch {found['batch']}"
-    if found["rows"] < work.request.batch:
+def check_finite(work: Work, row: dict[str, Any]) -> None:
+    """Refuse a batch whose times never differ, and one with a loss or a gradient that is not finite."""
+    where = f"{work.generator.recipe.name or 'checkpoint'}, batch {row['batch']}"
+    if row["rows"] < work.request.batch:
         raise AlphaflowError(
-            f"{where}: {work.request.batch - found['rows']} of {work.request.batch} rows never got r < t: the recipe's "
+            f"{where}: {work.request.batch - row['rows']} of {work.request.batch} rows never got r < t: the recipe's "
             "times are all but equal; raise times.std."
         )
-    if not all(math.isfinite(number) for number in numbers_in(found)):
+    if not all(math.isfinite(number) for number in numbers_in(row)):
         raise AlphaflowError(
             f"{where}: a loss or a gradient is not finite, so the checkpoint has no conflict to measure: its weights "
             "are damaged, or the training diverged. Analyze an earlier one."
@@ -219,7 +209,7 @@ def check_finite(work: Work, found: dict[str, Any]) -> None:
 
 
 def numbers_in(value: Any) -> Iterator[float]:
-    """Every number of a line, at any depth."""
+    """Every number in a line, at any depth."""
     if isinstance(value, dict | list):
         for each in value.values() if isinstance(value, dict) else value:
             yield from numbers_in(each)
@@ -245,7 +235,7 @@ def read_lines(path: Path) -> dict[int, dict[str, Any]]:
 
 
 def _batch_of(line: str) -> int | None:
-    """Which batch a line is of; None where a power cut or another writer damaged it. Former lines have no checksum."""
+    """The batch of a line; None where a power cut or another writer damaged it. Former lines have no checksum."""
     try:
         row = json.loads(line)
         return int(row["batch"]) if row.get("sha256") in (None, _checksum(row)) else None

@@ -35,7 +35,7 @@ EXAMPLES = examples(
 
 
 class MicroBatch(click.ParamType):  # type: ignore[type-arg]
-    """A number of rows, or auto."""
+    """The value of --micro-batch: a number of rows, or auto, which becomes 0."""
 
     name = "n|auto"
 
@@ -77,7 +77,7 @@ def command(
     loaded = load_recipe(recipe, sets)
     folder = out or Path("runs") / loaded.name
     if dry_run or estimate:
-        show_plan(loaded, recipe, folder, processes, micro_batch, measured=estimate, as_json=as_json)
+        show_plan(loaded, folder, processes, micro_batch, measured=estimate, as_json=as_json)
         return
     from alphaflow_cli.runtime.launch import as_worker, check_processes, is_worker
     from alphaflow_cli.train.start import TrainOptions
@@ -120,7 +120,7 @@ def begin(recipe: Recipe, options: "TrainOptions", processes: int | None) -> int
 
 
 def finish(folder: Path) -> None:
-    """What was made, and what to do with it. The run is saved: a stdout that is full or gone does not undo it."""
+    """Print where the run is and what to do with it. It is saved: a stdout that is full or gone does not undo that."""
     lines = (f"Look at it:  {folder / 'samples'}", f"Sample it:   alphaflow sample {folder} --grid grid.png")
     try:
         click.echo("\n".join([*lines, str(folder / "model.safetensors")]))
@@ -129,12 +129,12 @@ def finish(folder: Path) -> None:
 
 
 def show_plan(
-    recipe: Recipe, asked: str, folder: Path, processes: int | None, micro_batch: int, *, measured: bool, as_json: bool
+    recipe: Recipe, folder: Path, processes: int | None, micro_batch: int, *, measured: bool, as_json: bool
 ) -> None:
-    """--dry-run and --estimate."""
+    """Print what the run would be: by arithmetic for --dry-run, by timed steps too for --estimate."""
     from alphaflow_cli.train.estimate import describe_run, estimate_training
 
-    document, lines = describe_run(recipe, asked, folder, processes=processes or 1, micro_batch=micro_batch or None)
+    document, lines = describe_run(recipe, folder, processes=processes or 1, micro_batch=micro_batch or None)
     if measured:
         times, more = estimate_training(recipe, micro_batch or None, processes or 1)
         document, lines = document | {"estimate": times}, [*lines, *more]

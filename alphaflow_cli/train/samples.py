@@ -19,23 +19,23 @@ COLUMNS, ROWS = 10, 4  # of each half
 
 
 class SampleGrids:
-    """`grids.draw(run)` writes samples/step-N.png from the first average."""
+    """Draws samples/step-N.png from the run's first average, with a generator that is made once."""
 
     def __init__(self) -> None:
         self.generator: Generator | None = None
-        self.broken = ""  # why no grid can be drawn; said once
+        self.broken = ""  # why no grid can be drawn, once that is known
 
     def is_due(self, run: Run) -> bool:
-        """Whether the present step has a grid."""
+        """Whether a grid is drawn at the run's present step."""
         every, steps = run.recipe.train.sample_every, run.recipe.train.steps
         return bool(every) and (run.step % every == 0 or run.step == steps)
 
     def path(self, run: Run) -> Path:
-        """The grid of the present step."""
+        """The file of the grid of the run's present step."""
         return run.folder / "samples" / f"{step_name(run.step)}.png"
 
     def draw(self, run: Run) -> Path | None:
-        """The grid of the present weights; None where the autoencoder cannot be had."""
+        """Draw the grid of the present weights; None where the autoencoder cannot be had. All processes call it."""
         checkpoint = run.model()  # all processes: the weights may be cut over them
         if self.broken or not run.world.is_main:
             return None
