@@ -40,7 +40,9 @@ _WIDTH = {name: -np.dtype(code).itemsize for name, code in TENSOR_DTYPES.items()
 def write_tensors(
     path: Path, tensors: Mapping[str, Array], metadata: Mapping[str, str], *, sealed: bool = False
 ) -> tuple[int, str]:
-    """One safetensors file, atomically; returns size and sha256. The seal is its last tensor, SEAL."""
+    """Write one safetensors file, whole or not at all; gives its size and sha256. A sealed one ends with its
+    checksum.
+    """
     order = sorted(tensors, key=lambda name: (_WIDTH[_NAMES[tensors[name].dtype]], name))
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     start = 0
@@ -76,7 +78,7 @@ def _pieces(header: bytes, arrays: list[Array]) -> Iterator[bytes | memoryview]:
 
 @dataclass(frozen=True)
 class TensorPlace:
-    """One tensor in its file."""
+    """Where one tensor lies in its file, and what it is."""
 
     dtype: Any
     shape: tuple[int, ...]
@@ -84,7 +86,7 @@ class TensorPlace:
 
     @property
     def row_bytes(self) -> int:
-        """Of one row: everything behind the first axis."""
+        """The bytes of one row: of everything behind the first axis."""
         return int(np.dtype(self.dtype).itemsize * math.prod(self.shape[1:]))
 
 
@@ -104,16 +106,16 @@ class TensorFile:
     metadata: dict[str, str]
 
     def read(self, name: str) -> Array:
-        """A whole tensor."""
+        """Read a whole tensor."""
         place = self.places[name]
-        found = np.empty(place.shape, place.dtype)
-        if found.size:
-            self._fill(memoryview(found.reshape(-1)).cast("B"), place.start)  # type: ignore[arg-type]
+        array = np.empty(place.shape, place.dtype)
+        if array.size:
+            self._fill(memoryview(array.reshape(-1)).cast("B"), place.start)  # type: ignore[arg-type]
         self.check_unchanged()
-        return found
+        return array
 
     def read_rows(self, name: str, rows: Sequence[int], out: Array, places: Sequence[int]) -> None:
-        """out[places[i]] = row rows[i]; `out` is contiguous."""
+        """out[places[i]] = row rows[i] of tensor `name`; `out` is contiguous."""
         place = self.places[name]
         width, target = place.row_bytes, memoryview(out.reshape(-1)).cast("B")  # type: ignore[arg-type]
         for row, at in zip(rows, places, strict=True):
@@ -128,7 +130,7 @@ class TensorFile:
             os.posix_fadvise(self.handle, start, place.row_bytes, os.POSIX_FADV_WILLNEED)
 
     def check_unchanged(self) -> None:
-        """Nobody wrote to the file since it was opened."""
+        """Raise an error where somebody wrote to the file since it was opened."""
         if stamp_of(self.handle) != self.stamp:
             raise changed(self.path)
 
@@ -183,7 +185,7 @@ def _parse(handle: int, size: int) -> tuple[dict[str, TensorPlace], dict[str, st
 def save_tensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], *, sealed: bool = False
 ) -> None:
-    """A safetensors file, atomically: equal content gives equal bytes. A sealed one carries its own checksum."""
+    """Write torch's tensors as a safetensors file, whole or not at all: equal content gives equal bytes."""
     arrays = {name: tensor.detach().cpu().contiguous().numpy() for name, tensor in tensors.items()}
     try:
         write_tensors(path, arrays, metadata, sealed=sealed)

@@ -2,15 +2,13 @@
 
 import math
 from collections.abc import Callable
-from typing import Any, TypeVar
 
 import click
 
-from alphaflow_cli.commands.common import GUIDANCE, NFE, WholeWithin
+from alphaflow_cli.commands.common import GUIDANCE, NFE, Command, WholeWithin
 from alphaflow_cli.recipe.schema import MOST_NFE
 from alphaflow_cli.text import shorten
 
-Command = TypeVar("Command", bound=Callable[..., Any])
 SAMPLERS = ["auto", "trajectory", "consistency", "flow", "heun"]
 
 

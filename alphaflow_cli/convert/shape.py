@@ -14,8 +14,8 @@ HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}  # of S, B, L, XL: the shapes do n
 
 
 @dataclass(frozen=True)
-class Shape:
-    """Of a DiT, read off its weights."""
+class NetworkShape:
+    """The sizes of a DiT, read off its weights."""
 
     dim: int
     depth: int
@@ -29,7 +29,7 @@ class Shape:
 
 
 def to_our_names(weights: dict[str, Tensor], where: str, *, second: str | None) -> dict[str, Tensor]:
-    """Names of SiT and its children (t_embedder, …) or of the published system, to ours."""
+    """Rename the weights of SiT and its children (t_embedder, …), or of the published system, to our names."""
     spelled = {"t_embedder.": "noise_labels_embedder."}
     if second:
         spelled[second] = "noise_labels_next_embedder."
@@ -45,8 +45,8 @@ def to_our_names(weights: dict[str, Tensor], where: str, *, second: str | None) 
     return ours
 
 
-def read_shape(weights: dict[str, Tensor], where: str) -> Shape:
-    """From our names; what is missing is named."""
+def read_shape(weights: dict[str, Tensor], where: str) -> NetworkShape:
+    """Read the network's sizes off weights under our names; what is missing is named."""
     try:
         dim, channels, patch, _ = weights["patch_embed.proj.weight"].shape
         tokens = weights["pos_embed"].shape[1]
@@ -64,7 +64,7 @@ def read_shape(weights: dict[str, Tensor], where: str) -> Shape:
             f"{where}: no network has {dim} channels, {tokens} tokens, and patches of {patch}x{patch} with {channels} "
             f"channels in and {last} numbers out."
         )
-    return Shape(
+    return NetworkShape(
         dim=dim,
         depth=len(blocks),
         patch=patch,
@@ -77,12 +77,12 @@ def read_shape(weights: dict[str, Tensor], where: str) -> Shape:
     )
 
 
-def heads_of(dim: int, where: str, said: float | None) -> int:
-    """From the file, else from the family's sizes."""
-    if said is not None or dim in HEADS:
-        heads = HEADS[dim] if said is None else int(said)
-        if heads < 1 or dim % heads or (said is not None and heads != said):
-            raise AlphaflowError(f"{where}: {said} attention heads do not divide {dim} channels. --set model.heads=N")
+def heads_of(dim: int, where: str, stated: float | None) -> int:
+    """The number of attention heads: the one the file states, else that of the published network of this width."""
+    if stated is not None or dim in HEADS:
+        heads = HEADS[dim] if stated is None else int(stated)
+        if heads < 1 or dim % heads or (stated is not None and heads != stated):
+            raise AlphaflowError(f"{where}: {stated} attention heads do not divide {dim} channels. --set model.heads=N")
         return heads
     raise AlphaflowError(
         f"{where}: does not say how many attention heads it has, and {dim} channels are none of the published sizes "
@@ -91,22 +91,22 @@ def heads_of(dim: int, where: str, said: float | None) -> int:
 
 
 def check_weights_fit(weights: dict[str, Tensor], recipe: Recipe, where: str, *, without: tuple[str, ...]) -> None:
-    """The recipe's network has exactly these names and shapes, but for those that are still to be added."""
-    told = misfits(weights, recipe, without=without)
-    if told:
-        raise AlphaflowError(f"{where}: not the weights of the network it describes ({told}).")
+    """Refuse weights that are not exactly those of the recipe's network, but for names that start with `without`."""
+    differences = misfits(weights, recipe, without=without)
+    if differences:
+        raise AlphaflowError(f"{where}: not the weights of the network it describes ({differences}).")
 
 
 def finite(weights: dict[str, Tensor], where: str) -> dict[str, Tensor]:
-    """The weights as float32, after a look that none has values that are not finite."""
+    """The weights as float32, after a check that all their values are finite."""
     broken = sorted(name for name, value in weights.items() if not torch.isfinite(value).all())
     if broken:
         raise AlphaflowError(f"{where}: {broken[0]} has values that are not finite ({len(broken)} tables do).")
     return {name: value.detach().float().contiguous() for name, value in weights.items()}
 
 
-def without_variance(weights: dict[str, Tensor], shape: Shape, where: str) -> dict[str, Tensor]:
-    """The last linear layer without a learned variance: of every pixel's 2C numbers the first C."""
+def without_variance(weights: dict[str, Tensor], shape: NetworkShape, where: str) -> dict[str, Tensor]:
+    """Drop a learned variance from the last linear layer: it keeps the first C of every pixel's 2C numbers."""
     if shape.out == shape.channels:
         return weights
     if shape.out != 2 * shape.channels:
@@ -137,12 +137,12 @@ MODULATION = (".modulation.linear.", ".adaLN_modulation.1.")  # inside a block
 
 
 def to_published(name: str) -> str:
-    """`blocks.0.modulation.linear.bias` → `blocks.0.adaLN_modulation.1.bias`."""
+    """Rename a weight of ours: `blocks.0.modulation.linear.bias` becomes `blocks.0.adaLN_modulation.1.bias`."""
     return _rename(name, PUBLISHED, *MODULATION)
 
 
 def from_published(name: str) -> str:
-    """The way back."""
+    """Rename a published weight to ours: the inverse of `to_published`."""
     return _rename(name, {theirs: ours for ours, theirs in PUBLISHED.items()}, *reversed(MODULATION))
 
 

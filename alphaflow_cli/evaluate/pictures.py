@@ -27,8 +27,8 @@ from torch import Tensor
 
 from alphaflow_cli.data import archives, sources
 from alphaflow_cli.data.classes import choose_split
-from alphaflow_cli.data.opening import open_source
-from alphaflow_cli.data.pictures import MAX_PIXELS, BadPicture, decode, decode_whole
+from alphaflow_cli.data.pictures import MAX_PIXELS, BadPicture, Fetch, decode, decode_whole
+from alphaflow_cli.data.sources import open_source
 from alphaflow_cli.errors import DAMAGE, AlphaflowError
 from alphaflow_cli.sample.generator import Generator
 from alphaflow_cli.sample.walk import Walk, draw_labels
@@ -89,7 +89,7 @@ class PictureFiles:
             lines, self._prefix = choose_split(source.names)
         self._lines, self._of = _spread(lines, limit), len(lines)
         self._open = ExitStack()  # holds the source open while it is walked through
-        self._walk: Iterator[tuple[int, sources.Fetch]] = iter(())
+        self._walk: Iterator[tuple[int, Fetch]] = iter(())
         self._reached = len(self._lines)  # where the walk stands; a compressed tar can only be walked forward
         self.count = len(self._lines)
         if not self.count:
@@ -135,7 +135,7 @@ class PictureFiles:
         self._reached = len(self._lines)
         self._open.close()
 
-    def _decode(self, line: int, fetch: sources.Fetch) -> Any:
+    def _decode(self, line: int, fetch: Fetch) -> Any:
         try:
             if self._size is None:
                 return decode_whole(fetch(), MAX_PIXELS)

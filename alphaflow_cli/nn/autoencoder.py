@@ -28,8 +28,8 @@ from alphaflow_cli.remote.client import session
 from alphaflow_cli.remote.faults import HubFault, NoConnection, hub_faults
 from alphaflow_cli.text import for_terminal
 
-Kind = Literal["kl", "tiny", "dc", "none"]
-CLASSES: dict[str, Kind] = {"AutoencoderKL": "kl", "AutoencoderTiny": "tiny", "AutoencoderDC": "dc"}
+AutoencoderKind = Literal["kl", "tiny", "dc", "none"]
+CLASSES: dict[str, AutoencoderKind] = {"AutoencoderKL": "kl", "AutoencoderTiny": "tiny", "AutoencoderDC": "dc"}
 WIDTHS = Maybe(ListOf(Whole(1, 1 << 14), least=1, most=12))
 CONFIG = Table(  # of what config.json holds, whatever decides about memory or is used here; diffusers reads the rest
     {"_class_name": Text(one_of=tuple(CLASSES))},
@@ -53,12 +53,12 @@ LOGVAR = (-30.0, 20.0)  # bounds of the posterior's log-variance, as every Autoe
 
 @dataclass(frozen=True)
 class Autoencoder:
-    """One loaded autoencoder, or none."""
+    """One loaded autoencoder; of `none`, which leaves pixels as they are, it has no module."""
 
     id: str
     revision: str
     weights_sha256: str
-    kind: Kind
+    kind: AutoencoderKind
     channels: int
     downscale: int
     scale: float
@@ -68,17 +68,17 @@ class Autoencoder:
 
     @property
     def has_posterior(self) -> bool:
-        """Latents are drawn, not looked up."""
+        """Whether latents are drawn from a distribution, and not looked up."""
         return self.kind == "kl"
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the weights."""
+        """The precision of the weights."""
         return torch.float32 if self.module is None else next(self.module.parameters()).dtype
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Posterior mean and std, float32."""
+        """The mean and the standard deviation of the latents of some pixels, float32."""
         if self.module is None:
             return pixels, torch.zeros_like(pixels)
         mean, std = ENCODE[self.kind](self.module, self._input(pixels))
@@ -86,14 +86,14 @@ class Autoencoder:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Pixels, float32, not clipped, in the plain layout."""
+        """The pixels of some latents: float32, not clipped, in the plain layout."""
         if self.module is None:
             return latents
         pixels: Tensor = self.module.decode(self._input(latents)).sample  # type: ignore[operator]
         return pixels.float().contiguous()
 
     def _input(self, x: Tensor) -> Tensor:
-        """In the weights' own precision, and in channels_last where they are."""
+        """Bring an input to the precision and the layout of the weights."""
         return x.to(self.dtype, memory_format=self.layout)
 
 
@@ -112,7 +112,7 @@ def _encode_dc(module: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
     return mean, torch.zeros_like(mean)
 
 
-ENCODE: dict[Kind, Callable[[Any, Tensor], tuple[Tensor, Tensor]]] = {
+ENCODE: dict[AutoencoderKind, Callable[[Any, Tensor], tuple[Tensor, Tensor]]] = {
     "kl": _encode_kl,
     "tiny": _encode_tiny,
     "dc": _encode_dc,
@@ -128,7 +128,10 @@ def load_autoencoder(
     slicing: bool = False,
     tiling: bool = False,
 ) -> Autoencoder:
-    """By name. To save memory, `slicing` decodes picture by picture (exact), `tiling` in blended tiles (not exact)."""
+    """Load an autoencoder by name.
+
+    To save memory, `slicing` decodes picture by picture (exact), `tiling` in blended tiles (not exact).
+    """
     if name == "none":
         return Autoencoder("none", "", "", "none", 3, 1, 1.0, 0.0, None, torch.preserve_format)
     module, revision = _load_module(name)
@@ -150,7 +153,10 @@ def load_autoencoder(
 
 
 def weights_sha256(module: nn.Module) -> str:
-    """Of all parameters' names and float32 values: the same for a .pt, a .safetensors and a Hub copy of one model."""
+    """The checksum of all parameters' names and float32 values.
+
+    It is the same for a .pt, a .safetensors and a Hub copy of one model.
+    """
     digest = hashlib.sha256()
     for name, value in sorted(module.state_dict().items()):
         digest.update(name.encode())
@@ -158,13 +164,15 @@ def weights_sha256(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _downscale(kind: Kind, config: Mapping[str, Any]) -> int:
+def _downscale(kind: AutoencoderKind, config: Mapping[str, Any]) -> int:
     blocks = {"kl": "block_out_channels", "tiny": "encoder_block_out_channels", "dc": "encoder_block_out_channels"}
     return int(2 ** (len(config[blocks[kind]]) - 1))
 
 
 def public_id(name: str) -> str:
-    """Hub ids as they are; of a folder or file its own name: a store must not carry the machine's folders."""
+    """The name that a store may carry: a Hub id as it is; of a folder or a file its last part, without the
+    machine's folders.
+    """
     path = Path(name)
     return (path.resolve().name if path.exists() else name.split("@")[0]) or name
 
@@ -195,12 +203,12 @@ def _from_folder(folder: Path) -> Any:
 
 
 def _safe_weights(folder: Path) -> bool:
-    """safetensors where there are any; a .bin is read with weights_only by diffusers, which executes nothing."""
+    """Whether a folder has weights as safetensors. diffusers reads a .bin with weights_only, which executes nothing."""
     return any(folder.glob("*.safetensors"))
 
 
 def _from_file(path: Path) -> Any:
-    """An AutoencoderKL's bare weights; the architecture is read off their shapes."""
+    """Load the bare weights of an AutoencoderKL; the architecture is read off their shapes."""
     import diffusers
 
     weights = rename(read_weights(path))
@@ -219,7 +227,10 @@ def _from_file(path: Path) -> Any:
 
 
 def _from_hub(name: str) -> tuple[Any, str]:
-    """From the cache at once; else one short question whether the Hub is there, so that offline fails fast."""
+    """Load from the Hub's cache at once; else first ask in one short question whether the Hub is there.
+
+    So a machine without a connection fails fast.
+    """
     import diffusers
 
     bare, _, revision = name.partition("@")
@@ -251,19 +262,19 @@ def read_weights(path: Path) -> Mapping[str, Any]:
             from safetensors.torch import load_file
 
             return dict(load_file(path))
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        tree = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as fault:  # unpickling a broken or hostile file raises anything
         raise AlphaflowError(f"{path}: cannot be read as weights ({type(fault).__name__}: {fault})") from fault
     for key in ("ema", "net", "state_dict", "model"):
-        if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
-            return dict(found[key])
-    if not isinstance(found, Mapping):
-        raise AlphaflowError(f"{path}: holds a {type(found).__name__}, not a table of weights")
-    return found
+        if isinstance(tree, Mapping) and isinstance(tree.get(key), Mapping):
+            return dict(tree[key])
+    if not isinstance(tree, Mapping):
+        raise AlphaflowError(f"{path}: holds a {type(tree).__name__}, not a table of weights")
+    return tree
 
 
 def rename(weights: Mapping[str, Any]) -> dict[str, Any]:
-    """Without the prefix of whatever held the autoencoder, and with today's names of the attention layers."""
+    """Drop the prefix of whatever held the autoencoder, and give the attention layers their names of today."""
     anchor = "encoder.conv_in.weight"
     prefix = next((key.removesuffix(anchor) for key in weights if key.endswith(anchor)), "")
     old = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
@@ -277,7 +288,10 @@ def rename(weights: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def kl_config(weights: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Widths and depths from the shapes; 32 norm groups where the widths allow it, as in every published one."""
+    """Read the widths and depths of an AutoencoderKL off its shapes.
+
+    It has 32 norm groups where the widths allow it, as every published one has.
+    """
     levels = 1 + max(int(key.split(".")[2]) for key in weights if key.startswith("encoder.down_blocks."))
     layers = 1 + max(int(key.split(".")[4]) for key in weights if key.startswith("encoder.down_blocks.0.resnets."))
     widths = [weights[f"encoder.down_blocks.{level}.resnets.0.conv1.weight"].shape[0] for level in range(levels)]
@@ -304,7 +318,7 @@ def _cache() -> Path:
 
 
 def cached(repo_id: str, revision: str) -> Path | None:
-    """The Hub cache's folder of a revision, by its documented layout: refs/<name> holds a commit."""
+    """The folder of a revision in the Hub's cache, by its documented layout: refs/<name> holds a commit."""
     root = _cache() / f"models--{repo_id.replace('/', '--')}"
     ref = root / "refs" / revision
     commit = ref.read_text().strip() if ref.is_file() else revision

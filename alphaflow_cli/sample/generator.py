@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from alphaflow_cli.core import pixels, sampler
+from alphaflow_cli.core.path import Net
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.model.build import DTYPES, build_network, label_rows, null_label
 from alphaflow_cli.model.checkpoint import Checkpoint, check_autoencoder, load_checkpoint
@@ -36,9 +37,9 @@ from alphaflow_cli.recipe.schema import Recipe
 from alphaflow_cli.runtime.precision import true_float32
 from alphaflow_cli.sample.walk import Walk
 
-Precision = Literal["fp32", "bf16"]
+DecoderPrecision = Literal["fp32", "bf16"]
 DecoderChoice = Literal["auto", "fp32", "bf16"]
-DECODER_DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DECODER_DTYPES: dict[DecoderPrecision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 GROUP = 16
 COMPILED_FROM = 10_000  # pictures; an estimate, not measured: compiling takes about a minute, which must be won back
 
@@ -47,7 +48,7 @@ COMPILED_FROM = 10_000  # pictures; an estimate, not measured: compiling takes a
 class Decoder:
     """How an autoencoder is made ready to decode."""
 
-    precision: Precision
+    precision: DecoderPrecision
     compiled: bool = False
     backend: Any = "inductor"  # of torch.compile
 
@@ -88,7 +89,7 @@ def decode_in_groups(autoencoder: Autoencoder, latents: Tensor) -> Tensor:
         return torch.cat([autoencoder.decode(part.float()) for part in torch.split(rows, GROUP)])[:count]
 
 
-def told_precision(network: str, decoder: Precision | None) -> str:
+def told_precision(network: str, decoder: DecoderPrecision | None) -> str:
     """For the protocol; None: pixels come from the network itself."""
     if network == "fp32" and decoder in (None, "fp32"):
         return "fp32"
@@ -194,7 +195,7 @@ class Generator:
             return torch.stack(rows + [torch.zeros(self.shape, dtype=dtype)] * spare).to(self.device)
 
         y = torch.tensor([*labels, *[0] * spare], device=self.device)
-        net: sampler.Net = self._call
+        net: Net = self._call
         if walk.guidance != 1.0:
             net = sampler.guided_net(net, null_label(self.recipe), walk.guidance, channels=walk.guidance_channels)
         out = sampler.sample(

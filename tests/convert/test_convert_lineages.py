@@ -128,7 +128,7 @@ def test_what_a_zhuyu_says_of_its_training_goes_into_the_recipe(tmp_path):
     assert (recipe.optim.lr, recipe.optim.betas, recipe.optim.eps) == (2e-4, (0.9, 0.99), 1e-7)
     assert (recipe.optim.clip_norm, recipe.train.batch, recipe.train.steps) == (1.0, 512, 1234)
     assert (recipe.train.precision, recipe.train.tf32) == ("fp32", True)
-    assert outcome.said["ratio_r_not_equal_t"] == 0.75
+    assert outcome.stated["ratio_r_not_equal_t"] == 0.75
     assert outcome.unread == ("exp_name",)
     assert checkpoint.origin["converted"]["unread"] == ["exp_name"]
 
