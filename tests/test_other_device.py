@@ -9,7 +9,6 @@ import shutil
 import signal
 from pathlib import Path
 
-import conftest
 import numpy as np
 import pytest
 import torch
@@ -21,6 +20,7 @@ from tiny_autoencoders import tiny_kl
 from torch import nn
 from torch.nn import functional
 from train_helpers import largest_difference
+from workers import wants_gpu
 
 import alphaflow_cli
 from alphaflow_cli.analyze import analyze
@@ -74,7 +74,7 @@ def train_run(folder, *sets, options=()):
     [("", False), ("not slow and not gpu", False), ("slow", False), ("gpu", True), ("gpu and not slow", True)],
 )
 def test_gpus_are_hidden_from_all_tests_but_those_that_need_one(marks, wants):
-    assert conftest.wants_gpu(marks) == wants
+    assert wants_gpu(marks) == wants
     assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
 
 
