@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from alphaflow_cli.model.checkpoint import CHECKPOINT_FORMAT
 from alphaflow_cli.recipe import Recipe, dump_recipe
 from alphaflow_cli.text import code_span, for_markdown, for_terminal
 
@@ -301,7 +302,7 @@ def config_json(recipe: Recipe, origin: dict[str, Any], parameters: int) -> str:
     model = {name: getattr(recipe.model, name) for name in recipe.model.__dataclass_fields__}
     content = {
         "model_type": "alphaflow",
-        "format": "alphaflow/1",
+        "format": CHECKPOINT_FORMAT,
         "library_name": "alphaflow",
         "architecture": model | {"parameters": parameters},
         "convention": "t = 0 data, t = 1 noise; z_r = z_t - (t - r) u(z_t, r, t)",
