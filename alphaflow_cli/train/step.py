@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from alphaflow_cli.core import guidance, objective, path
 from alphaflow_cli.data.batches import to_device
-from alphaflow_cli.model.build import null_label
+from alphaflow_cli.recipe.plan import is_guided, null_label
 from alphaflow_cli.recipe.schema import Guidance, Loss, Recipe
 
 
@@ -137,7 +137,7 @@ class Objective:
     @property
     def is_guided(self) -> bool:
         """Whether ṽ differs from v anywhere."""
-        return self.has_labels and (self.guidance.omega, self.guidance.kappa) != (1.0, 0.0)
+        return self.has_labels and is_guided(self.guidance.omega, self.guidance.kappa)
 
 
 @dataclass(frozen=True)
