@@ -10,10 +10,9 @@ from torch import Tensor
 
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.recipe import Recipe
+from alphaflow_cli.recipe.schema import SamplerChoice
 from alphaflow_cli.sample.generator import DecoderChoice, Generator, open_generator
 from alphaflow_cli.sample.walk import draw_labels, plan_walk
-
-SamplerChoice = Literal["auto", "trajectory", "consistency", "flow", "heun"]
 
 
 class Model:

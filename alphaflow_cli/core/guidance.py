@@ -77,8 +77,3 @@ def guided_velocity(
     if u_null is not None and null != 0.0:
         v_guided = v_guided + null * u_null
     return torch.where(expand(inside(t, t_min, t_max), v), v_guided, v)
-
-
-def effective_scale(omega: float, kappa: float) -> float:
-    """ω / (1 − κ), the guidance scale at sampling that training with ω and κ amounts to."""
-    return omega / (1.0 - kappa)

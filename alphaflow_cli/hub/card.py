@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from alphaflow_cli.evaluate.results import row_of
+from alphaflow_cli.model.checkpoint import CHECKPOINT_FORMAT
 from alphaflow_cli.recipe import Recipe, dump_recipe
+from alphaflow_cli.recipe.plan import effective_scale, has_null_label, is_guided, needs_many_steps
 from alphaflow_cli.text import code_span, for_markdown, for_terminal
 
 PAPER = "arXiv:2510.20771"
@@ -219,12 +221,12 @@ def _results(facts: CardFacts) -> str:
 def _caveats(facts: CardFacts) -> str:
     recipe, mix = facts.recipe, facts.recipe.guidance
     lines = ["## Good to know", ""]
-    if (mix.omega, mix.kappa) != (1.0, 0.0):
-        scale = mix.omega / (1 - mix.kappa)
+    if is_guided(mix.omega, mix.kappa):
+        scale = effective_scale(mix.omega, mix.kappa)
         lines += [f"- Guidance of scale {scale:g} is built into the weights; sample with guidance 1 (the default)."]
-    elif recipe.data.classes and mix.label_dropout:
+    elif has_null_label(recipe):
         lines += ["- Trained without guidance, with a null label: `--guidance 1.5` and the like work when sampling."]
-    if recipe.sample.sampler in ("flow", "heun"):
+    if needs_many_steps(recipe):
         lines += [f"- A plain velocity field: it needs many steps ({recipe.sample.sampler}, {recipe.sample.nfe} here)."]
     if recipe.data.autoencoder != "none":
         lines += [
@@ -294,7 +296,7 @@ def config_json(recipe: Recipe, origin: dict[str, Any], parameters: int) -> str:
     model = {name: getattr(recipe.model, name) for name in recipe.model.__dataclass_fields__}
     content = {
         "model_type": "alphaflow",
-        "format": "alphaflow/1",
+        "format": CHECKPOINT_FORMAT,
         "library_name": "alphaflow",
         "architecture": model | {"parameters": parameters},
         "convention": "t = 0 data, t = 1 noise; z_r = z_t - (t - r) u(z_t, r, t)",
@@ -305,7 +307,7 @@ def config_json(recipe: Recipe, origin: dict[str, Any], parameters: int) -> str:
             "image_size": data.image_size,
         },
         "classes": data.classes,
-        "guidance": {"baked": mix.omega / (1 - mix.kappa), "null_label": mix.label_dropout > 0},
+        "guidance": {"baked": effective_scale(mix.omega, mix.kappa), "null_label": has_null_label(recipe)},
         "sample": {name: getattr(recipe.sample, name) for name in recipe.sample.__dataclass_fields__},
         "weights": {key: origin.get(key) for key in ("weights", "step", "images_seen", "half_life")},
     }

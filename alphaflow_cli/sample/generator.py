@@ -29,10 +29,11 @@ from torch import Tensor, nn
 from alphaflow_cli.core import pixels, sampler
 from alphaflow_cli.core.path import Net
 from alphaflow_cli.errors import AlphaflowError
-from alphaflow_cli.model.build import DTYPES, build_network, label_rows, null_label
+from alphaflow_cli.model.build import DTYPES, build_network
 from alphaflow_cli.model.checkpoint import Checkpoint, check_autoencoder, load_checkpoint
 from alphaflow_cli.model.find import find_checkpoint
 from alphaflow_cli.nn.autoencoder import Autoencoder, load_autoencoder
+from alphaflow_cli.recipe.plan import label_rows, null_label
 from alphaflow_cli.recipe.schema import Recipe
 from alphaflow_cli.runtime.precision import true_float32
 from alphaflow_cli.sample.walk import Walk

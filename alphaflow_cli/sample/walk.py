@@ -8,6 +8,7 @@ import numpy as np
 
 from alphaflow_cli.core import sampler
 from alphaflow_cli.errors import AlphaflowError
+from alphaflow_cli.recipe.plan import effective_scale, has_null_label, is_guided, needs_many_steps
 from alphaflow_cli.recipe.schema import MOST_NFE, Recipe
 
 EARLIEST_START = 0.9  # of an own grid: noise for z at that time is wrong by (1 − t) x
@@ -63,7 +64,7 @@ def _plan_steps(recipe: Recipe, nfe: int, kind: str, times: Sequence[float] | No
         )
     if kind == "auto" and nfe == published.nfe and published.times is not None:
         return published.sampler, published.times
-    if kind == "auto" and nfe == 2 and published.sampler not in ("flow", "heun"):
+    if kind == "auto" and nfe == 2 and not needs_many_steps(recipe):
         return published.two_step_sampler, published.two_step_times
     chosen = published.sampler if kind == "auto" else kind
     if chosen == "heun" and nfe % 2 == 0:
@@ -87,12 +88,13 @@ def _check_guidance(recipe: Recipe, scale: float) -> None:
     mix = recipe.guidance
     if scale == 1.0:
         return
-    if (mix.omega, mix.kappa) != (1.0, 0.0):
+    if is_guided(mix.omega, mix.kappa):
+        built_in = effective_scale(mix.omega, mix.kappa)
         raise AlphaflowError(
-            f"guidance {scale:g} at sampling: guidance {mix.omega / (1 - mix.kappa):g} is built into these weights by "
+            f"guidance {scale:g} at sampling: guidance {built_in:g} is built into these weights by "
             f"training (omega {mix.omega:g}, kappa {mix.kappa:g}); sample them with guidance 1."
         )
-    if mix.label_dropout == 0.0 or recipe.data.classes == 0:
+    if not has_null_label(recipe):
         raise AlphaflowError(
             f"guidance {scale:g} at sampling: this model has no null label (trained with guidance.label_dropout 0)."
         )

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 
 from alphaflow_cli.core.alpha import equal_rows
-from alphaflow_cli.model.build import DTYPES, build_network, compile_blocks, label_rows
+from alphaflow_cli.model.build import DTYPES, build_network, compile_blocks
 from alphaflow_cli.recipe import diff_recipes, load_recipe, shipped
 from alphaflow_cli.recipe.facts import facts, human, lines
-from alphaflow_cli.recipe.plan import alpha_at, equal_share_at, phases
+from alphaflow_cli.recipe.plan import alpha_at, equal_share_at, null_label, phases
 from alphaflow_cli.recipe.schema import Recipe
 from alphaflow_cli.runtime.processes import World, join_world
 from alphaflow_cli.runtime.progress import duration, say
@@ -38,7 +38,7 @@ def random_rows(recipe: Recipe, count: int, n_equal: int, device: torch.device) 
     t = torch.full_like(r, 0.75)
     r = torch.cat([t[:n_equal], r[n_equal:]])
     y = torch.zeros(count, dtype=torch.int64, device=device)
-    return Rows(x=x, noise=noise, t=t, r=r, y=y.clamp(max=max(label_rows(recipe) - 1, 0)), uniforms=r, n_equal=n_equal)
+    return Rows(x=x, noise=noise, t=t, r=r, y=y.clamp(max=null_label(recipe)), uniforms=r, n_equal=n_equal)
 
 
 def micro_batch_that_fits(recipe: Recipe, world: World) -> int:

@@ -32,7 +32,7 @@ from alphaflow_cli.core.objective import Terms, interval_bins
 from alphaflow_cli.core.times import sample_times
 from alphaflow_cli.errors import AlphaflowError, blamed_on
 from alphaflow_cli.files import append, check_regular, make_folder, read_document, write_whole
-from alphaflow_cli.recipe.plan import phase_kind, tokens
+from alphaflow_cli.recipe.plan import is_guided, phase_kind, tokens
 from alphaflow_cli.recipe.schema import Recipe
 from alphaflow_cli.runtime.lock import check_lock
 from alphaflow_cli.runtime.processes import World
@@ -290,7 +290,7 @@ def step_flops(recipe: Recipe, alpha: float, n_equal: int) -> float:
     batch, mix = recipe.train.batch, recipe.guidance
     later = batch - n_equal
     units = 3.0 * batch
-    if recipe.data.classes and (mix.omega, mix.kappa) != (1.0, 0.0):
+    if recipe.data.classes and is_guided(mix.omega, mix.kappa):
         units += mean_guidance_rows(recipe, n_equal)
     if phase_kind(alpha) == "between":
         units += later * (2 if recipe.loss.velocity == "network" else 1)

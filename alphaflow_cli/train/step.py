@@ -33,7 +33,7 @@ from alphaflow_cli.core.objective import (
     squared_error,
 )
 from alphaflow_cli.data.batches import to_device
-from alphaflow_cli.model.build import null_label
+from alphaflow_cli.recipe.plan import null_label
 from alphaflow_cli.recipe.schema import Guidance, Loss, Recipe
 
 
@@ -61,7 +61,7 @@ class Objective:
     @property
     def is_guided(self) -> bool:
         """Whether guidance moves the velocity anywhere: ṽ ≠ v."""
-        return self.has_labels and (self.guidance.omega, self.guidance.kappa) != (1.0, 0.0)
+        return self.has_labels and is_guided(self.guidance.omega, self.guidance.kappa)
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,7 @@ def precision(x: Tensor, objective: Objective) -> torch.autocast:
 
 def ask(t: Tensor, uniforms: Tensor, n_equal: int, mix: Guidance, device: torch.device) -> Question:
     """List only the rows that guidance needs; t and the uniforms of label dropout must be on the host."""
-    own, null = guidance.asked_rows(
+    own, null = guidance.rows_to_ask(
         t,
         uniforms,
         n_equal,
