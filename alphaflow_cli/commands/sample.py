@@ -26,6 +26,7 @@ EXAMPLES = examples(
     "alphaflow sample runs/quickstart --grid grid.png",
     "alphaflow sample runs/quickstart --seeds 0-9 --classes 3,7 --nfe 2 --out pictures",
     "alphaflow sample runs/quickstart --nfe 1 --nfe 2 --nfe 4 --grid steps.png",
+    "alphaflow sample runs/b2 --seeds 0-49999 --out samples.npz --processes 8",
 )
 
 MOST_SEEDS = 100_000_000  # more is a slip of the hand

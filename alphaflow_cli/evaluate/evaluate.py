@@ -213,13 +213,13 @@ def evaluate_checkpoint(request: EvalRequest, processes: Processes) -> Report | 
     """Every walk asked for; None on all processes but the first."""
     generator = open_generator(request.checkpoint, device=processes.device, decoder=request.decoder)
     check_same(processes, generator.digest, request.checkpoint)
-    said = generator.recipe.eval
+    published = generator.recipe.eval
     walks = choose_walks(request, generator)
-    count, draw = request.images or said.images, request.draw or said.draw
+    count, draw = request.images or published.images, request.draw or published.draw
     generator.expect(count)
     if request.autoencoder:
         generator.use_autoencoder(request.autoencoder)
-    metrics = request.metrics or said.metrics
+    metrics = request.metrics or published.metrics
     folder = results_folder(request)
     extractors = build_extractors(metrics, processes.device, request.weights)
     ruler = Ruler(extractors, processes, folder, request.batch)

@@ -37,24 +37,24 @@ class Processes(Protocol):
     def device(self) -> torch.device: ...
 
     def sum(self, values: Tensor) -> Tensor:
-        """Over the processes, in place."""
+        """Sum `values` over all processes, in place; every process gets the total."""
         ...
 
     def wait(self) -> None:
-        """Until all are here."""
+        """Wait until all processes are here."""
         ...
 
 
 @dataclass(frozen=True)
 class Alone:
-    """One process."""
+    """The one process of work that nobody shares."""
 
     device: torch.device
     rank: int = 0
     size: int = 1
 
     def sum(self, values: Tensor) -> Tensor:
-        """Of one."""
+        """What one process has is the total."""
         return values
 
     def wait(self) -> None:
@@ -73,10 +73,13 @@ def smaller_batch_if_full(batch: int) -> Iterator[None]:
         ) from error
 
 
-def join_processes() -> Processes:
-    """All that were started together (torchrun, --processes), or this one alone."""
+def join_processes(*, needs_gpu: bool = True) -> Processes:
+    """This process among all that were started together (torchrun, --processes), or alone.
+
+    Work that needs no GPU may have more processes than there are; they meet on the CPU.
+    """
     if is_worker() and whole_number(os.environ, "WORLD_SIZE") > 1:
-        return join_world(allow_tf32=None)  # a single process starts without accelerate
+        return join_world(allow_tf32=None, on_cpu=not needs_gpu)  # a single process starts without accelerate
     return Alone(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
@@ -154,31 +157,31 @@ class World:
         return self.rank == 0
 
     def sum(self, values: Tensor) -> Tensor:
-        """Over the processes, in place."""
+        """Sum `values` over all processes, in place; every process gets the total."""
         if self.size > 1:
             dist.all_reduce(values)
         return values
 
     def gather(self, values: Tensor) -> Tensor:
-        """(processes, …): everybody's values."""
-        found = [torch.empty_like(values) for _ in range(self.size)]
+        """Every process's values, stacked: (processes, …)."""
+        parts = [torch.empty_like(values) for _ in range(self.size)]
         if self.size > 1:
-            dist.all_gather(found, values)
-        return torch.stack(found if self.size > 1 else [values])
+            dist.all_gather(parts, values)
+        return torch.stack(parts if self.size > 1 else [values])
 
     def largest(self, value: float) -> float:
-        """Over the processes."""
-        found = torch.tensor([value], dtype=torch.float64, device=self.device)
+        """The largest value that any process has."""
+        highest = torch.tensor([value], dtype=torch.float64, device=self.device)
         if self.size > 1:
-            dist.all_reduce(found, dist.ReduceOp.MAX)
-        return float(found.item())
+            dist.all_reduce(highest, dist.ReduceOp.MAX)
+        return float(highest.item())
 
     def agree(self, flag: bool) -> bool:
-        """Whether any process says so."""
+        """Whether the flag is set on any process: all must decide alike."""
         return bool(self.sum(torch.tensor([float(flag)], device=self.device)).item()) if self.size > 1 else flag
 
     def wait(self) -> None:
-        """Until all are here."""
+        """Wait until all processes are here."""
         self.accelerator.wait_for_everyone()
 
     def check_synchronised(self, net: nn.Module) -> None:
@@ -195,12 +198,14 @@ class World:
         )
 
 
-def join_world(*, allow_tf32: bool | None = False, trackers: Sequence[str] = (), folder: Path | None = None) -> World:
+def join_world(
+    *, allow_tf32: bool | None = False, on_cpu: bool = False, trackers: Sequence[str] = (), folder: Path | None = None
+) -> World:
     """Join the processes that started us (torchrun, accelerate launch, Slurm or --processes), or be alone.
 
     `allow_tf32` None leaves TF32 as torch has it, so that N processes draw and measure what one does.
     """
-    on_cpu = not torch.cuda.is_available()
+    on_cpu = on_cpu or not torch.cuda.is_available()
     if on_cpu:
         os.environ["ACCELERATE_USE_CPU"] = "true"  # else N processes become N lonely first ones
     expected = whole_number(os.environ, "WORLD_SIZE", "1")
