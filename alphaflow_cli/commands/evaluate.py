@@ -103,8 +103,7 @@ def run_evaluation(
 ) -> None:
     """Measure in this process, or in N of which the first prints."""
     from alphaflow_cli.evaluate.evaluate import evaluate_checkpoint, evaluate_pictures
-    from alphaflow_cli.runtime.launch import as_worker, check_processes, is_worker, launch
-    from alphaflow_cli.runtime.processes import join_processes, processes_here
+    from alphaflow_cli.runtime.processes import join_processes, run_shared
 
     def measure() -> int:
         evaluate = evaluate_checkpoint if of_checkpoint else evaluate_pictures
@@ -113,12 +112,7 @@ def run_evaluation(
             show_report(report, markdown=markdown, as_json=as_json)
         return 0
 
-    if is_worker():
-        check_processes(processes)
-        as_worker(measure)
-    count = processes_here(processes)
-    code = measure() if count == 1 else launch(command_line(), count)
-    if code:
+    if code := run_shared(measure, command_line(), requested=processes):
         sys.exit(code)
 
 

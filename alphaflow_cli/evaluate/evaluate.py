@@ -42,11 +42,11 @@ from alphaflow_cli.evaluate.reference import (
 from alphaflow_cli.evaluate.results import NEEDS_MOMENTS, NETWORK, Evaluation, save_results
 from alphaflow_cli.evaluate.score import Measured, check_reference, score
 from alphaflow_cli.files import sha256_of, write_whole
-from alphaflow_cli.model.find import find_checkpoint, run_folder
+from alphaflow_cli.model.find import run_folder
 from alphaflow_cli.nn.weights import FILES, missing_weights
 from alphaflow_cli.recipe.schema import Eval, LabelDraw, Metric
 from alphaflow_cli.runtime.lock import hold
-from alphaflow_cli.runtime.processes import Processes
+from alphaflow_cli.runtime.processes import Processes, check_same
 from alphaflow_cli.sample.generator import DecoderChoice, Generator, open_generator
 from alphaflow_cli.sample.walk import Walk, plan_walk
 
@@ -217,6 +217,7 @@ def is_checkpoint(text: str) -> bool:
 def evaluate_checkpoint(request: EvalRequest, processes: Processes) -> Report | None:
     """Measure a checkpoint, once for every requested walk; the report on the first process, None on the others."""
     generator = open_generator(request.checkpoint, device=processes.device, decoder=request.decoder)
+    check_same(processes, generator.digest, request.checkpoint)
     published = generator.recipe.eval
     walks = choose_walks(request, generator)
     count, draw = request.images or published.images, request.draw or published.draw
@@ -234,14 +235,13 @@ def evaluate_checkpoint(request: EvalRequest, processes: Processes) -> Report | 
             "a file), or set eval.reference in the recipe."
         )
     reference = find_reference(text, (side, side), ruler) if text else None
-    digest = sha256_of(find_checkpoint(request.checkpoint))
     evaluations = []
     for walk in walks:
-        source = GeneratedImages(generator, walk, count=count, draw=draw, digest=digest)
+        source = GeneratedImages(generator, walk, count=count, draw=draw)
         evaluation = evaluate(source, metrics, ruler, reference=reference)
         if evaluation is not None:
             evaluations.append(evaluation)
-    return write_evaluation(request, evaluations, folder, digest) if evaluations else None
+    return write_evaluation(request, evaluations, folder, generator.digest) if evaluations else None
 
 
 def evaluate_pictures(request: EvalRequest, processes: Processes) -> Report | None:

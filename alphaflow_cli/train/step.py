@@ -9,7 +9,7 @@ one call of the network, whatever the phase (two for the Shortcut Model, whose z
     α = 0       guidance's rows; du/dt along their ṽ then rides along in the graded forward
 
 Guidance needs two velocities of the network at (t, t): ∅, u⁻(z_t, t, t | ∅), and y, u⁻(z_t, t, t | y). A `Question`
-lists the rows of which they are needed (core/guidance.py: asked_rows), first those for ∅, then those for y; `Answers`
+lists the rows of which they are needed (core/guidance.py: rows_to_ask), first those for ∅, then those for y; `Answers`
 puts the velocities back in their places. The others are known without a call: an r = t row's own prediction is its y,
 or its ∅ where the label was dropped; a dropped r < t row's y is its ∅. Which rows these are is decided on the host,
 where the times are drawn, so nothing waits for it. Where their number must not change from step to step (compiled
@@ -33,7 +33,7 @@ from alphaflow_cli.core.objective import (
     squared_error,
 )
 from alphaflow_cli.data.batches import to_device
-from alphaflow_cli.recipe.plan import null_label
+from alphaflow_cli.recipe.plan import is_guided, null_label
 from alphaflow_cli.recipe.schema import Guidance, Loss, Recipe
 
 
