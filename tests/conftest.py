@@ -1,13 +1,23 @@
-"""Shared by all tests: one thread for torch (bit-identical runs), and the CPU.
+"""Shared by all tests: several processes, one thread for torch in each of them (bit-identical runs), and the CPU.
 
-The tests are written for the CPU: they compare tensors with the host's, and fork, which a process that has touched a
-GPU cannot. So GPUs are hidden from them and from the processes that they start. `pytest -m gpu` leaves the GPUs in
-sight: its tests are written for one, and start new processes instead of forking. tests/test_other_device.py walks every
-verb over a device that is not the CPU on any machine.
+**Processes.** `pytest` spreads the tests over several processes (pytest-xdist, `-n auto`): one for each core that it
+may use. tests/helpers/workers.py bounds them, and says when one process is enough. Each process begins with its own
+stretch of the tests, in their order, so that what a file prepares once (fixtures of scope "module") is prepared by one
+of them; whoever is done first takes over half of what another has left (`--dist worksteal`). So no test may rely on
+another one or on its place in the order, and the cases of a test have the same names in every process.
+
+**The CPU.** The tests compare tensors with the host's, and fork, which a process that has touched a GPU cannot. So GPUs
+are hidden from them and from the processes that they start. `pytest -m gpu` leaves the GPUs in sight: its tests are
+written for one, and start new processes instead of forking. tests/test_other_device.py walks every verb over a device
+that is not the CPU on any machine.
+
+**Where things are.** The folders mirror the rooms of the package. What several tests use is in tests/helpers, which
+pyproject.toml puts on the path; tests/test_tests.py holds this. What takes more than 20 seconds has the marker `slow`.
 """
 
 import os
-import re
+
+from workers import count_workers, wants_gpu
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -18,6 +28,6 @@ def pytest_configure(config):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
-def wants_gpu(marks):
-    """Whether an expression of -m chooses the tests that need a GPU."""
-    return bool(re.search(r"\bgpu\b", re.sub(r"\bnot\s+gpu\b", "", marks or "")))
+def pytest_xdist_auto_num_workers(config):
+    """What `-n auto` means; 0 runs the tests in this process, as `-n 0` does."""
+    return count_workers(config)

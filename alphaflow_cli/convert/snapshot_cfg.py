@@ -16,6 +16,7 @@ from alphaflow_cli.convert.imported import step_in_file
 from alphaflow_cli.convert.source import in_brief
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.recipe import Recipe
+from alphaflow_cli.recipe.plan import is_guided
 from alphaflow_cli.recipe.schema import Schedule, ScheduleKind, resolve_step
 
 SCHEDULES = {"alpha": "alpha", "times.equal_share": "ratio_fm"}  # field of the recipe → part of the name in cfg
@@ -87,10 +88,15 @@ def _same(key: str, theirs: Mapping[str, Any], ours: Any, recipe: Recipe) -> boo
     if isinstance(ours, Schedule):
         steps = recipe.train.steps
         return _essence(theirs[key], theirs.get("train.steps", steps)) == _essence(ours, steps)
-    unguided = (theirs.get("guidance.omega"), theirs.get("guidance.kappa")) == (1.0, 0.0)
-    if key in ("guidance.t_min", "guidance.t_max") and unguided:
+    if key in ("guidance.t_min", "guidance.t_max") and _is_plain(theirs):
         return True
     return math.isclose(theirs[key], ours, rel_tol=1e-6, abs_tol=1e-9)
+
+
+def _is_plain(values: Mapping[str, Any]) -> bool:
+    """Whether a configuration says that no guidance was trained in; False where it says nothing about it."""
+    omega, kappa = values.get("guidance.omega"), values.get("guidance.kappa")
+    return omega is not None and kappa is not None and not is_guided(omega, kappa)
 
 
 def _essence(schedule: Schedule, steps: int) -> tuple[Any, ...]:
@@ -174,7 +180,7 @@ def _mix(leaves: Mapping[str, Any], training: Training, where: str) -> None:
     if "omega" not in mix or "kappa" not in mix:
         return
     training.read |= places
-    if (mix["omega"], mix["kappa"]) == (1.0, 0.0) or mix.get("t_max", 1.0) <= mix.get("t_min", 0.0):
+    if not is_guided(mix["omega"], mix["kappa"]) or mix.get("t_max", 1.0) <= mix.get("t_min", 0.0):
         mix = {"omega": 1.0, "kappa": 0.0}  # no guidance, or no time for it: an interval has no meaning
     training.facts |= {f"guidance.{key}": value for key, value in mix.items()}
 
@@ -278,10 +284,9 @@ def _sampling_guidance(leaves: Mapping[str, Any], training: Training) -> None:
     scale, dropout = leaves.get("sampling.cfg.scale"), leaves.get("model.label_dropout")
     ends = [leaves.get(place, default) for place, default in zip(INTERVAL, (0, 1), strict=True)]
     whole = all(map(_is_number, ends)) and ends == [0, 1]
-    plain = (training.facts.get("guidance.omega"), training.facts.get("guidance.kappa")) == (1.0, 0.0)
     if (
         whole
-        and plain
+        and _is_plain(training.facts)
         and _is_number(scale)
         and _is_number(dropout)
         and float(scale or 0) > 0

@@ -27,7 +27,7 @@ def drop_labels(
     return torch.where(dropped, y_null, y)
 
 
-def asked_rows(
+def rows_to_ask(
     t: Tensor,
     uniforms: Tensor,
     n_equal: int,
@@ -77,8 +77,3 @@ def guided_velocity(
     if u_null is not None and null != 0.0:
         v_guided = v_guided + null * u_null
     return torch.where(expand(inside(t, t_min, t_max), v), v_guided, v)
-
-
-def effective_scale(omega: float, kappa: float) -> float:
-    """ω / (1 − κ)."""
-    return omega / (1.0 - kappa)

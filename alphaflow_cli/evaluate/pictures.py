@@ -9,7 +9,6 @@ A checkpoint as pictures to be measured: picture i has seed i, the same whoever 
 import hashlib
 import json
 import struct
-import time
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -31,7 +30,7 @@ from alphaflow_cli.data.pictures import MAX_PIXELS, BadPicture, Fetch, decode, d
 from alphaflow_cli.data.sources import open_source
 from alphaflow_cli.errors import DAMAGE, AlphaflowError
 from alphaflow_cli.sample.generator import Generator
-from alphaflow_cli.sample.walk import Walk, draw_labels
+from alphaflow_cli.sample.walk import LazyLabels, Walk, draw_labels
 from alphaflow_cli.text import brief
 
 READERS = 8  # threads that fetch and decode
@@ -232,11 +231,14 @@ FIRST_SEED = 0  # published evaluations use seeds 0 … 49,999
 class GeneratedImages:
     """One checkpoint, one walk: an ImageSource."""
 
-    def __init__(self, generator: Generator, walk: Walk, *, count: int, draw: str, digest: str) -> None:
-        self._generator, self._walk, self._draw, self._digest = generator, walk, draw, digest
+    def __init__(self, generator: Generator, walk: Walk, *, count: int, draw: str) -> None:
+        self._generator, self._walk, self._draw = generator, walk, draw
         self.count, self.seconds = count, {"network": 0.0, "decoder": 0.0}
         side = generator.recipe.data.image_size
         self.size = (side, side)
+        self._seeds = range(FIRST_SEED, FIRST_SEED + count)
+        classes = generator.recipe.data.classes
+        self._labels = LazyLabels(self._seeds, lambda places, seeds: draw_labels(seeds, classes, draw))
 
     @property
     def label(self) -> str:
@@ -244,18 +246,12 @@ class GeneratedImages:
         return f"{self._generator.recipe.name or 'checkpoint'}, {self._walk.nfe} NFE, {self._walk}"
 
     def images(self, start: int, stop: int) -> Tensor:
-        """uint8 on the generator's device, clocked by part."""
-        seeds = range(FIRST_SEED + start, FIRST_SEED + stop)
-        labels = draw_labels(seeds, self._generator.recipe.data.classes, self._draw)
-        began = time.perf_counter()
-        latents = self._generator.latents(list(seeds), labels, self._walk)
-        self._generator.synchronise()
-        between = time.perf_counter()
-        images = self._generator.decode(latents)
-        self._generator.synchronise()
-        self.seconds["network"] += between - began
-        self.seconds["decoder"] += time.perf_counter() - between
-        return images
+        """The stream's pictures of this span, on the generator's device; what they took is added to `seconds`."""
+        (drawn,) = self._generator.stream(self._seeds, self._labels, self._walk, [slice(start, stop)])
+        for part, spent in drawn.seconds.items():
+            self.seconds[part] += spent
+        assert drawn.images is not None
+        return drawn.images
 
     def close(self) -> None:
         """Nothing is open."""
@@ -269,7 +265,7 @@ class GeneratedImages:
             "kind": "checkpoint",
             "name": recipe.name,
             "count": self.count,
-            "checkpoint_sha256": self._digest,
+            "checkpoint_sha256": self._generator.digest,
             "step": origin.get("step"),
             "weights": origin.get("weights"),
             "half_life": origin.get("half_life"),

@@ -3,7 +3,7 @@
 import errno
 import itertools
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -19,13 +19,13 @@ from alphaflow_cli.data.sources import Source
 from alphaflow_cli.data.writing import write_shard
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.nn.autoencoder import Autoencoder, load_autoencoder
-from alphaflow_cli.runtime.crew import Tell
 from alphaflow_cli.runtime.precision import encoder_precision
 from alphaflow_cli.runtime.processes import smaller_batch_if_full
 from alphaflow_cli.tensors import Array
 from alphaflow_cli.text import brief
 
 Bad = Literal["stop", "skip"]
+Tell = Callable[[int], None]
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 SOURCE_DOWN = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EMFILE, errno.ENFILE}  # no fault of the picture
 PRECISIONS = ("bf16", "tf32", "fp32")  # fastest first

@@ -20,22 +20,13 @@ from torch import nn
 
 from alphaflow_cli.nn.dit import DiT
 from alphaflow_cli.nn.noise import NoiseDiT
+from alphaflow_cli.recipe.plan import label_rows
 from alphaflow_cli.recipe.schema import Recipe
 
 NETWORKS: dict[str, type[DiT]] = {"velocity": DiT, "noise": NoiseDiT}
 
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}  # of weights, targets and losses
-
-
-def label_rows(recipe: Recipe) -> int:
-    """Rows of the label table: the classes, plus the null row (last) when labels are dropped in training."""
-    return recipe.data.classes + (recipe.guidance.label_dropout > 0) if recipe.data.classes else 0
-
-
-def null_label(recipe: Recipe) -> int:
-    """The null label: the last row of the table."""
-    return max(label_rows(recipe) - 1, 0)
 
 
 def build_network(recipe: Recipe, *, seed: int | None = None) -> DiT:

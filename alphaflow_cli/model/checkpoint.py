@@ -6,6 +6,8 @@ half_life, autoencoder, classes, versions, …).
 """
 
 import json
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,10 +23,13 @@ from alphaflow_cli.model.build import build_network
 from alphaflow_cli.nn.autoencoder import Autoencoder
 from alphaflow_cli.nn.weights import check_real
 from alphaflow_cli.recipe import dump_recipe, recipe_from_text
+from alphaflow_cli.recipe.migrations import refuse_newer
 from alphaflow_cli.recipe.schema import Recipe
 from alphaflow_cli.tensors import save_tensors
 
-FORMAT = "alphaflow/1"
+Contents = tuple[dict[str, Tensor], dict[str, str]]  # tensors and metadata, as they stand in the file
+OLDER: dict[int, Callable[[Contents], Contents]] = {}  # format → what makes the next format's contents out of it
+CHECKPOINT_FORMAT = f"alphaflow/{len(OLDER) + 1}"  # the one written; those of OLDER are read for ever
 NAME = Text(4096, form=r"[^\x00-\x1f\x7f]*")  # a file's or repository's
 ORIGIN = Table(  # what is read of it; the rest is told in the card and the report as it stands
     optional={
@@ -73,7 +78,7 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     tensors = {f"net.{name}": tensor for name, tensor in checkpoint.weights.items()}
     tensors |= {"latents.mean": checkpoint.mean, "latents.std": checkpoint.std}
     metadata = {
-        "format": FORMAT,
+        "format": CHECKPOINT_FORMAT,
         "recipe": dump_recipe(checkpoint.recipe),
         "origin": json.dumps(checkpoint.origin, sort_keys=True),
     }
@@ -86,18 +91,30 @@ def load_checkpoint(path: Path) -> Checkpoint:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
-                raise AlphaflowError(
-                    f"{path}: not an alphaflow checkpoint (format {metadata.get('format')!r}, wanted {FORMAT!r}). "
-                    "A checkpoint of another system: alphaflow convert."
-                )
+            number = _format_of(path, metadata)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
     except FileNotFoundError as error:  # safetensors says so of a file without permission, too
         why = "no permission to read it. Change the permissions." if path.exists() else "no such checkpoint."
         raise AlphaflowError(f"{path}: {why}") from error
     except (OSError, SafetensorError) as error:
         raise AlphaflowError(f"{path}: cannot be read as safetensors, truncated or another format: {error}") from error
-    return _checkpoint(path, tensors, metadata)
+    contents = tensors, metadata
+    for each in range(number, len(OLDER) + 1):
+        contents = OLDER[each](contents)
+    return _checkpoint(path, *contents)
+
+
+def _format_of(path: Path, metadata: dict[str, str]) -> int:
+    """The number in `alphaflow/N`; a file of another system, or of a newer version, is refused."""
+    stated = metadata.get("format")
+    match = re.fullmatch(r"alphaflow/([1-9][0-9]{0,8})", stated or "")
+    if match is None:
+        raise AlphaflowError(
+            f"{path}: not an alphaflow checkpoint (format {stated!r}, wanted {CHECKPOINT_FORMAT!r}). "
+            "A checkpoint of another system: alphaflow convert."
+        )
+    refuse_newer(int(match[1]), len(OLDER) + 1, str(path))
+    return int(match[1])
 
 
 def _checkpoint(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> Checkpoint:

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from operator import attrgetter
 
+from alphaflow_cli.recipe.plan import is_guided
 from alphaflow_cli.recipe.schema import MOST_NFE, Recipe, Schedule, resolve_step
 from alphaflow_cli.recipe.source import Faults
 
@@ -150,7 +151,7 @@ def _equal_share(recipe: Recipe) -> Iterator[Fault]:
 
 def _guidance(recipe: Recipe) -> Iterator[Fault]:
     guidance, labels = recipe.guidance, recipe.data.classes > 0
-    active = (guidance.omega, guidance.kappa) != (1.0, 0.0)
+    active = is_guided(guidance.omega, guidance.kappa)
     if guidance.t_min >= guidance.t_max:
         yield "guidance.t_min", f"guidance.t_min {guidance.t_min} is not below guidance.t_max {guidance.t_max}"
     if not labels and guidance.label_dropout > 0:

@@ -20,6 +20,7 @@ Reduction = Literal["mean", "sum"]
 Precision = Literal["fp32", "bf16", "fp64"]
 NonFinite = Literal["skip", "rollback", "stop", "replace"]
 Sampler = Literal["trajectory", "consistency", "flow", "heun"]
+SamplerChoice = Literal["auto", Sampler]  # where a recipe is sampled; auto: its own
 LabelDraw = Literal["random", "balanced"]
 Metric = Literal["fid", "fdd", "fcd", "fd-tiny", "kid", "is", "pr"]
 Tracker = Literal["tensorboard", "wandb", "trackio"]

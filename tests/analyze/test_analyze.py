@@ -6,9 +6,10 @@ import shutil
 
 import pytest
 import torch
+from analyzed_runs import analyze, train
 from torch import nn
+from train_helpers import fork
 
-from alphaflow_cli.analyze import analyze as engine
 from alphaflow_cli.analyze.summary import percentile, spread, summarise
 from alphaflow_cli.cli import run as cli
 from alphaflow_cli.core.conflict import cosine
@@ -16,6 +17,7 @@ from alphaflow_cli.recipe.schema import Guidance, Loss
 from alphaflow_cli.train import conflict
 from alphaflow_cli.train.step import Objective, Rows
 
+pytestmark = pytest.mark.usefixtures("short")
 BATCH, DIM = 200, 3
 PLAIN = Objective(loss=Loss(clamp=0.0), guidance=Guidance(), y_null=0, has_labels=False, bf16=False)
 
@@ -178,39 +180,6 @@ def test_tensors_are_grouped_by_block():
     assert conflict.grouped(values) == {"pos_embed": 1.0, "blocks.0": 5.0, "final": 4.0}
 
 
-TINY = [
-    "model.dim=16", "model.depth=2", "model.heads=2", "model.patch=8", "data.source=glyphs:60", "train.batch=8",
-    "train.steps=6", "train.save_every=3", "train.keep=2", "train.log_every=2", "train.sample_every=0", "alpha=0",
-    "optim.warmup_steps=1", "guidance.omega=0.7", "guidance.kappa=0.2", "guidance.label_dropout=0.3",
-]  # fmt: skip
-
-
-def train(folder, *sets):
-    line = ["train", "quickstart", "--out", str(folder)]
-    for value in (*TINY, *sets):
-        line += ["--set", value]
-    assert cli(line) == 0
-    return folder
-
-
-@pytest.fixture(autouse=True)
-def short(monkeypatch):
-    """The gradient's size over α is measured on one batch at three α: the rest would be waiting."""
-    monkeypatch.setattr(engine, "SIZE_BATCHES", 1)
-    monkeypatch.setattr(conflict, "ALPHAS", (1.0, 0.1, 0.0))
-
-
-@pytest.fixture(scope="module")
-def tiny_run(tmp_path_factory):
-    return train(tmp_path_factory.mktemp("runs") / "tiny")
-
-
-def analyze(folder, out, capsys, *options):
-    capsys.readouterr()
-    assert cli(["analyze", str(folder), "--out", str(out), "--batch", "8", "--json", *options]) == 0
-    return json.loads(capsys.readouterr().out)
-
-
 def test_a_run_is_analyzed_along_its_checkpoints_with_pictures(tiny_run, tmp_path, capsys):
     found = analyze(tiny_run, tmp_path, capsys, "--batches", "2", "--all-checkpoints")
     assert [each["step"] for each in found["checkpoints"]] == [3, 6]
@@ -300,3 +269,16 @@ def test_cosine_of_the_sum_is_that_of_meanflow():
     assert found == pytest.approx(math.sqrt(dot(whole, whole)), rel=1e-10)
     mean_flow = conflict.sizes_over_alpha(net, rows, PLAIN, (0.0,))
     assert cosine([1.0], [1.0], [1.0]) == mean_flow["adaptive"][0]["cosine"] == pytest.approx(1.0)
+
+
+@pytest.mark.distributed
+def test_two_processes_measure_what_one_measures(tiny_run, tmp_path, capsys):
+    alone = analyze(tiny_run, tmp_path / "one", capsys, "--batches", "5")
+    line = ["analyze", str(tiny_run), "--out", str(tmp_path / "two"), "--batch", "8", "--batches", "5"]
+    started = fork(lambda: cli(line), tmp_path / "errors", 2)
+    assert started.wait() == [0, 0], started.said()
+    one, two = (next((tmp_path / name).glob("*/batches.jsonl")) for name in ("one", "two"))
+    assert one.parent.name == two.parent.name
+    assert sorted(one.read_text().splitlines()) == sorted(two.read_text().splitlines())
+    assert json.loads((tmp_path / "two" / "conflict.json").read_text())["checkpoints"] == alone["checkpoints"]
+    assert started.said().count("conflict.json") == 1, "the first process prints for both"

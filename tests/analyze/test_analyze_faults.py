@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_analyze import analyze, short, tiny_run, train  # noqa: F401 (fixtures)
+from analyzed_runs import analyze, train
 
 from alphaflow_cli.charts.chart import Chart, Line, Panel
 from alphaflow_cli.charts.draw import to_svg
@@ -18,6 +18,8 @@ from alphaflow_cli.core.objective import is_tie
 from alphaflow_cli.model.checkpoint import load_checkpoint, save_checkpoint
 from alphaflow_cli.recipe.schema import Recipe, Times
 from alphaflow_cli.train.conflict import conflict_rows
+
+pytestmark = pytest.mark.usefixtures("short")
 
 
 def fault_of(capsys, *line):
@@ -28,7 +30,7 @@ def fault_of(capsys, *line):
     return said
 
 
-def test_an_out_that_is_a_file_is_told(tiny_run, tmp_path, capsys):  # noqa: F811
+def test_an_out_that_is_a_file_is_told(tiny_run, tmp_path, capsys):
     file = tmp_path / "taken"
     file.write_text("mine")
     said = fault_of(capsys, tiny_run, "--out", file / "x", "--batches", "1")
@@ -36,7 +38,7 @@ def test_an_out_that_is_a_file_is_told(tiny_run, tmp_path, capsys):  # noqa: F81
     assert file.read_text() == "mine"
 
 
-def test_weights_that_are_not_finite_stop_the_analysis(tiny_run, tmp_path, capsys):  # noqa: F811
+def test_weights_that_are_not_finite_stop_the_analysis(tiny_run, tmp_path, capsys):
     model = load_checkpoint(tiny_run / "model.safetensors")
     path = tmp_path / "nan.safetensors"
     save_checkpoint(path, replace(model, weights={n: w * math.nan for n, w in model.weights.items()}))
@@ -55,7 +57,7 @@ def test_a_logarithmic_axis_without_points_is_drawn():
 @pytest.mark.parametrize(
     "damage", ["\0" * 40, '{"batch": ' + "[" * 100_000, '{"batch": 1e400}', '{"batch": 0, "ro', "[1, 2]", "{}", "ÿ"]
 )
-def test_a_damaged_line_is_measured_again(tiny_run, tmp_path, capsys, damage):  # noqa: F811
+def test_a_damaged_line_is_measured_again(tiny_run, tmp_path, capsys, damage):
     whole = analyze(tiny_run, tmp_path / "a", capsys, "--batches", "2")
     (lines,) = (tmp_path / "a").glob("*/batches.jsonl")
     first, second = lines.read_bytes().splitlines()
@@ -66,7 +68,7 @@ def test_a_damaged_line_is_measured_again(tiny_run, tmp_path, capsys, damage):  
 
 
 def test_a_digit_that_changed_in_a_line_is_measured_again_and_a_former_line_is_read(
-    tiny_run,  # noqa: F811
+    tiny_run,
     tmp_path,
     capsys,
 ):
@@ -85,7 +87,7 @@ def test_a_digit_that_changed_in_a_line_is_measured_again_and_a_former_line_is_r
     assert f"{lines}: not the batches of an analysis, or damaged" in fault_of(capsys, *line)
 
 
-def test_two_analyses_at_once_count_no_batch_twice(tiny_run, tmp_path, capsys):  # noqa: F811
+def test_two_analyses_at_once_count_no_batch_twice(tiny_run, tmp_path, capsys):
     whole = analyze(tiny_run, tmp_path / "a", capsys, "--batches", "3")
     (lines,) = (tmp_path / "a").glob("*/batches.jsonl")
     first, second, third = lines.read_text().splitlines()
@@ -97,7 +99,7 @@ def test_two_analyses_at_once_count_no_batch_twice(tiny_run, tmp_path, capsys): 
 
 
 @pytest.mark.parametrize("place", ["model.safetensors", "checkpoints/step-00000006/model.safetensors"])
-def test_a_file_in_a_run_finds_the_runs_latents_and_folder(tiny_run, tmp_path, capsys, monkeypatch, place):  # noqa: F811
+def test_a_file_in_a_run_finds_the_runs_latents_and_folder(tiny_run, tmp_path, capsys, monkeypatch, place):
     run = tmp_path / "run"
     shutil.copytree(tiny_run, run, ignore=shutil.ignore_patterns("analysis"))
     (tmp_path / "elsewhere").mkdir()
@@ -109,7 +111,7 @@ def test_a_file_in_a_run_finds_the_runs_latents_and_folder(tiny_run, tmp_path, c
 
 @pytest.mark.parametrize("room", [50, 3_000, 12_000])
 def test_a_disk_that_fills_up_ends_an_analysis_in_one_line_and_the_same_command_goes_on(
-    tiny_run,  # noqa: F811
+    tiny_run,
     tmp_path,
     capsys,
     room,
@@ -128,7 +130,7 @@ def test_a_disk_that_fills_up_ends_an_analysis_in_one_line_and_the_same_command_
 
 
 @pytest.mark.parametrize("kind", ["pipe", "folder"])
-def test_a_file_of_batches_that_is_none_is_one_line(tiny_run, tmp_path, capsys, kind):  # noqa: F811
+def test_a_file_of_batches_that_is_none_is_one_line(tiny_run, tmp_path, capsys, kind):
     analyze(tiny_run, tmp_path / "a", capsys, "--batches", "1")
     (lines,) = (tmp_path / "a").glob("*/batches.jsonl")
     lines.unlink()
@@ -159,19 +161,19 @@ def test_of_ties_only_the_times_are_drawn_again():
     assert torch.equal(kept.noise, all_later.noise)
 
 
-def changed(tiny_run, path, **times):  # noqa: F811
+def changed(tiny_run, path, **times):
     model = load_checkpoint(tiny_run / "model.safetensors")
     save_checkpoint(path, replace(model, recipe=replace(model.recipe, times=Times(**times))))
     return path
 
 
-def test_all_rows_are_measured_whatever_the_order_of_times(tiny_run, tmp_path, capsys):  # noqa: F811
+def test_all_rows_are_measured_whatever_the_order_of_times(tiny_run, tmp_path, capsys):
     path = changed(tiny_run, tmp_path / "min.safetensors", order="min")
     found = analyze(path, tmp_path / "a", capsys, "--batches", "2", "--data", str(tiny_run / "latents"))
     assert found["checkpoints"][0]["rows"] == 16
 
 
-def test_times_that_never_differ_are_told(tiny_run, tmp_path, capsys):  # noqa: F811
+def test_times_that_never_differ_are_told(tiny_run, tmp_path, capsys):
     path = changed(tiny_run, tmp_path / "equal.safetensors", std=1e-12)
     line = (path, "--data", tiny_run / "latents", "--out", tmp_path / "a", "--batch", "8", "--batches", "1")
     assert "8 of 8 rows never got r < t" in fault_of(capsys, *line)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_tangent import CONFIGS, random_inputs, random_net, relative
+from tangent_nets import CONFIGS, random_inputs, random_net, relative
 
 from alphaflow_cli.model.build import compile_blocks
 from alphaflow_cli.nn.dit import DiT

@@ -9,9 +9,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from run_pages import SETS, Page, report, score, write_run
 from safetensors import safe_open
 from safetensors.torch import save_file
-from test_report import SETS, Page, report, score, write_run
 
 from alphaflow_cli.cli import run as cli
 from alphaflow_cli.errors import AlphaflowError
