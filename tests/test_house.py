@@ -78,9 +78,7 @@ UNSAID = {"said", "told", "found", "asked", "how"}  # they do not say what the t
 PLAIN = ("data/", "nn/", "core/", "convert/", "charts/", "latents/plan.py", "latents/encode.py", "documents.py")
 PLAIN += ("files.py", "tensors.py", "text.py", "errors.py", "cli.py", "commands/common.py", "commands/measuring.py")
 PLAIN += ("commands/walking.py", "commands/convert.py", "commands/doctor.py", "commands/recipe.py")
-CIRCLES: dict[frozenset[str], str] = {  # files that import each other → the reason why one of them does so lazily
-    frozenset({"evaluate/features.py", "evaluate/networks.py", "evaluate/tiny.py"}): "each network is loaded when used",
-}
+CIRCLES: dict[frozenset[str], str] = {}  # files that import each other → the reason why one of them does so lazily
 
 
 def name_of(path):

@@ -1,6 +1,6 @@
 """What a latent store says about itself.
 
-plan.json        written first: what is being made (Plan). Resuming refuses another plan
+plan.json        written first: what is being made (StorePlan). Resuming refuses another plan
 images.json      the pictures, [[name, label], ...] in the order of `index`
 classes.json     {folder: {"index": i, "name": ...}}
 train-00000.safetensors   moments (n, 2C, h, w) = posterior mean and std | mean (n, C, h, w) | pixels uint8,
@@ -26,7 +26,7 @@ from alphaflow_cli.files import read_file, to_json
 AGAIN = "Remove it, or the whole store, and run the same prep-latents command again"
 FORMAT, VERSION = "alphaflow-latents", 1
 RowKind = Literal["moments", "mean", "pixels"]
-Record = TypeVar("Record", "Plan", "AutoencoderRecord", "Shard")
+Record = TypeVar("Record", "StorePlan", "AutoencoderRecord", "Shard")
 DTYPES_ON_DISK = ("float16", "float32", "uint8")
 SHARD_FILE = re.compile(r"train-\d{5,9}\.safetensors")
 STATISTICS_FILE = "stats.safetensors"
@@ -57,7 +57,7 @@ class AutoencoderRecord:
 
 
 @dataclass(frozen=True)
-class Plan:
+class StorePlan:
     """Everything that decides the bytes of a store, except the batch the encoder is fed."""
 
     source: Mapping[str, Any]  # kind, name, images, list_sha256; revision on the Hub
@@ -115,7 +115,7 @@ class Shard:
 class Manifest:
     """What a finished store says about itself."""
 
-    plan: Plan
+    plan: StorePlan
     count: int
     bad: list[dict[str, Any]]
     statistics: Mapping[str, Any]  # file, sha256, images, subset_images, channel_mean, channel_std
@@ -128,17 +128,17 @@ class Manifest:
         return self.plan.flips
 
 
-def plan_to_dict(plan: Plan) -> dict[str, Any]:
+def plan_to_dict(plan: StorePlan) -> dict[str, Any]:
     """The content of plan.json."""
     return {"format": FORMAT, "version": VERSION, **asdict(plan), "latent": list(plan.latent)}
 
 
-def plan_from_dict(document: Mapping[str, Any], where: Path) -> Plan:
+def plan_from_dict(document: Mapping[str, Any], where: Path) -> StorePlan:
     """Read a plan strictly: another format or version, or a missing field, is named."""
     if document.get("format") != FORMAT or document.get("version") != VERSION:
         other = f"{document.get('format')} version {document.get('version')}"
         raise AlphaflowError(f"{where}: format is {other}, this program reads {FORMAT} version {VERSION}")
-    plan = _build(Plan, document, where)
+    plan = _build(StorePlan, document, where)
     plan = replace(plan, autoencoder=_build(AutoencoderRecord, document["autoencoder"], where))
     channels, height, width = plan.latent
     plan = replace(plan, latent=(channels, height, width))
@@ -153,7 +153,7 @@ def plan_from_dict(document: Mapping[str, Any], where: Path) -> Plan:
     return plan
 
 
-def manifest_to_bytes(plan: Plan, **parts: Any) -> bytes:
+def manifest_to_bytes(plan: StorePlan, **parts: Any) -> bytes:
     """The content of manifest.json, with its digest."""
     body = {**plan_to_dict(plan), "complete": True, **parts}
     return to_json({**body, "digest": digest_of(body)})

@@ -11,8 +11,8 @@ from alphaflow_cli.data.classes import parse_classes
 from alphaflow_cli.data.manifest import (
     AGAIN,
     Manifest,
-    Plan,
     Shard,
+    StorePlan,
     plan_from_dict,
     read_manifest,
     read_store_file,
@@ -57,7 +57,7 @@ class Shards:
             yield int(file), piece, ordered[piece] - self.starts[file]
 
 
-def open_shards(folder: Path, plan: Plan, shards: Sequence[Shard]) -> Shards:
+def open_shards(folder: Path, plan: StorePlan, shards: Sequence[Shard]) -> Shards:
     """Open the shard files; each must hold the tensors that the plan and its sidecar speak of."""
     files = [open_tensors(folder / shard.file) for shard in shards]
     kinds = [plan.kind, *([f"{plan.kind}_flip"] if plan.stores_flips else [])]
@@ -72,7 +72,7 @@ def open_shards(folder: Path, plan: Plan, shards: Sequence[Shard]) -> Shards:
     return Shards(files, np.cumsum([0, *(shard.count for shard in shards)]))
 
 
-def statistics_of_rows(shards: Shards, plan: Plan, name: str, rows: Array) -> Statistics:
+def statistics_of_rows(shards: Shards, plan: StorePlan, name: str, rows: Array) -> Statistics:
     """Compute the statistics of some rows of tensor `name`."""
     stored = np.empty((len(rows), plan.rows, *plan.latent[1:]), plan.dtype)
     shards.gather(name, rows, stored, np.arange(len(rows)))
@@ -90,7 +90,7 @@ class Store:
     statistics: dict[str, Statistics]  # all, subset; all_flip, subset_flip of the mirrored copies where they are stored
 
     @property
-    def plan(self) -> Plan:
+    def plan(self) -> StorePlan:
         """What the store was made from, and how."""
         return self.manifest.plan
 

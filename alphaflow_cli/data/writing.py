@@ -8,8 +8,8 @@ from typing import Any
 from alphaflow_cli.data.manifest import (
     AGAIN,
     STATISTICS_FILE,
-    Plan,
     Shard,
+    StorePlan,
     manifest_to_bytes,
     read_store_json,
     shard_from_dict,
@@ -43,7 +43,9 @@ def is_done(out: Path, shard: int) -> bool:
     return is_there(sidecar) and is_there(file) and file.stat().st_size == read_store_json(sidecar).get("bytes")
 
 
-def write_shard(out: Path, plan: Plan, shard: int, content: Mapping[str, Array], bad: list[dict[str, Any]]) -> None:
+def write_shard(
+    out: Path, plan: StorePlan, shard: int, content: Mapping[str, Array], bad: list[dict[str, Any]]
+) -> None:
     """Write a shard's rows with their statistics, then the sidecar that marks it as done.
 
     `content` holds moments, mean or pixels, perhaps <the same>_flip, label and index.
@@ -57,7 +59,7 @@ def write_shard(out: Path, plan: Plan, shard: int, content: Mapping[str, Array],
     write_pieces(out / Path(name).with_suffix(".json"), [to_json(asdict(sidecar))])
 
 
-def finish_store(out: Path, plan: Plan) -> None:
+def finish_store(out: Path, plan: StorePlan) -> None:
     """Write the statistics of everything, then the manifest, which makes it a store.
 
     The plan is on disk, and so are all shards.
@@ -84,7 +86,7 @@ def finish_store(out: Path, plan: Plan) -> None:
     write_pieces(out / "manifest.json", [document])
 
 
-def _read_sidecar(plan: Plan, number: int, path: Path) -> Shard:
+def _read_sidecar(plan: StorePlan, number: int, path: Path) -> Shard:
     where = path.with_suffix(".json")
     shard, first = shard_from_dict(read_store_json(where), where), number * plan.shard_size
     lines = min(plan.shard_size, plan.images - first)
@@ -93,7 +95,7 @@ def _read_sidecar(plan: Plan, number: int, path: Path) -> Shard:
     return shard
 
 
-def _statistics(out: Path, plan: Plan, sidecars: list[Shard]) -> dict[str, Statistics]:
+def _statistics(out: Path, plan: StorePlan, sidecars: list[Shard]) -> dict[str, Statistics]:
     """The statistics of all latents, merged in shard order, and of the published subset; likewise of mirrored
     copies.
     """

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from alphaflow_cli.data.manifest import Plan
+from alphaflow_cli.data.manifest import StorePlan
 from alphaflow_cli.data.pictures import BadPicture, Fetch, decode
 from alphaflow_cli.data.sources import Source
 from alphaflow_cli.data.writing import write_shard
@@ -39,7 +39,7 @@ class Job:
 
     source: Source
     out: Path
-    plan: Plan
+    plan: StorePlan
     lines: Sequence[int]  # of the source, one per line of images.json
     labels: Sequence[int]
     autoencoder: str
@@ -70,7 +70,7 @@ class EncoderInput:
 def work(job: Job, shards: Sequence[int], device: torch.device, tell: Tell) -> None:
     """Make these shards; the source is walked through once, in order."""
     encoder = load_autoencoder(job.autoencoder, device=device)
-    with closing(pictures(job, [line for shard in shards for line in job.span(shard)])) as stream:
+    with closing(decoded_pictures(job, [line for shard in shards for line in job.span(shard)])) as stream:
         for shard in shards:
             encode_shard(job, shard, encoder, itertools.islice(stream, len(job.span(shard))), device=device, tell=tell)
 
@@ -90,7 +90,7 @@ def encode_shard(
     rows.save(shard)
 
 
-def pictures(job: Job, lines: Sequence[int]) -> Generator[EncoderInput, None, None]:
+def decoded_pictures(job: Job, lines: Sequence[int]) -> Generator[EncoderInput, None, None]:
     """Decode pictures ahead of the encoder, and yield them in order.
 
     The source is open from the first fetch to the end of the last thread: the list of fetches ends long before.
@@ -127,7 +127,9 @@ def _decode_one(line: int, fetch: Fetch, size: int, max_pixels: int) -> EncoderI
         return EncoderInput(line, None, f"cannot be read ({fault.strerror or fault})")
 
 
-def encode_rows(encoder: Autoencoder, plan: Plan, group: Sequence[Array], device: torch.device) -> dict[str, Array]:
+def encode_rows(
+    encoder: Autoencoder, plan: StorePlan, group: Sequence[Array], device: torch.device
+) -> dict[str, Array]:
     """Encode a batch to stored rows, by tensor name: the pictures', and their mirror images' if the plan says so."""
     stacked = np.stack(group)
     if plan.kind == "pixels":
@@ -138,7 +140,7 @@ def encode_rows(encoder: Autoencoder, plan: Plan, group: Sequence[Array], device
     return rows
 
 
-def _rows_of(encoder: Autoencoder, plan: Plan, stacked: Array, device: torch.device) -> Array:
+def _rows_of(encoder: Autoencoder, plan: StorePlan, stacked: Array, device: torch.device) -> Array:
     pixels = torch.from_numpy(stacked).to(device).float() * 2 / 255 - 1
     with encoder_precision(plan.autoencoder.precision, device):
         mean, std = encoder.encode(pixels)

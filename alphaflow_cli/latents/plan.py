@@ -20,8 +20,8 @@ from alphaflow_cli.data.classes import (
 from alphaflow_cli.data.manifest import (
     TRANSFORM,
     AutoencoderRecord,
-    Plan,
     RowKind,
+    StorePlan,
     differences,
     plan_from_dict,
     plan_to_dict,
@@ -175,7 +175,7 @@ def _with_the_removed(listing: Listing, out: Path) -> Listing:
 
 
 def _encoder(
-    request: StoreRequest, listing: Listing, before: Plan | None, *, finished: bool, device: torch.device
+    request: StoreRequest, listing: Listing, before: StorePlan | None, *, finished: bool, device: torch.device
 ) -> Encoder:
     """What the plan must know of the encoder.
 
@@ -205,7 +205,7 @@ def _encoder(
 
 
 def _precision(
-    request: StoreRequest, listing: Listing, model: Autoencoder, before: Plan | None, device: torch.device
+    request: StoreRequest, listing: Listing, model: Autoencoder, before: StorePlan | None, device: torch.device
 ) -> tuple[str, float | None]:
     """The encoder's precision, and its error where it was measured.
 
@@ -221,7 +221,7 @@ def _precision(
     return choose_precision(model, sample, device, request.precision)
 
 
-def _plan(request: StoreRequest, listing: Listing, encoder: Encoder) -> Plan:
+def _plan(request: StoreRequest, listing: Listing, encoder: Encoder) -> StorePlan:
     source = {
         "kind": listing.source.kind,
         "name": listing.source.name,
@@ -229,7 +229,7 @@ def _plan(request: StoreRequest, listing: Listing, encoder: Encoder) -> Plan:
         "list_sha256": hashlib.sha256(listing.to_bytes()).hexdigest(),
         **listing.source.facts(),
     }
-    plan = Plan(
+    plan = StorePlan(
         source=source,
         image_size=request.size,
         latent=encoder.latent,

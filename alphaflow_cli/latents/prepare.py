@@ -23,7 +23,7 @@ from alphaflow_cli.data.store import verify_store
 from alphaflow_cli.data.writing import finish_store, is_done
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.files import is_there, to_json, write_pieces
-from alphaflow_cli.latents.encode import Bad, Job, encode_rows, pictures, work, writing_to
+from alphaflow_cli.latents.encode import Bad, Job, decoded_pictures, encode_rows, work, writing_to
 from alphaflow_cli.latents.plan import Listing, StoreRequest, make_job
 from alphaflow_cli.nn.autoencoder import load_autoencoder
 from alphaflow_cli.runtime.lock import hold
@@ -218,7 +218,7 @@ def _trial(job: Job) -> tuple[int, float]:
     encoder = load_autoencoder(job.autoencoder, device=device_of(0))
     count = min(len(job.lines), 4 * job.batch)
     lines = [number * len(job.lines) // count for number in range(count)]
-    with closing(pictures(job, lines)) as stream:
+    with closing(decoded_pictures(job, lines)) as stream:
         good = (picture.pixels for picture in stream if picture.pixels is not None)
         if first := list(itertools.islice(good, 1)):
             encode_rows(encoder, job.plan, first, device_of(0))
