@@ -23,7 +23,7 @@ from alphaflow_cli.nn.noise import NoiseDiT
 from alphaflow_cli.recipe.plan import label_rows
 from alphaflow_cli.recipe.schema import Recipe
 
-NETWORKS: dict[str, type[DiT]] = {"velocity": DiT, "noise": NoiseDiT}
+NETWORK_CLASSES: dict[str, type[DiT]] = {"velocity": DiT, "noise": NoiseDiT}
 
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}  # of weights, targets and losses
@@ -34,7 +34,7 @@ def build_network(recipe: Recipe, *, seed: int | None = None) -> DiT:
     model, data = recipe.model, recipe.data
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.train.seed if seed is None else seed)
-        return NETWORKS[model.prediction](
+        return NETWORK_CLASSES[model.prediction](
             latent_size=data.latent_size,
             channels=data.channels,
             patch=model.patch,

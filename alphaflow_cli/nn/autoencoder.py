@@ -28,25 +28,27 @@ from alphaflow_cli.remote.client import session
 from alphaflow_cli.remote.faults import HubFault, NoConnection, hub_faults
 from alphaflow_cli.text import for_terminal
 
-Kind = Literal["kl", "tiny", "dc", "none"]
-CLASSES: dict[str, Kind] = {"AutoencoderKL": "kl", "AutoencoderTiny": "tiny", "AutoencoderDC": "dc"}
+AutoencoderKind = Literal["kl", "tiny", "dc", "none"]
+CLASSES: dict[str, AutoencoderKind] = {"AutoencoderKL": "kl", "AutoencoderTiny": "tiny", "AutoencoderDC": "dc"}
 WIDTHS = Maybe(ListOf(Whole(1, 1 << 14), least=1, most=12))
-CONFIG = Table(  # of what config.json holds, whatever decides about memory or is used here; diffusers reads the rest
-    {"_class_name": Text(one_of=tuple(CLASSES))},
-    {
-        "block_out_channels": WIDTHS,
-        "encoder_block_out_channels": WIDTHS,
-        "decoder_block_out_channels": WIDTHS,
-        "latent_channels": Whole(1, 1 << 12),
-        "in_channels": Whole(1, 1 << 10),
-        "out_channels": Whole(1, 1 << 10),
-        "layers_per_block": Whole(0, 1 << 8),
-        "scaling_factor": Maybe(Number()),
-        "shift_factor": Maybe(Number()),
-    },
-    others=Anything(),
+CONFIG_SHAPE = (
+    Table(  # of what config.json holds, whatever decides about memory or is used here; diffusers reads the rest
+        {"_class_name": Text(one_of=tuple(CLASSES))},
+        {
+            "block_out_channels": WIDTHS,
+            "encoder_block_out_channels": WIDTHS,
+            "decoder_block_out_channels": WIDTHS,
+            "latent_channels": Whole(1, 1 << 12),
+            "in_channels": Whole(1, 1 << 10),
+            "out_channels": Whole(1, 1 << 10),
+            "layers_per_block": Whole(0, 1 << 8),
+            "scaling_factor": Maybe(Number()),
+            "shift_factor": Maybe(Number()),
+        },
+        others=Anything(),
+    )
 )
-ADVICE = "Give another autoencoder: a folder, a weights file or a Hub id."
+ANOTHER_ONE = "Give another autoencoder: a folder, a weights file or a Hub id."
 READING = (*DAMAGE, RuntimeError, ArithmeticError, SafetensorError)  # what diffusers raises on files that are not right
 LOGVAR = (-30.0, 20.0)  # bounds of the posterior's log-variance, as every AutoencoderKL clamps it
 
@@ -58,7 +60,7 @@ class Autoencoder:
     id: str
     revision: str
     weights_sha256: str
-    kind: Kind
+    kind: AutoencoderKind
     channels: int
     downscale: int
     scale: float
@@ -112,7 +114,7 @@ def _encode_dc(module: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
     return mean, torch.zeros_like(mean)
 
 
-ENCODE: dict[Kind, Callable[[Any, Tensor], tuple[Tensor, Tensor]]] = {
+ENCODE: dict[AutoencoderKind, Callable[[Any, Tensor], tuple[Tensor, Tensor]]] = {
     "kl": _encode_kl,
     "tiny": _encode_tiny,
     "dc": _encode_dc,
@@ -158,7 +160,7 @@ def weights_sha256(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _downscale(kind: Kind, config: Mapping[str, Any]) -> int:
+def _downscale(kind: AutoencoderKind, config: Mapping[str, Any]) -> int:
     blocks = {"kl": "block_out_channels", "tiny": "encoder_block_out_channels", "dc": "encoder_block_out_channels"}
     return int(2 ** (len(config[blocks[kind]]) - 1))
 
@@ -186,7 +188,7 @@ def _from_folder(folder: Path) -> Any:
     config = folder / "config.json"
     if not config.is_file():
         raise AlphaflowError(f"{folder}: no autoencoder here (config.json is missing)")
-    kind = read_json(config, CONFIG, advice=ADVICE)["_class_name"]
+    kind = read_json(config, CONFIG_SHAPE, advice=ANOTHER_ONE)["_class_name"]
     try:
         return getattr(diffusers, kind).from_pretrained(folder, use_safetensors=_safe_weights(folder))
     except READING as fault:
@@ -233,7 +235,7 @@ def _from_hub(name: str) -> tuple[Any, str]:
     try:
         with hub_faults(name):
             config = diffusers.AutoencoderKL.load_config(repo_id, **where)
-            check_shape(config, f"{name} (config.json)", CONFIG, advice=ADVICE)
+            check_shape(config, f"{name} (config.json)", CONFIG_SHAPE, advice=ANOTHER_ONE)
             module = getattr(diffusers, config["_class_name"]).from_pretrained(repo_id, **where)
     except READING as fault:
         reason = for_terminal(fault, limit=300)

@@ -97,11 +97,11 @@ def _candidates(wanted: WeightFile, given: Path | None) -> list[Path]:
     if os.environ.get("ALPHAFLOW_WEIGHTS"):
         folders.append(Path(os.environ["ALPHAFLOW_WEIGHTS"]).expanduser())
     folders.append(Path(torch.hub.get_dir()) / "checkpoints")
-    found = [folder / name for folder in folders for name in wanted.names]
+    paths = [folder / name for folder in folders for name in wanted.names]
     for repo in wanted.hub_repos:
         snapshots = _hub_cache() / f"models--{repo.replace('/', '--')}" / "snapshots"
-        found += sorted(snapshots.glob("*/model.safetensors"))
-    return found
+        paths += sorted(snapshots.glob("*/model.safetensors"))
+    return paths
 
 
 def _hub_cache() -> Path:
@@ -173,7 +173,7 @@ def fit_weights(net: torch.nn.Module, state: dict[str, Tensor], path: Path) -> N
     wrong = sorted(key for key in wanted.keys() & there.keys() if wanted[key] != there[key])
     if missing or extra or wrong:
         parts = {"missing": missing, "unknown": extra, "of another shape": wrong}
-        told = "; ".join(f"{len(keys)} {what}, e.g. {keys[0]}" for what, keys in parts.items() if keys)
-        raise AlphaflowError(f"{path}: these are weights of another network ({told})")
+        differences = "; ".join(f"{len(keys)} {what}, e.g. {keys[0]}" for what, keys in parts.items() if keys)
+        raise AlphaflowError(f"{path}: these are weights of another network ({differences})")
     check_real({key: state[key] for key, value in net.state_dict().items() if value.is_floating_point()}, path)
     net.load_state_dict(state)

@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.runtime.launch import is_worker, whole_number
+from alphaflow_cli.runtime.precision import set_tf32
 
 
 class Processes(Protocol):
@@ -187,8 +188,7 @@ def join_world(*, allow_tf32: bool = False, trackers: Sequence[str] = (), folder
             f"{expected} processes were started but only {accelerator.num_processes} joined. "
             "Start them with --processes, torchrun, or accelerate launch --multi_gpu."
         )
-    torch.backends.cuda.matmul.allow_tf32 = allow_tf32
-    torch.backends.cudnn.allow_tf32 = allow_tf32
+    set_tf32(allow_tf32)
     world = World(accelerator)
     _meet(world)
     return world
