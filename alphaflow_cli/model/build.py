@@ -1,6 +1,4 @@
-"""From a recipe to objects: the network, its label rows, the bound functions of the core.
-
-torch.compile, block by block.
+"""From a recipe to its network, and torch.compile for it, block by block.
 
 All blocks share one piece of code, so each form below is compiled once, not once per block:
 
@@ -24,8 +22,6 @@ from alphaflow_cli.recipe.plan import label_rows
 from alphaflow_cli.recipe.schema import Recipe
 
 NETWORK_CLASSES: dict[str, type[DiT]] = {"velocity": DiT, "noise": NoiseDiT}
-
-
 DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}  # of weights, targets and losses
 
 
@@ -50,7 +46,7 @@ def build_network(recipe: Recipe, *, seed: int | None = None) -> DiT:
 
 
 def compile_blocks(net: DiT, backend: str = "inductor") -> DiT:
-    """In place, so names in the state dict stay what they are. Nothing is compiled before the first call."""
+    """Compile in place: names in the state dict stay what they are, and nothing is compiled before the first call."""
     parts: list[nn.Module] = [*net.blocks, net.final]
     for part in parts:
         part.compile(dynamic=False, backend=backend)

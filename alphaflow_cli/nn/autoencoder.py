@@ -31,22 +31,20 @@ from alphaflow_cli.text import for_terminal
 AutoencoderKind = Literal["kl", "tiny", "dc", "none"]
 CLASSES: dict[str, AutoencoderKind] = {"AutoencoderKL": "kl", "AutoencoderTiny": "tiny", "AutoencoderDC": "dc"}
 WIDTHS = Maybe(ListOf(Whole(1, 1 << 14), least=1, most=12))
-CONFIG_SHAPE = (
-    Table(  # of what config.json holds, whatever decides about memory or is used here; diffusers reads the rest
-        {"_class_name": Text(one_of=tuple(CLASSES))},
-        {
-            "block_out_channels": WIDTHS,
-            "encoder_block_out_channels": WIDTHS,
-            "decoder_block_out_channels": WIDTHS,
-            "latent_channels": Whole(1, 1 << 12),
-            "in_channels": Whole(1, 1 << 10),
-            "out_channels": Whole(1, 1 << 10),
-            "layers_per_block": Whole(0, 1 << 8),
-            "scaling_factor": Maybe(Number()),
-            "shift_factor": Maybe(Number()),
-        },
-        others=Anything(),
-    )
+CONFIG_SHAPE = Table(  # of config.json: whatever decides about memory or is used here; diffusers reads the rest
+    {"_class_name": Text(one_of=tuple(CLASSES))},
+    {
+        "block_out_channels": WIDTHS,
+        "encoder_block_out_channels": WIDTHS,
+        "decoder_block_out_channels": WIDTHS,
+        "latent_channels": Whole(1, 1 << 12),
+        "in_channels": Whole(1, 1 << 10),
+        "out_channels": Whole(1, 1 << 10),
+        "layers_per_block": Whole(0, 1 << 8),
+        "scaling_factor": Maybe(Number()),
+        "shift_factor": Maybe(Number()),
+    },
+    others=Anything(),
 )
 ANOTHER_ONE = "Give another autoencoder: a folder, a weights file or a Hub id."
 READING = (*DAMAGE, RuntimeError, ArithmeticError, SafetensorError)  # what diffusers raises on files that are not right

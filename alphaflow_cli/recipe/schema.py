@@ -118,7 +118,7 @@ class Loss:
 
 @dataclass(frozen=True)
 class Optim:
-    """Adam."""
+    """Adam, its learning rate over the steps, and what happens to a gradient that is not finite."""
 
     lr: float = 1e-4  # after the warm-up
     final_lr: float | None = None  # cosine decay to this at the last step; null = constant
@@ -142,7 +142,7 @@ class Ema:
 
 @dataclass(frozen=True)
 class Train:
-    """The run."""
+    """How long the run is, in what precision and with which seed, and what it saves and logs on the way."""
 
     steps: int = 400_000  # optimiser steps
     batch: int = 256  # global batch: rows per step over all processes and micro-batches
@@ -186,7 +186,7 @@ class Eval:
 
 @dataclass(frozen=True)
 class Recipe:
-    """One run, complete."""
+    """All that one run depends on, except the machine it runs on and the folder it is written to."""
 
     name: str = ""  # the file's name without .yaml when empty
     model: Model = field(default_factory=Model)

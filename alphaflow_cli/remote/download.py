@@ -1,9 +1,10 @@
-"""A folder that a published model is written into: new, empty, or from an earlier push or pull. Nothing else.
-
-Down and up: files from the Hub into its cache, each checked against the Hub's own checksum; folders to the Hub.
+"""Files from the Hub: into its cache, checked, and out of it into a folder.
 
 The cache of huggingface_hub names a file's content by its checksum (sha256 of a large file, git's sha1 of a small one);
 what was downloaded is hashed again and compared. Offline, what is in the cache is used.
+
+A folder that a published model is written into (pull -o, push --dry-run) is new, empty, or from an earlier push or
+pull. Any other is refused.
 """
 
 import contextlib
@@ -25,6 +26,9 @@ MODEL = "model.safetensors"
 AUTOENCODER = "autoencoder"  # the folder of one that is none of the Hub's
 CONFIG_FILE = "config.json"
 OURS = (MODEL, CONFIG_FILE, "recipe.yaml", "README.md", "results.json", "samples.png", "alpha.png", AUTOENCODER)
+FOR_SAMPLING = [CONFIG_FILE, "recipe.yaml", f"{AUTOENCODER}/*"]  # beside the weights, enough to sample
+PUBLISHED_FILES = [MODEL, *FOR_SAMPLING, "README.md", "results.json", "samples.png", "alpha.png"]
+FIRST_ANSWER = 20.0  # seconds for the first answer of the Hub
 OUR_CONFIG = Table(
     {"model_type": Text(one_of=("alphaflow",)), "format": Text(100, form="alphaflow/.+")}, others=Anything()
 )
@@ -61,11 +65,6 @@ def is_published(config: Path) -> bool:
     except AlphaflowError:
         return False
     return True
-
-
-FOR_SAMPLING = ["config.json", "recipe.yaml", "autoencoder/*"]  # beside the weights, enough to sample
-FIRST_ANSWER = 20.0  # seconds for the first answer
-PUBLISHED_FILES = [MODEL, *FOR_SAMPLING, "README.md", "results.json", "samples.png", "alpha.png"]
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
-"""What can go wrong with the Hub, each in one line: what, where, what to do. For huggingface_hub 1.33 and 2.x.
+"""What the Hub may answer, and what can go wrong with it, each in one line: what, where, what to do.
 
-What the Hub's answers look like: each is checked before the client reads it, and reduced to what is used of it.
+The shape of every answer is declared here: the client checks it before anything reads it, and keeps only what is used.
+Errors are those of huggingface_hub 1.33 and 2.x.
 """
 
 import contextlib
@@ -15,6 +16,61 @@ from alphaflow_cli.text import for_terminal
 LOGIN = "Log in with: hf auth login (or set HF_TOKEN)"
 RETRY = "Run the same command again"
 SENDING = f"{RETRY}: what was sent is not sent twice"
+COMMIT = r"[0-9a-f]{40}"
+CHECKSUM = r"[0-9a-f]{40}|[0-9a-f]{64}"  # git's sha1 of a small file, sha256 of a large one
+FILE = r"(?!/)(?!(?:.*/)?\.{1,2}(?:/|$))[^\x00-\x1f\x7f\ud800-\udfff]+"  # a path that stays inside its folder
+HUB_NAME = r"[\w.-]{1,96}"
+WEB_ADDRESS = r"https?://[^\s\x00-\x1f\x7f\ud800-\udfff]+"
+REPOSITORY = rf"{WEB_ADDRESS}/{HUB_NAME}/{HUB_NAME}"
+
+OPEN = Anything()  # keys that nobody reads: allowed, and left out
+FILE_SIZE = Whole(0)
+INFO = Table(
+    {"id": Text(200, form=rf"(?:{HUB_NAME}/)?{HUB_NAME}"), "sha": Text(form=COMMIT)},
+    {"private": Maybe(Flag()), "siblings": Maybe(ListOf(Table({"rfilename": Text(1000, form=FILE)}, others=OPEN)))},
+    OPEN,
+)
+LARGE_FILE = Table({"oid": Text(form=CHECKSUM), "size": FILE_SIZE, "pointerSize": FILE_SIZE}, others=OPEN)
+ENTRY = Table(
+    {
+        "type": Text(20, one_of=("file", "directory")),
+        "path": Text(1000, form=FILE),
+        "oid": Text(form=CHECKSUM),
+        "size": FILE_SIZE,
+    },
+    {"lfs": Maybe(LARGE_FILE), "xetHash": Maybe(Text(form=CHECKSUM))},
+    OPEN,
+)
+ACTION = Table({"href": Text(form=WEB_ADDRESS)}, {"header": Maybe(Table(others=Text()))}, OPEN)
+LFS_OBJECT = Table(
+    {"oid": Text(form=CHECKSUM), "size": FILE_SIZE},
+    {
+        "actions": Maybe(Table(optional={"upload": Maybe(ACTION), "verify": Maybe(ACTION)}, others=OPEN)),
+        "error": Maybe(Table({"code": Whole(), "message": Text()}, others=OPEN)),
+    },
+    OPEN,
+)
+UPLOAD = Table(
+    {"path": Text(1000, form=FILE), "uploadMode": Text(one_of=("lfs", "regular"))},
+    {"shouldIgnore": Flag(), "oid": Maybe(Text(form=CHECKSUM))},
+    OPEN,
+)
+ISSUES = ListOf(Table({"message": Text()}, others=OPEN))
+COMMITTED = Table(
+    {"commitUrl": Text(1000, form=rf"{REPOSITORY}/commit/\w+"), "commitOid": Text(form=COMMIT)},
+    {"pullRequestUrl": Maybe(Text(1000, form=rf"{REPOSITORY}/discussions/\d+"))},
+    OPEN,
+)
+ANSWERS: tuple[tuple[str, str, Shape], ...] = (  # method, end of the path, what is answered; the first that matches
+    ("GET", "/api/whoami-v2", Table({"name": Text(form=HUB_NAME)}, others=OPEN)),
+    ("POST", "/api/repos/create", Table({"url": Text(1000, form=REPOSITORY)}, others=OPEN)),
+    ("POST", "/api/validate-yaml", Table(optional={"errors": ISSUES, "warnings": ISSUES}, others=OPEN)),
+    ("POST", "/api/models/.+/preupload/.+", Table({"files": ListOf(UPLOAD)}, others=OPEN)),
+    ("POST", "/api/models/.+/commit/.+", COMMITTED),
+    ("POST", "/info/lfs/objects/batch", Table({"objects": ListOf(LFS_OBJECT)}, {"transfer": Text(100)}, OPEN)),
+    ("GET", "/api/(?:models|datasets)/.+/tree/.+", ListOf(ENTRY)),
+    ("GET", "/api/(?:models|datasets)/[^/]+(?:/[^/]+)?(?:/revision/.+)?", INFO),
+)
 
 
 class HubFault(AlphaflowError):
@@ -149,63 +205,6 @@ def _not_cached(what: str, fault: BaseException, again: str) -> HubFault:
 def _one_line(fault: BaseException) -> str:
     lines = [line.strip() for line in str(fault).splitlines() if line.strip()]
     return (for_terminal(lines[0], limit=300) if lines else type(fault).__name__).rstrip(".")
-
-
-COMMIT = r"[0-9a-f]{40}"
-CHECKSUM = r"[0-9a-f]{40}|[0-9a-f]{64}"  # git's sha1 of a small file, sha256 of a large one
-FILE = r"(?!/)(?!(?:.*/)?\.{1,2}(?:/|$))[^\x00-\x1f\x7f\ud800-\udfff]+"  # a path that stays inside its folder
-HUB_NAME = r"[\w.-]{1,96}"
-WEB_ADDRESS = r"https?://[^\s\x00-\x1f\x7f\ud800-\udfff]+"
-REPOSITORY = rf"{WEB_ADDRESS}/{HUB_NAME}/{HUB_NAME}"
-
-OPEN = Anything()  # keys that nobody reads: allowed, and left out
-FILE_SIZE = Whole(0)
-INFO = Table(
-    {"id": Text(200, form=rf"(?:{HUB_NAME}/)?{HUB_NAME}"), "sha": Text(form=COMMIT)},
-    {"private": Maybe(Flag()), "siblings": Maybe(ListOf(Table({"rfilename": Text(1000, form=FILE)}, others=OPEN)))},
-    OPEN,
-)
-LARGE_FILE = Table({"oid": Text(form=CHECKSUM), "size": FILE_SIZE, "pointerSize": FILE_SIZE}, others=OPEN)
-ENTRY = Table(
-    {
-        "type": Text(20, one_of=("file", "directory")),
-        "path": Text(1000, form=FILE),
-        "oid": Text(form=CHECKSUM),
-        "size": FILE_SIZE,
-    },
-    {"lfs": Maybe(LARGE_FILE), "xetHash": Maybe(Text(form=CHECKSUM))},
-    OPEN,
-)
-ACTION = Table({"href": Text(form=WEB_ADDRESS)}, {"header": Maybe(Table(others=Text()))}, OPEN)
-LFS_OBJECT = Table(
-    {"oid": Text(form=CHECKSUM), "size": FILE_SIZE},
-    {
-        "actions": Maybe(Table(optional={"upload": Maybe(ACTION), "verify": Maybe(ACTION)}, others=OPEN)),
-        "error": Maybe(Table({"code": Whole(), "message": Text()}, others=OPEN)),
-    },
-    OPEN,
-)
-UPLOAD = Table(
-    {"path": Text(1000, form=FILE), "uploadMode": Text(one_of=("lfs", "regular"))},
-    {"shouldIgnore": Flag(), "oid": Maybe(Text(form=CHECKSUM))},
-    OPEN,
-)
-ISSUES = ListOf(Table({"message": Text()}, others=OPEN))
-COMMITTED = Table(
-    {"commitUrl": Text(1000, form=rf"{REPOSITORY}/commit/\w+"), "commitOid": Text(form=COMMIT)},
-    {"pullRequestUrl": Maybe(Text(1000, form=rf"{REPOSITORY}/discussions/\d+"))},
-    OPEN,
-)
-ANSWERS: tuple[tuple[str, str, Shape], ...] = (  # method, end of the path, what is answered; the first that matches
-    ("GET", "/api/whoami-v2", Table({"name": Text(form=HUB_NAME)}, others=OPEN)),
-    ("POST", "/api/repos/create", Table({"url": Text(1000, form=REPOSITORY)}, others=OPEN)),
-    ("POST", "/api/validate-yaml", Table(optional={"errors": ISSUES, "warnings": ISSUES}, others=OPEN)),
-    ("POST", "/api/models/.+/preupload/.+", Table({"files": ListOf(UPLOAD)}, others=OPEN)),
-    ("POST", "/api/models/.+/commit/.+", COMMITTED),
-    ("POST", "/info/lfs/objects/batch", Table({"objects": ListOf(LFS_OBJECT)}, {"transfer": Text(100)}, OPEN)),
-    ("GET", "/api/(?:models|datasets)/.+/tree/.+", ListOf(ENTRY)),
-    ("GET", "/api/(?:models|datasets)/[^/]+(?:/[^/]+)?(?:/revision/.+)?", INFO),
-)
 
 
 def shape_of(method: str, path: str) -> Shape | None:
