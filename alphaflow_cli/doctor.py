@@ -20,7 +20,7 @@ LITTLE_DISK = 20 * 10**9  # bytes: about two checkpoints of XL/2
 
 def examine() -> dict[str, Any]:
     """Everything that `alphaflow doctor` prints."""
-    found: dict[str, Any] = {
+    report: dict[str, Any] = {
         "alphaflow": __version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -31,9 +31,9 @@ def examine() -> dict[str, Any]:
         "free_bytes": shutil.disk_usage(Path.cwd()).free,
         "hub": {"token": has_token(), "offline": is_offline()},
     }
-    if not found["devices"]["error"]:
-        found["weights"] = weights()
-    return {**found, "problems": problems(found)}
+    if not report["devices"]["error"]:
+        report["weights"] = weights()
+    return {**report, "problems": problems(report)}
 
 
 def packages() -> dict[str, str | None]:
@@ -54,16 +54,16 @@ def _version(name: str) -> str | None:
 
 def devices() -> dict[str, Any]:
     """What torch can compute on; `error` says why it cannot even be asked."""
-    found: dict[str, Any] = {"cpu_cores": os.cpu_count(), "cuda": [], "mps": False, "error": ""}
+    present: dict[str, Any] = {"cpu_cores": os.cpu_count(), "cuda": [], "mps": False, "error": ""}
     try:
         import torch  # slow, and the one import that a broken installation fails on
     except (ImportError, OSError) as fault:
-        return {**found, "error": f"torch cannot be imported: {str(fault).splitlines()[0]}"}
-    found["mps"] = torch.backends.mps.is_available()
+        return {**present, "error": f"torch cannot be imported: {str(fault).splitlines()[0]}"}
+    present["mps"] = torch.backends.mps.is_available()
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         card = torch.cuda.get_device_properties(index)
-        found["cuda"].append({"name": card.name, "bytes": card.total_memory, "bf16": card.major >= 8})
-    return found
+        present["cuda"].append({"name": card.name, "bytes": card.total_memory, "bf16": card.major >= 8})
+    return present
 
 
 def weights() -> list[dict[str, Any]]:
@@ -71,17 +71,17 @@ def weights() -> list[dict[str, Any]]:
     from alphaflow_cli.nn.autoencoder import has_weights
     from alphaflow_cli.nn.weights import FILES, missing_weights
 
-    found = []
+    entries = []
     for wanted in FILES.values():
         entry = {"what": wanted.title, "for": wanted.metrics, "present": missing_weights(wanted) is None}
-        found.append({**entry, "get": wanted.url})
+        entries.append({**entry, "get": wanted.url})
     for name in AUTOENCODERS:
         config = cached_file(name, "config.json")
         present = config is not None and has_weights(config.parent)
-        found.append(
+        entries.append(
             {"what": name, "for": "prep-latents, sample and eval", "present": present, "get": "downloaded by use"}
         )
-    return found
+    return entries
 
 
 def caches() -> list[dict[str, Any]]:
@@ -107,33 +107,33 @@ def has_token() -> bool:
     return any(os.environ.get(name) for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")) or stored.is_file()
 
 
-def problems(found: dict[str, Any]) -> list[str]:
+def problems(report: dict[str, Any]) -> list[str]:
     """What will not work here, each with its reason and its remedy."""
-    said = [
-        f"{name} is not installed: pip install {name}" for name, number in found["packages"].items() if number is None
+    remarks = [
+        f"{name} is not installed: pip install {name}" for name, number in report["packages"].items() if number is None
     ]
-    if not found["packages"]:
-        said.append("alphaflow is a clone here, not installed, so its packages are not listed: pip install .")
-    said += [_without_torch(found["devices"])] if found["devices"]["error"] else _of_devices(found)
-    for entry in found["weights"]:
+    if not report["packages"]:
+        remarks.append("alphaflow is a clone here, not installed, so its packages are not listed: pip install .")
+    remarks += [_without_torch(report["devices"])] if report["devices"]["error"] else _of_devices(report)
+    for entry in report["weights"]:
         if not entry["present"] and entry["get"].startswith("https:"):
-            said.append(f"{entry['for']} will not be measured: {entry['what']} is missing. Get {entry['get']}")
-        elif not entry["present"] and found["hub"]["offline"]:
-            said.append(f"{entry['what']} is not in the cache, and HF_HUB_OFFLINE forbids to download it")
-    said += [f"the cache {c['path']} cannot be written" for c in found["caches"] if not c["writable"]]
-    if found["free_bytes"] < LITTLE_DISK:
-        said.append(f"{found['free_bytes'] / 1e9:.1f} GB free here: two checkpoints of an XL/2 run need 22 GB")
-    if not found["hub"]["token"]:
-        said.append("push will not work without a Hugging Face token: run hf auth login")
-    return said
+            remarks.append(f"{entry['for']} will not be measured: {entry['what']} is missing. Get {entry['get']}")
+        elif not entry["present"] and report["hub"]["offline"]:
+            remarks.append(f"{entry['what']} is not in the cache, and HF_HUB_OFFLINE forbids to download it")
+    remarks += [f"the cache {c['path']} cannot be written" for c in report["caches"] if not c["writable"]]
+    if report["free_bytes"] < LITTLE_DISK:
+        remarks.append(f"{report['free_bytes'] / 1e9:.1f} GB free here: two checkpoints of an XL/2 run need 22 GB")
+    if not report["hub"]["token"]:
+        remarks.append("push will not work without a Hugging Face token: run hf auth login")
+    return remarks
 
 
 def _without_torch(devices: dict[str, Any]) -> str:
     return f"nothing that computes will work: {devices['error']}"
 
 
-def _of_devices(found: dict[str, Any]) -> list[str]:
-    cards = found["devices"]["cuda"]
-    if not cards and not found["devices"]["mps"]:
+def _of_devices(report: dict[str, Any]) -> list[str]:
+    cards = report["devices"]["cuda"]
+    if not cards and not report["devices"]["mps"]:
         return ["no GPU: quickstart and other small recipes train here, the ImageNet recipes are out of its reach"]
     return [f"{card['name']} has no bf16: set train.precision=fp32" for card in cards if not card["bf16"]]

@@ -29,7 +29,7 @@ from alphaflow_cli.remote.address import is_repository
 from alphaflow_cli.remote.client import cache_folder, hub_api
 from alphaflow_cli.remote.download import (
     AUTOENCODER,
-    CONFIG,
+    CONFIG_FILE,
     MODEL,
     NOT_ALWAYS,
     is_published,
@@ -119,7 +119,7 @@ def stage(
     clean = _clean(source.checkpoint, packaged=decoder is not None)
     recipe, parameters = clean.recipe, parameter_count(clean.recipe)
     # config.json first: by it the folder is known as ours
-    write_whole(folder / CONFIG, config_json(recipe, clean.origin, parameters))
+    write_whole(folder / CONFIG_FILE, config_json(recipe, clean.origin, parameters))
     if decoder is not None:
         _package_autoencoder(decoder, folder / AUTOENCODER, source)
     sha256 = _write_model(source, clean, folder / MODEL)
@@ -199,7 +199,7 @@ def local_autoencoder(source: Publication, given: Path | None) -> Path | None:
     on_hub = HUB_ID.fullmatch(name)
     names = [name] if on_hub or in_recipe == "none" else [name, in_recipe]
     places = [place for each in names for place in (source.path.parent / each, Path(each).expanduser())]
-    here = given or next((place for place in places if place.is_file() or (place / CONFIG).is_file()), None)
+    here = given or next((place for place in places if place.is_file() or (place / CONFIG_FILE).is_file()), None)
     if here is None and not on_hub:
         raise AlphaflowError(
             f"{source.path}: its latents are of the autoencoder {Path(name).name}, which is none of the Hub's and not "

@@ -33,7 +33,7 @@ from alphaflow_cli.text import for_terminal
 AutoencoderKind = Literal["kl", "tiny", "dc", "none"]
 CLASSES: dict[str, AutoencoderKind] = {"AutoencoderKL": "kl", "AutoencoderTiny": "tiny", "AutoencoderDC": "dc"}
 WIDTHS = Maybe(ListOf(Whole(1, 1 << 14), least=1, most=12))
-CONFIG = Table(  # of what config.json holds, whatever decides about memory or is used here; diffusers reads the rest
+CONFIG_SHAPE = Table(  # of config.json: whatever decides about memory or is used here; diffusers reads the rest
     {"_class_name": Text(one_of=tuple(CLASSES))},
     {
         "block_out_channels": WIDTHS,
@@ -48,7 +48,7 @@ CONFIG = Table(  # of what config.json holds, whatever decides about memory or i
     },
     others=Anything(),
 )
-ADVICE = "Give another autoencoder: a folder, a weights file or a Hub id."
+ANOTHER_ONE = "Give another autoencoder: a folder, a weights file or a Hub id."
 READING = (*DAMAGE, RuntimeError, ArithmeticError, SafetensorError)  # what diffusers raises on files that are not right
 CONVENTIONS = {4: (0.18215, 0.0), 16: (0.3611, 0.1159)}  # scale, shift of a bare file: SD 1.x and FLUX
 LOGVAR = (-30.0, 20.0)  # bounds of the posterior's log-variance, as every AutoencoderKL clamps it
@@ -197,7 +197,7 @@ def _from_folder(folder: Path) -> Any:
     config = folder / "config.json"
     if not config.is_file():
         raise AlphaflowError(f"{folder}: no autoencoder here (config.json is missing)")
-    kind = read_json(config, CONFIG, advice=ADVICE)["_class_name"]
+    kind = read_json(config, CONFIG_SHAPE, advice=ANOTHER_ONE)["_class_name"]
     try:
         return getattr(diffusers, kind).from_pretrained(folder, use_safetensors=_safe_weights(folder))
     except READING as fault:
@@ -247,7 +247,7 @@ def _from_hub(name: str) -> tuple[Any, str]:
     try:
         with hub_faults(name):
             config = diffusers.AutoencoderKL.load_config(repo_id, **where)
-            check_shape(config, f"{name} (config.json)", CONFIG, advice=ADVICE)
+            check_shape(config, f"{name} (config.json)", CONFIG_SHAPE, advice=ANOTHER_ONE)
             module = getattr(diffusers, config["_class_name"]).from_pretrained(repo_id, **where)
     except READING as fault:
         reason = for_terminal(fault, limit=300)

@@ -41,7 +41,7 @@ def check(recipe: Recipe, place: Callable[[str], str], faults: Faults) -> None:
     """Add every fault of a recipe; `place` says where a field stands."""
     for path, what in _bounds(recipe):
         faults.add(place(path), what)
-    if not faults.found:  # contradictions are between sound values; a default standing in would make up some
+    if not faults.listed:  # contradictions are between sound values; a default standing in would make up some
         for rule in (_model, _data, _alpha, _equal_share, _guidance, _loss, _optim, _sample, _eval):
             for path, what in rule(recipe):
                 faults.add(place(path), what)
@@ -206,8 +206,10 @@ def _sample(recipe: Recipe) -> Iterator[Fault]:
             yield "sample.times", f"sample.times has {len(sample.times)} times, nfe {sample.nfe} wants one more than it"
     yield from _grid("sample.two_step_times", sample.two_step_times)
     if sample.sampler == "heun" and sample.nfe % 2 == 0:
-        said = f"heun takes two evaluations per step and one on the last: nfe 1, 3, 5, …, got {sample.nfe}"
-        yield "sample.nfe", said
+        yield (
+            "sample.nfe",
+            f"heun takes two evaluations per step and one on the last: nfe 1, 3, 5, …, got {sample.nfe}",
+        )
 
 
 def _grid(path: str, times: tuple[float, ...]) -> Iterator[Fault]:

@@ -94,14 +94,14 @@ def _schedule(schedule: Schedule, recipe: Recipe) -> str:
 
 def _phases(recipe: Recipe, f: dict[str, Any]) -> list[str]:
     """One line per phase, by the step where it ends, or for the last by the step from which it holds."""
-    steps, said = recipe.train.steps, []
+    steps, texts = recipe.train.steps, []
     for phase in f["phases"]:
         kind, first, until = phase["kind"], phase["first"], phase["until"]
         shortcut = kind == "between" and recipe.loss.velocity == "network"
         when = f"until step {until:,}" if until < steps else f"from step {first:,}"
         state, what = PHASE_WORDS["shortcut" if shortcut else kind]
-        said.append(f"{state} {when} ({(until - first) / steps:.1%} of the run): {what}")
-    return said
+        texts.append(f"{state} {when} ({(until - first) / steps:.1%} of the run): {what}")
+    return texts
 
 
 def _equal(recipe: Recipe, f: dict[str, Any]) -> str:

@@ -15,7 +15,7 @@ from alphaflow_cli.recipe.build import build, suggest, with_value
 from alphaflow_cli.recipe.checks import check
 from alphaflow_cli.recipe.migrations import FORMAT_KEY, current_format, migrate
 from alphaflow_cli.recipe.schema import Recipe, Schedule
-from alphaflow_cli.recipe.source import MAX_DEPTH, MAX_INSIDE, Faults, Mapping, parse, parse_value, read_text
+from alphaflow_cli.recipe.source import MAX_INSIDE, MAX_LEVELS, Faults, Mapping, parse, parse_value, read_text
 from alphaflow_cli.text import for_terminal
 
 MAX_SETS = 1000  # the schema has about 100 values
@@ -80,15 +80,15 @@ def _assign(tree: Mapping, assignment: str, faults: Faults) -> Mapping:
     if not equals or not all(path):
         faults.add(where, "wants the form section.key=value, such as train.steps=1000")
         return tree
-    if len(path) > MAX_DEPTH:
-        faults.add(where, f"more than {MAX_DEPTH} names inside each other")
+    if len(path) > MAX_LEVELS:
+        faults.add(where, f"more than {MAX_LEVELS} names inside each other")
         return tree
     value = parse_value(text, where, faults)
     return tree if value is None else with_value(tree, path, value, where)
 
 
 def _place(path: str, places: dict[str, str], where: str) -> str:
-    """Where a field was said; a field left at its default is placed at its section, else at the file."""
+    """The line where a field stands; a field left at its default is placed at its section, else at the file."""
     while path and path not in places:
         path = path.rpartition(".")[0]
     return places.get(path, where)

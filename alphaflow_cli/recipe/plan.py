@@ -78,7 +78,7 @@ def phase_kind(alpha: float) -> PhaseKind:
 def phases(recipe: Recipe) -> list[Phase]:
     """The run cut where the kind of target changes; schedules are monotone, so each cut is found by bisection."""
     at, steps = alpha_at(recipe), recipe.train.steps
-    found: list[Phase] = []
+    cut: list[Phase] = []
     first = 0
     while first < steps:
         kind = phase_kind(at(first))
@@ -86,9 +86,9 @@ def phases(recipe: Recipe) -> list[Phase]:
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (middle, high) if phase_kind(at(middle)) == kind else (low, middle)
-        found.append(Phase(kind, first, high))
+        cut.append(Phase(kind, first, high))
         first = high
-    return found
+    return cut
 
 
 def tokens(recipe: Recipe) -> int:
@@ -179,13 +179,13 @@ def kept_checkpoints(recipe: Recipe) -> int:
 
 def warnings_of(recipe: Recipe) -> list[str]:
     """What is allowed, but might not be meant."""
-    found, steps = [], recipe.train.steps
+    warnings, steps = [], recipe.train.steps
     if recipe.optim.warmup_steps >= steps:
         reached = learning_rate_at(recipe)(steps - 1)
-        found.append(f"the warm-up ({recipe.optim.warmup_steps:,} steps) outlasts the run: lr reaches {reached:.3g}")
+        warnings.append(f"the warm-up ({recipe.optim.warmup_steps:,} steps) outlasts the run: lr reaches {reached:.3g}")
     if recipe.alpha.unfinished:
-        found.append(f"alpha ends the run at {alpha_at(recipe)(steps - 1):.4g}, not at {recipe.alpha.final:g}")
+        warnings.append(f"alpha ends the run at {alpha_at(recipe)(steps - 1):.4g}, not at {recipe.alpha.final:g}")
     last = clamped(recipe.times.equal_share.final, recipe.times.equal_share.clamp)
     if recipe.times.equal_share.kind != "constant" and equal_rows(recipe.train.batch, last) == 0:
-        found.append("equal_share ends with no r = t row at all")
-    return found
+        warnings.append("equal_share ends with no r = t row at all")
+    return warnings

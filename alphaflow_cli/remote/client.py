@@ -29,7 +29,7 @@ from alphaflow_cli.text import for_terminal
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-LONGEST = 128 << 20  # bytes of an answer that is held in memory, or that does not say its length
+LONGEST_ANSWER = 128 << 20  # bytes of an answer that is held in memory, or that does not say its length
 PACKED = 64 << 10  # bytes of a compressed answer: nobody asked for compression, and a byte may become a thousand
 PATIENCE = 60.0  # seconds for the head of an answer, or for a whole one that is no download
 SLOWEST = 1000  # bytes per second of a download, over PATIENCE
@@ -37,13 +37,13 @@ WAIT = 60  # seconds that a server may ask us to wait before the next try
 PAGES = 2000  # of one listing, 1,000 files each
 
 ERROR = Table({"error": Text(100_000)}, others=Anything())
-NUMBERS = (  # of an answer's head, and how they must look
+HEAD_NUMBERS = (  # of an answer's head, and how they must look
     ("X-Linked-Size", r"[0-9]{1,18}"),
     ("Content-Range", r"bytes [0-9]{1,18}-[0-9]{1,18}/[0-9]{1,18}"),
     ("Retry-After", r"[0-9]{1,4}"),
     ("RateLimit", r'"\w{1,40}"; *r=[0-9]{1,9}; *t=[0-9]{1,4}'),
 )
-PORTS = {"http": 80, "https": 443}
+DEFAULT_PORTS = {"http": 80, "https": 443}
 
 Value = TypeVar("Value")
 
@@ -101,15 +101,15 @@ def _endpoint() -> str:
 
 
 def _origin(endpoint: str) -> tuple[str, str, int]:
-    """Scheme, host and port."""
+    """Scheme, host and port of an address: the token goes to these three together and nowhere else."""
     try:
         parts = urlsplit(endpoint)
         scheme, host, port = parts.scheme, parts.hostname, parts.port
     except ValueError:
         host = None
-    if not host or scheme not in PORTS:
+    if not host or scheme not in DEFAULT_PORTS:
         raise AlphaflowError(f"HF_ENDPOINT: {for_terminal(endpoint, limit=100)} is not an address like https://HOST")
-    return scheme, host, port or PORTS[scheme]
+    return scheme, host, port or DEFAULT_PORTS[scheme]
 
 
 @cache
@@ -140,7 +140,7 @@ def _body() -> Any:
 
 @cache
 def _install() -> None:
-    """Once in a process."""
+    """Make every request of this process go through the checks of this file; done once, however often it is called."""
     from huggingface_hub import set_client_factory
     from huggingface_hub.utils._http import default_client_factory
 
@@ -196,7 +196,7 @@ def _fetch(send: Callable[[], Any], stream: bool) -> Any:
     """The head of an answer, and all of it where it is no download."""
     answer = send()
     if not stream or answer.status_code >= 400:
-        answer.stream.limits.most = min(answer.stream.limits.most, LONGEST)
+        answer.stream.limits.most = min(answer.stream.limits.most, LONGEST_ANSWER)
         answer.stream.limits.until = time.monotonic() + PATIENCE
         try:
             answer.read()
@@ -206,7 +206,7 @@ def _fetch(send: Callable[[], Any], stream: bool) -> Any:
 
 
 class Limits:
-    """Of one answer's body."""
+    """How long one answer may be and how slowly it may come, before it is given up."""
 
     def __init__(self, most: float, what: str, *, has_length: bool) -> None:
         self.most, self.what, self.has_length, self.until = most, what, has_length, float("inf")
@@ -228,24 +228,24 @@ class Limits:
 
 
 def _limits(response: Any) -> Limits:
-    """By its head: compressed, without a length, or as long as it says."""
+    """The limits of an answer by its head: whether it is compressed, and whether it says its length."""
     what = f"the answer to {_shown(response.request.url)}"
     length = response.headers.get("Content-Length", "")
     if response.headers.get("Content-Encoding", "identity") != "identity":
         return Limits(PACKED, f"{what} is compressed, which nobody asked for, and", has_length=False)
     if not re.fullmatch(r"[0-9]{1,18}", length):
-        return Limits(LONGEST, what, has_length=False)
+        return Limits(LONGEST_ANSWER, what, has_length=False)
     return Limits(float("inf"), what, has_length=True)
 
 
 def _see_request(request: Any) -> None:
     """Before anything is sent, redirects included: the token goes to the endpoint only, and nothing goes elsewhere."""
     url, ours = request.url, _origin(_endpoint())
-    if url.scheme not in PORTS:
+    if url.scheme not in DEFAULT_PORTS:
         raise Distrusted(f"it sends us to {_shown(url)}, which is no web address")
     if ours[0] == "https" and url.scheme == "http":
         raise Distrusted(f"it sends us to {_shown(url)}, which is not encrypted")
-    if ours != (url.scheme, url.host, url.port or PORTS[url.scheme]):
+    if ours != (url.scheme, url.host, url.port or DEFAULT_PORTS[url.scheme]):
         request.headers.pop("Authorization", None)
 
 
@@ -263,7 +263,7 @@ def _see_head(response: Any) -> None:
     free = shutil.disk_usage(_existing(cache_folder())).free
     if not re.fullmatch(r"[0-9]{1,18}", length) or (response.request.method == "GET" and int(length) > free):
         raise Distrusted(f"it has a file of {for_terminal(length, limit=30)} bytes for us, there is room for {free:,}")
-    for name, form in NUMBERS:
+    for name, form in HEAD_NUMBERS:
         match = re.fullmatch(form, headers.get(name, ""))
         if match is None or (name in ("Retry-After", "RateLimit") and int(match[0].rpartition("=")[2]) > WAIT):
             headers.pop(name, None)
@@ -310,7 +310,7 @@ def _checked(library: Any, request: Any, answer: Any) -> Any:
         return answer
     _see_next(request, answer)
     try:
-        value = read_answer(answer.content, shape, limit=LONGEST)
+        value = read_answer(answer.content, shape, limit=LONGEST_ANSWER)
     except ValueError as fault:
         page = " (a web page: does a login page of this network stand between?)"
         is_page = answer.content.lstrip()[:1] == b"<"
@@ -335,12 +335,12 @@ def _is_taken(request: Any, answer: Any) -> bool:
 def _refusal(library: Any, answer: Any) -> Any:
     """An answer of 400 and above: its head, and of its body the one sentence that the Hub puts there."""
     try:
-        said = parse_json(answer.content, "", ERROR, limit=PACKED, advice="")["error"]
+        sentence = parse_json(answer.content, "", ERROR, limit=PACKED, advice="")["error"]
     except AlphaflowError:
-        said = ""
+        sentence = ""
     of_body = ("content-length", "content-encoding", "transfer-encoding", "content-type")
     kept = {name: value for name, value in answer.headers.items() if name.lower() not in of_body}
-    body = {"error": for_terminal(said, limit=1000)} if said else {}
+    body = {"error": for_terminal(sentence, limit=1000)} if sentence else {}
     return library.Response(answer.status_code, headers=kept, json=body, request=answer.request)
 
 

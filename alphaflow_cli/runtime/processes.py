@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor
 
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.runtime.launch import as_worker, check_processes, is_worker, launch, whole_number
+from alphaflow_cli.runtime.precision import set_tf32
 
 
 class Processes(Protocol):
@@ -226,8 +227,7 @@ def join_world(
             "Start them with --processes, torchrun, or accelerate launch --multi_gpu."
         )
     if allow_tf32 is not None:
-        torch.backends.cuda.matmul.allow_tf32 = allow_tf32
-        torch.backends.cudnn.allow_tf32 = allow_tf32
+        set_tf32(allow_tf32)
     world = World(accelerator)
     _meet(world)
     return world

@@ -10,7 +10,7 @@ import pytest
 from alphaflow_cli.cli import run
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.recipe import load_recipe, recipe_from_text
-from alphaflow_cli.recipe.source import MAX_BYTES
+from alphaflow_cli.recipe.source import MAX_FILE
 
 BOMB = "a: &a [x, x]\nb: &b [*a, *a]\nc: &c [*b, *b]\n"
 
@@ -166,7 +166,7 @@ def test_a_file_that_is_no_recipe_is_named(tmp_path, capsys):
     binary.write_bytes(bytes(range(256)))
     folder.mkdir()
     said = {
-        big: f"larger than {MAX_BYTES // 1024} KiB",
+        big: f"larger than {MAX_FILE // 1024} KiB",
         binary: "not UTF-8 text",
         folder: "a directory, not a recipe",
         tmp_path / "missing.yaml": "no such file",
