@@ -1,7 +1,7 @@
 """`eval` and `reference`: pictures are measured in one pass, and rows or a reference file are made of it.
 
 `evaluate_checkpoint` measures a checkpoint at several numbers of network evaluations, `evaluate_pictures` pictures from
-anywhere; both go through `evaluate`, with one `Ruler`. `make_reference` measures real pictures once. All of them are
+anywhere; both go through `evaluate`, with one `Ruler`. `measure_reference` measures real pictures once. All of them are
 called by every process that shares the work; the first one returns the result.
 """
 
@@ -78,6 +78,22 @@ class EvalRequest:
 
 
 @dataclass(frozen=True)
+class ReferenceRequest:
+    """What the command line says about a reference to make."""
+
+    source: str
+    path: Path  # the file to write
+    metrics: tuple[Metric, ...]  # empty: one for each network whose weights are here
+    weights: dict[str, Path]
+    work: Path  # folder for unfinished work
+    size: int | None
+    limit: int | None
+    name: str
+    kept: int  # features kept one by one
+    batch: int
+
+
+@dataclass(frozen=True)
 class Report:
     """What was measured, and where it was written."""
 
@@ -142,6 +158,16 @@ def _warnings(content: Content, source: ImageSource, notes: tuple[str, ...]) -> 
     if content.copies:
         warnings.append(f"{content.copies:,} of {source.count:,} pictures are exact copies of others")
     return warnings
+
+
+def measure_reference(request: ReferenceRequest, processes: Processes) -> tuple[Reference, list[str]] | None:
+    """Measure the requested pictures and save the reference, as `make_reference` does."""
+    pictures = open_pictures(request.source, size=request.size, limit=request.limit)
+    extractors = build_extractors(
+        request.metrics or available_metrics(request.weights), processes.device, request.weights
+    )
+    ruler = Ruler(extractors, processes, request.work, request.batch)
+    return make_reference(pictures, ruler, request.path, name=request.name, kept=request.kept)
 
 
 def make_reference(

@@ -200,7 +200,7 @@ def notes(evaluation: Evaluation) -> dict[str, list[str]]:
 
 
 def document(evaluations: Sequence[Evaluation]) -> dict[str, Any]:
-    """The content of results.json."""
+    """The content of results.json: environment and evaluations."""
     return {
         "schema": RESULTS_SCHEMA,
         "environment": environment(),

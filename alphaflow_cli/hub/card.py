@@ -52,7 +52,7 @@ class CardFacts:
 
 
 def model_card(facts: CardFacts) -> str:
-    """Write the repository's README.md."""
+    """Write the repository's README.md, section by section."""
     parts = [
         _metadata(facts),
         _what(facts),

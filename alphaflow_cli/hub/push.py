@@ -66,7 +66,7 @@ class Publication:
 
     @property
     def title(self) -> str:
-        """The commit's message."""
+        """What the commit says: the name, and the step of the weights."""
         step = self.checkpoint.origin.get("step")
         return f"{self.name} at step {step:,}" if isinstance(step, int) else self.name
 
