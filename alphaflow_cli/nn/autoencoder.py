@@ -5,13 +5,11 @@
 
 An autoencoder is named by a folder (config.json and weights), a file of AutoencoderKL weights (.safetensors, or .pt as
 published with α-Flow), a Hub id (user/repo, user/repo/subfolder, either with @revision), or `none`: pixels themselves.
-
-Weights of autoencoders, found and read: bare files of every spelling, the Hub's cache, whether the Hub is there.
+Bare weight files are read in every spelling; what the Hub has is taken from its cache or downloaded into it.
 """
 
 import hashlib
 import math
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,11 +19,14 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from alphaflow_cli.documents import Anything, ListOf, Maybe, Number, Table, Text, Whole, check_shape, read_json
+from alphaflow_cli.documents import Anything, ListOf, Maybe, Number, Table, Text, Whole, read_json
 from alphaflow_cli.errors import DAMAGE, AlphaflowError
 from alphaflow_cli.nn.weights import check_real
-from alphaflow_cli.remote.client import session
-from alphaflow_cli.remote.faults import HubFault, NoConnection, hub_faults
+from alphaflow_cli.remote.address import Repo
+from alphaflow_cli.remote.cache import cache_folder, cached_file, is_offline
+from alphaflow_cli.remote.client import endpoint
+from alphaflow_cli.remote.download import fetch
+from alphaflow_cli.remote.faults import HubFault, InTrouble, NoConnection
 from alphaflow_cli.text import for_terminal
 
 AutoencoderKind = Literal["kl", "tiny", "dc", "none"]
@@ -48,6 +49,7 @@ CONFIG_SHAPE = Table(  # of config.json: whatever decides about memory or is use
 )
 ANOTHER_ONE = "Give another autoencoder: a folder, a weights file or a Hub id."
 READING = (*DAMAGE, RuntimeError, ArithmeticError, SafetensorError)  # what diffusers raises on files that are not right
+CONVENTIONS = {4: (0.18215, 0.0), 16: (0.3611, 0.1159)}  # scale, shift of a bare weights file: SD 1.x and FLUX
 LOGVAR = (-30.0, 20.0)  # bounds of the posterior's log-variance, as every AutoencoderKL clamps it
 
 
@@ -73,7 +75,7 @@ class Autoencoder:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the weights."""
+        """The precision of the weights, in which pictures and latents are given to the network."""
         return torch.float32 if self.module is None else next(self.module.parameters()).dtype
 
     @torch.no_grad()
@@ -219,30 +221,32 @@ def _from_file(path: Path) -> Any:
 
 
 def _from_hub(name: str) -> tuple[Any, str]:
-    """From the cache at once; else one short question whether the Hub is there, so that offline fails fast."""
-    import diffusers
-
+    """The module and its commit: from the cache at once, else from the Hub into the cache."""
     bare, _, revision = name.partition("@")
-    user, repo, *below = bare.split("/")
-    repo_id, subfolder, revision = f"{user}/{repo}", "".join(below), revision or "main"
-    snapshot = cached(repo_id, revision)
-    if snapshot and has_weights(snapshot / subfolder):
-        return _from_folder(snapshot / subfolder), snapshot.name
-    ask_hub(repo_id)
-    where = {"subfolder": subfolder or None, "revision": revision}
+    user, repository, *below = bare.split("/")
+    repo, config = Repo(f"{user}/{repository}", revision or "main", None), "/".join([*below, "config.json"])
+    path = cached_file(repo.id, config, repo.revision or "main")
+    if path is None or not has_weights(path.parent):
+        path = _download(repo, config)
+    return _from_folder(path.parent), path.parents[len(below)].name
+
+
+def _download(repo: Repo, config: str) -> Path:
+    """The config.json in the cache, its weights beside it: safetensors, or where the repository has none, a .bin."""
+    weights = config.replace("config.json", "diffusion_pytorch_model")
     try:
-        with hub_faults(name):
-            config = diffusers.AutoencoderKL.load_config(repo_id, **where)
-            check_shape(config, f"{name} (config.json)", CONFIG_SHAPE, advice=ANOTHER_ONE)
-            module = getattr(diffusers, config["_class_name"]).from_pretrained(repo_id, **where)
-    except READING as fault:
-        reason = for_terminal(fault, limit=300)
-        raise AlphaflowError(f"{name}: the autoencoder cannot be downloaded ({reason})") from fault
-    snapshot = cached(repo_id, revision)
-    return module, snapshot.name if snapshot else revision
-
-
-CONVENTIONS = {4: (0.18215, 0.0), 16: (0.3611, 0.1159)}  # scale, shift of a bare weights file: SD 1.x and FLUX
+        for form in ("safetensors", "bin"):
+            files = [config, f"{weights}.{form}", f"{weights}-*.{form}", f"{weights}.{form}.index.json"]
+            path = fetch(repo, files, wanted=config).folder / config
+            if has_weights(path.parent):
+                return path
+    except HubFault as fault:
+        advice = f"not in the cache ({cache_folder()}) either. Download it once, or give a folder: --autoencoder DIR"
+        why = "HF_HUB_OFFLINE is set" if is_offline() else fault.why.rstrip(".")
+        if isinstance(fault, NoConnection) and not isinstance(fault, InTrouble) and not is_offline():
+            why = f"{endpoint()} cannot be reached"
+        raise AlphaflowError(f"{repo.id}: {why}, and it is {advice}") from fault
+    raise AlphaflowError(f"{repo}: no autoencoder's weights ({weights}.safetensors) there. {ANOTHER_ONE}")
 
 
 def read_weights(path: Path) -> Mapping[str, Any]:
@@ -251,15 +255,15 @@ def read_weights(path: Path) -> Mapping[str, Any]:
             from safetensors.torch import load_file
 
             return dict(load_file(path))
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as fault:  # unpickling a broken or hostile file raises anything
         raise AlphaflowError(f"{path}: cannot be read as weights ({type(fault).__name__}: {fault})") from fault
     for key in ("ema", "net", "state_dict", "model"):
-        if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
-            return dict(found[key])
-    if not isinstance(found, Mapping):
-        raise AlphaflowError(f"{path}: holds a {type(found).__name__}, not a table of weights")
-    return found
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            return dict(content[key])
+    if not isinstance(content, Mapping):
+        raise AlphaflowError(f"{path}: holds a {type(content).__name__}, not a table of weights")
+    return content
 
 
 def rename(weights: Mapping[str, Any]) -> dict[str, Any]:
@@ -298,36 +302,6 @@ def kl_config(weights: Mapping[str, Tensor]) -> dict[str, Any]:
     }
 
 
-def _cache() -> Path:
-    home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
-    return Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub").expanduser()
-
-
-def cached(repo_id: str, revision: str) -> Path | None:
-    """The Hub cache's folder of a revision, by its documented layout: refs/<name> holds a commit."""
-    root = _cache() / f"models--{repo_id.replace('/', '--')}"
-    ref = root / "refs" / revision
-    commit = ref.read_text().strip() if ref.is_file() else revision
-    snapshot = root / "snapshots" / commit
-    return snapshot if snapshot.is_dir() else None
-
-
 def has_weights(folder: Path) -> bool:
     weights = [*folder.glob("diffusion_pytorch_model*.safetensors"), *folder.glob("diffusion_pytorch_model*.bin")]
     return (folder / "config.json").is_file() and bool(weights)
-
-
-def ask_hub(repo_id: str) -> None:
-    advice = f"not in the cache ({_cache()}) either. Download it once, or give a folder: --autoencoder DIR"
-    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
-        raise AlphaflowError(f"{repo_id}: HF_HUB_OFFLINE is set, and it is {advice}")
-    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
-    try:
-        with hub_faults(repo_id):
-            status = session().get(f"{endpoint}/api/models/{repo_id}", timeout=5).status_code
-    except NoConnection as fault:
-        raise AlphaflowError(f"{repo_id}: {endpoint} cannot be reached, and it is {advice}") from fault
-    except HubFault as fault:
-        raise AlphaflowError(f"{repo_id}: {fault.why.rstrip('.')}, and it is {advice}") from fault
-    if status >= 400 and status not in (401, 403):  # those: perhaps private; the download brings the token and is clear
-        raise AlphaflowError(f"{repo_id}: {endpoint} answers {status}; it is {advice}")

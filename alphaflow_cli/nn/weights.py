@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from alphaflow_cli.errors import AlphaflowError
+from alphaflow_cli.remote.cache import cached_file
 
 
 @dataclass(frozen=True)
@@ -99,15 +100,9 @@ def _candidates(wanted: WeightFile, given: Path | None) -> list[Path]:
     folders.append(Path(torch.hub.get_dir()) / "checkpoints")
     paths = [folder / name for folder in folders for name in wanted.names]
     for repo in wanted.hub_repos:
-        snapshots = _hub_cache() / f"models--{repo.replace('/', '--')}" / "snapshots"
-        paths += sorted(snapshots.glob("*/model.safetensors"))
+        downloaded = cached_file(repo, "model.safetensors")
+        paths += [downloaded] if downloaded else []
     return paths
-
-
-def _hub_cache() -> Path:
-    if os.environ.get("HF_HUB_CACHE"):
-        return Path(os.environ["HF_HUB_CACHE"]).expanduser()
-    return Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser() / "hub"
 
 
 def _how_to_get(wanted: WeightFile) -> str:

@@ -23,6 +23,7 @@ from urllib.parse import urljoin, urlsplit
 
 from alphaflow_cli.documents import Anything, Table, Text, parse_json
 from alphaflow_cli.errors import AlphaflowError
+from alphaflow_cli.remote.cache import cache_folder
 from alphaflow_cli.remote.faults import CHECKSUM, COMMIT, Distrusted, TooSlow, read_answer, shape_of
 from alphaflow_cli.text import for_terminal
 
@@ -61,16 +62,11 @@ def hub_api() -> "HfApi":
     return HfApi(endpoint=os.environ.get("HF_ENDPOINT") or None, library_name="alphaflow")
 
 
-def cache_folder() -> str | None:
-    """Where downloads are kept; None: the client's own place."""
-    return os.environ.get("HF_HUB_CACHE") or None
-
-
 def session() -> Any:
     """The HTTP client of the whole process; an environment that it cannot be made from is one line."""
     from huggingface_hub import get_session
 
-    _origin(_endpoint())
+    _origin(endpoint())
     _install()
     try:
         return get_session()
@@ -80,21 +76,22 @@ def session() -> Any:
         raise AlphaflowError(f"{where}: no connection to the Hub can be made with it ({why}).") from fault
 
 
-def _endpoint() -> str:
+def endpoint() -> str:
+    """The address of the Hub, or of a server that stands in for it."""
     from huggingface_hub import constants
 
     return os.environ.get("HF_ENDPOINT") or constants.ENDPOINT
 
 
-def _origin(endpoint: str) -> tuple[str, str, int]:
+def _origin(address: str) -> tuple[str, str, int]:
     """Scheme, host and port of an address: the token goes to these three together and nowhere else."""
     try:
-        parts = urlsplit(endpoint)
+        parts = urlsplit(address)
         scheme, host, port = parts.scheme, parts.hostname, parts.port
     except ValueError:
         host = None
     if not host or scheme not in DEFAULT_PORTS:
-        raise AlphaflowError(f"HF_ENDPOINT: {for_terminal(endpoint, limit=100)} is not an address like https://HOST")
+        raise AlphaflowError(f"HF_ENDPOINT: {for_terminal(address, limit=100)} is not an address like https://HOST")
     return scheme, host, port or DEFAULT_PORTS[scheme]
 
 
@@ -226,7 +223,7 @@ def _limits(response: Any) -> Limits:
 
 def _see_request(request: Any) -> None:
     """Before anything is sent, redirects included: the token goes to the endpoint only, and nothing goes elsewhere."""
-    url, ours = request.url, _origin(_endpoint())
+    url, ours = request.url, _origin(endpoint())
     if url.scheme not in DEFAULT_PORTS:
         raise Distrusted(f"it sends us to {_shown(url)}, which is no web address")
     if ours[0] == "https" and url.scheme == "http":
@@ -246,7 +243,7 @@ def _see_head(response: Any) -> None:
     if headers.get("Content-Encoding", "identity") not in ("identity", "gzip", "deflate"):
         raise Distrusted(f"it answers {where} compressed, which nobody asked for")
     length = headers.get("Content-Length", "0")
-    free = shutil.disk_usage(_existing(Path(cache_folder() or Path.home()))).free
+    free = shutil.disk_usage(_existing(cache_folder())).free
     if not re.fullmatch(r"[0-9]{1,18}", length) or (response.request.method == "GET" and int(length) > free):
         raise Distrusted(f"it has a file of {for_terminal(length, limit=30)} bytes for us, there is room for {free:,}")
     for name, form in HEAD_NUMBERS:
