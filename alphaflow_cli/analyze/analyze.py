@@ -96,18 +96,18 @@ def home_of(request: AnalyzeRequest) -> Path:
 
 
 def checkpoints_of(request: AnalyzeRequest) -> list[str]:
-    """The checkpoint asked for, or all that the run kept."""
+    """The checkpoint that was named, or all that the run kept."""
     if not request.all_checkpoints:
         return [str(find_checkpoint(request.address, weights=request.weights))]
     name = "model.safetensors" if request.weights == "ema" else "raw.safetensors"
     kept = checkpoint_folders(Path(request.address))
-    found = [folder / name for folder in kept if (folder / name).exists()]
-    if not found:
+    paths = [folder / name for folder in kept if (folder / name).exists()]
+    if not paths:
         raise AlphaflowError(
             f"{request.address}: no checkpoints/step-*/{name} in it. --all-checkpoints wants a run folder; "
             "train.keep and train.milestone_every say which checkpoints a run keeps."
         )
-    return [str(path) for path in found]
+    return [str(path) for path in paths]
 
 
 def analyze_one(address: str, request: AnalyzeRequest, out: Path, processes: Processes) -> dict[str, Any] | None:
@@ -226,21 +226,21 @@ def measure_one(net: torch.nn.Module, work: Work, index: int) -> dict[str, Any]:
     batch = stream.batch_at(index, slice(None))
     x = renormalised(batch.latents, (stream.mean, stream.std), (generator.mean, generator.std))
     rows = conflict_rows(generator.recipe, x, batch.y, seed=work.request.seed, index=index)
-    found = {"batch": index, **conflict.measure_batch(net, rows, work.objective, bins=conflict.BINS)}
+    row = {"batch": index, **conflict.measure_batch(net, rows, work.objective, bins=conflict.BINS)}
     if index < SIZE_BATCHES:
-        found["sizes"] = conflict.sizes_over_alpha(net, rows, work.objective, conflict.ALPHAS)
-    return found
+        row["sizes"] = conflict.sizes_over_alpha(net, rows, work.objective, conflict.ALPHAS)
+    return row
 
 
-def check_finite(work: Work, found: dict[str, Any]) -> None:
+def check_finite(work: Work, row: dict[str, Any]) -> None:
     """Weights that are not finite have no gradient, and times that never differ have none of the r < t loss."""
-    where = f"{work.generator.recipe.name or 'checkpoint'}, batch {found['batch']}"
-    if found["rows"] < work.request.batch:
+    where = f"{work.generator.recipe.name or 'checkpoint'}, batch {row['batch']}"
+    if row["rows"] < work.request.batch:
         raise AlphaflowError(
-            f"{where}: {work.request.batch - found['rows']} of {work.request.batch} rows never got r < t: the recipe's "
+            f"{where}: {work.request.batch - row['rows']} of {work.request.batch} rows never got r < t: the recipe's "
             "times are all but equal; raise times.std."
         )
-    if not all(math.isfinite(number) for number in numbers_in(found)):
+    if not all(math.isfinite(number) for number in numbers_in(row)):
         raise AlphaflowError(
             f"{where}: a loss or a gradient is not finite, so the checkpoint has no conflict to measure: its weights "
             "are damaged, or the training diverged. Analyze an earlier one."

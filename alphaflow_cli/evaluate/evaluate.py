@@ -210,7 +210,7 @@ def is_checkpoint(text: str) -> bool:
 
 
 def evaluate_checkpoint(request: EvalRequest, processes: Processes) -> Report | None:
-    """Every walk asked for; None on all processes but the first."""
+    """Measure every walk that was requested; None on all processes but the first."""
     generator = open_generator(request.checkpoint, device=processes.device, decoder=request.decoder)
     check_same(processes, generator.digest, request.checkpoint)
     published = generator.recipe.eval
@@ -224,13 +224,13 @@ def evaluate_checkpoint(request: EvalRequest, processes: Processes) -> Report | 
     extractors = build_extractors(metrics, processes.device, request.weights)
     ruler = Ruler(extractors, processes, folder, request.batch)
     reference = requested_reference(request, generator, metrics, ruler)
-    found = []
+    evaluations = []
     for walk in walks:
         source = GeneratedImages(generator, walk, count=count, draw=draw)
         evaluation = evaluate(source, metrics, ruler, reference=reference)
         if evaluation is not None:
-            found.append(evaluation)
-    return write_evaluation(request, found, folder, generator.digest) if found else None
+            evaluations.append(evaluation)
+    return write_evaluation(request, evaluations, folder, generator.digest) if evaluations else None
 
 
 def choose_walks(request: EvalRequest, generator: Generator) -> list[Walk]:

@@ -1,9 +1,7 @@
 """Pictures to be measured, addressable by index: `count`, `images(start, stop)`, and a description for the protocol.
 
-A generator of samples joins as one more `ImageSource`. Pictures are measured as they are: those of a reference may be
-cropped and resized, those of a model never.
-
-A checkpoint as pictures to be measured: picture i has seed i, the same whoever asks and in whatever order.
+Pictures are measured as they are: those of a reference may be cropped and resized, those of a model never. A checkpoint
+is one more source: its picture i is that of seed i, read from the stream that `sample` writes.
 """
 
 import hashlib
@@ -41,7 +39,7 @@ class ImageSource(Protocol):
 
     @property
     def count(self) -> int:
-        """How many there are."""
+        """The number of pictures that are measured."""
         ...
 
     @property
@@ -104,7 +102,7 @@ class PictureFiles:
 
     @property
     def label(self) -> str:
-        """The name."""
+        """The source's name, with the split that was chosen."""
         return f"{self._source.name}{'/' + self._prefix.rstrip('/') if self._prefix else ''}"
 
     def images(self, start: int, stop: int) -> Tensor:
@@ -145,8 +143,14 @@ class PictureFiles:
 
     def describe(self) -> dict[str, Any]:
         """Source, count, preparation; the content's hash is taken during the pass."""
-        how = "as they are" if self._size is None else f"centre crop, Lanczos to {self._size} px"
-        facts = {"kind": self._source.kind, "name": self.label, "count": self.count, "of": self._of, "prepared": how}
+        prepared = "as they are" if self._size is None else f"centre crop, Lanczos to {self._size} px"
+        facts = {
+            "kind": self._source.kind,
+            "name": self.label,
+            "count": self.count,
+            "of": self._of,
+            "prepared": prepared,
+        }
         return {**facts, **self._source.facts()}
 
     def fingerprint(self) -> str:
@@ -176,14 +180,14 @@ class PictureArray:
         self.label = path.name
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Let go of nothing: no file is kept open between two readings."""
 
     def images(self, start: int, stop: int) -> Tensor:
-        """A slice, channels first."""
+        """Cut this span out of the array, channels first."""
         return torch.from_numpy(np.ascontiguousarray(self._array[start:stop].transpose(0, 3, 1, 2)))
 
     def describe(self) -> dict[str, Any]:
-        """Source and count."""
+        """The array's name and how many of its pictures are taken."""
         prepared = "as they are"
         return {"kind": "npz", "name": self.label, "count": self.count, "of": self._of, "prepared": prepared}
 
@@ -254,7 +258,7 @@ class GeneratedImages:
         return drawn.images
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Let go of nothing: no file is kept open between two readings."""
 
     def describe(self) -> dict[str, Any]:
         """The generator's half of the protocol."""
