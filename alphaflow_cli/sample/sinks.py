@@ -9,6 +9,7 @@ Nothing is held but the batch in hand. Rows are read and written at their places
 as this process's memory.
 """
 
+import errno
 import io
 import json
 import os
@@ -169,8 +170,9 @@ class RowFile:
                     return True
             self.state.unlink(missing_ok=True)
             with self.part.open("wb") as file:
+                reserve(file.fileno(), size)
                 file.write(bytes(self.before) + self.header)
-                file.truncate(size)
+                file.flush()
                 os.fsync(file.fileno())
             write_whole(self.state, self._line)
         return False
@@ -287,6 +289,16 @@ class GridFile(RowFile):
         write_whole(self.target, self._compose(pictures))
         self.part.unlink()
         self.state.unlink()
+
+
+def reserve(file: int, size: int) -> None:
+    """Give a file its full length, with room on the disk where the file system can promise it."""
+    try:
+        os.posix_fallocate(file, 0, size)
+    except (AttributeError, OSError) as error:  # not every system has it, nor every file system
+        if isinstance(error, OSError) and error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+            raise
+        os.ftruncate(file, size)
 
 
 def write_at(file: int, content: bytes, place: int) -> None:
