@@ -23,7 +23,7 @@ import numpy as np
 
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.files import read_document, sync, write_whole
-from alphaflow_cli.sample.generator import Drawn
+from alphaflow_cli.sample.generator import Drawn, spans_of
 from alphaflow_cli.sample.grid import picture_png
 from alphaflow_cli.text import shorten
 
@@ -124,9 +124,8 @@ class Spans:
         self.seeds, self.labels, self.walks, self.batch = seeds, labels, walks, batch
 
     def __iter__(self) -> Iterator[tuple[int, slice]]:
-        count = len(self.seeds)
         for walk in range(self.walks):
-            yield from ((walk, slice(at, min(at + self.batch, count))) for at in range(0, count, self.batch))
+            yield from ((walk, span) for span in spans_of(len(self.seeds), self.batch))
 
 
 class RowFile:
