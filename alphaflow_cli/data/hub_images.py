@@ -1,8 +1,8 @@
 """Data sets on the Hub: `hf://datasets/USER/NAME[@REVISION][:SPLIT]`.
 
-Three forms are read: picture files (fetched one by one as their turn comes, nothing is kept), zip or tar archives (one
-download into the Hub's cache, then read there), and parquet tables with an image column, where pyarrow is installed.
-The commit is looked up once and stands in the plan: a run that goes on reads the same pictures.
+Two forms are read: picture files (fetched one by one as their turn comes, nothing is kept), and zip or tar archives
+(one download into the Hub's cache, then read there). Parquet is not; a data set of it is refused with what to do. The
+commit is looked up once and stands in the plan: a run that goes on reads the same pictures.
 """
 
 import re
@@ -17,6 +17,7 @@ from typing import Any
 from alphaflow_cli.data.archives import open_archive
 from alphaflow_cli.data.sources import Fetch, Source, is_picture
 from alphaflow_cli.errors import AlphaflowError
+from alphaflow_cli.remote.cache import cache_folder
 from alphaflow_cli.remote.client import hub_api, session
 from alphaflow_cli.remote.faults import Distrusted, HubFault, hub_faults
 
@@ -122,7 +123,8 @@ def _cached(repo: str, commit: str, file: str) -> Path:
     where = f"hf://datasets/{repo}"
     try:
         with hub_faults(where):
-            return Path(hub_api().hf_hub_download(repo, file, repo_type="dataset", revision=commit))
+            folder = cache_folder()
+            return Path(hub_api().hf_hub_download(repo, file, repo_type="dataset", revision=commit, cache_dir=folder))
     except HubFault as fault:
         raise AlphaflowError(f"{where}: {file} cannot be downloaded ({fault.why.rstrip('.')})") from fault
 
