@@ -334,3 +334,13 @@ def test_the_checksum_is_that_of_the_bytes_that_were_loaded(tmp_path, monkeypatc
     replaced_after_hashing(monkeypatch, path, 99)
     assert cli.run([*line, "--reference", "glyphs:100", "--out", str(tmp_path / "e")]) == 1
     assert f"{path}: was changed or replaced while it was read" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("form", "left"), [("all", "all/.seed-000001-class-5.png.12.tmp"), ("all.npz", ".all.npz.part.state.12.tmp")]
+)
+def test_what_a_kill_left_half_written_goes(model, tmp_path, form, left):
+    (tmp_path / "all").mkdir()
+    (tmp_path / left).write_bytes(b"half")
+    assert sample(model, "--seeds", "0-3", "--out", tmp_path / form) == 0
+    assert not list(tmp_path.rglob("*.tmp"))
