@@ -289,7 +289,7 @@ def whole_number(there: Mapping[str, str], name: str, default: str = "") -> int:
 
 
 def first_host(nodes: str) -> str:
-    """`gpu[003-005,9],login1` → `gpu003`."""
+    """The first machine of a Slurm list: `gpu[003-005,9],login1` → `gpu003`."""
     match = re.match(r"([^,\[]+)(?:\[([^,\]-]+)[^\]]*\])?([^,\[]*)", nodes)
     if not match:
         return nodes

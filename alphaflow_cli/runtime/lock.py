@@ -38,7 +38,7 @@ BUSY = 5.0  # seconds to wait for somebody who is just reading or writing the lo
 
 @dataclass(frozen=True)
 class Owner:
-    """What a lock says."""
+    """The process that holds a lock, as the lock names it."""
 
     token: str  # drawn for each owner
     command: str
@@ -190,10 +190,10 @@ def _write(file: int, owner: Owner) -> None:
 def _owner_in(text: bytes) -> Owner | None:
     """Whom a lock names; None where it is empty, was cut short by a kill, or holds what no terminal should be shown."""
     try:
-        found = Owner(**json.loads(text))
-        texts = [value for name, value in asdict(found).items() if name != "pid"]
+        owner = Owner(**json.loads(text))
+        texts = [value for name, value in asdict(owner).items() if name != "pid"]
         sound = all(isinstance(value, str) and value.isprintable() and len(value) < 300 for value in texts)
-        return found if sound and type(found.pid) is int else None
+        return owner if sound and type(owner.pid) is int else None
     except (ValueError, TypeError, RecursionError):
         return None
 

@@ -250,7 +250,7 @@ class LatentsFile(RowFile):
     """The network's own, normalised latents as one .npy, float64 (n, C, h, w)."""
 
     def rows_of(self, drawn: Drawn) -> np.ndarray:
-        """A batch's latents."""
+        """The latents of a batch, in the network's own normalisation."""
         latents: np.ndarray = drawn.latents.cpu().numpy()
         return latents
 
