@@ -1,18 +1,19 @@
 """What this machine has: versions, devices, caches, weights, disk; and what will not work on it, and why.
 
-Nothing here asks the network, and a token is looked for but never read.
+Nothing here asks the network, and a token is never shown.
 """
 
 import os
 import platform
 import re
 import shutil
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Any
 
 from alphaflow_cli import __version__
-from alphaflow_cli.remote.client import cache_folder, cached_file, is_offline
+from alphaflow_cli.remote.cache import cache_folder, cached_file, has_token, is_offline
 
 AUTOENCODERS = ("stabilityai/sd-vae-ft-ema", "stabilityai/sd-vae-ft-mse")
 LITTLE_DISK = 20 * 10**9  # bytes: about two checkpoints of XL/2
@@ -29,7 +30,7 @@ def examine() -> dict[str, Any]:
         "weights": [],
         "caches": caches(),
         "free_bytes": shutil.disk_usage(Path.cwd()).free,
-        "hub": {"token": has_token(), "offline": is_offline()},
+        "hub": hub(),
     }
     if not report["devices"]["error"]:
         report["weights"] = weights()
@@ -86,8 +87,11 @@ def weights() -> list[dict[str, Any]]:
 
 def caches() -> list[dict[str, Any]]:
     """Folders that weights are kept in, by the libraries' documented variables."""
-    torch_home = Path(os.environ.get("TORCH_HOME", "~/.cache/torch")).expanduser()
-    folders = {"Hugging Face": cache_folder(), "torch": torch_home / "hub" / "checkpoints"}
+    base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    torch_home = Path(os.environ.get("TORCH_HOME") or base / "torch").expanduser()
+    folders = {"torch": torch_home / "hub" / "checkpoints"}
+    with suppress(ImportError):  # then huggingface_hub is listed as missing
+        folders = {"Hugging Face": cache_folder(), **folders}
     if os.environ.get("ALPHAFLOW_WEIGHTS"):
         folders["$ALPHAFLOW_WEIGHTS"] = Path(os.environ["ALPHAFLOW_WEIGHTS"]).expanduser()
     return [{"what": what, "path": str(path), "writable": _writable(path)} for what, path in folders.items()]
@@ -100,11 +104,12 @@ def _writable(folder: Path) -> bool:
     return folder.is_dir() and os.access(folder, os.W_OK)
 
 
-def has_token() -> bool:
-    """Whether a Hugging Face token is set or stored; its value is not read."""
-    home = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
-    stored = Path(os.environ.get("HF_TOKEN_PATH", home / "token")).expanduser()
-    return any(os.environ.get(name) for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")) or stored.is_file()
+def hub() -> dict[str, bool]:
+    """Whether there is a token, and whether the Hub may be asked, as huggingface_hub reads the environment."""
+    try:
+        return {"token": has_token(), "offline": is_offline()}
+    except ImportError:  # then it is listed as missing
+        return {"token": False, "offline": False}
 
 
 def problems(report: dict[str, Any]) -> list[str]:

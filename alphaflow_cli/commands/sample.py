@@ -21,6 +21,7 @@ from alphaflow_cli.text import shorten
 
 if TYPE_CHECKING:
     from alphaflow_cli.sample.generator import DecoderChoice
+    from alphaflow_cli.sample.write import SampleRequest
 
 EXAMPLES = examples(
     "alphaflow sample runs/quickstart --grid grid.png",
@@ -126,14 +127,21 @@ def command(
         raise click.UsageError("--times and --nfe exclude each other: the grid says how many steps there are.")
     if len(nfe) > 1 and (latents is not None or (out is not None and out.suffix == ".npz")):
         raise click.UsageError(f"{'--latents' if latents else '--out FILE.npz'} wants one --nfe.")
-    from alphaflow_cli.runtime.processes import join_processes, run_shared
-    from alphaflow_cli.sample.write import SampleRequest, check_request, sample_to_files
+    from alphaflow_cli.sample.write import SampleRequest
 
     request = SampleRequest(
         checkpoint=checkpoint, seeds=seeds, classes=classes, nfe=nfe or (1,), sampler=sampler, times=times,
         guidance=guidance, guidance_channels=guidance_channels, weights=weights, autoencoder=autoencoder,
         decoder=decoder, out=out, grid=grid, latents=latents, batch=batch,
     )  # fmt: skip
+    draw(request, processes)
+
+
+def draw(request: "SampleRequest", processes: int | None) -> None:
+    """Draw here, or in N processes of which the first prints what was written."""
+    from alphaflow_cli.runtime.processes import join_processes, run_shared
+    from alphaflow_cli.sample.write import check_request, sample_to_files
+
     check_request(request)
 
     def work() -> int:

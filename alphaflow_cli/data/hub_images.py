@@ -17,6 +17,7 @@ from typing import Any
 from alphaflow_cli.data.archives import Archive, open_archive
 from alphaflow_cli.data.pictures import Fetch, is_picture
 from alphaflow_cli.errors import AlphaflowError
+from alphaflow_cli.remote.cache import cache_folder
 from alphaflow_cli.remote.client import hub_api, session
 from alphaflow_cli.remote.faults import Distrusted, HubFault, hub_faults
 
@@ -121,7 +122,8 @@ def _cached(repo: str, commit: str, file: str) -> Path:
     where = f"hf://datasets/{repo}"
     try:
         with hub_faults(where):
-            return Path(hub_api().hf_hub_download(repo, file, repo_type="dataset", revision=commit))
+            folder = cache_folder()
+            return Path(hub_api().hf_hub_download(repo, file, repo_type="dataset", revision=commit, cache_dir=folder))
     except HubFault as fault:
         raise AlphaflowError(f"{where}: {file} cannot be downloaded ({fault.why.rstrip('.')})") from fault
 

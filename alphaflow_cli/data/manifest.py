@@ -26,7 +26,7 @@ from alphaflow_cli.files import read_file, to_json
 AGAIN = "Remove it, or the whole store, and run the same prep-latents command again"
 FORMAT, VERSION = "alphaflow-latents", 1
 RowKind = Literal["moments", "mean", "pixels"]
-StoreRecord = TypeVar("StoreRecord", "StorePlan", "AutoencoderRecord", "Shard")
+Part = TypeVar("Part", "StorePlan", "AutoencoderRecord", "Shard")
 DTYPES_ON_DISK = ("float16", "float32", "uint8")
 SHARD_FILE = re.compile(r"train-\d{5,9}\.safetensors")
 STATISTICS_FILE = "stats.safetensors"
@@ -244,7 +244,7 @@ def _field(document: Mapping[str, Any], name: str, where: Path) -> Any:
     return document[name]
 
 
-def _build(kind: type[StoreRecord], document: Mapping[str, Any], where: Path) -> StoreRecord:
+def _build(kind: type[Part], document: Mapping[str, Any], where: Path) -> Part:
     """Make a dataclass of the fields of a JSON object, each of the kind that the dataclass says."""
     kinds = {f.name: f.type for f in fields(kind)}
     _check_fields(document, kinds, where)

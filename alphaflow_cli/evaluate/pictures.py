@@ -1,7 +1,7 @@
 """Pictures to be measured, addressable by index: `count`, `images(start, stop)`, and a description for the protocol.
 
-Pictures are measured as they are: those of a reference may be cropped and resized, those of a model never. A
-checkpoint is one more `ImageSource`: its picture i has seed i, whichever process wants it and in whatever order.
+Pictures are measured as they are: those of a reference may be cropped and resized, those of a model never. A checkpoint
+is one more source: its picture i is that of seed i, read from the stream that `sample` writes.
 """
 
 import hashlib

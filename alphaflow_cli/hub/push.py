@@ -26,7 +26,8 @@ from alphaflow_cli.nn.autoencoder import load_autoencoder
 from alphaflow_cli.recipe import dump_recipe
 from alphaflow_cli.recipe.plan import parameter_count
 from alphaflow_cli.remote.address import is_repository
-from alphaflow_cli.remote.client import cache_folder, hub_api
+from alphaflow_cli.remote.cache import cache_folder
+from alphaflow_cli.remote.client import hub_api
 from alphaflow_cli.remote.download import (
     AUTOENCODER,
     CONFIG_FILE,

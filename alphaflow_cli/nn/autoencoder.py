@@ -13,7 +13,6 @@ An autoencoder is named by one of these:
 
 import hashlib
 import math
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,11 +22,14 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from alphaflow_cli.documents import Anything, ListOf, Maybe, Number, Table, Text, Whole, check_shape, read_json
+from alphaflow_cli.documents import Anything, ListOf, Maybe, Number, Table, Text, Whole, read_json
 from alphaflow_cli.errors import DAMAGE, AlphaflowError
 from alphaflow_cli.nn.weights import check_real
-from alphaflow_cli.remote.client import cache_folder, cached_file, hub_api, is_offline
-from alphaflow_cli.remote.faults import HubFault, NoConnection, hub_faults
+from alphaflow_cli.remote.address import Repo
+from alphaflow_cli.remote.cache import cache_folder, cached_file, is_offline
+from alphaflow_cli.remote.client import endpoint
+from alphaflow_cli.remote.download import fetch
+from alphaflow_cli.remote.faults import HubFault, InTrouble, NoConnection
 from alphaflow_cli.text import for_terminal
 
 AutoencoderKind = Literal["kl", "tiny", "dc", "none"]
@@ -50,7 +52,7 @@ CONFIG_SHAPE = Table(  # of config.json: whatever decides about memory or is use
 )
 ANOTHER_ONE = "Give another autoencoder: a folder, a weights file or a Hub id."
 READING = (*DAMAGE, RuntimeError, ArithmeticError, SafetensorError)  # what diffusers raises on files that are not right
-CONVENTIONS = {4: (0.18215, 0.0), 16: (0.3611, 0.1159)}  # scale, shift of a bare file: SD 1.x and FLUX
+CONVENTIONS = {4: (0.18215, 0.0), 16: (0.3611, 0.1159)}  # scale, shift of a bare weights file: SD 1.x and FLUX
 LOGVAR = (-30.0, 20.0)  # bounds of the posterior's log-variance, as every AutoencoderKL clamps it
 
 
@@ -76,7 +78,7 @@ class Autoencoder:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The precision of the weights."""
+        """The precision of the weights, in which pictures and latents are given to the network."""
         return torch.float32 if self.module is None else next(self.module.parameters()).dtype
 
     @torch.no_grad()
@@ -230,35 +232,32 @@ def _from_file(path: Path) -> Any:
 
 
 def _from_hub(name: str) -> tuple[Any, str]:
-    """Load from the Hub's cache at once; else first ask in one short question whether the Hub is there.
-
-    So a machine without a connection fails fast.
-    """
-    import diffusers
-
+    """The module and its commit: from the cache at once, else from the Hub into the cache."""
     bare, _, revision = name.partition("@")
-    user, repo, *below = bare.split("/")
-    repo_id, subfolder, revision = f"{user}/{repo}", "".join(below), revision or "main"
-    config_file = f"{subfolder}/config.json".lstrip("/")
-    if (path := cached_file(repo_id, config_file, revision)) and has_weights(path.parent):
-        return _from_folder(path.parent), _commit_of(path, subfolder)
-    _ask_hub(repo_id)
-    where = {"subfolder": subfolder or None, "revision": revision}
+    user, repository, *below = bare.split("/")
+    repo, config = Repo(f"{user}/{repository}", revision or "main", None), "/".join([*below, "config.json"])
+    path = cached_file(repo.id, config, repo.revision or "main")
+    if path is None or not has_weights(path.parent):
+        path = _download(repo, config)
+    return _from_folder(path.parent), path.parents[len(below)].name
+
+
+def _download(repo: Repo, config: str) -> Path:
+    """The config.json in the cache, its weights beside it: safetensors, or where the repository has none, a .bin."""
+    weights = config.replace("config.json", "diffusion_pytorch_model")
     try:
-        with hub_faults(name):
-            config = diffusers.AutoencoderKL.load_config(repo_id, **where)
-            check_shape(config, f"{name} (config.json)", CONFIG_SHAPE, advice=ANOTHER_ONE)
-            module = getattr(diffusers, config["_class_name"]).from_pretrained(repo_id, **where)
-    except READING as fault:
-        reason = for_terminal(fault, limit=300)
-        raise AlphaflowError(f"{name}: the autoencoder cannot be downloaded ({reason})") from fault
-    path = cached_file(repo_id, config_file, revision)
-    return module, _commit_of(path, subfolder) if path else revision
-
-
-def _commit_of(path: Path, subfolder: str) -> str:
-    """The commit of a file in the cache, whose folder there is named by the commit."""
-    return path.parents[1 if subfolder else 0].name
+        for form in ("safetensors", "bin"):
+            files = [config, f"{weights}.{form}", f"{weights}-*.{form}", f"{weights}.{form}.index.json"]
+            path = fetch(repo, files, wanted=config).folder / config
+            if has_weights(path.parent):
+                return path
+    except HubFault as fault:
+        advice = f"not in the cache ({cache_folder()}) either. Download it once, or give a folder: --autoencoder DIR"
+        why = "HF_HUB_OFFLINE is set" if is_offline() else fault.why.rstrip(".")
+        if isinstance(fault, NoConnection) and not isinstance(fault, InTrouble) and not is_offline():
+            why = f"{endpoint()} cannot be reached"
+        raise AlphaflowError(f"{repo.id}: {why}, and it is {advice}") from fault
+    raise AlphaflowError(f"{repo}: no autoencoder's weights ({weights}.safetensors) there. {ANOTHER_ONE}")
 
 
 def read_weights(path: Path) -> Mapping[str, Any]:
@@ -267,15 +266,15 @@ def read_weights(path: Path) -> Mapping[str, Any]:
             from safetensors.torch import load_file
 
             return dict(load_file(path))
-        tree = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as fault:  # unpickling a broken or hostile file raises anything
         raise AlphaflowError(f"{path}: cannot be read as weights ({type(fault).__name__}: {fault})") from fault
     for key in ("ema", "net", "state_dict", "model"):
-        if isinstance(tree, Mapping) and isinstance(tree.get(key), Mapping):
-            return dict(tree[key])
-    if not isinstance(tree, Mapping):
-        raise AlphaflowError(f"{path}: holds a {type(tree).__name__}, not a table of weights")
-    return tree
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            return dict(content[key])
+    if not isinstance(content, Mapping):
+        raise AlphaflowError(f"{path}: holds a {type(content).__name__}, not a table of weights")
+    return content
 
 
 def rename(weights: Mapping[str, Any]) -> dict[str, Any]:
@@ -320,18 +319,3 @@ def kl_config(weights: Mapping[str, Tensor]) -> dict[str, Any]:
 def has_weights(folder: Path) -> bool:
     weights = [*folder.glob("diffusion_pytorch_model*.safetensors"), *folder.glob("diffusion_pytorch_model*.bin")]
     return (folder / "config.json").is_file() and bool(weights)
-
-
-def _ask_hub(repo_id: str) -> None:
-    """Refuse a repository that the Hub does not show, or a Hub that is not there, in one short question."""
-    advice = f"not in the cache ({cache_folder()}) either. Download it once, or give a folder: --autoencoder DIR"
-    if is_offline():
-        raise AlphaflowError(f"{repo_id}: HF_HUB_OFFLINE is set, and it is {advice}")
-    try:
-        with hub_faults(repo_id):
-            hub_api().model_info(repo_id, timeout=5)
-    except NoConnection as fault:
-        where, why = os.environ.get("HF_ENDPOINT", "https://huggingface.co"), fault.why.rstrip(".")
-        raise AlphaflowError(f"{repo_id}: {where} cannot be reached ({why}), and it is {advice}") from fault
-    except HubFault as fault:
-        raise AlphaflowError(f"{repo_id}: {fault.why.rstrip('.')}. It is {advice}") from fault

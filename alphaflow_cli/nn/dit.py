@@ -15,7 +15,6 @@ other rows `beside`, each block computes them too, without gradient (both: nn/ta
 what it computes, as a DiT without tangents would write it.
 """
 
-import warnings
 from typing import Literal
 
 import torch
@@ -38,11 +37,17 @@ from alphaflow_cli.nn.tangent import (
     through,
 )
 
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore", FutureWarning)  # importing timm compiles with torch.jit.script, deprecated
-    from timm.layers import Mlp
-
 Attend = Literal["fused", "math"]
+
+
+class Mlp(nn.Module):
+    """Two linear layers with a GELU between; a block calls them one by one. (To import timm's takes 2 s per start.)"""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.act = nn.GELU(approximate="tanh")
+        self.fc2 = nn.Linear(hidden, dim)
 
 
 class Block(nn.Module):
@@ -53,7 +58,7 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
         self.attn = Attention(dim, heads, qk_norm=qk_norm)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=lambda: nn.GELU(approximate="tanh"))
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
         self.modulation = Modulation(dim, 6)
 
     def forward(self, x: Stream, c: Stream, attend: Attend) -> Stream:

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from alphaflow_cli.errors import AlphaflowError
-from alphaflow_cli.remote.client import cached_file
+from alphaflow_cli.remote.cache import cached_file
 
 
 @dataclass(frozen=True)
@@ -100,8 +100,10 @@ def _candidates(wanted: WeightFile, given: Path | None) -> list[Path]:
         folders.append(Path(os.environ["ALPHAFLOW_WEIGHTS"]).expanduser())
     folders.append(Path(torch.hub.get_dir()) / "checkpoints")
     paths = [folder / name for folder in folders for name in wanted.names]
-    cached = [cached_file(repo, "model.safetensors") for repo in wanted.hub_repos]
-    return paths + [path for path in cached if path]
+    for repo in wanted.hub_repos:
+        downloaded = cached_file(repo, "model.safetensors")
+        paths += [downloaded] if downloaded else []
+    return paths
 
 
 def _how_to_get(wanted: WeightFile) -> str:

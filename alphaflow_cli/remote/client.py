@@ -23,6 +23,7 @@ from urllib.parse import urljoin, urlsplit
 
 from alphaflow_cli.documents import Anything, Table, Text, parse_json
 from alphaflow_cli.errors import AlphaflowError
+from alphaflow_cli.remote.cache import cache_folder
 from alphaflow_cli.remote.faults import CHECKSUM, COMMIT, Distrusted, TooSlow, read_answer, shape_of
 from alphaflow_cli.text import for_terminal
 
@@ -61,30 +62,11 @@ def hub_api() -> "HfApi":
     return HfApi(endpoint=os.environ.get("HF_ENDPOINT") or None, library_name="alphaflow")
 
 
-def cache_folder() -> Path:
-    """The folder in which huggingface_hub keeps what it downloads, by its own variables as they are now."""
-    home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
-    return Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub").expanduser()
-
-
-def is_offline() -> bool:
-    """Whether HF_HUB_OFFLINE forbids to ask the Hub; `0`, `false` and the like do not, as for huggingface_hub."""
-    return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
-
-
-def cached_file(repo: str, file: str, revision: str | None = None) -> Path | None:
-    """A model's file in the cache, at a revision's name or commit; None where it was never downloaded."""
-    from huggingface_hub import try_to_load_from_cache
-
-    path = try_to_load_from_cache(repo, file, cache_dir=cache_folder(), revision=revision)
-    return Path(path) if isinstance(path, str) else None
-
-
 def session() -> Any:
     """The HTTP client of the whole process; an environment that it cannot be made from is one line."""
     from huggingface_hub import get_session
 
-    _origin(_endpoint())
+    _origin(endpoint())
     _install()
     try:
         return get_session()
@@ -94,21 +76,22 @@ def session() -> Any:
         raise AlphaflowError(f"{where}: no connection to the Hub can be made with it ({why}).") from fault
 
 
-def _endpoint() -> str:
+def endpoint() -> str:
+    """The address of the Hub, or of a server that stands in for it."""
     from huggingface_hub import constants
 
     return os.environ.get("HF_ENDPOINT") or constants.ENDPOINT
 
 
-def _origin(endpoint: str) -> tuple[str, str, int]:
+def _origin(address: str) -> tuple[str, str, int]:
     """Scheme, host and port of an address: the token goes to these three together and nowhere else."""
     try:
-        parts = urlsplit(endpoint)
+        parts = urlsplit(address)
         scheme, host, port = parts.scheme, parts.hostname, parts.port
     except ValueError:
         host = None
     if not host or scheme not in DEFAULT_PORTS:
-        raise AlphaflowError(f"HF_ENDPOINT: {for_terminal(endpoint, limit=100)} is not an address like https://HOST")
+        raise AlphaflowError(f"HF_ENDPOINT: {for_terminal(address, limit=100)} is not an address like https://HOST")
     return scheme, host, port or DEFAULT_PORTS[scheme]
 
 
@@ -240,7 +223,7 @@ def _limits(response: Any) -> Limits:
 
 def _see_request(request: Any) -> None:
     """Before anything is sent, redirects included: the token goes to the endpoint only, and nothing goes elsewhere."""
-    url, ours = request.url, _origin(_endpoint())
+    url, ours = request.url, _origin(endpoint())
     if url.scheme not in DEFAULT_PORTS:
         raise Distrusted(f"it sends us to {_shown(url)}, which is no web address")
     if ours[0] == "https" and url.scheme == "http":

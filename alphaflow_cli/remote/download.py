@@ -19,7 +19,8 @@ from pathlib import Path
 from alphaflow_cli.documents import Anything, Table, Text, read_json
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.remote.address import Repo, parse_address
-from alphaflow_cli.remote.client import cache_folder, hub_api
+from alphaflow_cli.remote.cache import cache_folder
+from alphaflow_cli.remote.client import hub_api
 from alphaflow_cli.remote.faults import HubFault, NoConnection, NotThere, hub_faults
 
 MODEL = "model.safetensors"
@@ -83,7 +84,7 @@ def resolve_checkpoint(address: str) -> Path:
         return place
     name = place.file or MODEL
     with _perhaps_a_path(address):
-        pulled = _fetch(place, [name, *FOR_SAMPLING], wanted=name)
+        pulled = fetch(place, [name, *FOR_SAMPLING], wanted=name)
     print(f"{pulled.repo}@{pulled.commit}", file=sys.stderr)
     return pulled.folder / name
 
@@ -96,7 +97,7 @@ def resolve_file(address: str) -> Path:
     if not place.file:
         raise AlphaflowError(f"{address}: say which file of the repository: hf://{place.id}/FILE")
     with _perhaps_a_path(address):
-        return _fetch(place, [place.file], wanted=place.file).folder / place.file
+        return fetch(place, [place.file], wanted=place.file).folder / place.file
 
 
 def pull(address: str, out: Path | None) -> Pulled:
@@ -106,7 +107,7 @@ def pull(address: str, out: Path | None) -> Pulled:
         raise AlphaflowError(f"{address}: not a repository. The form is user/repo or user/repo@revision.")
     if out is not None:
         prepare_folder(out, also=[place.file.split("/")[0]] if place.file else [])
-    pulled = _fetch(
+    pulled = fetch(
         place, PUBLISHED_FILES if not place.file else [place.file, *FOR_SAMPLING], wanted=place.file or MODEL
     )
     if out is None:
@@ -141,8 +142,8 @@ def _perhaps_a_path(address: str) -> Iterator[None]:
         raise HubFault(address, f"no such folder here, and {fault.why}") from fault
 
 
-def _fetch(repo: Repo, patterns: list[str], *, wanted: str) -> Pulled:
-    """The files that match, at one commit, verified."""
+def fetch(repo: Repo, patterns: list[str], *, wanted: str) -> Pulled:
+    """The files that match, at one commit, each compared with the Hub's checksum; `wanted` must be among them."""
     folder = _download(repo, patterns)
     damaged = [path.name for path in sorted(folder.rglob("*")) if path.is_file() and not _is_whole(path)]
     if damaged:

@@ -59,7 +59,7 @@ class Alone:
         return values
 
     def wait(self) -> None:
-        """Nobody to wait for."""
+        """Return at once: there is nobody to wait for."""
 
 
 @contextmanager

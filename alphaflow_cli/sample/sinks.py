@@ -9,6 +9,7 @@ Nothing is held but the batch in hand. Rows are read and written at their places
 as this process's memory.
 """
 
+import errno
 import io
 import json
 import os
@@ -22,7 +23,7 @@ import numpy as np
 
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.files import read_document, sync, write_whole
-from alphaflow_cli.sample.generator import Drawn
+from alphaflow_cli.sample.generator import Drawn, spans_of
 from alphaflow_cli.sample.grid import picture_png
 from alphaflow_cli.text import shorten
 
@@ -123,9 +124,8 @@ class Spans:
         self.seeds, self.labels, self.walks, self.batch = seeds, labels, walks, batch
 
     def __iter__(self) -> Iterator[tuple[int, slice]]:
-        count = len(self.seeds)
         for walk in range(self.walks):
-            yield from ((walk, slice(at, min(at + self.batch, count))) for at in range(0, count, self.batch))
+            yield from ((walk, span) for span in spans_of(len(self.seeds), self.batch))
 
 
 class RowFile:
@@ -169,8 +169,9 @@ class RowFile:
                     return True
             self.state.unlink(missing_ok=True)
             with self.part.open("wb") as file:
+                reserve(file.fileno(), size)
                 file.write(bytes(self.before) + self.header)
-                file.truncate(size)
+                file.flush()
                 os.fsync(file.fileno())
             write_whole(self.state, self._line)
         return False
@@ -287,6 +288,16 @@ class GridFile(RowFile):
         write_whole(self.target, self._compose(pictures))
         self.part.unlink()
         self.state.unlink()
+
+
+def reserve(file: int, size: int) -> None:
+    """Give a file its full length, with room on the disk where the file system can promise it."""
+    try:
+        os.posix_fallocate(file, 0, size)
+    except (AttributeError, OSError) as error:  # not every system has it, nor every file system
+        if isinstance(error, OSError) and error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+            raise
+        os.ftruncate(file, size)
 
 
 def write_at(file: int, content: bytes, place: int) -> None:

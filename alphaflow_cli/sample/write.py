@@ -103,8 +103,12 @@ def sample_to_files(request: SampleRequest, processes: Processes) -> list[Path]:
                 held.enter_context(hold(place, "sample", is_file=is_file))
             begun = True in [sink.begin() for sink in sinks]
         processes.wait()
-        draw_missing(plan, sinks, begun)
-        processes.wait()
+        try:
+            draw_missing(plan, sinks, begun)
+        except (KeyboardInterrupt, SystemExit):
+            if first:
+                say("interrupted; what is drawn is kept, the same command goes on from there")
+            raise
         if first:
             for sink in sinks:
                 sink.finish()

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import click
 import pytest
+from huggingface_hub import constants
 from places import ROOT
 
 from alphaflow_cli import doctor
@@ -23,9 +24,9 @@ def run_doctor(capsys, *options):
 
 
 def test_the_token_is_seen_and_never_shown(monkeypatch, tmp_path, capsys):
-    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))  # read when the program starts
     monkeypatch.delenv("HF_TOKEN", raising=False)
-    monkeypatch.delenv("HF_TOKEN_PATH", raising=False)
+    monkeypatch.delenv("HUGGING_FACE_HUB_TOKEN", raising=False)
     assert "no token" in run_doctor(capsys)
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     for out in (run_doctor(capsys), run_doctor(capsys, "--json")):
@@ -128,3 +129,43 @@ def test_a_clone_without_its_packages_is_one_line(tmp_path):
     done = clone(tmp_path, "--version", packages=False)
     assert done.returncode == 1
     assert done.stderr == "error: click is not installed. Run, in alphaflow's folder: pip install .\n"
+
+
+ONE_ANSWER = """
+import json, sys
+import huggingface_hub
+from alphaflow_cli import doctor
+from alphaflow_cli.nn.autoencoder import is_offline
+from alphaflow_cli.remote.cache import cache_folder, cached_file
+print(json.dumps([doctor.hub()["offline"], is_offline(), huggingface_hub.constants.HF_HUB_OFFLINE]))
+folders = [each["path"] for each in doctor.caches()]
+print(json.dumps([folders, str(cache_folder()), str(cached_file("me/vae", "config.json"))]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("variables", "place"),
+    [
+        ({"XDG_CACHE_HOME": "xdg"}, "xdg/huggingface/hub"),
+        ({"XDG_CACHE_HOME": "xdg", "HF_HOME": "home"}, "home/hub"),
+        ({"HF_HOME": "home", "HF_HUB_CACHE": "cache"}, "cache"),
+    ],
+)
+def test_the_environment_has_one_answer_in_every_part(variables, place, tmp_path):
+    snapshot = tmp_path / place / "models--me--vae" / "snapshots" / ("a" * 40)
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text("{}")
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("a" * 40)
+    names = ("HF_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "XDG_CACHE_HOME", "TORCH_HOME", "ALPHAFLOW_WEIGHTS")
+    outside = {name: value for name, value in os.environ.items() if name not in names}
+    outside |= {name: str(tmp_path / value) for name, value in variables.items()}
+    script = [sys.executable, "-c", ONE_ANSWER]
+    words = "false" if place == "cache" else "1"
+    done = subprocess.run(script, env={**outside, "HF_HUB_OFFLINE": words}, capture_output=True, text=True, check=True)
+    offline, (folders, cache, file) = map(json.loads, done.stdout.splitlines())
+    assert offline == [words == "1"] * 3
+    assert cache == folders[0] == str(tmp_path / place)
+    assert file == str(snapshot / "config.json")
+    if "XDG_CACHE_HOME" in variables:
+        assert folders[1] == str(tmp_path / "xdg" / "torch" / "hub" / "checkpoints")

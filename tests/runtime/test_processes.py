@@ -115,12 +115,16 @@ def test_two_processes_of_torchrun_measure_one_reference(tmp_path):
     [
         ["eval", "glyphs:100", "--metrics", "fd-tiny", "--processes", "2"],
         ["train", "quickstart", "--set", "data.source=glyphs:20", "--out", "run", "--processes", "2", "--debug"],
+        ["prep-latents", "glyphs:20", "--processes", "2"],
+        ["sample", "c.safetensors", "--grid", "g.png", "--processes", "2"],
+        ["reference", "glyphs:100", "-o", "r.safetensors", "--processes", "2"],
+        ["analyze", "c.safetensors", "--processes", "2"],
     ],
 )
 def test_processes_run_the_command_that_started_them_whatever_started_it(line, monkeypatch, tmp_path):
     started = []
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(launch, "launch", lambda argv, count: started.append((list(argv), count)) or 0)
+    monkeypatch.setattr(processes, "launch", lambda argv, count: started.append((list(argv), count)) or 0)
     assert cli.run(line) == 0
     assert started == [(line, 2)]
 

@@ -128,7 +128,7 @@ def test_two_processes_write_what_one_writes(model, whole, tmp_path, form):
 
 
 @pytest.mark.parametrize("name", ["sync", "write_at"])
-def test_a_kill_while_an_npz_is_closed_loses_nothing(model, whole, tmp_path, monkeypatch, drawn, name):
+def test_a_kill_while_an_npz_is_closed_loses_nothing(model, whole, tmp_path, monkeypatch, capsys, drawn, name):
     """After the zip's directory was written, and before the last rows were marked."""
     out, plain, calls = tmp_path / "all.npz", getattr(sinks, name), []
 
@@ -140,6 +140,7 @@ def test_a_kill_while_an_npz_is_closed_loses_nothing(model, whole, tmp_path, mon
 
     monkeypatch.setattr(sinks, name, stop)
     assert sample(model, *LINE, "--out", out) == 130
+    assert (name == "write_at") == ("what is drawn is kept, the same command goes on" in capsys.readouterr().err)
     monkeypatch.setattr(sinks, name, plain)
     drawn.clear()
     assert sample(model, *LINE, "--out", out) == 0
