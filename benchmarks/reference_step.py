@@ -9,7 +9,7 @@ computing differs:
     α = 0       du/dt by double backward: a graded forward, its gradient along a dummy, the gradient of that
     loss        one graded call on all rows
 
-Gradients equal the fast step's to rounding (tests/test_step.py).
+Gradients equal the fast step's to rounding (tests/train/test_step.py).
 """
 
 import torch

@@ -52,7 +52,7 @@ ELSEWHERE = {
     "python benchmarks/bench_step.py --device cuda": "GPU",
     "python benchmarks/bench_decoder.py": "GPU",
     "python benchmarks/bench_ruler.py": "another system's file",
-    "python benchmarks/bench_scaling.py": "an idle machine for minutes; tests/test_benchmarks.py runs it in small",
+    "python benchmarks/bench_scaling.py": "an idle machine for minutes; test_benchmarks.py runs it in small",
 }
 SLOW = ("alphaflow train quickstart", "alphaflow analyze runs/")
 MAKES = {  # what a line makes must not be there before

@@ -1,4 +1,7 @@
-"""Every `--help` equals its committed snapshot and has an example; `python tests/test_help.py` writes them anew."""
+"""Every `--help` equals its committed snapshot and has an example.
+
+`python tests/commands/test_help.py` writes the snapshots anew.
+"""
 
 import os
 import shlex
@@ -44,8 +47,8 @@ def examples_of(text):
 @pytest.mark.parametrize("path", PAGES, ids=" ".join)
 def test_help_equals_its_snapshot(path):
     file = snapshot(path)
-    assert file.exists(), f"no {file.name}: run python tests/test_help.py"
-    assert PAGES[path] == file.read_text(encoding="utf-8"), "if the change is meant: python tests/test_help.py"
+    assert file.exists(), f"no {file.name}: run python tests/commands/test_help.py"
+    assert PAGES[path] == file.read_text(encoding="utf-8"), "if the change is meant: python tests/commands/test_help.py"
 
 
 @pytest.mark.parametrize("path", PAGES, ids=" ".join)

@@ -1,7 +1,7 @@
 """Helpers of the training tests: a tiny recipe, runs in forked processes that can be killed, what a run left behind.
 
 A fork of this process has torch imported already, so a run of twenty steps costs half a second, on two processes too.
-Signals, exit codes and files are those of real processes; tests/test_train_launch.py goes through the command line.
+Signals, exit codes and files are those of real processes; test_train_launch.py goes through the command line.
 """
 
 import contextlib

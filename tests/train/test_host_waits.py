@@ -1,6 +1,6 @@
 """Nothing in a training step makes the host wait for a GPU: the trainer's own, run on a GPU that is not there.
 
-One process, float32, a store in the GPU's memory. The backward pass is the library's own; tests/test_cost.py counts its
+One process, float32, a store in the GPU's memory. The backward pass is the library's own; test_cost.py counts its
 operators on the CPU.
 """
 
