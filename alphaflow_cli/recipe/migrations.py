@@ -41,7 +41,7 @@ def migrate(tree: Mapping, faults: Faults) -> Mapping:
     rest = replace(tree, items={key: value for key, value in tree.items.items() if key != FORMAT_KEY})
     if not isinstance(stated, Scalar) or stated.quoted or not re.fullmatch(r"[1-9][0-9]{0,8}", stated.text):
         shown = f", got {stated.text[:60]!r}" if isinstance(stated, Scalar) else ""
-        faults.add(stated.where, f"{FORMAT_KEY} wants the number of a recipe's format, 1 to {current_format()}{shown}")
+        faults.add(stated.where, f"{FORMAT_KEY} wants a plain whole number, such as {current_format()}{shown}")
         return rest
     refuse_newer(int(stated.text), current_format(), stated.where)
     return _upwards(rest, int(stated.text))

@@ -1,6 +1,7 @@
 """What a recipe may say, and every default. A recipe is a frozen tree of these dataclasses.
 
 Times run from 0 (data) to 1 (noise). A field's comment gives its unit and meaning. Nothing here imports torch.
+A field that is renamed, moved or removed needs a migration (recipe/migrations.py): older recipes are read for ever.
 """
 
 from dataclasses import dataclass, field

@@ -269,11 +269,11 @@ def test_numbers_may_be_grouped_as_before():
     {
         "format: 3\nmodel: {no_such_key: 1}": "r.yaml:1: made by a newer alphaflow (format 3, this one reads up to 1): "
         "update it",
-        "name: x\nformat: 0": "r.yaml:2: format wants the number of a recipe's format, 1 to 1, got '0'",
-        'format: "1"': "r.yaml:1: format wants the number",
-        "format: 1e0": "r.yaml:1: format wants the number",
-        "format: [1]": "r.yaml:1: format wants the number",
-        "format: 9999999999999": "r.yaml:1: format wants the number",
+        "name: x\nformat: 0": "r.yaml:2: format wants a plain whole number, such as 1, got '0'",
+        'format: "1"': "r.yaml:1: format wants a plain whole number",
+        "format: 1e0": "r.yaml:1: format wants a plain whole number",
+        "format: [1]": "r.yaml:1: format wants a plain whole number",
+        "format: 9999999999999": "r.yaml:1: format wants a plain whole number",
         "format: 1\nmodel: {dimm: 3}": "r.yaml:2: unknown key 'model.dimm'",
     }.items(),
 )
