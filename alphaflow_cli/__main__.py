@@ -13,7 +13,7 @@ def leave(signum: int, frame: FrameType | None) -> NoReturn:
 
 
 def main() -> NoReturn:
-    """Entry point of the `alphaflow` command."""
+    """Run the command line; what `python -m alphaflow_cli` and the installed `alphaflow` call."""
     signal.signal(signal.SIGINT, leave)
     try:
         from alphaflow_cli import cli

@@ -52,7 +52,7 @@ Examples:
 
 
 class Result(io.FileIO):
-    """stdout carries the result: where it cannot be written, that is said, and by no OSError that another could be."""
+    """stdout, which carries the result. A write that fails raises LostOutput, which no other error is taken for."""
 
     def write(self, data: Any) -> int:
         try:
@@ -63,7 +63,7 @@ class Result(io.FileIO):
 
 
 class Talk(io.FileIO):
-    """stderr carries talk: where it cannot be written (a full disk, a reader that left), the work goes on without."""
+    """stderr, which carries talk: where it cannot be written (a full disk, a reader that left), the work goes on."""
 
     def write(self, data: Any) -> int:
         with contextlib.suppress(OSError):
@@ -163,7 +163,7 @@ def run(args: Sequence[str]) -> int:
 
 
 def _without_output(lost: LostOutput) -> int:
-    """141 where the reader of stdout went away, and 1 where the disk behind it is full."""
+    """The exit code where stdout took no more: 141 if its reader went away, 1 if the disk behind it is full."""
     if isinstance(lost.__cause__, BrokenPipeError):
         return 141
     say_error(str(lost))
@@ -181,7 +181,7 @@ def _terminate(signum: int, frame: FrameType | None) -> NoReturn:
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> NoReturn:
-    """Ctrl-C: KeyboardInterrupt, but while a module is imported the process ends at once.
+    """Answer Ctrl-C with KeyboardInterrupt; while a module is imported, end the process at once.
 
     An exception in the middle of an import is turned into another one, or lost, by modules written in C (torch).
     """
@@ -194,7 +194,7 @@ def _interrupt(signum: int, frame: FrameType | None) -> NoReturn:
 
 
 def _write_anyway(fault: UnicodeError) -> tuple[str | bytes, int]:
-    """A byte of a file name as it was, so that a path on stdout is that path; else an escape, as of α without Greek."""
+    """Write a byte of a file name as it was, so that a path on stdout is that path; any other letter as an escape."""
     assert isinstance(fault, UnicodeEncodeError)
     first = fault.object[fault.start]
     written = os.fsencode(first) if "\udc80" <= first <= "\udcff" else first.encode("ascii", "backslashreplace")
@@ -202,7 +202,7 @@ def _write_anyway(fault: UnicodeError) -> tuple[str | bytes, int]:
 
 
 def set_streams() -> None:
-    """stdout and stderr that are safe to use, whatever they were when the process began."""
+    """Make stdout and stderr safe to use, whatever they were when the process began: closed, full, or without UTF-8."""
     while (handle := os.open(os.devnull, os.O_RDWR)) <= 2:  # closed ones would be given to the next file that is opened
         os.set_inheritable(handle, True)
     os.close(handle)
@@ -215,7 +215,7 @@ def set_streams() -> None:
 
 
 def run_and_exit() -> NoReturn:
-    """Entry point of the `alphaflow` command."""
+    """Run the `alphaflow` command: the entry point of the installed program."""
     signal.signal(signal.SIGTERM, _terminate)
     signal.signal(signal.SIGINT, _interrupt)
     set_streams()

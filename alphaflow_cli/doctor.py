@@ -1,17 +1,19 @@
 """What this machine has: versions, devices, caches, weights, disk; and what will not work on it, and why.
 
-Nothing here asks the network, and a token is looked for but never read.
+Nothing here asks the network, and a token is never shown.
 """
 
 import os
 import platform
 import re
 import shutil
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Any
 
 from alphaflow_cli import __version__
+from alphaflow_cli.remote.cache import cache_folder, cached_file, has_token, is_offline
 
 AUTOENCODERS = ("stabilityai/sd-vae-ft-ema", "stabilityai/sd-vae-ft-mse")
 LITTLE_DISK = 20 * 10**9  # bytes: about two checkpoints of XL/2
@@ -19,7 +21,7 @@ LITTLE_DISK = 20 * 10**9  # bytes: about two checkpoints of XL/2
 
 def examine() -> dict[str, Any]:
     """Everything that `alphaflow doctor` prints."""
-    found: dict[str, Any] = {
+    report: dict[str, Any] = {
         "alphaflow": __version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -28,11 +30,11 @@ def examine() -> dict[str, Any]:
         "weights": [],
         "caches": caches(),
         "free_bytes": shutil.disk_usage(Path.cwd()).free,
-        "hub": {"token": has_token(), "offline": os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0")},
+        "hub": hub(),
     }
-    if not found["devices"]["error"]:
-        found["weights"] = weights()
-    return {**found, "problems": problems(found)}
+    if not report["devices"]["error"]:
+        report["weights"] = weights()
+    return {**report, "problems": problems(report)}
 
 
 def packages() -> dict[str, str | None]:
@@ -53,42 +55,43 @@ def _version(name: str) -> str | None:
 
 def devices() -> dict[str, Any]:
     """What torch can compute on; `error` says why it cannot even be asked."""
-    found: dict[str, Any] = {"cpu_cores": os.cpu_count(), "cuda": [], "mps": False, "error": ""}
+    present: dict[str, Any] = {"cpu_cores": os.cpu_count(), "cuda": [], "mps": False, "error": ""}
     try:
         import torch  # slow, and the one import that a broken installation fails on
     except (ImportError, OSError) as fault:
-        return {**found, "error": f"torch cannot be imported: {str(fault).splitlines()[0]}"}
-    found["mps"] = torch.backends.mps.is_available()
+        return {**present, "error": f"torch cannot be imported: {str(fault).splitlines()[0]}"}
+    present["mps"] = torch.backends.mps.is_available()
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         card = torch.cuda.get_device_properties(index)
-        found["cuda"].append({"name": card.name, "bytes": card.total_memory, "bf16": card.major >= 8})
-    return found
+        present["cuda"].append({"name": card.name, "bytes": card.total_memory, "bf16": card.major >= 8})
+    return present
 
 
 def weights() -> list[dict[str, Any]]:
     """The weights that other projects published, and what each is needed for."""
-    from alphaflow_cli.nn.autoencoder import cached, has_weights
+    from alphaflow_cli.nn.autoencoder import has_weights
     from alphaflow_cli.nn.weights import FILES, missing_weights
 
-    found = []
+    entries = []
     for wanted in FILES.values():
         entry = {"what": wanted.title, "for": wanted.metrics, "present": missing_weights(wanted) is None}
-        found.append({**entry, "get": wanted.url})
+        entries.append({**entry, "get": wanted.url})
     for name in AUTOENCODERS:
-        folder = cached(name, "main")
-        present = folder is not None and has_weights(folder)
-        found.append(
+        config = cached_file(name, "config.json")
+        present = config is not None and has_weights(config.parent)
+        entries.append(
             {"what": name, "for": "prep-latents, sample and eval", "present": present, "get": "downloaded by use"}
         )
-    return found
+    return entries
 
 
 def caches() -> list[dict[str, Any]]:
     """Folders that weights are kept in, by the libraries' documented variables."""
-    home = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
-    torch_home = Path(os.environ.get("TORCH_HOME", "~/.cache/torch")).expanduser()
-    hub = Path(os.environ.get("HF_HUB_CACHE", home / "hub")).expanduser()
-    folders = {"Hugging Face": hub, "torch": torch_home / "hub" / "checkpoints"}
+    base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    torch_home = Path(os.environ.get("TORCH_HOME") or base / "torch").expanduser()
+    folders = {"torch": torch_home / "hub" / "checkpoints"}
+    with suppress(ImportError):  # then huggingface_hub is listed as missing
+        folders = {"Hugging Face": cache_folder(), **folders}
     if os.environ.get("ALPHAFLOW_WEIGHTS"):
         folders["$ALPHAFLOW_WEIGHTS"] = Path(os.environ["ALPHAFLOW_WEIGHTS"]).expanduser()
     return [{"what": what, "path": str(path), "writable": _writable(path)} for what, path in folders.items()]
@@ -101,40 +104,41 @@ def _writable(folder: Path) -> bool:
     return folder.is_dir() and os.access(folder, os.W_OK)
 
 
-def has_token() -> bool:
-    """Whether a Hugging Face token is set or stored; its value is not read."""
-    home = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
-    stored = Path(os.environ.get("HF_TOKEN_PATH", home / "token")).expanduser()
-    return any(os.environ.get(name) for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")) or stored.is_file()
+def hub() -> dict[str, bool]:
+    """Whether there is a token, and whether the Hub may be asked, as huggingface_hub reads the environment."""
+    try:
+        return {"token": has_token(), "offline": is_offline()}
+    except ImportError:  # then it is listed as missing
+        return {"token": False, "offline": False}
 
 
-def problems(found: dict[str, Any]) -> list[str]:
+def problems(report: dict[str, Any]) -> list[str]:
     """What will not work here, each with its reason and its remedy."""
-    said = [
-        f"{name} is not installed: pip install {name}" for name, number in found["packages"].items() if number is None
+    remarks = [
+        f"{name} is not installed: pip install {name}" for name, number in report["packages"].items() if number is None
     ]
-    if not found["packages"]:
-        said.append("alphaflow is a clone here, not installed, so its packages are not listed: pip install .")
-    said += [_without_torch(found["devices"])] if found["devices"]["error"] else _of_devices(found)
-    for entry in found["weights"]:
+    if not report["packages"]:
+        remarks.append("alphaflow is a clone here, not installed, so its packages are not listed: pip install .")
+    remarks += [_without_torch(report["devices"])] if report["devices"]["error"] else _of_devices(report)
+    for entry in report["weights"]:
         if not entry["present"] and entry["get"].startswith("https:"):
-            said.append(f"{entry['for']} will not be measured: {entry['what']} is missing. Get {entry['get']}")
-        elif not entry["present"] and found["hub"]["offline"]:
-            said.append(f"{entry['what']} is not in the cache, and HF_HUB_OFFLINE forbids to download it")
-    said += [f"the cache {c['path']} cannot be written" for c in found["caches"] if not c["writable"]]
-    if found["free_bytes"] < LITTLE_DISK:
-        said.append(f"{found['free_bytes'] / 1e9:.1f} GB free here: two checkpoints of an XL/2 run need 22 GB")
-    if not found["hub"]["token"]:
-        said.append("push will not work without a Hugging Face token: run hf auth login")
-    return said
+            remarks.append(f"{entry['for']} will not be measured: {entry['what']} is missing. Get {entry['get']}")
+        elif not entry["present"] and report["hub"]["offline"]:
+            remarks.append(f"{entry['what']} is not in the cache, and HF_HUB_OFFLINE forbids to download it")
+    remarks += [f"the cache {c['path']} cannot be written" for c in report["caches"] if not c["writable"]]
+    if report["free_bytes"] < LITTLE_DISK:
+        remarks.append(f"{report['free_bytes'] / 1e9:.1f} GB free here: two checkpoints of an XL/2 run need 22 GB")
+    if not report["hub"]["token"]:
+        remarks.append("push will not work without a Hugging Face token: run hf auth login")
+    return remarks
 
 
 def _without_torch(devices: dict[str, Any]) -> str:
     return f"nothing that computes will work: {devices['error']}"
 
 
-def _of_devices(found: dict[str, Any]) -> list[str]:
-    cards = found["devices"]["cuda"]
-    if not cards and not found["devices"]["mps"]:
+def _of_devices(report: dict[str, Any]) -> list[str]:
+    cards = report["devices"]["cuda"]
+    if not cards and not report["devices"]["mps"]:
         return ["no GPU: quickstart and other small recipes train here, the ImageNet recipes are out of its reach"]
     return [f"{card['name']} has no bf16: set train.precision=fp32" for card in cards if not card["bf16"]]

@@ -1,7 +1,7 @@
 """JSON from outside, read strictly: bounded in bytes and depth, every key once, finite numbers, a declared shape.
 
     results = read_json(path, RESULTS)
-    RESULTS = Table({"evaluations": Rows(EVALUATION)}, optional={"schema": Text()})
+    RESULTS = Table({"evaluations": ListOf(EVALUATION)}, optional={"schema": Text()})
 
 A document that does not fit is one line that names the file and the place in it: `results.json: rows[2].value: a number
 is wanted, this is text`. Nothing here knows what a document means.
@@ -27,7 +27,7 @@ ADVICE = "Move it away, or make it again."
 
 @dataclass(frozen=True)
 class Text:
-    """Words; `one_of` names those that are allowed, `form` is a regular expression for the whole of them."""
+    """A text. `one_of` names those that are allowed; `form` is a regular expression for the whole of it."""
 
     most: int = 10_000  # letters
     one_of: tuple[str, ...] = ()
@@ -36,7 +36,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Number:
-    """A finite number, whole or not."""
+    """A finite number, whole or not, within bounds."""
 
     low: float = -math.inf
     high: float = math.inf
@@ -44,7 +44,7 @@ class Number:
 
 @dataclass(frozen=True)
 class Whole:
-    """A whole number."""
+    """A whole number within bounds."""
 
     low: int = -(2**63)
     high: int = 2**63 - 1
@@ -52,24 +52,24 @@ class Whole:
 
 @dataclass(frozen=True)
 class Flag:
-    """true or false."""
+    """true or false, and nothing that only looks like it."""
 
 
 @dataclass(frozen=True)
 class Anything:
-    """Whatever JSON holds: nothing of it is relied on."""
+    """Whatever JSON holds, because nothing of it is relied on."""
 
 
 @dataclass(frozen=True)
 class Maybe:
-    """null, or the shape."""
+    """Either null, or a value of the shape."""
 
     shape: "Shape"
 
 
 @dataclass(frozen=True)
 class ListOf:
-    """A list."""
+    """A list, all of whose entries have the shape."""
 
     shape: "Shape"
     least: int = 0
@@ -78,7 +78,10 @@ class ListOf:
 
 @dataclass(frozen=True)
 class Table:
-    """Keys that must be there, keys that may be, and the shape of all others; None: there are no others."""
+    """A table: the shapes of keys that must be there, of keys that may be, and of all others.
+
+    others = None: no other key may be there.
+    """
 
     required: Mapping[str, "Shape"] = field(default_factory=dict)
     optional: Mapping[str, "Shape"] = field(default_factory=dict)
@@ -90,7 +93,7 @@ NAMES = {Text: "text", Number: "a number", Whole: "a whole number", Flag: "true 
 
 
 def read_json(path: Path, shape: Shape, *, limit: int = MAX_BYTES, advice: str = ADVICE) -> Any:
-    """The document in a file, of that shape."""
+    """Read a JSON file, and check that the document has the shape."""
     try:
         if not path.is_file():
             raise AlphaflowError(f"{path}: {'not a file' if path.exists() else 'no such file'}. {advice}")
@@ -102,7 +105,7 @@ def read_json(path: Path, shape: Shape, *, limit: int = MAX_BYTES, advice: str =
 
 
 def parse_json(data: bytes | str, where: str, shape: Shape, *, limit: int = MAX_BYTES, advice: str = ADVICE) -> Any:
-    """A document's bytes or text; `where` stands before a fault."""
+    """Parse a document's bytes or text, and check that it has the shape; `where` stands before a fault."""
     if len(data) > limit:
         raise AlphaflowError(f"{where}: larger than {limit:,} bytes, so it is not what it should be. {advice}")
     try:
@@ -123,7 +126,7 @@ def parse_json(data: bytes | str, where: str, shape: Shape, *, limit: int = MAX_
 
 
 def check_shape(value: Any, where: str, shape: Shape, *, advice: str = ADVICE) -> None:
-    """Raise where a value does not have the shape; the first faults are named with their places."""
+    """Raise an error where a value does not have the shape; it names the first faults with their places."""
     faults: list[str] = []
     for place, fault in _faults(value, shape, ""):
         if len(faults) == SHOWN:
@@ -167,7 +170,7 @@ def _table_faults(value: Any, shape: Table, place: str) -> Iterator[tuple[str, s
 
 
 def _plain_fault(value: Any, shape: Text | Number | Whole | Flag | ListOf) -> str:
-    """What is wrong with a value that is no table; empty: nothing."""
+    """Say what is wrong with a value that should be no table; empty where nothing is."""
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     fits = {
         Text: isinstance(value, str),
@@ -223,7 +226,7 @@ def _finite(digits: str) -> float:
 
 
 def _is_deeper(value: Any, depth: int) -> bool:
-    """Level by level, not by recursion."""
+    """Tell whether a value has more than `depth` levels; level by level, because recursion has a limit of its own."""
     level = [value]
     for _ in range(depth + 1):
         level = [item for each in level for item in _inside(each)]
@@ -231,6 +234,6 @@ def _is_deeper(value: Any, depth: int) -> bool:
 
 
 def _inside(value: Any) -> list[Any]:
-    """The tables and lists in a table or list."""
+    """The tables and lists that stand directly in a table or list."""
     items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     return [item for item in items if isinstance(item, (dict, list))]

@@ -45,11 +45,11 @@ PARSERS = re.compile(r"[/\\](json|yaml|ast\.py|plistlib\.py|zipfile|tarfile\.py|
 
 
 class AlphaflowError(Exception):
-    """Says what is wrong, where, and what to do. The command line prints it as `error: …` and exits 1."""
+    """An error that says what is wrong, where, and what to do. The command line prints it as `error: …` and exits 1."""
 
 
 class LostOutput(AlphaflowError):
-    """stdout did not take the result. Not an OSError: click ends at those of pipes, and another could be meant."""
+    """stdout did not take the result. It is no OSError: click ends at those of pipes, and another could be meant."""
 
     def __init__(self, cause: OSError) -> None:
         super().__init__(f"stdout cannot be written ({cause.strerror}), so the result is not shown. Files are kept.")
@@ -57,7 +57,7 @@ class LostOutput(AlphaflowError):
 
 @contextmanager
 def blamed_on(path: Path, what: str, *more: type[Exception]) -> Iterator[None]:
-    """Whatever fails while a file is read and taken apart is one line that names the file. For reading only."""
+    """Turn whatever fails while a file is read and taken apart into one line that names the file. For reading only."""
     kinds: tuple[type[Exception], ...] = (*DAMAGE, *more)
     try:
         yield
@@ -67,7 +67,8 @@ def blamed_on(path: Path, what: str, *more: type[Exception]) -> Iterator[None]:
 
 
 def fault_of_the_user(error: BaseException) -> str:
-    """The line for an error that the user's files or machine caused; empty for a bug of ours: it keeps its traceback.
+    """The line for an error that the user's files or machine caused; empty for a bug of ours, which keeps its
+    traceback.
 
     The rule. An OSError is the user's when it names a path outside this program, or when its errno is one that no
     program can help (THE_MACHINES); without either it is ours: a closed descriptor, a socket. Half a character in
@@ -106,7 +107,7 @@ def _of_the_system(error: OSError) -> str:
 
 
 def _is_ours(path: Path) -> bool:
-    """Part of the program: this package, Python's library, or what is installed in it."""
+    """Whether a path is part of the program: this package, Python's library, or what is installed in it."""
     places = [Path(__file__).parent, *(Path(sysconfig.get_path(kind)) for kind in ("stdlib", "purelib", "platlib"))]
     return any(path.is_relative_to(place) for place in places)
 

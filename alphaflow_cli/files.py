@@ -30,7 +30,7 @@ def write_whole(path: Path, content: str | bytes) -> None:
 
 
 def write_pieces(path: Path, pieces: Iterable[bytes | memoryview], *, sealed: bool = False) -> tuple[int, str]:
-    """Write a file piece by piece; returns its size and sha256. An OSError passes: the caller knows what is kept.
+    """Write a file piece by piece; gives its size and sha256. An OSError passes: the caller knows what is kept.
 
     A sealed file ends with the 32 bytes of the sha256 of all that stands before them.
     """
@@ -63,7 +63,7 @@ def write_by(path: Path, write: Callable[[Path], object]) -> None:
 
 @contextlib.contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
-    """A temporary name of this process beside `path`; it takes the name when all went well."""
+    """Give a temporary name of this process beside `path`; the file takes the name when all went well."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
@@ -88,7 +88,7 @@ def check_regular(path: Path) -> None:
 
 
 def read_document(path: Path, *, largest: int = 10_000_000) -> str:
-    """The text of a small file that people may have edited."""
+    """Read the text of a small file that people may have edited."""
     check_regular(path)
     try:
         if path.stat().st_size > largest:
@@ -112,7 +112,7 @@ def append(path: Path, text: str) -> None:
 
 
 def sync(path: Path) -> None:
-    """fsync a file or a folder."""
+    """Wait until a file or a folder is on the disk (fsync)."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -121,7 +121,7 @@ def sync(path: Path) -> None:
 
 
 def to_json(value: object) -> bytes:
-    """Equal values, equal bytes; undecodable file names survive as escaped surrogates."""
+    """Write a value as JSON so that equal values give equal bytes; undecodable file names survive as escapes."""
     return json.dumps(value, indent=1, ensure_ascii=True).encode() + b"\n"
 
 
@@ -137,13 +137,13 @@ class Stamp:
 
 
 def stamp_of(file: int | Path) -> Stamp:
-    """Of an open file, or of the file that stands at a path now."""
+    """The stamp of an open file, or of the file that stands at a path now."""
     status = file.stat() if isinstance(file, Path) else os.fstat(file)
     return Stamp(status.st_size, status.st_mtime_ns)
 
 
 def changed(path: Path) -> AlphaflowError:
-    """The one line about a file that was written to while it was read."""
+    """The error for a file that was written to while it was read."""
     return AlphaflowError(
         f"{path}: was changed or replaced while it was read. Leave it alone, and run the same command again: "
         "it checks every byte"
@@ -160,7 +160,7 @@ def is_there(path: Path) -> bool:
 
 
 def read_file(path: Path) -> bytes:
-    """A whole regular file of sane size; a pipe or device would block for ever."""
+    """Read a whole regular file of sane size; a pipe or a device would block for ever."""
     with open(path, "rb", opener=_open_without_waiting) as file:
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
@@ -175,7 +175,7 @@ def _open_without_waiting(path: str, flags: int) -> int:
 
 
 def sha256_of(path: Path) -> str:
-    """The checksum of a file, read in large pieces."""
+    """Compute the checksum of a file, read in large pieces."""
     digest = hashlib.sha256()
     try:
         with open(path, "rb", opener=_open_without_waiting) as file:
@@ -187,13 +187,13 @@ def sha256_of(path: Path) -> str:
 
 
 def sha256_of_all(paths: list[Path]) -> list[str]:
-    """Checksums of many files, on every core (hashing releases the interpreter's lock)."""
+    """Compute the checksums of many files on every core (hashing releases the interpreter's lock)."""
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
         return list(pool.map(sha256_of, paths))
 
 
 def make_folder(folder: Path) -> None:
-    """With its parents."""
+    """Make a folder and those above it; one that is there stays."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as fault:

@@ -1,8 +1,8 @@
-"""Files of a store: written whole or not at all, tensors in the safetensors layout.
+"""Tensors in files of the safetensors layout, written whole or not at all, read by position.
 
 The layout is eight bytes (length of the header, little endian), a JSON header, the tensors' bytes. It is written here
-rather than by the library because equal content must give equal bytes (the library may shuffle the metadata), the
-checksum is taken on the way to the disk, and files get the user's own mode instead of 0600.
+and not by the library, for three reasons. Equal content must give equal bytes, but the library may shuffle the
+metadata. The checksum is taken on the way to the disk. And files get the user's own mode instead of 0600.
 """
 
 import hashlib
@@ -25,13 +25,7 @@ from alphaflow_cli.text import brief
 
 Array = npt.NDArray[Any]
 MAX_HEADER = 100_000_000  # bytes; the safetensors library's own bound
-TENSOR_DTYPES = {
-    "F64": "<f8",
-    "I64": "<i8",
-    "F32": "<f4",
-    "F16": "<f2",
-    "U8": "|u1",
-}  # widest first: keeps them aligned
+TENSOR_DTYPES = {"F64": "<f8", "I64": "<i8", "F32": "<f4", "F16": "<f2", "U8": "|u1"}
 SEAL, SEAL_BYTES = "checksum", 32  # name and size of a sealed file's last tensor
 _NAMES = {np.dtype(code): name for name, code in TENSOR_DTYPES.items()}
 _WIDTH = {name: -np.dtype(code).itemsize for name, code in TENSOR_DTYPES.items()}
@@ -40,7 +34,9 @@ _WIDTH = {name: -np.dtype(code).itemsize for name, code in TENSOR_DTYPES.items()
 def write_tensors(
     path: Path, tensors: Mapping[str, Array], metadata: Mapping[str, str], *, sealed: bool = False
 ) -> tuple[int, str]:
-    """One safetensors file, atomically; returns size and sha256. The seal is its last tensor, SEAL."""
+    """Write one safetensors file, whole or not at all; gives its size and sha256. A sealed one ends with its
+    checksum.
+    """
     order = sorted(tensors, key=lambda name: (_WIDTH[_NAMES[tensors[name].dtype]], name))
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     start = 0
@@ -56,6 +52,25 @@ def write_tensors(
     return write_pieces(path, _pieces(text, [tensors[name] for name in order]), sealed=sealed)
 
 
+def _pieces(header: bytes, arrays: list[Array]) -> Iterator[bytes | memoryview]:
+    yield len(header).to_bytes(8, "little")
+    yield header
+    for array in arrays:
+        if array.size:
+            yield memoryview(np.ascontiguousarray(array)).cast("B")  # type: ignore[arg-type]
+
+
+def save_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], *, sealed: bool = False
+) -> None:
+    """Write torch's tensors as a safetensors file, whole or not at all: equal content gives equal bytes."""
+    arrays = {name: tensor.detach().cpu().contiguous().numpy() for name, tensor in tensors.items()}
+    try:
+        write_tensors(path, arrays, metadata, sealed=sealed)
+    except OSError as error:
+        raise AlphaflowError(f"{path}: cannot be written: {error.strerror}. What was there is kept.") from error
+
+
 def seal_holds(path: Path) -> bool:
     """Whether a sealed file still has the bytes that were written."""
     digest, left = hashlib.sha256(), path.stat().st_size - SEAL_BYTES
@@ -66,17 +81,9 @@ def seal_holds(path: Path) -> bool:
         return left == 0 and file.read() == digest.digest()
 
 
-def _pieces(header: bytes, arrays: list[Array]) -> Iterator[bytes | memoryview]:
-    yield len(header).to_bytes(8, "little")
-    yield header
-    for array in arrays:
-        if array.size:
-            yield memoryview(np.ascontiguousarray(array)).cast("B")  # type: ignore[arg-type]
-
-
 @dataclass(frozen=True)
 class TensorPlace:
-    """One tensor in its file."""
+    """Where one tensor lies in its file, and what it is."""
 
     dtype: Any
     shape: tuple[int, ...]
@@ -84,7 +91,7 @@ class TensorPlace:
 
     @property
     def row_bytes(self) -> int:
-        """Of one row: everything behind the first axis."""
+        """The bytes of one row: of everything behind the first axis."""
         return int(np.dtype(self.dtype).itemsize * math.prod(self.shape[1:]))
 
 
@@ -93,8 +100,8 @@ class TensorFile:
     """An open safetensors file, read by position.
 
     It is not memory-mapped: a mapped file that another program cuts short ends the process by SIGBUS, without a line.
-    A read answers a missing byte with an error, and every read ends with a look at the file's size and time, so rows
-    that were written over after the checksums are never trained on. Per row this costs as much as copying it.
+    A read answers a missing byte with an error, and ends with a look at the file's size and time. So rows that were
+    written over after the checksums are never trained on. Per row this costs as much as copying it.
     """
 
     path: Path
@@ -104,16 +111,16 @@ class TensorFile:
     metadata: dict[str, str]
 
     def read(self, name: str) -> Array:
-        """A whole tensor."""
+        """Read a whole tensor."""
         place = self.places[name]
-        found = np.empty(place.shape, place.dtype)
-        if found.size:
-            self._fill(memoryview(found.reshape(-1)).cast("B"), place.start)  # type: ignore[arg-type]
+        array = np.empty(place.shape, place.dtype)
+        if array.size:
+            self._fill(memoryview(array.reshape(-1)).cast("B"), place.start)  # type: ignore[arg-type]
         self.check_unchanged()
-        return found
+        return array
 
     def read_rows(self, name: str, rows: Sequence[int], out: Array, places: Sequence[int]) -> None:
-        """out[places[i]] = row rows[i]; `out` is contiguous."""
+        """out[places[i]] = row rows[i] of tensor `name`; `out` is contiguous."""
         place = self.places[name]
         width, target = place.row_bytes, memoryview(out.reshape(-1)).cast("B")  # type: ignore[arg-type]
         for row, at in zip(rows, places, strict=True):
@@ -128,7 +135,7 @@ class TensorFile:
             os.posix_fadvise(self.handle, start, place.row_bytes, os.POSIX_FADV_WILLNEED)
 
     def check_unchanged(self) -> None:
-        """Nobody wrote to the file since it was opened."""
+        """Raise an error where somebody wrote to the file since it was opened."""
         if stamp_of(self.handle) != self.stamp:
             raise changed(self.path)
 
@@ -178,14 +185,3 @@ def _parse(handle: int, size: int) -> tuple[dict[str, TensorPlace], dict[str, st
             raise ValueError(f"{name} has {end - start} bytes for a shape of {list(shape)}")
         places[name] = TensorPlace(np.dtype(code), shape, start)
     return places, metadata
-
-
-def save_tensors(
-    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], *, sealed: bool = False
-) -> None:
-    """A safetensors file, atomically: equal content gives equal bytes. A sealed one carries its own checksum."""
-    arrays = {name: tensor.detach().cpu().contiguous().numpy() for name, tensor in tensors.items()}
-    try:
-        write_tensors(path, arrays, metadata, sealed=sealed)
-    except OSError as error:
-        raise AlphaflowError(f"{path}: cannot be written: {error.strerror}. What was there is kept.") from error

@@ -1,7 +1,8 @@
 """Words from outside, made harmless: for a terminal, for Markdown, for a code span.
 
-A file's name, a class's name or a server's answer may hold control characters that rewrite the screen, letters that
-turn the reading direction, tags, links, or a megabyte. What is shown is always one bounded run of visible letters.
+A file's name, a class's name or a server's answer may hold anything: control characters that rewrite the screen,
+letters that turn the reading direction, tags, links, or a megabyte. What is shown is always one bounded run of visible
+letters.
 """
 
 import re
@@ -16,7 +17,10 @@ ENTITIES = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
 
 
 def for_terminal(text: object, *, limit: int = 400, lines: bool = False) -> str:
-    """One line of at most `limit` letters; what a terminal would obey is shown as `\\x1b`. `lines` keeps newlines."""
+    """The text as one line of at most `limit` letters; what a terminal would obey is shown as `\\x1b`.
+
+    `lines` keeps its line breaks.
+    """
     shown = shorten(str(text), limit)
     if shown.isprintable():
         return shown
@@ -24,7 +28,7 @@ def for_terminal(text: object, *, limit: int = 400, lines: bool = False) -> str:
 
 
 def for_message(text: str) -> str:
-    """A message that can be read: harmless, long words cut in the middle, at most 40 lines and 4,000 letters."""
+    """Make a message readable: harmless, long words cut in the middle, at most 40 lines and 4,000 letters."""
     shown = re.sub(rf"\S{{{LONGEST_WORD + 1},}}", lambda word: shorten(word[0], LONGEST_WORD), text)
     lines = shown.split("\n")
     if len(lines) > MOST_LINES:
@@ -33,7 +37,7 @@ def for_message(text: str) -> str:
 
 
 def shorten(text: str, most: int) -> str:
-    """The text, cut in the middle to at most `most` letters; the number of those left out stands there."""
+    """Cut a text in the middle to at most `most` letters; the number of those left out stands there."""
     if len(text) <= most:
         return text
     keep = max(most - 25, 2) // 2
@@ -41,20 +45,20 @@ def shorten(text: str, most: int) -> str:
 
 
 def brief(text: object) -> str:
-    """A path or a reason for a message: of several lines the first, of a long one its two ends."""
+    """Shorten a path or a reason for a message: of several lines the first, of a long one its two ends."""
     return shorten((str(text).splitlines() or [type(text).__name__])[0], 200)
 
 
 def for_markdown(text: object, *, limit: int = 400) -> str:
-    """The same words in a line of Markdown or a cell of its table: no tag, link, heading, emphasis or code."""
+    """Make a text safe in a line of Markdown or a cell of its table: no tag, link, heading, emphasis or code."""
     shown = "".join(
         ENTITIES.get(letter, letter) for letter in MARKDOWN.sub(r"\\\g<0>", for_terminal(text, limit=limit))
     )
-    return OPENING.sub(lambda found: f"{found[1]}{found[2][:-1]}\\{found[2][-1]}", shown)
+    return OPENING.sub(lambda mark: f"{mark[1]}{mark[2][:-1]}\\{mark[2][-1]}", shown)
 
 
 def code_span(text: object, *, limit: int = 400) -> str:
-    """The same words as code inside a line of Markdown; backticks in them become apostrophes."""
+    """Write a text as code inside a line of Markdown; backticks in it become apostrophes."""
     return f"`{for_terminal(text, limit=limit).replace('`', chr(39)).strip() or ' '}`"
 
 

@@ -27,7 +27,7 @@ import torch
 from record import record
 
 from alphaflow_cli.data.batches import LatentStream
-from alphaflow_cli.data.manifest import TRANSFORM, AutoencoderRecord, Plan, plan_to_dict
+from alphaflow_cli.data.manifest import TRANSFORM, AutoencoderRecord, StorePlan, plan_to_dict
 from alphaflow_cli.data.writing import finish_store, write_shard
 from alphaflow_cli.files import to_json, write_pieces
 
@@ -56,7 +56,7 @@ def make_store(path: Path, count: int) -> Path:
     images = to_json([])
     source = {"kind": "synthetic", "name": "bench", "images": count, "list_sha256": hashlib.sha256(images).hexdigest()}
     autoencoder = AutoencoderRecord("synthetic", "", "", 8, 0.18215, 0.0, "fp32", None)
-    plan = Plan(source, 256, LATENT, "moments", "float16", False, autoencoder, TRANSFORM, 1000, SHARD)
+    plan = StorePlan(source, 256, LATENT, "moments", "float16", False, autoencoder, TRANSFORM, 1000, SHARD)
     write_pieces(path / "images.json", [images])
     write_pieces(path / "plan.json", [to_json(plan_to_dict(plan))])
     rng = np.random.default_rng(0)

@@ -30,8 +30,8 @@ from torch import Tensor
 from torch_fidelity import FeatureExtractorInceptionV3
 from workload import SIZES
 
-from alphaflow_cli.evaluate.features import build_extractor
 from alphaflow_cli.evaluate.measure import CHUNK
+from alphaflow_cli.evaluate.networks import build_extractor
 from alphaflow_cli.files import sha256_of
 from alphaflow_cli.runtime.precision import true_float32
 from alphaflow_cli.sample.generator import DecoderChoice

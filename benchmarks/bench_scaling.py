@@ -108,7 +108,7 @@ def one_process(rank: int, processes: int, rounds: int, folder: str) -> None:
 
     def step(alpha: float, some: object) -> None:
         net.zero_grad(set_to_none=False)
-        training_step(wrapped, net, some, alpha=alpha, how=plain).loss.div(len(rows.t)).backward()  # type: ignore
+        training_step(wrapped, net, some, alpha=alpha, objective=plain).loss.div(len(rows.t)).backward()  # type: ignore
 
     works = {"fm": lambda turn: lambda: step(1.0, flow), "alpha_zero": lambda turn: lambda: step(0.0, rows)}
     table = paired(works, rounds, "cpu")

@@ -30,31 +30,31 @@ PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # dense bf16 FLOP/s, fr
 Work = Callable[[], object]
 
 
-def ours(net: nn.Module, rows: Rows, alpha: float, how: Objective) -> Tensor:
+def ours(net: nn.Module, rows: Rows, alpha: float, settings: Objective) -> Tensor:
     """The step of the trainer."""
-    return training_step(net, net, rows, alpha=alpha, how=how).loss
+    return training_step(net, net, rows, alpha=alpha, objective=settings).loss
 
 
-def reference(net: nn.Module, rows: Rows, alpha: float, how: Objective) -> Tensor:
+def reference(net: nn.Module, rows: Rows, alpha: float, settings: Objective) -> Tensor:
     """The published way."""
-    return reference_step(net, rows, alpha=alpha, how=how)
+    return reference_step(net, rows, alpha=alpha, objective=settings)
 
 
-def fm(net: nn.Module, rows: Rows, alpha: float, how: Objective) -> Tensor:
+def fm(net: nn.Module, rows: Rows, alpha: float, settings: Objective) -> Tensor:
     """Plain flow matching: one forward and one backward of all rows."""
-    plain = objective(guided=False, bf16=how.bf16)
-    return training_step(net, net, flow_matching(rows), alpha=1.0, how=plain).loss
+    plain = objective(guided=False, bf16=settings.bf16)
+    return training_step(net, net, flow_matching(rows), alpha=1.0, objective=plain).loss
 
 
 VARIANTS = {"fm": fm, "ours": ours, "reference": reference}
 
 
-def work_of(name: str, net: nn.Module, rows: Rows, alpha: float, how: Objective) -> Work:
+def work_of(name: str, net: nn.Module, rows: Rows, alpha: float, settings: Objective) -> Work:
     """Forward and backward, into gradient buffers that stay."""
 
     def work() -> None:
         net.zero_grad(set_to_none=False)
-        VARIANTS[name](net, rows, alpha, how).div(len(rows.t)).backward()  # type: ignore[no-untyped-call]
+        VARIANTS[name](net, rows, alpha, settings).div(len(rows.t)).backward()  # type: ignore[no-untyped-call]
 
     return work
 
@@ -91,7 +91,7 @@ def ratio(table: list[dict[str, float]], above: str, below: str) -> dict[str, fl
 def cell(options: argparse.Namespace, *, alpha: float, share: float, guided: bool) -> dict[str, object]:
     """One row of the table: α, share of r = t rows, guidance."""
     size, dtype = SIZES[options.size], torch.float32
-    how = objective(guided=guided, bf16=options.bf16)
+    settings = objective(guided=guided, bf16=options.bf16)
     net = build(size, seed=options.seed, device=options.device, dtype=dtype)
     nets: dict[str, nn.Module] = {"fm": net, "ours": net, "reference": net}
     if options.compile:
@@ -103,8 +103,8 @@ def cell(options: argparse.Namespace, *, alpha: float, share: float, guided: boo
             seed = options.seed + turn
             rows = draw(size, options.batch, share, seed=seed, device=options.device, dtype=dtype)
             if "compiled" not in name:  # there the number of rows asked must not change
-                rows = asking(rows, how)
-            return work_of(name.split()[0], nets[name], rows, alpha, how)
+                rows = asking(rows, settings)
+            return work_of(name.split()[0], nets[name], rows, alpha, settings)
 
         return make
 

@@ -18,29 +18,29 @@ from torch import Tensor, nn
 from alphaflow_cli.train.step import Objective, Rows, precision
 
 
-def reference_step(net: nn.Module, rows: Rows, *, alpha: float, how: Objective) -> Tensor:
+def reference_step(net: nn.Module, rows: Rows, *, alpha: float, objective: Objective) -> Tensor:
     """The weighted loss, summed over the rows."""
     t, r = rows.t, rows.r
     is_equal = torch.arange(len(t), device=t.device) < rows.n_equal
     z_t = (1 - cube(t)) * rows.x + cube(t) * rows.noise
     v = rows.noise - rows.x
-    with precision(rows.x, how):
-        y = dropped_labels(rows, how)
-        v_guided = guided(net, z_t, v, t, y, how)
+    with precision(rows.x, objective):
+        y = dropped_labels(rows, objective)
+        v_guided = guided(net, z_t, v, t, y, objective)
         target = v_guided.clone()
         later = ~is_equal
         if later.any() and alpha < 1.0:
             part = (z_t[later], v_guided[later], t[later], r[later], y[later])
             target[later] = mean_flow(net, *part) if alpha == 0.0 else between(net, *part, alpha)
-        if alpha > 0.0 and how.loss.clamp > 0.0:
-            target[later] = target[later].clamp(-how.loss.clamp, how.loss.clamp)
+        if alpha > 0.0 and objective.loss.clamp > 0.0:
+            target[later] = target[later].clamp(-objective.loss.clamp, objective.loss.clamp)
         u = net(z_t, t, r, y).to(v.dtype)
     error = (u - target.detach()).square().flatten(1)
-    error = error.mean(1) if how.loss.reduction == "mean" else error.sum(1)
+    error = error.mean(1) if objective.loss.reduction == "mean" else error.sum(1)
     ratio = torch.ones_like(error)
     if alpha > 0.0:
         ratio[later] = alpha
-    return (ratio / (error.detach() + how.loss.c) * error).sum()
+    return (ratio / (error.detach() + objective.loss.c) * error).sum()
 
 
 def cube(t: Tensor) -> Tensor:
@@ -48,23 +48,23 @@ def cube(t: Tensor) -> Tensor:
     return t[:, None, None, None]
 
 
-def dropped_labels(rows: Rows, how: Objective) -> Tensor:
+def dropped_labels(rows: Rows, objective: Objective) -> Tensor:
     """Labels with the null label where they are dropped, inside the interval only."""
-    mix = how.guidance
+    mix = objective.guidance
     y = rows.y.clone()
     inside = (rows.t > mix.t_min) & (rows.t < mix.t_max)
     drop = inside & (rows.uniforms < mix.label_dropout)
-    if how.has_labels and drop.any():
-        y[drop] = how.y_null
+    if objective.has_labels and drop.any():
+        y[drop] = objective.y_null
     return y
 
 
 @torch.no_grad()
-def guided(net: nn.Module, z_t: Tensor, v: Tensor, t: Tensor, y: Tensor, how: Objective) -> Tensor:
+def guided(net: nn.Module, z_t: Tensor, v: Tensor, t: Tensor, y: Tensor, objective: Objective) -> Tensor:
     """ṽ, by separate calls on the rows inside the interval."""
-    mix = how.guidance
+    mix = objective.guidance
     inside = (t > mix.t_min) & (t < mix.t_max)
-    if not how.is_guided or not inside.any():
+    if not objective.is_guided or not inside.any():
         return v
     z, now, label = z_t[inside], t[inside], y[inside]
     mixed = mix.omega * v[inside]
@@ -72,7 +72,7 @@ def guided(net: nn.Module, z_t: Tensor, v: Tensor, t: Tensor, y: Tensor, how: Ob
         mixed = mixed + mix.kappa * net(z, now, now, label).to(v.dtype)
     rest = 1.0 - mix.omega - mix.kappa
     if abs(rest) > 1e-12:
-        mixed = mixed + rest * net(z, now, now, torch.full_like(label, how.y_null)).to(v.dtype)
+        mixed = mixed + rest * net(z, now, now, torch.full_like(label, objective.y_null)).to(v.dtype)
     v_guided = v.clone()
     v_guided[inside] = mixed
     return v_guided

@@ -77,11 +77,13 @@ def draw(size: Size, batch: int, share: float, *, seed: int, device: str, dtype:
     return Rows(x=x, noise=noise, t=t, r=r, y=y.to(device), uniforms=uniforms, n_equal=n_equal)
 
 
-def asking(rows: Rows, how: Objective) -> Rows:
+def asking(rows: Rows, settings: Objective) -> Rows:
     """The same rows, with guidance asking only about those that need it, as the trainer does."""
-    if not how.is_guided:
+    if not settings.is_guided:
         return rows
-    return replace(rows, question=ask(rows.t.cpu(), rows.uniforms.cpu(), rows.n_equal, how.guidance, rows.t.device))
+    return replace(
+        rows, question=ask(rows.t.cpu(), rows.uniforms.cpu(), rows.n_equal, settings.guidance, rows.t.device)
+    )
 
 
 def objective(*, guided: bool, bf16: bool) -> Objective:

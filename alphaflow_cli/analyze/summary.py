@@ -1,6 +1,6 @@
-"""From the lines of single batches to what a reader wants: percentiles of cosines and sizes.
+"""From the lines of single batches to what a reader wants: percentiles of cosines and sizes, and pictures of them.
 
-Pictures of the conflict: cosines over steps, over t − r and over the blocks, and the gradient's size over α.
+The pictures show cosines over steps, over t − r and over the blocks, and the gradient's size over α.
 """
 
 import math
@@ -15,13 +15,19 @@ from alphaflow_cli.files import write_whole
 from alphaflow_cli.train.conflict import PAIRS, TERMS
 
 STRONG = -0.4  # the paper: cos(∇L_TFM, ∇L_TC) is typically below it
+PAIR_NAMES = {"tfm.tc": "cos(TFM, TC)", "tfm.fm": "cos(TFM, FM')", "tc.fm": "cos(TC, FM')"}
+PAIR_COLOURS = {"tfm.tc": RED, "tfm.fm": BLUE, "tc.fm": ORANGE}
+SIZES = {"adaptive": ("published", RED), "converging": ("converging", GREEN)}
+LOWEST = 0.002  # where α = 0 stands on a logarithmic axis
 
-Measurement = Mapping[str, Any]
+BatchLine = Mapping[str, Any]
 Products = Mapping[str, float]
+Summary = dict[str, Any]
+CosinePoints = list[tuple[float, Any]]  # (x, cosines of one summary, bin or group)
 
 
-def summarise(lines: Sequence[Measurement]) -> dict[str, Any]:
-    """Everything that `analyze` tells about one checkpoint."""
+def summarise(lines: Sequence[BatchLine]) -> dict[str, Any]:
+    """Summarise a checkpoint's batches: percentiles of all, of each group of tensors, of each bin of t − r."""
     totals = [{name: sum(groups.values()) for name, groups in line["products"].items()} for line in lines]
     groups = list(lines[0]["products"]["tfm.tc"]) if lines else []
     cosines = _cosines(totals)
@@ -40,7 +46,7 @@ def summarise(lines: Sequence[Measurement]) -> dict[str, Any]:
 
 
 def spread(values: Iterable[float | None]) -> dict[str, float | int | None]:
-    """Percentiles 5, 50 and 95 (linear between order statistics), mean, and how many values there were."""
+    """Percentiles 5, 50 and 95 (linear between order statistics), mean and count of the values that are known."""
     known = sorted(value for value in values if value is not None and math.isfinite(value))
     if not known:
         return {"p5": None, "p50": None, "p95": None, "mean": None, "count": 0}
@@ -49,7 +55,7 @@ def spread(values: Iterable[float | None]) -> dict[str, float | int | None]:
 
 
 def percentile(ordered: Sequence[float], share: float) -> float:
-    """Of sorted values."""
+    """The value below which `share` of the sorted values lie, linear between two of them."""
     place = share * (len(ordered) - 1)
     low = math.floor(place)
     high = min(low + 1, len(ordered) - 1)
@@ -57,8 +63,8 @@ def percentile(ordered: Sequence[float], share: float) -> float:
 
 
 def _pair(products: Iterable[Products], a: str, b: str) -> list[float | None]:
-    found = (cosine([p[f"{a}.{b}"]], [p[f"{a}.{a}"]], [p[f"{b}.{b}"]]) for p in products)
-    return [value if math.isfinite(value) else None for value in found]
+    cosines = (cosine([p[f"{a}.{b}"]], [p[f"{a}.{a}"]], [p[f"{b}.{b}"]]) for p in products)
+    return [value if math.isfinite(value) else None for value in cosines]
 
 
 def _cosines(products: Sequence[Products]) -> dict[str, Any]:
@@ -66,23 +72,23 @@ def _cosines(products: Sequence[Products]) -> dict[str, Any]:
 
 
 def _norms(products: Sequence[Products]) -> dict[str, Any]:
-    """Of the three gradients, and of MeanFlow's, which is the sum of the first two."""
-    found = {name: spread(math.sqrt(p[f"{name}.{name}"]) for p in products) for name in TERMS}
+    """Norms of the three gradients, and of MeanFlow's, which is the sum of the first two."""
+    norms = {name: spread(math.sqrt(p[f"{name}.{name}"]) for p in products) for name in TERMS}
     whole = (p["tfm.tfm"] + 2 * p["tfm.tc"] + p["tc.tc"] for p in products)
-    return found | {"mean_flow": spread(math.sqrt(max(square, 0.0)) for square in whole)}
+    return norms | {"mean_flow": spread(math.sqrt(max(square, 0.0)) for square in whole)}
 
 
-def _losses(lines: Sequence[Measurement]) -> dict[str, Any]:
+def _losses(lines: Sequence[BatchLine]) -> dict[str, Any]:
     return {name: spread(line["losses"][name] for line in lines) for name in TERMS}
 
 
-def _of_group(lines: Sequence[Measurement], group: str) -> dict[str, Any]:
+def _of_group(lines: Sequence[BatchLine], group: str) -> dict[str, Any]:
     products = [{name: groups[group] for name, groups in line["products"].items()} for line in lines]
     return {"cosines": _cosines(products), "norms": _norms(products)}
 
 
-def _of_bin(lines: Sequence[Measurement], number: int) -> dict[str, Any]:
-    """One range of t − r; batches without a row in it have no say."""
+def _of_bin(lines: Sequence[BatchLine], number: int) -> dict[str, Any]:
+    """Summarise one bin of t − r; batches without a row in it do not count."""
     bins, count = [line["bins"][number] for line in lines], len(lines[0]["bins"])
     filled = [each for each in bins if each["rows"]]
     products = [each["products"] for each in filled]
@@ -96,27 +102,21 @@ def _of_bin(lines: Sequence[Measurement], number: int) -> dict[str, Any]:
     }
 
 
-def _sizes(found: Sequence[Mapping[str, Sequence[Mapping[str, float]]]]) -> dict[str, list[dict[str, Any]]]:
+def _sizes(measured: Sequence[Mapping[str, Sequence[Mapping[str, float]]]]) -> dict[str, list[dict[str, Any]]]:
     """Weight → per α the spread of the relative size and of the cosine to MeanFlow's gradient."""
 
     def over_batches(kind: str, place: int) -> dict[str, Any]:
-        entries = [each[kind][place] for each in found]
+        entries = [each[kind][place] for each in measured]
         return {"alpha": entries[0]["alpha"], **{n: spread(entry[n] for entry in entries) for n in ("size", "cosine")}}
 
-    return {kind: [over_batches(kind, i) for i in range(len(found[0][kind]))] for kind in (found[0] if found else ())}
-
-
-NAMES = {"tfm.tc": "cos(TFM, TC)", "tfm.fm": "cos(TFM, FM')", "tc.fm": "cos(TC, FM')"}
-COLOURS = {"tfm.tc": RED, "tfm.fm": BLUE, "tc.fm": ORANGE}
-SIZES = {"adaptive": ("published", RED), "converging": ("converging", GREEN)}
-LOWEST = 0.002  # where α = 0 stands on a logarithmic axis
-
-Summary = dict[str, Any]
-Points = list[tuple[float, Any]]  # (x, cosines of one summary, bin or group)
+    return {
+        kind: [over_batches(kind, i) for i in range(len(measured[0][kind]))]
+        for kind in (measured[0] if measured else ())
+    }
 
 
 def write_charts(out: Path, summaries: Sequence[Summary]) -> list[Path]:
-    """Every picture that there are numbers for; the last checkpoint's where a picture shows one."""
+    """Write every picture that there are numbers for; one of a single checkpoint shows the last."""
     charts = {"bins": bins_chart(summaries[-1]), "blocks": blocks_chart(summaries[-1])}
     if summaries[-1]["sizes"]:
         charts["alpha"] = sizes_chart(summaries[-1])
@@ -131,13 +131,13 @@ def write_charts(out: Path, summaries: Sequence[Summary]) -> list[Path]:
 
 
 def subtitle(summary: Summary) -> str:
-    """What was measured, in a few words."""
+    """The line below a picture's title: recipe, step and how much was measured."""
     size = f"{summary['batches']} batches of {summary['rows_per_batch']} rows"
     return f"{summary['recipe']}, step {summary['step']}, {size}"
 
 
 def steps_chart(summaries: Sequence[Summary]) -> Chart:
-    """Cosines along a run."""
+    """Draw the cosines of a run's checkpoints over their steps."""
     points = [(float(each["step"] or 0), each["cosines"]) for each in summaries]
     last = summaries[-1]
     return Chart(
@@ -149,7 +149,7 @@ def steps_chart(summaries: Sequence[Summary]) -> Chart:
 
 
 def bins_chart(summary: Summary) -> Chart:
-    """Cosines over the interval t − r."""
+    """Draw a checkpoint's cosines over the interval t − r."""
     points = [((each["from"] + each["to"]) / 2, each["cosines"]) for each in summary["bins"]]
     edges = sorted({edge for each in summary["bins"] for edge in (each["from"], each["to"])})
     return Chart(
@@ -163,7 +163,7 @@ def bins_chart(summary: Summary) -> Chart:
 
 
 def blocks_chart(summary: Summary) -> Chart:
-    """Cosines in each block of the network."""
+    """Draw a checkpoint's cosines in each block of the network."""
     blocks = {name: group for name, group in summary["groups"].items() if name.startswith("blocks.")}
     points = [(float(name.split(".")[1]), group["cosines"]) for name, group in blocks.items()]
     return Chart(
@@ -175,10 +175,10 @@ def blocks_chart(summary: Summary) -> Chart:
     )
 
 
-def cosine_panels(points: Points, *, bars: bool = False) -> list[Panel]:
-    """One panel per pair of gradients: the median over batches, and how far its 5th and 95th percentiles lie apart."""
+def cosine_panels(points: CosinePoints, *, bars: bool = False) -> list[Panel]:
+    """One panel per pair of gradients: the median over batches, and the range of its 5th to 95th percentiles."""
     panels = []
-    for pair, colour in COLOURS.items():
+    for pair, colour in PAIR_COLOURS.items():
         measured = [(x, cosines[pair]) for x, cosines in points if cosines[pair]["p50"] is not None]
         medians = [(x, each["p50"]) for x, each in measured]
         spread = [(x, each["p5"], each["p95"]) for x, each in measured]
@@ -187,12 +187,12 @@ def cosine_panels(points: Points, *, bars: bool = False) -> list[Panel]:
             if bars
             else Line("median", medians, colour, markers=True, spread=spread, spread_label="5% to 95%")
         )
-        panels.append(Panel(NAMES[pair], [line], (-1.0, 1.0), height=150))
+        panels.append(Panel(PAIR_NAMES[pair], [line], (-1.0, 1.0), height=150))
     return panels
 
 
 def sizes_chart(summary: Summary) -> Chart:
-    """The weighted gradient over α, against MeanFlow's: its size, and its direction."""
+    """Draw the weighted gradient over α against MeanFlow's: its size and its direction."""
     panels = [
         _over_alpha(summary, "size", "relative size"),
         _over_alpha(summary, "cosine", "cosine"),

@@ -88,7 +88,7 @@ class Chart:
 
 
 def show_number(value: float, digits: int = 4) -> str:
-    """A number as short as it goes beside an axis: 150k, 1.2M, 0.25, 5e-5."""
+    """Write a number beside an axis as briefly as possible: 150k, 1.2M, 0.25, 5e-5."""
     size = abs(value)
     if size == 0:
         return "0"

@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+CurvePoints = list[tuple[float, float]]
+Spread = list[tuple[float, float, float]]  # x, low, high
 SCALE = 2  # pixels of a PNG to a pixel of the page
 FONT = "Helvetica Neue, Helvetica, Arial, sans-serif"  # of an SVG that stands alone; within a page, the page's own
 LOOK: dict[Any, Any] = {  # matplotlib's settings while a chart is drawn; one of its points is one pixel of the page
@@ -85,7 +87,7 @@ DARK_STYLE = (  # for a style sheet: matplotlib writes every colour as a style, 
 
 
 def to_png(chart: Chart) -> bytes:
-    """The chart in its light form, at twice its width in pixels."""
+    """Draw the chart in its light form as a PNG that is twice as wide as the chart, in pixels."""
     with _settings(chart):
         out = io.BytesIO()
         _figure(chart).savefig(out, format="png", dpi=72 * SCALE, metadata={"Software": None})
@@ -93,24 +95,29 @@ def to_png(chart: Chart) -> bytes:
 
 
 def to_svg(chart: Chart) -> str:
-    """A file of its own, which follows the reader's light or dark colours. Its words stay words."""
+    """Draw the chart as an SVG file that stands alone. It follows the reader's light or dark colours; its words stay
+    words.
+    """
     return _svg(chart, f' font-family="{FONT}"', f"<style>{DARK_STYLE}</style>")
 
 
 def to_svg_element(chart: Chart) -> str:
-    """For a page whose style sheet contains DARK_STYLE: letters and colours follow the page."""
+    """Draw the chart as an element of an HTML page, whose letters and colours it takes over.
+
+    The page's style sheet must contain DARK_STYLE.
+    """
     return _svg(chart, "", "")
 
 
 def _svg(chart: Chart, attributes: str, style: str) -> str:
-    """matplotlib's drawing in a frame of ours: without its header, names of groups, fonts and needless digits."""
+    """Put matplotlib's drawing into a frame of ours, without its header, names of groups, fonts and needless digits."""
     with _settings(chart):
         out, figure = io.StringIO(), _figure(chart)
         figure.savefig(out, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
         width, height = (round(72 * inches) for inches in figure.get_size_inches())
-    found = re.search(r"<svg[^>]*>\s*<defs>\s*<style.*?</defs>(.*)</svg>", out.getvalue(), re.DOTALL)
-    assert found is not None, "matplotlib writes SVG in another form"
-    body = re.sub(r'<g id="[^"]*"(/>)?', lambda group: "" if group[1] else "<g", found[1])
+    drawing = re.search(r"<svg[^>]*>\s*<defs>\s*<style.*?</defs>(.*)</svg>", out.getvalue(), re.DOTALL)
+    assert drawing is not None, "matplotlib writes SVG in another form"
+    body = re.sub(r'<g id="[^"]*"(/>)?', lambda group: "" if group[1] else "<g", drawing[1])
     body = re.sub(r"<[^>]*>", lambda tag: re.sub(r"(\.\d\d)\d+", r"\1", tag[0]), body)
     body = re.sub(r"; font-family: [^;\"]*|; stroke-linecap: square", "", body)
     body = re.sub(r' transform="rotate\(-0 [^"]*"', "", body)
@@ -124,7 +131,7 @@ def _svg(chart: Chart, attributes: str, style: str) -> str:
 
 @contextmanager
 def _settings(chart: Chart) -> Iterator[None]:
-    """Our look on matplotlib's defaults, and nothing on stderr about its caches and fonts."""
+    """Set our look on matplotlib's defaults while a chart is drawn, and keep its notes on fonts off stderr."""
     log = logging.getLogger("matplotlib")
     level = log.level
     log.setLevel(logging.CRITICAL)
@@ -142,7 +149,7 @@ def _settings(chart: Chart) -> Iterator[None]:
 
 
 def _figure(chart: Chart) -> "Figure":
-    """The whole chart, from top to bottom."""
+    """Lay the whole chart out, from top to bottom."""
     from matplotlib.figure import Figure
 
     room = chart.width - LEFT - RIGHT
@@ -173,13 +180,13 @@ def _figure(chart: Chart) -> "Figure":
 
 
 def _write(figure: "Figure", x: float, y: float, text: str, **style: Any) -> None:
-    """Words on a line that is y pixels below the upper edge."""
+    """Write words on a line that is `y` pixels below the upper edge of the figure."""
     width, height = figure.bbox.size
     figure.text(x / width, 1 - y / height, clean(text), **style)
 
 
 def _draw_x_labels(figure: "Figure", chart: Chart, axis: Axis, bottom: float) -> None:
-    """Below the last panel: the numbers for which there is room, and what they count."""
+    """Write the x axis's numbers, as many as there is room for, and its label below the last panel."""
     transform, taken = figure.axes[-1].transData, 0.0
     for x in axis.ticks:
         half = width_of(show_number(x, 5), SMALL) / 2
@@ -191,7 +198,7 @@ def _draw_x_labels(figure: "Figure", chart: Chart, axis: Axis, bottom: float) ->
 
 
 def _draw_panel(axes: "Axes", chart: Chart, panel: Panel, head: Head, x_axis: Axis) -> None:
-    """Axes, bands, curves and bars in the order of the description, and the legend above the data."""
+    """Draw one panel: axes, bands, curves and bars in the order of the description, and the legend above the data."""
     y_axis = layout.y_axis(panel)
     axes.set(xscale="log" if x_axis.log else "linear", yscale="log" if y_axis.log else "linear")
     axes.set(xlim=(x_axis.low, x_axis.high), ylim=(y_axis.low, y_axis.high))
@@ -218,7 +225,7 @@ def _draw_panel(axes: "Axes", chart: Chart, panel: Panel, head: Head, x_axis: Ax
 
 
 def _draw_bands(axes: "Axes", chart: Chart, head: Head) -> None:
-    """Shaded through the panel; above the first one in a strip with their names, as far as these find room."""
+    """Shade the bands through a panel. Above the first panel their names stand in a strip, as far as they find room."""
     (low, high), (width, height) = axes.get_xlim(), axes.bbox.size
     for band in chart.bands:
         first, last = (min(max(x, low), high) for x in (band.first, band.last))
@@ -230,12 +237,8 @@ def _draw_bands(axes: "Axes", chart: Chart, head: Head) -> None:
             axes.text(middle, 1 + 6 / height, fitting[0], ha="center", transform=axes.get_xaxis_transform())
 
 
-Points = list[tuple[float, float]]
-Spread = list[tuple[float, float, float]]
-
-
-def _draw_bars(axes: "Axes", bars: Bars, points: Points, spread: Spread) -> None:
-    """A bar per point, a whisker per spread."""
+def _draw_bars(axes: "Axes", bars: Bars, points: CurvePoints, spread: Spread) -> None:
+    """Draw a bar for each point, and a whisker for each spread."""
     xs, heights = [x for x, _ in points], [y for _, y in points]
     axes.bar(xs, heights, 0.6, color=bars.colour, linewidth=0, label=clean(bars.label))
     if spread:
@@ -243,8 +246,11 @@ def _draw_bars(axes: "Axes", bars: Bars, points: Points, spread: Spread) -> None
         axes.vlines(around, lows, highs, color=INK, linewidth=2, zorder=3, label=clean(bars.spread_label))
 
 
-def _draw_curve(axes: "Axes", line: Line, points: Points, spread: Spread) -> None:
-    """A line through the points, dots where it has markers or a point has no neighbour, and its spread in shade."""
+def _draw_curve(axes: "Axes", line: Line, points: CurvePoints, spread: Spread) -> None:
+    """Draw a line through the points, and its spread as a shade around it.
+
+    A point gets a dot if the line has markers, or if the point has no neighbour.
+    """
     if spread:
         xs, lows, highs = zip(*spread, strict=True)
         label = clean(line.spread_label)
@@ -257,8 +263,11 @@ def _draw_curve(axes: "Axes", line: Line, points: Points, spread: Spread) -> Non
     axes.plot([x for x, _ in dots], [y for _, y in dots], "o", color=line.colour, zorder=4)
 
 
-def _draw_values(axes: "Axes", points: Points) -> None:
-    """On the side of each point from which the curve bends away, as far as there is room."""
+def _draw_values(axes: "Axes", points: CurvePoints) -> None:
+    """Write the values beside the points of a curve, as far as there is room.
+
+    Each stands on the side from which the curve bends away.
+    """
     box, taken = {"facecolor": PAPER, "linewidth": 0, "pad": 1}, axes.bbox.x0  # the box hides the grid
     for i, (x, y) in enumerate(points):
         if not math.isfinite(y):

@@ -17,12 +17,12 @@ HUGE = 1e150  # larger values are drawn as this one: differences must stay finit
 
 
 def clean(text: str) -> str:
-    """Without characters that no picture can show and no XML may hold."""
+    """Replace characters that no picture can show and no XML may hold by spaces."""
     return "".join(letter if letter.isprintable() else " " for letter in text)
 
 
 def width_of(text: str, size: float, *, bold: bool = False) -> float:
-    """Pixels of a line of words."""
+    """Measure a line of words in pixels."""
     from matplotlib.font_manager import FontProperties
     from matplotlib.textpath import text_to_path
 
@@ -31,7 +31,7 @@ def width_of(text: str, size: float, *, bold: bool = False) -> float:
 
 
 def wrapped(text: str, size: float, room: float, *, bold: bool = False) -> list[str]:
-    """The words in as many lines as they need."""
+    """Break a text into as many lines as it needs to fit into `room` pixels."""
     lines: list[str] = []
     for word in clean(text).split():
         if lines and width_of(f"{lines[-1]} {word}", size, bold=bold) <= room:
@@ -58,7 +58,10 @@ class Head:
 
 
 def head_of(panel: Panel, room: float, *, strip: bool) -> Head:
-    """There is a legend where there is something to tell apart; a lone curve is named by the panel's title."""
+    """Plan what stands above a panel.
+
+    There is a legend where there is something to tell apart; a lone curve is named by the panel's title.
+    """
     labels = [word for line in panel.lines for word in (line.label, line.spread_label if line.spread else "") if word]
     labels = labels if len(panel.lines) > 1 or any(line.spread for line in panel.lines) else []
     widths = [HANDLE + width_of(word, SMALL) + BETWEEN for word in labels]
@@ -70,7 +73,7 @@ def head_of(panel: Panel, room: float, *, strip: bool) -> Head:
 
 @dataclass(frozen=True)
 class Axis:
-    """The range that is shown, and the values that get a number."""
+    """The range of values that an axis shows, and the values that get a number."""
 
     low: float
     high: float
@@ -78,13 +81,16 @@ class Axis:
     log: bool
 
     def clamp(self, value: float) -> float:
-        """A value that can be drawn, at the edge where it lies beyond; nan, which leaves a gap, where there is none."""
+        """The value to draw: the edge for one beyond it; nan, which leaves a gap, for one that cannot be drawn."""
         drawable = math.isfinite(value) and (value > 0 or not self.log)
         return min(max(value, self.low), self.high) if drawable else math.nan
 
 
 def x_axis(chart: Chart) -> Axis:
-    """With some room at both ends where there are dots or bars, and whole numbers where every x is one."""
+    """Choose the range and the numbers of the x axis.
+
+    There is some room at both ends where there are dots or bars. The numbers are whole where every x is.
+    """
     lines = [line for panel in chart.panels for line in panel.lines]
     xs = [x for line in lines for x, _ in line.points]
     dots = any(isinstance(line, Line) and line.markers for line in lines)
@@ -98,7 +104,10 @@ def x_axis(chart: Chart) -> Axis:
 
 
 def y_axis(panel: Panel) -> Axis:
-    """Around curves, spreads and bars, with room for the values beside the points where these are shown."""
+    """Choose the range and the numbers of a panel's y axis, around its curves, spreads and bars.
+
+    There is more room where values are written beside the points.
+    """
     values = [y for line in panel.lines for _, y in line.points]
     values += [y for line in panel.lines for _, *ends in line.spread for y in ends]
     values += [0.0 for line in panel.lines if isinstance(line, Bars)]
@@ -115,7 +124,10 @@ def shows_values(panel: Panel) -> bool:
 
 
 def _fit(values: Sequence[float], *, log: bool, share: float) -> tuple[float, float]:
-    """A range around all that can be drawn, with this share of it as room at both ends; one value gets a range too."""
+    """Choose a range around all that can be drawn, with this share of it as room at both ends.
+
+    A single value gets a range, too.
+    """
     smallest = 1 / HUGE if log else -HUGE
     inside = [min(max(v, smallest), HUGE) for v in values if math.isfinite(v) and (v > 0 or not log)] or [0.1, 1.0]
     low, high = min(inside), max(inside)
@@ -129,7 +141,7 @@ def _fit(values: Sequence[float], *, log: bool, share: float) -> tuple[float, fl
 
 
 def _ticks(low: float, high: float, count: int, *, log: bool = False, whole: bool = False) -> list[float]:
-    """Round values within the range, about `count` at most."""
+    """Choose round values within the range, about `count` at most."""
     from matplotlib.ticker import MaxNLocator
 
     if log:
@@ -142,5 +154,5 @@ def _ticks(low: float, high: float, count: int, *, log: bool = False, whole: boo
         if len(inside) > 2:
             return inside[:: math.ceil(len(inside) / count)]
     slack = 1e-9 * (high - low)
-    found = MaxNLocator(count, steps=[1, 2, 2.5, 5, 10], integer=whole).tick_values(low, high)
-    return [0.0 if abs(v) < slack else float(v) for v in found if low - slack <= v <= high + slack]
+    around = MaxNLocator(count, steps=[1, 2, 2.5, 5, 10], integer=whole).tick_values(low, high)
+    return [0.0 if abs(v) < slack else float(v) for v in around if low - slack <= v <= high + slack]

@@ -1,1 +1,1 @@
-"""One verb, one file: parse, check paths, call one engine function, print."""
+"""One verb, one file: parse, check paths, call one function of the verb's room, print."""

@@ -23,7 +23,7 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 class WholeWithin(click.ParamType):  # type: ignore[type-arg]
-    """A whole number within bounds; where they are passed they are named, and nowhere else: the help stays short."""
+    """A whole number within bounds. Only a value that passes them is told what they are: the help stays short."""
 
     name = "integer"
 
@@ -39,7 +39,7 @@ class WholeWithin(click.ParamType):  # type: ignore[type-arg]
 
 
 class NumberWithin(click.ParamType):  # type: ignore[type-arg]
-    """A number within bounds; NaN is not, though it passes every comparison of click's own range."""
+    """A number within bounds. It refuses NaN, which passes every comparison of click's own range."""
 
     name = "float"
 
@@ -69,7 +69,7 @@ GUIDANCE = NumberWithin(-1000, 1000)
 
 
 class Destination(click.Path):
-    """A path that will be written: refused before the work where it could not be, after hours of it."""
+    """A path that will be written. Where it could not be, it is refused before the work, not after hours of it."""
 
     def __init__(self, *, is_folder: bool = False, may_be_folder: bool = False, holds_weights: bool = False) -> None:
         super().__init__(path_type=Path, file_okay=not is_folder, dir_okay=is_folder or may_be_folder)
@@ -112,7 +112,7 @@ class Destination(click.Path):
 
 
 def _mode_of(path: Path) -> int | None:
-    """Of what the path leads to; None where there is nothing."""
+    """The mode of what a path leads to; None where there is nothing."""
     try:
         return path.stat().st_mode
     except FileNotFoundError:
@@ -120,7 +120,7 @@ def _mode_of(path: Path) -> int | None:
 
 
 def complete_recipe(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    """The shipped names, and files."""
+    """Complete a RECIPE in the shell: by the names of the shipped recipes, and by files."""
     from alphaflow_cli.recipe import shipped
 
     names = [CompletionItem(name) for name in shipped() if name.startswith(incomplete)]
@@ -128,12 +128,12 @@ def complete_recipe(ctx: click.Context, param: click.Parameter, incomplete: str)
 
 
 def recipe_argument(function: Command) -> Command:
-    """RECIPE: a shipped recipe's name or a file; the names complete in the shell."""
+    """Add the argument RECIPE: a shipped recipe's name or a file."""
     return click.argument("recipe", shell_complete=complete_recipe)(function)
 
 
 def set_option(function: Command) -> Command:
-    """`--set a.b=value`, repeatable; the command receives the tuple `sets`."""
+    """Add `--set a.b=value`, which may be repeated; the command receives the tuple `sets`."""
     help_text = "Change one value of the recipe (again for another); checked as if it stood in the file."
     return click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help=help_text)(function)
 
@@ -143,37 +143,40 @@ def json_option(function: Command) -> Command:
 
 
 def autoencoder_option(function: Command) -> Command:
-    """`--autoencoder`, of `sample` and `eval`."""
+    """Add `--autoencoder ID|DIR`, which `sample` and `eval` decode with."""
     help_text = "Decode with this one: a folder or Hub id. Default: the checkpoint's."
     return click.option("--autoencoder", default="", help=help_text)(function)
 
 
 def decoder_option(function: Command) -> Command:
-    """`--decoder auto|fp32|bf16`, of `sample` and `eval`."""
+    """Add `--decoder auto|fp32|bf16`, the precision in which `sample` and `eval` decode."""
     help_text = "Precision of the autoencoder's decoder. auto: bf16 on a GPU, fp32 on a CPU."
     choice = click.Choice(["auto", "fp32", "bf16"])
     return click.option("--decoder", type=choice, default="auto", show_default=True, help=help_text)(function)
 
 
 def command_line() -> Sequence[str]:
-    """The arguments of the command that is running, for processes that run it too: `cli.run` may be anybody's."""
+    """The arguments of the command that is running, to start more processes of it.
+
+    sys.argv is no source for them: any program may call `cli.run`.
+    """
     arguments: Sequence[str] = click.get_current_context().find_root().obj
     return arguments
 
 
 def examples(*lines: str) -> str:
-    """An epilog that shows command lines; a test runs each of them."""
+    """Make the end of a help page that shows command lines; a test runs each of them."""
     return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
 
 
 def print_json(document: object) -> None:
-    """What a terminal would obey is escaped, which means the same in JSON."""
+    """Print a document as JSON. What a terminal would obey is escaped, which means the same in JSON."""
     text = json.dumps(document, ensure_ascii=False, indent=2)
     click.echo(text if text.replace("\n", "").isprintable() else re.sub(UNSAFE, _escaped, text))
 
 
-def _escaped(found: re.Match[str]) -> str:
-    return json.dumps(found[0])[1:-1]
+def _escaped(unsafe: re.Match[str]) -> str:
+    return json.dumps(unsafe[0])[1:-1]
 
 
 def tell(text: str, *, err: bool = False) -> None:
@@ -182,7 +185,7 @@ def tell(text: str, *, err: bool = False) -> None:
 
 
 def print_table(rows: Sequence[tuple[str, ...]], *, head: tuple[str, ...] = ()) -> None:
-    """Columns as wide as their widest cell; the first row is the head where one is given."""
+    """Print rows in columns as wide as their widest cell, with `head` above them if it is given."""
     shown = [tuple(for_terminal(cell, limit=LONGEST) for cell in row) for row in ([head, *rows] if head else rows)]
     widths = [max(len(row[i]) for row in shown) for i in range(len(shown[0]))] if shown else []
     for row in shown:

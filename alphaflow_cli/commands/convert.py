@@ -100,15 +100,15 @@ def _export(source: Path, out: Path, autoencoder: str | None, template: str | No
 
 
 def _report(outcome: "Outcome", as_json: bool) -> None:
-    """What stood in the file, what did not, and the path."""
+    """Print the path on stdout, and on stderr what stood in the file and what did not."""
     if as_json:
         facts = {"path": str(outcome.path), "family": outcome.family, "weights": outcome.weights}
         beside = str(outcome.autoencoder) if outcome.autoencoder else None
-        details = {"said": outcome.said, "filled": outcome.filled, "unread": list(outcome.unread)}
+        details = {"said": outcome.stated, "filled": outcome.filled, "unread": list(outcome.unread)}
         print_json({**facts, **details, "autoencoder": beside})
         return
     lines = [f"{outcome.family} checkpoint, {outcome.weights} weights"]
-    lines += [f"  said by the file   {key}: {value}" for key, value in outcome.said.items()]
+    lines += [f"  said by the file   {key}: {value}" for key, value in outcome.stated.items()]
     lines += [f"  not in the file    {key}: {value}" for key, value in outcome.filled.items()]
     if outcome.unread:
         lines.append(f"  not read           {', '.join(outcome.unread)}")

@@ -17,33 +17,33 @@ def command(as_json: bool) -> None:
     """
     from alphaflow_cli.doctor import examine
 
-    found = examine()
+    report = examine()
     if as_json:
-        print_json(found)
+        print_json(report)
         return
-    for what, text in _lines(found):
+    for what, text in _lines(report):
         click.echo(f"{what:11}{text}")
     click.echo()
-    for problem in found["problems"]:
+    for problem in report["problems"]:
         click.echo(f"- {problem}")
-    click.echo("Nothing stands in the way." if not found["problems"] else f"{len(found['problems'])} things to know.")
+    click.echo("Nothing stands in the way." if not report["problems"] else f"{len(report['problems'])} things to know.")
 
 
-def _lines(found: dict[str, Any]) -> list[tuple[str, str]]:
-    packages = ", ".join(f"{name} {number or 'MISSING'}" for name, number in found["packages"].items())
+def _lines(report: dict[str, Any]) -> list[tuple[str, str]]:
+    packages = ", ".join(f"{name} {number or 'MISSING'}" for name, number in report["packages"].items())
     rows = [
-        ("alphaflow", f"{found['alphaflow']}, Python {found['python']}, {found['platform']}"),
+        ("alphaflow", f"{report['alphaflow']}, Python {report['python']}, {report['platform']}"),
         ("packages", packages),
     ]
-    cards = [f"{card['name']}, {card['bytes'] / 2**30:.0f} GiB" for card in found["devices"]["cuda"]]
-    rows.append(("devices", "; ".join([*cards, *(["Apple GPU"] if found["devices"]["mps"] else [])]) or "no GPU"))
-    rows.append(("", f"{found['devices']['cpu_cores']} CPU cores"))
-    for i, entry in enumerate(found["weights"]):
+    cards = [f"{card['name']}, {card['bytes'] / 2**30:.0f} GiB" for card in report["devices"]["cuda"]]
+    rows.append(("devices", "; ".join([*cards, *(["Apple GPU"] if report["devices"]["mps"] else [])]) or "no GPU"))
+    rows.append(("", f"{report['devices']['cpu_cores']} CPU cores"))
+    for i, entry in enumerate(report["weights"]):
         state = "present" if entry["present"] else "missing"
         rows.append(("" if i else "weights", f"{state}  {entry['what']} ({entry['for']})"))
-    for i, cache in enumerate(found["caches"]):
+    for i, cache in enumerate(report["caches"]):
         locked = "" if cache["writable"] else ", not writable"
         rows.append(("" if i else "caches", f"{cache['what']}: {cache['path']}{locked}"))
-    rows.append(("disk", f"{found['free_bytes'] / 1e9:.0f} GB free in the current folder"))
-    token = "a token is set" if found["hub"]["token"] else "no token"
-    return [*rows, ("hub", token + (", offline (HF_HUB_OFFLINE)" if found["hub"]["offline"] else ""))]
+    rows.append(("disk", f"{report['free_bytes'] / 1e9:.0f} GB free in the current folder"))
+    token = "a token is set" if report["hub"]["token"] else "no token"
+    return [*rows, ("hub", token + (", offline (HF_HUB_OFFLINE)" if report["hub"]["offline"] else ""))]

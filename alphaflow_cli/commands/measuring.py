@@ -1,29 +1,27 @@
 """What `eval` and `reference` share on the command line: metrics, weights, batch."""
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import get_args
 
 import click
 
-from alphaflow_cli.commands.common import BATCH
+from alphaflow_cli.commands.common import BATCH, Command
 from alphaflow_cli.recipe.schema import Metric
 
-Command = TypeVar("Command", bound=Callable[..., Any])
 Metrics = tuple[Metric, ...]
 Weights = dict[str, Path]
 NETWORKS = ("inception", "dinov2", "clip")
 
 
 def metrics_option(function: Command) -> Command:
-    """`--metrics fid,fdd`; the command receives a tuple, empty where it was left out."""
+    """Add `--metrics fid,fdd`; the command receives a tuple, which is empty where the option was left out."""
     names = ", ".join(get_args(Metric))
     option = click.option("--metrics", callback=_parse_metrics, metavar="NAME,...", help=f"Of {names}.")
     return option(function)
 
 
 def weights_option(function: Command) -> Command:
-    """`--weights inception=FILE`, repeatable."""
+    """Add `--weights inception=FILE`, which may be repeated; the command receives a table of files by network."""
     text = "Weights of a feature network where they are in no usual place; again for another."
     return click.option("--weights", multiple=True, callback=_parse_weights, metavar="NETWORK=FILE", help=text)(
         function
@@ -31,7 +29,7 @@ def weights_option(function: Command) -> Command:
 
 
 def batch_option(function: Command) -> Command:
-    """`--batch N`."""
+    """Add `--batch N`, the number of pictures that a feature network sees at once."""
     text = "Pictures at a time through a network; changes no number."
     return click.option("--batch", type=BATCH, default=64, show_default=True, help=text)(function)
 
@@ -46,10 +44,10 @@ def _parse_metrics(ctx: click.Context, param: click.Parameter, value: str | None
 
 
 def _parse_weights(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) -> Weights:
-    found: Weights = {}
+    files: Weights = {}
     for each in value:
         network, _, file = each.partition("=")
         if network not in NETWORKS or not file:
             raise click.BadParameter(f"{each!r}: write NETWORK=FILE, the network one of {', '.join(NETWORKS)}")
-        found[network] = Path(file)
-    return found
+        files[network] = Path(file)
+    return files

@@ -16,14 +16,14 @@ EPILOG = examples(
 
 
 def check_licence(_context: click.Context, _parameter: click.Parameter, value: str) -> str:
-    """The form that the Hub's ids of licences have."""
+    """Refuse a text that has not the form of the Hub's licence ids."""
     if not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", value):
         raise click.BadParameter(f"{value!r} is no id the Hub knows; they look like apache-2.0, cc-by-nc-4.0 or other.")
     return value
 
 
 def check_repository(_context: click.Context, _parameter: click.Parameter, value: str | None) -> str | None:
-    """A name that the Hub can have."""
+    """Refuse a text that cannot be a repository's name."""
     from alphaflow_cli.remote.address import is_repository
 
     if value is not None and not is_repository(value):
@@ -32,7 +32,7 @@ def check_repository(_context: click.Context, _parameter: click.Parameter, value
 
 
 def local_source(source: str, repo: str | None) -> Path:
-    """Only what lies here is published: the Hub's copy is not sent back under another name."""
+    """The run or checkpoint on this machine; a name on the Hub is refused, for only what lies here is published."""
     from alphaflow_cli.remote.address import is_repository
 
     path = Path(source).expanduser()

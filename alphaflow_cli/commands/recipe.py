@@ -35,16 +35,16 @@ def list_recipes(as_json: bool) -> None:
     from alphaflow_cli.recipe.plan import parameter_count
     from alphaflow_cli.recipe.source import read_text, title
 
-    found = []
+    entries = []
     for name, path in shipped().items():
-        recipe, said = load_recipe(name), title(read_text(path))
-        entry = {"name": name, "title": said, "parameters": parameter_count(recipe)}
-        found.append({**entry, "steps": recipe.train.steps, "batch": recipe.train.batch, "path": str(path)})
+        recipe, line = load_recipe(name), title(read_text(path))
+        entry = {"name": name, "title": line, "parameters": parameter_count(recipe)}
+        entries.append({**entry, "steps": recipe.train.steps, "batch": recipe.train.batch, "path": str(path)})
     if as_json:
-        print_json(found)
+        print_json(entries)
         return
     rows = [
-        (str(f["name"]), f"{f['parameters']:,}", f"{f['steps']:,}", f"{f['batch']:,}", str(f["title"])) for f in found
+        (str(f["name"]), f"{f['parameters']:,}", f"{f['steps']:,}", f"{f['batch']:,}", str(f["title"])) for f in entries
     ]
     print_table(rows, head=("name", "parameters", "steps", "batch", "what it is"))
 

@@ -1,5 +1,6 @@
 """`alphaflow reference`: statistics of real pictures, with their protocol inside."""
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -7,9 +8,11 @@ import click
 
 from alphaflow_cli.commands.common import (
     IMAGES,
+    PROCESSES,
     SIZE,
     Destination,
     WholeWithin,
+    command_line,
     examples,
     json_option,
     print_json,
@@ -40,6 +43,7 @@ EXAMPLES = examples(
     help="Single features kept, for KID, precision and recall.",
 )  # fmt: skip
 @batch_option
+@click.option("--processes", type=PROCESSES, help="Processes to share the work. Default: one per GPU.")
 @weights_option
 @click.option(
     "--work", type=Destination(is_folder=True, holds_weights=True), default=Path("evals"), show_default=True,
@@ -55,6 +59,7 @@ def command(
     name: str,
     keep: int,
     batch: int,
+    processes: int | None,
     weights: Weights,
     work: Path,
     as_json: bool,
@@ -65,38 +70,24 @@ def command(
     hf://datasets/NAME, or glyphs:N. Where a source holds splits and --size is given, the training split is taken.
     Without --metrics: every network whose weights are on this machine.
     """
-    from alphaflow_cli.runtime.launch import as_worker, is_worker
-
     if path.suffix != ".safetensors":
         raise click.UsageError(f"-o {path}: a reference is a .safetensors file")
     if path.exists():
         raise AlphaflowError(f"{path}: exists already, and is not overwritten. Choose another name or remove it")
 
+    from alphaflow_cli.evaluate.evaluate import ReferenceRequest, measure_reference
+    from alphaflow_cli.runtime.processes import join_processes, run_shared
+
+    request = ReferenceRequest(source, path, metrics, weights, work, size, limit, name, keep, batch)
+
     def measure() -> int:
-        made = make(source, path, metrics, weights, work, size=size, limit=limit, name=name, kept=keep, batch=batch)
+        made = measure_reference(request, join_processes())
         if made is not None:
             _print(*made, path, as_json=as_json)
         return 0
 
-    if is_worker():
-        as_worker(measure)
-    measure()
-
-
-def make(
-    source: str, path: Path, metrics: Metrics, weights: Weights, work: Path, *,
-    size: int | None, limit: int | None, name: str, kept: int, batch: int,
-) -> "tuple[Reference, list[str]] | None":  # fmt: skip
-    """Measure and save, in this process or as one of those that a launcher started."""
-    from alphaflow_cli.evaluate import evaluate as engine
-    from alphaflow_cli.evaluate.pictures import open_pictures
-    from alphaflow_cli.runtime.processes import join_processes
-
-    pictures = open_pictures(source, size=size, limit=limit)
-    processes = join_processes()
-    chosen = metrics or engine.available_metrics(weights)
-    ruler = engine.Ruler(engine.build_extractors(chosen, processes.device, weights), processes, work, batch)
-    return engine.make_reference(pictures, ruler, path, name=name, kept=kept)
+    if code := run_shared(measure, command_line(), requested=processes):
+        sys.exit(code)
 
 
 def _print(reference: "Reference", warnings: list[str], path: Path, *, as_json: bool) -> None:

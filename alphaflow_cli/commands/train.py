@@ -3,6 +3,7 @@
 import contextlib
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,7 +36,7 @@ EXAMPLES = examples(
 
 
 class MicroBatch(click.ParamType):  # type: ignore[type-arg]
-    """A number of rows, or auto."""
+    """The value of --micro-batch: a number of rows, or auto, which becomes 0."""
 
     name = "n|auto"
 
@@ -77,50 +78,50 @@ def command(
     loaded = load_recipe(recipe, sets)
     folder = out or Path("runs") / loaded.name
     if dry_run or estimate:
-        show_plan(loaded, recipe, folder, processes, micro_batch, measured=estimate, as_json=as_json)
+        show_plan(loaded, folder, processes, micro_batch, measured=estimate, as_json=as_json)
         return
-    from alphaflow_cli.runtime.launch import as_worker, check_processes, is_worker
-    from alphaflow_cli.train.start import TrainOptions
+    from alphaflow_cli.runtime.processes import run_shared
+    from alphaflow_cli.train.start import TrainOptions, count_processes
 
     options = TrainOptions(folder, data, micro_batch or None, init_from, verify)
-    if is_worker():
-        check_processes(processes)
-        as_worker(lambda: join(loaded, options))
-    code = begin(loaded, options, processes)
+    code = run_shared(
+        lambda: join(loaded, options),
+        command_line(),
+        requested=processes,
+        count=lambda requested: count_processes(loaded, requested),
+        prepared=prepared(loaded, options),
+    )
     if code:
         sys.exit(code)
     finish(folder)
 
 
 def join(recipe: Recipe, options: "TrainOptions") -> int:
-    """Train as one of several processes; the first one has the last word where no parent of ours has."""
-    from alphaflow_cli.runtime.launch import has_parent
+    """Train, alone or as one of several; under a launcher of others the first process has the last word."""
+    from alphaflow_cli.runtime.launch import has_parent, is_worker
     from alphaflow_cli.train.start import train
 
     code = train(recipe, options)
-    if code == 0 and not has_parent() and os.environ["RANK"] == "0":
+    if code == 0 and is_worker() and not has_parent() and os.environ["RANK"] == "0":
         with contextlib.suppress(OSError):  # the run is whole, whether or not its last words can be written
             finish(options.out)
     return code
 
 
-def begin(recipe: Recipe, options: "TrainOptions", processes: int | None) -> int:
-    """Check everything, then train here or in N processes."""
-    from alphaflow_cli.runtime.launch import launch
+@contextlib.contextmanager
+def prepared(recipe: Recipe, options: "TrainOptions") -> Iterator[None]:
+    """Hold the run folder, check everything and get the latents ready, before any process is started."""
     from alphaflow_cli.runtime.lock import hand_on, hold
-    from alphaflow_cli.train.start import count_processes, prepare_run, train
+    from alphaflow_cli.train.start import prepare_run
 
-    count = count_processes(recipe, processes)
     with hold(options.out, "train"):
         prepare_run(recipe, options)
-        if count == 1:
-            return train(recipe, options)
         os.environ |= hand_on(options.out)
-        return launch(command_line(), count)
+        yield
 
 
 def finish(folder: Path) -> None:
-    """What was made, and what to do with it. The run is saved: a stdout that is full or gone does not undo it."""
+    """Print where the run is and what to do with it. It is saved: a stdout that is full or gone does not undo that."""
     lines = (f"Look at it:  {folder / 'samples'}", f"Sample it:   alphaflow sample {folder} --grid grid.png")
     try:
         click.echo("\n".join([*lines, str(folder / "model.safetensors")]))
@@ -129,12 +130,12 @@ def finish(folder: Path) -> None:
 
 
 def show_plan(
-    recipe: Recipe, asked: str, folder: Path, processes: int | None, micro_batch: int, *, measured: bool, as_json: bool
+    recipe: Recipe, folder: Path, processes: int | None, micro_batch: int, *, measured: bool, as_json: bool
 ) -> None:
-    """--dry-run and --estimate."""
+    """Print what the run would be: by arithmetic for --dry-run, by timed steps too for --estimate."""
     from alphaflow_cli.train.estimate import describe_run, estimate_training
 
-    document, lines = describe_run(recipe, asked, folder, processes=processes or 1, micro_batch=micro_batch or None)
+    document, lines = describe_run(recipe, folder, processes=processes or 1, micro_batch=micro_batch or None)
     if measured:
         times, more = estimate_training(recipe, micro_batch or None, processes or 1)
         document, lines = document | {"estimate": times}, [*lines, *more]

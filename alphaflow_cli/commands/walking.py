@@ -2,16 +2,13 @@
 
 import math
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import get_args
 
 import click
 
-from alphaflow_cli.commands.common import GUIDANCE, NFE, WholeWithin
-from alphaflow_cli.recipe.schema import MOST_NFE
+from alphaflow_cli.commands.common import GUIDANCE, NFE, Command, WholeWithin
+from alphaflow_cli.recipe.schema import MOST_NFE, SamplerChoice
 from alphaflow_cli.text import shorten
-
-Command = TypeVar("Command", bound=Callable[..., Any])
-SAMPLERS = ["auto", "trajectory", "consistency", "flow", "heun"]
 
 
 def to_times(ctx: click.Context, param: click.Parameter, value: str | None) -> list[float] | None:
@@ -35,7 +32,11 @@ def walk_options(*, nfe: str) -> Callable[[Command], Command]:
     options = [
         click.option("--nfe", multiple=True, type=NFE, help=nfe),
         click.option(
-            "--sampler", type=click.Choice(SAMPLERS), default="auto", show_default=True, help="auto: the recipe's."
+            "--sampler",
+            type=click.Choice(get_args(SamplerChoice)),
+            default="auto",
+            show_default=True,
+            help="auto: the recipe's.",
         ),
         click.option(
             "--times",

@@ -32,7 +32,7 @@ WEIGHTING: dict[
 
 
 def plain_arguments(tree: dict[str, Any]) -> dict[str, Any]:
-    """The arguments kept in a checkpoint: plain values of a reasonable length only."""
+    """Take the training arguments out of a checkpoint: only plain values of a reasonable length."""
     kept = tree.get("args")
     table = kept if isinstance(kept, dict) else getattr(kept, "__dict__", {})
     return {str(key)[:80]: value for key, value in list(table.items())[:1000] if _is_plain(value)}
@@ -45,7 +45,7 @@ def _is_plain(value: object) -> bool:
 
 
 def number(arguments: dict[str, Any], key: str, where: str) -> float:
-    """One argument as a finite number."""
+    """Read one argument as a finite number, or refuse the file."""
     try:
         value = float(arguments[key])
     except (ValueError, OverflowError) as error:
@@ -56,7 +56,7 @@ def number(arguments: dict[str, Any], key: str, where: str) -> float:
 
 
 def recipe_facts(arguments: dict[str, Any], where: str, *, meanflow: bool) -> tuple[dict[str, Any], set[str]]:
-    """Recipe values by dotted name, and the arguments that they were read from."""
+    """Translate the arguments to recipe values by dotted name. Also gives the names of the arguments that were read."""
     facts: dict[str, Any] = {}
     read: set[str] = set()
     for key, field in NUMBERS.items():
@@ -86,14 +86,17 @@ def recipe_facts(arguments: dict[str, Any], where: str, *, meanflow: bool) -> tu
 
 
 def _equal_share(unequal: float, where: str) -> Schedule:
-    """Rows with r = t are the rest: their code computes 1 − ratio, though a comment beside it says the opposite."""
+    """Turn the share of r < t rows into the share of r = t rows, which are the rest.
+
+    Their code computes 1 − ratio, though a comment beside it says the opposite.
+    """
     if not 0 <= unequal <= 1:
         raise AlphaflowError(f"{where}: its argument ratio_r_not_equal_t is {unequal:g}; a share lies within [0, 1].")
     return Schedule(initial=1 - unequal, final=1 - unequal, clamp=0.0)
 
 
 def check_classes(arguments: dict[str, Any], rows: int, where: str) -> None:
-    """Every network of this lineage has one row more than classes."""
+    """Refuse a file whose label table does not have one row more than classes, as in all of this lineage."""
     classes = arguments.get("num_classes")
     if isinstance(classes, int) and classes != rows - 1:
         raise AlphaflowError(

@@ -1,7 +1,4 @@
-"""The way back: a checkpoint of ours as a `.pt` of the published form.
-
-Our weights' names and the published system's: a pure renaming, both ways.
-"""
+"""The way back: a checkpoint of ours becomes a `.pt` of the published form (`convert --to alphaflow`)."""
 
 from functools import partial
 from pathlib import Path
@@ -26,7 +23,10 @@ from alphaflow_cli.runtime.progress import say
 
 
 def export(source: Path, out: Path, *, autoencoder: str = "", template: Path | None = None) -> Path:
-    """Write the published names, the statistics, the autoencoder and a cfg; what is not in it goes to stderr."""
+    """Write a checkpoint of ours as a published snapshot, and say on stderr what is not in it.
+
+    It gets the published names, the statistics, the autoencoder and a cfg.
+    """
     check_out(out)
     checkpoint = load_checkpoint(source)
     _check_form(source, checkpoint.recipe)
@@ -40,7 +40,7 @@ def export(source: Path, out: Path, *, autoencoder: str = "", template: Path | N
 
 
 def _check_form(source: Path, recipe: Recipe) -> None:
-    """What the published network cannot be."""
+    """Refuse a network that the published system cannot build."""
     model = recipe.model
     if model.prediction != "velocity" or model.second_time != "t-r":
         raise AlphaflowError(
@@ -56,7 +56,10 @@ def _check_form(source: Path, recipe: Recipe) -> None:
 
 
 def _autoencoder(checkpoint: Checkpoint, source: Path, name: str) -> dict[str, Tensor]:
-    """Named on the command line, else the folder beside the checkpoint; none is told."""
+    """Load the weights of the autoencoder named on the command line, else of the folder beside the checkpoint.
+
+    Where there is none, a line on stderr says so.
+    """
     if name:
         loaded = load_autoencoder(name, device=torch.device("cpu"))
         if loaded.kind != "kl" or loaded.module is None:
@@ -76,7 +79,7 @@ def _autoencoder(checkpoint: Checkpoint, source: Path, name: str) -> dict[str, T
 
 
 def _state(weights: dict[str, Tensor], checkpoint: Checkpoint, autoencoder: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Our weights under the published names, after the statistics and the autoencoder."""
+    """Put the statistics, the autoencoder and our weights into one table, under the published names."""
     data = checkpoint.recipe.data
     size = (1, data.channels, data.latent_size, data.latent_size)
     state = {
@@ -89,7 +92,10 @@ def _state(weights: dict[str, Tensor], checkpoint: Checkpoint, autoencoder: dict
 
 
 def _published_cfg(recipe: Recipe, template: Path | None) -> dict[str, Any]:
-    """A published snapshot's whole cfg with our values in it; without one, our values alone, which is told."""
+    """Put our values into the whole cfg of a published snapshot.
+
+    Without a snapshot the cfg is our values alone, and a line on stderr says so.
+    """
     ours = _described(recipe)
     if template is None:
         say(
@@ -107,7 +113,7 @@ def _published_cfg(recipe: Recipe, template: Path | None) -> dict[str, Any]:
 
 
 def _described(recipe: Recipe) -> dict[str, Any]:
-    """What our recipe says, at the places where the published snapshots keep it."""
+    """Lay out what our recipe says at the places where published snapshots keep it."""
     model, mix, sample = recipe.model, recipe.guidance, recipe.sample
     one_jump = sample.sampler == "consistency"
     return {
@@ -150,7 +156,7 @@ def _schedule(schedule: Schedule, steps: int) -> dict[str, Any]:
 
 
 def _plain_cfg(template: Path) -> dict[str, Any]:
-    """A copy of a snapshot's cfg, whose tables were a class of theirs, as plain dicts."""
+    """Copy a snapshot's cfg, whose tables are a class of the published code, as plain dicts."""
     cfg = read_source(template).get("cfg")
     if not isinstance(cfg, dict) or not isinstance(cfg.get("model"), dict):
         raise AlphaflowError(f"{template}: has no cfg with a model in it; name a snapshot of the published system.")
@@ -162,14 +168,14 @@ def _plain_cfg(template: Path) -> dict[str, Any]:
 
 
 def _plain(tree: Any) -> Any:
-    """Nothing in the file that is written may need their code to be read."""
+    """Copy a tree as plain dicts and lists, so that the file can be read without the code of its classes."""
     if isinstance(tree, dict):
         return {key: _plain(value) for key, value in tree.items()}
     return [_plain(value) for value in tree] if isinstance(tree, list) else tree
 
 
 def _put(tree: dict[str, Any], place: str, schedule: dict[str, Any] | None) -> None:
-    """Our schedule into their table at a dotted place, whose other keys stay; in the place of a bare number."""
+    """Put our schedule into their table at a dotted place. Its other keys stay; a bare number is replaced."""
     *above, last = place.split(".")
     for key in above:
         tree = tree.get(key) or {}
@@ -180,7 +186,7 @@ def _put(tree: dict[str, Any], place: str, schedule: dict[str, Any] | None) -> N
 
 
 def _merged(theirs: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
-    """Their tree with our values; a table of ours goes into a table of theirs."""
+    """Put our values into their tree, table by table."""
     for key, value in ours.items():
         inside = theirs.get(key)
         theirs[key] = _merged(inside, value) if isinstance(inside, dict) and isinstance(value, dict) else value

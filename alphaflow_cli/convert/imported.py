@@ -1,26 +1,35 @@
-"""What a family's reader hands over, and how it becomes a recipe: each fact with where it comes from."""
+"""What a family's reader hands over, and how it becomes a recipe: each fact with where it comes from.
+
+The statistics of the latents, which few files hold, come from the file, from --latents or from a convention.
+"""
 
 import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
+import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from alphaflow_cli.convert.shape import Shape
+from alphaflow_cli.convert.shape import NetworkShape
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.recipe import Recipe, dump_recipe, load_recipe, recipe_from_text
 
 Family = Literal["auto", "alphaflow", "sit", "dit", "repa", "meanflow", "fastgen"]
 AUTOENCODER_FILE = "diffusion_pytorch_model.safetensors"
-FAMILIES: tuple[Family, ...] = get_args(Family)
+SD_SCALE = 0.18215  # of the Stable Diffusion autoencoders: 1 / std of a latent
+ZHUYU_SCALE = 0.18125  # in zhuyu-cs/MeanFlow's trainer: written so, and its networks are trained to it
+MEANFLOW_MEAN = (0.86488, -0.27787343, 0.21616915, 0.3738409)  # per channel, there for two days before that
+MEANFLOW_STD = (4.85503674, 5.31922414, 3.93725398, 3.9870003)  # the same; x = (latent − mean) · 0.5 / std
+FORM = "--latents takes scale:0.18215 (or another number), meanflow, or a .safetensors file with mean and std"
 
 
 @dataclass(frozen=True)
 class ConvertOptions:
-    """What the command line adds to a file."""
+    """What the command line of `convert` says besides the file."""
 
     family: Family = "auto"
     recipe: str | None = None  # the recipe it was trained by, where the file does not say
@@ -32,7 +41,7 @@ class ConvertOptions:
 
 @dataclass(frozen=True)
 class Latents:
-    """How the network's x comes from a latent: (latent − mean) / std."""
+    """How the network's x comes from a latent: x = (latent − mean) / std."""
 
     mean: Tensor  # float64, broadcastable to (C, h, w)
     std: Tensor
@@ -43,46 +52,49 @@ class Latents:
 
 @dataclass
 class Imported:
-    """One checkpoint of a neighbour, in our names."""
+    """One checkpoint of another system, translated to our names, with everything that is known about it."""
 
     family: Family
     weights: dict[str, Tensor]  # ours
     which: str  # "ema" or "raw"
-    shape: Shape
+    shape: NetworkShape
     heads: int
     latents: Latents
     base: Recipe  # what it was trained by, as far as known
     autoencoder: dict[str, Tensor] = field(default_factory=dict)  # weights inside the file
     step: int | None = None
-    said: dict[str, Any] = field(default_factory=dict)  # facts that stood in the file
+    stated: dict[str, Any] = field(default_factory=dict)  # facts that stood in the file
     filled: dict[str, str] = field(default_factory=dict)  # facts that did not, and where they were taken from
     unread: tuple[str, ...] = ()  # what else the file says of the training, and nothing here has a place for
 
 
 def check_out(out: Path) -> None:
-    """The file to write is new, and its folder there."""
+    """Refuse a file to write that exists already, or whose folder does not."""
     if not out.parent.is_dir():
         raise AlphaflowError(f"{out.parent}: no such folder; make it first.")
     if out.exists():
         raise AlphaflowError(f"{out}: exists already, and is not overwritten. Choose another name or remove it.")
 
 
-def base_recipe(options: ConvertOptions, published: str | None, found: dict[str, str], *, default: str) -> Recipe:
-    """The recipe named on the command line, else the published one that the file's name points to, else a default."""
+def base_recipe(options: ConvertOptions, published: str | None, filled: dict[str, str], *, default: str) -> Recipe:
+    """Load the recipe that the facts of the file are put into, and note in `filled` which it is and why.
+
+    It is the one of the command line, else the published one that the file's name points to, else `default`.
+    """
     name = options.recipe or published or default
-    how = "--recipe" if options.recipe else "the file's name" if published else "no better knowledge"
-    found["recipe"] = f"{name} ({how}): everything that is not listed as said"
+    reason = "--recipe" if options.recipe else "the file's name" if published else "no better knowledge"
+    filled["recipe"] = f"{name} ({reason}): everything that is not listed as said"
     return load_recipe(name)
 
 
 def step_in_file(value: object) -> int | None:
-    """A step as a checkpoint keeps it; anything else is no step."""
+    """Read a training step from a checkpoint; None for anything that cannot be one."""
     good = isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 10**12
     return value if isinstance(value, int) and good else None
 
 
 def with_facts(recipe: Recipe, facts: Mapping[str, Any]) -> Recipe:
-    """The recipe with values put in by their dotted names; what they may be is checked with the whole."""
+    """Put values into a recipe by their dotted names; they are checked later, with the whole recipe."""
     for name, value in facts.items():
         section, _, field_ = name.partition(".")
         value = replace(getattr(recipe, section), **{field_: value}) if field_ else value
@@ -91,11 +103,11 @@ def with_facts(recipe: Recipe, facts: Mapping[str, Any]) -> Recipe:
 
 
 def complete(foreign: Imported, options: ConvertOptions, out: Path) -> Recipe:
-    """The base recipe with what the file says, then what the command line says, checked as a whole."""
+    """Put what the file says into the base recipe, then what the command line says, and check the whole."""
     _check_sets(options)
     shape, base = foreign.shape, foreign.base
-    said = number_set(options, "guidance.label_dropout")
-    dropout = (base.guidance.label_dropout if said is None else said) if shape.label_rows else 0.0
+    requested = number_set(options, "guidance.label_dropout")
+    dropout = (base.guidance.label_dropout if requested is None else requested) if shape.label_rows else 0.0
     classes = max(shape.label_rows - (dropout > 0), 0)
     model = replace(
         base.model,
@@ -125,12 +137,12 @@ def complete(foreign: Imported, options: ConvertOptions, out: Path) -> Recipe:
 
 
 def is_set(options: ConvertOptions, key: str) -> bool:
-    """Whether `--set` names this key."""
+    """Tell whether the command line sets this key by `--set`."""
     return any(text.partition("=")[0].strip() == key for text in options.sets)
 
 
 def _check_sets(options: ConvertOptions) -> None:
-    """The recipe's normalisation and the statistics beside it are one thing, and --latents sets both."""
+    """Refuse `--set` of the normalisation: it belongs together with the statistics, and --latents sets both."""
     for key in ("data.scale", "data.shift", "data.normalise"):
         if is_set(options, key):
             raise AlphaflowError(
@@ -140,7 +152,10 @@ def _check_sets(options: ConvertOptions) -> None:
 
 
 def number_set(options: ConvertOptions, key: str) -> float | None:
-    """`--set model.heads=N` and others that are needed before the recipe stands; text is left to the recipe's check."""
+    """The number that `--set` gives to a key which is needed before the recipe stands, such as model.heads.
+
+    None where there is none, or no number: the recipe's own check then speaks of it.
+    """
     values = [text.partition("=")[2].strip() for text in options.sets if text.partition("=")[0].strip() == key]
     try:
         value = float(values[-1]) if values else None
@@ -150,9 +165,9 @@ def number_set(options: ConvertOptions, key: str) -> float | None:
 
 
 def note_heads(heads: int, dim: int, options: ConvertOptions, filled: dict[str, str]) -> None:
-    """Where the number of heads comes from, when the file does not say it."""
-    how = "--set model.heads" if is_set(options, "model.heads") else f"of the published size with {dim} channels"
-    filled["heads"] = f"{heads} ({how})"
+    """Note where the number of heads comes from, when the file does not say it."""
+    source = "--set model.heads" if is_set(options, "model.heads") else f"of the published size with {dim} channels"
+    filled["heads"] = f"{heads} ({source})"
 
 
 def _scale(foreign: Imported) -> tuple[float, float]:
@@ -162,7 +177,7 @@ def _scale(foreign: Imported) -> tuple[float, float]:
 
 
 def _downscale(foreign: Imported, options: ConvertOptions) -> int:
-    """Pixels per latent: from the autoencoder inside, else 8 as in every Stable Diffusion autoencoder."""
+    """Pixels per latent, by the autoencoder inside; without one 8, as of every Stable Diffusion autoencoder."""
     if options.autoencoder == "none":
         return 1
     levels = {name.split(".")[2] for name in foreign.autoencoder if name.startswith("encoder.down_blocks.")}
@@ -180,7 +195,7 @@ def _autoencoder(foreign: Imported, options: ConvertOptions, out: Path) -> str:
 
 
 def autoencoder_folder(out: Path) -> Path:
-    """Where the autoencoder of a snapshot is written: beside its checkpoint."""
+    """The folder beside a converted checkpoint into which the autoencoder of a snapshot is written."""
     return out.with_name(f"{out.stem}-autoencoder")
 
 
@@ -196,7 +211,10 @@ def pick(
     *,
     filled: dict[str, str],
 ) -> tuple[object, str]:
-    """The EMA or raw table of a checkpoint; where the wanted one is missing, both sides are said."""
+    """Choose the EMA or the raw table of a checkpoint, and say which it is.
+
+    Where the wanted one is missing and the other is there, the error names both.
+    """
     for key in names[options.weights]:
         if isinstance(tree.get(key), dict) and tree[key]:
             return tree[key], options.weights
@@ -205,6 +223,71 @@ def pick(
         raise AlphaflowError(
             f"{where}: holds no {options.weights} weights, only {other}. Convert those knowingly: --weights {other}"
         )
-    how = "--weights raw" if options.weights == "raw" else "released tables are by custom"
-    filled["weights"] = f"{options.weights} ({how}; a bare table does not say)"
+    reason = "--weights raw" if options.weights == "raw" else "released tables are by custom"
+    filled["weights"] = f"{options.weights} ({reason}; a bare table does not say)"
     return tree, options.weights
+
+
+def scaled(scale: float, source: str) -> Latents:
+    """The statistics of latents that are only multiplied: x = latent · scale."""
+    one = torch.ones(1, 1, 1, dtype=torch.float64)
+    return Latents(mean=0 * one, std=one / scale, normalise="scale", source=source)
+
+
+def meanflow(source: str) -> Latents:
+    """The per-channel statistics of zhuyu-cs/MeanFlow; its x has a standard deviation of 0.5."""
+    mean = torch.tensor(MEANFLOW_MEAN, dtype=torch.float64)[:, None, None]
+    std = torch.tensor(MEANFLOW_STD, dtype=torch.float64)[:, None, None] / 0.5
+    return Latents(mean=mean, std=std, normalise="channel", source=source)
+
+
+def parse_latents(text: str) -> Latents:
+    """Read the value of --latents: a scale, `meanflow`, or a file."""
+    shown = text if len(text) <= 60 else f"{text[:57]}…"
+    if text == "meanflow":
+        return meanflow("--latents meanflow")
+    if text.startswith("scale:"):
+        try:
+            scale = float(text[6:])
+        except ValueError as error:
+            raise AlphaflowError(f"{shown!r}: {FORM}.") from error
+        if not (0 < scale < math.inf and 1 / scale < math.inf):
+            raise AlphaflowError(f"{shown!r}: a scale is a number above 0. {FORM}.")
+        return scaled(scale, f"--latents {text}")
+    if not text.endswith(".safetensors"):
+        raise AlphaflowError(f"{shown!r}: {FORM}.")
+    return _from_file(Path(text))
+
+
+def _from_file(path: Path) -> Latents:
+    """Read `mean` and `std` from a safetensors file, or `latents.mean` and `latents.std` as in ours."""
+    tensors: dict[str, Tensor] = {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
+                if name.removeprefix("latents.") in ("mean", "std"):
+                    tensors[name.removeprefix("latents.")] = file.get_tensor(name)
+    except (OSError, SafetensorError) as error:
+        raise AlphaflowError(f"{path}: cannot be read as safetensors: {error}. {FORM}.") from error
+    if tensors.keys() != {"mean", "std"}:
+        raise AlphaflowError(f"{path}: holds no mean and std. {FORM}.")
+    if not all(value.is_floating_point() for value in tensors.values()):
+        raise AlphaflowError(f"{path}: its mean and std are no floating-point numbers. {FORM}.")
+    return statistics(tensors["mean"], tensors["std"], str(path.name))
+
+
+def statistics(mean: Tensor, std: Tensor, source: str) -> Latents:
+    """Check a mean and a standard deviation, and drop their batch axis.
+
+    They count per position where they have several positions, else per channel.
+    """
+    if mean.ndim not in (3, 4) or mean.shape != std.shape or mean.shape[:-3] not in ((), (1,)):
+        raise AlphaflowError(
+            f"{source}: mean and std have the shapes {tuple(mean.shape)} and {tuple(std.shape)}; "
+            "wanted (C, 1, 1) or (C, h, w), both the same."
+        )
+    mean, std = (value.double().reshape(value.shape[-3:]) for value in (mean, std))
+    good = torch.isfinite(mean).all() and torch.isfinite(std).all() and (std > 0).all()
+    if not good:
+        raise AlphaflowError(f"{source}: the latents' mean and std are not finite and positive.")
+    return Latents(mean=mean, std=std, normalise="position" if mean.shape[-1] > 1 else "channel", source=source)

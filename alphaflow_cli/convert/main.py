@@ -1,6 +1,5 @@
 """`convert`: a neighbour's file to a checkpoint of ours."""
 
-import hashlib
 import json
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,7 +13,6 @@ from torch import Tensor
 from alphaflow_cli.convert.arguments import plain_arguments
 from alphaflow_cli.convert.imported import (
     AUTOENCODER_FILE,
-    FAMILIES,
     ConvertOptions,
     Family,
     Imported,
@@ -25,54 +23,57 @@ from alphaflow_cli.convert.imported import (
 from alphaflow_cli.convert.meanflow import FASTGEN, fastgen_tables, read_fastgen, read_meanflow
 from alphaflow_cli.convert.published import looks_published, read_published
 from alphaflow_cli.convert.shape import check_weights_fit, finite
-from alphaflow_cli.convert.sit import Kind, add_second_embedder, looks_like_sit, read_sit, turn_time
+from alphaflow_cli.convert.sit import SiTKind, add_second_embedder, looks_like_sit, read_sit, turn_time
 from alphaflow_cli.convert.source import bare_name, read_source
 from alphaflow_cli.convert.strangers import check_path, refuse_strangers, refuse_unknown
 from alphaflow_cli.errors import AlphaflowError
-from alphaflow_cli.files import write_by, write_whole
+from alphaflow_cli.files import sha256_of, write_by, write_whole
 from alphaflow_cli.model.build import build_network
 from alphaflow_cli.model.checkpoint import Checkpoint, check_latents, save_checkpoint
 from alphaflow_cli.nn.autoencoder import kl_config, load_autoencoder
 from alphaflow_cli.recipe import Recipe
 
-__all__ = ["FAMILIES", "ConvertOptions", "Outcome", "convert"]
 READERS = {"alphaflow": read_published, "meanflow": read_meanflow, "fastgen": read_fastgen}
-FLOWS: tuple[Family, ...] = get_args(Kind)  # of one time embedder
+FLOWS: tuple[Family, ...] = get_args(SiTKind)  # of one time embedder
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What was made, and where each fact came from."""
+    """The checkpoint that `convert` wrote, and where each fact in it came from."""
 
     path: Path
     family: str
     weights: str
     recipe: Recipe
-    said: dict[str, Any]
+    stated: dict[str, Any]
     filled: dict[str, str]
     unread: tuple[str, ...]
     autoencoder: Path | None
 
 
 def convert(source: Path, out: Path, options: ConvertOptions) -> Outcome:
-    """Read, translate, check against the network, write."""
+    """Read a foreign checkpoint, translate it, check it against the network, and write ours."""
     check_out(out)
     foreign = _read(source, options)
     recipe = complete(foreign, options, out)
     if foreign.family == "dit":
         recipe = replace(recipe, model=replace(recipe.model, prediction="noise"))
-    facts = foreign.said if foreign.latents.inside else foreign.filled
+    facts = foreign.stated if foreign.latents.inside else foreign.filled
     facts["latents"] = foreign.latents.source
     check_latents(foreign.latents.mean, foreign.latents.std, recipe, foreign.latents.source)
     weights = _network_weights(foreign, recipe, source.name)
     folder = _write_autoencoder(foreign.autoencoder, out) if foreign.autoencoder else None
     origin = _origin(foreign, source, _autoencoder_record(folder, recipe))
     save_checkpoint(out, Checkpoint(weights, recipe, foreign.latents.mean, foreign.latents.std, origin))
-    return Outcome(out, foreign.family, foreign.which, recipe, foreign.said, foreign.filled, foreign.unread, folder)
+    return Outcome(out, foreign.family, foreign.which, recipe, foreign.stated, foreign.filled, foreign.unread, folder)
 
 
 def _network_weights(foreign: Imported, recipe: Recipe, where: str) -> dict[str, Tensor]:
-    """Checked by names and shapes before anything is built, then with our time and the embedder that is missing."""
+    """The weights for our network.
+
+    Names and shapes are checked before anything is built. Then time is turned where it runs the other way, and a
+    missing second embedder is added.
+    """
     one_embedder = foreign.family in FLOWS
     check_weights_fit(foreign.weights, recipe, where, without=("second_embed.",) if one_embedder else ())
     weights = turn_time(foreign.weights) if foreign.family == "sit" else foreign.weights
@@ -82,11 +83,11 @@ def _network_weights(foreign: Imported, recipe: Recipe, where: str) -> dict[str,
 
 
 def _read(source: Path, options: ConvertOptions) -> Imported:
-    """By --from, else by what only one family has; a file that says another family is not forced."""
+    """Read the file by the family of --from, else by the one that its contents show. The two must not contradict."""
     check_path(source)
     tree = read_source(source)
     refuse_strangers(tree, source, plain_arguments(tree))
-    evident = _said_family(tree)
+    evident = _family_by_content(tree)
     family = options.family if options.family != "auto" else evident or refuse_unknown(_names(tree), source)
     if evident and evident != family:
         raise AlphaflowError(
@@ -94,7 +95,7 @@ def _read(source: Path, options: ConvertOptions) -> Imported:
             f"Leave --from out, or say --from {evident}"
         )
     if family in FLOWS:
-        return read_sit(tree, source, options, cast(Kind, family))
+        return read_sit(tree, source, options, cast(SiTKind, family))
     return READERS[family](tree, source, options)
 
 
@@ -104,7 +105,7 @@ def _names(tree: dict[str, Any]) -> dict[str, Any]:
     return {bare_name(name): value for name, value in table.items()}
 
 
-def _said_family(tree: dict[str, Any]) -> Family | None:
+def _family_by_content(tree: dict[str, Any]) -> Family | None:
     """What the names, or the arguments kept beside them, can only be."""
     names = _names(tree)
     if looks_published(names):
@@ -117,7 +118,10 @@ def _said_family(tree: dict[str, Any]) -> Family | None:
 
 
 def _autoencoder_record(folder: Path | None, recipe: Recipe) -> dict[str, str]:
-    """The one inside is loaded once, which proves it whole, and known by its hash from now on."""
+    """How the checkpoint names its autoencoder.
+
+    One from inside the file is loaded once, which proves it whole, and is known by its hash from now on.
+    """
     name = recipe.data.autoencoder
     if folder is None or name != folder.name:
         return {"id": name, "revision": "", "weights_sha256": ""}
@@ -126,12 +130,12 @@ def _autoencoder_record(folder: Path | None, recipe: Recipe) -> dict[str, str]:
 
 
 def _origin(foreign: Imported, source: Path, autoencoder: dict[str, str]) -> dict[str, Any]:
-    """Like a trained checkpoint's, and how it came here."""
+    """What the new checkpoint says about where it comes from: like a trained one, and by which conversion."""
     converted = {
         "from": foreign.family,
         "file": source.name,
-        "sha256": _sha256(source),
-        "said": foreign.said,
+        "sha256": sha256_of(source),
+        "said": foreign.stated,
         "filled": foreign.filled,
         "unread": list(foreign.unread),
     }
@@ -145,16 +149,8 @@ def _origin(foreign: Imported, source: Path, autoencoder: dict[str, str]) -> dic
     }
 
 
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(1 << 22):
-            digest.update(piece)
-    return digest.hexdigest()
-
-
 def _write_autoencoder(weights: dict[str, Tensor], out: Path) -> Path:
-    """A diffusers folder beside the checkpoint; the architecture is read off the shapes."""
+    """Write the autoencoder as a diffusers folder beside the checkpoint. Its architecture is read off the shapes."""
     folder = autoencoder_folder(out)
     try:
         config = kl_config(weights)

@@ -5,7 +5,7 @@ In both t = 1 is noise, u is the average of noise − x, and the second embedder
 zhuyu-cs   t_embedder, r_embedder; SiT's names. Its training arguments lie in the checkpoint.
 FastGen    t_embedder.proj_net, blocks.N.attention, …, and a logvar_linear that sampling does not use. Its checkpoint
     says nothing of times: its MeanFlow configurations feed t unscaled (scale_t false) and t − r (time_cond_type diff),
-    which is what is assumed, and told. A FastGen without r_embedder may scale its times by 1000, so it is refused.
+    which is what is assumed, and printed. A FastGen without r_embedder may scale its times by 1000, so it is refused.
 """
 
 import math
@@ -17,6 +17,8 @@ from torch import Tensor
 
 from alphaflow_cli.convert.arguments import check_classes, number, plain_arguments, recipe_facts
 from alphaflow_cli.convert.imported import (
+    SD_SCALE,
+    ZHUYU_SCALE,
     ConvertOptions,
     Imported,
     Latents,
@@ -24,11 +26,12 @@ from alphaflow_cli.convert.imported import (
     is_set,
     note_heads,
     number_set,
+    parse_latents,
     pick,
+    scaled,
     step_in_file,
     with_facts,
 )
-from alphaflow_cli.convert.latents import SD_SCALE, ZHUYU_SCALE, parse_latents, scaled
 from alphaflow_cli.convert.shape import heads_of, read_shape, to_our_names, without_variance
 from alphaflow_cli.convert.sit import DROPOUT, TABLES
 from alphaflow_cli.convert.source import bare_name, state_dict
@@ -37,7 +40,7 @@ from alphaflow_cli.recipe import Recipe
 from alphaflow_cli.recipe.schema import Guidance
 
 MIX = {"omega": "cfg_omega", "kappa": "cfg_kappa", "t_min": "cfg_min_t", "t_max": "cfg_max_t"}
-SAID = ("path_type", *MIX.values(), "cfg_prob", "model", "num_classes")
+STATED = ("path_type", *MIX.values(), "cfg_prob", "model", "num_classes")
 FASTGEN = "t_embedder.proj_net.0.weight"  # a table that nobody else has
 FASTGEN_NAMES = {  # theirs → SiT's
     "_embedder.proj_net.": "_embedder.mlp.",
@@ -51,7 +54,7 @@ FASTGEN_NAMES = {  # theirs → SiT's
 
 
 def read_meanflow(tree: dict[str, Any], path: Path, options: ConvertOptions) -> Imported:
-    """A checkpoint of zhuyu-cs/MeanFlow."""
+    """Translate a checkpoint of zhuyu-cs/MeanFlow."""
     filled: dict[str, str] = {}
     table, which = pick(tree, TABLES, options, path.name, filled=filled)
     arguments = plain_arguments(tree)
@@ -74,13 +77,13 @@ def read_meanflow(tree: dict[str, Any], path: Path, options: ConvertOptions) -> 
             options, ZHUYU_SCALE, "its trainer's scale since 28 May 2025, written so (before: --latents meanflow)"
         ),
         step=step_in_file(steps),
-        said={key: value for key, value in arguments.items() if key in SAID or key in read},
-        unread=tuple(sorted(arguments.keys() - read - set(SAID))),
+        stated={key: value for key, value in arguments.items() if key in STATED or key in read},
+        unread=tuple(sorted(arguments.keys() - read - set(STATED))),
     )
 
 
 def fastgen_tables(tree: dict[str, Any]) -> dict[str, Any]:
-    """The tables of a FastGen checkpoint by name (net, ema, ema_9999, …), or none."""
+    """The tables of a FastGen checkpoint by name (net, ema, ema_9999, …); empty for any other file."""
     inner = tree.get("model")
     inner = inner if isinstance(inner, dict) else {}
     tables = {key: table for key, table in inner.items() if isinstance(table, dict)}
@@ -88,7 +91,7 @@ def fastgen_tables(tree: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_fastgen(tree: dict[str, Any], path: Path, options: ConvertOptions) -> Imported:
-    """A MeanFlow DiT of FastGen: net and its averages under `model`, or a bare table."""
+    """Translate a MeanFlow DiT of FastGen: net and its averages under `model`, or a bare table."""
     filled: dict[str, str] = {}
     tables = fastgen_tables(tree)
     averages = sorted((k for k in tables if k.startswith("ema")), key=lambda k: (k != "ema", k != "ema_9999", k))
@@ -127,7 +130,7 @@ def _sit_name(name: str) -> str:
 def _imported(
     state: dict[str, Tensor], which: str, path: Path, options: ConvertOptions, filled: dict[str, str]
 ) -> Imported:
-    """The network of both; recipe and latents are still to come."""
+    """Translate the network, which both systems share; the recipe and the latents are still to come."""
     state = {name: value for name, value in state.items() if not name.startswith("logvar_linear.")}
     weights = to_our_names(state, path.name, second="r_embedder.")
     shape = read_shape(weights, path.name)
@@ -146,7 +149,11 @@ def _imported(
 
 
 def _meanflow_base(arguments: dict[str, Any], options: ConvertOptions, path: Path, filled: dict[str, str]) -> Recipe:
-    """Guidance is baked in: from the file's arguments, else from --recipe or --set, else asked for."""
+    """The base recipe, with the guidance that the network was trained with.
+
+    Guidance is baked into the weights: it comes from the file's arguments, else from --recipe or --set, else the file
+    is refused.
+    """
     mix = _mix(arguments, options, path.name, filled)
     answered = options.recipe or any(text.startswith("guidance.") for text in options.sets)
     if not mix and not answered:
@@ -165,7 +172,7 @@ def _meanflow_base(arguments: dict[str, Any], options: ConvertOptions, path: Pat
 
 
 def _mix(arguments: dict[str, Any], options: ConvertOptions, where: str, filled: dict[str, str]) -> dict[str, float]:
-    """omega, kappa and their times from the arguments; where --set says one, the file's does not matter."""
+    """Read omega, kappa and their times from the arguments. Where --set gives one, the file's does not matter."""
     mix = {ours: number(arguments, theirs, where) for ours, theirs in MIX.items() if theirs in arguments}
     if mix.get("t_max", 1.0) <= mix.get("t_min", 0.0):  # no time lies between: trained without guidance
         filled["guidance"] = f"none: cfg_max_t {mix.get('t_max', 1.0):g} leaves no time for it; omega 1, kappa 0"

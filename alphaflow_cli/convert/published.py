@@ -14,11 +14,12 @@ from alphaflow_cli.convert.imported import (
     is_set,
     note_heads,
     number_set,
+    parse_latents,
     pick,
+    statistics,
     with_facts,
 )
-from alphaflow_cli.convert.latents import parse_latents, statistics
-from alphaflow_cli.convert.shape import Shape, heads_of, read_shape, to_our_names
+from alphaflow_cli.convert.shape import NetworkShape, heads_of, read_shape, to_our_names
 from alphaflow_cli.convert.snapshot_cfg import Training, check_against, read_training
 from alphaflow_cli.convert.source import in_brief, state_dict
 from alphaflow_cli.errors import AlphaflowError
@@ -39,22 +40,25 @@ RECIPES = {  # the released files → the recipes they were trained by (method s
 
 
 def looks_published(table: dict[str, Tensor]) -> bool:
-    """Its network lies under `model.` and has two time embedders."""
+    """Tell whether a table is a published network: it lies under `model.` and has two time embedders."""
     return "model.noise_labels_next_embedder.mlp.0.weight" in table
 
 
 def read_published(tree: dict[str, Any], path: Path, options: ConvertOptions) -> Imported:
-    """Network, statistics, autoencoder; the configuration is checked against the shapes."""
+    """Translate a published snapshot: network, statistics, autoencoder, and what its cfg says of the training.
+
+    The cfg is checked against the shapes of the weights.
+    """
     filled: dict[str, str] = {}
     table, which = pick(tree, TABLES, options, path.name, filled=filled)
     state = state_dict(table, path.name)
     weights = to_our_names(_under(state, "model."), path.name, second=None)
     shape = read_shape(weights, path.name)
-    said = _configuration(tree.get("cfg"), shape, path.name)
+    stated = _configuration(tree.get("cfg"), shape, path.name)
     training = read_training(tree, path.name)
-    base = _base(path, options, said, training, filled, shape.label_rows)
-    heads = heads_of(shape.dim, path.name, said.get("num_heads", number_set(options, "model.heads")))
-    if "num_heads" not in said or is_set(options, "model.heads"):
+    base = _base(path, options, stated, training, filled, shape.label_rows)
+    heads = heads_of(shape.dim, path.name, stated.get("num_heads", number_set(options, "model.heads")))
+    if "num_heads" not in stated or is_set(options, "model.heads"):
         note_heads(heads, shape.dim, options, filled)
     return Imported(
         family="alphaflow",
@@ -66,7 +70,7 @@ def read_published(tree: dict[str, Any], path: Path, options: ConvertOptions) ->
         base=base,
         autoencoder=_under(state, AUTOENCODER),
         step=training.step,
-        said=said | training.read,
+        stated=stated | training.read,
         filled=filled,
         unread=tuple(training.unread),
     )
@@ -76,30 +80,30 @@ def _under(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name[len(prefix) :]: value for name, value in state.items() if name.startswith(prefix)}
 
 
-def _configuration(cfg: object, shape: Shape, where: str) -> dict[str, Any]:
-    """What cfg says of the network; a contradiction with the shapes is refused with both sides."""
+def _configuration(cfg: object, shape: NetworkShape, where: str) -> dict[str, Any]:
+    """Read what cfg says of the network. A contradiction with the shapes is refused, and both sides are named."""
     if not isinstance(cfg, dict):
         return {}
     model = _section(cfg, "model")
     resolution = _section(model, "tokenizer").get("resolution")
     keys = ("dim", "num_blocks", "num_heads", "mlp_ratio", "label_dropout")
-    said: dict[str, Any] = {key: model[key] for key in keys if key in model}
+    stated: dict[str, Any] = {key: model[key] for key in keys if key in model}
     if isinstance(resolution, (list, tuple)) and resolution:
-        said["patch"] = resolution[-1]
+        stated["patch"] = resolution[-1]
     labels = _section(cfg, "dataset").get("label_shape")
     if isinstance(labels, (list, tuple)) and labels:
-        said["classes"] = labels[0]
-    _check(said, shape, where)
-    return said
+        stated["classes"] = labels[0]
+    _check(stated, shape, where)
+    return stated
 
 
 def _section(tree: dict[str, Any], name: str) -> dict[str, Any]:
-    found = tree.get(name)
-    return found if isinstance(found, dict) else {}
+    section = tree.get(name)
+    return section if isinstance(section, dict) else {}
 
 
-def _check(said: dict[str, Any], shape: Shape, where: str) -> None:
-    for key, value in said.items():
+def _check(stated: dict[str, Any], shape: NetworkShape, where: str) -> None:
+    for key, value in stated.items():
         if not isinstance(value, (int, float)) or not abs(value) < 1e15:
             raise AlphaflowError(f"{where}: its configuration says {key} {in_brief(value)}; it is not one of numbers.")
     seen: dict[str, float] = {
@@ -108,27 +112,27 @@ def _check(said: dict[str, Any], shape: Shape, where: str) -> None:
         "mlp_ratio": shape.mlp_ratio,
         "patch": shape.patch,
     }
-    if "classes" in said:
-        seen["classes"] = max(shape.label_rows - (said.get("label_dropout", 0) > 0), 0)
+    if "classes" in stated:
+        seen["classes"] = max(shape.label_rows - (stated.get("label_dropout", 0) > 0), 0)
     for key, value in seen.items():
-        if key in said and int(said[key] * 1000) != int(value * 1000):
-            raise AlphaflowError(f"{where}: its configuration says {key} {said[key]}, its weights say {value:g}.")
+        if key in stated and int(stated[key] * 1000) != int(value * 1000):
+            raise AlphaflowError(f"{where}: its configuration says {key} {stated[key]}, its weights say {value:g}.")
 
 
 def _base(
-    path: Path, options: ConvertOptions, said: dict[str, Any], training: Training, filled: dict[str, str], rows: int
+    path: Path, options: ConvertOptions, stated: dict[str, Any], training: Training, filled: dict[str, str], rows: int
 ) -> Recipe:
     """The recipe of the file's name or of the command line, checked against the file, with what the file says put in.
     Guidance is baked in: where the file does not say it, it is asked for, unless there is no null row."""
     published = RECIPES.get(path.stem.lower())
     answered = options.recipe or "guidance.omega" in training.facts
     answered = answered or any(text.startswith("guidance.") for text in options.sets)
-    if said.get("label_dropout", 0) > 0 and not published and not answered:
+    if stated.get("label_dropout", 0) > 0 and not published and not answered:
         raise AlphaflowError(
             f"{path.name}: was trained with guidance (it drops labels), but does not say which, and the name is none "
             "of the released files'. Say it: --recipe b2-cfg (or another), or --set guidance.omega=… and kappa=…"
         )
-    dropout = said.get("label_dropout")
+    dropout = stated.get("label_dropout")
     dropped = is_set(options, "guidance.label_dropout")
     if rows and dropout is None and not (published or options.recipe or dropped):
         raise AlphaflowError(
@@ -149,7 +153,7 @@ def _base(
 
 
 def _latents(state: dict[str, Tensor], options: ConvertOptions, where: str) -> Latents:
-    """Mean and standard deviation: the file holds mean and VARIANCE, [1, C, h, w] in float64."""
+    """The latents' statistics. The file holds mean and VARIANCE, [1, C, h, w] in float64."""
     if options.latents:
         return parse_latents(options.latents)
     mean, variance, ready = (state.get(name) for name in STATISTICS)
@@ -158,5 +162,5 @@ def _latents(state: dict[str, Tensor], options: ConvertOptions, where: str) -> L
             f"{where}: holds no latents' statistics (autoencoder_mean, autoencoder_var, filled in). "
             "Give them: --latents FILE.safetensors with mean and std, or --latents scale:0.18215"
         )
-    found = statistics(mean, variance.double().sqrt(), f"{where} (autoencoder_mean, autoencoder_var)")
-    return replace(found, inside=True)
+    latents = statistics(mean, variance.double().sqrt(), f"{where} (autoencoder_mean, autoencoder_var)")
+    return replace(latents, inside=True)

@@ -1,4 +1,7 @@
-"""What a table of weights says by its names and shapes: the network's size, and whether it is one of this family."""
+"""A table of weights, judged by its names and shapes: the network's size, and whether it is one of this family.
+
+Our names, the published system's and those of SiT and its children differ by pure renaming; both ways are here.
+"""
 
 import math
 from dataclasses import dataclass
@@ -11,11 +14,22 @@ from alphaflow_cli.model.checkpoint import misfits
 from alphaflow_cli.recipe.schema import Recipe
 
 HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}  # of S, B, L, XL: the shapes do not tell
+PUBLISHED = {  # a name of ours begins so → the published system's
+    "pos_embed": "pos_embed",
+    "patch_embed.proj.": "x_embedder.proj.",
+    "time_embed.mlp.": "noise_labels_embedder.mlp.",
+    "second_embed.mlp.": "noise_labels_next_embedder.mlp.",
+    "label_embed.weight": "y_embedder.embedding_table.weight",
+    "blocks.": "blocks.",
+    "final.linear.": "final_layer.linear.",
+    "final.modulation.linear.": "final_layer.adaLN_modulation.1.",
+}
+MODULATION = (".modulation.linear.", ".adaLN_modulation.1.")  # inside a block
 
 
 @dataclass(frozen=True)
-class Shape:
-    """Of a DiT, read off its weights."""
+class NetworkShape:
+    """The sizes of a DiT, read off its weights."""
 
     dim: int
     depth: int
@@ -29,7 +43,7 @@ class Shape:
 
 
 def to_our_names(weights: dict[str, Tensor], where: str, *, second: str | None) -> dict[str, Tensor]:
-    """Names of SiT and its children (t_embedder, …) or of the published system, to ours."""
+    """Rename the weights of SiT and its children (t_embedder, …), or of the published system, to our names."""
     spelled = {"t_embedder.": "noise_labels_embedder."}
     if second:
         spelled[second] = "noise_labels_next_embedder."
@@ -45,8 +59,26 @@ def to_our_names(weights: dict[str, Tensor], where: str, *, second: str | None) 
     return ours
 
 
-def read_shape(weights: dict[str, Tensor], where: str) -> Shape:
-    """From our names; what is missing is named."""
+def to_published(name: str) -> str:
+    """Rename a weight of ours: `blocks.0.modulation.linear.bias` becomes `blocks.0.adaLN_modulation.1.bias`."""
+    return _rename(name, PUBLISHED, *MODULATION)
+
+
+def from_published(name: str) -> str:
+    """Rename a published weight to ours: the inverse of `to_published`."""
+    return _rename(name, {theirs: ours for ours, theirs in PUBLISHED.items()}, *reversed(MODULATION))
+
+
+def _rename(name: str, prefixes: dict[str, str], old: str, new: str) -> str:
+    for ours, theirs in prefixes.items():
+        if name.startswith(ours):
+            rest = name[len(ours) :]
+            return theirs + (rest.replace(old[1:], new[1:]) if ours == "blocks." else rest)
+    raise KeyError(name)
+
+
+def read_shape(weights: dict[str, Tensor], where: str) -> NetworkShape:
+    """Read the network's sizes off weights under our names; what is missing is named."""
     try:
         dim, channels, patch, _ = weights["patch_embed.proj.weight"].shape
         tokens = weights["pos_embed"].shape[1]
@@ -64,7 +96,7 @@ def read_shape(weights: dict[str, Tensor], where: str) -> Shape:
             f"{where}: no network has {dim} channels, {tokens} tokens, and patches of {patch}x{patch} with {channels} "
             f"channels in and {last} numbers out."
         )
-    return Shape(
+    return NetworkShape(
         dim=dim,
         depth=len(blocks),
         patch=patch,
@@ -77,12 +109,12 @@ def read_shape(weights: dict[str, Tensor], where: str) -> Shape:
     )
 
 
-def heads_of(dim: int, where: str, said: float | None) -> int:
-    """From the file, else from the family's sizes."""
-    if said is not None or dim in HEADS:
-        heads = HEADS[dim] if said is None else int(said)
-        if heads < 1 or dim % heads or (said is not None and heads != said):
-            raise AlphaflowError(f"{where}: {said} attention heads do not divide {dim} channels. --set model.heads=N")
+def heads_of(dim: int, where: str, stated: float | None) -> int:
+    """The number of attention heads: the one the file states, else that of the published network of this width."""
+    if stated is not None or dim in HEADS:
+        heads = HEADS[dim] if stated is None else int(stated)
+        if heads < 1 or dim % heads or (stated is not None and heads != stated):
+            raise AlphaflowError(f"{where}: {stated} attention heads do not divide {dim} channels. --set model.heads=N")
         return heads
     raise AlphaflowError(
         f"{where}: does not say how many attention heads it has, and {dim} channels are none of the published sizes "
@@ -91,22 +123,22 @@ def heads_of(dim: int, where: str, said: float | None) -> int:
 
 
 def check_weights_fit(weights: dict[str, Tensor], recipe: Recipe, where: str, *, without: tuple[str, ...]) -> None:
-    """The recipe's network has exactly these names and shapes, but for those that are still to be added."""
-    told = misfits(weights, recipe, without=without)
-    if told:
-        raise AlphaflowError(f"{where}: not the weights of the network it describes ({told}).")
+    """Refuse weights that are not exactly those of the recipe's network, but for names that start with `without`."""
+    differences = misfits(weights, recipe, without=without)
+    if differences:
+        raise AlphaflowError(f"{where}: not the weights of the network it describes ({differences}).")
 
 
 def finite(weights: dict[str, Tensor], where: str) -> dict[str, Tensor]:
-    """The weights as float32, after a look that none has values that are not finite."""
+    """The weights as float32, after a check that all their values are finite."""
     broken = sorted(name for name, value in weights.items() if not torch.isfinite(value).all())
     if broken:
         raise AlphaflowError(f"{where}: {broken[0]} has values that are not finite ({len(broken)} tables do).")
     return {name: value.detach().float().contiguous() for name, value in weights.items()}
 
 
-def without_variance(weights: dict[str, Tensor], shape: Shape, where: str) -> dict[str, Tensor]:
-    """The last linear layer without a learned variance: of every pixel's 2C numbers the first C."""
+def without_variance(weights: dict[str, Tensor], shape: NetworkShape, where: str) -> dict[str, Tensor]:
+    """Drop a learned variance from the last linear layer: it keeps the first C of every pixel's 2C numbers."""
     if shape.out == shape.channels:
         return weights
     if shape.out != 2 * shape.channels:
@@ -119,36 +151,3 @@ def without_variance(weights: dict[str, Tensor], shape: Shape, where: str) -> di
         pixels = value.reshape(shape.patch**2, shape.out, *value.shape[1:])
         kept[name] = pixels[:, : shape.channels].reshape(-1, *value.shape[1:])
     return weights | kept
-
-
-PUBLISHED = {
-    "pos_embed": "pos_embed",
-    "patch_embed.proj.": "x_embedder.proj.",
-    "time_embed.mlp.": "noise_labels_embedder.mlp.",
-    "second_embed.mlp.": "noise_labels_next_embedder.mlp.",
-    "label_embed.weight": "y_embedder.embedding_table.weight",
-    "blocks.": "blocks.",
-    "final.linear.": "final_layer.linear.",
-    "final.modulation.linear.": "final_layer.adaLN_modulation.1.",
-}
-
-
-MODULATION = (".modulation.linear.", ".adaLN_modulation.1.")  # inside a block
-
-
-def to_published(name: str) -> str:
-    """`blocks.0.modulation.linear.bias` → `blocks.0.adaLN_modulation.1.bias`."""
-    return _rename(name, PUBLISHED, *MODULATION)
-
-
-def from_published(name: str) -> str:
-    """The way back."""
-    return _rename(name, {theirs: ours for ours, theirs in PUBLISHED.items()}, *reversed(MODULATION))
-
-
-def _rename(name: str, prefixes: dict[str, str], old: str, new: str) -> str:
-    for ours, theirs in prefixes.items():
-        if name.startswith(ours):
-            rest = name[len(ours) :]
-            return theirs + (rest.replace(old[1:], new[1:]) if ours == "blocks." else rest)
-    raise KeyError(name)

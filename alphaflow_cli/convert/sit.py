@@ -7,7 +7,7 @@ SiT   t = 0 is noise, the velocity is x − noise. With t' = 1 − t:
 DiT   predicts noise at DDPM's 1000 times: nn/noise.py computes the velocity from it.
 REPA  a SiT in which t = 1 is noise and the velocity is noise − x: ours already. Its projectors, which compare hidden
     states with those of an encoder in training, are dropped. It spells its arguments `linear` and `v`, SiT `Linear`
-    and `velocity`: by that the two are told apart.
+    and `velocity`; this tells the two apart.
 SiT and DiT predict a variance too (twice the channels): dropped. All get a second time embedder whose last layer is
 zero, so that u does not depend on r until it is trained to.
 """
@@ -21,16 +21,18 @@ from torch import Tensor
 
 from alphaflow_cli.convert.arguments import check_classes, number, plain_arguments, recipe_facts
 from alphaflow_cli.convert.imported import (
+    SD_SCALE,
     ConvertOptions,
     Imported,
     Latents,
     note_heads,
     number_set,
+    parse_latents,
     pick,
+    scaled,
     step_in_file,
     with_facts,
 )
-from alphaflow_cli.convert.latents import SD_SCALE, parse_latents, scaled
 from alphaflow_cli.convert.shape import heads_of, read_shape, to_our_names, without_variance
 from alphaflow_cli.convert.source import state_dict
 from alphaflow_cli.errors import AlphaflowError
@@ -38,7 +40,7 @@ from alphaflow_cli.nn.layers import FREQUENCIES, frequencies
 from alphaflow_cli.recipe import Recipe
 from alphaflow_cli.recipe.schema import Data, Guidance, Sample, Schedule, Times
 
-Kind = Literal["sit", "dit", "repa"]
+SiTKind = Literal["sit", "dit", "repa"]
 TABLES = {"ema": ("ema",), "raw": ("model", "net")}
 DROPOUT = 0.1  # of labels, in every released SiT, DiT, REPA and MeanFlow; the table then has a null row
 SPELLINGS: dict[str, dict[str, tuple[str, ...]]] = {  # argument → who writes it so
@@ -49,13 +51,16 @@ STRAIGHT = {
     "sit": {"path_type": "Linear", "prediction": "velocity"},
     "repa": {"path_type": "linear", "prediction": "v"},
 }
-MODELS: dict[str, Kind] = {"SiT": "sit", "DiT": "dit"}  # how the argument `model` begins
+MODELS: dict[str, SiTKind] = {"SiT": "sit", "DiT": "dit"}  # how the argument `model` begins
 PROJECTORS = "projectors."
-SAID = ("path_type", "prediction", "model", "cfg_prob", "num_classes")
+STATED = ("path_type", "prediction", "model", "cfg_prob", "num_classes")
 
 
-def looks_like_sit(table: dict[str, Any], arguments: dict[str, Any]) -> Kind | None:
-    """By REPA's projectors, else by how the training arguments are spelled, where they are kept."""
+def looks_like_sit(table: dict[str, Any], arguments: dict[str, Any]) -> SiTKind | None:
+    """Tell SiT, DiT and REPA apart: by REPA's projectors, else by how the training arguments are spelled.
+
+    None where the table is none of them, or no arguments are kept.
+    """
     if "t_embedder.mlp.0.weight" not in table:
         return None
     if any(name.startswith(PROJECTORS) for name in table):
@@ -70,8 +75,8 @@ def looks_like_sit(table: dict[str, Any], arguments: dict[str, Any]) -> Kind | N
     return MODELS.get(str(arguments.get("model"))[:3])
 
 
-def read_sit(tree: dict[str, Any], path: Path, options: ConvertOptions, kind: Kind) -> Imported:
-    """Our names; time and sign are turned where the network is known to fit."""
+def read_sit(tree: dict[str, Any], path: Path, options: ConvertOptions, kind: SiTKind) -> Imported:
+    """Translate a SiT, DiT or REPA to our names; time and sign are turned later, when the network is known to fit."""
     filled: dict[str, str] = {}
     table, which = pick(tree, TABLES, options, path.name, filled=filled)
     state = state_dict(table, path.name)
@@ -102,14 +107,14 @@ def read_sit(tree: dict[str, Any], path: Path, options: ConvertOptions, kind: Ki
         latents=_latents(options),
         base=base if shape.label_rows else replace(base, guidance=Guidance()),
         step=step_in_file(steps),
-        said={key: value for key, value in arguments.items() if key in SAID or key in read},
+        stated={key: value for key, value in arguments.items() if key in STATED or key in read},
         filled=filled,
-        unread=tuple(sorted(arguments.keys() - read - set(SAID))),
+        unread=tuple(sorted(arguments.keys() - read - set(STATED))),
     )
 
 
-def _check_path(arguments: dict[str, Any], where: str, kind: Kind) -> None:
-    """Only a velocity on the straight path; a DiT has neither argument."""
+def _check_path(arguments: dict[str, Any], where: str, kind: SiTKind) -> None:
+    """Refuse a file that is no velocity on the straight path; a DiT has neither of these arguments."""
     for key, straight in STRAIGHT.get(kind, {}).items():
         if key in arguments and arguments[key] != straight:
             raise AlphaflowError(
@@ -119,7 +124,7 @@ def _check_path(arguments: dict[str, Any], where: str, kind: Kind) -> None:
 
 
 def turn_time(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A network of (1 − t, −v) from one of (t, v), or back: twice gives the first."""
+    """Make a network of (1 − t, −v) from one of (t, v), or the other way round: done twice, it gives the first."""
     first, last = "time_embed.mlp.0.weight", ("final.linear.weight", "final.linear.bias")
     f = frequencies(torch.zeros(0, dtype=torch.float64))
     weight = weights[first].double()
@@ -129,13 +134,13 @@ def turn_time(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def add_second_embedder(weights: dict[str, Tensor], fresh: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The missing embedder: first layer as freshly initialised, last layer zero."""
+    """Add the missing second time embedder: its first layer as freshly initialised, its last layer zero."""
     added = {name: value for name, value in fresh.items() if name.startswith("second_embed.")}
     return weights | {n: torch.zeros_like(v) if n.startswith("second_embed.mlp.2.") else v for n, v in added.items()}
 
 
-def _flow_base(kind: Kind, arguments: dict[str, Any], where: str, filled: dict[str, str]) -> Recipe:
-    """Plain velocity, uniform times, guidance only when sampling, many steps."""
+def _flow_base(kind: SiTKind, arguments: dict[str, Any], where: str, filled: dict[str, str]) -> Recipe:
+    """The recipe of plain flow matching: uniform times, guidance only when sampling, many steps."""
     filled["recipe"] = f"plain flow matching, as a {kind} trains; what is not listed as said is not known"
     filled["sampler"] = "flow, 100 steps; 250 and guidance 1.5 to 4 are usual (sample --guidance)"
     dropout = number(arguments, "cfg_prob", where) if arguments.get("cfg_prob") else DROPOUT

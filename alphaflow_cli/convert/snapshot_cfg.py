@@ -1,9 +1,9 @@
 """What a published snapshot says beside its weights: cfg, stats and the optimiser, as values of a recipe.
 
 Known places: cfg.model and cfg.dataset (sizes), cfg.loss.cfg_params (guidance), cfg.sampling, stats.cur_step,
-optimizer.param_groups. The schedules of alpha and of the share of r = t rows are known by their form (scheduler,
-initial_value, …) and a name with alpha or ratio_fm in it, the number of steps by its name max_steps. What is found
-twice with two values, or has no place in a recipe, is listed as not read.
+optimizer.param_groups. A schedule of alpha, or of the share of r = t rows, is known by its form (scheduler,
+initial_value, …) and by alpha or ratio_fm in its name. The number of steps is known by its name, max_steps. What is
+found twice with two values, or has no place in a recipe, is listed as not read.
 """
 
 import math
@@ -16,6 +16,7 @@ from alphaflow_cli.convert.imported import step_in_file
 from alphaflow_cli.convert.source import in_brief
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.recipe import Recipe
+from alphaflow_cli.recipe.plan import is_guided
 from alphaflow_cli.recipe.schema import Schedule, ScheduleKind, resolve_step
 
 SCHEDULES = {"alpha": "alpha", "times.equal_share": "ratio_fm"}  # field of the recipe → part of the name in cfg
@@ -36,7 +37,7 @@ MOST_ENTRIES = 100_000  # of cfg: a real one has a few hundred
 
 @dataclass
 class Training:
-    """Recipe values by dotted name, what was read from where, and what was not."""
+    """What a snapshot says of its training: recipe values by dotted name, and which keys were read and which not."""
 
     facts: dict[str, Any] = field(default_factory=dict)
     read: dict[str, Any] = field(default_factory=dict)  # place in the file → its value, as it is told
@@ -45,7 +46,7 @@ class Training:
 
 
 def read_training(tree: Mapping[str, Any], where: str) -> Training:
-    """Everything but the sizes of the network."""
+    """Read everything that a snapshot's cfg says, but for the sizes of the network."""
     cfg = tree.get("cfg")
     leaves = dict(walk_cfg(cfg)) if isinstance(cfg, dict) else {}
     _refuse_other_networks(leaves, where)
@@ -65,7 +66,7 @@ def read_training(tree: Mapping[str, Any], where: str) -> Training:
 
 
 def check_against(training: Training, dropout: float | None, recipe: Recipe, named: str, where: str) -> None:
-    """A recipe named on the command line, or by the file's name, must not contradict the file."""
+    """Refuse a recipe, named on the command line or by the file's name, that contradicts the file."""
     theirs = dict(training.facts)
     for key in COMPARED:
         ours = attrgetter(key)(recipe)
@@ -87,14 +88,19 @@ def _same(key: str, theirs: Mapping[str, Any], ours: Any, recipe: Recipe) -> boo
     if isinstance(ours, Schedule):
         steps = recipe.train.steps
         return _essence(theirs[key], theirs.get("train.steps", steps)) == _essence(ours, steps)
-    unguided = (theirs.get("guidance.omega"), theirs.get("guidance.kappa")) == (1.0, 0.0)
-    if key in ("guidance.t_min", "guidance.t_max") and unguided:
+    if key in ("guidance.t_min", "guidance.t_max") and _is_plain(theirs):
         return True
     return math.isclose(theirs[key], ours, rel_tol=1e-6, abs_tol=1e-9)
 
 
+def _is_plain(values: Mapping[str, Any]) -> bool:
+    """Whether a configuration says that no guidance was trained in; False where it says nothing about it."""
+    omega, kappa = values.get("guidance.omega"), values.get("guidance.kappa")
+    return omega is not None and kappa is not None and not is_guided(omega, kappa)
+
+
 def _essence(schedule: Schedule, steps: int) -> tuple[Any, ...]:
-    """What a schedule does, however it is written."""
+    """What a schedule does, in a form that is equal for equal schedules, however they are written."""
     if schedule.kind == "constant":
         return ("constant", schedule.initial)
     start, end = resolve_step(schedule.start, steps), resolve_step(schedule.end, steps)
@@ -118,7 +124,10 @@ def _row(values: Iterable[float]) -> str:
 
 
 def walk_cfg(tree: dict[Any, Any]) -> Iterator[tuple[str, Any]]:
-    """Dotted name → value of every node below, ten levels down; a table that holds itself is walked once."""
+    """Yield the dotted name and the value of every node of cfg, ten levels down.
+
+    A table that holds itself is walked once.
+    """
     stack: list[tuple[str, dict[Any, Any]]] = [("", tree)]
     seen, count = {id(tree)}, 0
     while stack:
@@ -139,7 +148,7 @@ def _named(leaves: Mapping[str, Any], names: tuple[str, ...], under: str = "") -
 
 
 def _refuse_other_networks(leaves: Mapping[str, Any], where: str) -> None:
-    """u of unit noise on the straight path, nothing around it: the network here is that and nothing else."""
+    """Refuse a network that is not u of unit noise on the straight path, with nothing around it: ours is only that."""
     for name, value in _named(leaves, ("sigma_noise",)):
         if value is not None and not (_is_number(value) and value == 1):
             raise AlphaflowError(f"{where}: its cfg.{name} is {in_brief(value)}; only noise of deviation 1 is read.")
@@ -159,7 +168,7 @@ def _refuse_other_networks(leaves: Mapping[str, Any], where: str) -> None:
 
 
 def _mix(leaves: Mapping[str, Any], training: Training, where: str) -> None:
-    """omega, kappa and the interval, as they stand in cfg.loss.cfg_params."""
+    """Read omega, kappa and their interval, as they stand in cfg.loss.cfg_params."""
     mix: dict[str, float] = {}
     places: dict[str, float] = {}
     for name, value in _named(leaves, ("cfg_params",), "loss."):
@@ -171,13 +180,13 @@ def _mix(leaves: Mapping[str, Any], training: Training, where: str) -> None:
     if "omega" not in mix or "kappa" not in mix:
         return
     training.read |= places
-    if (mix["omega"], mix["kappa"]) == (1.0, 0.0) or mix.get("t_max", 1.0) <= mix.get("t_min", 0.0):
+    if not is_guided(mix["omega"], mix["kappa"]) or mix.get("t_max", 1.0) <= mix.get("t_min", 0.0):
         mix = {"omega": 1.0, "kappa": 0.0}  # no guidance, or no time for it: an interval has no meaning
     training.facts |= {f"guidance.{key}": value for key, value in mix.items()}
 
 
 def _schedules(leaves: Mapping[str, Any], training: Training, where: str) -> None:
-    """alpha, the share of r = t rows, and the number of steps they end in."""
+    """Read the schedules of alpha and of the share of r = t rows, and the number of steps in which they end."""
     for field_, places in schedule_places(leaves).items():
         schedules = {place: _schedule(leaves[place], f"cfg.{place}", where) for place in places}
         if len(set(schedules.values())) == 1:
@@ -196,13 +205,13 @@ def _schedules(leaves: Mapping[str, Any], training: Training, where: str) -> Non
 
 
 def _is_flow(training: Training) -> bool:
-    """Flow matching: every row has r = t."""
+    """Tell whether the training was plain flow matching: every row has r = t."""
     share = training.facts.get("times.equal_share")
     return share is not None and share.kind == "constant" and share.initial == 1
 
 
 def schedule_places(leaves: Mapping[str, Any]) -> dict[str, list[str]]:
-    """Field of the recipe → where cfg keeps it: as tables of that form, else as a bare number in cfg.loss."""
+    """Find where cfg keeps each schedule of the recipe: as tables of that form, else as a bare number in cfg.loss."""
     places = {}
     for field_, word in SCHEDULES.items():
         tables = [name for name, value in leaves.items() if word in name.rpartition(".")[2] and _is_schedule(value)]
@@ -220,7 +229,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _schedule(value: Any, name: str, where: str) -> Schedule:
-    """A number, or their table of scheduler, initial_value, end_value, change_init_steps, …"""
+    """Read a schedule: a number, or their table of scheduler, initial_value, end_value, change_init_steps, …"""
     if not isinstance(value, dict):
         constant = _number(value, name, where)
         return Schedule(initial=constant, final=constant, clamp=0.0)
@@ -244,7 +253,7 @@ def _schedule(value: Any, name: str, where: str) -> Schedule:
 
 
 def _sampling(leaves: Mapping[str, Any], training: Training, where: str) -> None:
-    """Sampler and grid: of one step the first, of two the published two-step setting, of more a grid of its own."""
+    """Read sampler and grid: one step needs none, two steps have a published one, more have a grid of their own."""
     stated = leaves.get("sampling")
     stated = stated if isinstance(stated, dict) else {}
     flow = _is_flow(training)
@@ -271,14 +280,13 @@ def _sampling(leaves: Mapping[str, Any], training: Training, where: str) -> None
 
 
 def _sampling_guidance(leaves: Mapping[str, Any], training: Training) -> None:
-    """Guidance at sampling, of a network that was trained without and knows the null label."""
+    """Read the guidance at sampling of a network that was trained without and knows the null label."""
     scale, dropout = leaves.get("sampling.cfg.scale"), leaves.get("model.label_dropout")
     ends = [leaves.get(place, default) for place, default in zip(INTERVAL, (0, 1), strict=True)]
     whole = all(map(_is_number, ends)) and ends == [0, 1]
-    plain = (training.facts.get("guidance.omega"), training.facts.get("guidance.kappa")) == (1.0, 0.0)
     if (
         whole
-        and plain
+        and _is_plain(training.facts)
         and _is_number(scale)
         and _is_number(dropout)
         and float(scale or 0) > 0
@@ -289,7 +297,7 @@ def _sampling_guidance(leaves: Mapping[str, Any], training: Training) -> None:
 
 
 def _optimiser(state: object, training: Training) -> None:
-    """Adam's constants, and the rate before the schedule scaled it, as torch keeps them."""
+    """Read Adam's constants, and the learning rate before the schedule scaled it, as torch keeps them."""
     groups = state.get("param_groups") if isinstance(state, dict) else None
     group = groups[0] if isinstance(groups, list) and groups and isinstance(groups[0], dict) else {}
     for key, ours in (("initial_lr", "lr"), ("eps", "eps"), ("weight_decay", "weight_decay")):
@@ -303,7 +311,7 @@ def _optimiser(state: object, training: Training) -> None:
 
 
 def _unread(leaves: Mapping[str, Any], read: set[str]) -> list[str]:
-    """Names of what was not read: a table of which nothing was read by its own name."""
+    """List the names of what was not read; a table of which nothing was read stands for all in it."""
     above = {name.rsplit(".", i)[0] for name in read for i in range(1, name.count(".") + 1)}
     below = [n for n in leaves if n not in read and n not in above and not _inside(n, read)]
     names = sorted(name for name in below if name.rpartition(".")[0] in above or "." not in name)
@@ -312,7 +320,7 @@ def _unread(leaves: Mapping[str, Any], read: set[str]) -> list[str]:
 
 
 def _inside(name: str, read: set[str]) -> bool:
-    """A part of a table that was read as a whole, such as a schedule."""
+    """Tell whether a node is part of a table that was read as a whole, such as a schedule."""
     return any(name.rsplit(".", i)[0] in read for i in range(1, name.count(".") + 1))
 
 

@@ -1,15 +1,18 @@
 """A foreign file to a tree of plain values and tensors; nothing in it is executed.
 
 `.pt` is a zip with a pickle in it (or, older, a row of pickles). Before torch reads it with `weights_only=True`, the
-zip must be what torch.save writes (entries stored, not compressed: no bomb) and the pickle may name only torch's own
-tensor builders and the few plain containers below, which are mapped to inert dicts by name.
+zip must be what torch.save writes: entries stored, not compressed, so that it is no bomb. The pickle may name only
+torch's own tensor builders and a few plain containers (below), which are mapped to inert dicts by name.
 """
 
+import io
 import pickle
+import pickletools
 import re
 import warnings
 import zipfile
 from collections import OrderedDict
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import IO, Any
@@ -18,14 +21,17 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from alphaflow_cli.convert.scan import LARGEST_PICKLE, Damaged, Dangerous, foreign_globals
 from alphaflow_cli.errors import AlphaflowError
 
+LARGEST_PICKLE = 16 << 20  # bytes; the pickle of a real 10 GB checkpoint has about 1 MB, its tensors lie beside it
+HEAVIEST_TUPLE = 1_000_000  # leaves; nested tuples that share their parts take 2^depth steps to hash
+BROKEN_PICKLE = (ValueError, EOFError, LookupError, AttributeError, TypeError)
+_MARK = object()
 LEGACY_PICKLES = 5  # magic number, protocol, machine, the object, the storages' keys
 
 
 class Fields:
-    """Where an argparse.Namespace stood: vars() are its fields; no behaviour."""
+    """An inert stand-in for an argparse.Namespace: `vars()` gives its fields, and it does nothing."""
 
 
 CONTAINERS = {  # dict subclasses and records of the known systems → an inert stand-in
@@ -61,7 +67,7 @@ UNREADABLE = (
 
 
 def read_source(path: Path) -> dict[str, Any]:
-    """The file's tree: nested dicts with tensors at the leaves."""
+    """Read a foreign file as a tree: nested dicts with tensors at the leaves. Nothing in it is executed."""
     if not path.is_file():
         raise AlphaflowError(f"{path}: no such file. Give a .pt or .safetensors checkpoint.")
     if path.suffix == ".safetensors":
@@ -82,7 +88,7 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
 
 
 def _check_zip(path: Path) -> None:
-    """Refuse anything torch.save does not write, then look at the pickle."""
+    """Refuse a zip that torch.save would not write, then look at the pickle in it."""
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
@@ -101,7 +107,7 @@ def _check_zip(path: Path) -> None:
 
 
 def _check_legacy(path: Path) -> None:
-    """The old format: a row of pickles, then the tensors."""
+    """Check a file of torch's old format: several pickles in a row, then the tensors."""
     with path.open("rb") as stream:
         head = stream.read(2)
         if head[:1] != b"\x80":
@@ -128,6 +134,73 @@ def _check_pickle(path: Path, stream: IO[bytes], pickles: int) -> None:
         raise _refusal(path, f"it wants to import {', '.join(foreign[:3])}{more}, which a checkpoint does not need")
 
 
+class Dangerous(Exception):
+    """The pickle would keep its reader busy for ever."""
+
+
+class Damaged(Exception):
+    """The pickle ends too early, or there is none."""
+
+
+def foreign_globals(stream: IO[bytes], *, allowed: frozenset[str], pickles: int) -> list[str]:
+    """List the names that a pickle would import and that are not allowed, in order, each once.
+
+    The first `pickles` of the stream are looked through; none of them is run.
+    """
+    named: dict[str, None] = {}
+    rest = io.BytesIO(stream.read(LARGEST_PICKLE))
+    try:
+        for _ in range(pickles):
+            for name in _globals(rest):
+                named[name] = None
+    except BROKEN_PICKLE as error:
+        if named.keys() <= allowed:
+            raise Damaged(str(error)) from error
+    return [name for name in named if name not in allowed]
+
+
+def _globals(stream: IO[bytes]) -> Iterator[str]:
+    """Yield the names that one pickle would import.
+
+    It is walked with a stack of what matters: strings, of which names are made, and the weight of tuples.
+    """
+    stack: list[object] = []
+    memo: dict[int, object] = {}
+    for opcode, arg, _ in pickletools.genops(stream):
+        name = opcode.name
+        if name in ("GLOBAL", "INST"):
+            yield str(arg).replace(" ", ".")
+        if name == "STACK_GLOBAL" and len(stack) > 1:
+            yield f"{stack[-2]}.{stack[-1]}"
+        if name == "MEMOIZE" or "PUT" in name:
+            memo[len(memo) if arg is None else int(arg)] = stack[-1] if stack else 1
+        elif "GET" in name:
+            stack.append(memo.get(int(arg or 0), 1))
+        else:
+            _apply(opcode, arg, stack)
+
+
+def _apply(opcode: pickletools.OpcodeInfo, arg: object, stack: list[object]) -> None:
+    """Do to the stack what an opcode would: pop what it takes, push what it makes."""
+    if opcode.name == "MARK":
+        stack.append(_MARK)
+        return
+    items: list[object] = []
+    before = list(opcode.stack_before)
+    if pickletools.markobject in before:
+        while stack and (item := stack.pop()) is not _MARK:
+            items.append(item)
+        before = before[: before.index(pickletools.markobject)]
+    items += [stack.pop() for _ in before if stack]
+    made: object = arg if isinstance(arg, str) and not opcode.stack_before else 1
+    if opcode.name.startswith("TUPLE"):
+        weight = 1 + sum(item if isinstance(item, int) else 1 for item in items)
+        if weight > HEAVIEST_TUPLE:
+            raise Dangerous("tuples nested so that reading them would never end")
+        made = weight
+    stack.extend([made] * len(opcode.stack_after))
+
+
 def _refusal(path: Path, why: str) -> AlphaflowError:
     return AlphaflowError(f"{path}: refused, and nothing in it was executed: {why}.")
 
@@ -148,7 +221,7 @@ def _load(path: Path, *, mmap: bool) -> dict[str, Any]:
 
 
 def _reason(error: BaseException) -> str:
-    """One line of torch's paragraphs: the name it refused, or the first line that is not advice."""
+    """Make one line of torch's paragraphs: the name it refused, or the first line that is not advice."""
     unsupported = re.search(r"(?:Unsupported global: GLOBAL|unsupported GLOBAL) (\S+)", str(error))
     if unsupported:
         return f"it wants to import {unsupported[1]}"
@@ -159,7 +232,7 @@ def _reason(error: BaseException) -> str:
 
 
 def in_brief(value: object) -> str:
-    """A value of a foreign file in one line of a message, however long or strange it is."""
+    """Describe a value of a foreign file in one line of a message, however long or strange it is."""
     if isinstance(value, Tensor):
         return f"a tensor of shape {tuple(value.shape)}"
     if isinstance(value, int) and abs(value) >= 10**15:
@@ -170,13 +243,13 @@ def in_brief(value: object) -> str:
 
 
 def bare_name(name: object) -> str:
-    """A weight's name without the prefixes of compiled and wrapped networks."""
+    """A weight's name without the prefixes that compiled and wrapped networks add."""
     text = name if isinstance(name, str) else in_brief(name)
     return text.replace("_orig_mod.", "").removeprefix("module.")
 
 
 def state_dict(tree: object, where: str) -> dict[str, Tensor]:
-    """A table of weights: honest float tensors only, without the prefixes of compiled and wrapped networks."""
+    """Check that a node is a table of honest float tensors; names lose the prefixes of wrapped networks."""
     if not isinstance(tree, dict) or not tree:
         raise AlphaflowError(f"{where}: no table of weights there.")
     weights: dict[str, Tensor] = {}
@@ -195,7 +268,7 @@ def state_dict(tree: object, where: str) -> dict[str, Tensor]:
 
 
 def _share(weights: dict[str, Tensor]) -> bool:
-    """Whether tables overlap, or all together are larger than what they lie in."""
+    """Tell whether tables overlap, or all together are larger than the memory they lie in."""
     held = {value.untyped_storage().data_ptr(): value.untyped_storage().nbytes() for value in weights.values()}
     if sum(value.numel() * value.element_size() for value in weights.values()) > sum(held.values()):
         return True

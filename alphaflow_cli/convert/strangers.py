@@ -15,7 +15,7 @@ KNOWN = (
 
 
 def check_path(path: Path) -> None:
-    """What a folder or a file is not, as far as its name says it; nothing is read."""
+    """Refuse a folder or a file that cannot be a checkpoint, by its name alone; nothing is read."""
     if path.is_dir():
         _refuse_folder(path)
     if path.suffix.lower() in (".pkl", ".pickle"):
@@ -53,7 +53,7 @@ def _entries(path: Path) -> list[Path]:
 
 
 def refuse_strangers(tree: dict[str, Any], path: Path, arguments: dict[str, Any]) -> None:
-    """By the tables of a checkpoint and the names in them."""
+    """Refuse a checkpoint of a known system that cannot be converted, by its tables and the names in them."""
     names = {bare_name(name) for table in _tables(tree) for name in table}
     if "latents.mean" in tree and any(name.startswith("net.") for name in names):
         raise AlphaflowError(
@@ -94,7 +94,10 @@ def refuse_strangers(tree: dict[str, Any], path: Path, arguments: dict[str, Any]
 
 
 def _starts(names: Iterable[str], beginnings: tuple[str, ...], *, anywhere: bool = False) -> Iterable[bool]:
-    """Whether a name begins so; `anywhere`: or has it after a prefix such as model. or first_stage_model."""
+    """Yield, for each name, whether it begins so.
+
+    `anywhere` also takes names that have it after a prefix, such as model. or first_stage_model.
+    """
     inner = tuple(f".{each}" for each in beginnings) if anywhere else ()
     return (
         name.startswith(beginnings) or (not name.startswith("autoencoder.") and any(each in name for each in inner))
@@ -103,7 +106,7 @@ def _starts(names: Iterable[str], beginnings: tuple[str, ...], *, anywhere: bool
 
 
 def _tables(tree: dict[str, Any]) -> list[dict[Any, Any]]:
-    """The tree itself and what lies where systems keep their weights, at most two deep."""
+    """List the tree itself and the tables where systems keep their weights, at most two levels deep."""
     first = [tree.get(key) for key in ("ema", "net", "model", "state_dict", "ema_model", "network")]
     tables = [table for table in first if isinstance(table, dict)]
     inner = [table.get(key) for table in tables for key in ("net", "ema", "network")]
@@ -111,7 +114,7 @@ def _tables(tree: dict[str, Any]) -> list[dict[Any, Any]]:
 
 
 def refuse_unknown(names: Iterable[str], path: Path) -> NoReturn:
-    """A table that is none of the known ones, or one of two that look alike."""
+    """Refuse a table that is none of the known ones, or one of two that look alike."""
     known = list(names)
     if "t_embedder.mlp.0.weight" in known:
         raise AlphaflowError(

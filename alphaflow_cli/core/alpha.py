@@ -8,8 +8,8 @@ With p = (step - start) / (end - start), between start and end:
     sigmoid      i + (e - i) σ(gamma (p - 1/2))
 
 i up to start, e from end on; start = end jumps (the published formula divides by zero there). Then the clamp:
-below it 0, above 1 - it 1, both strict. With the published gamma = 25 and clamp = 0.005 a sigmoid is therefore exactly
-1 for the first 28.8% of [start, end] and exactly 0 for the last 28.8%.
+below it 0, above 1 - it 1, both strict. So with the published gamma = 25 and clamp = 0.005 a sigmoid from 1 to 0
+is exactly 1 for the first 28.8% of [start, end]. It is exactly 0 for the last 28.8%.
 """
 
 import math
@@ -26,12 +26,12 @@ PROGRESS: dict[str, Callable[[float, float, float, float], float]] = {
 
 
 def _sigmoid(x: float) -> float:
-    """σ(x), without overflow for a steep gamma."""
+    """σ(x), computed so that it does not overflow for a steep gamma."""
     return 1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x))
 
 
 def clamped(value: float, clamp: float) -> float:
-    """0 below the clamp, 1 above 1 - the clamp."""
+    """Snap a value that is nearly 0 or 1: 0 below the clamp, 1 above 1 − clamp."""
     if value < clamp:
         return 0.0
     return 1.0 if value > 1 - clamp else value
@@ -40,7 +40,7 @@ def clamped(value: float, clamp: float) -> float:
 def schedule_value(
     step: int, *, kind: str, initial: float, final: float, start: int, end: int, gamma: float, clamp: float
 ) -> float:
-    """The value at a 0-based optimiser step."""
+    """The value of a schedule at the 0-based optimiser step `step`."""
     return clamped(_unclamped(step, kind, initial, final, start, end, gamma), clamp)
 
 
@@ -55,5 +55,5 @@ def _unclamped(step: int, kind: str, initial: float, final: float, start: int, e
 
 
 def equal_rows(batch: int, share: float) -> int:
-    """How many rows of a global batch have r = t: truncated, as published."""
+    """How many rows of a global batch have r = t: batch · share, rounded down, as published."""
     return int(batch * share)

@@ -16,22 +16,22 @@ from alphaflow_cli.core.path import expand
 
 
 def trajectory_loss(u: Tensor, v_guided: Tensor) -> Tensor:
-    """L_TFM (and, on r = t rows, L_FM')."""
+    """L_TFM, the trajectory half of the objective; on r = t rows it is L_FM', the border case."""
     return (u - v_guided).square().mean()
 
 
 def consistency_loss(u: Tensor, du: Tensor, t: Tensor, r: Tensor) -> Tensor:
-    """L_TC, with du/dt without gradient."""
+    """L_TC, the consistency half of the objective; du/dt gets no gradient."""
     return (2.0 * expand(t - r, u) * u * du.detach()).mean()
 
 
 def products(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> dict[str, float]:
-    """Name → inner product of two gradients, tensor by tensor."""
+    """The inner product of two gradients, tensor by tensor: name of the tensor → product."""
     values = [(first[name].double() * second[name].double()).sum() for name in first]
     return dict(zip(first, torch.stack(values).tolist(), strict=True))
 
 
 def cosine(ab: Iterable[float], aa: Iterable[float], bb: Iterable[float]) -> float:
-    """a·b / (|a| |b|) from per-tensor products; NaN where a gradient vanishes, which is for the caller to show."""
+    """The cosine a·b / (|a| |b|) of two gradients, from products per tensor; NaN where a gradient vanishes."""
     length = sqrt(sum(aa)) * sqrt(sum(bb))
     return sum(ab) / length if length > 0 else float("nan")

@@ -18,7 +18,10 @@ _MASK = (1 << 64) - 1
 
 
 def mix_seed(*parts: int) -> int:
-    """One seed in [0, 2^63) from several integers; order matters (SplitMix64's finaliser folded over the parts)."""
+    """Mix several integers into one seed in [0, 2^63); their order matters.
+
+    It is SplitMix64's finaliser, folded over the parts.
+    """
     state = 0
     for part in parts:
         state = (state + 0x9E3779B97F4A7C15 ^ part & _MASK) & _MASK
@@ -38,8 +41,10 @@ class StepDraws:
 
 
 def step_draws(seed: int, step: int, *, batch: int, shape: tuple[int, int, int], device: torch.device) -> StepDraws:
-    """The draws of a step: the same on any number of processes, others on a CPU and on a GPU. What decides which rows
-    are computed is drawn on the host, which then need not wait for the device to tell it."""
+    """Draw the random numbers of a step: the same on any number of processes, others on a CPU and on a GPU.
+
+    What decides which rows are computed is drawn on the host, which then need not wait for the device to tell it.
+    """
     drawn = mix_seed(seed, STEP, step)
     generator = torch.Generator(device).manual_seed(drawn)
     noise = torch.randn((batch, *shape), generator=generator, device=device)

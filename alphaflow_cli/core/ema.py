@@ -12,11 +12,11 @@ from torch import Tensor
 
 
 def ema_beta(step: int, *, half_life: float, ramp: float) -> float:
-    """β of this 0-based step."""
+    """β of the 0-based step `step`."""
     return float(0.5 ** (1.0 / max(min(half_life, ramp * step), 1e-8)))
 
 
 @torch.no_grad()
 def update_ema(ema: Sequence[Tensor], weights: Sequence[Tensor], beta: float) -> None:
-    """ema ← β ema + (1 − β) weights, in place, in one fused sweep."""
+    """Move the average towards the weights, in place and in one fused sweep: ema ← β ema + (1 − β) weights."""
     torch._foreach_lerp_(list(ema), list(weights), 1.0 - beta)

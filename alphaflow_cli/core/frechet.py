@@ -34,7 +34,7 @@ def frechet_distance(mean_a: Tensor, cov_a: Tensor, mean_b: Tensor, cov_b: Tenso
 
 
 def _root(cov: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """R with R·Rᵀ = cov, and the trace that belongs to it; negative eigenvalues are rounding and become 0."""
+    """A matrix R with R·Rᵀ = cov, and the trace of R·Rᵀ; negative eigenvalues are rounding and become 0."""
     values, vectors = torch.linalg.eigh((cov + cov.T) / 2)
     lowest = float(values[0])
     if lowest < -NEGATIVE_REFUSED * scale:
@@ -69,11 +69,11 @@ class Moments:
 
     @property
     def count(self) -> int:
-        """Features seen."""
+        """How many features the sums hold."""
         return round(float(self.sums[-1, -1]))
 
     def update(self, features: Tensor) -> None:
-        """Adds features (N, D)."""
+        """Add features (N, D) to the sums."""
         if features.ndim != 2 or features.shape[1] != self.dim:
             raise AlphaflowError(f"features of shape {tuple(features.shape)} where (N, {self.dim}) is due")
         if not bool(torch.isfinite(features).all()):
@@ -83,13 +83,13 @@ class Moments:
         self.sums += rows.T @ rows
 
     def merge(self, other: "Moments") -> None:
-        """Adds what another process or chunk has seen."""
+        """Add the sums of another process or chunk."""
         if other.dim != self.dim:
             raise AlphaflowError(f"moments of dimension {other.dim} cannot join moments of dimension {self.dim}")
         self.sums += other.sums.to(self.sums.device)
 
     def finalise(self) -> tuple[Tensor, Tensor]:
-        """Mean and covariance, divided by N − 1."""
+        """The mean and the covariance of all features so far; the covariance is divided by N − 1."""
         n = self.count
         if n < 2:
             raise AlphaflowError(f"a covariance needs at least 2 samples, there are {n}")

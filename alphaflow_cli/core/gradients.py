@@ -14,7 +14,10 @@ INFINITY = 1e5
 
 @torch.no_grad()
 def replace_nonfinite(grads: Sequence[Tensor]) -> Tensor:
-    """Replaces in place; the number of replaced values, left on the device so that nothing waits for it."""
+    """Replace values that are not finite, in place; gives their number.
+
+    The number is left on the device, so that nothing waits for it.
+    """
     counts = [(~torch.isfinite(grad)).sum() for grad in grads]
     for grad in grads:
         torch.nan_to_num_(grad, nan=0.0, posinf=INFINITY, neginf=-INFINITY)

@@ -15,19 +15,19 @@ from alphaflow_cli.core.path import expand
 
 
 def inside(t: Tensor, t_min: float, t_max: float) -> Tensor:
-    """(B,) bool: t_min < t < t_max, both strict."""
+    """Which rows have t_min < t < t_max, both strict: (B,) bool."""
     return (t > t_min) & (t < t_max)
 
 
 def drop_labels(
     y: Tensor, t: Tensor, uniforms: Tensor, *, dropout: float, y_null: int, t_min: float, t_max: float
 ) -> Tensor:
-    """y with y_null where uniform < dropout and t is inside the interval."""
+    """Replace y by y_null where the row's uniform is below `dropout` and t is inside the interval."""
     dropped = (uniforms < dropout) & inside(t, t_min, t_max)
     return torch.where(dropped, y_null, y)
 
 
-def asked_rows(
+def rows_to_ask(
     t: Tensor,
     uniforms: Tensor,
     n_equal: int,
@@ -38,7 +38,8 @@ def asked_rows(
     t_min: float,
     t_max: float,
 ) -> tuple[Tensor, Tensor]:
-    """(B,) bool each: the rows whose u⁻(z_t, t, t | y), and whose u⁻(z_t, t, t | ∅), only a call of its own can tell.
+    """Which rows need a call of the network of their own, (B,) bool each: for u⁻(z_t, t, t | y), for u⁻(z_t, t, t |
+    ∅).
 
     An r = t row (the first `n_equal`) predicts the one that belongs to its label itself. An r < t row without label
     needs only one of the two, since they are the same. Outside the interval nothing is needed.
@@ -51,7 +52,7 @@ def asked_rows(
 
 
 def null_weight(omega: float, kappa: float) -> float:
-    """1 − ω − κ, the weight of the null velocity; rounding noise counts as zero."""
+    """1 − ω − κ, the weight of the null velocity in ṽ; rounding noise counts as zero."""
     rest = 1.0 - omega - kappa
     return 0.0 if abs(rest) < 1e-12 else rest
 
@@ -67,7 +68,7 @@ def guided_velocity(
     t_min: float,
     t_max: float,
 ) -> Tensor:
-    """ṽ. `u_y` may be None where κ = 0, `u_null` where 1 − ω − κ = 0."""
+    """ṽ, the velocity after guidance. `u_y` may be None where κ = 0, `u_null` where 1 − ω − κ = 0."""
     null = null_weight(omega, kappa)
     assert len(v) == 0 or ((u_y is not None or kappa == 0.0) and (u_null is not None or null == 0.0)), (kappa, null)
     v_guided = omega * v
@@ -76,8 +77,3 @@ def guided_velocity(
     if u_null is not None and null != 0.0:
         v_guided = v_guided + null * u_null
     return torch.where(expand(inside(t, t_min, t_max), v), v_guided, v)
-
-
-def effective_scale(omega: float, kappa: float) -> float:
-    """ω / (1 − κ)."""
-    return omega / (1.0 - kappa)

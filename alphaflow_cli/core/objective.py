@@ -17,35 +17,33 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from alphaflow_cli.core.path import expand, step_back
-
-Net = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+from alphaflow_cli.core.path import Net, expand, step_back
 
 
 def intermediate_time(t: Tensor, r: Tensor, alpha: float) -> Tensor:
-    """s = t − α (t − r)."""
+    """s = t − α (t − r), the time between r and t that α chooses."""
     return t - alpha * (t - r)
 
 
 def is_tie(t: Tensor, r: Tensor) -> Tensor:
-    """(B,) bool: r = t up to rounding, |t − r| ≤ 1e-8 + 1e-5 t; there the MeanFlow target is ṽ itself."""
+    """Which rows have r = t up to rounding, |t − r| ≤ 1e-8 + 1e-5 t: (B,) bool. Their MeanFlow target is ṽ itself."""
     return (t - r).abs() <= 1e-8 + 1e-5 * t.abs()
 
 
 def mean_target(v_guided: Tensor, du: Tensor, t: Tensor, r: Tensor) -> Tensor:
-    """MeanFlow: ṽ − (t − r) du/dt, and ṽ on ties."""
+    """The MeanFlow target ṽ − (t − r) du/dt; on ties it is ṽ."""
     target = v_guided - expand(t - r, v_guided) * du
     return torch.where(expand(is_tie(t, r), target), v_guided, target)
 
 
 def mix_target(v_guided: Tensor, u_s: Tensor, alpha: float) -> Tensor:
-    """α ṽ + (1 − α) u⁻(z_s, r, s): stable where (dt·ṽ + (s − r)·u)/(t − r) is not."""
+    """The target α ṽ + (1 − α) u⁻(z_s, r, s): stable where (dt·ṽ + (s − r)·u)/(t − r) is not."""
     return alpha * v_guided + (1.0 - alpha) * u_s
 
 
 @torch.no_grad()
 def between_target(net: Net, z_t: Tensor, v_guided: Tensor, *, t: Tensor, r: Tensor, y: Tensor, alpha: float) -> Tensor:
-    """0 < α < 1 with ṽ from the data: one network call at (z_s, r, s)."""
+    """The target for 0 < α < 1 with ṽ from the data: one network call, at (z_s, r, s)."""
     s = intermediate_time(t, r, alpha)
     u_s = net(step_back(z_t, v_guided, t, s), s, r, y)
     return mix_target(v_guided, u_s.to(v_guided.dtype), alpha)
@@ -55,13 +53,16 @@ def between_target(net: Net, z_t: Tensor, v_guided: Tensor, *, t: Tensor, r: Ten
 def shortcut_target(
     net: Net, z_t: Tensor, v_guided: Tensor, *, t: Tensor, r: Tensor, y: Tensor, alpha: float
 ) -> Tensor:
-    """The same with ṽ = u⁻(z_t, s, t): the first part of the step is the network's own."""
+    """The target for 0 < α < 1 with ṽ = u⁻(z_t, s, t): the first part of the step is the network's own."""
     s = intermediate_time(t, r, alpha)
     return between_target(net, z_t, net(z_t, t, s, y).to(v_guided.dtype), t=t, r=r, y=y, alpha=alpha)
 
 
 def jvp_derivative(net: Net, z_t: Tensor, v_guided: Tensor, *, t: Tensor, r: Tensor, y: Tensor) -> Tensor:
-    """du/dt along (dz, dr, dt) = (ṽ, 0, 1) by forward-mode differentiation: the reference. Needs math attention."""
+    """du/dt along (dz, dr, dt) = (ṽ, 0, 1) by forward-mode differentiation, which needs math attention.
+
+    It is the reference for the tangents of nn/tangent.py.
+    """
     with torch.no_grad():
         moving = (z_t.clone(), t.clone())
         along = (v_guided.clone(), torch.ones_like(t))
@@ -70,14 +71,14 @@ def jvp_derivative(net: Net, z_t: Tensor, v_guided: Tensor, *, t: Tensor, r: Ten
 
 
 def clamp_target(target: Tensor, n_equal: int, *, bound: float, alpha: float) -> Tensor:
-    """The targets of r < t rows clipped to ±bound while 0 < α ≤ 1; never r = t rows, never at α = 0; 0 = no bound."""
+    """Clip the targets of r < t rows to ±bound while 0 < α ≤ 1; never r = t rows, never at α = 0. 0: no bound."""
     if bound == 0.0 or alpha == 0.0:
         return target
     return torch.cat([target[:n_equal], target[n_equal:].clamp(-bound, bound)])
 
 
 def squared_error(u: Tensor, target: Tensor, reduction: str) -> Tensor:
-    """(B,) l = mean or sum over C·H·W of (u − target)²."""
+    """The mean or sum of (u − target)² over C·H·W: l, (B,)."""
     return REDUCTIONS[reduction]((u - target).square().flatten(1))
 
 
@@ -85,7 +86,7 @@ REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {"mean": lambda e: e.mean(1)
 
 
 def adaptive_weight(error: Tensor, ratio: Tensor, c: float) -> Tensor:
-    """a / (l + c): as published. On r < t rows its gradient fades as α → 0, and jumps back at α = 0."""
+    """a / (l + c), as published. On r < t rows its gradient fades as α → 0, and jumps back at α = 0."""
     return ratio / (error + c)
 
 
@@ -95,7 +96,7 @@ def converging_weight(error: Tensor, ratio: Tensor, c: float) -> Tensor:
 
 
 def no_weight(error: Tensor, ratio: Tensor, c: float) -> Tensor:
-    """1 / α: the bare objective of the paper's equation 1."""
+    """1 / α, which gives the bare objective of the paper's equation 1."""
     return 1.0 / ratio
 
 
@@ -107,7 +108,7 @@ WEIGHTS: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
 
 
 def loss_weight(error: Tensor, n_equal: int, *, alpha: float, kind: str, c: float) -> Tensor:
-    """(B,) weights without gradient; the ratio a is α on r < t rows while α > 0, else 1."""
+    """The rows' weights, (B,) without gradient; the ratio a is α on r < t rows while α > 0, else 1."""
     ratio = torch.ones_like(error)
     if alpha > 0.0:
         ratio[n_equal:] = alpha
@@ -116,7 +117,7 @@ def loss_weight(error: Tensor, n_equal: int, *, alpha: float, kind: str, c: floa
 
 @dataclass(frozen=True)
 class Terms:
-    """What is logged, (B,) each and without gradient: none of it is weighted."""
+    """What is logged of each row, (B,) and without gradient: none of it is weighted."""
 
     error: Tensor  # l, mean over C·H·W
     trajectory: Tensor  # L_TFM: mean (u − ṽ)²; on r = t rows the velocity loss
@@ -125,7 +126,7 @@ class Terms:
 
 @torch.no_grad()
 def loss_terms(u: Tensor, target: Tensor, v_guided: Tensor) -> Terms:
-    """The decomposition L_MF = L_TFM + L_TC + C, row by row."""
+    """The two halves of the loss, row by row: L_MF = L_TFM + L_TC + C."""
     return Terms(
         error=squared_error(u, target, "mean"),
         trajectory=squared_error(u, v_guided, "mean"),

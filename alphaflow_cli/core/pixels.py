@@ -16,7 +16,10 @@ RULES: dict[str, Callable[[Tensor], Tensor]] = {"truncate": torch.floor, "round"
 
 
 def to_uint8(pixels: Tensor, rule: str) -> Tensor:
-    """Bytes of pictures (B, C, H, W), clamped to 0 … 255; refuses what is not finite, which would turn black unseen."""
+    """Turn pictures (B, C, H, W) into bytes by a rule, clamped to 0 … 255.
+
+    Values that are not finite are refused: they would turn black unseen.
+    """
     bad = (~torch.isfinite(pixels)).flatten(1).any(1)
     if bool(bad.any()):
         raise AlphaflowError(
@@ -27,5 +30,5 @@ def to_uint8(pixels: Tensor, rule: str) -> Tensor:
 
 
 def from_uint8(pixels: Tensor) -> Tensor:
-    """float32 in [−1, 1]."""
+    """Turn bytes into float32 in [−1, 1]."""
     return pixels.float() / 127.5 - 1

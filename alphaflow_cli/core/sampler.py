@@ -1,4 +1,4 @@
-"""From noise to data on a grid τ_0 > τ_1 > … > τ_N = 0 with τ_0 = 1, or a little below (method section 8).
+"""From noise to data on a grid of times τ_0 > τ_1 > … > τ_N = 0; τ_0 is 1, or a little below (method section 8).
 
     trajectory   x ← x − (t − t') u(x, t', t)
     consistency  x̂ = x − t u(x, 0, t),  x ← (1 − t') x̂ + t' noise'     with fresh noise', one draw per step
@@ -15,17 +15,21 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-Net = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # (x, t, r, y) → u
+from alphaflow_cli.core.path import Net
+
 FreshNoise = Callable[[], Tensor]  # one (B, C, h, w) float64 draw, each row from its own sample's generator
 
 
 def time_grid(steps: int) -> list[float]:
-    """N/N, …, 1/N, 0."""
+    """The even grid of a number of steps, from 1 to 0: N/N, …, 1/N, 0."""
     return [(steps - i) / steps for i in range(steps + 1)]
 
 
 def guided_net(net: Net, y_null: int, scale: float, *, channels: int | None) -> Net:
-    """u_null + scale · (u_y − u_null), both halves in one call; u_y itself beyond the first `channels` (None: all)."""
+    """A network that guides at sampling: u_null + scale · (u_y − u_null), both halves in one call.
+
+    Beyond the first `channels` (None: all are guided) it gives u_y itself.
+    """
 
     def call(x: Tensor, t: Tensor, r: Tensor, y: Tensor) -> Tensor:
         both = torch.cat([y, torch.full_like(y, y_null)])
@@ -37,7 +41,7 @@ def guided_net(net: Net, y_null: int, scale: float, *, channels: int | None) -> 
 
 
 @dataclass(frozen=True)
-class Step:
+class SamplerStep:
     """One step of a sampler, from time `t` to time `to`, for a whole batch."""
 
     net: Net
@@ -47,30 +51,30 @@ class Step:
     fresh_noise: FreshNoise
 
     def u(self, x: Tensor, t: float, r: float) -> Tensor:
-        """u(x, r, t) in the state's precision."""
+        """The network's u(x, r, t), in the precision of the state x."""
         t_rows, r_rows = x.new_full((len(x),), t), x.new_full((len(x),), r)
         return self.net(x, t_rows, r_rows, self.y).to(x.dtype)
 
 
-def trajectory_step(x: Tensor, step: Step) -> Tensor:
-    """x − (t − t') u(x, t', t)."""
+def trajectory_step(x: Tensor, step: SamplerStep) -> Tensor:
+    """Step along the average velocity: x − (t − t') u(x, t', t)."""
     return x - (step.t - step.to) * step.u(x, step.t, step.to)
 
 
-def consistency_step(x: Tensor, step: Step) -> Tensor:
-    """Jump to the data, add fresh noise of the next level."""
+def consistency_step(x: Tensor, step: SamplerStep) -> Tensor:
+    """Jump to the data, then add fresh noise of the next level."""
     x_hat = x - step.t * step.u(x, step.t, 0.0)
     noise = step.fresh_noise()
     return (1.0 - step.to) * x_hat + step.to * noise
 
 
-def flow_step(x: Tensor, step: Step) -> Tensor:
-    """x − (t − t') u(x, t, t)."""
+def flow_step(x: Tensor, step: SamplerStep) -> Tensor:
+    """Euler's step along the velocity at t: x − (t − t') u(x, t, t)."""
     return x - (step.t - step.to) * step.u(x, step.t, step.t)
 
 
-def heun_step(x: Tensor, step: Step) -> Tensor:
-    """The trapezoid rule on u(x, t, t); plain Euler where the step ends at 0."""
+def heun_step(x: Tensor, step: SamplerStep) -> Tensor:
+    """The trapezoid rule on u(x, t, t), the average of both ends' velocities; Euler's step where it ends at 0."""
     v = step.u(x, step.t, step.t)
     end = x - (step.t - step.to) * v
     if step.to == 0.0:
@@ -78,7 +82,7 @@ def heun_step(x: Tensor, step: Step) -> Tensor:
     return x - (step.t - step.to) * 0.5 * (v + step.u(end, step.to, step.to))
 
 
-STEPS: dict[str, Callable[[Tensor, Step], Tensor]] = {
+STEPS: dict[str, Callable[[Tensor, SamplerStep], Tensor]] = {
     "trajectory": trajectory_step,
     "consistency": consistency_step,
     "flow": flow_step,
@@ -93,10 +97,10 @@ def sample(
     """Walk the grid from noise (B, C, h, w) to data, in float64."""
     x = noise.double()
     for t, to in pairwise(grid):
-        x = STEPS[sampler](x, Step(net, y, t, to, fresh_noise))
+        x = STEPS[sampler](x, SamplerStep(net, y, t, to, fresh_noise))
     return x
 
 
 def grid_evaluations(sampler: str, steps: int) -> int:
-    """Network evaluations per image of `steps` steps."""
+    """How often a walk of `steps` steps evaluates the network, per image."""
     return 2 * steps - 1 if sampler == "heun" else steps

@@ -37,7 +37,7 @@ def kid(fake: Tensor, real: Tensor, subsets: Iterable[tuple[Tensor, Tensor]]) ->
 
 
 def inception_score(logits: Tensor, splits: int) -> tuple[float, float]:
-    """Mean and standard deviation of exp(KL) over equal splits, in the order given."""
+    """Mean and standard deviation of exp(KL) over equal splits, in the order of the rows."""
     log_p = logits.double().log_softmax(dim=1)
     n = len(log_p)
     scores = []
@@ -51,7 +51,7 @@ def inception_score(logits: Tensor, splits: int) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Coverage:
-    """Four shares; precision, recall and coverage lie in [0, 1], density may exceed 1."""
+    """Precision, recall, density and coverage; density may exceed 1, the others lie in [0, 1]."""
 
     precision: float
     recall: float
@@ -60,7 +60,10 @@ class Coverage:
 
 
 def precision_recall(fake: Tensor, real: Tensor, neighbours: int, *, block: int) -> Coverage:
-    """All four from balls that reach to the k-th neighbour (itself not counted); distances in blocks of rows."""
+    """Precision, recall, density and coverage, from balls that reach to the k-th neighbour (itself not counted).
+
+    Distances are computed in blocks of rows.
+    """
     fake_radius = _radii(fake, neighbours, block=block)
     real_radius = _radii(real, neighbours, block=block)
     precise = hits = 0.0

@@ -18,13 +18,13 @@ from torch import Tensor
 
 
 class Law(Protocol):
-    """From a normal draw to a time."""
+    """How a normal draw becomes a time in [0, 1]."""
 
     def __call__(self, draw: Tensor, *, mean: float, std: float) -> Tensor: ...
 
 
 def logit_normal(draw: Tensor, *, mean: float, std: float) -> Tensor:
-    """σ(mean + std · normal)."""
+    """σ(mean + std · normal): times around σ(mean), never quite 0 or 1."""
     return torch.sigmoid(mean + std * draw)
 
 
@@ -38,17 +38,17 @@ LAWS: dict[str, Law] = {"logit_normal": logit_normal, "uniform": uniform}
 
 
 def minmax(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-    """(t, r) = (max, min)."""
+    """(t, r) = (max, min) of the two draws."""
     return torch.maximum(first, second), torch.minimum(first, second)
 
 
 def first_and_min(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-    """(t, r) = (first, min of both)."""
+    """(t, r) = (the first draw, the smaller of both)."""
     return first, torch.minimum(first, second)
 
 
 def r_in_t_range(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-    """(t, r) = (first, first · second)."""
+    """(t, r) = (first, first · second): r is uniform in [0, t] where the second draw is uniform."""
     return first, first * second
 
 
@@ -60,7 +60,7 @@ ORDERS: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {
 
 
 def rows_of(batch: int, *, n_equal: int, parts: int, part: int) -> tuple[slice, int]:
-    """(rows, how many of them have r = t) of one part: rows part, part + parts, … of the global batch.
+    """One part's rows of the global batch, and how many of them have r = t: rows part, part + parts, …
 
     The strided cut spreads the r = t rows evenly over the parts (processes × micro-batches) and keeps them first.
     """
@@ -70,7 +70,7 @@ def rows_of(batch: int, *, n_equal: int, parts: int, part: int) -> tuple[slice, 
 def sample_times(
     normals: Tensor, n_equal: int, *, law: str, mean: float, std: float, order: str
 ) -> tuple[Tensor, Tensor]:
-    """(t, r) of a global batch from normals (3, B): row 0 feeds the r = t rows, rows 1 and 2 the others."""
+    """Draw (t, r) of a global batch from normals (3, B): row 0 feeds the r = t rows, rows 1 and 2 the others."""
     own, first, second = (LAWS[law](row, mean=mean, std=std) for row in normals)
     t, r = ORDERS[order](first, second)
     is_equal = torch.arange(len(t), device=t.device) < n_equal

@@ -7,8 +7,8 @@ What an archive holds is what unpacking it would give: of a name that occurs twi
 file that stood under its target's name when the link was written; a symbolic link is what it leads to in the end. A
 link never leads out of the archive, and links to whole folders are not followed, but counted in a note.
 
-The pictures are listed once. Every process that reads them opens the file anew, for one pass, and holds it open until
-the last fetch of that pass is over (`reading`). Its size and time must stay what they were at the listing.
+The pictures are listed once. Every process opens the file anew for each pass over them (`reading`), and holds it open
+until the last fetch of that pass is over. Its size and time must stay what they were at the listing.
 """
 
 import itertools
@@ -28,7 +28,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from alphaflow_cli.data.sources import Fetch, is_picture
+from alphaflow_cli.data.pictures import Fetch, is_picture
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.files import MAX_BYTES, Stamp, changed, stamp_of
 from alphaflow_cli.text import brief
@@ -53,7 +53,7 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """A symbolic link."""
+    """A symbolic link, and the path that it leads to."""
 
     target: str
 
@@ -64,7 +64,7 @@ NO_TARGET = Place(0, 0, fault="a link to what is not in the archive")
 
 @dataclass(frozen=True)
 class Archive:
-    """A zip or tar of pictures."""
+    """A zip or tar of pictures, listed once."""
 
     path: Path
     names: Sequence[str]
@@ -76,34 +76,31 @@ class Archive:
 
     @property
     def name(self) -> str:
-        """The file's own name."""
         return self.path.name
 
     @contextmanager
     def reading(self, lines: Sequence[int]) -> Iterator[Iterator[tuple[int, Fetch]]]:
-        """The file is open, and the fetches work, until the context ends."""
+        """Open the file for one pass over these pictures; the fetches work until the context ends."""
         ways = {"zip": _from_zip, "tar": _from_tar, "compressed tar": _from_stream}
         with _opened(self.path, self.stamp) as file:
             yield ways[self.kind](self, file, lines)
 
     def facts(self) -> dict[str, Any]:
-        """Its size: the cheapest sign of another content."""
+        """The archive's size: the cheapest sign that its content is another one."""
         return {"bytes": self.stamp.size}
 
     def classes_json(self) -> bytes | None:
-        """The shallowest in the archive."""
+        """The bytes of the class list that lies in the fewest folders, if the archive has one."""
         return self.given_classes
 
     def class_order(self) -> Sequence[str] | None:
-        """Sorted."""
         return None
 
     def place(self, line: int) -> Place:
-        """Of a picture."""
         return self.places[self.names[line]]
 
     def checked(self, file: BinaryIO, read: Callable[[Place], bytes], place: Place) -> bytes:
-        """The bytes at a place. A fault of the member is an OSError; an archive that was written to ends the run."""
+        """Read a place. A fault of the member is an OSError; an archive that was written to ends the run."""
         if place.fault or place.size > MAX_BYTES:
             raise OSError(place.fault or f"{place.size:,} bytes, the limit is {MAX_BYTES:,}")
         fault: Exception | None = None
@@ -150,7 +147,10 @@ def _from_tar(archive: Archive, file: BinaryIO, lines: Sequence[int]) -> Iterato
 
 
 def _from_stream(archive: Archive, file: BinaryIO, lines: Sequence[int]) -> Iterator[tuple[int, Fetch]]:
-    """The lines are in the order of their places; several names of one place are neighbours."""
+    """Read a compressed tar once, from its beginning.
+
+    The lines are in the order of their places; several names of one place are neighbours.
+    """
     with _named(archive.path):
         opened = tarfile.open(fileobj=file)  # noqa: SIM115 (`file` is what has to be closed)
     members = _members(archive.path, opened)
@@ -179,7 +179,7 @@ def _raise(fault: OSError) -> bytes:
 
 
 def _dense(file: BinaryIO, place: Place) -> bytes:
-    """A member's bytes; the holes of a sparse one are zeros."""
+    """Read a member's bytes; the holes of a sparse one are zeros."""
     if place.parts is None:
         return _exactly(file, place.offset, place.size)
     data, at = bytearray(place.size), place.offset
@@ -202,7 +202,7 @@ def _streamed(opened: tarfile.TarFile, member: tarfile.TarInfo, place: Place) ->
 
 
 def open_archive(path: Path) -> Archive:
-    """List a zip or tar; which one it is is read from its bytes, not its name."""
+    """List the pictures of a zip or tar; which of the two it is is read from its bytes, not its name."""
     with _named(path), path.open("rb") as file:
         reader = _open_zip if _is_zip(file) else _open_tar
         return reader(path, file, stamp_of(file.fileno()))
@@ -210,7 +210,7 @@ def open_archive(path: Path) -> Archive:
 
 @contextmanager
 def _named(path: Path) -> Iterator[None]:
-    """Damage is one line that names the archive."""
+    """Turn damage into one line that names the archive."""
     try:
         yield
     except BROKEN as fault:
@@ -218,7 +218,7 @@ def _named(path: Path) -> Iterator[None]:
 
 
 def _is_zip(file: BinaryIO) -> bool:
-    """By its first bytes; a tar whose last picture is followed by a zip is still a tar."""
+    """Tell a zip by its first bytes; a tar whose last picture is followed by a zip is still a tar."""
     begin = file.read(len(ZIP_MAGIC[0]))
     file.seek(0)
     if begin in ZIP_MAGIC:
@@ -273,7 +273,7 @@ def _entry(member: tarfile.TarInfo, before: "_Entries") -> Entry:
 
 
 def _members(path: Path, opened: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
-    """One after the other. The library keeps them all, which we have no memory for."""
+    """Yield the members of a tar one after the other. The library keeps them all, for which there is no memory."""
     watched, at = _Watched(opened.fileobj), -1
     opened.fileobj = watched  # type: ignore[assignment]
     while True:
@@ -296,13 +296,12 @@ class _Watched:
         self.seek, self.tell, self._read, self.last = file.seek, file.tell, file.read, bytes(tarfile.BLOCKSIZE)
 
     def read(self, size: int) -> bytes:
-        """As the file does."""
         data: bytes = self._read(size)
         self.last = data if size == tarfile.BLOCKSIZE else self.last
         return data
 
     def check_end(self) -> None:
-        """The last header that was looked at is the closing mark."""
+        """Refuse a tar whose last header is not the mark that closes it."""
         if len(self.last) < tarfile.BLOCKSIZE:
             raise tarfile.ReadError("it was cut off: the mark at its end is missing")
         if self.last.strip(b"\0"):
@@ -317,18 +316,19 @@ class _Entries:
         self.repeats = 0
 
     def add(self, name: str, entry: Entry) -> None:
-        """The next member."""
         path = posixpath.normpath(name)
         self.repeats += path in self.files
         self.files[path] = path if path == name else name, entry  # one text in memory, not two
 
     def at(self, name: str) -> Entry | None:
-        """What stands under a name so far."""
-        found = self.files.get(posixpath.normpath(name))
-        return found[1] if found else None
+        """What stands under a name so far; None for nothing."""
+        known = self.files.get(posixpath.normpath(name))
+        return known[1] if known else None
 
     def archive(self, path: Path, kind: str, stamp: Stamp) -> Archive:
-        """Sorted, or in the order of the data where that cannot be chosen; with the shallowest class list."""
+        """Make the archive: its pictures sorted, but in the order of the data where it can only be read from its
+        beginning.
+        """
         places, notes = self._pictures()
         names = sorted(places)
         if kind == "compressed tar":
@@ -355,7 +355,7 @@ class _Entries:
         return places, notes
 
     def _follow(self, path: str) -> tuple[str, Place]:
-        """Where a chain of links ends, and what is there."""
+        """Follow a chain of links: the path where it ends, and what is there."""
         for _ in range(HOPS):
             _, entry = self.files.get(path, ("", None))
             if isinstance(entry, Place):
@@ -366,13 +366,13 @@ class _Entries:
         return "", NO_TARGET
 
     def _folders(self) -> set[str]:
-        """Of all files, where there is a link that may lead to one."""
-        found = {""}
+        """All folders of the archive, where there is a link that may lead to one; else none but the root."""
+        folders = {""}
         if any(isinstance(entry, Link) for _, entry in self.files.values()):
             for path in self.files:
-                while (path := posixpath.dirname(path)) not in found:
-                    found.add(path)
-        return found - {""} | {"."}
+                while (path := posixpath.dirname(path)) not in folders:
+                    folders.add(path)
+        return folders - {""} | {"."}
 
     def _class_list(self, path: Path, kind: str, stamp: Stamp) -> bytes | None:
         lists = [(name.count("/"), key, name) for key, (name, _) in self.files.items() if _is_class_list(name)]

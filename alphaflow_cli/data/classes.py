@@ -23,7 +23,7 @@ _WNID = re.compile(r"n\d{8}")
 
 @dataclass(frozen=True)
 class Classes:
-    """Folders and display names by index, and in a few words why they stand in this order."""
+    """The classes' folders and display names by index, and in a few words why they stand in this order."""
 
     folders: list[str]
     names: list[str]
@@ -31,24 +31,31 @@ class Classes:
 
     @property
     def imagenet(self) -> bool:
-        """The folders are ImageNet's."""
+        """Whether the folders are named like ImageNet's."""
         return all(_WNID.fullmatch(folder) for folder in self.folders)
 
     def summary(self) -> str:
-        """How many, in which order, and the first and the last ones: the numbers that the network will know them by."""
+        """Say how many classes there are, in which order, and which are the first and the last.
+
+        Their numbers are what the network will know them by.
+        """
         count = len(self.folders)
         what = "1 class" if count == 1 else f"{count:,} classes{' (ImageNet)' if self.imagenet else ''}, {self.order}"
-        shown = [f"{index} = {_plain(self.names[index])}" for index in range(count) if index < 3 or index == count - 1]
+        shown = [
+            f"{index} = {for_terminal(self.names[index], limit=200)}"
+            for index in range(count)
+            if index < 3 or index == count - 1
+        ]
         return f"{what}: {', '.join([*shown[:3], *(['…'] if count > 4 else []), *shown[3:]])}"
 
     def as_dict(self) -> dict[str, Any]:
-        """As classes.json says it."""
+        """The content of a classes.json that gives these classes."""
         pairs = zip(self.folders, self.names, strict=True)
         return {folder: {"index": index, "name": name} for index, (folder, name) in enumerate(pairs)}
 
 
 def choose_split(names: Sequence[str]) -> tuple[list[int], str]:
-    """Lines of the pictures to take, and the prefix of their names that says nothing (it ends with / or is empty)."""
+    """The lines of the pictures to take, and the prefix that all their names share (it ends with / or is empty)."""
     shared = _shared_folder(names)
     below = {name[len(shared) :].split("/")[0] for name in names if "/" in name[len(shared) :]}
     train = next((part for part in below if part.lower() in ("train", "training")), None)
@@ -71,37 +78,39 @@ def folders_of(names: Sequence[str], prefix: str) -> list[str]:
 
 
 def read_classes(folders: Sequence[str], given: bytes | None, order: Sequence[str] | None) -> Classes:
-    """All classes: from classes.json, from the source's own order, or sorted."""
-    found = sort_folders(set(folders))
+    """Number all classes: by classes.json, by the source's own order, or sorted."""
+    ordered = sort_folders(set(folders))
     if order is not None:
         return Classes(list(order), list(order), "in the source's order")
     if given is None:
-        way = AS_NUMBERS if _are_numbers(found) else "sorted by name"
-        return Classes(found, [folder or "all" for folder in found], way)
+        way = AS_NUMBERS if _are_numbers(ordered) else "sorted by name"
+        return Classes(ordered, [folder or "all" for folder in ordered], way)
     classes = parse_classes(given, "classes.json")
-    missing = [folder for folder in found if folder not in classes.folders]
+    missing = [folder for folder in ordered if folder not in classes.folders]
     if missing:
         raise AlphaflowError(f"classes.json: has no entry for the folder {missing[0]!r} ({len(missing)} missing)")
     return classes
 
 
 def sort_folders(folders: Collection[str]) -> list[str]:
-    """By name; where all names are whole numbers, as numbers: folder 10 is class 10 and not class 2."""
+    """Sort folders by name; where all names are whole numbers, as numbers: folder 10 is class 10 and not class 2."""
     if _are_numbers(folders):
         return sorted(folders, key=lambda folder: (len(folder.lstrip("0")), folder.lstrip("0"), folder))
     return sorted(folders)
 
 
 def reordered(classes: Classes, store: Classes) -> Classes | None:
-    """The classes in the order of a store that was begun with another one (numbers sorted as words, as they once
-    were), or None where the store holds other classes or the same order. It keeps what was decided then."""
+    """The classes in the order of a store that was begun with another one; it keeps what was decided then.
+
+    Numbers were once sorted as words. None where the store holds other classes, or the same order.
+    """
     if store.folders == classes.folders or store.folders != sorted(classes.folders):
         return None
     return replace(store, order="in the order that this store was begun with: sorted as words, not as numbers")
 
 
 def parse_classes(given: bytes, where: str) -> Classes:
-    """A list of folders, {folder: index}, or {folder: {"index": i, "name": ...}}."""
+    """Read a classes.json: a list of folders, {folder: index}, or {folder: {"index": i, "name": ...}}."""
     try:
         document = json.loads(given, object_pairs_hook=_without_repeats)
         if isinstance(document, list):
@@ -124,7 +133,7 @@ def _row(folder: str, entry: object) -> tuple[int, str, str]:
 
 
 def _index(value: object) -> int:
-    """A whole number, perhaps in quotes."""
+    """Read a whole number, which may stand in quotes."""
     if isinstance(value, bool) or not isinstance(value, int | str):
         raise TypeError(f"an index is a whole number, not {json.dumps(value)[:40]}")
     return int(value)
@@ -141,11 +150,6 @@ def _without_repeats(pairs: list[tuple[str, object]]) -> dict[str, object]:
     if len(document) < len(pairs):
         raise ValueError("a key stands in it twice")
     return document
-
-
-def _plain(name: str) -> str:
-    """For a terminal: a name may hold anything that a file system takes."""
-    return for_terminal(name, limit=200)
 
 
 def _are_numbers(folders: Collection[str]) -> bool:

@@ -16,12 +16,12 @@ from alphaflow_cli.core.draws import mix_seed
 SIZE, FINE = 32, 4  # pixels; drawn this much finer
 GLYPHS = ("arrow", "crescent", "cross", "disc", "heart", "hourglass", "ring", "square", "star", "triangle")  # sorted
 Point = tuple[float, float]
-Shape = list[Point]
-Place = Callable[[Shape], Shape]
+Outline = list[Point]
+Placement = Callable[[Outline], Outline]
 
 
 def draw_glyph(index: int) -> Image.Image:
-    """Picture `index`, 32 × 32 RGB."""
+    """Draw picture number `index` of the embedded set, 32 × 32 RGB."""
     rng = random.Random(mix_seed(index))
     hue = rng.random()
     ground = _rgb(hue, rng.uniform(0.3, 0.8), rng.uniform(0.08, 0.38))
@@ -42,25 +42,25 @@ def _rgb(hue: float, saturation: float, value: float) -> tuple[int, int, int]:
     return round(255 * red), round(255 * green), round(255 * blue)
 
 
-def _placed(centre: Point, radius: float, angle: float) -> Place:
-    """Turn, scale and move an outline from the unit disc."""
+def _placed(centre: Point, radius: float, angle: float) -> Placement:
+    """Turn, scale and move an outline out of the unit disc."""
     cos, sin = radius * math.cos(angle), radius * math.sin(angle)
     return lambda shape: [(centre[0] + cos * x - sin * y, centre[1] + sin * x + cos * y) for x, y in shape]
 
 
-def _circle(radius: float, x: float = 0.0, y: float = 0.0) -> Shape:
+def _circle(radius: float, x: float = 0.0, y: float = 0.0) -> Outline:
     turns = [2 * math.pi * k / 72 for k in range(72)]
     return [(x + radius * math.cos(turn), y + radius * math.sin(turn)) for turn in turns]
 
 
-def _regular(corners: int, radii: tuple[float, ...]) -> Shape:
+def _regular(corners: int, radii: tuple[float, ...]) -> Outline:
     turns = [2 * math.pi * k / corners - math.pi / 2 for k in range(corners)]
     return [
         (radii[k % len(radii)] * math.cos(turn), radii[k % len(radii)] * math.sin(turn)) for k, turn in enumerate(turns)
     ]
 
 
-def _heart() -> Shape:
+def _heart() -> Outline:
     turns = [2 * math.pi * k / 72 for k in range(72)]
     return [
         (math.sin(a) ** 3, -(13 * math.cos(a) - 5 * math.cos(2 * a) - 2 * math.cos(3 * a) - math.cos(4 * a)) / 16)
@@ -72,7 +72,7 @@ _ARROW = [(0.0, -1.0), (0.75, -0.15), (0.27, -0.15), (0.27, 0.95), (-0.27, 0.95)
 _CROSS = [(-0.3, -0.95), (0.3, -0.95), (0.3, -0.3), (0.95, -0.3), (0.95, 0.3), (0.3, 0.3)]
 _HOURGLASS = [(-0.75, -0.9), (0.75, -0.9), (0.12, 0.0), (0.75, 0.9), (-0.75, 0.9), (-0.12, 0.0)]
 
-SHAPES: dict[str, Callable[[], list[tuple[Shape, bool]]]] = {  # outlines in drawing order; False paints the ground
+SHAPES: dict[str, Callable[[], list[tuple[Outline, bool]]]] = {  # outlines in drawing order; False paints the ground
     "arrow": lambda: [(_ARROW, True)],
     "crescent": lambda: [(_circle(0.95), True), (_circle(0.8, 0.45, -0.1), False)],
     "cross": lambda: [(_CROSS + [(-x, -y) for x, y in _CROSS], True)],

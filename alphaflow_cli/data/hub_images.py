@@ -1,8 +1,8 @@
 """Data sets on the Hub: `hf://datasets/USER/NAME[@REVISION][:SPLIT]`.
 
-Three forms are read: picture files (fetched one by one as their turn comes, nothing is kept), zip or tar archives (one
-download into the Hub's cache, then read there), and parquet tables with an image column, where pyarrow is installed.
-The commit is looked up once and stands in the plan: a run that goes on reads the same pictures.
+Two forms are read. Picture files are fetched one by one as their turn comes, and nothing is kept. A zip or tar archive
+is downloaded once into the Hub's cache, and read there. Parquet tables are not read; the error says what to do with
+them. The commit is looked up once and stands in the plan: a run that goes on reads the same pictures.
 """
 
 import re
@@ -14,9 +14,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from alphaflow_cli.data.archives import open_archive
-from alphaflow_cli.data.sources import Fetch, Source, is_picture
+from alphaflow_cli.data.archives import Archive, open_archive
+from alphaflow_cli.data.pictures import Fetch, is_picture
 from alphaflow_cli.errors import AlphaflowError
+from alphaflow_cli.remote.cache import cache_folder
 from alphaflow_cli.remote.client import hub_api, session
 from alphaflow_cli.remote.faults import Distrusted, HubFault, hub_faults
 
@@ -39,28 +40,27 @@ class HubFiles:
 
     @property
     def name(self) -> str:
-        """As it is asked for."""
+        """The address of the data set, without the commit."""
         return f"hf://datasets/{self.repo}"
 
     def reading(self, lines: Sequence[int]) -> AbstractContextManager[Iterator[tuple[int, Fetch]]]:
-        """Each downloaded when it is its turn, several at a time by the decoding threads."""
+        """Download each file when it is its turn, several at a time by the decoding threads."""
         return nullcontext((line, partial(download, self.repo, self.commit, self.names[line])) for line in lines)
 
     def facts(self) -> dict[str, Any]:
-        """The commit fixes every byte."""
+        """The commit, which fixes every byte."""
         return {"revision": self.commit}
 
     def classes_json(self) -> bytes | None:
-        """At the root of the repository."""
+        """The bytes of the classes.json at the root of the repository, if there is one."""
         return self.given_classes
 
     def class_order(self) -> Sequence[str] | None:
-        """Sorted."""
         return None
 
 
-def open_hub(text: str) -> Source:
-    """List a data set on the Hub."""
+def open_hub(text: str) -> HubFiles | Archive:
+    """List the pictures of a data set on the Hub: its files, or those in its one archive, which is downloaded."""
     match = ADDRESS.match(text)
     if match is None:
         raise AlphaflowError(f"{text}: should be hf://datasets/USER/NAME, with @REVISION or :SPLIT behind it at most")
@@ -81,7 +81,7 @@ def open_hub(text: str) -> Source:
 
 
 def download(repo: str, commit: str, file: str) -> bytes:
-    """The bytes of one file. One that is not there is an OSError; a Hub that stays away ends the run."""
+    """Download the bytes of one file. One that is not there is an OSError; a Hub that stays away ends the run."""
     from huggingface_hub import hf_hub_url
     from huggingface_hub.utils import build_hf_headers, hf_raise_for_status  # type: ignore[attr-defined]
 
@@ -106,7 +106,7 @@ def download(repo: str, commit: str, file: str) -> bytes:
 
 
 def _list(repo: str, revision: str | None) -> tuple[str, list[str]]:
-    """The commit and all its files."""
+    """The commit that a revision means now, and all its files."""
     where = f"hf://datasets/{repo}"
     try:
         with hub_faults(where):
@@ -118,11 +118,12 @@ def _list(repo: str, revision: str | None) -> tuple[str, list[str]]:
 
 
 def _cached(repo: str, commit: str, file: str) -> Path:
-    """An archive, downloaded once into the Hub's cache (it resumes)."""
+    """Download an archive into the Hub's cache; a download that was cut off goes on, and one that is there stays."""
     where = f"hf://datasets/{repo}"
     try:
         with hub_faults(where):
-            return Path(hub_api().hf_hub_download(repo, file, repo_type="dataset", revision=commit))
+            folder = cache_folder()
+            return Path(hub_api().hf_hub_download(repo, file, repo_type="dataset", revision=commit, cache_dir=folder))
     except HubFault as fault:
         raise AlphaflowError(f"{where}: {file} cannot be downloaded ({fault.why.rstrip('.')})") from fault
 

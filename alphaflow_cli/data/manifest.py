@@ -1,6 +1,6 @@
 """What a latent store says about itself.
 
-plan.json        written first: what is being made (Plan). Resuming refuses another plan
+plan.json        written first: what is being made (StorePlan). Resuming refuses another plan
 images.json      the pictures, [[name, label], ...] in the order of `index`
 classes.json     {folder: {"index": i, "name": ...}}
 train-00000.safetensors   moments (n, 2C, h, w) = posterior mean and std | mean (n, C, h, w) | pixels uint8,
@@ -25,8 +25,8 @@ from alphaflow_cli.files import read_file, to_json
 
 AGAIN = "Remove it, or the whole store, and run the same prep-latents command again"
 FORMAT, VERSION = "alphaflow-latents", 1
-Kind = Literal["moments", "mean", "pixels"]
-Record = TypeVar("Record", "Plan", "AutoencoderRecord", "Shard")
+RowKind = Literal["moments", "mean", "pixels"]
+Part = TypeVar("Part", "StorePlan", "AutoencoderRecord", "Shard")
 DTYPES_ON_DISK = ("float16", "float32", "uint8")
 SHARD_FILE = re.compile(r"train-\d{5,9}\.safetensors")
 STATISTICS_FILE = "stats.safetensors"
@@ -57,13 +57,13 @@ class AutoencoderRecord:
 
 
 @dataclass(frozen=True)
-class Plan:
+class StorePlan:
     """Everything that decides the bytes of a store, except the batch the encoder is fed."""
 
     source: Mapping[str, Any]  # kind, name, images, list_sha256; revision on the Hub
     image_size: int
     latent: tuple[int, int, int]  # C, h, w
-    kind: Kind
+    kind: RowKind
     dtype: str  # float16, float32, uint8
     flips: bool
     autoencoder: AutoencoderRecord
@@ -73,34 +73,34 @@ class Plan:
 
     @property
     def images(self) -> int:
-        """Pictures that were planned, bad ones included."""
+        """How many pictures were planned, bad ones included."""
         return int(self.source["images"])
 
     @property
     def list_sha256(self) -> str:
-        """Of images.json."""
+        """The checksum of images.json."""
         return str(self.source["list_sha256"])
 
     @property
     def rows(self) -> int:
-        """Channels of a stored row."""
+        """How many channels a stored row has: mean and std of each, or one of each."""
         return self.latent[0] * (2 if self.kind == "moments" else 1)
 
     @property
     def stores_flips(self) -> bool:
-        """Mirrored copies are on disk; pixels are mirrored when read."""
+        """Whether mirrored copies are on disk; pixels are mirrored when they are read."""
         return self.flips and self.kind != "pixels"
 
     @property
     def sample_bytes(self) -> int:
-        """On disk, with label and index."""
+        """The bytes that a picture takes on disk, with its label and index, and its mirrored copy."""
         width = {"float16": 2, "float32": 4, "uint8": 1}[self.dtype]
         return self.rows * self.latent[1] * self.latent[2] * width * (2 if self.stores_flips else 1) + 16
 
 
 @dataclass(frozen=True)
 class Shard:
-    """The sidecar of one shard file."""
+    """What the sidecar of a shard file says about it."""
 
     file: str
     first: int  # first line of images.json
@@ -113,9 +113,9 @@ class Shard:
 
 @dataclass(frozen=True)
 class Manifest:
-    """A finished store."""
+    """What a finished store says about itself."""
 
-    plan: Plan
+    plan: StorePlan
     count: int
     bad: list[dict[str, Any]]
     statistics: Mapping[str, Any]  # file, sha256, images, subset_images, channel_mean, channel_std
@@ -124,21 +124,21 @@ class Manifest:
 
     @property
     def flips(self) -> bool:
-        """Mirror images can be drawn."""
+        """Whether mirror images can be drawn from this store."""
         return self.plan.flips
 
 
-def plan_to_dict(plan: Plan) -> dict[str, Any]:
-    """As plan.json says it."""
+def plan_to_dict(plan: StorePlan) -> dict[str, Any]:
+    """The content of plan.json."""
     return {"format": FORMAT, "version": VERSION, **asdict(plan), "latent": list(plan.latent)}
 
 
-def plan_from_dict(document: Mapping[str, Any], where: Path) -> Plan:
-    """Strict: an unknown format, version or a missing field is named."""
+def plan_from_dict(document: Mapping[str, Any], where: Path) -> StorePlan:
+    """Read a plan strictly: another format or version, or a missing field, is named."""
     if document.get("format") != FORMAT or document.get("version") != VERSION:
-        found = f"{document.get('format')} version {document.get('version')}"
-        raise AlphaflowError(f"{where}: format is {found}, this program reads {FORMAT} version {VERSION}")
-    plan = _build(Plan, document, where)
+        other = f"{document.get('format')} version {document.get('version')}"
+        raise AlphaflowError(f"{where}: format is {other}, this program reads {FORMAT} version {VERSION}")
+    plan = _build(StorePlan, document, where)
     plan = replace(plan, autoencoder=_build(AutoencoderRecord, document["autoencoder"], where))
     channels, height, width = plan.latent
     plan = replace(plan, latent=(channels, height, width))
@@ -153,29 +153,29 @@ def plan_from_dict(document: Mapping[str, Any], where: Path) -> Plan:
     return plan
 
 
-def manifest_to_bytes(plan: Plan, **parts: Any) -> bytes:
-    """The whole document with its digest."""
+def manifest_to_bytes(plan: StorePlan, **parts: Any) -> bytes:
+    """The content of manifest.json, with its digest."""
     body = {**plan_to_dict(plan), "complete": True, **parts}
     return to_json({**body, "digest": digest_of(body)})
 
 
 def digest_of(document: Mapping[str, Any]) -> str:
-    """sha256 of the document without its digest."""
+    """The sha256 of a document without its digest."""
     return hashlib.sha256(to_json({k: v for k, v in document.items() if k != "digest"})).hexdigest()
 
 
-def read_bytes(path: Path) -> bytes:
-    """A file of a store as it is, or an error that names it."""
+def read_store_file(path: Path) -> bytes:
+    """The bytes of a file of a store, or an error that names it and says what to do."""
     try:
         return read_file(path)
     except OSError as fault:
         raise AlphaflowError(f"{path}: cannot be read ({fault.strerror or fault}). {AGAIN}") from fault
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object, or an error that names the file."""
+def read_store_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file of a store, or an error that names the file."""
     try:
-        document = json.loads(read_bytes(path))
+        document = json.loads(read_store_file(path))
     except (ValueError, RecursionError) as fault:
         raise AlphaflowError(f"{path}: cannot be read as JSON ({fault}). {AGAIN}") from fault
     if not isinstance(document, dict):
@@ -183,10 +183,10 @@ def read_json(path: Path) -> dict[str, Any]:
     return document
 
 
-def read_list(path: Path) -> list[tuple[str, int]]:
-    """images.json: the name and the label of every picture."""
+def read_image_list(path: Path) -> list[tuple[str, int]]:
+    """Read images.json: the name and the label of every picture."""
     try:
-        rows = json.loads(read_bytes(path))
+        rows = json.loads(read_store_file(path))
         if not _fits(rows, list[list[Any]]) or not all(_fits(row, tuple[str, int]) for row in rows):
             raise ValueError("should be [[name, label], …]")
     except (ValueError, RecursionError) as fault:
@@ -197,7 +197,7 @@ def read_list(path: Path) -> list[tuple[str, int]]:
 def read_manifest(folder: Path) -> Manifest:
     """Parse manifest.json and check that nobody edited it, field by field against plan.json."""
     path = folder / "manifest.json"
-    document, plan_document = read_json(path), read_json(folder / "plan.json")
+    document, plan_document = read_store_json(path), read_store_json(folder / "plan.json")
     plan = plan_from_dict(document, path)
     edited = differences(document, plan_document, "manifest.json", "plan.json")
     if edited:
@@ -217,7 +217,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def shard_from_dict(document: Mapping[str, Any], where: Path) -> Shard:
-    """A sidecar."""
+    """Read what a sidecar, or the manifest, says about a shard."""
     shard = _build(Shard, document, where)
     if not SHARD_FILE.fullmatch(shard.file):
         raise AlphaflowError(f"{where}: {shard.file!r} is not the name of a shard. {AGAIN}")
@@ -227,7 +227,7 @@ def shard_from_dict(document: Mapping[str, Any], where: Path) -> Shard:
 
 
 def differences(one: Mapping[str, Any], other: Mapping[str, Any], left: str, right: str, prefix: str = "") -> list[str]:
-    """Every field of `other` that `one` says otherwise, both sides printed."""
+    """List every field of `other` for which `one` has another value; both sides are printed."""
     lines = []
     for key, value in other.items():
         mine = one.get(key)
@@ -244,8 +244,8 @@ def _field(document: Mapping[str, Any], name: str, where: Path) -> Any:
     return document[name]
 
 
-def _build(kind: type[Record], document: Mapping[str, Any], where: Path) -> Record:
-    """A dataclass of the fields of a JSON object, each of the kind that the dataclass says."""
+def _build(kind: type[Part], document: Mapping[str, Any], where: Path) -> Part:
+    """Make a dataclass of the fields of a JSON object, each of the kind that the dataclass says."""
     kinds = {f.name: f.type for f in fields(kind)}
     _check_fields(document, kinds, where)
     return kind(**{name: document[name] for name in kinds})
@@ -260,7 +260,7 @@ def _check_fields(document: Mapping[str, Any], kinds: Mapping[str, Any], where: 
 
 
 def _fits(value: object, kind: Any) -> bool:
-    """A value of JSON is what a field's type says: no bool for a number, no number for a text."""
+    """Tell whether a value of JSON has a field's type: a bool is no number, and a number is no text."""
     origin, parts = get_origin(kind), get_args(kind)
     if origin is Literal:
         return value in parts if isinstance(value, str) else False

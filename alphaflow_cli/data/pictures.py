@@ -2,6 +2,7 @@
 
 import re
 import struct
+from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
 from typing import BinaryIO
@@ -21,13 +22,17 @@ FORMATS = (  # the decoders that may see a picture: each reads its bytes itself.
 )
 _JPEG, _PORTABLE = (".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".j2k"), (".ppm", ".pgm", ".pbm", ".pnm")
 SUFFIXES = (*_JPEG, *_PORTABLE, ".png", ".apng", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".tga", ".avif")
-
-
-ADDRESS = re.compile(r"<[^<>]* at 0x[0-9a-fA-F]+>")  # of an object; it differs from run to run
+OBJECT_ADDRESS = re.compile(r"<[^<>]* at 0x[0-9a-fA-F]+>")  # of an object; it differs from run to run
+Fetch = Callable[[], bytes | Image.Image]  # a picture of a source, read or drawn when it is called
 
 
 class BadPicture(Exception):
     """A file that is not a whole picture, and why: the same words for the same bytes, they stand in a manifest."""
+
+
+def is_picture(name: str) -> bool:
+    """Whether a file of this name is taken for a picture: its suffix decides, in capitals or not."""
+    return name.lower().endswith(SUFFIXES)
 
 
 def open_picture(file: Path | BinaryIO) -> Image.Image:
@@ -40,19 +45,19 @@ def open_picture(file: Path | BinaryIO) -> Image.Image:
 
 
 def decode(data: bytes | Image.Image, size: int, max_pixels: int) -> Array:
-    """(3, size, size) uint8, or BadPicture."""
+    """Decode a picture to (3, size, size) uint8; raises BadPicture."""
     image = _rgb(_open(data, max_pixels)) if isinstance(data, bytes) else data
     return np.ascontiguousarray(np.asarray(square(image, size)).transpose(2, 0, 1))
 
 
 def decode_whole(data: bytes | Image.Image, max_pixels: int) -> Array:
-    """(3, H, W) uint8, neither cropped nor resized, or BadPicture."""
+    """Decode a picture to (3, H, W) uint8, neither cropped nor resized; raises BadPicture."""
     image = _rgb(_open(data, max_pixels)) if isinstance(data, bytes) else data
     return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
 
 
 def square(image: Image.Image, size: int) -> Image.Image:
-    """The largest centred square, resized by Lanczos (published: ImageNet at 256)."""
+    """Cut out the largest centred square, and resize it by Lanczos (as published for ImageNet at 256)."""
     width, height = image.size
     side = min(width, height)
     left, top = (width - side) // 2, (height - side) // 2
@@ -74,7 +79,7 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
     except UnidentifiedImageError as fault:  # its own words hold an address in memory
         raise BadPicture("not a whole picture (not of a form that is read here: JPEG, PNG, WebP, TIFF, …)") from fault
     except Exception as fault:  # decoders raise anything on broken data: OSError, SyntaxError, struct.error, ...
-        reason = brief(ADDRESS.sub("", str(fault)).strip() or type(fault).__name__)
+        reason = brief(OBJECT_ADDRESS.sub("", str(fault)).strip() or type(fault).__name__)
         raise BadPicture(f"not a whole picture ({reason})") from fault
 
 
@@ -86,7 +91,7 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def _rgb(image: Image.Image) -> Image.Image:
-    """8-bit RGB: 16-bit grey scaled down, transparency over white, everything else as Pillow converts it."""
+    """Turn any picture into 8-bit RGB: 16-bit grey is scaled down, transparency laid over white."""
     if image.mode in ("I", "I;16", "I;16L", "I;16B", "I;16N"):
         grey = np.clip(np.asarray(image, np.int64), 0, 65535)
         return Image.fromarray(((grey + 128) // 257).astype(np.uint8)).convert("RGB")

@@ -7,23 +7,21 @@ raises OSError where the file is gone. Whoever reads holds the context until the
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from PIL import Image
-
+from alphaflow_cli.data.archives import open_archive
 from alphaflow_cli.data.classes import SPLITS
 from alphaflow_cli.data.glyphs import GLYPHS, draw_glyph
-from alphaflow_cli.data.pictures import SUFFIXES
+from alphaflow_cli.data.pictures import Fetch, is_picture
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.files import read_file
 from alphaflow_cli.text import brief
 
-Fetch = Callable[[], bytes | Image.Image]
 Identity = tuple[int, int]  # of a folder: its device and inode
 MAX_WAYS = 1000  # see open_folder
 
@@ -33,39 +31,60 @@ class Source(Protocol):
 
     @property
     def kind(self) -> str:
-        """Folder, zip, …"""
+        """What sort of source it is, for the manifest: folder, zip, tar, …"""
         ...
 
     @property
     def name(self) -> str:
-        """Without the machine's folders: it goes into the manifest."""
+        """A short name without the machine's folders, because it goes into the manifest."""
         ...
 
     @property
     def names(self) -> Sequence[str]:
-        """Of all pictures, with / between folders."""
+        """The names of all pictures, with / between folders."""
         ...
 
     @property
     def notes(self) -> list[str]:
-        """What was left aside, for people."""
+        """What was left aside at the listing, in lines for people."""
         ...
 
     def reading(self, lines: Sequence[int]) -> AbstractContextManager[Iterator[tuple[int, Fetch]]]:
-        """The pictures on these lines, in order; the fetches work until the context ends."""
+        """Open the source for one pass over these pictures, in order; the fetches work until the context ends."""
         ...
 
     def facts(self) -> dict[str, Any]:
-        """Whatever else identifies the content (a commit on the Hub)."""
+        """Whatever identifies the content besides the names, such as a commit on the Hub."""
         ...
 
     def classes_json(self) -> bytes | None:
-        """The source's own class list, if it has one."""
+        """The bytes of the source's own class list, if it has one."""
         ...
 
     def class_order(self) -> Sequence[str] | None:
-        """The order of the classes where the source fixes it."""
+        """The folders in the order of their classes, where the source fixes it; None: sorted."""
         ...
+
+
+def open_source(text: str) -> Source:
+    """List the pictures of a folder, a zip or tar file, hf://datasets/NAME, or glyphs:N; no picture is read."""
+    if text.startswith("glyphs:"):
+        return parse_glyphs(text)
+    if text.startswith("hf://"):
+        from alphaflow_cli.data.hub_images import open_hub  # the Hub's client, which other sources do not need
+
+        return open_hub(text)
+    try:
+        path = Path(text).expanduser()
+        is_folder, is_file = path.is_dir(), path.is_file()
+        path = path.resolve()
+    except (OSError, RuntimeError) as fault:  # no permission, too long; no home folder of that name, links in circles
+        raise AlphaflowError(f"{brief(text)}: cannot be opened ({getattr(fault, 'strerror', '') or fault})") from fault
+    if is_folder:
+        return open_folder(path)
+    if is_file:
+        return open_archive(path)
+    raise AlphaflowError(f"{brief(text)}: no such folder or archive. Others: hf://datasets/USER/NAME, glyphs:4000")
 
 
 @dataclass(frozen=True)
@@ -79,20 +98,19 @@ class Folder:
 
     @property
     def name(self) -> str:
-        """The folder's own name; of a split the one above, too."""
+        """The folder's own name; for a split such as train/, the name of the folder above stands before it."""
         own, above = self.root.name, self.root.parent.name
         return f"{above}/{own}" if own.lower() in SPLITS and above else own
 
     def reading(self, lines: Sequence[int]) -> AbstractContextManager[Iterator[tuple[int, Fetch]]]:
-        """Each file, opened when it is fetched."""
+        """Open each file when it is fetched."""
         return nullcontext((line, partial(_read_below, self.root, self.names[line])) for line in lines)
 
     def facts(self) -> dict[str, Any]:
-        """Nothing beyond the names."""
         return {}
 
     def classes_json(self) -> bytes | None:
-        """In the root."""
+        """The bytes of the classes.json in the folder, if there is one."""
         path = self.root / "classes.json"
         try:
             return read_file(path) if path.exists() else None
@@ -100,13 +118,12 @@ class Folder:
             raise AlphaflowError(f"{path}: cannot be read ({fault.strerror or fault}). Mend or remove it") from fault
 
     def class_order(self) -> Sequence[str] | None:
-        """Sorted."""
         return None
 
 
 @dataclass(frozen=True)
 class Glyphs:
-    """The embedded set."""
+    """The pictures that the program draws itself, to try things out without a data set."""
 
     count: int
     kind: str = "glyphs"
@@ -114,28 +131,25 @@ class Glyphs:
 
     @property
     def name(self) -> str:
-        """As it is asked for."""
         return f"glyphs:{self.count}"
 
     @property
     def names(self) -> Sequence[str]:
-        """disc/3, heart/4, …"""
+        """Names such as disc/3 and heart/4: the glyph is the class."""
         return [f"{GLYPHS[index % len(GLYPHS)]}/{index}" for index in range(self.count)]
 
     def reading(self, lines: Sequence[int]) -> AbstractContextManager[Iterator[tuple[int, Fetch]]]:
-        """Drawn on the spot."""
+        """Draw each picture when it is fetched."""
         return nullcontext((line, partial(draw_glyph, line)) for line in lines)
 
     def facts(self) -> dict[str, Any]:
-        """Nothing beyond the names."""
         return {}
 
     def classes_json(self) -> bytes | None:
-        """None."""
         return None
 
     def class_order(self) -> Sequence[str] | None:
-        """Class i is glyph i."""
+        """The glyphs' own order: class i is glyph i."""
         return GLYPHS
 
 
@@ -185,7 +199,7 @@ def _walk(root: Path) -> Folder:
 
 @dataclass(frozen=True)
 class _Below:
-    """A folder that is still to be listed."""
+    """A folder that is still to be listed, and the way that led to it."""
 
     path: str  # below the root, with a slash at its end
     above: frozenset[Identity]  # the folders on the way here, itself included
@@ -193,7 +207,7 @@ class _Below:
 
 
 def _entries(root: Path, below: str) -> "list[os.DirEntry[str]] | None":
-    """Sorted; None for what a file system keeps for its own repairs, which only root may read."""
+    """The entries of a folder, sorted; None for a folder of the file system's own repairs, which only root may read."""
     try:
         with os.scandir(root / below) as entries:
             return sorted(entries, key=lambda entry: entry.name)
@@ -203,13 +217,8 @@ def _entries(root: Path, below: str) -> "list[os.DirEntry[str]] | None":
         raise
 
 
-def is_picture(name: str) -> bool:
-    """By its suffix, in any case."""
-    return name.lower().endswith(SUFFIXES)
-
-
 def _read_below(root: Path, name: str) -> bytes:
-    """One picture that is gone is a bad picture; a folder that is gone (unmounted) is the end of the run."""
+    """Read a picture. One that is gone is a bad picture; a folder that is gone (unmounted) is the end of the run."""
     try:
         return read_file(root / name)
     except FileNotFoundError as fault:
@@ -219,7 +228,7 @@ def _read_below(root: Path, name: str) -> bytes:
 
 
 def parse_glyphs(text: str) -> Glyphs:
-    """`glyphs:N`."""
+    """Read `glyphs:N`, which names the first N pictures of the embedded set."""
     count = text.removeprefix("glyphs:")
     if not (count.isascii() and count.isdigit() and len(count) < 20 and 0 < int(count) <= 10_000_000):
         raise AlphaflowError(f"{brief(text)}: should be glyphs:N with N from 1 to 10,000,000")

@@ -23,7 +23,7 @@ CHUNK = 256  # rows turned to float64 at once
 
 @dataclass(frozen=True)
 class Statistics:
-    """Of some latents: their number, mean (C, h, w) and centred sum of squares (C, h, w), float64."""
+    """Statistics of some latents: number, mean (C, h, w) and centred sum of squares (C, h, w), float64."""
 
     count: int
     mean: Array
@@ -31,23 +31,26 @@ class Statistics:
 
     @property
     def std(self) -> Array:
-        """Per channel and position: (C, h, w)."""
+        """The standard deviation per channel and position: (C, h, w)."""
         return np.asarray(np.sqrt(self.squares / self.count))
 
     @property
     def channel_mean(self) -> Array:
-        """Per channel: (C,)."""
+        """The mean per channel: (C,)."""
         return np.asarray(self.mean.mean(axis=(1, 2)))
 
     @property
     def channel_std(self) -> Array:
-        """Per channel over samples and positions: (C,); positions that differ in mean add to the spread."""
+        """The standard deviation per channel, over samples and positions: (C,).
+
+        Positions that differ in mean add to the spread.
+        """
         within = (self.squares / self.count).mean(axis=(1, 2))
         return np.asarray(np.sqrt(within + self.mean.var(axis=(1, 2))))
 
 
 def merge(a: Statistics, b: Statistics) -> Statistics:
-    """The statistics of both together."""
+    """The statistics of the latents of both together."""
     count = a.count + b.count
     if not b.count or not a.count:
         return a if a.count else b
@@ -57,7 +60,7 @@ def merge(a: Statistics, b: Statistics) -> Statistics:
 
 
 def merge_all(parts: Iterable[Statistics], channels: tuple[int, int, int]) -> Statistics:
-    """Merged in the order given."""
+    """The statistics of all latents together, merged in the order given."""
     total = Statistics(0, np.zeros(channels), np.zeros(channels))
     for part in parts:
         total = merge(total, part)
@@ -65,7 +68,7 @@ def merge_all(parts: Iterable[Statistics], channels: tuple[int, int, int]) -> St
 
 
 def split_moments(rows: Array, channels: int) -> tuple[Array, Array]:
-    """Stored rows as float64 mean and std, each (n, C, h, w); uint8 pixels become [-1, 1] with std 0."""
+    """Stored rows as float64 mean and std, each (n, C, h, w); uint8 pixels become [−1, 1] with std 0."""
     if rows.dtype == np.uint8:
         mean = rows.astype(np.float64) / 127.5 - 1.0
         return mean, np.zeros_like(mean)
@@ -75,7 +78,7 @@ def split_moments(rows: Array, channels: int) -> tuple[Array, Array]:
 
 
 def statistics_of(rows: Array, latent: tuple[int, int, int]) -> Statistics:
-    """Of stored rows, chunk by chunk."""
+    """Compute the statistics of stored rows, chunk by chunk."""
     return merge_all((_of_chunk(rows[at : at + CHUNK], latent[0]) for at in range(0, len(rows), CHUNK)), latent)
 
 
@@ -86,7 +89,7 @@ def _of_chunk(rows: Array, channels: int) -> Statistics:
 
 
 def mirrored(stats: Statistics) -> Statistics:
-    """Of the mirror images, where they are mirrored when read (pixels)."""
+    """The statistics of the mirror images, where these are mirrored when they are read (pixels)."""
     return Statistics(stats.count, stats.mean[..., ::-1], stats.squares[..., ::-1])
 
 
@@ -97,13 +100,13 @@ def subset_rows(count: int, images: int) -> Array:
 
 
 def statistics_tensors(stats: Statistics, name: str) -> dict[str, Array]:
-    """As they lie in a file."""
+    """Statistics as the tensors that lie in a file."""
     count = np.array([stats.count], np.int64)
     return {f"{name}_count": count, f"{name}_mean": stats.mean, f"{name}_squares": stats.squares}
 
 
 def read_statistics(file: TensorFile) -> dict[str, Statistics]:
-    """Every statistics of a file, by name."""
+    """Read all statistics in a file, by name."""
     end = "_squares"
     names = [key.removesuffix(end) for key in file.places if key.endswith(end)]
     return {name: _read_one(file, name) for name in names}

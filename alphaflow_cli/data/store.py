@@ -1,7 +1,4 @@
-"""Rows out of many shard files.
-
-A finished latent store: open it, check it, compare it with a recipe.
-"""
+"""A finished latent store: open it, check it, read rows out of its shards, compare it with a recipe."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,35 +11,36 @@ from alphaflow_cli.data.classes import parse_classes
 from alphaflow_cli.data.manifest import (
     AGAIN,
     Manifest,
-    Plan,
     Shard,
+    StorePlan,
     plan_from_dict,
-    read_bytes,
-    read_json,
     read_manifest,
+    read_store_file,
+    read_store_json,
 )
 from alphaflow_cli.data.stats import Statistics, read_statistics, statistics_of
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.files import Stamp, changed, is_there, sha256_of_all, stamp_of
 from alphaflow_cli.tensors import Array, TensorFile, open_tensors
 
+Verify = Literal["full", "sizes"]
 DENSE = 4  # a shard of which more than a quarter is wanted is read by the system's own read-ahead
 
 
 @dataclass(frozen=True)
 class Shards:
-    """Rows are numbered 0 … count-1 over the files, in order."""
+    """The open shard files of a store. Their rows are numbered through, 0 … count − 1, in the order of the files."""
 
     files: list[TensorFile]
     starts: Array  # first row of each file, then count: (files + 1,)
 
     @property
     def count(self) -> int:
-        """Rows of all files."""
+        """How many rows all files hold together."""
         return int(self.starts[-1])
 
     def gather(self, name: str, rows: Array, out: Array, places: Array) -> None:
-        """out[places[i]] = row rows[i] of tensor `name`; touches the files in order."""
+        """out[places[i]] = row rows[i] of tensor `name`; the files are touched in order."""
         order = np.argsort(rows, kind="stable")
         pieces = list(self._per_file(rows[order]))
         for file, _, local in pieces:
@@ -59,8 +57,8 @@ class Shards:
             yield int(file), piece, ordered[piece] - self.starts[file]
 
 
-def open_shards(folder: Path, plan: Plan, shards: Sequence[Shard]) -> Shards:
-    """Open the files; each must hold the tensors that the plan and its sidecar speak of."""
+def open_shards(folder: Path, plan: StorePlan, shards: Sequence[Shard]) -> Shards:
+    """Open the shard files; each must hold the tensors that the plan and its sidecar speak of."""
     files = [open_tensors(folder / shard.file) for shard in shards]
     kinds = [plan.kind, *([f"{plan.kind}_flip"] if plan.stores_flips else [])]
     wanted: dict[str, tuple[object, tuple[int, ...]]]
@@ -74,19 +72,16 @@ def open_shards(folder: Path, plan: Plan, shards: Sequence[Shard]) -> Shards:
     return Shards(files, np.cumsum([0, *(shard.count for shard in shards)]))
 
 
-def statistics_of_rows(shards: Shards, plan: Plan, name: str, rows: Array) -> Statistics:
-    """Of some rows of tensor `name`."""
+def statistics_of_rows(shards: Shards, plan: StorePlan, name: str, rows: Array) -> Statistics:
+    """Compute the statistics of some rows of tensor `name`."""
     stored = np.empty((len(rows), plan.rows, *plan.latent[1:]), plan.dtype)
     shards.gather(name, rows, stored, np.arange(len(rows)))
     return statistics_of(stored, plan.latent)
 
 
-Verify = Literal["full", "sizes"]
-
-
 @dataclass(frozen=True)
 class Store:
-    """One open store. Rows are numbered 0 … count-1 over its shards, in shard order."""
+    """One open store. Rows are numbered 0 … count − 1 over its shards, in shard order."""
 
     path: Path
     manifest: Manifest
@@ -95,8 +90,8 @@ class Store:
     statistics: dict[str, Statistics]  # all, subset; all_flip, subset_flip of the mirrored copies where they are stored
 
     @property
-    def plan(self) -> Plan:
-        """What it was made from, and how."""
+    def plan(self) -> StorePlan:
+        """What the store was made from, and how."""
         return self.manifest.plan
 
 
@@ -124,12 +119,12 @@ def open_store(path: Path, verify: Verify) -> Store:
 
 
 def class_names(path: Path) -> list[str]:
-    """The classes' display names by index."""
-    return parse_classes(read_bytes(path / "classes.json"), str(path / "classes.json")).names
+    """The classes' display names by index, from a store's classes.json."""
+    return parse_classes(read_store_file(path / "classes.json"), str(path / "classes.json")).names
 
 
 def verify_store(path: Path) -> list[str]:
-    """Every fault of a store, checksums included; empty when it is sound."""
+    """List every fault of a store, checksums included; the list is empty when it is sound."""
     try:
         return _faults(path, _manifest_of(path), "full")
     except AlphaflowError as fault:
@@ -146,7 +141,7 @@ def disagreements(
     classes: int,
     flips: bool,
 ) -> list[str]:
-    """What a recipe wants and the store is not, both sides in each line."""
+    """List what a recipe wants and the store is not; each line names both sides."""
     plan = manifest.plan
     wanted: list[tuple[str, object, object]] = [
         ("autoencoder", plan.autoencoder.id, autoencoder),
@@ -164,7 +159,10 @@ def disagreements(
 
 
 def autoencoder_key(name: str) -> str:
-    """The last part of an id, folder or file: a local copy of stabilityai/sd-vae-ft-ema is the same autoencoder."""
+    """The part of an autoencoder's name by which two are taken for the same: the last one of an id, folder or file.
+
+    So a local copy of stabilityai/sd-vae-ft-ema is the same autoencoder.
+    """
     last = Path(name.split("@")[0].rstrip("/")).name
     return last.removesuffix(".pt").removesuffix(".safetensors").replace("_", "-").lower()
 
@@ -179,7 +177,7 @@ def _manifest_of(path: Path) -> Manifest:
     if is_there(path / "manifest.json"):
         return read_manifest(path)
     if is_there(path / "plan.json"):
-        plan = plan_from_dict(read_json(path / "plan.json"), path / "plan.json")
+        plan = plan_from_dict(read_store_json(path / "plan.json"), path / "plan.json")
         done = len(list(path.glob("train-*.json")))
         total = -(-plan.images // plan.shard_size)
         raise AlphaflowError(f"{path}: unfinished, {done} of {total} shards. Run the same prep-latents command again")
@@ -189,7 +187,7 @@ def _manifest_of(path: Path) -> Manifest:
 
 
 def _stamps(path: Path, manifest: Manifest) -> dict[Path, Stamp]:
-    """Of the shards that are there, before their checksums are taken."""
+    """The stamps of the shards that are there, from before their checksums are taken."""
     files = [path / shard.file for shard in manifest.shards]
     return {file: stamp_of(file) for file in files if is_there(file)}
 
@@ -204,16 +202,16 @@ def _faults(path: Path, manifest: Manifest, verify: Verify) -> list[str]:
         return faults
     if verify == "full":
         sums += [(path / shard.file, shard.sha256) for shard in manifest.shards]
-    found = sha256_of_all([file for file, _ in sums])
-    changed = [file for (file, wanted), is_now in zip(sums, found, strict=True) if is_now != wanted]
+    digests = sha256_of_all([file for file, _ in sums])
+    changed = [file for (file, wanted), is_now in zip(sums, digests, strict=True) if is_now != wanted]
     return [f"{file}: its bytes changed since it was written (checksum)" for file in changed]
 
 
 def _size_fault(file: Path, size: int) -> str:
     if not is_there(file):
         return f"{file}: missing"
-    found = file.stat().st_size
-    return "" if found == size else f"{file}: {found:,} bytes, should be {size:,} (truncated or overwritten)"
+    size_now = file.stat().st_size
+    return "" if size_now == size else f"{file}: {size_now:,} bytes, should be {size:,} (truncated or overwritten)"
 
 
 def _check_content(store: Store) -> None:

@@ -8,10 +8,10 @@ from typing import Any
 from alphaflow_cli.data.manifest import (
     AGAIN,
     STATISTICS_FILE,
-    Plan,
     Shard,
+    StorePlan,
     manifest_to_bytes,
-    read_json,
+    read_store_json,
     shard_from_dict,
 )
 from alphaflow_cli.data.stats import (
@@ -32,19 +32,24 @@ METADATA = {"format": "alphaflow-latents-1"}
 
 
 def shard_name(shard: int) -> str:
-    """Of the file; the sidecar has .json instead."""
+    """The name of a shard's file; its sidecar has .json instead of .safetensors."""
     return f"train-{shard:05d}.safetensors"
 
 
 def is_done(out: Path, shard: int) -> bool:
-    """It has a sidecar, and the length that this says."""
+    """Whether a shard is written: it has a sidecar, and the length that the sidecar says."""
     file = out / shard_name(shard)
     sidecar = file.with_suffix(".json")
-    return is_there(sidecar) and is_there(file) and file.stat().st_size == read_json(sidecar).get("bytes")
+    return is_there(sidecar) and is_there(file) and file.stat().st_size == read_store_json(sidecar).get("bytes")
 
 
-def write_shard(out: Path, plan: Plan, shard: int, content: Mapping[str, Array], bad: list[dict[str, Any]]) -> None:
-    """Rows (moments | mean | pixels, perhaps <it>_flip, label, index) with their statistics; then the sidecar."""
+def write_shard(
+    out: Path, plan: StorePlan, shard: int, content: Mapping[str, Array], bad: list[dict[str, Any]]
+) -> None:
+    """Write a shard's rows with their statistics, then the sidecar that marks it as done.
+
+    `content` holds moments, mean or pixels, perhaps <the same>_flip, label and index.
+    """
     tensors = dict(content)
     for key in [key for key in content if key.startswith(plan.kind)]:
         tensors |= statistics_tensors(statistics_of(content[key], plan.latent), f"all{key.removeprefix(plan.kind)}")
@@ -54,8 +59,11 @@ def write_shard(out: Path, plan: Plan, shard: int, content: Mapping[str, Array],
     write_pieces(out / Path(name).with_suffix(".json"), [to_json(asdict(sidecar))])
 
 
-def finish_store(out: Path, plan: Plan) -> None:
-    """Statistics of everything, then the manifest that makes it a store. The plan is on disk, and so are all shards."""
+def finish_store(out: Path, plan: StorePlan) -> None:
+    """Write the statistics of everything, then the manifest, which makes it a store.
+
+    The plan is on disk, and so are all shards.
+    """
     total = -(-plan.images // plan.shard_size)
     paths = [out / shard_name(shard) for shard in range(total)]
     sidecars = [_read_sidecar(plan, number, path) for number, path in enumerate(paths)]
@@ -78,22 +86,24 @@ def finish_store(out: Path, plan: Plan) -> None:
     write_pieces(out / "manifest.json", [document])
 
 
-def _read_sidecar(plan: Plan, number: int, path: Path) -> Shard:
+def _read_sidecar(plan: StorePlan, number: int, path: Path) -> Shard:
     where = path.with_suffix(".json")
-    shard, first = shard_from_dict(read_json(where), where), number * plan.shard_size
+    shard, first = shard_from_dict(read_store_json(where), where), number * plan.shard_size
     lines = min(plan.shard_size, plan.images - first)
     if (shard.file, shard.first, shard.lines) != (path.name, first, lines) or shard.count + len(shard.bad) != lines:
         raise AlphaflowError(f"{where}: not the sidecar of pictures {first} to {first + lines - 1}. {AGAIN}")
     return shard
 
 
-def _statistics(out: Path, plan: Plan, sidecars: list[Shard]) -> dict[str, Statistics]:
-    """Of all latents (merged in shard order) and of the published way's subset; of the mirrored copies likewise."""
+def _statistics(out: Path, plan: StorePlan, sidecars: list[Shard]) -> dict[str, Statistics]:
+    """The statistics of all latents, merged in shard order, and of the published subset; likewise of mirrored
+    copies.
+    """
     shards = open_shards(out, plan, sidecars)
     parts = [read_statistics(file) for file in shards.files]
     rows = subset_rows(shards.count, STATS_IMAGES)
-    found = {}
+    statistics = {}
     for end in ["", *(["_flip"] if plan.stores_flips else [])]:
-        found[f"all{end}"] = merge_all((part[f"all{end}"] for part in parts), plan.latent)
-        found[f"subset{end}"] = statistics_of_rows(shards, plan, plan.kind + end, rows)
-    return found
+        statistics[f"all{end}"] = merge_all((part[f"all{end}"] for part in parts), plan.latent)
+        statistics[f"subset{end}"] = statistics_of_rows(shards, plan, plan.kind + end, rows)
+    return statistics

@@ -1,1 +1,1 @@
-"""ROOM"""
+"""`eval` and `reference`: pictures in, numbers with their protocol out."""

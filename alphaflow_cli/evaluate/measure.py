@@ -1,4 +1,4 @@
-"""The one pass over the pictures: features of every network asked for, in chunks that can be resumed and shared out.
+"""The one pass over the pictures: every network's features, in chunks that can be resumed and shared out.
 
     chunk c of the pictures  →  features-<first>-<last>.safetensors   (rank r of w does the chunks with c % w == r)
 
@@ -14,7 +14,6 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -31,19 +30,19 @@ from alphaflow_cli.runtime.processes import Processes, smaller_batch_if_full
 from alphaflow_cli.runtime.progress import Progress, say
 
 CHUNK = 256  # pictures: whole groups of the sampler and the decoder (16), so that none is filled up but the last
-FORMAT = 1  # of the chunk files
+CHUNK_FORMAT = 1  # of the chunk files
 DIGEST = 32  # bytes of a picture's sha256
 
 
 @dataclass
 class Clock:
-    """Seconds by part."""
+    """Adds up the seconds that each part of the work took."""
 
     seconds: dict[str, float] = field(default_factory=dict)
 
     @contextlib.contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """Adds the time spent inside to a part."""
+        """Add the time spent inside the `with` block to a part."""
         start = time.perf_counter()
         yield
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
@@ -51,7 +50,7 @@ class Clock:
 
 @dataclass(frozen=True)
 class Pass:
-    """One evaluation's pictures, networks and folder."""
+    """What one pass is over: the pictures, the networks, and the folder of its chunks."""
 
     source: ImageSource
     extractors: Mapping[str, Extractor]
@@ -59,24 +58,30 @@ class Pass:
     chunk: int = CHUNK
 
     def chunks(self) -> list[tuple[int, int]]:
-        """First and last + 1 of each chunk."""
+        """The spans of the chunks: first picture, last picture + 1."""
         count = self.source.count
         return [(first, min(first + self.chunk, count)) for first in range(0, count, self.chunk)]
 
     def path(self, first: int, stop: int) -> Path:
-        """Of a chunk's features."""
+        """The file of a chunk's features."""
         return self.folder / f"features-{first:07d}-{stop:07d}.safetensors"
 
 
 def evaluation_id(source: ImageSource, extractors: Mapping[str, Extractor], chunk: int) -> str:
-    """A name for all that decides the features; another name never resumes."""
+    """Name everything that decides the features: a pass resumes only in a folder of the same name."""
     spaces = {name: vars(space_of(extractors[name])) for name in sorted(extractors)}
-    facts = {"format": FORMAT, "pictures": source.fingerprint(), "size": source.size, "spaces": spaces, "chunk": chunk}
+    facts = {
+        "format": CHUNK_FORMAT,
+        "pictures": source.fingerprint(),
+        "size": source.size,
+        "spaces": spaces,
+        "chunk": chunk,
+    }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def run_pass(work: Pass, processes: Processes, *, batch: int, clock: Clock) -> None:
-    """Computes what is missing of this rank's chunks; Ctrl-C keeps every finished chunk."""
+    """Compute the chunks of this process that are not there yet; Ctrl-C keeps every finished chunk."""
     make_folder(work.folder)
     mine = work.chunks()[processes.rank :: processes.size]
     waiting = [each for each in mine if not _finished(work, *each)]
@@ -90,8 +95,8 @@ def run_pass(work: Pass, processes: Processes, *, batch: int, clock: Clock) -> N
             Progress("measure", total, unit="img", done=done, shown=processes.rank == 0) as bar,
         ):
             for first, stop in waiting:
-                found = _measure(work, (first, stop), processes.device, batch=batch, clock=clock)
-                _write(work.path(first, stop), found)
+                features = _measure(work, (first, stop), processes.device, batch=batch, clock=clock)
+                _write(work.path(first, stop), features)
                 bar.advance(stop - first)
     except KeyboardInterrupt:
         say(f"interrupted; finished chunks are kept in {work.folder}: run the same command again to go on")
@@ -103,20 +108,20 @@ def _measure(work: Pass, part: tuple[int, int], device: torch.device, *, batch: 
     with clock.part("pictures"), smaller_batch_if_full(1):  # a chunk is drawn at once, whatever --batch is
         images = work.source.images(first, stop)
     assert len(images) == stop - first, images.shape
-    found = {"digests": _digests(images)}
+    tensors = {"digests": _digests(images)}
     for name in sorted(work.extractors):
         with clock.part(f"features {name}"), smaller_batch_if_full(batch):
             rows = [work.extractors[name](few.to(device)).cpu() for few in torch.split(images, batch)]
-        found[name] = torch.cat(rows)
-        if not bool(torch.isfinite(found[name]).all()):
+        tensors[name] = torch.cat(rows)
+        if not bool(torch.isfinite(tensors[name]).all()):
             raise AlphaflowError(
                 f"{name}: features of pictures {first}–{stop - 1} are not finite; the weights are broken"
             )
-    return found
+    return tensors
 
 
 def _digests(images: Tensor) -> Tensor:
-    """Sha256 of each picture's pixels (N, 32): names the content, and finds copies."""
+    """The sha256 of each picture's pixels (N, 32): it names the content and shows copies."""
     flat = images.permute(0, 2, 3, 1).contiguous().cpu().numpy()
     joined = b"".join(hashlib.sha256(picture.tobytes()).digest() for picture in flat)
     return torch.frombuffer(bytearray(joined), dtype=torch.uint8).view(-1, DIGEST)
@@ -137,17 +142,17 @@ def _finished(work: Pass, first: int, stop: int) -> bool:
     wanted["digests"] = [stop - first, DIGEST]
     try:
         with safe_open(str(path), "pt") as file:
-            found = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError):
-        found = {}
-    if found != wanted:
+        shapes = {}
+    if shapes != wanted:
         say(f"{path.name} is not whole: measured again")
         return False
     return True
 
 
 def load_part(work: Pass, name: str, first: int, stop: int) -> Tensor:
-    """One network's features, or the digests, of one chunk."""
+    """Read one network's features, or the digests, of one chunk."""
     path = work.path(first, stop)
     try:
         with safe_open(str(path), "pt") as file:
@@ -160,13 +165,13 @@ def load_part(work: Pass, name: str, first: int, stop: int) -> Tensor:
 
 
 def load_all(work: Pass, name: str) -> Tensor:
-    """One network's features of all pictures, in order."""
+    """Read one network's features, or the digests, of all pictures, in order."""
     return torch.cat([load_part(work, name, *each) for each in work.chunks()])
 
 
 def gather_moments(work: Pass, processes: Processes) -> dict[str, Moments]:
-    """Every network's moments over all ranks; each rank reads its own chunks and takes part even without one."""
-    found = {}
+    """Add up every network's moments over all processes; each reads its own chunks, and takes part even without one."""
+    totals = {}
     for name in sorted(work.extractors):  # the same order everywhere, whatever was loaded or computed
         moments = Moments(work.extractors[name].dim)
         for first, stop in work.chunks()[processes.rank :: processes.size]:
@@ -174,25 +179,25 @@ def gather_moments(work: Pass, processes: Processes) -> dict[str, Moments]:
         moments.sums = processes.sum(moments.sums.to(processes.device)).cpu()
         if moments.count != work.source.count:
             raise AlphaflowError(f"{moments.count:,} of {work.source.count:,} pictures were counted; run it again")
-        found[name] = moments
-    return found
+        totals[name] = moments
+    return totals
 
 
 @dataclass(frozen=True)
 class Content:
-    """What the pictures turned out to be."""
+    """What the pass saw: the pictures' common hash, and how many are copies."""
 
     sha256: str  # of all pictures' hashes in order; does not depend on the container
     copies: int  # pictures that equal an earlier one
 
 
 def content_of(work: Pass) -> Content:
-    """Hash and number of copies."""
+    """Hash the pictures of a finished pass, and count copies among them."""
     digests = load_all(work, "digests")
     distinct = len(torch.unique(digests, dim=0))
     return Content(hashlib.sha256(digests.numpy().tobytes()).hexdigest(), len(digests) - distinct)
 
 
-def told_seconds(seconds: Mapping[str, float]) -> dict[str, Any]:
-    """Rounded, for results and for people."""
+def rounded_seconds(seconds: Mapping[str, float]) -> dict[str, float]:
+    """Round the seconds of each part, for results and for people."""
     return {part: round(spent, 2) for part, spent in seconds.items()}

@@ -1,15 +1,12 @@
 """Pictures to be measured, addressable by index: `count`, `images(start, stop)`, and a description for the protocol.
 
-A generator of samples joins as one more `ImageSource`. Pictures are measured as they are: those of a reference may be
-cropped and resized, those of a model never.
-
-A checkpoint as pictures to be measured: picture i has seed i, the same whoever asks and in whatever order.
+Pictures are measured as they are: those of a reference may be cropped and resized, those of a model never. A checkpoint
+is one more source: its picture i is that of seed i, read from the stream that `sample` writes.
 """
 
 import hashlib
 import json
 import struct
-import time
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -27,14 +24,16 @@ from torch import Tensor
 
 from alphaflow_cli.data import archives, sources
 from alphaflow_cli.data.classes import choose_split
-from alphaflow_cli.data.opening import open_source
-from alphaflow_cli.data.pictures import MAX_PIXELS, BadPicture, decode, decode_whole
+from alphaflow_cli.data.pictures import MAX_PIXELS, BadPicture, Fetch, decode, decode_whole
+from alphaflow_cli.data.sources import open_source
 from alphaflow_cli.errors import DAMAGE, AlphaflowError
 from alphaflow_cli.sample.generator import Generator
-from alphaflow_cli.sample.walk import Walk, draw_labels
+from alphaflow_cli.sample.walk import LazyLabels, Walk, draw_labels
 from alphaflow_cli.text import brief
 
 READERS = 8  # threads that fetch and decode
+FIRST_SEED = 0  # published evaluations use seeds 0 … 49,999
+BROKEN = (EOFError, RuntimeError, OverflowError, MemoryError, struct.error, zipfile.BadZipFile, zlib.error)  # of zips
 
 
 class ImageSource(Protocol):
@@ -42,43 +41,50 @@ class ImageSource(Protocol):
 
     @property
     def count(self) -> int:
-        """How many there are."""
+        """How many pictures there are."""
         ...
 
     @property
     def size(self) -> tuple[int, int]:
-        """Height and width, the same for all."""
+        """Height and width, the same for all pictures."""
         ...
 
     @property
     def label(self) -> str:
-        """A few words for a row of a table."""
+        """What the pictures are, in a few words for a row of a table."""
         ...
 
     @property
     def seconds(self) -> dict[str, float]:
-        """Time spent so far, by part; may be empty."""
+        """Seconds spent on pictures so far, by part; may be empty."""
         ...
 
     def images(self, start: int, stop: int) -> Tensor:
-        """Uint8 (stop − start, 3, H, W)."""
+        """Pictures start … stop − 1 as uint8 (stop − start, 3, H, W)."""
         ...
 
     def close(self) -> None:
-        """Let go of what is open; it is opened again when it is needed."""
+        """Close what is open; it is opened again when the next picture is wanted."""
         ...
 
     def describe(self) -> dict[str, Any]:
-        """What the pictures are, as plain values for the protocol."""
+        """Everything that a protocol says about the pictures, as plain values."""
         ...
 
     def fingerprint(self) -> str:
-        """Changes whenever the pictures may have changed; it names the folder of unfinished work."""
+        """A hash that changes whenever the pictures may have changed; it names the folder of unfinished work."""
         ...
 
 
+def open_pictures(text: str, *, size: int | None, limit: int | None) -> ImageSource:
+    """Open what a user may point at: a folder, zip, tar, hf://…, glyphs:N, or a .npz of pictures."""
+    if text.endswith(".npz"):
+        return PictureArray(Path(text), limit=limit)
+    return PictureFiles(open_source(text), size=size, limit=limit)
+
+
 class PictureFiles:
-    """Pictures of a folder, a zip, a tar, a Hub dataset or the embedded set; sorted by name."""
+    """The pictures of a folder, a zip, a tar, a Hub dataset or the embedded set, sorted by name."""
 
     def __init__(self, source: sources.Source, *, size: int | None, limit: int | None) -> None:
         """`size` None leaves them as they are, and they must be of one size."""
@@ -89,7 +95,7 @@ class PictureFiles:
             lines, self._prefix = choose_split(source.names)
         self._lines, self._of = _spread(lines, limit), len(lines)
         self._open = ExitStack()  # holds the source open while it is walked through
-        self._walk: Iterator[tuple[int, sources.Fetch]] = iter(())
+        self._walk: Iterator[tuple[int, Fetch]] = iter(())
         self._reached = len(self._lines)  # where the walk stands; a compressed tar can only be walked forward
         self.count = len(self._lines)
         if not self.count:
@@ -97,7 +103,7 @@ class PictureFiles:
 
     @cached_property
     def size(self) -> tuple[int, int]:
-        """Of the first picture, which the others must share."""
+        """Height and width of the first picture, which the others must share."""
         if self._size is not None:
             return self._size, self._size
         height, width = self._read(0, 1)[0].shape[1:]
@@ -105,11 +111,11 @@ class PictureFiles:
 
     @property
     def label(self) -> str:
-        """The name."""
+        """The source's name, and the split that was taken of it."""
         return f"{self._source.name}{'/' + self._prefix.rstrip('/') if self._prefix else ''}"
 
     def images(self, start: int, stop: int) -> Tensor:
-        """Fetched and decoded in threads, in order."""
+        """Fetch and decode pictures in threads, in order; all must be of one size."""
         pictures = self._read(start, stop)
         for line, picture in zip(self._lines[start:stop], pictures, strict=True):
             if picture.shape[1:] != self.size:
@@ -135,7 +141,7 @@ class PictureFiles:
         self._reached = len(self._lines)
         self._open.close()
 
-    def _decode(self, line: int, fetch: sources.Fetch) -> Any:
+    def _decode(self, line: int, fetch: Fetch) -> Any:
         try:
             if self._size is None:
                 return decode_whole(fetch(), MAX_PIXELS)
@@ -145,13 +151,13 @@ class PictureFiles:
             raise AlphaflowError(f"{name}: {fault}. Replace or remove it; nothing was measured without it.") from fault
 
     def describe(self) -> dict[str, Any]:
-        """Source, count, preparation; the content's hash is taken during the pass."""
-        how = "as they are" if self._size is None else f"centre crop, Lanczos to {self._size} px"
-        facts = {"kind": self._source.kind, "name": self.label, "count": self.count, "of": self._of, "prepared": how}
-        return {**facts, **self._source.facts()}
+        """Source, count and preparation; the hash of the content is taken during the pass."""
+        prepared = "as they are" if self._size is None else f"centre crop, Lanczos to {self._size} px"
+        facts = {"kind": self._source.kind, "name": self.label, "count": self.count, "of": self._of}
+        return {**facts, "prepared": prepared, **self._source.facts()}
 
     def fingerprint(self) -> str:
-        """Names, sizes and times of the files; nothing is opened."""
+        """Hash names, sizes and times of the files; nothing is opened."""
         facts: list[Any] = [self.describe(), [self._source.names[line] for line in self._lines]]
         if isinstance(self._source, sources.Folder):
             facts += [_stamp(self._source.root / self._source.names[line]) for line in self._lines]
@@ -177,25 +183,25 @@ class PictureArray:
         self.label = path.name
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Do nothing: no file is kept open."""
 
     def images(self, start: int, stop: int) -> Tensor:
-        """A slice, channels first."""
+        """Some of the array's pictures, channels first."""
         return torch.from_numpy(np.ascontiguousarray(self._array[start:stop].transpose(0, 3, 1, 2)))
 
     def describe(self) -> dict[str, Any]:
-        """Source and count."""
+        """The file's name and how many pictures it holds."""
         prepared = "as they are"
         return {"kind": "npz", "name": self.label, "count": self.count, "of": self._of, "prepared": prepared}
 
     def fingerprint(self) -> str:
-        """Name, size and time of the file."""
+        """Hash the name, size and time of the file."""
         facts = [self.describe(), _stamp(self._path)]
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def _spread(lines: Sequence[int], limit: int | None) -> Sequence[int]:
-    """So many lines, evenly: the first ones of a sorted source are all of one class."""
+    """Take `limit` lines evenly: the first ones of a sorted source are all of one class."""
     if limit is None or limit >= len(lines):
         return lines
     return [lines[i * len(lines) // limit] for i in range(limit)]
@@ -219,57 +225,44 @@ def _arr_0(path: Path) -> Any:
     return held["arr_0"]
 
 
-def open_pictures(text: str, *, size: int | None, limit: int | None) -> ImageSource:
-    """Whatever a user may point at: folder, zip, tar, hf://…, glyphs:N, or a .npz of pictures."""
-    if text.endswith(".npz"):
-        return PictureArray(Path(text), limit=limit)
-    return PictureFiles(open_source(text), size=size, limit=limit)
-
-
-FIRST_SEED = 0  # published evaluations use seeds 0 … 49,999
-
-
 class GeneratedImages:
-    """One checkpoint, one walk: an ImageSource."""
+    """The pictures that a checkpoint draws by one walk through time, picture i with seed i."""
 
-    def __init__(self, generator: Generator, walk: Walk, *, count: int, draw: str, digest: str) -> None:
-        self._generator, self._walk, self._draw, self._digest = generator, walk, draw, digest
+    def __init__(self, generator: Generator, walk: Walk, *, count: int, draw: str) -> None:
+        self._generator, self._walk, self._draw = generator, walk, draw
         self.count, self.seconds = count, {"network": 0.0, "decoder": 0.0}
         side = generator.recipe.data.image_size
         self.size = (side, side)
+        self._seeds = range(FIRST_SEED, FIRST_SEED + count)
+        classes = generator.recipe.data.classes
+        self._labels = LazyLabels(self._seeds, lambda places, seeds: draw_labels(seeds, classes, draw))
 
     @property
     def label(self) -> str:
-        """`quickstart, 1 NFE, trajectory on 1, 0`."""
+        """Recipe and walk: `quickstart, 1 NFE, trajectory on 1, 0`."""
         return f"{self._generator.recipe.name or 'checkpoint'}, {self._walk.nfe} NFE, {self._walk}"
 
     def images(self, start: int, stop: int) -> Tensor:
-        """uint8 on the generator's device, clocked by part."""
-        seeds = range(FIRST_SEED + start, FIRST_SEED + stop)
-        labels = draw_labels(seeds, self._generator.recipe.data.classes, self._draw)
-        began = time.perf_counter()
-        latents = self._generator.latents(list(seeds), labels, self._walk)
-        self._generator.synchronise()
-        between = time.perf_counter()
-        images = self._generator.decode(latents)
-        self._generator.synchronise()
-        self.seconds["network"] += between - began
-        self.seconds["decoder"] += time.perf_counter() - between
-        return images
+        """The stream's pictures of this span, on the generator's device; what they took is added to `seconds`."""
+        (drawn,) = self._generator.stream(self._seeds, self._labels, self._walk, [slice(start, stop)])
+        for part, spent in drawn.seconds.items():
+            self.seconds[part] += spent
+        assert drawn.images is not None
+        return drawn.images
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Do nothing: no file is kept open."""
 
     def describe(self) -> dict[str, Any]:
-        """The generator's half of the protocol."""
+        """Everything that decides the pictures, for the protocol: weights, walk, labels, seeds, precision."""
         origin, recipe = self._generator.origin, self._generator.recipe
-        channels = self._walk.guidance_channels  # told where it is not all: numbers of before keep their fingerprint
+        channels = self._walk.guidance_channels  # only where it is not all: earlier numbers keep their fingerprint
         partly = {} if channels is None else {"guidance_channels": channels}
         return partly | {
             "kind": "checkpoint",
             "name": recipe.name,
             "count": self.count,
-            "checkpoint_sha256": self._digest,
+            "checkpoint_sha256": self._generator.digest,
             "step": origin.get("step"),
             "weights": origin.get("weights"),
             "half_life": origin.get("half_life"),
@@ -287,11 +280,8 @@ class GeneratedImages:
         }
 
     def fingerprint(self) -> str:
-        """Of everything the pictures depend on."""
+        """Hash everything that the pictures depend on."""
         return hashlib.sha256(json.dumps(self.describe(), sort_keys=True).encode()).hexdigest()
-
-
-BROKEN = (EOFError, RuntimeError, OverflowError, MemoryError, struct.error, zipfile.BadZipFile, zlib.error)  # of zips
 
 
 def read_npz(path: Path, wanted: Iterable[str]) -> tuple[list[str], dict[str, Any]]:

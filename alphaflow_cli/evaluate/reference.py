@@ -3,15 +3,14 @@
 One safetensors file holds, per network, `<network>.mean`, `<network>.cov` (float64) and `<network>.features` (float32,
 of a random part of the pictures: KID and precision/recall need single features). Its header says what was measured.
 
-Reference statistics of other systems: their files read into mean and covariance, without running what is in them.
+Other systems' files are read into mean and covariance, without running what is in them. A pickle may name numpy's own
+constructors and nothing else.
 
     .npz  mu, sigma              ADM (also with mu_s, sigma_s, arr_0), EDM, MAR
     .npz  ref_mu, ref_sigma      MeanFlow and iMF in JAX: their Inception resizes with half-pixel centres
     .pkl  {fid: {mu, sigma}, fd_dinov2: {…}, num_images}           EDM2
     .pkl  {raw_mean, raw_cov, num_items, …}                        α-Flow and the StyleGAN family: sums, over N
     .pt   {mu, sigma}                                              torch-fidelity's cache
-
-A pickle may name numpy's own constructors and nothing else.
 """
 
 import hashlib
@@ -31,26 +30,32 @@ from alphaflow_cli.documents import Anything, ListOf, Maybe, Table, Text, Whole,
 from alphaflow_cli.errors import DAMAGE, AlphaflowError
 from alphaflow_cli.evaluate.features import Extractor
 from alphaflow_cli.evaluate.measure import Content, Pass, load_all
+from alphaflow_cli.evaluate.networks import Inception
 from alphaflow_cli.evaluate.pictures import BROKEN, read_npz
 from alphaflow_cli.evaluate.results import SPACE, FeatureSpace, environment, space_of
 from alphaflow_cli.files import make_folder
 from alphaflow_cli.tensors import save_tensors
 
-FORMAT = "alphaflow-reference/1"
-KEPT = 10_000  # features kept one by one
-SEED = 2020  # of the part kept, and of the splits of the floor
-ADVICE = "Build it again: alphaflow reference SOURCE -o FILE."
+REFERENCE_FORMAT = "alphaflow-reference/1"
+KEPT_FEATURES = 10_000  # features kept one by one
+DRAW_SEED = 2020  # of the part kept, and of the splits of the floor
+REBUILD = "Build it again: alphaflow reference SOURCE -o FILE."
 SPACES = Table(others=SPACE)
 FACTS = Table(
     {"name": Text(300), "kind": Text(100), "count": Maybe(Whole(1)), "size": Maybe(ListOf(Whole(1, 1 << 20), 2, 2))},
     others=Anything(),
 )
-SPLITS = 4  # of the kept features into halves, for the floor
+FLOOR_SPLITS = 4  # of the kept features into halves, for the floor
+TF1 = Inception.preprocessing
+HALF_PIXEL = "bilinear to 299 px with half-pixel centres (the JAX port of MeanFlow and iMF)"
+TF1_DINO = "TensorFlow 1 bilinear to 224 px; ImageNet mean and deviation (torch-fidelity's, not FDD's)"
+BY_DIM = {2048: "inception", 1024: "dinov2", 768: "clip", 192: "tiny"}  # other systems' features
+NEW_NUMPY = int(np.__version__.split(".")[0]) >= 2
 
 
 @dataclass(frozen=True)
 class Stats:
-    """One network's view of the reference."""
+    """One network's features of the reference: their moments, and some of them one by one."""
 
     space: FeatureSpace
     mean: Tensor
@@ -60,21 +65,21 @@ class Stats:
 
 @dataclass(frozen=True)
 class Reference:
-    """Statistics by network's name, and where they come from."""
+    """Statistics by network's name, and the facts that say where they come from."""
 
     stats: dict[str, Stats]
     facts: dict[str, Any]  # name, kind, count, size, prepared, sha256, …: printed with every number
 
     @property
     def count(self) -> int | None:
-        """Pictures behind it, where the file tells."""
+        """How many pictures were measured for it, where the file states that."""
         count: int | None = self.facts.get("count")
         return count
 
 
 def build_reference(work: Pass, moments: dict[str, Moments], content: Content, *, name: str, kept: int) -> Reference:
-    """From a finished pass."""
-    order = np.random.RandomState(SEED).permutation(work.source.count)[:kept]
+    """Make a reference of a finished pass, with the features of `kept` pictures drawn at random."""
+    order = np.random.RandomState(DRAW_SEED).permutation(work.source.count)[:kept]
     chosen = torch.from_numpy(np.sort(order))
     stats = {}
     for key in sorted(work.extractors):
@@ -97,30 +102,30 @@ def build_reference(work: Pass, moments: dict[str, Moments], content: Content, *
 
 
 def save_reference(reference: Reference, path: Path) -> None:
-    """One file, whole or not at all."""
+    """Write a reference as one file, whole or not at all."""
     tensors = {}
     for key, each in reference.stats.items():
         tensors[f"{key}.mean"], tensors[f"{key}.cov"] = each.mean, each.cov
         if each.features is not None:
             tensors[f"{key}.features"] = each.features
     spaces = {key: asdict(each.space) for key, each in reference.stats.items()}
-    header = {"format": FORMAT, "facts": json.dumps(reference.facts), "spaces": json.dumps(spaces)}
+    header = {"format": REFERENCE_FORMAT, "facts": json.dumps(reference.facts), "spaces": json.dumps(spaces)}
     make_folder(path.parent)
     save_tensors(path, tensors, header)
 
 
 def load_reference(path: Path) -> Reference:
-    """Ours, or a file of another system."""
+    """Read a reference file: one of ours, or one of another system."""
     if not path.is_file():
         raise AlphaflowError(f"{path}: no such reference; build one with: alphaflow reference SOURCE -o {path}")
     if path.suffix == ".safetensors":
         return _load_own(path)
-    found = read_foreign(path)
+    foreign = read_foreign(path)
     stats = {
         each.name: Stats(FeatureSpace("", "", each.preprocessing, each.mean.numel()), each.mean, each.cov, None)
-        for each in found
+        for each in foreign
     }
-    facts = {"name": path.name, "kind": found[0].kind, "count": found[0].count, "size": None}
+    facts = {"name": path.name, "kind": foreign[0].kind, "count": foreign[0].count, "size": None}
     facts["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
     return Reference(stats, {**facts, "prepared": "not stated"})
 
@@ -132,16 +137,18 @@ def _load_own(path: Path) -> Reference:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as fault:
         raise AlphaflowError(f"{path}: not a whole safetensors file ({fault})") from fault
-    if header.get("format") != FORMAT:
-        raise AlphaflowError(f"{path}: not a reference ({header.get('format', 'no format')}; {FORMAT} is due)")
-    spaces = parse_json(header.get("spaces", ""), f"{path} (its spaces)", SPACES, advice=ADVICE)
-    facts = parse_json(header.get("facts", ""), f"{path} (its facts)", FACTS, advice=ADVICE)
+    if header.get("format") != REFERENCE_FORMAT:
+        raise AlphaflowError(
+            f"{path}: not a reference ({header.get('format', 'no format')}; {REFERENCE_FORMAT} is due)"
+        )
+    spaces = parse_json(header.get("spaces", ""), f"{path} (its spaces)", SPACES, advice=REBUILD)
+    facts = parse_json(header.get("facts", ""), f"{path} (its facts)", FACTS, advice=REBUILD)
     stats = {key: _own_stats(FeatureSpace(**space), tensors, key, path) for key, space in spaces.items()}
     return Reference(stats, {**facts, "sha256": _content_sha256(header, tensors)})
 
 
 def _own_stats(space: FeatureSpace, tensors: dict[str, Tensor], key: str, path: Path) -> Stats:
-    """One network's tensors, of the sizes that its space has."""
+    """One network's statistics; tensors of other sizes than its space has are refused."""
     mean, cov, features = (tensors.get(f"{key}.{name}") for name in ("mean", "cov", "features"))
     wanted = {"mean": (mean, (space.dim,)), "cov": (cov, (space.dim, space.dim))}
     if features is not None:
@@ -149,14 +156,14 @@ def _own_stats(space: FeatureSpace, tensors: dict[str, Tensor], key: str, path: 
     for name, (tensor, shape) in wanted.items():
         if tensor is None or tuple(tensor.shape) != shape or not tensor.is_floating_point():
             there = "is missing" if tensor is None else f"is {tensor.dtype} of shape {tuple(tensor.shape)}"
-            raise AlphaflowError(f"{path}: {key}.{name} {there}, shape {shape} is wanted. {ADVICE}")
+            raise AlphaflowError(f"{path}: {key}.{name} {there}, shape {shape} is wanted. {REBUILD}")
     assert mean is not None
     assert cov is not None
     return Stats(space, mean, cov, features)
 
 
 def _content_sha256(header: dict[str, str], tensors: dict[str, Tensor]) -> str:
-    """Of what the file says: safetensors writes a header's entries in any order, so equal files differ in bytes."""
+    """Hash what the file says, not its bytes: safetensors writes a header's entries in any order."""
     digest = hashlib.sha256("".join(f"{key}={header[key]};" for key in sorted(header)).encode())
     for key in sorted(tensors):
         digest.update(key.encode())
@@ -165,46 +172,46 @@ def _content_sha256(header: dict[str, str], tensors: dict[str, Tensor]) -> str:
 
 
 def check_fit(reference: Reference, key: str, extractor: Extractor, size: tuple[int, int]) -> list[str]:
-    """Refuses a reference of another space or resolution, with both sides; returns what the reference leaves unsaid."""
+    """Refuse a reference of another space or resolution, naming both; returns what the reference does not state."""
     where = reference.facts["name"]
     if key not in reference.stats:
         there = ", ".join(sorted(reference.stats))
         raise AlphaflowError(f"{where}: has no statistics of the {key} features (it has {there})")
     theirs, ours = asdict(reference.stats[key].space), asdict(space_of(extractor))
-    unsaid = []
+    unstated = []
     for what, value in theirs.items():
         if value == ours[what]:
             continue
         if value == "":
-            unsaid += [] if what == "network" else [what.replace("_", " ")]
+            unstated += [] if what == "network" else [what.replace("_", " ")]
         else:
             raise AlphaflowError(
                 f"{where}: {what.replace('_', ' ')} differ, so the distance would mean nothing.\n"
                 f"  reference: {value}\n  here:      {ours[what] or 'none'}"
             )
     if reference.facts["size"] is None:
-        unsaid.append("resolution")
+        unstated.append("resolution")
     elif tuple(reference.facts["size"]) != tuple(size):
         raise AlphaflowError(
-            f"{where}: resolutions differ.\n  reference: {_told_size(reference.facts['size'])}\n"
-            f"  here:      {_told_size(size)}\nBuild one: alphaflow reference SOURCE --size {size[0]} -o FILE"
+            f"{where}: resolutions differ.\n  reference: {_size_text(reference.facts['size'])}\n"
+            f"  here:      {_size_text(size)}\nBuild one: alphaflow reference SOURCE --size {size[0]} -o FILE"
         )
-    return unsaid
+    return unstated
 
 
-def _told_size(size: tuple[int, int]) -> str:
+def _size_text(size: tuple[int, int]) -> str:
     return f"{size[0]}×{size[1]} px"
 
 
 def floor_of(reference: Reference, key: str, count: int) -> float | None:
-    """The distance that so many perfect samples would have: from halves of the kept features, scaled as 1/n + 1/m."""
+    """The distance that `count` perfect samples would have: from halves of the kept features, scaled as 1/n + 1/m."""
     features = reference.stats[key].features
     if features is None or reference.count is None or len(features) < 4:
         return None
     half = len(features) // 2
-    rng = np.random.RandomState(SEED)
+    rng = np.random.RandomState(DRAW_SEED)
     distances = []
-    for _ in range(SPLITS):
+    for _ in range(FLOOR_SPLITS):
         order = torch.from_numpy(rng.permutation(len(features)))
         sides = []
         for part in (order[:half], order[half : 2 * half]):
@@ -212,19 +219,13 @@ def floor_of(reference: Reference, key: str, count: int) -> float | None:
             moments.update(features[part])
             sides += list(moments.finalise())
         distances.append(frechet_distance(*sides))
-    per_picture = sum(distances) / SPLITS / (2 / half)
+    per_picture = sum(distances) / FLOOR_SPLITS / (2 / half)
     return per_picture * (1 / count + 1 / reference.count)
-
-
-TF1 = "TensorFlow 1 bilinear to 299 px (no half-pixel shift, no antialias); (x − 128)/128"
-HALF_PIXEL = "bilinear to 299 px with half-pixel centres (the JAX port of MeanFlow and iMF)"
-TF1_DINO = "TensorFlow 1 bilinear to 224 px; ImageNet mean and deviation (torch-fidelity's, not FDD's)"
-BY_DIM = {2048: "inception", 1024: "dinov2", 768: "clip", 192: "tiny"}
 
 
 @dataclass(frozen=True)
 class ForeignStats:
-    """Moments of one feature space; empty strings where the file does not tell."""
+    """Another system's moments of one feature space. Empty strings: the file does not state it."""
 
     name: str  # of the extractor
     mean: Tensor
@@ -235,7 +236,7 @@ class ForeignStats:
 
 
 def read_foreign(path: Path) -> list[ForeignStats]:
-    """By suffix and content."""
+    """Read another system's file by its suffix and content: one or more feature spaces."""
     readers = {".npz": _read_npz, ".pkl": _read_pickle, ".pickle": _read_pickle, ".pt": _read_cache}
     if path.suffix not in readers:
         raise AlphaflowError(f"{path}: not a reference file (.safetensors, .npz, .pkl, .pt) and not pictures")
@@ -246,7 +247,7 @@ def read_foreign(path: Path) -> list[ForeignStats]:
 
 
 def holds_statistics(path: Path) -> bool:
-    """An .npz of moments, as opposed to one of pictures only."""
+    """Whether an .npz file holds moments, and not pictures only."""
     try:
         return bool({"mu", "ref_mu"} & set(read_npz(path, ())[0]))
     except ValueError as fault:
@@ -272,16 +273,16 @@ def _read_pickle(path: Path) -> list[ForeignStats]:
         return [_from_sums(held)]
     count = int(held["num_images"]) if "num_images" in held else None
     known = {"fid": TF1, "fd_dinov2": ""}
-    found = [
+    spaces = [
         _stats(held[key]["mu"], held[key]["sigma"], known[key], count, kind="EDM2 pkl") for key in known if key in held
     ]
-    if not found:
+    if not spaces:
         raise ValueError(f"it holds {', '.join(map(str, held))}; fid, fd_dinov2 or raw_mean is due")
-    return found
+    return spaces
 
 
 def _from_sums(held: dict[str, Any]) -> ForeignStats:
-    """Σf and Σf·fᵀ with N: their covariance is over N, ours over N − 1."""
+    """From Σf, Σf·fᵀ and N. Their covariance would be over N; ours is over N − 1."""
     count = int(held["num_items"])
     mean = np.asarray(held["raw_mean"], np.float64) / count
     cov = (np.asarray(held["raw_cov"], np.float64) - count * np.outer(mean, mean)) / (count - 1)
@@ -321,12 +322,9 @@ class _NumpyOnly(pickle.Unpickler):
     )
 
     def find_class(self, module: str, name: str) -> Any:
-        """Only what is allowed; the StyleGAN family's attribute dictionaries become plain ones."""
+        """Give what is allowed and refuse the rest; the StyleGAN family's attribute dictionaries become plain ones."""
         if module.startswith("dnnlib") and name == "EasyDict":
             return dict
         if (module, name) not in self.ALLOWED:
             raise pickle.UnpicklingError(f"it asks for {module}.{name}, which a file of statistics has no need of")
-        return super().find_class(module.replace("numpy.core", "numpy._core") if _NEW_NUMPY else module, name)
-
-
-_NEW_NUMPY = int(np.__version__.split(".")[0]) >= 2
+        return super().find_class(module.replace("numpy.core", "numpy._core") if NEW_NUMPY else module, name)

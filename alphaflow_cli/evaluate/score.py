@@ -1,4 +1,4 @@
-"""From features to rows: every metric asked for, each with its protocol and its warnings."""
+"""From features to rows: every requested metric, with its protocol and its notes."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from alphaflow_cli.core.scores import inception_score, kid, precision_recall
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.evaluate.features import Extractor
 from alphaflow_cli.evaluate.measure import Pass, load_all
-from alphaflow_cli.evaluate.reference import Reference, check_fit, floor_of
+from alphaflow_cli.evaluate.reference import DRAW_SEED, Reference, check_fit, floor_of
 from alphaflow_cli.evaluate.results import (
     NEEDS_FEATURES,
     NEEDS_MOMENTS,
@@ -27,8 +27,7 @@ from alphaflow_cli.evaluate.results import (
 from alphaflow_cli.recipe.schema import Metric
 from alphaflow_cli.runtime.precision import true_float32
 
-FEWEST = 100  # single real features
-SEED = 2020  # of subsets and orders, as torch-fidelity draws them
+FEWEST_FEATURES = 100  # single real features
 KID_SUBSETS, KID_SIZE = 100, 1000
 IS_SPLITS = 10
 NEIGHBOURS = 3
@@ -37,7 +36,7 @@ BLOCK = 10_000  # rows of a distance matrix at a time
 
 @dataclass(frozen=True)
 class Measured:
-    """A finished pass and what it is held against."""
+    """A finished pass over the pictures, and the reference that they are compared with."""
 
     work: Pass
     moments: dict[str, Moments]
@@ -45,10 +44,10 @@ class Measured:
     device: torch.device
 
 
-def check_request(
+def check_reference(
     metrics: tuple[Metric, ...], reference: Reference | None, extractors: dict[str, Extractor], work: Pass
 ) -> None:
-    """All that can be refused before the long pass."""
+    """Refuse metrics that the reference cannot give, before the long pass over the pictures."""
     for metric in metrics:
         if metric == "is":
             continue
@@ -56,7 +55,7 @@ def check_request(
             raise AlphaflowError(f"{metric} compares with real pictures: add --reference FILE or --reference SOURCE")
         check_fit(reference, NETWORK[metric], extractors[NETWORK[metric]], work.source.size)
         kept = reference.stats[NETWORK[metric]].features
-        if metric in NEEDS_FEATURES and (kept is None or len(kept) < FEWEST):
+        if metric in NEEDS_FEATURES and (kept is None or len(kept) < FEWEST_FEATURES):
             raise AlphaflowError(
                 f"{reference.facts['name']}: {metric} needs the features of single real pictures, this file has only "
                 "their mean and covariance. Build a reference from pictures: alphaflow reference SOURCE -o FILE"
@@ -64,7 +63,7 @@ def check_request(
 
 
 def score(measured: Measured, metrics: tuple[Metric, ...]) -> list[Row]:
-    """Rows in the order asked for."""
+    """Compute the rows of every metric, in the order given."""
     rows: list[Row] = []
     for metric in metrics:
         rows += ROWS[metric](measured, metric)
@@ -92,7 +91,7 @@ def _kid(measured: Measured, metric: Metric) -> list[Row]:
 
 
 def _subsets(fakes: int, reals: int, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    rng = np.random.RandomState(SEED)
+    rng = np.random.RandomState(DRAW_SEED)
     for _ in range(KID_SUBSETS):
         chosen = rng.choice(fakes, size, replace=False), rng.choice(reals, size, replace=False)
         yield torch.from_numpy(chosen[0]), torch.from_numpy(chosen[1])
@@ -100,27 +99,29 @@ def _subsets(fakes: int, reals: int, size: int) -> Iterator[tuple[Tensor, Tensor
 
 def _inception_score(measured: Measured, metric: Metric) -> list[Row]:
     features = load_all(measured.work, NETWORK[metric])
-    order = torch.from_numpy(np.random.RandomState(SEED).permutation(len(features)))  # class-sorted sets would collapse
+    order = torch.from_numpy(
+        np.random.RandomState(DRAW_SEED).permutation(len(features))
+    )  # class-sorted sets would collapse
     extractor = measured.work.extractors[NETWORK[metric]]
     with true_float32():
         logits = torch.cat([extractor.logits(part).cpu() for part in torch.split(features[order], BLOCK)])
     value, spread = inception_score(logits, IS_SPLITS)
-    settings = {"splits": IS_SPLITS, "order": f"shuffled, seed {SEED}"}
+    settings = {"splits": IS_SPLITS, "order": f"shuffled, seed {DRAW_SEED}"}
     return [_row(measured, metric, "IS", value, spread=spread, settings=settings, compared=False)]
 
 
 def _precision_recall(measured: Measured, metric: Metric) -> list[Row]:
     fake, real = _both(measured, metric)
     with true_float32():
-        found = precision_recall(fake.to(measured.device), real.to(measured.device), NEIGHBOURS, block=BLOCK)
+        shares = precision_recall(fake.to(measured.device), real.to(measured.device), NEIGHBOURS, block=BLOCK)
     settings = {"neighbours": NEIGHBOURS, "single_real_pictures": len(real)}
     return [
         _row(measured, metric, title, value, settings=settings)
         for title, value in (
-            ("precision", found.precision),
-            ("recall", found.recall),
-            ("density", found.density),
-            ("coverage", found.coverage),
+            ("precision", shares.precision),
+            ("recall", shares.recall),
+            ("density", shares.density),
+            ("coverage", shares.coverage),
         )
     ]
 
@@ -186,6 +187,6 @@ def _notes(measured: Measured, metric: Metric) -> tuple[str, ...]:
     if not extractor.known:
         notes.append(f"weights are not the published ones (sha256 {extractor.weights_sha256[:8]}…)")
     if measured.reference is not None and metric != "is":
-        unsaid = check_fit(measured.reference, key, extractor, measured.work.source.size)
-        notes += [f"reference does not state its {', '.join(unsaid)}"] if unsaid else []
+        unstated = check_fit(measured.reference, key, extractor, measured.work.source.size)
+        notes += [f"reference does not state its {', '.join(unstated)}"] if unstated else []
     return tuple(notes)

@@ -27,7 +27,7 @@ LUMA_CHROMA = (  # ITU-R BT.601, as in JPEG
 
 
 class Tiny(Extractor):
-    """fd_haar192."""
+    """The features of FD-tiny, `fd_haar192` in a protocol."""
 
     id = "fd_haar192"
     dim = 192
@@ -41,7 +41,7 @@ class Tiny(Extractor):
         self.register_buffer("matrix", torch.tensor(LUMA_CHROMA))
 
     def features(self, images: Tensor) -> Tensor:
-        """Log energies of all bands, then the thumbnail."""
+        """The log energies of all bands, then the thumbnail: (N, 192)."""
         colours = _mix(_resize(images) / 127.5 - 1, self.matrix)
         parts, low = [], colours
         for level in range(LEVELS):

@@ -1,8 +1,8 @@
-"""The model card: what it is, how to sample it, how it was trained, what it scored and by which ruler, what to know.
+"""What a published model says of itself: its card (README.md) and config.json, without anything of this machine.
 
-Nothing of this machine leaves: paths become their last part, addresses lose their passwords, wherever they stand.
-
-config.json of a published model: what other programs need to know, without reading a recipe.
+The card says what the model is, how to sample it, how it was trained, what it scored and by which protocol, and what to
+know. config.json says what other programs need to know, without reading a recipe. `scrub` goes over everything that is
+published: paths become their last part, addresses lose their passwords, wherever they stand.
 """
 
 import json
@@ -11,7 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from alphaflow_cli.evaluate.results import row_of
+from alphaflow_cli.model.checkpoint import CHECKPOINT_FORMAT
 from alphaflow_cli.recipe import Recipe, dump_recipe
+from alphaflow_cli.recipe.plan import effective_scale, has_null_label, is_guided, needs_many_steps
 from alphaflow_cli.text import code_span, for_markdown, for_terminal
 
 PAPER = "arXiv:2510.20771"
@@ -23,11 +26,22 @@ CITATION = """\
   journal = {arXiv preprint arXiv:2510.20771},
   year    = {2025}
 }"""
+# Not inside a word, an address (https://a/b) or a tag; C:\x, D:/x, \\server\share\x, file:///x, ~/x, ../x, //x and /x.
+# A folder's name may hold spaces and brackets: what stands between two separators belongs to the path.
+LOCAL_PATH = re.compile(
+    r"(?<![\w/.<>\\])(?:file://+|~[\w.-]{0,64}[/\\]|~|\.{1,2}[/\\]|[A-Za-z]:[\\/](?!/)|\\\\(?=\w)|(?<!:)//+(?=[\w.])|/(?=[\w.]))"
+    r"(?:[^/\\\n\":|]{1,80}[/\\]+)*[^\s\"',;:()/\\]*"
+)
+# More folders than a name on the Hub has.
+DEEP_PATH = re.compile(r"(?<![\w/:.@-])[\w.-]+(?:/[\w. -]*[\w.-]){3,}(?![\w/])")
+URL = re.compile(r"(?<![\w+])((?!hf:)[a-z][a-z0-9+.-]{1,20}://)([^\s\"'<>]*)", re.IGNORECASE)
+SECRET = re.compile(r"\b(hf_|ghp_|sk-|AKIA)[A-Za-z0-9_-]{12,}")  # tokens of the Hub and its neighbours
+UNSCRUBBED = "class_names"  # words of the data set, though one may begin with a slash: /m/01g317
 
 
 @dataclass(frozen=True)
 class CardFacts:
-    """What the card tells."""
+    """What the card is written from."""
 
     repo: str
     recipe: Recipe
@@ -38,7 +52,7 @@ class CardFacts:
 
 
 def model_card(facts: CardFacts) -> str:
-    """README.md of the repository."""
+    """Write the repository's README.md, section by section."""
     parts = [
         _metadata(facts),
         _what(facts),
@@ -52,23 +66,18 @@ def model_card(facts: CardFacts) -> str:
 
 
 def result_rows(results: dict[str, Any] | None) -> list[dict[str, Any]]:
-    """Every number of a results.json."""
+    """Every number of a results.json, from all of its evaluations."""
     return [row for each in (results or {}).get("evaluations", []) for row in each.get("rows", [])]
 
 
 def protocol(row: dict[str, Any]) -> str:
-    """How one number was made, in one line."""
-    space, reference = row["space"], row.get("reference")
-    parts = [f"{space['network']} {str(space['weights_sha256'])[:8]}".strip()]
-    if reference:
-        parts.append(f"reference {reference['name']} ({str(reference['sha256'])[:8]})")
-    parts.append(f"{row['count']:,} pictures: {row['label']}")
-    parts += [f"{str(key).replace('_', ' ')} {value}" for key, value in row.get("settings", {}).items()]
-    return for_terminal("; ".join([*parts, *row.get("notes", ())]), limit=2000)
+    """Write in one line how a number was made, as `eval` does, with what must be known before believing it."""
+    number = row_of(row)
+    return for_terminal("; ".join([number.protocol(), *number.notes]), limit=2000)
 
 
 def _metadata(facts: CardFacts) -> str:
-    """The YAML head, with the scores as evaluation results."""
+    """The YAML head, which the Hub reads; the scores stand in it as evaluation results."""
     from huggingface_hub import EvalResult, ModelCardData
 
     data = facts.recipe.data
@@ -174,7 +183,7 @@ def _training(facts: CardFacts) -> str:
 
 
 def _fenced(text: str, kind: str) -> list[str]:
-    """Lines as code, between fences longer than any run of backticks among them."""
+    """Write text as code, between fences longer than any run of backticks in it."""
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
     return [f"{fence}{kind}", for_terminal(text.rstrip(), limit=100_000, lines=True), fence]
 
@@ -212,12 +221,12 @@ def _results(facts: CardFacts) -> str:
 def _caveats(facts: CardFacts) -> str:
     recipe, mix = facts.recipe, facts.recipe.guidance
     lines = ["## Good to know", ""]
-    if (mix.omega, mix.kappa) != (1.0, 0.0):
-        scale = mix.omega / (1 - mix.kappa)
+    if is_guided(mix.omega, mix.kappa):
+        scale = effective_scale(mix.omega, mix.kappa)
         lines += [f"- Guidance of scale {scale:g} is built into the weights; sample with guidance 1 (the default)."]
-    elif recipe.data.classes and mix.label_dropout:
+    elif has_null_label(recipe):
         lines += ["- Trained without guidance, with a null label: `--guidance 1.5` and the like work when sampling."]
-    if recipe.sample.sampler in ("flow", "heun"):
+    if needs_many_steps(recipe):
         lines += [f"- A plain velocity field: it needs many steps ({recipe.sample.sampler}, {recipe.sample.nfe} here)."]
     if recipe.data.autoencoder != "none":
         lines += [
@@ -247,24 +256,10 @@ def _licence(licence: str) -> str:
     return "the publisher has not named a licence" if licence == "unknown" else licence
 
 
-# Not inside a word, an address (https://a/b) or a tag; C:\x, D:/x, \\server\share\x, file:///x, ~/x, ../x, //x and /x.
-# A folder's name may hold spaces and brackets: what stands between two separators belongs to the path.
-LOCAL_PATH = re.compile(
-    r"(?<![\w/.<>\\])(?:file://+|~[\w.-]{0,64}[/\\]|~|\.{1,2}[/\\]|[A-Za-z]:[\\/](?!/)|\\\\(?=\w)|(?<!:)//+(?=[\w.])|/(?=[\w.]))"
-    r"(?:[^/\\\n\":|]{1,80}[/\\]+)*[^\s\"',;:()/\\]*"
-)
-DEEP_PATH = re.compile(
-    r"(?<![\w/:.@-])[\w.-]+(?:/[\w. -]*[\w.-]){3,}(?![\w/])"
-)  # more folders than a name on the Hub has
-ADDRESS = re.compile(r"(?<![\w+])((?!hf:)[a-z][a-z0-9+.-]{1,20}://)([^\s\"'<>]*)", re.IGNORECASE)
-SECRET = re.compile(r"\b(hf_|ghp_|sk-|AKIA)[A-Za-z0-9_-]{12,}")  # tokens of the Hub and its neighbours
-KEPT = "class_names"  # words of the data set, though one may begin with a slash: /m/01g317
-
-
 def scrub(value: Any) -> Any:
-    """Every path and password of this machine goes, wherever it stands in a tree of plain values."""
+    """Remove every path and password of this machine, wherever it stands in a tree of plain values."""
     if isinstance(value, dict):
-        return {scrub(key): item if key == KEPT else scrub(item) for key, item in value.items()}
+        return {scrub(key): item if key == UNSCRUBBED else scrub(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [scrub(item) for item in value]
     if not isinstance(value, str):
@@ -273,35 +268,35 @@ def scrub(value: Any) -> Any:
         return Path(value).name
     for known in sorted({str(Path.home()), str(Path.cwd())} - {"/"}, key=len, reverse=True):
         value = value.replace(f"file://{known}/", "").replace(f"{known}/", "")
-    value = SECRET.sub(lambda found: f"{found[1]}…", ADDRESS.sub(_without_password, value))
+    value = SECRET.sub(lambda match: f"{match[1]}…", URL.sub(_without_password, value))
     return DEEP_PATH.sub(_last, LOCAL_PATH.sub(_last, value))
 
 
 def last_part(place: str) -> str:
-    """What is known to be a path or an address: a path, absolute or not, becomes its last part."""
+    """Shorten what is known to be a path or an address: a path, absolute or not, becomes its last part."""
     return scrub(place) if "://" in place else Path(place.replace("\\", "/")).name or place.strip("./~")
 
 
-def _last(found: re.Match[str]) -> str:
-    return re.split(r"[/\\]", found[0].rstrip("/\\"))[-1].strip()
+def _last(match: re.Match[str]) -> str:
+    return re.split(r"[/\\]", match[0].rstrip("/\\"))[-1].strip()
 
 
-def _without_password(found: re.Match[str]) -> str:
+def _without_password(match: re.Match[str]) -> str:
     """scheme://user:password@host/path?key=… → scheme://host/path; what follows an @ in a path stays."""
-    scheme, rest = found[1], re.split(r"[?#]", found[2], maxsplit=1)[0]
+    scheme, rest = match[1], re.split(r"[?#]", match[2], maxsplit=1)[0]
     user = re.match(r"[^/@]*@|[^/@:]*:(?!\d+(?:/|$))[^@]*@", rest)  # a password with a slash is no port
     if scheme.lower() == "file://":
-        return found[0]
+        return match[0]
     return scheme + (rest[user.end() :] if user else rest)
 
 
 def config_json(recipe: Recipe, origin: dict[str, Any], parameters: int) -> str:
-    """The text of the file."""
+    """Write config.json of a published model."""
     data, mix = recipe.data, recipe.guidance
     model = {name: getattr(recipe.model, name) for name in recipe.model.__dataclass_fields__}
     content = {
         "model_type": "alphaflow",
-        "format": "alphaflow/1",
+        "format": CHECKPOINT_FORMAT,
         "library_name": "alphaflow",
         "architecture": model | {"parameters": parameters},
         "convention": "t = 0 data, t = 1 noise; z_r = z_t - (t - r) u(z_t, r, t)",
@@ -312,7 +307,7 @@ def config_json(recipe: Recipe, origin: dict[str, Any], parameters: int) -> str:
             "image_size": data.image_size,
         },
         "classes": data.classes,
-        "guidance": {"baked": mix.omega / (1 - mix.kappa), "null_label": mix.label_dropout > 0},
+        "guidance": {"baked": effective_scale(mix.omega, mix.kappa), "null_label": has_null_label(recipe)},
         "sample": {name: getattr(recipe.sample, name) for name in recipe.sample.__dataclass_fields__},
         "weights": {key: origin.get(key) for key in ("weights", "step", "images_seen", "half_life")},
     }

@@ -1,6 +1,7 @@
-"""From a run or a checkpoint to the folder that goes to the Hub: no secret, no optimiser state, no machine's path.
+"""`push`: from a run or a checkpoint to a folder that may leave this machine, and from that to a commit on the Hub.
 
-Up: a finished folder becomes a commit. Interrupted, the same command sends only what is missing.
+`stage` fills the folder: no secret, no optimiser state, no path of this machine. `upload` sends it; interrupted, the
+same command sends only what is missing.
 """
 
 import json
@@ -25,10 +26,11 @@ from alphaflow_cli.nn.autoencoder import load_autoencoder
 from alphaflow_cli.recipe import dump_recipe
 from alphaflow_cli.recipe.plan import parameter_count
 from alphaflow_cli.remote.address import is_repository
-from alphaflow_cli.remote.client import cache_folder, hub_api
+from alphaflow_cli.remote.cache import cache_folder
+from alphaflow_cli.remote.client import hub_api
 from alphaflow_cli.remote.download import (
     AUTOENCODER,
-    CONFIG,
+    CONFIG_FILE,
     MODEL,
     NOT_ALWAYS,
     is_published,
@@ -36,7 +38,7 @@ from alphaflow_cli.remote.download import (
     remove_stale,
 )
 from alphaflow_cli.remote.faults import NotThere, hub_faults
-from alphaflow_cli.sample.generator import best_device, open_generator
+from alphaflow_cli.sample.generator import best_device, open_generator, pictures
 from alphaflow_cli.sample.grid import grid_in_rows, plain_png
 from alphaflow_cli.sample.walk import plan_walk
 from alphaflow_cli.train.curves import recipe_chart
@@ -44,14 +46,13 @@ from alphaflow_cli.train.curves import recipe_chart
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-
 HUB_ID = re.compile(r"\w[\w.-]*(?:/\w[\w.-]*){1,2}(?:@\S+)?")  # user/repo or user/repo/subfolder
 GRID = (4, 8)  # rows and columns of a sample grid drawn for the card
 
 
 @dataclass(frozen=True)
 class Publication:
-    """What is to be published, read and found sound."""
+    """A checkpoint to publish, read and checked, with the results that belong to its weights."""
 
     run: Path | None  # its run folder, where it is one
     path: Path
@@ -61,26 +62,26 @@ class Publication:
 
     @property
     def name(self) -> str:
-        """The repository's default name."""
+        """The repository's name where none is given."""
         return self.checkpoint.recipe.name or self.path.stem
 
     @property
     def title(self) -> str:
-        """For the commit."""
+        """What the commit says: the name, and the step of the weights."""
         step = self.checkpoint.origin.get("step")
         return f"{self.name} at step {step:,}" if isinstance(step, int) else self.name
 
 
 def newest_run(root: Path = Path("runs")) -> Path:
-    """The run folder whose weights are newest."""
-    found = sorted(root.glob("*/model.safetensors"), key=lambda path: path.stat().st_mtime)
-    if not found:
+    """The run folder in runs/ whose weights are newest."""
+    models = sorted(root.glob("*/model.safetensors"), key=lambda path: path.stat().st_mtime)
+    if not models:
         raise AlphaflowError(f"{root}/: no run with weights to push. Train one, or name it: alphaflow push RUN")
-    return found[-1].parent
+    return models[-1].parent
 
 
 def open_publication(address: Path, *, with_results: bool) -> Publication:
-    """A run folder or a checkpoint; results that belong to other weights are refused here, before anything is sent."""
+    """Read a run folder or a checkpoint; results of other weights are refused here, before anything is sent."""
     path = find_checkpoint(str(address))
     run = address if address.is_dir() else None
     if run is not None:
@@ -91,7 +92,7 @@ def open_publication(address: Path, *, with_results: bool) -> Publication:
 
 
 def see_own(run: Path, path: Path) -> None:
-    """Of a run folder only its own regular files are published: a link may lead to anything on this machine."""
+    """Refuse a link that leads out of the run folder: it may lead to anything on this machine."""
     if not path.is_file() or not path.resolve().is_relative_to(run.resolve()):
         raise AlphaflowError(
             f"{path}: not a file of this run, but a link that leads out of it. Nothing was published; put the file "
@@ -100,7 +101,7 @@ def see_own(run: Path, path: Path) -> None:
 
 
 def _see_same(path: Path, sha256: str, original: Path) -> None:
-    """A run that still trains replaces its weights: steps and scores of others must not be told of these."""
+    """Refuse a file that was replaced meanwhile, as a run that still trains does: its scores are of other weights."""
     if sha256_of(path) != sha256:
         raise AlphaflowError(f"{original}: changed while it was read; is it training? Run the same command again.")
 
@@ -118,9 +119,8 @@ def stage(
     remove_stale(folder)
     clean = _clean(source.checkpoint, packaged=decoder is not None)
     recipe, parameters = clean.recipe, parameter_count(clean.recipe)
-    write_whole(
-        folder / CONFIG, config_json(recipe, clean.origin, parameters)
-    )  # first: by it the folder is known as ours
+    # config.json first: by it the folder is known as ours
+    write_whole(folder / CONFIG_FILE, config_json(recipe, clean.origin, parameters))
     if decoder is not None:
         _package_autoencoder(decoder, folder / AUTOENCODER, source)
     sha256 = _write_model(source, clean, folder / MODEL)
@@ -133,12 +133,12 @@ def stage(
     write_whole(folder / "samples.png", _samples(source, folder / MODEL))
     facts = CardFacts(repo, recipe, clean.origin, parameters, results, licence)
     write_whole(folder / "README.md", model_card(facts))
-    found = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in found}
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
 
 
 def _write_model(source: Publication, clean: Checkpoint, model: Path) -> str:
-    """The file as it is where nothing is private, else the cleaned one; returns its sha256."""
+    """Write the checkpoint: as it is where nothing in it is private, else cleaned; returns its sha256."""
     same = (clean.recipe, clean.origin) == (source.checkpoint.recipe, source.checkpoint.origin)
     if not same or not _is_bare(source):
         save_checkpoint(model, clean)
@@ -182,35 +182,38 @@ def _clean(checkpoint: Checkpoint, *, packaged: bool) -> Checkpoint:
 
 
 def _autoencoder_record(checkpoint: Checkpoint) -> dict[str, Any]:
-    record, said = checkpoint.origin.get("autoencoder") or {}, checkpoint.recipe.data.autoencoder
-    return record | {"id": str(record.get("id") or said)}
+    """What the checkpoint records of its autoencoder; `id` is the recipe's where it records none."""
+    record = checkpoint.origin.get("autoencoder") or {}
+    return record | {"id": str(record.get("id") or checkpoint.recipe.data.autoencoder)}
 
 
 def local_autoencoder(source: Publication, given: Path | None) -> Path | None:
-    """The autoencoder that has to go along: the one given, else beside the checkpoint, else from here. None: it is the
-    Hub's, or there is none."""
-    name, said = _autoencoder_record(source.checkpoint)["id"], source.checkpoint.recipe.data.autoencoder
+    """The autoencoder that has to go along: the one given, else beside the checkpoint, else on this machine.
+
+    None where it is on the Hub, or where there is none.
+    """
+    name, in_recipe = _autoencoder_record(source.checkpoint)["id"], source.checkpoint.recipe.data.autoencoder
     if name == "none":
         if given:
             raise AlphaflowError(f"--autoencoder {given}: this model makes pixels without a decoder; leave it out.")
         return None
     on_hub = HUB_ID.fullmatch(name)
-    names = [name] if on_hub or said == "none" else [name, said]
+    names = [name] if on_hub or in_recipe == "none" else [name, in_recipe]
     places = [place for each in names for place in (source.path.parent / each, Path(each).expanduser())]
-    found = given or next((place for place in places if place.is_file() or (place / CONFIG).is_file()), None)
-    if found is None and not on_hub:
+    here = given or next((place for place in places if place.is_file() or (place / CONFIG_FILE).is_file()), None)
+    if here is None and not on_hub:
         raise AlphaflowError(
             f"{source.path}: its latents are of the autoencoder {Path(name).name}, which is none of the Hub's and not "
             "found here. It has to go along: --autoencoder DIR (or its weights file)."
         )
-    return found
+    return here
 
 
 def _package_autoencoder(place: Path, target: Path, source: Publication) -> None:
-    """Any form of it becomes a folder of safetensors; its weights are those that made the latents."""
-    found = load_autoencoder(str(place), device=torch.device("cpu"))
-    check_autoencoder(found, _autoencoder_record(source.checkpoint))
-    module: Any = found.module
+    """Write an autoencoder of any form as a folder of safetensors; it must be the one that made the latents."""
+    autoencoder = load_autoencoder(str(place), device=torch.device("cpu"))
+    check_autoencoder(autoencoder, _autoencoder_record(source.checkpoint))
+    module: Any = autoencoder.module  # of diffusers
     module.save_pretrained(target, safe_serialization=True)
     config = json.loads((target / "config.json").read_text(encoding="utf-8"))
     config.pop("_name_or_path", None)  # the folder it was loaded from
@@ -218,7 +221,7 @@ def _package_autoencoder(place: Path, target: Path, source: Publication) -> None
 
 
 def _results(run: Path, checkpoint: Path, ours: str) -> dict[str, Any] | None:
-    """results.json, if its numbers were measured on these very weights."""
+    """The run's results.json; refused where its numbers were measured on other weights."""
     path = run / "results.json"
     if not path.is_file():
         return None
@@ -236,7 +239,7 @@ def _results(run: Path, checkpoint: Path, ours: str) -> dict[str, Any] | None:
 
 
 def _samples(source: Publication, model: Path) -> bytes:
-    """The run's own grid of these weights, else one by the file that is published."""
+    """A grid of samples as PNG: the run's own of these weights, else one drawn by the file that is published."""
     recipe, step = source.checkpoint.recipe, source.checkpoint.origin.get("step")
     if source.run is not None and isinstance(step, int):
         drawn = source.run / "samples" / f"{step_name(step)}.png"
@@ -248,13 +251,13 @@ def _samples(source: Publication, model: Path) -> bytes:
     seeds, classes = list(range(rows * columns)), recipe.data.classes
     labels = [seed % classes if classes else 0 for seed in seeds]
     walk = plan_walk(recipe, nfe=recipe.sample.nfe)
-    pictures = generator.images(seeds, labels, walk).permute(0, 2, 3, 1).cpu().numpy()
-    return grid_in_rows(list(pictures), columns)
+    samples = [picture for _, _, picture in pictures(generator, seeds, labels, walk, batch=len(seeds))]
+    return grid_in_rows(samples, columns)
 
 
 @dataclass(frozen=True)
 class Target:
-    """Where to, and how."""
+    """The repository to publish to, and in which way."""
 
     repo: str  # user/repo
     private: bool
@@ -262,7 +265,7 @@ class Target:
 
 
 def check_login() -> str:
-    """The user's name; without a token the clear line."""
+    """The user's name on the Hub; without a token a message says what to do."""
     with hub_faults("push"):
         return str(hub_api().whoami()["name"])
 
@@ -286,7 +289,7 @@ def upload(folder: Path, target: Target, *, message: str) -> str:
 
 
 def check_name(target: Target) -> None:
-    """A repository that holds something else is not overwritten, and --private does not pretend. Makes nothing."""
+    """Refuse a repository that holds something else, and a public one with --private. Makes nothing on the Hub."""
     api = hub_api()
     try:
         with hub_faults(target.repo):
@@ -309,7 +312,7 @@ def check_name(target: Target) -> None:
 
 
 def _is_ours(api: "HfApi", repo: str, files: list[str]) -> bool:
-    """config.json of an alphaflow model, or a repository with a README only."""
+    """Whether a repository holds an alphaflow model, by its config.json, or nothing but a README."""
     if "config.json" not in files:
         return set(files) <= {"README.md"}
     with hub_faults(repo):

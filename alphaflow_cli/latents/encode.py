@@ -13,9 +13,9 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from alphaflow_cli.data.manifest import Plan
-from alphaflow_cli.data.pictures import BadPicture, decode
-from alphaflow_cli.data.sources import Fetch, Source
+from alphaflow_cli.data.manifest import StorePlan
+from alphaflow_cli.data.pictures import BadPicture, Fetch, decode
+from alphaflow_cli.data.sources import Source
 from alphaflow_cli.data.writing import write_shard
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.nn.autoencoder import Autoencoder, load_autoencoder
@@ -35,11 +35,11 @@ TOGETHER = 16  # pictures decoded by one call in another thread: small ones cost
 
 @dataclass(frozen=True)
 class Job:
-    """What every process of one preparation shares; picklable."""
+    """What every process of one preparation needs to know; it is picklable, to be sent to them."""
 
     source: Source
     out: Path
-    plan: Plan
+    plan: StorePlan
     lines: Sequence[int]  # of the source, one per line of images.json
     labels: Sequence[int]
     autoencoder: str
@@ -49,18 +49,18 @@ class Job:
     threads: int  # that decode pictures in each process
 
     def span(self, shard: int) -> range:
-        """Lines of images.json that a shard covers."""
+        """The lines of images.json that a shard covers."""
         size = self.plan.shard_size
         return range(shard * size, min((shard + 1) * size, len(self.lines)))
 
     def picture_name(self, line: int) -> str:
-        """As the source has it."""
+        """The source's name of the picture on a line of images.json."""
         return self.source.names[self.lines[line]]
 
 
 @dataclass(frozen=True)
 class EncoderInput:
-    """One line of images.json: pixels (3, H, W) uint8, or why there are none."""
+    """One line of images.json, decoded: pixels (3, H, W) uint8, or why there are none."""
 
     line: int
     pixels: Array | None
@@ -70,7 +70,7 @@ class EncoderInput:
 def work(job: Job, shards: Sequence[int], device: torch.device, tell: Tell) -> None:
     """Make these shards; the source is walked through once, in order."""
     encoder = load_autoencoder(job.autoencoder, device=device)
-    with closing(pictures(job, [line for shard in shards for line in job.span(shard)])) as stream:
+    with closing(decoded_pictures(job, [line for shard in shards for line in job.span(shard)])) as stream:
         for shard in shards:
             encode_shard(job, shard, encoder, itertools.islice(stream, len(job.span(shard))), device=device, tell=tell)
 
@@ -90,8 +90,8 @@ def encode_shard(
     rows.save(shard)
 
 
-def pictures(job: Job, lines: Sequence[int]) -> Generator[EncoderInput, None, None]:
-    """Decoded ahead of the encoder, in order.
+def decoded_pictures(job: Job, lines: Sequence[int]) -> Generator[EncoderInput, None, None]:
+    """Decode pictures ahead of the encoder, and yield them in order.
 
     The source is open from the first fetch to the end of the last thread: the list of fetches ends long before.
     """
@@ -127,18 +127,20 @@ def _decode_one(line: int, fetch: Fetch, size: int, max_pixels: int) -> EncoderI
         return EncoderInput(line, None, f"cannot be read ({fault.strerror or fault})")
 
 
-def encode_rows(encoder: Autoencoder, plan: Plan, group: Sequence[Array], device: torch.device) -> dict[str, Array]:
-    """Stored rows of a batch, by tensor name: the pictures' and, where the plan says so, their mirror images'."""
+def encode_rows(
+    encoder: Autoencoder, plan: StorePlan, group: Sequence[Array], device: torch.device
+) -> dict[str, Array]:
+    """Encode a batch to stored rows, by tensor name: the pictures', and their mirror images' if the plan says so."""
     stacked = np.stack(group)
     if plan.kind == "pixels":
         return {"pixels": stacked}
-    found: dict[str, Array] = {plan.kind: _rows_of(encoder, plan, stacked, device)}
+    rows: dict[str, Array] = {plan.kind: _rows_of(encoder, plan, stacked, device)}
     if plan.stores_flips:
-        found[f"{plan.kind}_flip"] = _rows_of(encoder, plan, stacked[..., ::-1].copy(), device)
-    return found
+        rows[f"{plan.kind}_flip"] = _rows_of(encoder, plan, stacked[..., ::-1].copy(), device)
+    return rows
 
 
-def _rows_of(encoder: Autoencoder, plan: Plan, stacked: Array, device: torch.device) -> Array:
+def _rows_of(encoder: Autoencoder, plan: StorePlan, stacked: Array, device: torch.device) -> Array:
     pixels = torch.from_numpy(stacked).to(device).float() * 2 / 255 - 1
     with encoder_precision(plan.autoencoder.precision, device):
         mean, std = encoder.encode(pixels)
@@ -154,12 +156,14 @@ def _rows_of(encoder: Autoencoder, plan: Plan, stacked: Array, device: torch.dev
 def sample_pixels(source: Source, lines: Sequence[int], size: int, max_pixels: int) -> Array:
     """Some pictures as the encoder gets them, uint8 (n, 3, H, W); bad ones are passed over."""
     with source.reading(lines) as fetches:
-        found = [_decode_one(line, fetch, size, max_pixels).pixels for line, fetch in fetches]
-    return np.stack([pixels for pixels in found if pixels is not None] or [np.zeros((3, size, size), np.uint8)])
+        decoded = [_decode_one(line, fetch, size, max_pixels).pixels for line, fetch in fetches]
+    return np.stack([pixels for pixels in decoded if pixels is not None] or [np.zeros((3, size, size), np.uint8)])
 
 
-def choose_precision(encoder: Autoencoder, sample: Array, device: torch.device, asked: str) -> tuple[str, float | None]:
-    """The fastest precision whose error is small, or the one asked for, with its error.
+def choose_precision(
+    encoder: Autoencoder, sample: Array, device: torch.device, requested: str
+) -> tuple[str, float | None]:
+    """The fastest precision whose error is small, or the requested one; with its error.
 
     Error: rms difference of the mean from float32, relative to the rms posterior std: noise of that size is added to
     every latent anyway. Without a posterior the latents' own spread stands in, and the bound is smaller.
@@ -167,10 +171,10 @@ def choose_precision(encoder: Autoencoder, sample: Array, device: torch.device, 
     reference, std = _moments(encoder, sample, "fp32", device)
     yardstick, bound = (std, MAX_ERROR) if encoder.has_posterior else (reference - reference.mean(), MAX_ERROR_PLAIN)
     unit = float(yardstick.square().mean().sqrt()) or 1.0
-    for name in PRECISIONS if asked == "auto" else [asked]:
+    for name in PRECISIONS if requested == "auto" else [requested]:
         mean, _ = _moments(encoder, sample, name, device)
         error = float((mean - reference).square().mean().sqrt()) / unit
-        if asked == name or error <= bound:
+        if requested == name or error <= bound:
             return name, error
     return "fp32", 0.0
 
@@ -183,8 +187,10 @@ def _moments(encoder: Autoencoder, sample: Array, name: str, device: torch.devic
 
 @contextmanager
 def writing_to(out: Path) -> Iterator[None]:
-    """A disk that fills up, or a place that cannot be written, is a clear message; what is finished stays and is
-    resumed from. A fault of another file is none of ours to explain."""
+    """Turn a full disk, or a place that cannot be written, into a clear message. A fault of another file passes.
+
+    What is finished stays, and is resumed from.
+    """
     try:
         yield
     except OSError as fault:
@@ -202,7 +208,7 @@ def writing_to(out: Path) -> Iterator[None]:
 
 
 class _Rows:
-    """The growing content of one shard."""
+    """The rows of one shard, which grow batch by batch."""
 
     def __init__(self, job: Job, span: range) -> None:
         self.job, self.span, self.filled = job, span, 0
@@ -215,7 +221,7 @@ class _Rows:
         self.tensors["index"] = np.empty(len(span), np.int64)
 
     def accept(self, picture: EncoderInput) -> bool:
-        """A good picture; a bad one is put down, or stops the run."""
+        """Whether a picture is good; a bad one is put down, or stops the run."""
         if picture.pixels is not None:
             return True
         name = self.job.picture_name(picture.line)
@@ -225,7 +231,7 @@ class _Rows:
         return False
 
     def add(self, group: Sequence[EncoderInput], encoded: dict[str, Array]) -> None:
-        """A batch more."""
+        """Append the rows of a batch, with their labels and places in the list."""
         place = slice(self.filled, self.filled + len(group))
         for name, rows in encoded.items():
             self.tensors[name][place] = rows
@@ -234,7 +240,7 @@ class _Rows:
         self.filled += len(group)
 
     def save(self, shard: int) -> None:
-        """The file with its statistics, then the sidecar."""
+        """Write the shard's file with its statistics, then the sidecar."""
         with writing_to(self.job.out):
             content = {key: rows[: self.filled] for key, rows in self.tensors.items()}
             write_shard(self.job.out, self.job.plan, shard, content, self.bad)

@@ -1,4 +1,4 @@
-"""What `prep-latents` is asked for becomes a plan: which pictures, which classes, which encoder, which shards."""
+"""From the request of `prep-latents` to a plan: which pictures, which classes, which encoder, which shards."""
 
 import hashlib
 import json
@@ -20,17 +20,16 @@ from alphaflow_cli.data.classes import (
 from alphaflow_cli.data.manifest import (
     TRANSFORM,
     AutoencoderRecord,
-    Kind,
-    Plan,
+    RowKind,
+    StorePlan,
     differences,
     plan_from_dict,
     plan_to_dict,
-    read_bytes,
-    read_json,
-    read_list,
+    read_image_list,
+    read_store_file,
+    read_store_json,
 )
-from alphaflow_cli.data.opening import open_source
-from alphaflow_cli.data.sources import Folder, Source
+from alphaflow_cli.data.sources import Folder, Source, open_source
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.files import is_there
 from alphaflow_cli.latents.encode import Bad, Job, choose_precision, sample_pixels
@@ -44,7 +43,7 @@ STORED_DTYPES = {"fp16": "float16", "fp32": "float32"}
 
 @dataclass(frozen=True)
 class StoreRequest:
-    """What was asked for."""
+    """What the command line of prep-latents asks for."""
 
     source: str
     size: int
@@ -60,11 +59,11 @@ class StoreRequest:
 
 @dataclass(frozen=True)
 class Encoder:
-    """What the plan must know of the autoencoder."""
+    """What the plan must know of the autoencoder that makes the latents."""
 
     record: AutoencoderRecord
     latent: tuple[int, int, int]  # C, h, w
-    kind: Kind
+    kind: RowKind
 
 
 @dataclass(frozen=True)
@@ -77,16 +76,16 @@ class Listing:
     classes: Classes
 
     def to_bytes(self) -> bytes:
-        """images.json: one picture per line."""
+        """The content of images.json: one picture per line."""
         names = self.source.names
         pairs = zip(self.lines, self.labels, strict=True)
         return b"[\n" + b",\n".join(json.dumps([names[line], label]).encode() for line, label in pairs) + b"\n]\n"
 
 
 def make_job(request: StoreRequest, out: Path, *, threads: int, device: torch.device) -> tuple[Job, Listing]:
-    """List the source, look at the encoder, and compare with what `out` already holds."""
+    """List the source, look at the encoder, and refuse an `out` that holds another preparation."""
     listing = list_pictures(request)
-    old = read_json(out / "plan.json") if is_there(out / "plan.json") else None
+    old = read_store_json(out / "plan.json") if is_there(out / "plan.json") else None
     before = plan_from_dict(old, out / "plan.json") if old else None
     if before:
         listing = _as_begun(listing, out)
@@ -113,7 +112,7 @@ def make_job(request: StoreRequest, out: Path, *, threads: int, device: torch.de
 
 
 def list_pictures(request: StoreRequest) -> Listing:
-    """All pictures, or `limit` of them spread evenly over the list; labels never depend on the limit."""
+    """List all pictures, or `limit` of them spread evenly over the list; labels never depend on the limit."""
     source = open_source(request.source)
     lines, prefix = choose_split(source.names)
     if not lines:
@@ -130,13 +129,13 @@ def list_pictures(request: StoreRequest) -> Listing:
 
 
 def shard_size(count: int, sample_bytes: int) -> int:
-    """Pictures per shard: a pure function of the plan, never of the machine."""
+    """How many pictures a shard holds: it follows from the plan alone, never from the machine."""
     wanted = min(max(-(-count // SHARDS_WANTED), SHARD_LEAST), SHARD_PICTURES)
     return max(1, min(wanted, SHARD_BYTES // sample_bytes))
 
 
 def default_out(source: str, size: int, autoencoder: str) -> Path:
-    """`latents/<source>-<size>-<autoencoder>`: other settings, another folder."""
+    """The folder `latents/<source>-<size>-<autoencoder>`: other settings get another folder."""
     bare = source.split("://")[-1].split("@")[0].split(":")[0] if source.startswith("hf://") else source
     parts = [part for part in bare.replace(":", "-").split("/") if part not in ("", ".", "..", "train")]
     name = (parts or [Path.cwd().name])[-1].split(".")[0] or "pictures"
@@ -145,7 +144,7 @@ def default_out(source: str, size: int, autoencoder: str) -> Path:
 
 
 def default_batch(request: StoreRequest, device: torch.device) -> int:
-    """Pictures that the encoder sees at once: 32 at 256 px on a GPU; on a CPU small ones, so that progress shows."""
+    """How many pictures the encoder sees at once: 32 at 256 px on a GPU; fewer on a CPU, so that progress shows."""
     if request.autoencoder == "none":
         return 256
     return max(1, min(256 if device.type == "cuda" else 16, 32 * 256**2 // request.size**2))
@@ -156,7 +155,7 @@ def _as_begun(listing: Listing, out: Path) -> Listing:
     path = out / "classes.json"
     if listing.classes.order != AS_NUMBERS or not is_there(path):
         return listing
-    classes = reordered(listing.classes, parse_classes(read_bytes(path), str(path)))
+    classes = reordered(listing.classes, parse_classes(read_store_file(path), str(path)))
     if classes is None:
         return listing
     number = {folder: index for index, folder in enumerate(classes.folders)}
@@ -166,7 +165,7 @@ def _as_begun(listing: Listing, out: Path) -> Listing:
 
 def _with_the_removed(listing: Listing, out: Path) -> Listing:
     """The list as it was planned, where a folder only lost pictures since: `--bad skip` counts them as bad."""
-    planned = read_list(out / "images.json")
+    planned = read_image_list(out / "images.json")
     names = listing.source.names
     now = {(names[line], label) for line, label in zip(listing.lines, listing.labels, strict=True)}
     if not isinstance(listing.source, Folder) or not now < set(planned):
@@ -176,9 +175,12 @@ def _with_the_removed(listing: Listing, out: Path) -> Listing:
 
 
 def _encoder(
-    request: StoreRequest, listing: Listing, before: Plan | None, *, finished: bool, device: torch.device
+    request: StoreRequest, listing: Listing, before: StorePlan | None, *, finished: bool, device: torch.device
 ) -> Encoder:
-    """Who encodes. A finished store is believed: its encoder is not loaded again to say that nothing is to be done."""
+    """What the plan must know of the encoder.
+
+    A finished store is believed: its encoder is not loaded again to say that nothing is to be done.
+    """
     if request.autoencoder == "none":
         record = AutoencoderRecord("none", "", "", 1, 1.0, 0.0, "exact", None)
         return Encoder(record, (3, request.size, request.size), "pixels")
@@ -203,9 +205,12 @@ def _encoder(
 
 
 def _precision(
-    request: StoreRequest, listing: Listing, model: Autoencoder, before: Plan | None, device: torch.device
+    request: StoreRequest, listing: Listing, model: Autoencoder, before: StorePlan | None, device: torch.device
 ) -> tuple[str, float | None]:
-    """As asked; `auto` is fp32 on a CPU, is measured on a GPU, and stays what it was when a run goes on."""
+    """The encoder's precision, and its error where it was measured.
+
+    `auto` is fp32 on a CPU, is measured on a GPU, and stays what it was when a run goes on.
+    """
     if before and request.precision == "auto":
         return before.autoencoder.precision, before.autoencoder.precision_error
     if request.precision == "auto" and device.type == "cpu":
@@ -216,7 +221,7 @@ def _precision(
     return choose_precision(model, sample, device, request.precision)
 
 
-def _plan(request: StoreRequest, listing: Listing, encoder: Encoder) -> Plan:
+def _plan(request: StoreRequest, listing: Listing, encoder: Encoder) -> StorePlan:
     source = {
         "kind": listing.source.kind,
         "name": listing.source.name,
@@ -224,7 +229,7 @@ def _plan(request: StoreRequest, listing: Listing, encoder: Encoder) -> Plan:
         "list_sha256": hashlib.sha256(listing.to_bytes()).hexdigest(),
         **listing.source.facts(),
     }
-    plan = Plan(
+    plan = StorePlan(
         source=source,
         image_size=request.size,
         latent=encoder.latent,

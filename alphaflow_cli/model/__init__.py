@@ -1,1 +1,1 @@
-"""ROOM"""
+"""A checkpoint and its network: built from a recipe, saved, opened and found."""

@@ -1,6 +1,4 @@
-"""From a recipe to objects: the network, its label rows, the bound functions of the core.
-
-torch.compile, block by block.
+"""From a recipe to its network, and torch.compile for it, block by block.
 
 All blocks share one piece of code, so each form below is compiled once, not once per block:
 
@@ -20,22 +18,11 @@ from torch import nn
 
 from alphaflow_cli.nn.dit import DiT
 from alphaflow_cli.nn.noise import NoiseDiT
+from alphaflow_cli.recipe.plan import label_rows
 from alphaflow_cli.recipe.schema import Recipe
 
-NETWORKS: dict[str, type[DiT]] = {"velocity": DiT, "noise": NoiseDiT}
-
-
+NETWORK_CLASSES: dict[str, type[DiT]] = {"velocity": DiT, "noise": NoiseDiT}
 DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}  # of weights, targets and losses
-
-
-def label_rows(recipe: Recipe) -> int:
-    """Rows of the label table: the classes, plus the null row (last) when labels are dropped in training."""
-    return recipe.data.classes + (recipe.guidance.label_dropout > 0) if recipe.data.classes else 0
-
-
-def null_label(recipe: Recipe) -> int:
-    """The null label: the last row of the table."""
-    return max(label_rows(recipe) - 1, 0)
 
 
 def build_network(recipe: Recipe, *, seed: int | None = None) -> DiT:
@@ -43,7 +30,7 @@ def build_network(recipe: Recipe, *, seed: int | None = None) -> DiT:
     model, data = recipe.model, recipe.data
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.train.seed if seed is None else seed)
-        return NETWORKS[model.prediction](
+        return NETWORK_CLASSES[model.prediction](
             latent_size=data.latent_size,
             channels=data.channels,
             patch=model.patch,
@@ -59,7 +46,7 @@ def build_network(recipe: Recipe, *, seed: int | None = None) -> DiT:
 
 
 def compile_blocks(net: DiT, backend: str = "inductor") -> DiT:
-    """In place, so names in the state dict stay what they are. Nothing is compiled before the first call."""
+    """Compile in place: names in the state dict stay what they are, and nothing is compiled before the first call."""
     parts: list[nn.Module] = [*net.blocks, net.final]
     for part in parts:
         part.compile(dynamic=False, backend=backend)

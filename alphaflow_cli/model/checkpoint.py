@@ -6,6 +6,8 @@ half_life, autoencoder, classes, versions, …).
 """
 
 import json
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,21 +23,24 @@ from alphaflow_cli.model.build import build_network
 from alphaflow_cli.nn.autoencoder import Autoencoder
 from alphaflow_cli.nn.weights import check_real
 from alphaflow_cli.recipe import dump_recipe, recipe_from_text
+from alphaflow_cli.recipe.migrations import refuse_newer
 from alphaflow_cli.recipe.schema import Recipe
 from alphaflow_cli.tensors import save_tensors
 
-FORMAT = "alphaflow/1"
-NAME = Text(4096, form=r"[^\x00-\x1f\x7f]*")  # a file's or repository's
+Contents = tuple[dict[str, Tensor], dict[str, str]]  # tensors and metadata, as they stand in the file
+OLDER: dict[int, Callable[[Contents], Contents]] = {}  # format → what makes the next format's contents out of it
+CHECKPOINT_FORMAT = f"alphaflow/{len(OLDER) + 1}"  # the one written; those of OLDER are read for ever
+FILE_NAME = Text(4096, form=r"[^\x00-\x1f\x7f]*")  # a file's or repository's
 ORIGIN = Table(  # what is read of it; the rest is told in the card and the report as it stands
     optional={
         "step": Maybe(Whole(0)),
         "images_seen": Maybe(Whole(0)),
         "weights": Maybe(Text(100)),
         "half_life": Maybe(Number(0)),
-        "init_from": Maybe(NAME),
+        "init_from": Maybe(FILE_NAME),
         "autoencoder": Maybe(
             Table(
-                optional={"id": Maybe(NAME), "revision": Maybe(NAME), "weights_sha256": Maybe(Text(64))},
+                optional={"id": Maybe(FILE_NAME), "revision": Maybe(FILE_NAME), "weights_sha256": Maybe(Text(64))},
                 others=Anything(),
             )
         ),
@@ -45,7 +50,7 @@ ORIGIN = Table(  # what is read of it; the rest is told in the card and the repo
             Table(
                 optional={
                     "from": Maybe(Text(1000)),
-                    "file": Maybe(NAME),
+                    "file": Maybe(FILE_NAME),
                     "sha256": Maybe(Text(64)),
                     "filled": Maybe(Table(others=Anything())),
                 },
@@ -59,7 +64,7 @@ ORIGIN = Table(  # what is read of it; the rest is told in the card and the repo
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Enough to sample, alone."""
+    """The contents of a checkpoint file: all that is needed to sample from it, without any other file."""
 
     weights: dict[str, Tensor]  # the network's names → float32
     recipe: Recipe
@@ -69,11 +74,11 @@ class Checkpoint:
 
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
-    """Write it atomically."""
+    """Write the file whole or not at all: a reader never sees half a checkpoint."""
     tensors = {f"net.{name}": tensor for name, tensor in checkpoint.weights.items()}
     tensors |= {"latents.mean": checkpoint.mean, "latents.std": checkpoint.std}
     metadata = {
-        "format": FORMAT,
+        "format": CHECKPOINT_FORMAT,
         "recipe": dump_recipe(checkpoint.recipe),
         "origin": json.dumps(checkpoint.origin, sort_keys=True),
     }
@@ -81,23 +86,35 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
-    """Read it; a file that is not ours, or not whole, is named."""
+    """Read and check a checkpoint; a file that is not ours, or not whole, is refused with its name."""
     check_regular(path)
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
-                raise AlphaflowError(
-                    f"{path}: not an alphaflow checkpoint (format {metadata.get('format')!r}, wanted {FORMAT!r}). "
-                    "A checkpoint of another system: alphaflow convert."
-                )
+            number = _format_of(path, metadata)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
     except FileNotFoundError as error:  # safetensors says so of a file without permission, too
         why = "no permission to read it. Change the permissions." if path.exists() else "no such checkpoint."
         raise AlphaflowError(f"{path}: {why}") from error
     except (OSError, SafetensorError) as error:
         raise AlphaflowError(f"{path}: cannot be read as safetensors, truncated or another format: {error}") from error
-    return _checkpoint(path, tensors, metadata)
+    contents = tensors, metadata
+    for each in range(number, len(OLDER) + 1):
+        contents = OLDER[each](contents)
+    return _checkpoint(path, *contents)
+
+
+def _format_of(path: Path, metadata: dict[str, str]) -> int:
+    """The number in `alphaflow/N`; a file of another system, or of a newer version, is refused."""
+    stated = metadata.get("format")
+    match = re.fullmatch(r"alphaflow/([1-9][0-9]{0,8})", stated or "")
+    if match is None:
+        raise AlphaflowError(
+            f"{path}: not an alphaflow checkpoint (format {stated!r}, wanted {CHECKPOINT_FORMAT!r}). "
+            "A checkpoint of another system: alphaflow convert."
+        )
+    refuse_newer(int(match[1]), len(OLDER) + 1, str(path))
+    return int(match[1])
 
 
 def _checkpoint(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> Checkpoint:
@@ -120,12 +137,12 @@ def _checkpoint(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]
 
 def read_origin(text: str, path: Path) -> dict[str, Any]:
     """Where a checkpoint's weights come from, as far as its words can be relied on."""
-    found: dict[str, Any] = parse_json(text, f"{path} (its origin)", ORIGIN, advice="It was not written by alphaflow.")
-    return found
+    origin: dict[str, Any] = parse_json(text, f"{path} (its origin)", ORIGIN, advice="It was not written by alphaflow.")
+    return origin
 
 
 def check_latents(mean: Tensor, std: Tensor, recipe: Recipe, where: str) -> None:
-    """One number, one per channel, or one per channel and position."""
+    """Refuse mean and std that are not one number, one per channel, or one per channel and position."""
     channels, side = recipe.data.channels, recipe.data.latent_size
     shapes = ((1, 1, 1), (channels, 1, 1), (channels, side, side))
     if tuple(mean.shape) not in shapes or mean.shape != std.shape:
@@ -137,9 +154,9 @@ def check_latents(mean: Tensor, std: Tensor, recipe: Recipe, where: str) -> None
 
 def check_shapes(checkpoint: Checkpoint, where: str) -> None:
     """The weights are those of the recipe's network: seen before a byte of it is allocated."""
-    told = misfits(checkpoint.weights, checkpoint.recipe)
-    if told:
-        raise AlphaflowError(f"{where}: its weights are not those of its recipe's network ({told}).")
+    differences = misfits(checkpoint.weights, checkpoint.recipe)
+    if differences:
+        raise AlphaflowError(f"{where}: its weights are not those of its recipe's network ({differences}).")
 
 
 def misfits(weights: dict[str, Tensor], recipe: Recipe, *, without: tuple[str, ...] = ()) -> str:

@@ -1,4 +1,4 @@
-"""NEW"""
+"""Where checkpoints lie: their names in a run folder, the newest of a run, the file that an address means."""
 
 from pathlib import Path
 
@@ -6,19 +6,19 @@ from alphaflow_cli.errors import AlphaflowError
 
 
 def step_name(step: int) -> str:
-    """`step-00001000`: sorts as text."""
+    """The name of what belongs to a step, such as `step-00001000`: names sort as their steps do."""
     return f"step-{step:08d}"
 
 
 def step_of(path: Path) -> int:
-    """The step in a name."""
+    """The step that such a name tells, the inverse of step_name."""
     return int(path.stem.removeprefix("step-"))
 
 
 def saved_steps(folder: Path, suffix: str = "") -> list[Path]:
     """What we saved in this folder, by step. A copy that somebody made (`step-00000100 (1)`) is not ours to touch."""
-    found = [path for path in folder.glob(f"step-*{suffix}") if path.stem[5:].isdecimal() and path.suffix == suffix]
-    return sorted((path for path in found if path.stem == step_name(step_of(path))), key=step_of)
+    named = [path for path in folder.glob(f"step-*{suffix}") if path.stem[5:].isdecimal() and path.suffix == suffix]
+    return sorted((path for path in named if path.stem == step_name(step_of(path))), key=step_of)
 
 
 def checkpoint_folders(run: Path) -> list[Path]:
@@ -34,12 +34,12 @@ def find_checkpoint(address: str, *, weights: str = "ema") -> Path:
             return path / "model.safetensors"
         name = "model.safetensors" if weights == "ema" else "raw.safetensors"
         kept = [folder / name for folder in checkpoint_folders(path) if (folder / name).exists()]
-        found = [path / name] if (path / name).exists() else kept
-        if not found:
+        checkpoints = [path / name] if (path / name).exists() else kept
+        if not checkpoints:
             raise AlphaflowError(
                 f"{path}: no checkpoint in this folder yet. Train one: alphaflow train RECIPE --out {path}"
             )
-        return found[-1]
+        return checkpoints[-1]
     from alphaflow_cli.remote.download import resolve_checkpoint
 
     return resolve_checkpoint(address)

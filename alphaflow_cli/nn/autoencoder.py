@@ -1,17 +1,18 @@
-"""Autoencoders behind one interface, by diffusers: pixels in [-1, 1] to raw latents and back.
+"""Autoencoders, loaded by diffusers and used by one interface: pixels in [-1, 1] to raw latents and back.
 
     encode: pixels (n, 3, H, W) → mean, std of the posterior, each (n, C, h, w); std = 0 where there is none
     decode: raw latents → pixels; nothing is scaled or shifted here, `scale` and `shift` are the model's own convention
 
-An autoencoder is named by a folder (config.json and weights), a file of AutoencoderKL weights (.safetensors, or .pt as
-published with α-Flow), a Hub id (user/repo, user/repo/subfolder, either with @revision), or `none`: pixels themselves.
+An autoencoder is named by one of these:
 
-Weights of autoencoders, found and read: bare files of every spelling, the Hub's cache, whether the Hub is there.
+    a folder           config.json and weights
+    a weights file     of an AutoencoderKL: .safetensors, or .pt as published with α-Flow; its shapes tell the network
+    a Hub id           user/repo or user/repo/subfolder, either with @revision; looked up in the Hub's cache first
+    none               no autoencoder: the network works on pixels themselves
 """
 
 import hashlib
 import math
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,17 +22,20 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from alphaflow_cli.documents import Anything, ListOf, Maybe, Number, Table, Text, Whole, check_shape, read_json
+from alphaflow_cli.documents import Anything, ListOf, Maybe, Number, Table, Text, Whole, read_json
 from alphaflow_cli.errors import DAMAGE, AlphaflowError
 from alphaflow_cli.nn.weights import check_real
-from alphaflow_cli.remote.client import session
-from alphaflow_cli.remote.faults import HubFault, NoConnection, hub_faults
+from alphaflow_cli.remote.address import Repo
+from alphaflow_cli.remote.cache import cache_folder, cached_file, is_offline
+from alphaflow_cli.remote.client import endpoint
+from alphaflow_cli.remote.download import fetch
+from alphaflow_cli.remote.faults import HubFault, InTrouble, NoConnection
 from alphaflow_cli.text import for_terminal
 
-Kind = Literal["kl", "tiny", "dc", "none"]
-CLASSES: dict[str, Kind] = {"AutoencoderKL": "kl", "AutoencoderTiny": "tiny", "AutoencoderDC": "dc"}
+AutoencoderKind = Literal["kl", "tiny", "dc", "none"]
+CLASSES: dict[str, AutoencoderKind] = {"AutoencoderKL": "kl", "AutoencoderTiny": "tiny", "AutoencoderDC": "dc"}
 WIDTHS = Maybe(ListOf(Whole(1, 1 << 14), least=1, most=12))
-CONFIG = Table(  # of what config.json holds, whatever decides about memory or is used here; diffusers reads the rest
+CONFIG_SHAPE = Table(  # of config.json: whatever decides about memory or is used here; diffusers reads the rest
     {"_class_name": Text(one_of=tuple(CLASSES))},
     {
         "block_out_channels": WIDTHS,
@@ -46,19 +50,20 @@ CONFIG = Table(  # of what config.json holds, whatever decides about memory or i
     },
     others=Anything(),
 )
-ADVICE = "Give another autoencoder: a folder, a weights file or a Hub id."
+ANOTHER_ONE = "Give another autoencoder: a folder, a weights file or a Hub id."
 READING = (*DAMAGE, RuntimeError, ArithmeticError, SafetensorError)  # what diffusers raises on files that are not right
+CONVENTIONS = {4: (0.18215, 0.0), 16: (0.3611, 0.1159)}  # scale, shift of a bare weights file: SD 1.x and FLUX
 LOGVAR = (-30.0, 20.0)  # bounds of the posterior's log-variance, as every AutoencoderKL clamps it
 
 
 @dataclass(frozen=True)
 class Autoencoder:
-    """One loaded autoencoder, or none."""
+    """One loaded autoencoder; of `none`, which leaves pixels as they are, it has no module."""
 
     id: str
     revision: str
     weights_sha256: str
-    kind: Kind
+    kind: AutoencoderKind
     channels: int
     downscale: int
     scale: float
@@ -68,17 +73,17 @@ class Autoencoder:
 
     @property
     def has_posterior(self) -> bool:
-        """Latents are drawn, not looked up."""
+        """Whether latents are drawn from a distribution, and not looked up."""
         return self.kind == "kl"
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the weights."""
+        """The precision of the weights, in which pictures and latents are given to the network."""
         return torch.float32 if self.module is None else next(self.module.parameters()).dtype
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Posterior mean and std, float32."""
+        """The mean and the standard deviation of the latents of some pixels, float32."""
         if self.module is None:
             return pixels, torch.zeros_like(pixels)
         mean, std = ENCODE[self.kind](self.module, self._input(pixels))
@@ -86,14 +91,14 @@ class Autoencoder:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Pixels, float32, not clipped, in the plain layout."""
+        """The pixels of some latents: float32, not clipped, in the plain layout."""
         if self.module is None:
             return latents
         pixels: Tensor = self.module.decode(self._input(latents)).sample  # type: ignore[operator]
         return pixels.float().contiguous()
 
     def _input(self, x: Tensor) -> Tensor:
-        """In the weights' own precision, and in channels_last where they are."""
+        """Bring an input to the precision and the layout of the weights."""
         return x.to(self.dtype, memory_format=self.layout)
 
 
@@ -112,7 +117,7 @@ def _encode_dc(module: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
     return mean, torch.zeros_like(mean)
 
 
-ENCODE: dict[Kind, Callable[[Any, Tensor], tuple[Tensor, Tensor]]] = {
+ENCODE: dict[AutoencoderKind, Callable[[Any, Tensor], tuple[Tensor, Tensor]]] = {
     "kl": _encode_kl,
     "tiny": _encode_tiny,
     "dc": _encode_dc,
@@ -128,7 +133,10 @@ def load_autoencoder(
     slicing: bool = False,
     tiling: bool = False,
 ) -> Autoencoder:
-    """By name. To save memory, `slicing` decodes picture by picture (exact), `tiling` in blended tiles (not exact)."""
+    """Load an autoencoder by name.
+
+    To save memory, `slicing` decodes picture by picture (exact), `tiling` in blended tiles (not exact).
+    """
     if name == "none":
         return Autoencoder("none", "", "", "none", 3, 1, 1.0, 0.0, None, torch.preserve_format)
     module, revision = _load_module(name)
@@ -150,7 +158,10 @@ def load_autoencoder(
 
 
 def weights_sha256(module: nn.Module) -> str:
-    """Of all parameters' names and float32 values: the same for a .pt, a .safetensors and a Hub copy of one model."""
+    """The checksum of all parameters' names and float32 values.
+
+    It is the same for a .pt, a .safetensors and a Hub copy of one model.
+    """
     digest = hashlib.sha256()
     for name, value in sorted(module.state_dict().items()):
         digest.update(name.encode())
@@ -158,13 +169,15 @@ def weights_sha256(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _downscale(kind: Kind, config: Mapping[str, Any]) -> int:
+def _downscale(kind: AutoencoderKind, config: Mapping[str, Any]) -> int:
     blocks = {"kl": "block_out_channels", "tiny": "encoder_block_out_channels", "dc": "encoder_block_out_channels"}
     return int(2 ** (len(config[blocks[kind]]) - 1))
 
 
 def public_id(name: str) -> str:
-    """Hub ids as they are; of a folder or file its own name: a store must not carry the machine's folders."""
+    """The name that a store may carry: a Hub id as it is; of a folder or a file its last part, without the
+    machine's folders.
+    """
     path = Path(name)
     return (path.resolve().name if path.exists() else name.split("@")[0]) or name
 
@@ -186,7 +199,7 @@ def _from_folder(folder: Path) -> Any:
     config = folder / "config.json"
     if not config.is_file():
         raise AlphaflowError(f"{folder}: no autoencoder here (config.json is missing)")
-    kind = read_json(config, CONFIG, advice=ADVICE)["_class_name"]
+    kind = read_json(config, CONFIG_SHAPE, advice=ANOTHER_ONE)["_class_name"]
     try:
         return getattr(diffusers, kind).from_pretrained(folder, use_safetensors=_safe_weights(folder))
     except READING as fault:
@@ -195,12 +208,12 @@ def _from_folder(folder: Path) -> Any:
 
 
 def _safe_weights(folder: Path) -> bool:
-    """safetensors where there are any; a .bin is read with weights_only by diffusers, which executes nothing."""
+    """Whether a folder has weights as safetensors. diffusers reads a .bin with weights_only, which executes nothing."""
     return any(folder.glob("*.safetensors"))
 
 
 def _from_file(path: Path) -> Any:
-    """An AutoencoderKL's bare weights; the architecture is read off their shapes."""
+    """Load the bare weights of an AutoencoderKL; the architecture is read off their shapes."""
     import diffusers
 
     weights = rename(read_weights(path))
@@ -219,30 +232,32 @@ def _from_file(path: Path) -> Any:
 
 
 def _from_hub(name: str) -> tuple[Any, str]:
-    """From the cache at once; else one short question whether the Hub is there, so that offline fails fast."""
-    import diffusers
-
+    """The module and its commit: from the cache at once, else from the Hub into the cache."""
     bare, _, revision = name.partition("@")
-    user, repo, *below = bare.split("/")
-    repo_id, subfolder, revision = f"{user}/{repo}", "".join(below), revision or "main"
-    snapshot = cached(repo_id, revision)
-    if snapshot and has_weights(snapshot / subfolder):
-        return _from_folder(snapshot / subfolder), snapshot.name
-    ask_hub(repo_id)
-    where = {"subfolder": subfolder or None, "revision": revision}
+    user, repository, *below = bare.split("/")
+    repo, config = Repo(f"{user}/{repository}", revision or "main", None), "/".join([*below, "config.json"])
+    path = cached_file(repo.id, config, repo.revision or "main")
+    if path is None or not has_weights(path.parent):
+        path = _download(repo, config)
+    return _from_folder(path.parent), path.parents[len(below)].name
+
+
+def _download(repo: Repo, config: str) -> Path:
+    """The config.json in the cache, its weights beside it: safetensors, or where the repository has none, a .bin."""
+    weights = config.replace("config.json", "diffusion_pytorch_model")
     try:
-        with hub_faults(name):
-            config = diffusers.AutoencoderKL.load_config(repo_id, **where)
-            check_shape(config, f"{name} (config.json)", CONFIG, advice=ADVICE)
-            module = getattr(diffusers, config["_class_name"]).from_pretrained(repo_id, **where)
-    except READING as fault:
-        reason = for_terminal(fault, limit=300)
-        raise AlphaflowError(f"{name}: the autoencoder cannot be downloaded ({reason})") from fault
-    snapshot = cached(repo_id, revision)
-    return module, snapshot.name if snapshot else revision
-
-
-CONVENTIONS = {4: (0.18215, 0.0), 16: (0.3611, 0.1159)}  # scale, shift of a bare weights file: SD 1.x and FLUX
+        for form in ("safetensors", "bin"):
+            files = [config, f"{weights}.{form}", f"{weights}-*.{form}", f"{weights}.{form}.index.json"]
+            path = fetch(repo, files, wanted=config).folder / config
+            if has_weights(path.parent):
+                return path
+    except HubFault as fault:
+        advice = f"not in the cache ({cache_folder()}) either. Download it once, or give a folder: --autoencoder DIR"
+        why = "HF_HUB_OFFLINE is set" if is_offline() else fault.why.rstrip(".")
+        if isinstance(fault, NoConnection) and not isinstance(fault, InTrouble) and not is_offline():
+            why = f"{endpoint()} cannot be reached"
+        raise AlphaflowError(f"{repo.id}: {why}, and it is {advice}") from fault
+    raise AlphaflowError(f"{repo}: no autoencoder's weights ({weights}.safetensors) there. {ANOTHER_ONE}")
 
 
 def read_weights(path: Path) -> Mapping[str, Any]:
@@ -251,19 +266,19 @@ def read_weights(path: Path) -> Mapping[str, Any]:
             from safetensors.torch import load_file
 
             return dict(load_file(path))
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as fault:  # unpickling a broken or hostile file raises anything
         raise AlphaflowError(f"{path}: cannot be read as weights ({type(fault).__name__}: {fault})") from fault
     for key in ("ema", "net", "state_dict", "model"):
-        if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
-            return dict(found[key])
-    if not isinstance(found, Mapping):
-        raise AlphaflowError(f"{path}: holds a {type(found).__name__}, not a table of weights")
-    return found
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            return dict(content[key])
+    if not isinstance(content, Mapping):
+        raise AlphaflowError(f"{path}: holds a {type(content).__name__}, not a table of weights")
+    return content
 
 
 def rename(weights: Mapping[str, Any]) -> dict[str, Any]:
-    """Without the prefix of whatever held the autoencoder, and with today's names of the attention layers."""
+    """Drop the prefix of whatever held the autoencoder, and give the attention layers their names of today."""
     anchor = "encoder.conv_in.weight"
     prefix = next((key.removesuffix(anchor) for key in weights if key.endswith(anchor)), "")
     old = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
@@ -277,7 +292,10 @@ def rename(weights: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def kl_config(weights: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Widths and depths from the shapes; 32 norm groups where the widths allow it, as in every published one."""
+    """Read the widths and depths of an AutoencoderKL off its shapes.
+
+    It has 32 norm groups where the widths allow it, as every published one has.
+    """
     levels = 1 + max(int(key.split(".")[2]) for key in weights if key.startswith("encoder.down_blocks."))
     layers = 1 + max(int(key.split(".")[4]) for key in weights if key.startswith("encoder.down_blocks.0.resnets."))
     widths = [weights[f"encoder.down_blocks.{level}.resnets.0.conv1.weight"].shape[0] for level in range(levels)]
@@ -298,36 +316,6 @@ def kl_config(weights: Mapping[str, Tensor]) -> dict[str, Any]:
     }
 
 
-def _cache() -> Path:
-    home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
-    return Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub").expanduser()
-
-
-def cached(repo_id: str, revision: str) -> Path | None:
-    """The Hub cache's folder of a revision, by its documented layout: refs/<name> holds a commit."""
-    root = _cache() / f"models--{repo_id.replace('/', '--')}"
-    ref = root / "refs" / revision
-    commit = ref.read_text().strip() if ref.is_file() else revision
-    snapshot = root / "snapshots" / commit
-    return snapshot if snapshot.is_dir() else None
-
-
 def has_weights(folder: Path) -> bool:
     weights = [*folder.glob("diffusion_pytorch_model*.safetensors"), *folder.glob("diffusion_pytorch_model*.bin")]
     return (folder / "config.json").is_file() and bool(weights)
-
-
-def ask_hub(repo_id: str) -> None:
-    advice = f"not in the cache ({_cache()}) either. Download it once, or give a folder: --autoencoder DIR"
-    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
-        raise AlphaflowError(f"{repo_id}: HF_HUB_OFFLINE is set, and it is {advice}")
-    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
-    try:
-        with hub_faults(repo_id):
-            status = session().get(f"{endpoint}/api/models/{repo_id}", timeout=5).status_code
-    except NoConnection as fault:
-        raise AlphaflowError(f"{repo_id}: {endpoint} cannot be reached, and it is {advice}") from fault
-    except HubFault as fault:
-        raise AlphaflowError(f"{repo_id}: {fault.why.rstrip('.')}, and it is {advice}") from fault
-    if status >= 400 and status not in (401, 403):  # those: perhaps private; the download brings the token and is clear
-        raise AlphaflowError(f"{repo_id}: {endpoint} answers {status}; it is {advice}")

@@ -10,11 +10,12 @@ cosines and trained. Attention is "fused", or "math" where a derivative passes t
 forward-mode derivative).
 
 Given a `tangent` of z on the last rows, du/dt rides along through the same lines: there x and c are `Dual`s, a value
-with its derivative, and every operation below is one that has a rule for them (nn/tangent.py). Given other rows
-`beside`, each block computes them too, without gradient (nn/tangent.py).
+with its derivative. `through`, `add`, `modulate`, `gated`, … are the plain operations with a rule for such pairs. Given
+other rows `beside`, each block computes them too, without gradient (both: nn/tangent.py). Above every such line stands
+what it computes, as a DiT without tangents would write it.
 """
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +25,8 @@ from alphaflow_cli.nn.tangent import (
     Beside,
     Dual,
     Inputs,
-    Loaded,
-    Ride,
+    PlainOrDual,
+    Stream,
     add,
     both,
     each,
@@ -50,7 +51,7 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """adaLN-zero: shift, scale, gate of the attention, then of the MLP."""
+    """One transformer block; the conditioning shifts, scales and gates its attention and its MLP (adaLN-zero)."""
 
     def __init__(self, dim: int, heads: int, mlp_ratio: float, *, qk_norm: bool) -> None:
         super().__init__()
@@ -60,19 +61,24 @@ class Block(nn.Module):
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
         self.modulation = Modulation(dim, 6)
 
-    def forward(self, x: Any, c: Any, attend: Attend) -> Any:
-        return both(self.ride, x, c, attend)
+    def forward(self, x: Stream, c: Stream, attend: Attend) -> Stream:
+        return both(self.compute, x, c, attend)
 
-    def ride(self, x: Ride, c: Ride, attend: Attend) -> Ride:
+    def compute(self, x: PlainOrDual, c: PlainOrDual, attend: Attend) -> PlainOrDual:
+        """The block's output for tokens (B, N, D) and conditioning (B, D)."""
         shift, scale, gate, shift2, scale2, gate2 = self.modulation(c)
+        # The tokens, normalised and modulated, attend to each other; the gate says how much of it is added.
+        #   x = x + gate * attn(norm1(x) * (1 + scale) + shift)
         x = gated(x, gate, self.attn(modulate(through(self.norm1, x), shift, scale), attend))
+        # Each token, normalised and modulated, goes through the MLP; the gate says how much of it is added.
+        #   x = x + gate2 * fc2(gelu(fc1(norm2(x) * (1 + scale2) + shift2)))
         hidden = through(self.mlp.act, through(self.mlp.fc1, modulate(through(self.norm2, x), shift2, scale2)))
-        out: Ride = gated(x, gate2, through(self.mlp.fc2, hidden))
+        out: PlainOrDual = gated(x, gate2, through(self.mlp.fc2, hidden))
         return out
 
 
 class Final(nn.Module):
-    """adaLN, then linear to P·P·C per token."""
+    """The last layer: tokens, normalised and modulated, become the P·P·C numbers of their patch."""
 
     def __init__(self, dim: int, out: int) -> None:
         super().__init__()
@@ -80,12 +86,15 @@ class Final(nn.Module):
         self.linear = nn.Linear(dim, out)
         self.modulation = Modulation(dim, 2)
 
-    def forward(self, x: Any, c: Any) -> Any:
-        return both(self.ride, x, c)
+    def forward(self, x: Stream, c: Stream) -> Stream:
+        return both(self.compute, x, c)
 
-    def ride(self, x: Ride, c: Ride) -> Ride:
+    def compute(self, x: PlainOrDual, c: PlainOrDual) -> PlainOrDual:
+        """The patches (B, N, P·P·C) of tokens (B, N, D)."""
         shift, scale = self.modulation(c)
-        out: Ride = through(self.linear, modulate(through(self.norm, x), shift, scale))
+        # The tokens are normalised and modulated once more, then made into patches.
+        #   out = linear(norm(x) * (1 + scale) + shift)
+        out: PlainOrDual = through(self.linear, modulate(through(self.norm, x), shift, scale))
         return out
 
 
@@ -123,7 +132,10 @@ class DiT(nn.Module):
         self.initialise()
 
     def initialise(self) -> None:
-        """As published: linears xavier, biases 0, embeddings N(0, .02), every modulation and the last linear 0."""
+        """Set the weights as published: linear layers by Xavier, biases 0, embeddings from N(0, 0.02).
+
+        Every modulation and the last linear layer start at 0: at first each block is the identity, and u is 0.
+        """
         for linear in linears(self):
             nn.init.xavier_uniform_(linear.weight)
             nn.init.zeros_(linear.bias)
@@ -139,17 +151,20 @@ class DiT(nn.Module):
         nn.init.zeros_(self.final.linear.weight)
 
     def condition(self, t: Tensor, r: Tensor, y: Tensor, moving_rows: int = 0) -> Tensor | Dual:
-        """(B, D) c = e(t) + e'(t − r) + label; only t moves, on the last `moving_rows` rows."""
+        """The conditioning c = e(t) + e'(t − r) + label, (B, D). Of its inputs only t moves, on `moving_rows` rows."""
         second = moving(t - r, moving_rows) if self.second_time == "t-r" else r
+        # Both times are embedded and added.   c = time_embed(t) + second_embed(second)
         c = add(self.time_embed(moving(t, moving_rows)), self.second_embed(second))
+        # The label's row of the table is added; it does not depend on t.   c = c + label_embed(y)
         return c if self.label_embed is None else add(c, self.label_embed(y))
 
     def patches(self, z: Tensor, tangent: Tensor | None) -> Tensor | Dual:
-        """(B, C, H, W) → (B, N, D), with the positional table, which stands still."""
+        """Cut z (B, C, H, W) into tokens (B, N, D), and add the positional table."""
+        # Each patch becomes a token, and its place is added.   x = patch_embed(z) + pos_embed
         return add(self.patch_embed(z if tangent is None else Dual(z, tangent)), self.pos_embed)
 
     def unpatchify(self, tokens: Tensor) -> Tensor:
-        """(B, N, P·P·C) → (B, C, H, W)."""
+        """Put the patches (B, N, P·P·C) together to (B, C, H, W)."""
         grid, patch = self.grid, self.patch
         pixels = tokens.reshape(-1, grid, grid, patch, patch, self.channels)
         return pixels.permute(0, 5, 1, 3, 2, 4).reshape(-1, self.channels, grid * patch, grid * patch)
@@ -164,30 +179,47 @@ class DiT(nn.Module):
         tangent: Tensor | None = None,
         first: int = 0,
         beside: Inputs | None = None,
-    ) -> Loaded:
-        """u; with the `tangent` dz of the rows `first:`, (u, du) with du along (dz, dt, dr) = (tangent, 1, 0) there;
-        with other rows `beside`, (u, their u without gradient)."""
+    ) -> Stream:
+        """The average velocity u of every row.
+
+        With the `tangent` dz of the rows `first:` it is (u, du): du is the derivative along (dz, dt, dr) =
+        (tangent, 1, 0) on those rows. With other rows `beside` it is (u, their u without gradient).
+        """
         rows = 0 if tangent is None else len(tangent)
         assert tangent is None or (0 < rows == len(z) - first and beside is None), (rows, len(z), first)
+        x: Stream
+        c: Stream
         x, c = self.embed(z, t, r, y, tangent)
         if beside is not None:
             with torch.no_grad():
-                others = self.embed(*beside)
-            x, c = Beside(x, others[0]), Beside(c, others[1])
+                other_x, other_c = self.embed(*beside)
+            x, c = _put_beside(x, other_x), _put_beside(c, other_c)
+        # The blocks work on the tokens one after the other; checkpointed ones are computed again for their gradient.
+        #   for block in blocks: x = block(x, c)
         for block in self.blocks:
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x = recomputed(block, x, c, attend, once=not self.compiled)
             else:
                 x = block(x, c, attend)
-        u: Loaded = each(self.unpatchify, self.final(x, c))
+        # The last layer's patches are put together.   u = unpatchify(final(x, c))
+        u: Stream = each(self.unpatchify, self.final(x, c))
         return u
 
-    def embed(self, z: Tensor, t: Tensor, r: Tensor, y: Tensor, tangent: Tensor | None = None) -> tuple[Any, Any]:
-        """(x, c): the tokens, and the activated conditioning."""
+    def embed(
+        self, z: Tensor, t: Tensor, r: Tensor, y: Tensor, tangent: Tensor | None = None
+    ) -> tuple[Tensor | Dual, Tensor | Dual]:
+        """What the blocks start from: the tokens x (B, N, D), and the activated conditioning c (B, D)."""
+        # x = patches(z), c = silu(condition(t, r, y))
         rows = 0 if tangent is None else len(tangent)
         return self.patches(z, tangent), through(self.activation, self.condition(t, r, y, rows))
 
 
+def _put_beside(value: Tensor | Dual, others: Tensor | Dual) -> Beside:
+    assert isinstance(value, Tensor), "a tangent or rows beside"
+    assert isinstance(others, Tensor), "rows beside have no tangent"
+    return Beside(value, others)
+
+
 def linears(module: nn.Module) -> list[nn.Linear]:
-    """Every linear layer inside."""
+    """List every linear layer inside a module, at any depth."""
     return [layer for layer in module.modules() if isinstance(layer, nn.Linear)]

@@ -1,4 +1,8 @@
-"""The parts of the DiT that timm does not have in this form."""
+"""The parts of the DiT that timm does not have in this form: embeddings of time and of patches, attention, modulation.
+
+Each takes a plain value, or a `Dual`: a value with its derivative (nn/tangent.py). Where a line carries both, the plain
+operation stands above it.
+"""
 
 import math
 
@@ -6,13 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from alphaflow_cli.nn.tangent import Dual, Ride, attention, cut, each, last, through
+from alphaflow_cli.nn.tangent import Dual, PlainOrDual, attention, cut, each, last, through
 
 FREQUENCIES = 128
 
 
 def frequencies(like: Tensor) -> Tensor:
-    """f_k = 10000^(−k/128), k < 128."""
+    """The angular frequencies f_k = 10000^(−k/128) of the time features, k < 128, in the precision of `like`."""
     k = torch.arange(FREQUENCIES, dtype=like.dtype, device=like.device)
     return torch.exp(k * (-math.log(10000.0) / FREQUENCIES))
 
@@ -37,7 +41,8 @@ class TimeEmbedding(nn.Module):
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(2 * FREQUENCIES, dim), nn.SiLU(), nn.Linear(dim, dim))
 
-    def forward(self, s: Ride) -> Ride:
+    def forward(self, s: PlainOrDual) -> PlainOrDual:
+        # The features of a time go through a small MLP.   out = mlp(time_features(s))
         if isinstance(s, Tensor):
             return through(self.mlp, time_features(s))
         speed = s.tangent[:, None] * time_features_speed(last(s))
@@ -56,7 +61,8 @@ class PatchEmbed(nn.Module):
         self.size, self.patch = size, patch
         self.proj = nn.Conv2d(channels, dim, kernel_size=patch, stride=patch)
 
-    def forward(self, z: Ride) -> Ride:
+    def forward(self, z: PlainOrDual) -> PlainOrDual:
+        # Each patch, read out in one row, goes through one linear layer.   out = linear(cut(z))
         value, weight = z if isinstance(z, Tensor) else z.value, self.proj.weight.flatten(1)
         out = F.linear(self.cut(value), weight, self.proj.bias)
         if isinstance(z, Tensor):
@@ -65,7 +71,7 @@ class PatchEmbed(nn.Module):
             return Dual(out, F.linear(self.cut(z.tangent), weight).to(weight.dtype))
 
     def cut(self, z: Tensor) -> Tensor:
-        """(B, C, H, W) → (B, N, C·P·P), in the order of the convolution's weight."""
+        """Cut z (B, C, H, W) into rows (B, N, C·P·P), each in the order of the convolution's weight."""
         rows, channels, height, width = z.shape
         assert height == width == self.size, (tuple(z.shape), self.size)
         grid, patch = self.size // self.patch, self.patch
@@ -74,7 +80,7 @@ class PatchEmbed(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention with qkv bias; the kernel is chosen per call."""
+    """Self-attention with biased q, k, v. Every call says which kernel it wants: "fused" or "math"."""
 
     def __init__(self, dim: int, heads: int, *, qk_norm: bool) -> None:
         super().__init__()
@@ -84,31 +90,38 @@ class Attention(nn.Module):
         self.q_norm = nn.LayerNorm(dim // heads, eps=1e-6) if qk_norm else nn.Identity()
         self.k_norm = nn.LayerNorm(dim // heads, eps=1e-6) if qk_norm else nn.Identity()
 
-    def forward(self, x: Ride, attend: str) -> Ride:
+    def forward(self, x: PlainOrDual, attend: str) -> PlainOrDual:
+        # Queries, keys and values come from one linear layer.   q, k, v = split(qkv(x))
         q, k, v = cut(self.split, through(self.qkv, x))  # (B, heads, N, D / heads)
+        # Every token takes the average of the values, weighted by how well its query fits their keys.
+        #   out = proj(softmax(q_norm(q) k_norm(k)ᵀ / √d) v)
         out = attention(through(self.q_norm, q), through(self.k_norm, k), v, attend)
         return through(self.proj, each(lambda a: a.transpose(1, 2).flatten(2), out))
 
     def split(self, qkv: Tensor) -> tuple[Tensor, ...]:
-        """(B, N, 3 D) → three of (B, heads, N, D / heads)."""
+        """Split (B, N, 3 D) into queries, keys and values, each (B, heads, N, D / heads)."""
         rows, tokens, width = qkv.shape
         return qkv.view(rows, tokens, 3, self.heads, width // 3 // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
 
 
 class Modulation(nn.Module):
-    """adaLN: linear of the activated conditioning, cut into `parts` of (B, 1, D)."""
+    """One linear layer makes the shifts, scales and gates of a block from the conditioning: `parts` of (B, 1, D)."""
 
     def __init__(self, dim: int, parts: int) -> None:
         super().__init__()
         self.parts = parts
         self.linear = nn.Linear(dim, parts * dim)
 
-    def forward(self, c: Ride) -> tuple[Ride, ...]:
+    def forward(self, c: PlainOrDual) -> tuple[PlainOrDual, ...]:
+        # All parts come from one linear layer.   shift, scale, … = linear(c).chunk(parts)
         return cut(lambda a: a.unsqueeze(1).chunk(self.parts, dim=2), through(self.linear, c))
 
 
 def position_table(dim: int, grid: int) -> Tensor:
-    """(1, grid², dim) float32 sines and cosines: the first half of the channels the column, the second half the row."""
+    """The positional table's start, (1, grid², dim) float32 sines and cosines.
+
+    The first half of the channels tells the column, the second half the row.
+    """
     place = torch.arange(grid, dtype=torch.float64)
     omega = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
     angles = place[:, None] * omega  # (grid, dim / 4)

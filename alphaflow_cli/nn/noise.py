@@ -19,14 +19,14 @@ from torch import Tensor
 from alphaflow_cli.core.path import expand
 from alphaflow_cli.nn.dit import Attend, DiT
 from alphaflow_cli.nn.layers import TimeEmbedding, time_features, time_features_speed
-from alphaflow_cli.nn.tangent import Beside, Dual, Inputs, Loaded, Ride, last, last_rows, through
+from alphaflow_cli.nn.tangent import Beside, Dual, Inputs, PlainOrDual, Stream, last, last_rows, through
 
 DISCRETE_TIMES = 1000
 BETAS = (1e-4, 0.02)  # the linear schedule of DDPM and DiT
 
 
 def discrete_times(device: torch.device) -> Tensor:
-    """(1000,) t_i, rising, float64."""
+    """The times t_i on our path that stand for DDPM's 1000 steps: (1000,) float64, rising."""
     beta = torch.linspace(*BETAS, DISCRETE_TIMES, dtype=torch.float64, device=device)
     kept = (1 - beta).cumprod(0)
     data, noise = kept.sqrt(), (1 - kept).sqrt()
@@ -34,7 +34,10 @@ def discrete_times(device: torch.device) -> Tensor:
 
 
 def discrete_index(t: Tensor) -> tuple[Tensor, Tensor]:
-    """(B,) i(t) and di/dt in float64, i whole within the rounding of t; constant beyond the first and last time."""
+    """The index i(t) that the embedding is fed, and di/dt: (B,) float64 each.
+
+    i is whole where t cannot tell it from a whole number, and constant beyond the first and the last time.
+    """
     times, at = discrete_times(t.device), t.double()
     below = (torch.searchsorted(times, at.detach().contiguous(), right=True) - 1).clamp(0, DISCRETE_TIMES - 2)
     width = times[below + 1] - times[below]
@@ -46,9 +49,10 @@ def discrete_index(t: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class DiscreteTimeEmbedding(TimeEmbedding):
-    """The embedding of i(t)."""
+    """The time embedding of a network that was trained on DDPM's indices: it is fed i(t) instead of t."""
 
-    def forward(self, s: Ride) -> Ride:
+    def forward(self, s: PlainOrDual) -> PlainOrDual:
+        # The features of the index go through the MLP.   out = mlp(time_features(i(s)))
         if isinstance(s, Tensor):
             return through(self.mlp, time_features(discrete_index(s)[0]).to(s.dtype))
         index, rows = discrete_index(s.value)[0], len(s.tangent)
@@ -57,7 +61,7 @@ class DiscreteTimeEmbedding(TimeEmbedding):
 
 
 class NoiseDiT(DiT):
-    """u(z, r, t | y) of a network whose own output is the noise ε̂. At r = t it is the velocity v above."""
+    """A DiT whose own output is the noise ε̂, read as u(z, r, t | y): at r = t that is the velocity v above."""
 
     def initialise(self) -> None:
         self.time_embed = DiscreteTimeEmbedding(self.pos_embed.shape[2])
@@ -73,10 +77,11 @@ class NoiseDiT(DiT):
         tangent: Tensor | None = None,
         first: int = 0,
         beside: Inputs | None = None,
-    ) -> Loaded:
+    ) -> Stream:
         if tangent is not None:
             assert beside is None, "a tangent or rows beside"
             return self._with_tangent(z, t, r, y, attend, tangent, first)
+        # The input is scaled to DDPM's, and the noise made a velocity.   u = velocity(dit(z / n(t), t, r, y), z, t)
         if beside is None:
             return _velocity(super().forward(z * _shrink(t, z), t, r, y, attend), z, t)
         other_z, other_t, other_r, other_y = beside
@@ -100,21 +105,21 @@ class NoiseDiT(DiT):
 
 
 def _end(t: Tensor) -> Tensor:
-    """The last discrete time."""
+    """The last discrete time, t_999: beyond it the network knows no index."""
     return discrete_times(t.device)[-1].to(t.dtype)
 
 
 def _factor(t: Tensor, like: Tensor) -> Tensor:
-    """1 / (1 − t), to multiply rows of `like`."""
+    """1 / (1 − t), constant beyond the last discrete time, in the form that multiplies rows of `like`."""
     return expand(1 / (1 - torch.minimum(t, _end(t))), like)
 
 
 def _shrink(t: Tensor, like: Tensor) -> Tensor:
-    """1 / n(t), to multiply rows of `like`."""
+    """1 / n(t), which makes our z DDPM's, in the form that multiplies rows of `like`."""
     return expand(((1 - t) ** 2 + t**2).rsqrt(), like)
 
 
-def _velocity(noise: Loaded, z: Tensor, t: Tensor) -> Tensor:
-    """(ε̂ − z) / (1 − t)."""
+def _velocity(noise: Stream, z: Tensor, t: Tensor) -> Tensor:
+    """The velocity v = (ε̂ − z) / (1 − t) that belongs to a predicted noise."""
     assert isinstance(noise, Tensor)
     return (noise - z) * _factor(t, z)

@@ -1,27 +1,34 @@
-"""The tangent that rides along: du/dt in the same forward that computes u (MeanFlow's target, α = 0).
+"""What rides along with a value through the network: its derivative, or other rows that are not learnt from.
 
-A `Dual` is a value on all rows, with its gradient and its kernels as usual, and the derivative of the LAST rows along
-one direction, without gradient. Every rule below leaves the value alone, bit for bit, and pushes the derivative
-forward through the value's intermediates, which the forward has at hand:
+MeanFlow's target (α = 0) needs u and du/dt. Instead of differentiating the network from outside, the forward pass that
+computes u computes du/dt as well: every layer takes a value with its tangent, and gives a value with its tangent.
 
-    linear                d(W x + b) = W dx
-    LayerNorm, GELU, SiLU the Jacobian J is symmetric, so J dx is what the backward kernel computes from dx
-    softmax               the same, dp = p ∘ (ds − Σ p ds)
-    products              d(a b) = da b + a db
+A `Dual` is such a pair. Its value has all B rows, with gradient and kernels as usual, and is the same, bit for bit, as
+without a tangent. Its tangent belongs to the LAST B' ≤ B rows (the r < t rows; the others need none) and has no
+gradient. Let J be the derivative of a layer f at x, and dx the tangent of x. Then the layer's value is f(x), and its
+tangent J dx. The rules below are the chain rule, layer by layer; each uses intermediates that the value has at hand:
 
-One more pass of linear cost on those rows, instead of the three of a double backward or of torch.func.jvp, which also
-multiplies by a zero tangent of every weight. Keep the tangent of the residual stream in float32: bf16 doubles the
-error. Shapes: B rows, B' ≤ B last rows, N tokens, D channels, d channels of a head.
+    linear                 d(W x + b) = W dx
+    LayerNorm, GELU, SiLU  J is symmetric, so J dx is what the layer's backward kernel computes from dx
+    softmax                the same: dp = p ∘ (ds − Σ p ds)
+    products               d(a b) = da b + a db
 
-Rows that go along without gradient: the other rows of a graded forward (guidance's, train/step.py).
+That costs one more pass on those rows, where a double backward or torch.func.jvp costs three. (The latter also
+multiplies by a zero tangent of every weight.) The tangent of the residual stream stays in float32: bf16 doubles the
+error.
 
-A `Beside` is a value on the rows that are learnt from, and the same value on other rows, which nothing is learnt from.
-A layer sees the first with gradient and the others without, one after the other in the same call: so there is one call
-of the network instead of two, and a sharded network is gathered once.
+A `Beside` is a value on the rows that are learnt from, and the same quantity on other rows without gradient: the rows
+that guidance asks about (train/step.py). A layer computes the first, then the others, in the same call. So there is
+one call of the network instead of two, and a sharded network is gathered once.
+
+Every function here also takes a plain tensor, and is then the plain operation that its docstring names. Both pairs are
+named tuples, so that hooks and compilers see two tensors.
+
+Shapes: B rows, B' rows with a tangent or beside, N tokens, D channels, d channels of a head.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -30,59 +37,75 @@ from torch.utils.checkpoint import checkpoint
 
 
 class Dual(NamedTuple):
-    """A value and the derivative of its last rows. A named tuple, so that hooks and compilers see two tensors."""
+    """A value, and the derivative of its last rows along one direction."""
 
     value: Tensor  # (B, ...)
-    tangent: Tensor  # (B', ...)
+    tangent: Tensor  # (B', ...) without gradient
 
 
-Ride = TypeVar("Ride", Tensor, Dual)  # values alone, or all of them with their tangents
-One = TypeVar("One", Tensor, Dual, Tensor | Dual)  # one value, whichever it is
-Whole = TypeVar("Whole", bound=Tensor | tuple[Tensor, ...])  # the same, or a value beside others (nn/tangent.py)
+class Beside(NamedTuple):
+    """A value on the rows that are learnt from, and on other rows, from which nothing is learnt."""
+
+    value: Tensor  # (B, ...)
+    others: Tensor  # (B', ...) without gradient
+
+
+Inputs = tuple[Tensor, Tensor, Tensor, Tensor]  # z, t, r, y of the rows beside
+Stream = Tensor | Dual | Beside  # what flows through the blocks
+# What one call takes and gives: plain tensors throughout, or Duals throughout
+PlainOrDual = TypeVar("PlainOrDual", Tensor, Dual)
+OneValue = TypeVar("OneValue", Tensor, Dual, Tensor | Dual)
+OneStream = TypeVar("OneStream", Tensor, Dual, Beside, Stream)
 
 
 def last_rows(x: Tensor, rows: int) -> Tensor:
-    """The last `rows` rows."""
+    """Cut the last `rows` rows out of x: those to which a tangent of that many rows belongs."""
     return x if rows == x.shape[0] else x[x.shape[0] - rows :]
 
 
 def last(x: Dual) -> Tensor:
-    """The value of the rows with a tangent; call it without gradient only. Not a property: older compilers fail."""
+    """Give the value on the rows that have a tangent; only for use without gradient.
+
+    It is a function and not a property, because older compilers fail on properties of named tuples.
+    """
     return last_rows(x.value, x.tangent.shape[0])
 
 
 def moving(s: Tensor, rows: int) -> Tensor | Dual:
-    """A time that moves at speed 1 on the last `rows` rows."""
+    """Give a time the tangent 1 on its last `rows` rows: there it moves at speed 1; with 0 rows it stands still."""
     return Dual(s, torch.ones_like(last_rows(s, rows))) if rows else s
 
 
 # Linear maps: the tangent goes the same way as the value.
 
 
-def each(f: Callable[[Tensor], Tensor], x: Whole) -> Whole:
-    """A linear f that only moves numbers (reshape, permute), of a value and of what rides along."""
-    return cast(Whole, f(x) if isinstance(x, Tensor) else type(x)(*map(f, x)))
+def each(f: Callable[[Tensor], Tensor], x: OneStream) -> OneStream:
+    """f(x) for an f that only moves numbers around (reshape, permute): it does the same to whatever rides along."""
+    if isinstance(x, Tensor):
+        return f(x)
+    moved: OneStream = type(x)(*map(f, x))
+    return moved
 
 
-def cut(f: Callable[[Tensor], tuple[Tensor, ...]], x: Ride) -> tuple[Ride, ...]:
-    """A linear f that cuts into several: chunk, unbind."""
+def cut(f: Callable[[Tensor], tuple[Tensor, ...]], x: PlainOrDual) -> tuple[PlainOrDual, ...]:
+    """f(x) for an f that cuts a tensor into several (chunk, unbind); each piece keeps its piece of the tangent."""
     if isinstance(x, Tensor):
         return f(x)
     return tuple(Dual(*parts) for parts in zip(f(x.value), f(x.tangent), strict=True))
 
 
 def add(a: Tensor | Dual, b: Tensor | Dual) -> Tensor | Dual:
-    """a + b; either may be without a tangent."""
+    """a + b, where either may stand still (have no tangent)."""
     value = (a.value if isinstance(a, Dual) else a) + (b.value if isinstance(b, Dual) else b)
     tangents = [x.tangent for x in (a, b) if isinstance(x, Dual)]
     return Dual(value, sum(tangents[1:], tangents[0])) if tangents else value
 
 
-# Layers: `through(layer, x)` is layer(x), and its tangent where there is one.
+# Layers: each has one rule, found by its type.
 
 
-def through(layer: nn.Module, x: One) -> One:
-    """layer(x) by the rule of the layer's type."""
+def through(layer: nn.Module, x: OneValue) -> OneValue:
+    """layer(x), with the tangent J dx where x has one."""
     if isinstance(x, Tensor):
         out: Tensor = layer(x)
         return out
@@ -97,7 +120,10 @@ def _linear(layer: nn.Linear, x: Dual) -> Dual:
 
 def _layer_norm(layer: nn.LayerNorm, x: Dual) -> Dual:
     shape, rows = layer.normalized_shape, x.tangent.shape[0]
-    if x.value.dtype in (torch.float32, torch.float64):  # the stream: one kernel gives the value and its statistics
+    if x.value.dtype in (
+        torch.float32,
+        torch.float64,
+    ):  # the residual stream: one kernel for value and statistics
         value, mean, rstd = torch.native_layer_norm(x.value, shape, layer.weight, layer.bias, layer.eps)
     else:  # q and k under autocast, whose value is the device's affair
         value = layer(x.value)
@@ -144,11 +170,11 @@ RULES: dict[type, Callable[..., Dual]] = {
 }
 
 
-# Products.
+# Products, the residual connection and attention.
 
 
-def modulate(x: Ride, shift: Ride, scale: Ride) -> Ride:
-    """x (1 + scale) + shift."""
+def modulate(x: PlainOrDual, shift: PlainOrDual, scale: PlainOrDual) -> PlainOrDual:
+    """x (1 + scale) + shift: adaLN's way to let the conditioning speak to normalised tokens."""
     if isinstance(x, Tensor):
         return x * (1 + scale) + shift
     value = x.value * (1 + scale.value) + shift.value
@@ -157,8 +183,8 @@ def modulate(x: Ride, shift: Ride, scale: Ride) -> Ride:
         return Dual(value, torch.addcmul(tangent, x.tangent, 1 + last(scale)))
 
 
-def gated(x: Ride, gate: Ride, branch: Ride) -> Ride:
-    """x + gate · branch."""
+def gated(x: PlainOrDual, gate: PlainOrDual, branch: PlainOrDual) -> PlainOrDual:
+    """x + gate · branch: the residual connection, with the gate that the conditioning sets."""
     if isinstance(x, Tensor):
         return x + gate * branch
     value = x.value + gate.value * branch.value
@@ -167,8 +193,8 @@ def gated(x: Ride, gate: Ride, branch: Ride) -> Ride:
         return Dual(value, torch.addcmul(tangent, last(gate), branch.tangent))
 
 
-def attention(q: Ride, k: Ride, v: Ride, attend: str) -> Ride:
-    """softmax(q kᵀ / √d) v, each (B, heads, N, d)."""
+def attention(q: PlainOrDual, k: PlainOrDual, v: PlainOrDual, attend: str) -> PlainOrDual:
+    """softmax(q kᵀ / √d) v of q, k, v (B, heads, N, d); `attend` names the kernel of the value, "fused" or "math"."""
     if isinstance(q, Tensor):
         return _attention(q, k, v, attend)
     value = _attention(q.value, k.value, v.value, attend)
@@ -185,7 +211,10 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, attend: str) -> Tensor:
 
 
 def _attention_tangent(q: Dual, k: Dual, v: Dual) -> Tensor:
-    """dp v + p dv, with ds = dq kᵀ + q dkᵀ as ONE product of doubled channels; the fused value has kept no p."""
+    """The tangent dp v + p dv of attention, p = softmax(s), s = q kᵀ / √d; the fused value has kept no p.
+
+    ds = (dq kᵀ + q dkᵀ) / √d is ONE product: of (q, dq) side by side with (dk, k) side by side.
+    """
     rows, heads, tokens, size = q.tangent.shape
     left = torch.cat([last(q), q.tangent], -1).flatten(0, 1) * size**-0.5  # (B' heads, N, 2 d)
     right = torch.cat([k.tangent, last(k)], -1).flatten(0, 1).transpose(1, 2)
@@ -196,49 +225,44 @@ def _attention_tangent(q: Dual, k: Dual, v: Dual) -> Tensor:
     return out.view(rows, heads, tokens, size)
 
 
-Inputs = tuple[Tensor, Tensor, Tensor, Tensor]  # z, t, r, y
+# Blocks: a value with its gradient, then what rides along beside it.
 
 
-class Beside(NamedTuple):
-    """A named tuple, so that hooks and compilers see two tensors."""
+def both(layer: Callable[..., Any], x: Stream, c: Stream, *more: str) -> Stream:
+    """layer(x, c, …) of the graded rows, then of the rows beside them where there are some.
 
-    value: Tensor  # (B, ...)
-    others: Tensor  # (B', ...) without gradient
-
-
-Loaded = Tensor | Dual | Beside  # what goes through the blocks: values alone, or with what rides along
-Load = TypeVar("Load", Tensor, Dual, Beside, Loaded)
-
-
-def both(ride: Callable[..., Any], x: Any, c: Any, *more: Any) -> Any:
-    """ride(x, c, …) of the value, and of the others where there are some. The graded rows first: autocast keeps the
-    first cast of a weight, whether it has a gradient or not."""
-    if not isinstance(x, Beside):
-        return ride(x, c, *more)
-    value = ride(x.value, c.value, *more)
-    with torch.no_grad():
-        return Beside(value, ride(x.others, c.others, *more))
+    The graded rows come first, because autocast keeps the first cast of a weight, whether it has a gradient or not.
+    """
+    if isinstance(x, Beside) and isinstance(c, Beside):
+        value = layer(x.value, c.value, *more)
+        with torch.no_grad():
+            return Beside(value, layer(x.others, c.others, *more))
+    out: Stream = layer(x, c, *more)
+    return out
 
 
-def recomputed(block: nn.Module, x: Load, c: Load, attend: str, *, once: bool) -> Load:
-    """The block under gradient checkpointing. `once`: the backward pass recomputes the value, not what rides along,
-    whose result it does not need; not so for the tangents of a compiled block, which saves other tensors in its other
-    form (rows beside are a call of their own there)."""
+def recomputed(block: nn.Module, x: OneStream, c: OneStream, attend: str, *, once: bool) -> OneStream:
+    """block(x, c, attend) under gradient checkpointing: the backward pass computes the block again to get its gradient.
+
+    `once`: it then recomputes the value alone, and not what rides along, whose result it does not need. A compiled
+    block saves other tensors without tangents than with them. There the tangents are recomputed too, and rows beside
+    get a call of their own.
+    """
     if isinstance(x, Beside) and isinstance(c, Beside) and not once:
         value = recomputed(block, x.value, c.value, attend, once=once)
         with torch.no_grad():
             return Beside(value, block(x.others, c.others, attend))
     if isinstance(x, Tensor) or isinstance(c, Tensor) or not once:
-        out: Load = checkpoint(block, x, c, attend, use_reentrant=False, preserve_rng_state=False)
+        out: OneStream = checkpoint(block, x, c, attend, use_reentrant=False, preserve_rng_state=False)
         return out
     kind, riding = type(x), [(x[1], c[1])]
 
-    def run(value: Tensor, condition: Tensor) -> Load:
-        if not riding:
-            again: Load = block(value, condition, attend)
+    def run(value: Tensor, condition: Tensor) -> OneStream:
+        if not riding:  # the backward pass: the value alone
+            again: OneStream = block(value, condition, attend)
             return again
-        dx, dc = riding.pop()
-        first: Load = block(kind(value, dx), kind(condition, dc), attend)
+        extra, condition_extra = riding.pop()
+        first: OneStream = block(kind(value, extra), kind(condition, condition_extra), attend)
         return first
 
     return kind(*checkpoint(run, x.value, c.value, use_reentrant=False, preserve_rng_state=False))

@@ -7,6 +7,7 @@ worse than one clear line. Pickles are read with `weights_only=True`, so a file 
 import os
 import pickle
 import warnings
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from alphaflow_cli.errors import AlphaflowError
+from alphaflow_cli.remote.cache import cached_file
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ FILES = {each.extractor: each for each in (INCEPTION, DINOV2, CLIP)}
 
 
 def find_weights(wanted: WeightFile, given: Path | None) -> Path:
-    """The file: given by hand, in $ALPHAFLOW_WEIGHTS, in torch's hub cache, or in the Hugging Face cache."""
+    """Find the file: given by hand, in $ALPHAFLOW_WEIGHTS, in torch's hub cache, or in the Hugging Face cache."""
     if given is not None and not given.is_dir():
         if not given.is_file():
             raise AlphaflowError(f"{given}: no such weight file for the {wanted.extractor} features")
@@ -97,17 +99,11 @@ def _candidates(wanted: WeightFile, given: Path | None) -> list[Path]:
     if os.environ.get("ALPHAFLOW_WEIGHTS"):
         folders.append(Path(os.environ["ALPHAFLOW_WEIGHTS"]).expanduser())
     folders.append(Path(torch.hub.get_dir()) / "checkpoints")
-    found = [folder / name for folder in folders for name in wanted.names]
+    paths = [folder / name for folder in folders for name in wanted.names]
     for repo in wanted.hub_repos:
-        snapshots = _hub_cache() / f"models--{repo.replace('/', '--')}" / "snapshots"
-        found += sorted(snapshots.glob("*/model.safetensors"))
-    return found
-
-
-def _hub_cache() -> Path:
-    if os.environ.get("HF_HUB_CACHE"):
-        return Path(os.environ["HF_HUB_CACHE"]).expanduser()
-    return Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser() / "hub"
+        downloaded = cached_file(repo, "model.safetensors")
+        paths += [downloaded] if downloaded else []
+    return paths
 
 
 def _how_to_get(wanted: WeightFile) -> str:
@@ -123,7 +119,9 @@ def _how_to_get(wanted: WeightFile) -> str:
 
 
 def load_weights(path: Path) -> dict[str, Tensor]:
-    """State dict of a safetensors file, a plain checkpoint or a TorchScript archive; no pickled code is run."""
+    """Read the state dict of a safetensors file, a plain checkpoint or a TorchScript archive; no pickled code is
+    run.
+    """
     try:
         if path.suffix == ".safetensors":
             state: object = load_file(path)
@@ -139,8 +137,6 @@ def load_weights(path: Path) -> dict[str, Tensor]:
 
 
 def _is_torchscript(path: Path) -> bool:
-    import zipfile  # here only: the other formats need no look inside
-
     if not zipfile.is_zipfile(path):
         return False
     with zipfile.ZipFile(path) as archive:
@@ -157,7 +153,7 @@ def _load_torchscript(path: Path) -> dict[str, Tensor]:
 
 
 def check_real(weights: Mapping[str, Tensor], where: object) -> None:
-    """Weights are floating-point numbers: truths, whole or complex numbers would be turned into such without a word."""
+    """Refuse weights that are no floating-point numbers: loading would turn truths or complex numbers into such."""
     for name, value in weights.items():
         if not value.is_floating_point():
             kind = str(value.dtype).removeprefix("torch.")
@@ -165,7 +161,7 @@ def check_real(weights: Mapping[str, Tensor], where: object) -> None:
 
 
 def fit_weights(net: torch.nn.Module, state: dict[str, Tensor], path: Path) -> None:
-    """Strict load; a misfit names the file and the first keys on either side."""
+    """Load weights into a network strictly; a misfit names the file and the first keys on either side."""
     wanted = {key: tuple(value.shape) for key, value in net.state_dict().items()}
     there = {key: tuple(value.shape) for key, value in state.items()}
     missing = sorted(wanted.keys() - there.keys())
@@ -173,7 +169,7 @@ def fit_weights(net: torch.nn.Module, state: dict[str, Tensor], path: Path) -> N
     wrong = sorted(key for key in wanted.keys() & there.keys() if wanted[key] != there[key])
     if missing or extra or wrong:
         parts = {"missing": missing, "unknown": extra, "of another shape": wrong}
-        told = "; ".join(f"{len(keys)} {what}, e.g. {keys[0]}" for what, keys in parts.items() if keys)
-        raise AlphaflowError(f"{path}: these are weights of another network ({told})")
+        differences = "; ".join(f"{len(keys)} {what}, e.g. {keys[0]}" for what, keys in parts.items() if keys)
+        raise AlphaflowError(f"{path}: these are weights of another network ({differences})")
     check_real({key: state[key] for key, value in net.state_dict().items() if value.is_floating_point()}, path)
     net.load_state_dict(state)

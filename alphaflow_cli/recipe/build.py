@@ -10,7 +10,7 @@ from functools import cache
 from types import NoneType, UnionType
 from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
 
-from alphaflow_cli.recipe.schema import Recipe, Schedule, Step
+from alphaflow_cli.recipe.schema import Recipe, Schedule, StepOrShare
 from alphaflow_cli.recipe.source import Faults, Items, Mapping, Scalar, Tree
 from alphaflow_cli.text import shorten
 
@@ -29,14 +29,14 @@ MOST_GUESSES = 20  # likenesses looked for in one recipe: they take longer than 
 
 @dataclass
 class Reader:
-    """Collects faults, and where each field was said, by its dotted name."""
+    """Collects faults, and where each field stands, by its dotted name."""
 
     faults: Faults
     places: dict[str, str] = field(default_factory=dict)
     guesses: int = 0
 
     def suggest(self, word: str, known: object) -> str:
-        """` Did you mean 'x'?`, for the first unknown names."""
+        """As `suggest` below, for the first unknown names only: likeness takes longer than all the rest."""
         self.guesses += 1
         return suggest(word, known) if self.guesses <= MOST_GUESSES else ""
 
@@ -57,7 +57,7 @@ def field_types(section: Any) -> dict[str, Any]:
 
 
 def suggest(word: str, known: object) -> str:
-    """` Did you mean 'x'?`, or nothing."""
+    """` Did you mean 'x'?` with the nearest known name, or nothing where none is near."""
     near = get_close_matches(word[:100], [str(k) for k in cast(list[str], known)], n=1, cutoff=0.5)
     return f". Did you mean {near[0]!r}?" if near else ""
 
@@ -81,20 +81,20 @@ def with_value(tree: Mapping, path: list[str], value: Tree, where: str, section:
 
 
 def _section(default: Any, node: Tree, path: str, reader: Reader) -> Any:
-    """A dataclass: `default` with what the mapping says."""
+    """One section of the recipe: `default`, with every field that the mapping says replaced."""
     if not isinstance(node, Mapping):
         names = ", ".join(f.name for f in fields(default)[:3])
         reader.bad(node, path, f"is a section: give it lines of its own ({names}, …)")
         return default
-    types, said = field_types(cast(type, type(default))), {}
+    types, values = field_types(cast(type, type(default))), {}
     for key, value in node.items.items():
         full = f"{path}.{key}" if path else key
         if key not in types:
             reader.faults.add(node.key_where.get(key, value.where), _unknown(key, full, path, types, reader))
             continue
         reader.places[full] = value.where
-        said[key] = _value(types[key], value, getattr(default, key), full, reader)
-    return replace(default, **said)
+        values[key] = _value(types[key], value, getattr(default, key), full, reader)
+    return replace(default, **values)
 
 
 def _unknown(key: str, full: str, path: str, types: dict[str, Any], reader: Reader) -> str:
@@ -160,7 +160,7 @@ def _scalar(kind: Any, node: Scalar, default: Any, path: str, reader: Reader) ->
         return default
     if get_origin(kind) is Literal:
         return _choice(kind, node, default, path, reader)
-    read = {int: _int, float: _float, bool: _bool, str: _text, Step: _step}[kind]
+    read = {int: _int, float: _float, bool: _bool, str: _text, StepOrShare: _step}[kind]
     problem, value = read(node)
     if problem:
         reader.bad(node, path, f"wants {_wanted(kind)}, got {node.text[:60]!r}{problem if problem != '-' else ''}")

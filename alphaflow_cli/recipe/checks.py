@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from operator import attrgetter
 
+from alphaflow_cli.recipe.plan import is_guided
 from alphaflow_cli.recipe.schema import MOST_NFE, Recipe, Schedule, resolve_step
 from alphaflow_cli.recipe.source import Faults
 
@@ -40,7 +41,7 @@ def check(recipe: Recipe, place: Callable[[str], str], faults: Faults) -> None:
     """Add every fault of a recipe; `place` says where a field stands."""
     for path, what in _bounds(recipe):
         faults.add(place(path), what)
-    if not faults.found:  # contradictions are between sound values; a default standing in would make up some
+    if not faults.listed:  # contradictions are between sound values; a default standing in would make up some
         for rule in (_model, _data, _alpha, _equal_share, _guidance, _loss, _optim, _sample, _eval):
             for path, what in rule(recipe):
                 faults.add(place(path), what)
@@ -150,7 +151,7 @@ def _equal_share(recipe: Recipe) -> Iterator[Fault]:
 
 def _guidance(recipe: Recipe) -> Iterator[Fault]:
     guidance, labels = recipe.guidance, recipe.data.classes > 0
-    active = (guidance.omega, guidance.kappa) != (1.0, 0.0)
+    active = is_guided(guidance.omega, guidance.kappa)
     if guidance.t_min >= guidance.t_max:
         yield "guidance.t_min", f"guidance.t_min {guidance.t_min} is not below guidance.t_max {guidance.t_max}"
     if not labels and guidance.label_dropout > 0:
@@ -205,8 +206,10 @@ def _sample(recipe: Recipe) -> Iterator[Fault]:
             yield "sample.times", f"sample.times has {len(sample.times)} times, nfe {sample.nfe} wants one more than it"
     yield from _grid("sample.two_step_times", sample.two_step_times)
     if sample.sampler == "heun" and sample.nfe % 2 == 0:
-        said = f"heun takes two evaluations per step and one on the last: nfe 1, 3, 5, …, got {sample.nfe}"
-        yield "sample.nfe", said
+        yield (
+            "sample.nfe",
+            f"heun takes two evaluations per step and one on the last: nfe 1, 3, 5, …, got {sample.nfe}",
+        )
 
 
 def _grid(path: str, times: tuple[float, ...]) -> Iterator[Fault]:

@@ -24,14 +24,14 @@ def facts(recipe: Recipe) -> dict[str, Any]:
     return {
         "parameters": plan.parameter_count(recipe),
         "tokens": plan.tokens(recipe),
-        "label_rows": plan.label_table_rows(recipe),
+        "label_rows": plan.label_rows(recipe),
         "images_seen": steps * batch,
         "phases": [asdict(phase) for phase in cut],
         "alpha_one_until": cut[0].until if cut[0].kind == "flow" else 0,
         "jvp_from": jvp[0].first if jvp else None,
         "jvp_steps": sum(phase.until - phase.first for phase in jvp),
         "equal_rows": {"first": equal_rows(batch, share(0)), "last": equal_rows(batch, share(steps - 1))},
-        "effective_guidance": plan.effective_guidance(recipe),
+        "effective_guidance": plan.effective_scale(recipe.guidance.omega, recipe.guidance.kappa),
         "warmup_steps": recipe.optim.warmup_steps,
         "bytes": {
             "state": plan.state_bytes(recipe),
@@ -94,14 +94,14 @@ def _schedule(schedule: Schedule, recipe: Recipe) -> str:
 
 def _phases(recipe: Recipe, f: dict[str, Any]) -> list[str]:
     """One line per phase, by the step where it ends, or for the last by the step from which it holds."""
-    steps, said = recipe.train.steps, []
+    steps, texts = recipe.train.steps, []
     for phase in f["phases"]:
         kind, first, until = phase["kind"], phase["first"], phase["until"]
         shortcut = kind == "between" and recipe.loss.velocity == "network"
         when = f"until step {until:,}" if until < steps else f"from step {first:,}"
         state, what = PHASE_WORDS["shortcut" if shortcut else kind]
-        said.append(f"{state} {when} ({(until - first) / steps:.1%} of the run): {what}")
-    return said
+        texts.append(f"{state} {when} ({(until - first) / steps:.1%} of the run): {what}")
+    return texts
 
 
 def _equal(recipe: Recipe, f: dict[str, Any]) -> str:
@@ -112,7 +112,7 @@ def _equal(recipe: Recipe, f: dict[str, Any]) -> str:
 
 def _guidance(recipe: Recipe, f: dict[str, Any]) -> str:
     g = recipe.guidance
-    if (g.omega, g.kappa) == (1.0, 0.0):
+    if not plan.is_guided(g.omega, g.kappa):
         return "none"
     return (
         f"omega {g.omega:g}, kappa {g.kappa:g} for {g.t_min:g} < t < {g.t_max:g}: effective scale "

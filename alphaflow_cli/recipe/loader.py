@@ -1,8 +1,7 @@
-"""A recipe by name or file, checked in full: every fault is listed with its place before anything runs.
+"""Recipes in and out: read by name or file and checked in full, written as YAML, compared.
 
-A recipe as YAML that loads back to the same recipe, as a plain dict, and as differences.
-
-Steps that may be written as a share of the run.
+Reading lists every fault with its place before anything runs. What is written loads back to the same recipe: every
+default is spelt out, so it means the same under the defaults of a later version, and it names its format.
 """
 
 import json
@@ -14,8 +13,9 @@ from typing import Any
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.recipe.build import build, suggest, with_value
 from alphaflow_cli.recipe.checks import check
+from alphaflow_cli.recipe.migrations import FORMAT_KEY, current_format, migrate
 from alphaflow_cli.recipe.schema import Recipe, Schedule
-from alphaflow_cli.recipe.source import MAX_DEPTH, MAX_INSIDE, Faults, Mapping, parse, parse_value, read_text
+from alphaflow_cli.recipe.source import MAX_INSIDE, MAX_LEVELS, Faults, Mapping, parse, parse_value, read_text
 from alphaflow_cli.text import for_terminal
 
 MAX_SETS = 1000  # the schema has about 100 values
@@ -64,7 +64,7 @@ def recipe_from_text(text: str, where: str, sets: Sequence[str] = (), *, name: s
     if len(sets) > MAX_SETS:
         raise AlphaflowError(f"{len(sets):,} times --set, and {MAX_SETS:,} is the most. Write them into a file")
     faults = Faults()
-    tree = parse(text, where, faults)
+    tree = migrate(parse(text, where, faults), faults)
     for assignment in sets:
         tree = _assign(tree, assignment, faults)
     recipe, places = build(tree, faults)
@@ -80,15 +80,15 @@ def _assign(tree: Mapping, assignment: str, faults: Faults) -> Mapping:
     if not equals or not all(path):
         faults.add(where, "wants the form section.key=value, such as train.steps=1000")
         return tree
-    if len(path) > MAX_DEPTH:
-        faults.add(where, f"more than {MAX_DEPTH} names inside each other")
+    if len(path) > MAX_LEVELS:
+        faults.add(where, f"more than {MAX_LEVELS} names inside each other")
         return tree
     value = parse_value(text, where, faults)
     return tree if value is None else with_value(tree, path, value, where)
 
 
 def _place(path: str, places: dict[str, str], where: str) -> str:
-    """Where a field was said; a field left at its default is placed at its section, else at the file."""
+    """The line where a field stands; a field left at its default is placed at its section, else at the file."""
     while path and path not in places:
         path = path.rpartition(".")[0]
     return places.get(path, where)
@@ -113,8 +113,8 @@ def to_dict(section: Any) -> dict[str, Any]:
 
 
 def dump_recipe(recipe: Recipe) -> str:
-    """Every field, defaults included, so that the file means the same under a later version's defaults."""
-    return "\n".join(_lines(to_dict(recipe), "")) + "\n"
+    """The format and every field, defaults included, so that a later version reads the same recipe."""
+    return "\n".join(_lines({FORMAT_KEY: current_format(), **to_dict(recipe)}, "")) + "\n"
 
 
 def _lines(section: dict[str, Any], indent: str) -> list[str]:

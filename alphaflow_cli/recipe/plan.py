@@ -78,7 +78,7 @@ def phase_kind(alpha: float) -> PhaseKind:
 def phases(recipe: Recipe) -> list[Phase]:
     """The run cut where the kind of target changes; schedules are monotone, so each cut is found by bisection."""
     at, steps = alpha_at(recipe), recipe.train.steps
-    found: list[Phase] = []
+    cut: list[Phase] = []
     first = 0
     while first < steps:
         kind = phase_kind(at(first))
@@ -86,18 +86,43 @@ def phases(recipe: Recipe) -> list[Phase]:
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (middle, high) if phase_kind(at(middle)) == kind else (low, middle)
-        found.append(Phase(kind, first, high))
+        cut.append(Phase(kind, first, high))
         first = high
-    return found
+    return cut
 
 
 def tokens(recipe: Recipe) -> int:
     return int(recipe.data.latent_size // recipe.model.patch) ** 2
 
 
-def label_table_rows(recipe: Recipe) -> int:
-    """The classes, and the null row when labels are dropped."""
-    return recipe.data.classes + (recipe.guidance.label_dropout > 0) if recipe.data.classes else 0
+def has_null_label(recipe: Recipe) -> bool:
+    """Whether the network learns what "no label" means: guidance at sampling needs it."""
+    return recipe.data.classes > 0 and recipe.guidance.label_dropout > 0
+
+
+def label_rows(recipe: Recipe) -> int:
+    """Rows of the label table: the classes, then the null row when labels are dropped in training."""
+    return recipe.data.classes + has_null_label(recipe)
+
+
+def null_label(recipe: Recipe) -> int:
+    """The number of the null label: the last row of the table, 0 for a network without labels."""
+    return max(label_rows(recipe) - 1, 0)
+
+
+def is_guided(omega: float, kappa: float) -> bool:
+    """Whether these weights of ṽ build guidance into the network."""
+    return (omega, kappa) != (1.0, 0.0)
+
+
+def effective_scale(omega: float, kappa: float) -> float:
+    """ω / (1 − κ), the guidance scale that training builds in; 1 is none."""
+    return omega / (1.0 - kappa)
+
+
+def needs_many_steps(recipe: Recipe) -> bool:
+    """Whether the network is published as a plain velocity field, which a few steps cannot follow."""
+    return recipe.sample.sampler in ("flow", "heun")
 
 
 def parameter_count(recipe: Recipe) -> int:
@@ -105,7 +130,7 @@ def parameter_count(recipe: Recipe) -> int:
     model, dim = recipe.model, recipe.model.dim
     patch_values = model.patch**2 * recipe.data.channels
     hidden = int(dim * model.mlp_ratio)
-    embed = _linear(patch_values, dim) + tokens(recipe) * dim + label_table_rows(recipe) * dim
+    embed = _linear(patch_values, dim) + tokens(recipe) * dim + label_rows(recipe) * dim
     times = 2 * (_linear(TIME_FEATURES, dim) + _linear(dim, dim))
     block = _linear(dim, 3 * dim) + _linear(dim, dim) + _linear(dim, hidden) + _linear(hidden, dim)
     block += _linear(dim, 6 * dim) + (4 * (dim // model.heads) if model.qk_norm else 0)
@@ -152,20 +177,15 @@ def kept_checkpoints(recipe: Recipe) -> int:
     return milestones + min(train.keep, -(-train.steps // train.save_every))
 
 
-def effective_guidance(recipe: Recipe) -> float:
-    """ω' = ω / (1 - κ), the guidance scale that training builds in; 1 is none."""
-    return recipe.guidance.omega / (1 - recipe.guidance.kappa)
-
-
 def warnings_of(recipe: Recipe) -> list[str]:
     """What is allowed, but might not be meant."""
-    found, steps = [], recipe.train.steps
+    warnings, steps = [], recipe.train.steps
     if recipe.optim.warmup_steps >= steps:
         reached = learning_rate_at(recipe)(steps - 1)
-        found.append(f"the warm-up ({recipe.optim.warmup_steps:,} steps) outlasts the run: lr reaches {reached:.3g}")
+        warnings.append(f"the warm-up ({recipe.optim.warmup_steps:,} steps) outlasts the run: lr reaches {reached:.3g}")
     if recipe.alpha.unfinished:
-        found.append(f"alpha ends the run at {alpha_at(recipe)(steps - 1):.4g}, not at {recipe.alpha.final:g}")
+        warnings.append(f"alpha ends the run at {alpha_at(recipe)(steps - 1):.4g}, not at {recipe.alpha.final:g}")
     last = clamped(recipe.times.equal_share.final, recipe.times.equal_share.clamp)
     if recipe.times.equal_share.kind != "constant" and equal_rows(recipe.train.batch, last) == 0:
-        found.append("equal_share ends with no r = t row at all")
-    return found
+        warnings.append("equal_share ends with no r = t row at all")
+    return warnings

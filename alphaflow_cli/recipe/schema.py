@@ -20,12 +20,13 @@ Reduction = Literal["mean", "sum"]
 Precision = Literal["fp32", "bf16", "fp64"]
 NonFinite = Literal["skip", "rollback", "stop", "replace"]
 Sampler = Literal["trajectory", "consistency", "flow", "heun"]
+SamplerChoice = Literal["auto", Sampler]  # where a recipe is sampled; auto: its own
 LabelDraw = Literal["random", "balanced"]
 Metric = Literal["fid", "fdd", "fcd", "fd-tiny", "kid", "is", "pr"]
 Tracker = Literal["tensorboard", "wandb", "trackio"]
 Strategy = Literal["ddp", "fsdp2"]
 MOST_NFE = 10_000  # network evaluations per picture: ten times what the slowest published sampler takes
-Step = int | str  # an optimiser step, or a percentage of the run: "50%"
+StepOrShare = int | str  # an optimiser step, or a percentage of the run: "50%"
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,8 @@ class Schedule:
     kind: ScheduleKind = "constant"
     initial: float = 1.0  # value before start; the value itself where kind is constant
     final: float = 0.0  # value after end; unused where kind is constant
-    start: Step = 0  # first step of the change, a step or a percentage of train.steps
-    end: Step = "100%"  # last step of the change; start = end jumps there
+    start: StepOrShare = 0  # first step of the change, a step or a percentage of train.steps
+    end: StepOrShare = "100%"  # last step of the change; start = end jumps there
     gamma: float = 25.0  # steepness of sigmoid; exponent on progress of exponential (1 is the plain one)
     clamp: float = 0.005  # values below it become 0, values above 1 - it become 1; 0 switches it off
     unfinished: bool = False  # true accepts a schedule that does not reach `final` within train.steps
@@ -117,7 +118,7 @@ class Loss:
 
 @dataclass(frozen=True)
 class Optim:
-    """Adam."""
+    """Adam, its learning rate over the steps, and what happens to a gradient that is not finite."""
 
     lr: float = 1e-4  # after the warm-up
     final_lr: float | None = None  # cosine decay to this at the last step; null = constant
@@ -141,7 +142,7 @@ class Ema:
 
 @dataclass(frozen=True)
 class Train:
-    """The run."""
+    """How long the run is, in what precision and with which seed, and what it saves and logs on the way."""
 
     steps: int = 400_000  # optimiser steps
     batch: int = 256  # global batch: rows per step over all processes and micro-batches
@@ -185,7 +186,7 @@ class Eval:
 
 @dataclass(frozen=True)
 class Recipe:
-    """One run, complete."""
+    """All that one run depends on, except the machine it runs on and the folder it is written to."""
 
     name: str = ""  # the file's name without .yaml when empty
     model: Model = field(default_factory=Model)
@@ -201,6 +202,6 @@ class Recipe:
     eval: Eval = field(default_factory=Eval)
 
 
-def resolve_step(step: Step, total: int) -> int:
+def resolve_step(step: StepOrShare, total: int) -> int:
     """The optimiser step meant by a step or a percentage of `total` steps, rounded to the nearest."""
     return step if isinstance(step, int) else round(float(step.removesuffix("%")) / 100 * total)

@@ -15,10 +15,10 @@ import yaml
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.text import shorten
 
-MAX_BYTES = 64 * 1024  # the longest shipped recipe has 3 kB; a parser in Python must never see 50 MB
-MAX_INSIDE = 4 * MAX_BYTES  # as metadata of a checkpoint, where every default is written out
+MAX_FILE = 64 * 1024  # the longest shipped recipe has 3 kB; a parser in Python must never see 50 MB
+MAX_INSIDE = 4 * MAX_FILE  # as metadata of a checkpoint, where every default is written out
 MAX_VALUES = 5_000  # names and values in all; the schema has about 100, and its lists are bounded
-MAX_DEPTH = 12  # mappings and lists inside each other; the schema needs 3
+MAX_LEVELS = 12  # mappings and lists inside each other; the schema needs 3
 
 MOST_FAULTS, LONGEST_FAULT, LONGEST_LIST = 30, 1000, 3500  # shown at once, in lines and characters
 
@@ -50,14 +50,14 @@ Tree = Scalar | Items | Mapping
 class Faults:
     """Every fault found so far, as (where, what), in order and each once."""
 
-    found: dict[tuple[str, str], None] = field(default_factory=dict)
+    listed: dict[tuple[str, str], None] = field(default_factory=dict)
 
     def add(self, where: str, what: str) -> None:
-        self.found[where, what] = None
+        self.listed[where, what] = None
 
     def stop(self, title: str) -> None:
         """Raise if there is any, all in one error; of very many the first are shown."""
-        lines = [shorten(f"{where}: {what}", LONGEST_FAULT) for where, what in sorted(self.found, key=_line)]
+        lines = [shorten(f"{where}: {what}", LONGEST_FAULT) for where, what in sorted(self.listed, key=_line)]
         if len(lines) == 1:
             raise AlphaflowError(lines[0])
         if lines:
@@ -92,8 +92,8 @@ class _Composer(yaml.SafeLoader):
             raise _Refused(event.start_mark, "anchors and aliases (& and *) are not allowed in a recipe: write it out")
         if getattr(event, "tag", None):
             raise _Refused(event.start_mark, f"tags such as {event.tag} are not allowed in a recipe")
-        if self.depth >= MAX_DEPTH:
-            raise _Refused(event.start_mark, f"more than {MAX_DEPTH} levels inside each other")
+        if self.depth >= MAX_LEVELS:
+            raise _Refused(event.start_mark, f"more than {MAX_LEVELS} levels inside each other")
         self.values += 1
         if self.values > MAX_VALUES:
             raise _Refused(event.start_mark, f"more than {MAX_VALUES:,} names and values, so this is not a recipe")
@@ -107,7 +107,7 @@ def read_text(path: Path) -> str:
     """The text of a recipe file; refuses directories, big files and binaries with one line each."""
     try:
         with path.open("rb") as file:
-            raw = file.read(MAX_BYTES + 1)
+            raw = file.read(MAX_FILE + 1)
     except FileNotFoundError:
         raise AlphaflowError(f"{path}: no such file. Shipped recipes: alphaflow recipe ls") from None
     except IsADirectoryError:
@@ -115,8 +115,8 @@ def read_text(path: Path) -> str:
     except (OSError, ValueError) as fault:  # ValueError: a null byte in the name
         reason = getattr(fault, "strerror", None) or fault
         raise AlphaflowError(f"{path}: cannot be read ({reason})") from None
-    if len(raw) > MAX_BYTES:
-        raise AlphaflowError(f"{path}: larger than {MAX_BYTES // 1024} KiB, so it is not a recipe")
+    if len(raw) > MAX_FILE:
+        raise AlphaflowError(f"{path}: larger than {MAX_FILE // 1024} KiB, so it is not a recipe")
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError:
@@ -131,7 +131,7 @@ def parse(text: str, name: str, faults: Faults) -> Mapping:
     node = _compose(text, lambda line: f"{name}:{line}" if line else name, faults)
     if isinstance(node, Mapping):
         return node
-    if not faults.found:
+    if not faults.listed:
         kind = {Scalar: "one value", Items: "a list"}.get(type(node), "empty")
         faults.add(name, f"a recipe is a mapping of sections (model:, data:, train: …), this is {kind}")
     return Mapping({}, name)
@@ -139,9 +139,9 @@ def parse(text: str, name: str, faults: Faults) -> Mapping:
 
 def parse_value(text: str, where: str, faults: Faults) -> Tree | None:
     """The value of `--set a.b=value`, None where it is at fault; `#` and `: ` in it have their YAML meaning."""
-    before = len(faults.found)
+    before = len(faults.listed)
     node = _compose(text, lambda line: where, faults)
-    return None if len(faults.found) > before else node or Scalar("", False, where)
+    return None if len(faults.listed) > before else node or Scalar("", False, where)
 
 
 def _compose(text: str, place: Callable[[int], str], faults: Faults) -> Tree | None:

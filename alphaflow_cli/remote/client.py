@@ -23,13 +23,14 @@ from urllib.parse import urljoin, urlsplit
 
 from alphaflow_cli.documents import Anything, Table, Text, parse_json
 from alphaflow_cli.errors import AlphaflowError
+from alphaflow_cli.remote.cache import cache_folder
 from alphaflow_cli.remote.faults import CHECKSUM, COMMIT, Distrusted, TooSlow, read_answer, shape_of
 from alphaflow_cli.text import for_terminal
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-LONGEST = 128 << 20  # bytes of an answer that is held in memory, or that does not say its length
+LONGEST_ANSWER = 128 << 20  # bytes of an answer that is held in memory, or that does not say its length
 PACKED = 64 << 10  # bytes of a compressed answer: nobody asked for compression, and a byte may become a thousand
 PATIENCE = 60.0  # seconds for the head of an answer, or for a whole one that is no download
 SLOWEST = 1000  # bytes per second of a download, over PATIENCE
@@ -37,13 +38,13 @@ WAIT = 60  # seconds that a server may ask us to wait before the next try
 PAGES = 2000  # of one listing, 1,000 files each
 
 ERROR = Table({"error": Text(100_000)}, others=Anything())
-NUMBERS = (  # of an answer's head, and how they must look
+HEAD_NUMBERS = (  # of an answer's head, and how they must look
     ("X-Linked-Size", r"[0-9]{1,18}"),
     ("Content-Range", r"bytes [0-9]{1,18}-[0-9]{1,18}/[0-9]{1,18}"),
     ("Retry-After", r"[0-9]{1,4}"),
     ("RateLimit", r'"\w{1,40}"; *r=[0-9]{1,9}; *t=[0-9]{1,4}'),
 )
-PORTS = {"http": 80, "https": 443}
+DEFAULT_PORTS = {"http": 80, "https": 443}
 
 Value = TypeVar("Value")
 
@@ -61,16 +62,11 @@ def hub_api() -> "HfApi":
     return HfApi(endpoint=os.environ.get("HF_ENDPOINT") or None, library_name="alphaflow")
 
 
-def cache_folder() -> str | None:
-    """Where downloads are kept; None: the client's own place."""
-    return os.environ.get("HF_HUB_CACHE") or None
-
-
 def session() -> Any:
     """The HTTP client of the whole process; an environment that it cannot be made from is one line."""
     from huggingface_hub import get_session
 
-    _origin(_endpoint())
+    _origin(endpoint())
     _install()
     try:
         return get_session()
@@ -80,22 +76,23 @@ def session() -> Any:
         raise AlphaflowError(f"{where}: no connection to the Hub can be made with it ({why}).") from fault
 
 
-def _endpoint() -> str:
+def endpoint() -> str:
+    """The address of the Hub, or of a server that stands in for it."""
     from huggingface_hub import constants
 
     return os.environ.get("HF_ENDPOINT") or constants.ENDPOINT
 
 
-def _origin(endpoint: str) -> tuple[str, str, int]:
-    """Scheme, host and port."""
+def _origin(address: str) -> tuple[str, str, int]:
+    """Scheme, host and port of an address: the token goes to these three together and nowhere else."""
     try:
-        parts = urlsplit(endpoint)
+        parts = urlsplit(address)
         scheme, host, port = parts.scheme, parts.hostname, parts.port
     except ValueError:
         host = None
-    if not host or scheme not in PORTS:
-        raise AlphaflowError(f"HF_ENDPOINT: {for_terminal(endpoint, limit=100)} is not an address like https://HOST")
-    return scheme, host, port or PORTS[scheme]
+    if not host or scheme not in DEFAULT_PORTS:
+        raise AlphaflowError(f"HF_ENDPOINT: {for_terminal(address, limit=100)} is not an address like https://HOST")
+    return scheme, host, port or DEFAULT_PORTS[scheme]
 
 
 @cache
@@ -126,7 +123,7 @@ def _body() -> Any:
 
 @cache
 def _install() -> None:
-    """Once in a process."""
+    """Make every request of this process go through the checks of this file; done once, however often it is called."""
     from huggingface_hub import set_client_factory
     from huggingface_hub.utils._http import default_client_factory
 
@@ -182,7 +179,7 @@ def _fetch(send: Callable[[], Any], stream: bool) -> Any:
     """The head of an answer, and all of it where it is no download."""
     answer = send()
     if not stream or answer.status_code >= 400:
-        answer.stream.limits.most = min(answer.stream.limits.most, LONGEST)
+        answer.stream.limits.most = min(answer.stream.limits.most, LONGEST_ANSWER)
         answer.stream.limits.until = time.monotonic() + PATIENCE
         try:
             answer.read()
@@ -192,7 +189,7 @@ def _fetch(send: Callable[[], Any], stream: bool) -> Any:
 
 
 class Limits:
-    """Of one answer's body."""
+    """How long one answer may be and how slowly it may come, before it is given up."""
 
     def __init__(self, most: float, what: str, *, has_length: bool) -> None:
         self.most, self.what, self.has_length, self.until = most, what, has_length, float("inf")
@@ -214,24 +211,24 @@ class Limits:
 
 
 def _limits(response: Any) -> Limits:
-    """By its head: compressed, without a length, or as long as it says."""
+    """The limits of an answer by its head: whether it is compressed, and whether it says its length."""
     what = f"the answer to {_shown(response.request.url)}"
     length = response.headers.get("Content-Length", "")
     if response.headers.get("Content-Encoding", "identity") != "identity":
         return Limits(PACKED, f"{what} is compressed, which nobody asked for, and", has_length=False)
     if not re.fullmatch(r"[0-9]{1,18}", length):
-        return Limits(LONGEST, what, has_length=False)
+        return Limits(LONGEST_ANSWER, what, has_length=False)
     return Limits(float("inf"), what, has_length=True)
 
 
 def _see_request(request: Any) -> None:
     """Before anything is sent, redirects included: the token goes to the endpoint only, and nothing goes elsewhere."""
-    url, ours = request.url, _origin(_endpoint())
-    if url.scheme not in PORTS:
+    url, ours = request.url, _origin(endpoint())
+    if url.scheme not in DEFAULT_PORTS:
         raise Distrusted(f"it sends us to {_shown(url)}, which is no web address")
     if ours[0] == "https" and url.scheme == "http":
         raise Distrusted(f"it sends us to {_shown(url)}, which is not encrypted")
-    if ours != (url.scheme, url.host, url.port or PORTS[url.scheme]):
+    if ours != (url.scheme, url.host, url.port or DEFAULT_PORTS[url.scheme]):
         request.headers.pop("Authorization", None)
 
 
@@ -246,10 +243,10 @@ def _see_head(response: Any) -> None:
     if headers.get("Content-Encoding", "identity") not in ("identity", "gzip", "deflate"):
         raise Distrusted(f"it answers {where} compressed, which nobody asked for")
     length = headers.get("Content-Length", "0")
-    free = shutil.disk_usage(_existing(Path(cache_folder() or Path.home()))).free
+    free = shutil.disk_usage(_existing(cache_folder())).free
     if not re.fullmatch(r"[0-9]{1,18}", length) or (response.request.method == "GET" and int(length) > free):
         raise Distrusted(f"it has a file of {for_terminal(length, limit=30)} bytes for us, there is room for {free:,}")
-    for name, form in NUMBERS:
+    for name, form in HEAD_NUMBERS:
         match = re.fullmatch(form, headers.get(name, ""))
         if match is None or (name in ("Retry-After", "RateLimit") and int(match[0].rpartition("=")[2]) > WAIT):
             headers.pop(name, None)
@@ -296,7 +293,7 @@ def _checked(library: Any, request: Any, answer: Any) -> Any:
         return answer
     _see_next(request, answer)
     try:
-        value = read_answer(answer.content, shape, limit=LONGEST)
+        value = read_answer(answer.content, shape, limit=LONGEST_ANSWER)
     except ValueError as fault:
         page = " (a web page: does a login page of this network stand between?)"
         is_page = answer.content.lstrip()[:1] == b"<"
@@ -321,12 +318,12 @@ def _is_taken(request: Any, answer: Any) -> bool:
 def _refusal(library: Any, answer: Any) -> Any:
     """An answer of 400 and above: its head, and of its body the one sentence that the Hub puts there."""
     try:
-        said = parse_json(answer.content, "", ERROR, limit=PACKED, advice="")["error"]
+        sentence = parse_json(answer.content, "", ERROR, limit=PACKED, advice="")["error"]
     except AlphaflowError:
-        said = ""
+        sentence = ""
     of_body = ("content-length", "content-encoding", "transfer-encoding", "content-type")
     kept = {name: value for name, value in answer.headers.items() if name.lower() not in of_body}
-    body = {"error": for_terminal(said, limit=1000)} if said else {}
+    body = {"error": for_terminal(sentence, limit=1000)} if sentence else {}
     return library.Response(answer.status_code, headers=kept, json=body, request=answer.request)
 
 

@@ -1,9 +1,10 @@
-"""A folder that a published model is written into: new, empty, or from an earlier push or pull. Nothing else.
-
-Down and up: files from the Hub into its cache, each checked against the Hub's own checksum; folders to the Hub.
+"""Files from the Hub: into its cache, checked, and out of it into a folder.
 
 The cache of huggingface_hub names a file's content by its checksum (sha256 of a large file, git's sha1 of a small one);
 what was downloaded is hashed again and compared. Offline, what is in the cache is used.
+
+A folder that a published model is written into (pull -o, push --dry-run) is new, empty, or from an earlier push or
+pull. Any other is refused.
 """
 
 import contextlib
@@ -18,13 +19,17 @@ from pathlib import Path
 from alphaflow_cli.documents import Anything, Table, Text, read_json
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.remote.address import Repo, parse_address
-from alphaflow_cli.remote.client import cache_folder, hub_api
+from alphaflow_cli.remote.cache import cache_folder
+from alphaflow_cli.remote.client import hub_api
 from alphaflow_cli.remote.faults import HubFault, NoConnection, NotThere, hub_faults
 
 MODEL = "model.safetensors"
 AUTOENCODER = "autoencoder"  # the folder of one that is none of the Hub's
-CONFIG = "config.json"
-OURS = (MODEL, CONFIG, "recipe.yaml", "README.md", "results.json", "samples.png", "alpha.png", AUTOENCODER)
+CONFIG_FILE = "config.json"
+OURS = (MODEL, CONFIG_FILE, "recipe.yaml", "README.md", "results.json", "samples.png", "alpha.png", AUTOENCODER)
+FOR_SAMPLING = [CONFIG_FILE, "recipe.yaml", f"{AUTOENCODER}/*"]  # beside the weights, enough to sample
+PUBLISHED_FILES = [MODEL, *FOR_SAMPLING, "README.md", "results.json", "samples.png", "alpha.png"]
+FIRST_ANSWER = 20.0  # seconds for the first answer of the Hub
 OUR_CONFIG = Table(
     {"model_type": Text(one_of=("alphaflow",)), "format": Text(100, form="alphaflow/.+")}, others=Anything()
 )
@@ -39,7 +44,7 @@ def prepare_folder(folder: Path, *, also: Iterable[str] = ()) -> None:
     except OSError as fault:
         raise AlphaflowError(f"{folder}: cannot be made a folder ({fault.strerror}). Give another.") from fault
     foreign = sorted(names - {*OURS, *also})
-    if names and (foreign or not is_published(folder / CONFIG)):
+    if names and (foreign or not is_published(folder / CONFIG_FILE)):
         raise AlphaflowError(
             f"{folder}: holds {', '.join((foreign or sorted(names))[:3])}, not only what a push or pull wrote. "
             "Nothing was overwritten; give a new or an empty folder."
@@ -63,11 +68,6 @@ def is_published(config: Path) -> bool:
     return True
 
 
-NEEDED = ["config.json", "recipe.yaml", "autoencoder/*"]  # beside the weights, enough to sample
-PATIENCE = 20.0  # seconds for the first answer
-PUBLISHED = [MODEL, *NEEDED, "README.md", "results.json", "samples.png", "alpha.png"]
-
-
 @dataclass(frozen=True)
 class Pulled:
     """A repository's files at one commit, in the cache or copied out of it."""
@@ -79,35 +79,37 @@ class Pulled:
 
 def resolve_checkpoint(address: str) -> Path:
     """The checkpoint's file: a path as it is, a repository's weights from the cache or the Hub; the commit is said."""
-    found = parse_address(address)
-    if isinstance(found, Path):
-        return found
-    name = found.file or MODEL
+    place = parse_address(address)
+    if isinstance(place, Path):
+        return place
+    name = place.file or MODEL
     with _perhaps_a_path(address):
-        pulled = _fetch(found, [name, *NEEDED], wanted=name)
+        pulled = fetch(place, [name, *FOR_SAMPLING], wanted=name)
     print(f"{pulled.repo}@{pulled.commit}", file=sys.stderr)
     return pulled.folder / name
 
 
 def resolve_file(address: str) -> Path:
     """One file: a path as it is, or hf://user/repo/file (user/repo:file) downloaded."""
-    found = parse_address(address)
-    if isinstance(found, Path):
-        return found
-    if not found.file:
-        raise AlphaflowError(f"{address}: say which file of the repository: hf://{found.id}/FILE")
+    place = parse_address(address)
+    if isinstance(place, Path):
+        return place
+    if not place.file:
+        raise AlphaflowError(f"{address}: say which file of the repository: hf://{place.id}/FILE")
     with _perhaps_a_path(address):
-        return _fetch(found, [found.file], wanted=found.file).folder / found.file
+        return fetch(place, [place.file], wanted=place.file).folder / place.file
 
 
 def pull(address: str, out: Path | None) -> Pulled:
     """A published model, into the cache; with `out` a copy of it there."""
-    found = parse_address(address)
-    if isinstance(found, Path):
+    place = parse_address(address)
+    if isinstance(place, Path):
         raise AlphaflowError(f"{address}: not a repository. The form is user/repo or user/repo@revision.")
     if out is not None:
-        prepare_folder(out, also=[found.file.split("/")[0]] if found.file else [])
-    pulled = _fetch(found, PUBLISHED if not found.file else [found.file, *NEEDED], wanted=found.file or MODEL)
+        prepare_folder(out, also=[place.file.split("/")[0]] if place.file else [])
+    pulled = fetch(
+        place, PUBLISHED_FILES if not place.file else [place.file, *FOR_SAMPLING], wanted=place.file or MODEL
+    )
     if out is None:
         return pulled
     _copy(pulled.folder, out)
@@ -118,7 +120,7 @@ def _copy(folder: Path, out: Path) -> None:
     """config.json first: by it a copy that broke off is known as one."""
     names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
     remove_stale(out, names)
-    for name in sorted(names, key=lambda name: (name != CONFIG, name)):
+    for name in sorted(names, key=lambda name: (name != CONFIG_FILE, name)):
         target = out / name
         partial = target.with_name(f".{target.name}.part")
         try:
@@ -140,8 +142,8 @@ def _perhaps_a_path(address: str) -> Iterator[None]:
         raise HubFault(address, f"no such folder here, and {fault.why}") from fault
 
 
-def _fetch(repo: Repo, patterns: list[str], *, wanted: str) -> Pulled:
-    """The files that match, at one commit, verified."""
+def fetch(repo: Repo, patterns: list[str], *, wanted: str) -> Pulled:
+    """The files that match, at one commit, each compared with the Hub's checksum; `wanted` must be among them."""
     folder = _download(repo, patterns)
     damaged = [path.name for path in sorted(folder.rglob("*")) if path.is_file() and not _is_whole(path)]
     if damaged:
@@ -166,7 +168,7 @@ def _download(repo: Repo, patterns: list[str]) -> Path:
         kept = _kept(repo, patterns)
         if kept is None:
             raise
-        print(f"{repo}: {fault.said}; using the cache, commit {kept.name}", file=sys.stderr)
+        print(f"{repo}: {fault.summary}; using the cache, commit {kept.name}", file=sys.stderr)
         return kept
 
 
@@ -175,7 +177,7 @@ def _commit(repo: Repo) -> str | None:
     from huggingface_hub.errors import OfflineModeIsEnabled
 
     try:
-        return str(hub_api().repo_info(repo.id, revision=repo.revision, timeout=PATIENCE).sha)
+        return str(hub_api().repo_info(repo.id, revision=repo.revision, timeout=FIRST_ANSWER).sha)
     except OfflineModeIsEnabled:
         return None
 
@@ -189,7 +191,7 @@ def _snapshot(repo: Repo, revision: str | None, patterns: list[str], *, cached: 
 
 
 def _kept(repo: Repo, patterns: list[str]) -> Path | None:
-    """The cache's copy, if there is one."""
+    """The copy that the cache keeps of these files, or None where it lacks one of them."""
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
@@ -199,7 +201,7 @@ def _kept(repo: Repo, patterns: list[str]) -> Path | None:
 
 
 def _others(repo: Repo, commit: str) -> str:
-    """What the repository has instead."""
+    """What the repository has instead of the file that was wanted, for the end of a message."""
     with hub_faults(str(repo)):
         files = [name for name in hub_api().list_repo_files(repo.id, revision=commit) if not name.startswith(".")]
     foreign = [name for name in files if name.endswith((".pt", ".pth", ".ckpt"))]

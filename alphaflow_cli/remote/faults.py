@@ -1,6 +1,7 @@
-"""What can go wrong with the Hub, each in one line: what, where, what to do. For huggingface_hub 1.33 and 2.x.
+"""What the Hub may answer, and what can go wrong with it, each in one line: what, where, what to do.
 
-What the Hub's answers look like: each is checked before the client reads it, and reduced to what is used of it.
+The shape of every answer is declared here: the client checks it before anything reads it, and keeps only what is used.
+Errors are those of huggingface_hub 1.33 and 2.x.
 """
 
 import contextlib
@@ -13,8 +14,63 @@ from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.text import for_terminal
 
 LOGIN = "Log in with: hf auth login (or set HF_TOKEN)"
-AGAIN = "Run the same command again"
-SENDING = f"{AGAIN}: what was sent is not sent twice"
+RETRY = "Run the same command again"
+SENDING = f"{RETRY}: what was sent is not sent twice"
+COMMIT = r"[0-9a-f]{40}"
+CHECKSUM = r"[0-9a-f]{40}|[0-9a-f]{64}"  # git's sha1 of a small file, sha256 of a large one
+FILE = r"(?!/)(?!(?:.*/)?\.{1,2}(?:/|$))[^\x00-\x1f\x7f\ud800-\udfff]+"  # a path that stays inside its folder
+HUB_NAME = r"[\w.-]{1,96}"
+WEB_ADDRESS = r"https?://[^\s\x00-\x1f\x7f\ud800-\udfff]+"
+REPOSITORY = rf"{WEB_ADDRESS}/{HUB_NAME}/{HUB_NAME}"
+
+OPEN = Anything()  # keys that nobody reads: allowed, and left out
+FILE_SIZE = Whole(0)
+INFO = Table(
+    {"id": Text(200, form=rf"(?:{HUB_NAME}/)?{HUB_NAME}"), "sha": Text(form=COMMIT)},
+    {"private": Maybe(Flag()), "siblings": Maybe(ListOf(Table({"rfilename": Text(1000, form=FILE)}, others=OPEN)))},
+    OPEN,
+)
+LARGE_FILE = Table({"oid": Text(form=CHECKSUM), "size": FILE_SIZE, "pointerSize": FILE_SIZE}, others=OPEN)
+ENTRY = Table(
+    {
+        "type": Text(20, one_of=("file", "directory")),
+        "path": Text(1000, form=FILE),
+        "oid": Text(form=CHECKSUM),
+        "size": FILE_SIZE,
+    },
+    {"lfs": Maybe(LARGE_FILE), "xetHash": Maybe(Text(form=CHECKSUM))},
+    OPEN,
+)
+ACTION = Table({"href": Text(form=WEB_ADDRESS)}, {"header": Maybe(Table(others=Text()))}, OPEN)
+LFS_OBJECT = Table(
+    {"oid": Text(form=CHECKSUM), "size": FILE_SIZE},
+    {
+        "actions": Maybe(Table(optional={"upload": Maybe(ACTION), "verify": Maybe(ACTION)}, others=OPEN)),
+        "error": Maybe(Table({"code": Whole(), "message": Text()}, others=OPEN)),
+    },
+    OPEN,
+)
+UPLOAD = Table(
+    {"path": Text(1000, form=FILE), "uploadMode": Text(one_of=("lfs", "regular"))},
+    {"shouldIgnore": Flag(), "oid": Maybe(Text(form=CHECKSUM))},
+    OPEN,
+)
+ISSUES = ListOf(Table({"message": Text()}, others=OPEN))
+COMMITTED = Table(
+    {"commitUrl": Text(1000, form=rf"{REPOSITORY}/commit/\w+"), "commitOid": Text(form=COMMIT)},
+    {"pullRequestUrl": Maybe(Text(1000, form=rf"{REPOSITORY}/discussions/\d+"))},
+    OPEN,
+)
+ANSWERS: tuple[tuple[str, str, Shape], ...] = (  # method, end of the path, what is answered; the first that matches
+    ("GET", "/api/whoami-v2", Table({"name": Text(form=HUB_NAME)}, others=OPEN)),
+    ("POST", "/api/repos/create", Table({"url": Text(1000, form=REPOSITORY)}, others=OPEN)),
+    ("POST", "/api/validate-yaml", Table(optional={"errors": ISSUES, "warnings": ISSUES}, others=OPEN)),
+    ("POST", "/api/models/.+/preupload/.+", Table({"files": ListOf(UPLOAD)}, others=OPEN)),
+    ("POST", "/api/models/.+/commit/.+", COMMITTED),
+    ("POST", "/info/lfs/objects/batch", Table({"objects": ListOf(LFS_OBJECT)}, {"transfer": Text(100)}, OPEN)),
+    ("GET", "/api/(?:models|datasets)/.+/tree/.+", ListOf(ENTRY)),
+    ("GET", "/api/(?:models|datasets)/[^/]+(?:/[^/]+)?(?:/revision/.+)?", INFO),
+)
 
 
 class HubFault(AlphaflowError):
@@ -40,13 +96,13 @@ class NotThere(HubFault):
 class NoConnection(HubFault):
     """Nobody answered, as opposed to: the Hub refused."""
 
-    said = "no connection to the Hub"
+    summary = "no connection to the Hub"
 
 
 class InTrouble(NoConnection):
     """Somebody answered that the Hub does not work now."""
 
-    said = "the Hub is in trouble"
+    summary = "the Hub is in trouble"
 
 
 @contextlib.contextmanager
@@ -55,7 +111,7 @@ def hub_faults(what: str, *, sending: bool = False) -> Iterator[None]:
     from huggingface_hub import errors
 
     network: type[Exception] = errors.HfHubHTTPError.__mro__[1]  # HTTPError of httpx, or of httpx2: the client's own
-    again = SENDING if sending else AGAIN
+    again = SENDING if sending else RETRY
     try:
         yield
     except TooSlow as fault:
@@ -114,15 +170,15 @@ def _answer(fault: Exception, again: str) -> str:
         return (
             f"no such repository on the Hub, or it is private and your token may not see it (HTTP {status}). {LOGIN}."
         )
-    said = {
+    by_status = {
         401: f"the Hub does not accept the token (HTTP 401). {LOGIN}.",
         403: "your token has no right to do this (HTTP 403). Use a token with write access, or offer it with --pr.",
         409: f"somebody else changed it at the same moment (HTTP 409). {again}.",
         413: "the Hub refuses files of this size (HTTP 413).",
         429: f"too many requests (HTTP 429){_patience(fault)}. {again}.",
     }
-    if status in said:
-        return said[status]
+    if status in by_status:
+        return by_status[status]
     if status is not None and status >= 500:
         return f"the Hub is in trouble (HTTP {status}). {again}."
     return f"the Hub answers {status or 'nothing'}: {_one_line(fault)}"
@@ -151,66 +207,9 @@ def _one_line(fault: BaseException) -> str:
     return (for_terminal(lines[0], limit=300) if lines else type(fault).__name__).rstrip(".")
 
 
-COMMIT = r"[0-9a-f]{40}"
-CHECKSUM = r"[0-9a-f]{40}|[0-9a-f]{64}"  # git's sha1 of a small file, sha256 of a large one
-FILE = r"(?!/)(?!(?:.*/)?\.{1,2}(?:/|$))[^\x00-\x1f\x7f\ud800-\udfff]+"  # a path that stays inside its folder
-NAME = r"[\w.-]{1,96}"
-ADDRESS = r"https?://[^\s\x00-\x1f\x7f\ud800-\udfff]+"
-REPOSITORY = rf"{ADDRESS}/{NAME}/{NAME}"
-
-OPEN = Anything()  # keys that nobody reads: allowed, and left out
-SIZE = Whole(0)
-INFO = Table(
-    {"id": Text(200, form=rf"(?:{NAME}/)?{NAME}"), "sha": Text(form=COMMIT)},
-    {"private": Maybe(Flag()), "siblings": Maybe(ListOf(Table({"rfilename": Text(1000, form=FILE)}, others=OPEN)))},
-    OPEN,
-)
-LARGE = Table({"oid": Text(form=CHECKSUM), "size": SIZE, "pointerSize": SIZE}, others=OPEN)
-ENTRY = Table(
-    {
-        "type": Text(20, one_of=("file", "directory")),
-        "path": Text(1000, form=FILE),
-        "oid": Text(form=CHECKSUM),
-        "size": SIZE,
-    },
-    {"lfs": Maybe(LARGE), "xetHash": Maybe(Text(form=CHECKSUM))},
-    OPEN,
-)
-ACTION = Table({"href": Text(form=ADDRESS)}, {"header": Maybe(Table(others=Text()))}, OPEN)
-LFS_OBJECT = Table(
-    {"oid": Text(form=CHECKSUM), "size": SIZE},
-    {
-        "actions": Maybe(Table(optional={"upload": Maybe(ACTION), "verify": Maybe(ACTION)}, others=OPEN)),
-        "error": Maybe(Table({"code": Whole(), "message": Text()}, others=OPEN)),
-    },
-    OPEN,
-)
-UPLOAD = Table(
-    {"path": Text(1000, form=FILE), "uploadMode": Text(one_of=("lfs", "regular"))},
-    {"shouldIgnore": Flag(), "oid": Maybe(Text(form=CHECKSUM))},
-    OPEN,
-)
-ISSUES = ListOf(Table({"message": Text()}, others=OPEN))
-COMMITTED = Table(
-    {"commitUrl": Text(1000, form=rf"{REPOSITORY}/commit/\w+"), "commitOid": Text(form=COMMIT)},
-    {"pullRequestUrl": Maybe(Text(1000, form=rf"{REPOSITORY}/discussions/\d+"))},
-    OPEN,
-)
-SHAPES: tuple[tuple[str, str, Shape], ...] = (  # method, end of the path, what is answered; the first that matches
-    ("GET", "/api/whoami-v2", Table({"name": Text(form=NAME)}, others=OPEN)),
-    ("POST", "/api/repos/create", Table({"url": Text(1000, form=REPOSITORY)}, others=OPEN)),
-    ("POST", "/api/validate-yaml", Table(optional={"errors": ISSUES, "warnings": ISSUES}, others=OPEN)),
-    ("POST", "/api/models/.+/preupload/.+", Table({"files": ListOf(UPLOAD)}, others=OPEN)),
-    ("POST", "/api/models/.+/commit/.+", COMMITTED),
-    ("POST", "/info/lfs/objects/batch", Table({"objects": ListOf(LFS_OBJECT)}, {"transfer": Text(100)}, OPEN)),
-    ("GET", "/api/(?:models|datasets)/.+/tree/.+", ListOf(ENTRY)),
-    ("GET", "/api/(?:models|datasets)/[^/]+(?:/[^/]+)?(?:/revision/.+)?", INFO),
-)
-
-
 def shape_of(method: str, path: str) -> Shape | None:
     """What a request is answered with; None: nothing that is read here."""
-    return next((shape for verb, end, shape in SHAPES if verb == method and re.fullmatch(f".*{end}", path)), None)
+    return next((shape for verb, end, shape in ANSWERS if verb == method and re.fullmatch(f".*{end}", path)), None)
 
 
 def read_answer(data: bytes, shape: Shape, *, limit: int) -> Any:

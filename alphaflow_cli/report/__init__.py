@@ -1,1 +1,1 @@
-"""Pictures: line charts as SVG and PNG from one description. Plain numbers in, no torch."""
+"""`report`: one HTML page of a run folder."""

@@ -1,8 +1,7 @@
 """The run page: one HTML file that needs nothing else. Plain values in, text out; everything shown is escaped.
 
-The look of the run page: one style sheet and the slider's script, both inside the page.
-
-Pictures inside a page: as WebP in a data address, small enough together for a page that can be mailed.
+Its style sheet and the slider's script stand inside the page, and the sample grids as WebP in data addresses, small
+enough together for a page that can be mailed.
 """
 
 import base64
@@ -22,13 +21,17 @@ from alphaflow_cli.errors import blamed_on
 
 NARROW = 380  # pixels: a chart for a telephone
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"  # no network
+BUDGET = 3_000_000  # bytes of all pictures together; base64 makes a third more of them
+MOST_GRIDS = 40  # steps on the slider; of more, evenly spread ones and the last
+ATTEMPTS = ((1200, 82), (1000, 70), (800, 55), (640, 40))  # (largest width in pixels, quality)
 
-Rows = Sequence[Sequence[str]]
+TableRows = Sequence[Sequence[str]]
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
 class Score:
-    """One number with its protocol."""
+    """One number of the run and its protocol, as the page shows them."""
 
     name: str
     nfe: str
@@ -38,27 +41,27 @@ class Score:
 
 @dataclass(frozen=True)
 class RunPage:
-    """What the page tells. Empty parts are left out, or say how to fill them."""
+    """What the page shows. A part that is empty is left out, or names the command that fills it."""
 
     name: str
     status: str
     made_by: str
-    facts: Rows  # (what, in words)
+    facts: TableRows  # (what, in words)
     plan: Chart
     curves: Chart | None
     conflict: Sequence[Chart] = ()
-    conflict_rows: Rows = ()
+    conflict_rows: TableRows = ()
     samples: Sequence[tuple[str, str]] = ()  # (step name, data address)
     scores: Sequence[Score] = ()
     compared_with: str = ""
-    changes: Rows = ()  # (field, there, here)
+    changes: TableRows = ()  # (field, there, here)
     recipe: str = ""
-    environment: Rows = ()
+    environment: TableRows = ()
     commands: Sequence[str] = ()
 
 
 def run_page(page: RunPage) -> str:
-    """The whole document."""
+    """Write the whole HTML document."""
     sections = [
         ("run", "The run", html_table(page.facts, style="facts")),
         ("alpha", "Alpha and its phases", drawn(page.plan)),
@@ -83,13 +86,13 @@ def run_page(page: RunPage) -> str:
 
 
 def drawn(chart: Chart) -> str:
-    """Twice: for a wide window and for a narrow one; the style sheet shows one of them."""
+    """Draw a chart twice, for a wide and for a narrow window; the style sheet shows one of them."""
     narrow = replace(chart, width=NARROW)
     return f'<div class="wide">{to_svg_element(chart)}</div><div class="narrow">{to_svg_element(narrow)}</div>'
 
 
-def html_table(rows: Rows, *, head: Sequence[str] = (), numbers: Sequence[int] = (), style: str = "") -> str:
-    """`numbers`: columns that stand to the right."""
+def html_table(rows: TableRows, *, head: Sequence[str] = (), numbers: Sequence[int] = (), style: str = "") -> str:
+    """Write a table; the columns numbered in `numbers` stand to the right."""
     kinds = [' class="number"' if i in numbers else "" for i in range(max(map(len, rows), default=0))]
     top = "".join(f"<th{kind}>{escape(cell)}</th>" for cell, kind in zip(head, kinds, strict=False))
     lines = ["".join(f"<td{kind}>{escape(cell)}</td>" for cell, kind in zip(row, kinds, strict=False)) for row in rows]
@@ -100,25 +103,25 @@ def html_table(rows: Rows, *, head: Sequence[str] = (), numbers: Sequence[int] =
 
 
 def note(text: str) -> str:
-    """A paragraph beside the figures."""
+    """Write a paragraph beside the figures."""
     return f'<p class="note">{escape(text)}</p>'
 
 
 def _curves(page: RunPage) -> str:
     if page.curves is None:
         return note("metrics.jsonl has no row yet.")
-    told = (
+    caption = (
         "All losses are unweighted means over the rows since the last point: the weighted loss is near 1 by "
         "construction. TC is L_TC at α = 0; before, it is that of α's own target, so it jumps there. "
         "Shaded: the phases of α."
     )
-    return drawn(page.curves) + note(told)
+    return drawn(page.curves) + note(caption)
 
 
 def _conflict(page: RunPage) -> str:
     if not page.conflict and not page.conflict_rows:
         return note("Not recorded. While training: train.conflict_every; afterwards: alphaflow analyze RUN.")
-    told = (
+    caption = (
         "Cosines between the gradients of the objective's two halves (TFM: trajectory flow matching, TC: trajectory "
         "consistency) and of the border case r = t (FM') on the same rows. Below zero, one half undoes the other. "
         "Gradient over α: the weighted gradient of the r < t rows against MeanFlow's, its size and its direction."
@@ -128,7 +131,7 @@ def _conflict(page: RunPage) -> str:
         if page.conflict_rows
         else ""
     )
-    return note(told) + "".join(drawn(chart) for chart in page.conflict) + rows
+    return note(caption) + "".join(drawn(chart) for chart in page.conflict) + rows
 
 
 def _samples(page: RunPage) -> str:
@@ -149,7 +152,7 @@ def _samples(page: RunPage) -> str:
 
 
 def step_words(name: str) -> str:
-    """`step-00001000` → `step 1,000`."""
+    """The name of a grid for people: `step-00001000` → `step 1,000`."""
     number = name.removeprefix("step-")
     return f"step {int(number):,}" if number.isdecimal() else name
 
@@ -158,8 +161,8 @@ def _scores(page: RunPage) -> str:
     if not page.scores:
         return note("Not measured. Run: alphaflow eval RUN --reference REFERENCE")
     rows = [(score.name, score.nfe, score.value, score.protocol) for score in page.scores]
-    told = "Two numbers may be compared only where their protocols are the same."
-    return html_table(rows, head=("score", "NFE", "value", "protocol"), numbers=(1, 2)) + note(told)
+    caption = "Two numbers may be compared only where their protocols are the same."
+    return html_table(rows, head=("score", "NFE", "value", "protocol"), numbers=(1, 2)) + note(caption)
 
 
 def _recipe(page: RunPage) -> str:
@@ -168,6 +171,44 @@ def _recipe(page: RunPage) -> str:
         return note(f"No difference from {page.compared_with}.") + whole
     head = ("field", page.compared_with, "this run")
     return note(f"Where it differs from {page.compared_with}:") + html_table(page.changes, head=head) + whole
+
+
+def embed(paths: Sequence[Path], budget: int = BUDGET) -> list[tuple[str, str]]:
+    """Step name and data address of evenly spread sample grids, in the best quality that `budget` bytes allow."""
+    chosen = spread_over(paths, MOST_GRIDS)
+    for width, quality in ATTEMPTS:
+        encoded = [to_webp(path, width, quality) for path in chosen]
+        if sum(map(len, encoded)) <= budget:
+            break
+    else:
+        room = budget // max(map(len, encoded), default=1)
+        keep = spread_over(range(len(chosen)), max(1, room))
+        chosen, encoded = [chosen[i] for i in keep], [encoded[i] for i in keep]
+    return [(path.stem, data_address(data)) for path, data in zip(chosen, encoded, strict=True)]
+
+
+def spread_over(items: Sequence[Item], most: int) -> list[Item]:
+    """Choose at most `most` of the items, evenly spread, the last one always."""
+    if len(items) <= most:
+        return list(items)
+    first = len(items) - 1
+    return [items[first - round(i * first / max(most - 1, 1))] for i in reversed(range(most))]
+
+
+def to_webp(path: Path, width: int, quality: int) -> bytes:
+    """Encode a picture as WebP, at most `width` pixels wide."""
+    with blamed_on(path, "a PNG picture", Image.DecompressionBombError), open_picture(path) as image:
+        picture = image.convert("RGB")
+    if picture.width > width:
+        picture = picture.resize((width, round(picture.height * width / picture.width)), Image.Resampling.LANCZOS)
+    out = io.BytesIO()
+    picture.save(out, "WEBP", quality=quality, method=4)
+    return out.getvalue()
+
+
+def data_address(data: bytes) -> str:
+    """Write an encoded picture as an address for <img src>."""
+    return "data:image/webp;base64," + base64.b64encode(data).decode()
 
 
 CSS = """
@@ -222,49 +263,3 @@ if (slider) {
   show();
 }
 """
-
-
-BUDGET = 3_000_000  # bytes of all pictures together; base64 makes a third more of them
-MOST = 40  # steps on the slider; of more, evenly spread ones and the last
-ATTEMPTS = ((1200, 82), (1000, 70), (800, 55), (640, 40))  # (largest width in pixels, quality)
-
-
-Item = TypeVar("Item")
-
-
-def embed(paths: Sequence[Path], budget: int = BUDGET) -> list[tuple[str, str]]:
-    """(step name, data address) of evenly spread sample grids, in the best quality that the budget allows."""
-    chosen = spread_over(paths, MOST)
-    for width, quality in ATTEMPTS:
-        encoded = [to_webp(path, width, quality) for path in chosen]
-        if sum(map(len, encoded)) <= budget:
-            break
-    else:
-        room = budget // max(map(len, encoded), default=1)
-        keep = spread_over(range(len(chosen)), max(1, room))
-        chosen, encoded = [chosen[i] for i in keep], [encoded[i] for i in keep]
-    return [(path.stem, data_address(data)) for path, data in zip(chosen, encoded, strict=True)]
-
-
-def spread_over(items: Sequence[Item], most: int) -> list[Item]:
-    """At most so many, evenly spread, the last one always."""
-    if len(items) <= most:
-        return list(items)
-    first = len(items) - 1
-    return [items[first - round(i * first / max(most - 1, 1))] for i in reversed(range(most))]
-
-
-def to_webp(path: Path, width: int, quality: int) -> bytes:
-    """At most so wide."""
-    with blamed_on(path, "a PNG picture", Image.DecompressionBombError), open_picture(path) as image:
-        picture = image.convert("RGB")
-    if picture.width > width:
-        picture = picture.resize((width, round(picture.height * width / picture.width)), Image.Resampling.LANCZOS)
-    out = io.BytesIO()
-    picture.save(out, "WEBP", quality=quality, method=4)
-    return out.getvalue()
-
-
-def data_address(data: bytes) -> str:
-    """For an <img src>."""
-    return "data:image/webp;base64," + base64.b64encode(data).decode()

@@ -1,10 +1,6 @@
-"""What a run folder has to tell, gathered for its page: recipe, curves, conflict, samples, scores, environment.
+"""What a run folder holds, read and checked for its page: recipe, curves, conflict, samples, scores, environment.
 
-What a reader types to make a run again, for its page.
-
-The conflict on a run's page: what training recorded, and what `alphaflow analyze` found.
-
-The rows of a run's results.json for its page.
+The page also shows what a reader types to make the run again.
 """
 
 from collections.abc import Sequence
@@ -12,12 +8,12 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
-from alphaflow_cli.analyze.summary import NAMES, SIZES, bins_chart, sizes_chart, steps_chart
+from alphaflow_cli.analyze.summary import PAIR_NAMES, SIZES, bins_chart, sizes_chart, steps_chart
 from alphaflow_cli.charts import chart
 from alphaflow_cli.charts.chart import Chart
 from alphaflow_cli.documents import Anything, ListOf, Maybe, Number, Table, Text, Whole, check_shape, read_json
 from alphaflow_cli.errors import AlphaflowError, blamed_on
-from alphaflow_cli.evaluate.results import FeatureSpace, Row, read_results, told_value
+from alphaflow_cli.evaluate.results import Row, read_results, row_of, value_text
 from alphaflow_cli.files import read_document, sha256_of, write_whole
 from alphaflow_cli.model.checkpoint import read_origin
 from alphaflow_cli.recipe import diff_recipes, load_recipe, recipe_from_text, shipped
@@ -51,7 +47,7 @@ COSINE_LINES = (
 NORMS = (("norm_tfm", "TFM", chart.BLUE), ("norm_tc", "TC", chart.RED), ("norm_fm", "FM'", chart.GREEN))
 NUMBER = Maybe(Number(-1e200, 1e200))  # more than any float32 squared; an axis can still be laid over it
 DRAWN = [name for _, fields in CURVES for name, _, _ in fields]
-ROW = Table(
+JOURNAL_ROW = Table(
     {"step": Whole(0, 10**12), "images_seen": Whole(0)},
     {
         **dict.fromkeys([*DRAWN, "seconds_per_step", "memory_gb"], NUMBER),
@@ -61,10 +57,30 @@ ROW = Table(
     },
     others=Anything(),
 )
+SPREAD = Table(dict.fromkeys(("p5", "p50", "p95"), Maybe(Number(-1e200, 1e200))), others=Anything())
+COSINES = Table(dict.fromkeys(PAIR_NAMES, SPREAD), others=Anything())
+ALPHA_SIZE = Table({"alpha": Number(0, 1), "size": SPREAD, "cosine": SPREAD}, others=Anything())
+SUMMARY = Table(
+    {
+        "step": Maybe(Whole(0)),
+        "recipe": Text(1000),
+        "batches": Whole(0),
+        "rows_per_batch": Whole(0),
+        "cosines": COSINES,
+        "bins": ListOf(
+            Table({"from": Number(0, 1), "to": Number(0, 1), "cosines": COSINES}, others=Anything()), most=1000
+        ),
+        "sizes": Table(optional=dict.fromkeys(SIZES, ListOf(ALPHA_SIZE, most=1000)), others=Anything()),
+    },
+    others=Anything(),
+)
+CONFLICT = Table({"checkpoints": ListOf(SUMMARY, least=1, most=10_000)}, others=Anything())
+
+Cells = list[tuple[str, ...]]  # lines of a table
 
 
 def write_report(run: Path, out: Path) -> Path:
-    """The page of a run folder."""
+    """Write the page of a run folder; returns its path."""
     if not out.name or out.is_dir():
         raise AlphaflowError(f"{out}: is a folder. Name the page's file, such as {out / 'report.html'}")
     text = run_page(page_of(run))
@@ -73,7 +89,7 @@ def write_report(run: Path, out: Path) -> Path:
 
 
 def page_of(run: Path) -> RunPage:
-    """Everything there is; what is missing is said on the page."""
+    """Read everything that the run folder has; the page names what it has not."""
     path = run / "recipe.yaml"
     if not path.exists():
         raise AlphaflowError(
@@ -84,7 +100,7 @@ def page_of(run: Path) -> RunPage:
     origin, digest = origin_of(run), weights_digest(run)
     compared, other = counterpart(recipe)
     changes = [(name, shown(there), shown(here)) for name, there, here in diff_recipes(other, recipe) if name != "name"]
-    conflict, told = conflict_of(run, recipe, rows)
+    conflict, percentiles = conflict_of(run, recipe, rows)
     return RunPage(
         name=recipe.name or run.name,
         status=status_of(recipe, rows, origin),
@@ -93,7 +109,7 @@ def page_of(run: Path) -> RunPage:
         plan=recipe_chart(recipe),
         curves=curves_of(recipe, rows),
         conflict=conflict,
-        conflict_rows=told,
+        conflict_rows=percentiles,
         samples=embed(sorted(path for path in (run / "samples").glob("step-*.png") if path.is_file())),
         scores=scores_of(run / "results.json", digest),
         compared_with=compared,
@@ -105,15 +121,15 @@ def page_of(run: Path) -> RunPage:
 
 
 def checked_rows(path: Path) -> list[dict[str, Any]]:
-    """The journal, as far as it is drawn."""
+    """Read the journal; a row whose drawn fields are no numbers is refused."""
     rows = read_rows(path)
     for row in rows:
-        check_shape(row, f"{path}: the row of step {row['step']}", ROW)
+        check_shape(row, f"{path}: the row of step {row['step']}", JOURNAL_ROW)
     return rows
 
 
 def status_of(recipe: Recipe, rows: Sequence[dict[str, Any]], origin: dict[str, Any]) -> str:
-    """How far it is; a fetched model comes without a journal."""
+    """How far the run is, in words; a fetched model comes without a journal."""
     if not rows and isinstance(origin.get("step"), int):
         return f"checkpoint of step {origin['step']:,}; no journal here"
     if not rows:
@@ -124,14 +140,14 @@ def status_of(recipe: Recipe, rows: Sequence[dict[str, Any]], origin: dict[str, 
 
 
 def counterpart(recipe: Recipe) -> tuple[str, Recipe]:
-    """The shipped recipe of this name, else the schema's defaults."""
+    """What a recipe is compared with: the shipped recipe of its name, else the schema's defaults."""
     if recipe.name in shipped():
         return f"the shipped recipe {recipe.name}", load_recipe(recipe.name)
     return "the defaults", Recipe()
 
 
 def curves_of(recipe: Recipe, rows: Sequence[dict[str, Any]]) -> chart.Chart | None:
-    """Losses, gradient and speed over the steps."""
+    """Draw losses, gradient and speed over the steps; None before the first row."""
     if not rows:
         return None
     panels = [
@@ -144,34 +160,32 @@ def curves_of(recipe: Recipe, rows: Sequence[dict[str, Any]]) -> chart.Chart | N
 def over_steps(
     recipe: Recipe, rows: Sequence[dict[str, Any]], title: str, panels: Sequence[chart.Panel]
 ) -> chart.Chart:
-    """A chart over the run so far, its phases shaded."""
+    """Draw panels over the run so far, the phases of alpha shaded."""
     last = max(rows[-1]["step"], 1)
     bands = [chart.Band(p.first, min(p.until, last), *BANDS[p.kind]) for p in phases(recipe) if p.first < last]
     return chart.Chart(title=title, panels=panels, x_label="step", bands=bands, x_range=(0, last))
 
 
 def line(rows: Sequence[dict[str, Any]], name: str, label: str, colour: str) -> chart.Line:
-    """A field of the journal; rows without it are left out."""
+    """Draw a field of the journal as a line; rows without it are left out."""
     points = [(float(row["step"]), float(row[name])) for row in rows if row.get(name) is not None]
     return chart.Line(label, spread_over(points, JOURNAL_POINTS), colour, markers=len(points) < 3)
 
 
-def conflict_of(
-    run: Path, recipe: Recipe, rows: Sequence[dict[str, Any]]
-) -> tuple[list[chart.Chart], list[tuple[str, ...]]]:
-    """What training recorded, and what `alphaflow analyze` found."""
+def conflict_of(run: Path, recipe: Recipe, rows: Sequence[dict[str, Any]]) -> tuple[list[chart.Chart], Cells]:
+    """Charts of the conflict that training recorded and `alphaflow analyze` measured, and the latter's percentiles."""
     charts = []
     recorded = [{"step": row["step"], **row["conflict"]} for row in rows if row.get("conflict")]
     if recorded:
         cosines = chart.Panel("cosines", [line(recorded, *each) for each in COSINE_LINES], (-1, 1))
         norms = chart.Panel("norms", [line(recorded, *each) for each in NORMS], log_y=True)
         charts.append(over_steps(recipe, recorded, "Recorded while training", [cosines, norms]))
-    analysed, told = analysis_of(run)
-    return charts + analysed, told
+    analysed, percentiles = analysis_of(run)
+    return charts + analysed, percentiles
 
 
 def origin_of(run: Path) -> dict[str, Any]:
-    """What the newest checkpoint says of itself."""
+    """What the newest checkpoint records of itself; empty where there is none."""
     from safetensors import SafetensorError, safe_open
 
     path = run / "model.safetensors"
@@ -189,21 +203,21 @@ def weights_digest(run: Path) -> str:
 
 
 def environment_of(origin: dict[str, Any], digest: str, rows: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
-    """Versions, weights, speed."""
-    found = [(name, str(number)) for name, number in (origin.get("versions") or {}).items()]
+    """The lines of the page's environment: versions, weights, speed, memory."""
+    entries = [(name, str(number)) for name, number in (origin.get("versions") or {}).items()]
     if origin:
-        found.append(("checkpoint", f"step {origin.get('step')}, {origin.get('weights')} weights"))
-        found.append(("its sha256", digest))
-        found.append(("autoencoder", str((origin.get("autoencoder") or {}).get("id", ""))))
+        entries.append(("checkpoint", f"step {origin.get('step')}, {origin.get('weights')} weights"))
+        entries.append(("its sha256", digest))
+        entries.append(("autoencoder", str((origin.get("autoencoder") or {}).get("id", ""))))
     speeds = [row["seconds_per_step"] for row in rows if row.get("seconds_per_step")]
     if speeds:
-        found.append(("seconds per step", f"{sorted(speeds)[len(speeds) // 2]:.4g} (median)"))
+        entries.append(("seconds per step", f"{sorted(speeds)[len(speeds) // 2]:.4g} (median)"))
     memory = [row["memory_gb"] for row in rows if row.get("memory_gb")]
-    return found + ([("device memory", f"{max(memory):.4g} GB")] if memory else [])
+    return entries + ([("device memory", f"{max(memory):.4g} GB")] if memory else [])
 
 
 def commands_of(recipe: Recipe, run: Path, changes: Sequence[tuple[str, Any, Any]], init_from: str) -> list[str]:
-    """Prepare, train, look, measure; `changes`: (field, there, here) against the shipped recipe of this name."""
+    """The commands that make the run again; `changes`: (field, there, here) against the shipped recipe of its name."""
     is_shipped, file = recipe.name in shipped(), f"{recipe.name or 'recipe'}.yaml"
     sets = [f"--set {name}={quote(shown(here))}" for name, _, here in changes if name != "name"] if is_shipped else []
     train = ["alphaflow train", recipe.name if is_shipped else quote(file), *sets]
@@ -226,57 +240,37 @@ def commands_of(recipe: Recipe, run: Path, changes: Sequence[tuple[str, Any, Any
 
 
 def shown(value: Any) -> str:
-    """A recipe's value as `--set` takes it."""
+    """Write a recipe's value as `--set` takes it."""
     if isinstance(value, tuple):
         return "[" + ", ".join(shown(item) for item in value) + "]"
     plain = {None: "null", True: "true", False: "false"} if value is None or isinstance(value, bool) else {}
     return plain.get(value, str(value)) if plain else str(value) or '""'
 
 
-Told = list[tuple[str, ...]]
-SPREAD = Table(dict.fromkeys(("p5", "p50", "p95"), Maybe(Number(-1e200, 1e200))), others=Anything())
-COSINES = Table(dict.fromkeys(NAMES, SPREAD), others=Anything())
-SIZE = Table({"alpha": Number(0, 1), "size": SPREAD, "cosine": SPREAD}, others=Anything())
-SUMMARY = Table(
-    {
-        "step": Maybe(Whole(0)),
-        "recipe": Text(1000),
-        "batches": Whole(0),
-        "rows_per_batch": Whole(0),
-        "cosines": COSINES,
-        "bins": ListOf(
-            Table({"from": Number(0, 1), "to": Number(0, 1), "cosines": COSINES}, others=Anything()), most=1000
-        ),
-        "sizes": Table(optional=dict.fromkeys(SIZES, ListOf(SIZE, most=1000)), others=Anything()),
-    },
-    others=Anything(),
-)
-CONFLICT = Table({"checkpoints": ListOf(SUMMARY, least=1, most=10_000)}, others=Anything())
-
-
-def analysis_of(run: Path) -> tuple[list[Chart], Told]:
-    """Charts of RUN/analysis, and a line per checkpoint and pair; nothing where there is no analysis."""
+def analysis_of(run: Path) -> tuple[list[Chart], Cells]:
+    """Charts of RUN/analysis, and percentiles per checkpoint and pair; nothing where there is no analysis."""
     path = run / "analysis" / "conflict.json"
     if not path.is_file():
         return [], []
-    found = read_json(path, CONFLICT, advice="Move it away, or make it again: alphaflow analyze.")["checkpoints"]
-    charts = [steps_chart(found)] if len(found) > 1 else []
-    charts.append(bins_chart(found[-1]))
-    charts += [sizes_chart(found[-1])] if SIZES.keys() <= found[-1]["sizes"].keys() else []
-    return charts, [line for each in found for line in told_cosines(each)]
+    document = read_json(path, CONFLICT, advice="Move it away, or make it again: alphaflow analyze.")
+    summaries = document["checkpoints"]
+    charts = [steps_chart(summaries)] if len(summaries) > 1 else []
+    charts.append(bins_chart(summaries[-1]))
+    charts += [sizes_chart(summaries[-1])] if SIZES.keys() <= summaries[-1]["sizes"].keys() else []
+    return charts, [cells for summary in summaries for cells in cosine_cells(summary)]
 
 
-def told_cosines(summary: dict[str, Any]) -> Told:
-    """Percentiles of a checkpoint's cosines, a line per pair."""
-    told: Told = []
+def cosine_cells(summary: dict[str, Any]) -> Cells:
+    """The percentiles of a checkpoint's cosines, a line of the table per pair."""
+    table: Cells = []
     for pair, values in summary["cosines"].items():
-        cells = ["none" if values[p] is None else f"{values[p]:+.3f}" for p in ("p5", "p50", "p95")]
-        told.append((f"step {summary['step']}, {NAMES[pair]}", *cells))
-    return told
+        percentiles = ["none" if values[p] is None else f"{values[p]:+.3f}" for p in ("p5", "p50", "p95")]
+        table.append((f"step {summary['step']}, {PAIR_NAMES[pair]}", *percentiles))
+    return table
 
 
 def scores_of(path: Path, model: str) -> list[Score]:
-    """Every number, by NFE; none where nothing was measured. `model`: checksum of the run's model, empty: none."""
+    """Every number by name and NFE; none where nothing was measured. `model`: the run's model's sha256, or empty."""
     if not path.is_file():
         return []
     rows = [row_of(row) for evaluation in read_results(path)["evaluations"] for row in evaluation["rows"]]
@@ -284,14 +278,9 @@ def scores_of(path: Path, model: str) -> list[Score]:
     return [score_of(row, model) for row in rows]
 
 
-def row_of(values: dict[str, Any]) -> Row:
-    """A row as it was written."""
-    return Row(**{**values, "space": FeatureSpace(**values["space"]), "notes": tuple(values.get("notes", ()))})
-
-
 def score_of(row: Row, model: str) -> Score:
-    """One number with its protocol in a line; that of other weights than the run's model says so."""
+    """A number with its protocol in one line; that of other weights than the run's model says so."""
     digest = row.pictures.get("checkpoint_sha256") or ""
     other = [f"of other weights (sha {digest[:8]})"] if model and digest and digest != model else []
-    told = "; ".join([*other, row.told(), *row.notes])
-    return Score(row.name, str(row.pictures.get("nfe", "")), told_value(row), told)
+    protocol = "; ".join([*other, row.protocol(), *row.notes])
+    return Score(row.name, str(row.pictures.get("nfe", "")), value_text(row), protocol)

@@ -1,5 +1,11 @@
-"""NEW"""
+"""How a GPU multiplies float32: exactly, or in TF32 with 10 bits of mantissa. The one owner of that switch.
 
+torch 2.9 and later have two sets of names for it, `allow_tf32` and `fp32_precision`, and raise where a reader of one
+finds that they disagree (torch.compile is such a reader). So both are set here, always to the same thing, and nowhere
+else in the package.
+"""
+
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -7,38 +13,49 @@ from typing import Any
 import torch
 
 
+def set_tf32(allowed: bool) -> None:
+    """Allow or forbid TF32 for the matrix products and convolutions of this process."""
+    mode = "tf32" if allowed else "ieee"
+    _set_modes(mode, mode)
+
+
 @contextmanager
-def true_float32() -> Iterator[None]:
-    """Switches TF32 off for convolutions and products, and puts the old setting back."""
-    switches = _precision_switches()
-    before = [getattr(place, name) for place, name, _ in switches]
-    for place, name, value in switches:
-        setattr(place, name, value)
+def tf32(allowed: bool) -> Iterator[None]:
+    """Allow or forbid TF32 inside, and put the old setting back."""
+    before = _modes()
+    set_tf32(allowed)
     try:
         yield
     finally:
-        for (place, name, _), value in zip(switches, before, strict=True):
-            setattr(place, name, value)
+        _set_modes(*before)
 
 
-def _precision_switches() -> list[tuple[Any, str, Any]]:
-    cuda, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    if hasattr(cudnn, "conv"):  # torch ≥ 2.9; mixing these with the old names raises
-        return [(cuda, "fp32_precision", "ieee"), (cudnn.conv, "fp32_precision", "ieee")]
-    return [(cuda, "allow_tf32", False), (cudnn, "allow_tf32", False)]
+def true_float32() -> AbstractContextManager[None]:
+    """Measure without TF32: features of pictures differ visibly with it."""
+    return tf32(False)
 
 
 @contextmanager
 def encoder_precision(name: str, device: torch.device) -> Iterator[None]:
     """How the encoder multiplies: fp32, tf32 (10 bits of mantissa on a GPU) or bf16 autocast (8 bits)."""
+    cast: AbstractContextManager[Any] = torch.autocast(device.type, torch.bfloat16) if name == "bf16" else nullcontext()
+    with tf32(name == "tf32"), cast:
+        yield
+
+
+def _modes() -> tuple[str, str]:
+    """The present modes of products and convolutions, read by the newest names that this torch has."""
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = matmul.allow_tf32, cudnn.allow_tf32
-    cast: AbstractContextManager[Any] = nullcontext()
-    if name == "bf16":
-        cast = torch.autocast(device.type, torch.bfloat16)
-    matmul.allow_tf32 = cudnn.allow_tf32 = name == "tf32"
-    try:
-        with cast:
-            yield
-    finally:
-        matmul.allow_tf32, cudnn.allow_tf32 = before
+    if hasattr(cudnn, "conv"):
+        return matmul.fp32_precision, cudnn.conv.fp32_precision
+    return "tf32" if matmul.allow_tf32 else "ieee", "tf32" if cudnn.allow_tf32 else "ieee"
+
+
+def _set_modes(products: str, convolutions: str) -> None:
+    matmul: Any = torch.backends.cuda.matmul
+    cudnn: Any = torch.backends.cudnn
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch 2.9 says that the first names will go; until then they must agree
+        matmul.allow_tf32, cudnn.allow_tf32 = products == "tf32", convolutions == "tf32"
+    if hasattr(cudnn, "conv"):
+        matmul.fp32_precision, cudnn.conv.fp32_precision = products, convolutions

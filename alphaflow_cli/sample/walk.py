@@ -1,13 +1,15 @@
 """How noise becomes data, and which label a seed gets: what the recipe publishes, unless asked otherwise."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import overload
 
 import numpy as np
 
 from alphaflow_cli.core import sampler
 from alphaflow_cli.errors import AlphaflowError
+from alphaflow_cli.recipe.plan import effective_scale, has_null_label, is_guided, needs_many_steps
 from alphaflow_cli.recipe.schema import MOST_NFE, Recipe
 
 EARLIEST_START = 0.9  # of an own grid: noise for z at that time is wrong by (1 − t) x
@@ -51,7 +53,7 @@ def plan_walk(
 
 
 def _plan_steps(recipe: Recipe, nfe: int, kind: str, times: Sequence[float] | None) -> tuple[str, tuple[float, ...]]:
-    """Sampler and grid."""
+    """The sampler and its grid of times."""
     published = recipe.sample
     if times is not None:
         _check_grid(times)
@@ -63,7 +65,7 @@ def _plan_steps(recipe: Recipe, nfe: int, kind: str, times: Sequence[float] | No
         )
     if kind == "auto" and nfe == published.nfe and published.times is not None:
         return published.sampler, published.times
-    if kind == "auto" and nfe == 2 and published.sampler not in ("flow", "heun"):
+    if kind == "auto" and nfe == 2 and not needs_many_steps(recipe):
         return published.two_step_sampler, published.two_step_times
     chosen = published.sampler if kind == "auto" else kind
     if chosen == "heun" and nfe % 2 == 0:
@@ -87,12 +89,13 @@ def _check_guidance(recipe: Recipe, scale: float) -> None:
     mix = recipe.guidance
     if scale == 1.0:
         return
-    if (mix.omega, mix.kappa) != (1.0, 0.0):
+    if is_guided(mix.omega, mix.kappa):
+        built_in = effective_scale(mix.omega, mix.kappa)
         raise AlphaflowError(
-            f"guidance {scale:g} at sampling: guidance {mix.omega / (1 - mix.kappa):g} is built into these weights by "
+            f"guidance {scale:g} at sampling: guidance {built_in:g} is built into these weights by "
             f"training (omega {mix.omega:g}, kappa {mix.kappa:g}); sample them with guidance 1."
         )
-    if mix.label_dropout == 0.0 or recipe.data.classes == 0:
+    if not has_null_label(recipe):
         raise AlphaflowError(
             f"guidance {scale:g} at sampling: this model has no null label (trained with guidance.label_dropout 0)."
         )
@@ -114,3 +117,23 @@ def draw_labels(seeds: Sequence[int], classes: int, draw: str) -> list[int]:
     if classes == 0 or draw == "balanced":
         return [seed % classes if classes else 0 for seed in seeds]
     return [int(np.random.RandomState(seed % 2**32).choice(classes)) for seed in seeds]
+
+
+class LazyLabels(Sequence[int]):
+    """The label of each seed, worked out when it is read: a list of all would grow with the number of pictures."""
+
+    def __init__(self, seeds: Sequence[int], choose: Callable[[range, Sequence[int]], list[int]]) -> None:
+        """`choose` makes the labels of some seeds, whose places among all seeds it is given too."""
+        self._seeds, self._choose = seeds, choose
+
+    def __len__(self) -> int:
+        return len(self._seeds)
+
+    @overload
+    def __getitem__(self, place: int) -> int: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[int]: ...
+    def __getitem__(self, place: int | slice) -> int | list[int]:
+        if isinstance(place, slice):
+            return self._choose(range(len(self._seeds))[place], self._seeds[place])
+        return self[range(len(self))[place] : range(len(self))[place] + 1][0]

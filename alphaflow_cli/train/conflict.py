@@ -1,4 +1,4 @@
-"""The conflict of one batch: gradients of the objective's two halves, and of their border case, on the same rows.
+"""The conflict: gradients of the objective's two halves, and of their border case, on the same rows.
 
     tfm   L_TFM = E ‖u − ṽ‖² on r < t rows                      tc   L_TC = E [2 (t − r) uᵀ du⁻/dt] on the same rows
     fm    L_FM' = E ‖u(z_t, t, t) − ṽ‖²: the same rows with r := t
@@ -7,22 +7,18 @@
 time: that of L_TFM is computed twice. Inner products are kept per group of tensors, because cosines cannot be added
 up but products can.
 
-Which rows the conflict is measured on: a batch of the store with times, noise and dropout drawn as in training.
-
-All of them are r < t rows: where a draw gives r = t (half the time with times.order min), that row's times are drawn
-again; after TRIES draws a tie stays one. Draws come from seeds of their own, so that no training step sees them.
-
-The conflict measured while training: one batch now and then, beside the run and without touching it.
-
-Nothing of the run changes: the draws have their own seeds, gradients are computed apart from `.grad`, and neither the
-optimiser nor the journal's sums hear of it. The raw weights are measured, on one micro-batch of the next step's data.
+`conflict_rows` draws the rows. All of them are r < t rows: where a draw gives r = t (half the time with times.order
+min), that row's times are drawn again; after TRIES draws a tie stays one. `measure_batch` is what `analyze` calls;
+`measure` is the measurement now and then while training (train.conflict_every), of the raw weights on one micro-batch
+of the next step's data. It changes nothing of the run: the draws have seeds of their own, gradients are computed apart
+from `.grad`, and neither the optimiser nor the journal's sums hear of it.
 """
 
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -37,142 +33,18 @@ from alphaflow_cli.recipe.schema import Loss, Recipe
 from alphaflow_cli.train.run import Run
 from alphaflow_cli.train.step import Objective, Rows, guided_rows, precision, training_step
 
-WEIGHTS: tuple[Literal["adaptive", "converging"], ...] = ("adaptive", "converging")
+TERMS = ("tfm", "tc", "fm")
+PAIRS = (("tfm", "tc"), ("tfm", "fm"), ("tc", "fm"))
+LOSS_WEIGHTS: tuple[Literal["adaptive", "converging"], ...] = ("adaptive", "converging")
 ALPHAS = (1.0, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005, 0.0)
-BINS = 4  # equal bins of t − r in (0, 1]; each costs the gradients of its rows once more
+CONFLICT_BINS = 4  # equal bins of t − r in (0, 1]; each costs the gradients of its rows once more
+TRIES = 64  # a row of times.order min stays a tie with the probability 2^-64
 
 Gradient = dict[str, Tensor]
 
 
-@dataclass(frozen=True)
-class Later:
-    """r < t rows, with everything that the three losses need besides the network."""
-
-    z_t: Tensor
-    v_guided: Tensor
-    t: Tensor
-    r: Tensor
-    y: Tensor
-    du: Tensor  # du⁻/dt along (ṽ, 0, 1)
-
-    def take(self, index: Tensor) -> "Later":
-        """Some of the rows."""
-        return Later(*(values[index] for values in vars(self).values()))
-
-
-def measure_batch(net: nn.Module, rows: Rows, how: Objective, *, bins: int) -> dict[str, Any]:
-    """Losses, and products per group of tensors: of all rows, and of those in each bin of t − r."""
-    later = prepare_rows(net, rows, how)
-    found = {"rows": len(later.t), **measure_conflict(net, later, how)}
-    index = ((later.t - later.r) * bins).ceil().long().clamp(1, bins) - 1
-    found["bins"] = []
-    for number in range(bins):
-        chosen = (index == number).nonzero().flatten()
-        measured = measure_conflict(net, later.take(chosen), how) if len(chosen) else {}
-        if measured:  # of the whole network; groups within bins would be too much to look at
-            measured["products"] = {name: sum(groups.values()) for name, groups in measured["products"].items()}
-        found["bins"].append({"rows": len(chosen), **measured})
-    return found
-
-
-def prepare_rows(net: nn.Module, rows: Rows, how: Objective) -> Later:
-    """Guided velocities and the derivative, without gradient; ties count as r = t in training and are left out."""
-    assert rows.n_equal == 0, rows.n_equal
-    z_t, v_guided, y = guided_rows(net, rows, how)
-    with torch.no_grad(), precision(rows.x, how):
-        _, du = net(z_t, rows.t, rows.r, y, tangent=v_guided, first=0)
-    later = Later(z_t, v_guided, rows.t, rows.r, y, du.to(z_t.dtype))
-    return later.take((~is_tie(rows.t, rows.r)).nonzero().flatten())
-
-
-def measure_conflict(net: nn.Module, later: Later, how: Objective) -> dict[str, Any]:
-    """`losses`: term → value; `products`: "tfm.tc" → group of tensors → inner product of the two gradients."""
-    l_tfm, tfm = gradient_of(net, later, how, "tfm")
-    l_tc, tc = gradient_of(net, later, how, "tc")
-    found = {"tfm.tfm": products(tfm, tfm), "tc.tc": products(tc, tc), "tfm.tc": products(tfm, tc)}
-    del tfm
-    l_fm, fm = gradient_of(net, later, how, "fm")
-    found |= {"fm.fm": products(fm, fm), "tc.fm": products(tc, fm)}
-    del tc
-    found["tfm.fm"] = products(gradient_of(net, later, how, "tfm")[1], fm)
-    losses = {"tfm": l_tfm, "tc": l_tc, "fm": l_fm}
-    return {"losses": losses, "products": {name: grouped(values) for name, values in found.items()}}
-
-
-def gradient_of(net: nn.Module, later: Later, how: Objective, term: str) -> tuple[float, Gradient]:
-    """One of the three losses and its gradient."""
-    return _gradient(net, lambda: _loss(net, later, how, term=term))
-
-
-def _loss(net: nn.Module, later: Later, how: Objective, *, term: str) -> Tensor:
-    r = later.t if term == "fm" else later.r
-    with precision(later.z_t, how):
-        u = net(later.z_t, later.t, r, later.y)
-    u = u.to(later.z_t.dtype)
-    if term == "tc":
-        return consistency_loss(u, later.du, later.t, later.r)
-    return trajectory_loss(u, later.v_guided)
-
-
-def _gradient(net: nn.Module, loss: Callable[[], Tensor]) -> tuple[float, Gradient]:
-    """A value and its gradient by name; `.grad` is left alone."""
-    named = dict(net.named_parameters())
-    value = loss()
-    grads = torch.autograd.grad(value, list(named.values()), materialize_grads=True)
-    return float(value.detach()), dict(zip(named, grads, strict=True))
-
-
-def group_of(name: str) -> str:
-    """`blocks.3.attn.qkv.weight` → `blocks.3`; `final.linear.weight` → `final`."""
-    parts = name.split(".")
-    return ".".join(parts[:2]) if parts[0] == "blocks" else parts[0]
-
-
-def grouped(values: dict[str, float]) -> dict[str, float]:
-    """Summed over the tensors of a group, in the network's order."""
-    parts = groupby(values.items(), key=lambda item: group_of(item[0]))
-    return {group: sum(value for _, value in items) for group, items in parts}
-
-
-def sizes_over_alpha(
-    net: nn.Module, rows: Rows, how: Objective, alphas: Sequence[float]
-) -> dict[str, list[dict[str, float | None]]]:
-    """Weight → for each α the gradient of the weighted loss: its size against that at α = 0, and the cosine to it."""
-    return {kind: list(_sizes(net, rows, _weighted(how, kind), alphas)) for kind in WEIGHTS}
-
-
-def _sizes(net: nn.Module, rows: Rows, how: Objective, alphas: Sequence[float]) -> Iterator[dict[str, float | None]]:
-    def gradient(alpha: float) -> Gradient:
-        return _gradient(net, lambda: training_step(net, net, rows, alpha=alpha, how=how).loss / len(rows.t))[1]
-
-    mean_flow = gradient(0.0)
-    length = _dot(mean_flow, mean_flow) ** 0.5
-    for alpha in alphas:
-        here = gradient(alpha) if alpha else mean_flow
-        size = _dot(here, here) ** 0.5
-        both = size * length
-        yield {
-            "alpha": alpha,
-            "size": size / length if length > 0 else None,
-            "cosine": _dot(here, mean_flow) / both if both > 0 else None,
-        }
-
-
-def _weighted(how: Objective, kind: Literal["adaptive", "converging"]) -> Objective:
-    """The recipe's loss with this weight, as α-Flow takes its target."""
-    loss: Loss = replace(how.loss, weight=kind, velocity="data")
-    return replace(how, loss=loss)
-
-
-def _dot(a: Gradient, b: Gradient) -> float:
-    return sum(products(a, b).values())
-
-
-TRIES = 64  # a row of times.order min stays a tie with the probability 2^-64
-
-
 def conflict_rows(recipe: Recipe, x: Tensor, y: Tensor, *, seed: int, index: int) -> Rows:
-    """Latents and labels with the draws of measurement `index`."""
+    """Make r < t rows of latents and labels, with the noise and times of measurement number `index`."""
     dtype = DTYPES[recipe.train.precision]
     shape = (int(x.shape[1]), int(x.shape[2]), int(x.shape[3]))
     draws = step_draws(mix_seed(seed, CONFLICT), index, batch=len(x), shape=shape, device=x.device)
@@ -182,7 +54,7 @@ def conflict_rows(recipe: Recipe, x: Tensor, y: Tensor, *, seed: int, index: int
 
 
 def later_times(recipe: Recipe, normals: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-    """(t, r) from normals (3, B), on the host; ties are drawn again, the other rows keep theirs."""
+    """Draw (t, r) from normals (3, B) on the host; rows with r = t are drawn again, the others keep their times."""
     law = recipe.times
     t, r = sample_times(normals, 0, law=law.law, mean=law.mean, std=law.std, order=law.order)
     for again in range(1, TRIES):
@@ -203,35 +75,165 @@ def renormalised(x: Tensor, old: tuple[Tensor, Tensor], new: tuple[Tensor, Tenso
     return ((x.double() * std + mean - own_mean) / own_std).to(x.dtype)
 
 
+@dataclass(frozen=True)
+class Later:
+    """r < t rows, with everything that the three losses need besides the network."""
+
+    z_t: Tensor
+    v_guided: Tensor
+    t: Tensor
+    r: Tensor
+    y: Tensor
+    du: Tensor  # du⁻/dt along (ṽ, 0, 1)
+
+    def take(self, index: Tensor) -> "Later":
+        """Choose some of the rows by their indices."""
+        return Later(*(values[index] for values in vars(self).values()))
+
+
+class Measurement(TypedDict):
+    """The three losses, and per pair of terms ("tfm.tc") and group of tensors the gradients' inner product."""
+
+    losses: dict[str, float]
+    products: dict[str, dict[str, float]]
+
+
+def measure_batch(net: nn.Module, rows: Rows, objective: Objective, *, bins: int) -> dict[str, Any]:
+    """Measure all rows of a batch, then those of each bin of t − r: losses, and products of gradients."""
+    later = prepare_rows(net, rows, objective)
+    result: dict[str, Any] = {"rows": len(later.t), **measure_conflict(net, later, objective), "bins": []}
+    index = ((later.t - later.r) * bins).ceil().long().clamp(1, bins) - 1
+    for number in range(bins):
+        chosen = (index == number).nonzero().flatten()
+        entry: dict[str, Any] = {"rows": len(chosen)}
+        if len(chosen):  # products of the whole network; groups within bins would be too much to look at
+            measured = measure_conflict(net, later.take(chosen), objective)
+            entry["losses"] = measured["losses"]
+            entry["products"] = {name: sum(groups.values()) for name, groups in measured["products"].items()}
+        result["bins"].append(entry)
+    return result
+
+
+def prepare_rows(net: nn.Module, rows: Rows, objective: Objective) -> Later:
+    """Compute ṽ and du⁻/dt of the rows, without gradient; ties count as r = t in training and are left out."""
+    assert rows.n_equal == 0, rows.n_equal
+    z_t, v_guided, y = guided_rows(net, rows, objective)
+    with torch.no_grad(), precision(rows.x, objective):
+        _, du = net(z_t, rows.t, rows.r, y, tangent=v_guided, first=0)
+    later = Later(z_t, v_guided, rows.t, rows.r, y, du.to(z_t.dtype))
+    return later.take((~is_tie(rows.t, rows.r)).nonzero().flatten())
+
+
+def measure_conflict(net: nn.Module, later: Later, objective: Objective) -> Measurement:
+    """Compute the losses and their gradients on the same rows, at most two gradients held at a time."""
+    l_tfm, tfm = gradient_of(net, later, objective, "tfm")
+    l_tc, tc = gradient_of(net, later, objective, "tc")
+    dots = {"tfm.tfm": products(tfm, tfm), "tc.tc": products(tc, tc), "tfm.tc": products(tfm, tc)}
+    del tfm
+    l_fm, fm = gradient_of(net, later, objective, "fm")
+    dots |= {"fm.fm": products(fm, fm), "tc.fm": products(tc, fm)}
+    del tc
+    dots["tfm.fm"] = products(gradient_of(net, later, objective, "tfm")[1], fm)
+    losses = {"tfm": l_tfm, "tc": l_tc, "fm": l_fm}
+    return {"losses": losses, "products": {name: grouped(values) for name, values in dots.items()}}
+
+
+def gradient_of(net: nn.Module, later: Later, objective: Objective, term: str) -> tuple[float, Gradient]:
+    """Compute one of the three losses, by its short name, and its gradient."""
+    return _gradient(net, lambda: _loss(net, later, objective, term=term))
+
+
+def _loss(net: nn.Module, later: Later, objective: Objective, *, term: str) -> Tensor:
+    r = later.t if term == "fm" else later.r
+    with precision(later.z_t, objective):
+        u = net(later.z_t, later.t, r, later.y)
+    u = u.to(later.z_t.dtype)
+    if term == "tc":
+        return consistency_loss(u, later.du, later.t, later.r)
+    return trajectory_loss(u, later.v_guided)
+
+
+def _gradient(net: nn.Module, loss: Callable[[], Tensor]) -> tuple[float, Gradient]:
+    """A loss and its gradient by parameter's name; the parameters' `.grad` is left alone."""
+    named = dict(net.named_parameters())
+    value = loss()
+    grads = torch.autograd.grad(value, list(named.values()), materialize_grads=True)
+    return float(value.detach()), dict(zip(named, grads, strict=True))
+
+
+def group_of(name: str) -> str:
+    """The group of a tensor: `blocks.3.attn.qkv.weight` → `blocks.3`; `final.linear.weight` → `final`."""
+    parts = name.split(".")
+    return ".".join(parts[:2]) if parts[0] == "blocks" else parts[0]
+
+
+def grouped(values: dict[str, float]) -> dict[str, float]:
+    """Sum values over the tensors of each group; groups keep the network's order."""
+    parts = groupby(values.items(), key=lambda item: group_of(item[0]))
+    return {group: sum(value for _, value in items) for group, items in parts}
+
+
+def sizes_over_alpha(
+    net: nn.Module, rows: Rows, objective: Objective, alphas: Sequence[float]
+) -> dict[str, list[dict[str, float | None]]]:
+    """Per kind of loss weight and per α: the gradient's size against that at α = 0, and the cosine between the two."""
+    return {kind: list(_sizes(net, rows, _weighted(objective, kind), alphas)) for kind in LOSS_WEIGHTS}
+
+
+def _sizes(
+    net: nn.Module, rows: Rows, objective: Objective, alphas: Sequence[float]
+) -> Iterator[dict[str, float | None]]:
+    def gradient(alpha: float) -> Gradient:
+        return _gradient(
+            net, lambda: training_step(net, net, rows, alpha=alpha, objective=objective).loss / len(rows.t)
+        )[1]
+
+    mean_flow = gradient(0.0)
+    length = _dot(mean_flow, mean_flow) ** 0.5
+    for alpha in alphas:
+        here = gradient(alpha) if alpha else mean_flow
+        size = _dot(here, here) ** 0.5
+        both = size * length
+        yield {
+            "alpha": alpha,
+            "size": size / length if length > 0 else None,
+            "cosine": _dot(here, mean_flow) / both if both > 0 else None,
+        }
+
+
+def _weighted(objective: Objective, kind: Literal["adaptive", "converging"]) -> Objective:
+    """The recipe's objective with this loss weight, its target taken as α-Flow takes it."""
+    loss: Loss = replace(objective.loss, weight=kind, velocity="data")
+    return replace(objective, loss=loss)
+
+
+def _dot(a: Gradient, b: Gradient) -> float:
+    return sum(products(a, b).values())
+
+
 def is_due(run: Run) -> bool:
-    """At the first row of the journal at or after each multiple of `train.conflict_every`."""
+    """Whether this row of the journal is the first at or after a multiple of `train.conflict_every`."""
     every, log_every = run.recipe.train.conflict_every, max(1, run.recipe.train.log_every)
     return every > 0 and run.step % every < log_every
 
 
 def measure(run: Run) -> dict[str, Any]:
-    """`cos_tfm_tc`, …, `norm_tfm`, …, of this process's batch; only the main process's is written, and computed.
+    """`cos_tfm_tc`, …, `norm_tfm`, … of one micro-batch, as the journal has them; empty but on the main process.
 
-    `rows` are those measured; times that never differ leave none, and then there is nothing else to tell.
+    `rows` counts the rows measured: times that never differ leave none, and then there is no cosine and no norm.
     """
     if not run.world.is_main:
         return {}
     began = time.monotonic()
     batch = run.stream.batch_at(run.step, run.split.rows(0, 0))
     rows = conflict_rows(run.recipe, batch.latents, batch.y, seed=run.seed, index=run.step)
-    later = prepare_rows(run.net, rows, run.how)
+    later = prepare_rows(run.net, rows, run.objective)
     if not len(later.t):
         return {"rows": 0, "seconds": round(time.monotonic() - began, 3)}
-    found = measure_conflict(run.net, later, run.how)
-    products = {name: list(groups.values()) for name, groups in found["products"].items()}
+    measured = measure_conflict(run.net, later, run.objective)
+    products = {name: list(groups.values()) for name, groups in measured["products"].items()}
     values: dict[str, Any] = {"rows": len(later.t)}
     for a, b in PAIRS:
         values[f"cos_{a}_{b}"] = cosine(products[f"{a}.{b}"], products[f"{a}.{a}"], products[f"{b}.{b}"])
     values |= {f"norm_{name}": sum(products[f"{name}.{name}"]) ** 0.5 for name in TERMS}
     return values | {"seconds": round(time.monotonic() - began, 3)}
-
-
-TERMS = ("tfm", "tc", "fm")
-
-
-PAIRS = (("tfm", "tc"), ("tfm", "fm"), ("tc", "fm"))

@@ -15,6 +15,7 @@ BANDS: dict[plan.PhaseKind, tuple[str, str]] = {
 
 
 def recipe_chart(recipe: Recipe) -> chart.Chart:
+    """Draw alpha, the share of r = t rows and the learning rate over the steps, the phases of alpha shaded."""
     phases, steps = plan.phases(recipe), recipe.train.steps
     cuts = {step for phase in phases for step in (phase.first, phase.until - 1)}
     xs = sorted({round(i * (steps - 1) / POINTS) for i in range(POINTS + 1)} | cuts)

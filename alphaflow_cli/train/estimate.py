@@ -1,8 +1,7 @@
-"""Measuring before training: how many rows fit the memory, and how long a step of each phase takes.
+"""What a run would be, without running it: --dry-run by arithmetic, --estimate by a few timed steps of each phase.
 
-What is measured is what will run: the recipe's network with compiled blocks where the recipe compiles them.
-
-What a run would be, without running it: --dry-run by arithmetic, --estimate by a few timed steps.
+The steps are also how training finds out how many rows fit the memory (--micro-batch auto). What is measured is what
+will run: the recipe's network, with compiled blocks where the recipe compiles them.
 """
 
 import statistics
@@ -16,12 +15,12 @@ from typing import Any
 import torch
 
 from alphaflow_cli.core.alpha import equal_rows
-from alphaflow_cli.model.build import DTYPES, build_network, compile_blocks, label_rows
+from alphaflow_cli.model.build import DTYPES, build_network, compile_blocks
 from alphaflow_cli.recipe import diff_recipes, load_recipe, shipped
 from alphaflow_cli.recipe.facts import facts, human, lines
-from alphaflow_cli.recipe.plan import alpha_at, equal_share_at, phases
+from alphaflow_cli.recipe.plan import alpha_at, equal_share_at, null_label, phases
 from alphaflow_cli.recipe.schema import Recipe
-from alphaflow_cli.runtime.processes import World
+from alphaflow_cli.runtime.processes import World, join_world
 from alphaflow_cli.runtime.progress import duration, say
 from alphaflow_cli.train.optimise import Optimiser
 from alphaflow_cli.train.parallel import largest_that_fits, split_batch
@@ -31,7 +30,7 @@ TIMED_STEPS = 5  # of which the median counts
 
 
 def random_rows(recipe: Recipe, count: int, n_equal: int, device: torch.device) -> Rows:
-    """Rows of the right shapes, for timing and memory only."""
+    """Rows of the recipe's shapes with random content, for timing and memory only."""
     data, dtype = recipe.data, DTYPES[recipe.train.precision]
     shape = (data.channels, data.latent_size, data.latent_size)
     x, noise = (torch.randn((count, *shape), device=device, dtype=dtype) for _ in range(2))
@@ -39,11 +38,11 @@ def random_rows(recipe: Recipe, count: int, n_equal: int, device: torch.device) 
     t = torch.full_like(r, 0.75)
     r = torch.cat([t[:n_equal], r[n_equal:]])
     y = torch.zeros(count, dtype=torch.int64, device=device)
-    return Rows(x=x, noise=noise, t=t, r=r, y=y.clamp(max=max(label_rows(recipe) - 1, 0)), uniforms=r, n_equal=n_equal)
+    return Rows(x=x, noise=noise, t=t, r=r, y=y.clamp(max=null_label(recipe)), uniforms=r, n_equal=n_equal)
 
 
 def micro_batch_that_fits(recipe: Recipe, world: World) -> int:
-    """Rows per process and micro-batch: halved until a step of every phase fits; on a CPU, all of them."""
+    """The rows of a micro-batch: halved until a step of every phase fits the GPU's memory; on a CPU, all of them."""
     rows = -(-recipe.train.batch // world.size)
     if world.device.type == "cpu":
         return rows
@@ -54,6 +53,7 @@ def micro_batch_that_fits(recipe: Recipe, world: World) -> int:
 
 
 def _rows_that_fit(recipe: Recipe, device: torch.device, rows: int) -> int:
+    """Try without compiled blocks first, then the rows that fitted with them."""
     eager = replace(recipe, train=replace(recipe.train, compile=False))
     fits = largest_that_fits(rows, Trial(eager, device).phases)
     if recipe.train.compile:  # not at once: compiling takes a minute for each number of rows
@@ -62,16 +62,16 @@ def _rows_that_fit(recipe: Recipe, device: torch.device, rows: int) -> int:
 
 
 def forget_compiled(recipe: Recipe) -> None:
-    """Let the run begin with no compiled forms: torch counts those of a trial among the 8 that it allows."""
+    """Let the run begin with no compiled forms: torch would count those of a trial among the 8 that it allows."""
     if recipe.train.compile:
         torch.compiler.reset()
 
 
 class Trial:
-    """A network and an optimiser that are thrown away afterwards."""
+    """A network and an optimiser for steps that are only measured; both are thrown away afterwards."""
 
     def __init__(self, recipe: Recipe, device: torch.device) -> None:
-        self.recipe, self.device, self.how = recipe, device, Objective.of(recipe)
+        self.recipe, self.device, self.objective = recipe, device, Objective.of(recipe)
         self.net = build_network(recipe).to(device, DTYPES[recipe.train.precision])
         if recipe.train.compile:
             forget_compiled(recipe)
@@ -79,21 +79,21 @@ class Trial:
         self.optimiser = Optimiser(self.net, recipe)
 
     def phases(self, count: int) -> None:
-        """The step of every phase with the most r < t rows, on `count` rows."""
+        """Take one step of every phase on `count` rows, where the phase has the most r < t rows."""
         for phase in phases(self.recipe):
             self.step(count, min(phase.first, phase.until - 1, key=equal_share_at(self.recipe)))
 
     def step(self, count: int, at: int) -> None:
-        """Forward, backward, optimiser, on `count` rows, as at that step of the run."""
+        """Take one step on `count` rows as step `at` of the run would be: forward, backward, optimiser."""
         alpha, n_equal = alpha_at(self.recipe)(at), equal_rows(count, equal_share_at(self.recipe)(at))
         rows = random_rows(self.recipe, count, n_equal, self.device)
-        training_step(self.net, self.net, rows, alpha=alpha, how=self.how).loss.backward()  # type: ignore[no-untyped-call]
+        training_step(self.net, self.net, rows, alpha=alpha, objective=self.objective).loss.backward()  # type: ignore[no-untyped-call]
         self.optimiser.step(1)
 
 
 @dataclass(frozen=True)
 class PhaseTime:
-    """A phase of the run, as measured."""
+    """A phase of the run, and what a step of it took on this machine."""
 
     kind: str
     steps: int
@@ -102,16 +102,16 @@ class PhaseTime:
 
     @property
     def seconds(self) -> float:
-        """Of the whole phase."""
+        """Seconds that the whole phase will take."""
         return self.steps * self.seconds_per_step
 
 
 def measure_phases(recipe: Recipe, micro_batch: int, *, per_process: int) -> list[PhaseTime]:
-    """A few steps of every phase on this machine, with a network that is thrown away."""
+    """Time a few steps of every phase on this machine; the median counts."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     trial = Trial(recipe, device)
     turns = -(-per_process // micro_batch)
-    found = []
+    times = []
     for phase in phases(recipe):
         middle = (phase.first + phase.until) // 2
         trial.step(micro_batch, middle)  # warm up, and compile
@@ -119,13 +119,13 @@ def measure_phases(recipe: Recipe, micro_batch: int, *, per_process: int) -> lis
             torch.cuda.reset_peak_memory_stats()
         each = statistics.median(_timed(partial(trial.step, micro_batch, middle)) for _ in range(TIMED_STEPS)) * turns
         memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
-        found.append(PhaseTime(phase.kind, phase.until - phase.first, each, memory))
+        times.append(PhaseTime(phase.kind, phase.until - phase.first, each, memory))
     forget_compiled(recipe)
-    return found
+    return times
 
 
 def _timed(work: Callable[[], None]) -> float:
-    """Seconds until it is done, on the device too."""
+    """Seconds until the work is done, on the device too."""
     started = time.perf_counter()
     work()
     if torch.cuda.is_available():
@@ -134,9 +134,9 @@ def _timed(work: Callable[[], None]) -> float:
 
 
 def describe_run(
-    recipe: Recipe, asked: str, folder: Path, *, processes: int, micro_batch: int | None
+    recipe: Recipe, folder: Path, *, processes: int, micro_batch: int | None
 ) -> tuple[dict[str, Any], list[str]]:
-    """(machine-readable, lines): split, network, phases, disk, and what differs from the shipped recipe."""
+    """Describe a run, for JSON and in lines: split, network, phases, disk, what differs from the shipped recipe."""
     batch = recipe.train.batch
     cut = split_batch(batch, processes=processes, micro_batch=micro_batch)
     changes = diff_recipes(load_recipe(recipe.name), recipe) if recipe.name in shipped() else []
@@ -159,9 +159,7 @@ def describe_run(
 def estimate_training(
     recipe: Recipe, micro_batch: int | None, processes: int
 ) -> tuple[list[dict[str, Any]], list[str]]:
-    """(per phase, lines): measured on this machine, one process, extrapolated."""
-    from alphaflow_cli.runtime.processes import join_world
-
+    """Time the phases on this machine, in one process, and extrapolate; returns JSON objects and lines."""
     world = join_world(allow_tf32=recipe.train.tf32)
     per_process = -(-recipe.train.batch // processes)
     if recipe.train.compile:

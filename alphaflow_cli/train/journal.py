@@ -1,19 +1,18 @@
-"""metrics.jsonl: one row every few steps, written at once, readable while the run goes on.
+"""What a run records of itself: metrics.jsonl, the trackers beside it, and how much of the device the run uses.
 
-The sums live on the device and are read once per row, so logging never makes a step wait. Rows hold means over the
-steps since the last row: the UNWEIGHTED loss l, L_TFM, L_TC, the velocity loss of r = t rows, l per bin of t − r, the
-gradient's norm, counts of clipped and non-finite gradients. The weighted loss is near 1 by construction: not shown.
+metrics.jsonl has one row every few steps, written at once, readable while the run goes on. The sums live on the device
+and are read once per row, so logging never makes a step wait. Rows hold means over the steps since the last row: the
+UNWEIGHTED loss l, L_TFM, L_TC, the velocity loss of r = t rows, l per bin of t − r, the gradient's norm, counts of
+clipped and non-finite gradients. The weighted loss is near 1 by construction: not shown.
 
-TensorBoard, Weights & Biases and trackio, through Accelerate, beside metrics.jsonl. Only the first process writes.
-
+Trackers (TensorBoard, Weights & Biases, trackio) get the same numbers through Accelerate, from the first process only.
 What they write lies in RUN/trackers. A resumed run goes on in the same W&B or trackio run: its id is kept there.
 
-How much of the device the run uses, estimated: the arithmetic a step needs, over the device's dense bf16 peak.
-
-Counted are the products of the blocks and the final layer, 2 operations per multiply-add, in units of one row's
-forward: 3 of a graded row (forward and backward), 1 of a row of an extra call, 1.05 of a riding tangent (the cost
-measured beside a plain step). What gradient checkpointing recomputes is not needed, so it is not counted. Guidance's
-rows differ from step to step: their mean is counted.
+Utilisation is estimated: the arithmetic a step needs, over the device's dense bf16 peak. Counted are the products of
+the blocks and the final layer, 2 operations per multiply-add, in units of one row's forward: 3 of a graded row (forward
+and backward), 1 of a row of an extra call, 1.05 of a riding tangent (the cost measured beside a plain step). What
+gradient checkpointing recomputes is not needed, so it is not counted. Guidance's rows differ from step to step: their
+mean is counted.
 """
 
 import json
@@ -33,7 +32,7 @@ from alphaflow_cli.core.objective import Terms, interval_bins
 from alphaflow_cli.core.times import sample_times
 from alphaflow_cli.errors import AlphaflowError, blamed_on
 from alphaflow_cli.files import append, check_regular, make_folder, read_document, write_whole
-from alphaflow_cli.recipe.plan import phase_kind, tokens
+from alphaflow_cli.recipe.plan import is_guided, phase_kind, tokens
 from alphaflow_cli.recipe.schema import Recipe
 from alphaflow_cli.runtime.lock import check_lock
 from alphaflow_cli.runtime.processes import World
@@ -41,21 +40,33 @@ from alphaflow_cli.runtime.progress import say
 from alphaflow_cli.train.optimise import COUNTERS
 from alphaflow_cli.train.step import ask, ask_all
 
-BINS = 8  # equal bins of t − r in (0, 1]
-SUMS = ("later", "error", "trajectory", "consistency", "equal", "velocity")  # then BINS sums and BINS counts
-TIMING = ("seconds_per_step", "images_per_second", "memory_gb", "utilisation")  # differ from run to run
+LOSS_BINS = 8  # equal bins of t − r in (0, 1]
+SUMS = ("later", "error", "trajectory", "consistency", "equal", "velocity")  # then LOSS_BINS sums and LOSS_BINS counts
+TANGENT = 1.05  # forwards of a row that a riding tangent costs
+TIME_DRAWS = 1 << 14  # draws of times, for the mean number of rows that guidance evaluates
+# NVIDIA's data sheets, dense bf16 with float32 accumulation, in FLOP/s; the first name found in the device's counts
+PEAKS = {
+    "B200": 2250e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "RTX 4090": 165e12,
+}
 
 
 class Sums:
-    """What is added up over rows and micro-batches, on the device."""
+    """The losses, added up over rows and micro-batches on the device, until a row of the journal takes their means."""
 
     def __init__(self, device: torch.device) -> None:
-        self.values = torch.zeros(len(SUMS) + 2 * BINS, dtype=torch.float64, device=device)
+        self.values = torch.zeros(len(SUMS) + 2 * LOSS_BINS, dtype=torch.float64, device=device)
 
     def add(self, terms: Terms, t: Tensor, r: Tensor, n_equal: int) -> None:
-        """The rows of one micro-batch."""
+        """Add the rows of one micro-batch."""
         k, error = n_equal, terms.error.double()
-        sums, counts = interval_bins(t[k:], r[k:], error[k:], BINS)
+        sums, counts = interval_bins(t[k:], r[k:], error[k:], LOSS_BINS)
         parts = [error[k:], terms.trajectory[k:].double(), terms.consistency[k:].double(), error[:k]]
         later, trajectory, consistency, velocity = (part.sum() for part in parts)
         n_later, n_equal_rows = (error.new_full((), count) for count in (len(error) - k, k))  # no copy from the host
@@ -63,7 +74,7 @@ class Sums:
         self.values += torch.cat([head, sums, counts])
 
     def take(self, world_sum: Tensor) -> dict[str, Any]:
-        """Means by name, from the sums over all processes; starts anew."""
+        """The journal's means by name, from the sums over all processes; this process's own sums begin again at 0."""
         values = world_sum.tolist()
         named, bins = dict(zip(SUMS, values[: len(SUMS)], strict=True)), values[len(SUMS) :]
         self.values.zero_()
@@ -74,7 +85,7 @@ class Sums:
             "l_tfm": _mean(named["trajectory"], named["later"]),
             "l_tc": _mean(named["consistency"], named["later"]),
             "v_loss": _mean(named["velocity"], named["equal"]),
-            "l_bins": [_mean(s, n) for s, n in zip(bins[:BINS], bins[BINS:], strict=True)],
+            "l_bins": [_mean(s, n) for s, n in zip(bins[:LOSS_BINS], bins[LOSS_BINS:], strict=True)],
         }
 
 
@@ -83,26 +94,26 @@ def _mean(total: float, count: float) -> float | None:
 
 
 def take_counters(counters: Tensor) -> dict[str, Any]:
-    """The optimiser's counters since the last row; the streak goes on."""
-    found = dict(zip(COUNTERS, counters.tolist(), strict=True))
+    """The journal's values of the optimiser's counters, which begin again at 0; only the streak goes on."""
+    counts = dict(zip(COUNTERS, counters.tolist(), strict=True))
     counters[:-1] = 0
     return {
-        "grad_norm": _mean(found["grad_norm"], found["steps"]),
-        "clipped": int(found["clipped"]),
-        "nonfinite": int(found["nonfinite"]),
+        "grad_norm": _mean(counts["grad_norm"], counts["steps"]),
+        "clipped": int(counts["clipped"]),
+        "nonfinite": int(counts["nonfinite"]),
     }
 
 
 class Journal:
-    """The file, and the clock between its rows."""
+    """metrics.jsonl, and the clock that runs between its rows."""
 
     def __init__(self, path: Path, step: int, *, writes: bool, device_flops: float | None = None) -> None:
-        """Rows past `step` belong to work that was lost: they go. `device_flops`: peak of all devices, if known."""
+        """Rows past `step` belong to work that was lost, and go. `device_flops`: the peak of all devices, if known."""
         self.path, self.writes, self.device_flops = path, writes, device_flops
         self.rewind(step)
 
     def rewind(self, step: int) -> None:
-        """Forget rows past `step`."""
+        """Remove the rows past `step` from the file, and start the clock anew."""
         self.started, self.last_step = time.monotonic(), step
         if self.writes and self.path.exists():
             self._drop_after(step)
@@ -117,7 +128,7 @@ class Journal:
         write_whole(self.path, text)
 
     def row(self, values: dict[str, Any], *, step: int, batch: int, flops: float = 0.0) -> dict[str, Any]:
-        """Add the clock's values, and write."""
+        """Write a row of these values and the clock's; returns the row."""
         now = time.monotonic()
         steps = max(step - self.last_step, 1)
         each = (now - self.started) / steps
@@ -136,12 +147,14 @@ class Journal:
         try:
             append(self.path, line)
         except OSError as error:
-            told = "The last checkpoint is kept; the same command resumes."
-            raise AlphaflowError(f"{self.path}: cannot be written: {error.strerror}. {told}") from error
+            raise AlphaflowError(
+                f"{self.path}: cannot be written: {error.strerror}. The last checkpoint is kept; the same command "
+                "resumes."
+            ) from error
 
 
 def _without_nan(value: Any) -> Any:
-    """JSON knows no NaN and no infinity: null stands for them."""
+    """Put null in place of NaN and infinity, which JSON does not know."""
     if isinstance(value, list):
         return [_without_nan(item) for item in value]
     if isinstance(value, dict):
@@ -150,7 +163,7 @@ def _without_nan(value: Any) -> Any:
 
 
 def _step_of(line: str) -> int | None:
-    """The step of a row; None where the row was cut off by a kill."""
+    """The step of a row; None where the line is no row, because a kill cut it off."""
     try:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
@@ -158,20 +171,20 @@ def _step_of(line: str) -> int | None:
 
 
 def _lines(path: Path) -> list[str]:
-    """A file that is no text at all is somebody else's, and not for us to cut."""
+    """The file's lines; a file that is no text at all is somebody else's, and not for us to cut."""
     check_regular(path)
     with blamed_on(path, "the journal of a run"):
         return path.read_text(encoding="utf-8").split("\n")
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """All whole rows."""
+    """Read all whole rows of a journal; none where there is no file."""
     lines = _lines(path) if path.exists() else []
     return [json.loads(line) for line in lines if _step_of(line) is not None]
 
 
 def console_line(row: dict[str, Any]) -> str:
-    """A row as a person reads it."""
+    """Write a row of the journal as a person reads it, for the terminal."""
 
     def shown(name: str, form: str = ".4f") -> str:
         value = row.get(name)
@@ -185,7 +198,7 @@ def console_line(row: dict[str, Any]) -> str:
 
 
 def check_trackers(recipe: Recipe) -> None:
-    """A package that is missing is named; Accelerate would only warn and track nothing."""
+    """Refuse trackers whose package is missing; Accelerate would only warn and track nothing."""
     missing = [name for name in recipe.train.trackers if find_spec(name) is None]
     if missing:
         raise AlphaflowError(
@@ -195,7 +208,7 @@ def check_trackers(recipe: Recipe) -> None:
 
 
 class Trackers:
-    """The recipe's trackers, if any; `join_world` has told Accelerate their names."""
+    """The recipe's trackers, if any; Accelerate got their names in `join_world`."""
 
     def __init__(self, recipe: Recipe, world: World, folder: Path, step: int) -> None:
         self.world, self.names = world, recipe.train.trackers if world.is_main else ()
@@ -214,61 +227,46 @@ class Trackers:
         world.accelerator.init_trackers("alphaflow", config, {name: options[name] for name in self.names})
 
     def log(self, row: dict[str, Any]) -> None:
-        """The numbers of a journal row."""
+        """Send the numbers of a journal row to every tracker."""
         if self.names:
             numbers = {name: value for name, value in flat(row).items() if isinstance(value, int | float)}
             self.world.accelerator.log(numbers, step=row["step"])
 
     def close(self) -> None:
-        """Flush; the process group stays."""
+        """Let the trackers write what they still hold; the process group stays."""
         for tracker in self.world.accelerator.trackers if self.names else ():
             tracker.finish()
 
 
-def flat(tree: dict[str, Any], head: str = "") -> dict[str, Any]:
-    """Nested names joined by dots, list items numbered; values that are no number, truth or text as text."""
-    found: dict[str, Any] = {}
+def flat(tree: dict[str, Any], head: str = "") -> dict[str, bool | int | float | str]:
+    """Flatten a tree: nested names joined by dots, list items numbered, values that trackers do not know as text."""
+    leaves: dict[str, bool | int | float | str] = {}
     for name, value in tree.items():
-        if isinstance(value, list) and head == "" and not isinstance(value, str):
+        if isinstance(value, list) and head == "":
             value = {str(i): item for i, item in enumerate(value)}
         if isinstance(value, dict):
-            found |= flat(value, f"{head}{name}.")
+            leaves |= flat(value, f"{head}{name}.")
         elif value is not None:
-            found[head + name] = value if isinstance(value, bool | int | float | str) else str(value)
-    return found
+            leaves[head + name] = value if isinstance(value, bool | int | float | str) else str(value)
+    return leaves
 
 
 def _run_id(path: Path) -> str:
-    """Drawn once per run."""
+    """The run's id at the trackers: drawn at the first start, read at every later one."""
     if not path.exists():
         path.write_text(secrets.token_hex(8), encoding="utf-8")
     return read_document(path).strip()
 
 
-TANGENT = 1.05
-SAMPLE = 1 << 14
-# NVIDIA's data sheets, dense bf16 with float32 accumulation, in FLOP/s; the first name found in the device's counts
-PEAKS = {
-    "B200": 2250e12,
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "RTX 4090": 165e12,
-}
-
-
 def peak_of(device_name: str, precision: str) -> float | None:
-    """The device's peak; None where it is not known, or another precision is used."""
+    """The device's peak in FLOP/s; None where it is not known, or another precision than bf16 is used."""
     if precision != "bf16":
         return None
     return next((peak for name, peak in PEAKS.items() if name in device_name), None)
 
 
 def forward_flops(recipe: Recipe) -> float:
-    """Of one row."""
+    """Floating-point operations of one row's forward."""
     model, n, d = recipe.model, tokens(recipe), recipe.model.dim
     per_token = 2 * (4 + 2 * model.mlp_ratio) * d * d + 4 * n * d  # qkv, proj, MLP; q kᵀ and p v
     modulations = 2 * (6 * model.depth + 2) * d * d
@@ -276,24 +274,24 @@ def forward_flops(recipe: Recipe) -> float:
     return model.depth * n * per_token + modulations + edges
 
 
-def mean_asked_rows(recipe: Recipe, n_equal: int) -> float:
-    """Guidance's rows of a step, in the mean over SAMPLE draws; compiled blocks always see all of them."""
+def mean_guidance_rows(recipe: Recipe, n_equal: int) -> float:
+    """Rows that guidance evaluates in a step, in the mean over TIME_DRAWS draws; compiled blocks always see all."""
     batch, law, host = recipe.train.batch, recipe.times, torch.device("cpu")
     if recipe.train.compile:
         return float(len(ask_all(batch, n_equal, recipe.guidance, host).places))
-    generator, equal = torch.Generator().manual_seed(0), round(SAMPLE * n_equal / batch)
-    normals, uniforms = torch.randn((3, SAMPLE), generator=generator), torch.rand(SAMPLE, generator=generator)
+    generator, equal = torch.Generator().manual_seed(0), round(TIME_DRAWS * n_equal / batch)
+    normals, uniforms = torch.randn((3, TIME_DRAWS), generator=generator), torch.rand(TIME_DRAWS, generator=generator)
     t, _ = sample_times(normals, equal, law=law.law, mean=law.mean, std=law.std, order=law.order)
-    return len(ask(t, uniforms, equal, recipe.guidance, host).places) * batch / SAMPLE
+    return len(ask(t, uniforms, equal, recipe.guidance, host).places) * batch / TIME_DRAWS
 
 
 def step_flops(recipe: Recipe, alpha: float, n_equal: int) -> float:
-    """Of one step on the global batch."""
+    """Floating-point operations of one step on the global batch."""
     batch, mix = recipe.train.batch, recipe.guidance
     later = batch - n_equal
     units = 3.0 * batch
-    if recipe.data.classes and (mix.omega, mix.kappa) != (1.0, 0.0):
-        units += mean_asked_rows(recipe, n_equal)
+    if recipe.data.classes and is_guided(mix.omega, mix.kappa):
+        units += mean_guidance_rows(recipe, n_equal)
     if phase_kind(alpha) == "between":
         units += later * (2 if recipe.loss.velocity == "network" else 1)
     elif phase_kind(alpha) == "derivative":

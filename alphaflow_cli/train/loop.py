@@ -1,20 +1,20 @@
 """The training loop. The order of a step is a contract:
 
-batch → times → path → guidance → target → forward → loss → backward → step → ema → journal → save
+    batch → times → path → guidance → target → forward → loss → backward → step → ema → journal → save
 
-While α > 0 guidance's rows go along in the forward, which then comes before the guided velocity and the target.
+`gradients` draws the batch and the times and calls backward; `training_step` (step.py) goes from the path to the loss;
+the optimiser (optimise.py) steps and averages; `train_steps` writes the journal and saves. While α > 0 guidance's rows
+go along in the forward, which then comes before the guided velocity and the target.
 
-When a step runs out of memory: with --micro-batch auto, the same step again in smaller parts.
+The draws are functions of (seed, step), so a step can be begun anew: after it ran out of memory, with smaller
+micro-batches (not on several processes: the others wait in the middle of an exchange for the one that failed, so the
+run ends and says what to do), or after a gradient that was not finite. The recipe's policy (optim.nonfinite) says
+what follows such a gradient; the optimiser has not taken the step:
 
-The draws are functions of (seed, step), so a step can be begun anew. Not on several processes: the others wait in the
-middle of an exchange for the one that failed, so the run ends and says what to do.
-
-What happens after a gradient that was not finite: the recipe's policy. The optimiser has skipped the step already.
-
-skip       go on, say so; so many in a row end the run
-rollback   back to the last saved state, with other noise and times; so many times at most
-stop       end the run
-replace    nothing here: the optimiser replaced the values and took the step, as published, and counted it
+    skip       go on and say so; so many in a row end the run
+    rollback   go back to the last saved state, with other noise and times; so many times at most
+    stop       end the run
+    replace    nothing here: the optimiser replaced the values and took the step, as published, and counted it
 """
 
 import contextlib
@@ -40,12 +40,13 @@ from alphaflow_cli.train.run import Run, newest_for_all
 from alphaflow_cli.train.step import Rows, ask, training_step
 
 CHECK_EVERY = 10  # steps between looks at the device's counters and at the stop flag, where a look makes it wait
+NONFINITE_ADVICE = "Lower optim.lr, or look at the data: alphaflow prep-latents --verify."
 
 
 def train_steps(
     run: Run, journal: Journal, stop: StopFlag, *, trackers: Trackers, after_save: Callable[[Run], None]
 ) -> bool:
-    """From run.step to the last step, or to a signal; returns whether the end was reached."""
+    """Train from run.step to the last step, or until a signal; returns whether the end was reached."""
     train, world = run.recipe.train, run.world
     look_every = 1 if world.device.type == "cpu" else CHECK_EVERY
     with Progress("train", train.steps, unit="step", done=run.step, shown=world.is_main) as bar:
@@ -54,14 +55,14 @@ def train_steps(
             run.step += 1
             bar.advance(1)
             last = run.step == train.steps
-            log, save = last or _is_due(run.step, train.log_every), last or _is_due(run.step, train.save_every)
+            log, save = (last or _is_due(run.step, every) for every in (train.log_every, train.save_every))
             look = log or save or _is_due(run.step, look_every)
             if look and survive_nonfinite(run):
                 journal.rewind(run.step)
                 bar.advance(run.step - bar.done)
                 continue
             if log:
-                row = _log(run, journal)
+                row = log_row(run, journal)
                 trackers.log(row)
                 bar.advance(0, console_line(row))
             stopping = look and world.agree(stop.is_set)
@@ -74,7 +75,7 @@ def train_steps(
 
 
 def one_step(run: Run, step: int) -> None:
-    """One optimiser step on the global batch of this step."""
+    """Take one optimiser step on the global batch of this step."""
     within_memory(run, lambda: gradients(run, step))
     if not run.checked:
         run.world.check_synchronised(run.net)
@@ -83,7 +84,7 @@ def one_step(run: Run, step: int) -> None:
 
 
 def gradients(run: Run, step: int) -> None:
-    """Of the mean loss over the global batch of this step, on every process."""
+    """Add up the gradients of the mean loss over the global batch of this step, in micro-batches, on every process."""
     recipe, world = run.recipe, run.world
     alpha = run.alpha_at(step)
     n_equal = equal_rows(recipe.train.batch, run.equal_share_at(step))
@@ -96,19 +97,19 @@ def gradients(run: Run, step: int) -> None:
         rows = rows_at(run, step, place, noise=draws.noise[place], times=times[:, place], n_equal=mine)
         last = turn == run.split.accumulation - 1
         with contextlib.nullcontext() if last else world.accelerator.no_sync(run.wrapped):
-            result = training_step(run.wrapped, run.net, rows, alpha=alpha, how=run.how)
+            result = training_step(run.wrapped, run.net, rows, alpha=alpha, objective=run.objective)
             # synchronising averages over the processes; the loss is a mean over the global batch
             (result.loss * (world.size / recipe.train.batch)).backward()  # type: ignore[no-untyped-call]
         run.sums.add(result.terms, rows.t, rows.r, rows.n_equal)
 
 
 def rows_at(run: Run, step: int, place: slice, *, noise: Tensor, times: Tensor, n_equal: int) -> Rows:
-    """A micro-batch; `times` are t, r and the uniforms of label dropout, on the host."""
-    batch, device, how = run.stream.batch_at(step, place), run.world.device, run.how
+    """Read a micro-batch of the stream. `times` are t, r and the uniforms of label dropout, (3, rows), on the host."""
+    batch, device, objective = run.stream.batch_at(step, place), run.world.device, run.objective
     t, r, uniforms = to_device(times, device)
-    question = None  # compiled blocks are asked about every row, so that their number stays
-    if how.is_guided and not run.recipe.train.compile:
-        question = ask(times[0], times[2], n_equal, how.guidance, device)
+    question = None  # compiled blocks: all rows that guidance could need, so that their number stays
+    if objective.is_guided and not run.recipe.train.compile:
+        question = ask(times[0], times[2], n_equal, objective.guidance, device)
     return Rows(
         x=batch.latents.to(run.dtype),
         noise=noise.to(run.dtype),
@@ -122,11 +123,12 @@ def rows_at(run: Run, step: int, place: slice, *, noise: Tensor, times: Tensor, 
 
 
 def _is_due(step: int, every: int) -> bool:
+    """Whether something that is done every so many steps is done after this one; 0 means never."""
     return every > 0 and step % every == 0
 
 
-def _log(run: Run, journal: Journal) -> dict[str, Any]:
-    """A row of metrics.jsonl about the steps since the last row."""
+def log_row(run: Run, journal: Journal) -> dict[str, Any]:
+    """Write a row of metrics.jsonl about the steps since the last row, and return it."""
     step, last = run.step, run.step - 1
     batch, alpha, share = run.recipe.train.batch, run.alpha_at(last), run.equal_share_at(last)
     values: dict[str, Any] = {"step": step, "images_seen": step * batch, "alpha": alpha, "phase": phase_kind(alpha)}
@@ -139,7 +141,7 @@ def _log(run: Run, journal: Journal) -> dict[str, Any]:
 
 
 def within_memory(run: Run, gradients: Callable[[], None]) -> None:
-    """Call `gradients`, again and again until its micro-batches fit."""
+    """Call `gradients`; while it runs out of memory, call it again with micro-batches of half as many rows."""
     before = run.sums.values.clone()
     while _runs_out(run, gradients):
         # here the failed attempt's frames, and what they held, are gone
@@ -153,6 +155,7 @@ def within_memory(run: Run, gradients: Callable[[], None]) -> None:
 
 
 def _runs_out(run: Run, gradients: Callable[[], None]) -> bool:
+    """Whether the memory ran out and smaller micro-batches may be tried; otherwise running out ends the run."""
     try:
         gradients()
     except torch.OutOfMemoryError as error:
@@ -167,25 +170,22 @@ def _runs_out(run: Run, gradients: Callable[[], None]) -> bool:
     return False
 
 
-ADVICE = "Lower optim.lr, or look at the data: alphaflow prep-latents --verify."
-
-
 def survive_nonfinite(run: Run) -> bool:
-    """Apply the policy to what was counted since the last journal row; True after a roll back."""
-    found = dict(zip(COUNTERS, run.optimiser.counters.tolist(), strict=True))
-    policy, count, streak = run.recipe.optim.nonfinite, int(found["nonfinite"]), int(found["streak"])
+    """Apply the policy to the non-finite gradients since the last journal row; True after a roll back."""
+    counts = dict(zip(COUNTERS, run.optimiser.counters.tolist(), strict=True))
+    policy, count, streak = run.recipe.optim.nonfinite, int(counts["nonfinite"]), int(counts["streak"])
     where = f"{run.folder}: step {run.step}: the gradient was not finite"
     if policy == "replace" or count == 0 or (policy == "skip" and streak == 0):
         return False
     if policy == "stop":
-        raise AlphaflowError(f"{where}. The last save is kept; optim.nonfinite: stop ended the run. {ADVICE}")
+        raise AlphaflowError(f"{where}. The last save is kept; optim.nonfinite: stop ended the run. {NONFINITE_ADVICE}")
     if policy == "rollback":
         _roll_back(run, where)
         return True
     limit = run.recipe.optim.nonfinite_limit
     if streak >= limit:
         raise AlphaflowError(
-            f"{where} for {streak} steps in a row (optim.nonfinite_limit {limit}). Each was skipped. {ADVICE}"
+            f"{where} for {streak} steps in a row (optim.nonfinite_limit {limit}). Each was skipped. {NONFINITE_ADVICE}"
         )
     if run.world.is_main:
         say(f"{where}; the step was skipped ({streak} in a row).")
@@ -195,11 +195,11 @@ def survive_nonfinite(run: Run) -> bool:
 def _roll_back(run: Run, where: str) -> None:
     limit, path = run.recipe.optim.nonfinite_limit, newest_for_all(run.folder, run.world)
     if path is None:
-        raise AlphaflowError(f"{where}, and there is no saved state to roll back to yet. {ADVICE}")
+        raise AlphaflowError(f"{where}, and there is no saved state to roll back to yet. {NONFINITE_ADVICE}")
     if run.retries >= limit:
         raise AlphaflowError(
             f"{where} again, after {run.retries} rolls back (optim.nonfinite_limit {limit}). "
-            f"The last save is kept. {ADVICE}"
+            f"The last save is kept. {NONFINITE_ADVICE}"
         )
     run.retries += 1
     run.restore(path)

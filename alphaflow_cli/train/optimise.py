@@ -22,7 +22,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class Optimiser:
-    """Adam and the running averages of one network."""
+    """Adam and the running averages (EMA) of one network's weights."""
 
     def __init__(self, net: nn.Module, recipe: Recipe) -> None:
         optim = recipe.optim
@@ -38,7 +38,7 @@ class Optimiser:
         self.counters = torch.zeros(len(COUNTERS), dtype=torch.float64, device=self.weights[0].device)
 
     def step(self, step: int) -> None:
-        """Clip, step, average; gradients are ready and synchronised."""
+        """Clip the gradients, step, and update the averages; the gradients must be ready and synchronised."""
         norm, bad = self._norm(self._gradients())
         for group in self.adam.param_groups:
             group["lr"] = self.rate_at(step)
@@ -51,13 +51,13 @@ class Optimiser:
         self._count(norm, bad)
 
     def forget_gradients(self) -> None:
-        """In place: DDP's buckets are views of them."""
+        """Set every gradient to zero in place: DDP's buckets are views of them."""
         grads = [local(p.grad) for p in self.parameters.values() if p.grad is not None]
         if grads:
             torch._foreach_zero_(grads)
 
     def _gradients(self) -> list[Tensor]:
-        """Of every parameter, whole or cut; the parts that Adam steps on get theirs."""
+        """The gradient of every parameter, whole or cut; the parts that Adam steps on get theirs."""
         grads = []
         for (name, parameter), w in zip(self.parameters.items(), self.weights, strict=True):
             assert parameter.grad is not None, name
@@ -68,7 +68,7 @@ class Optimiser:
         return grads
 
     def _norm(self, grads: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """(norm before clipping, whether it is not finite); clips in place."""
+        """Clip the gradients in place; returns their norm before that, and whether the step must be skipped."""
         norm = _total_norm(grads)
         bad = ~torch.isfinite(norm)
         if self.recipe.optim.nonfinite == "replace":
@@ -76,10 +76,10 @@ class Optimiser:
             norm = _total_norm(grads)
         if self.recipe.optim.clip_norm > 0:
             torch.nn.utils.clip_grads_with_norm_(self.weights, self.recipe.optim.clip_norm, norm, foreach=True)
-        return norm, bad if self.recipe.optim.nonfinite != "replace" else self._seen(bad)
+        return norm, bad if self.recipe.optim.nonfinite != "replace" else self._replaced(bad)
 
-    def _seen(self, bad: Tensor) -> Tensor:
-        """Replaced gradients are counted, but the step is taken."""
+    def _replaced(self, bad: Tensor) -> Tensor:
+        """Count a gradient whose values were replaced as non-finite, but take its step."""
         self.counters[COUNTERS.index("nonfinite")] += bad
         return torch.zeros_like(bad)
 
@@ -93,16 +93,16 @@ class Optimiser:
 
     def tensors(self, *, keep: bool = True) -> dict[str, Tensor]:
         """Everything that a resumed run needs: raw weights, averages, Adam's moments. All processes must call it."""
-        found: dict[str, Tensor] = {}
+        tensors: dict[str, Tensor] = {}
         for i, ((name, parameter), w) in enumerate(zip(self.parameters.items(), self.weights, strict=True)):
-            found[f"raw.{name}"] = whole(parameter, w, keep=keep)
+            tensors[f"raw.{name}"] = whole(parameter, w, keep=keep)
             for j, ema in enumerate(self.emas):
-                found[f"ema{j}.{name}"] = whole(parameter, ema[i], keep=keep)
+                tensors[f"ema{j}.{name}"] = whole(parameter, ema[i], keep=keep)
             moments = self.adam.state[w]
             if moments:
-                found[f"adam.step.{name}"] = moments["step"]
-            found |= {f"adam.{key}.{name}": whole(parameter, moments[key], keep=keep) for key in MOMENTS if moments}
-        return found | {"counters": self.counters}
+                tensors[f"adam.step.{name}"] = moments["step"]
+            tensors |= {f"adam.{key}.{name}": whole(parameter, moments[key], keep=keep) for key in MOMENTS if moments}
+        return tensors | {"counters": self.counters}
 
     @torch.no_grad()
     def load(self, tensors: dict[str, Tensor]) -> None:
@@ -119,18 +119,18 @@ class Optimiser:
         self.counters.copy_(tensors["counters"])
 
     def average(self, which: int = 0, *, keep: bool = True) -> dict[str, Tensor]:
-        """Name → weight of a running average. All processes must call it."""
+        """The weights of a running average by name, whole. All processes must call it."""
         parts = zip(self.parameters.items(), self.emas[which], strict=True)
         return {name: whole(parameter, value, keep=keep) for (name, parameter), value in parts}
 
     def raw(self, *, keep: bool = True) -> dict[str, Tensor]:
-        """Name → weight. All processes must call it."""
+        """The raw weights by name, whole. All processes must call it."""
         parts = zip(self.parameters.items(), self.weights, strict=True)
         return {name: whole(parameter, value, keep=keep) for (name, parameter), value in parts}
 
     @torch.no_grad()
     def start_from(self, weights: dict[str, Tensor]) -> None:
-        """Take these weights, and let the averages begin at what is there then."""
+        """Take these weights, and let the averages begin at the weights as they then are."""
         for (name, parameter), w in zip(self.parameters.items(), self.weights, strict=True):
             if name in weights:
                 w.copy_(part(parameter, weights[name]))
@@ -139,6 +139,6 @@ class Optimiser:
 
 
 def _total_norm(grads: list[Tensor]) -> Tensor:
-    """Of the whole gradient, over all processes where it is cut."""
+    """The norm of the whole gradient, over all processes where it is cut."""
     norm = torch.nn.utils.get_total_norm(grads, foreach=True)
     return norm.full_tensor() if isinstance(norm, DTensor) else norm

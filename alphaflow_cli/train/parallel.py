@@ -1,12 +1,12 @@
-"""How the global batch is cut: over processes, and over micro-batches that fit the memory.
+"""One run on several processes: how the global batch is cut over them, and how the network is wrapped or cut.
 
-Part a·P + p of A·P parts is micro-batch a of process p, and takes every (A·P)-th row of the global batch: the
-r = t rows come first in the batch, so a strided cut gives every part its share of them, still first.
+The batch is cut over processes, and over micro-batches that fit the memory. Part a·P + p of A·P parts is micro-batch a
+of process p, and takes every (A·P)-th row of the global batch: the r = t rows come first in the batch, so a strided
+cut gives every part its share of them, still first.
 
-FSDP2: every process keeps a part of each parameter; a block is whole only while it computes, or is saved.
-
+With FSDP2 every process keeps a part of each parameter; a block is whole only while it computes, or is saved.
 Accelerate silently falls back to plain DDP where it knows no FSDP (on a CPU), so the network is cut here: block by
-block, then what is left. The rest of the engine works on plain tensors: `local` is this process's part of a
+block, then what is left. The rest of this room works on plain tensors: `local` is this process's part of a
 parameter, `whole` puts the parts together (all processes must call it), `part` cuts again. Without FSDP all three
 give back what they were given.
 """
@@ -26,10 +26,12 @@ from alphaflow_cli.recipe.plan import equal_share_at
 from alphaflow_cli.recipe.schema import Recipe, Strategy
 from alphaflow_cli.runtime.processes import World
 
+FSDP_TORCH = (2, 13)  # older: backward through a sharded module fails on CPUs or beside forward-mode derivatives
+
 
 @dataclass(frozen=True)
 class Split:
-    """processes × micro-batches of a global batch."""
+    """A global batch, cut over processes and, on each of them, into `accumulation` micro-batches."""
 
     batch: int
     processes: int
@@ -37,15 +39,15 @@ class Split:
 
     @property
     def micro_batch(self) -> int:
-        """Rows of the largest micro-batch."""
+        """The number of rows of the largest micro-batch."""
         return -(-self.batch // (self.processes * self.accumulation))
 
     def rows(self, rank: int, turn: int) -> slice:
-        """The rows of the global batch that a process sees in a micro-batch."""
+        """The rows of the global batch that process `rank` takes in its micro-batch number `turn`."""
         return self._part(rank, turn, 0)[0]
 
     def equal_rows(self, rank: int, turn: int, n_equal: int) -> int:
-        """How many of them are r = t rows; over all parts they add up to n_equal."""
+        """How many of these rows are r = t rows, of `n_equal` in the global batch."""
         return self._part(rank, turn, n_equal)[1]
 
     def _part(self, rank: int, turn: int, n_equal: int) -> tuple[slice, int]:
@@ -59,7 +61,7 @@ class Split:
 
 
 def split_batch(batch: int, *, processes: int, micro_batch: int | None) -> Split:
-    """The split with micro-batches of at most so many rows."""
+    """Cut a batch into micro-batches of at most `micro_batch` rows; None: one micro-batch per process."""
     if processes > batch:
         raise AlphaflowError(
             f"{processes} processes for a batch of {batch} rows: some would have none. Use at most {batch} processes."
@@ -70,7 +72,7 @@ def split_batch(batch: int, *, processes: int, micro_batch: int | None) -> Split
 
 
 def largest_that_fits(rows: int, attempt: Callable[[int], None]) -> int:
-    """The first of rows, rows/2, rows/4, … that `attempt` survives without running out of memory."""
+    """The first of rows, rows/2, rows/4, … for which `attempt` does not run out of memory."""
     while True:
         try:
             attempt(rows)
@@ -86,17 +88,14 @@ def largest_that_fits(rows: int, attempt: Callable[[int], None]) -> int:
             torch.cuda.empty_cache()
 
 
-NEEDED = (2, 13)  # below it, backward through a sharded module fails on CPUs or beside forward-mode derivatives
-
-
 def check_sharding(recipe: Recipe, split: Split, version: str = torch.__version__) -> None:
     """Refuse what FSDP2 cannot do: an old torch, a gradient of one process, micro-batches that call unequally often."""
     if recipe.train.strategy != "fsdp2" or split.processes == 1:
         return
-    if tuple(int(part) for part in version.split(".")[:2]) < NEEDED:
+    if tuple(int(part) for part in version.split(".")[:2]) < FSDP_TORCH:
         raise AlphaflowError(
-            f"train.strategy fsdp2 needs torch {'.'.join(map(str, NEEDED))} or newer, this is {version}: older ones "
-            "fail in the backward pass of a sharded network. Use train.strategy: ddp, or a newer torch."
+            f"train.strategy fsdp2 needs torch {'.'.join(map(str, FSDP_TORCH))} or newer, this is {version}: older "
+            "ones fail in the backward pass of a sharded network. Use train.strategy: ddp, or a newer torch."
         )
     if recipe.train.conflict_every:
         raise AlphaflowError(
@@ -114,7 +113,7 @@ def check_sharding(recipe: Recipe, split: Split, version: str = torch.__version_
 
 
 def shard_network(net: nn.Module, device: torch.device, processes: int) -> None:
-    """Cut the parameters in place; names stay what they are."""
+    """Cut the parameters over the processes, in place; their names stay what they are."""
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh(device.type, (processes,))
@@ -126,7 +125,7 @@ def shard_network(net: nn.Module, device: torch.device, processes: int) -> None:
 
 @torch.no_grad()
 def local(value: Tensor) -> Tensor:
-    """This process's part, sharing its memory."""
+    """This process's part of a tensor that may be cut; it shares the tensor's memory."""
     if not isinstance(value, DTensor):
         return value
     mine: Tensor = value.detach().to_local()  # type: ignore[attr-defined]
@@ -135,7 +134,7 @@ def local(value: Tensor) -> Tensor:
 
 @torch.no_grad()
 def whole(parameter: Tensor, value: Tensor, *, keep: bool = True) -> Tensor:
-    """All parts of a tensor that is cut like the parameter, on the host; an empty one where it is not kept."""
+    """Put a tensor that is cut like the parameter together, on the host; without `keep` the result is empty."""
     if not isinstance(parameter, DTensor):
         return value.detach()
     shape, stride = parameter.shape, parameter.stride()
@@ -146,7 +145,7 @@ def whole(parameter: Tensor, value: Tensor, *, keep: bool = True) -> Tensor:
 
 
 def part(parameter: Tensor, value: Tensor) -> Tensor:
-    """This process's part of a whole tensor: FSDP2 cuts the first dimension as torch.chunk does."""
+    """Cut this process's part out of a whole tensor: FSDP2 cuts the first dimension as torch.chunk does."""
     if not isinstance(parameter, DTensor):
         return value
     mesh = parameter.device_mesh

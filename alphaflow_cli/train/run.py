@@ -1,6 +1,7 @@
-"""A run in memory: everything the loop needs, made from a recipe, and put back from a saved state.
+"""A run in memory: everything the loop changes or reads, made from a recipe, saved, and put back from a saved state.
 
---init-from: begin with another checkpoint's weights, and say what was taken and what was not.
+`build_run` makes one at step 0, `Run.save` and `Run.restore` carry it over to the next start of the program, and
+`start_from` (--init-from) lets it begin with another checkpoint's weights.
 """
 
 import platform
@@ -8,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -32,10 +32,19 @@ from alphaflow_cli.train.optimise import MOMENTS, Optimiser
 from alphaflow_cli.train.parallel import Split, wrap_network
 from alphaflow_cli.train.step import Objective
 
+SAME_MEANING = (
+    "model.second_time",
+    "model.prediction",
+    "data.autoencoder",
+    "data.normalise",
+    "data.scale",
+    "data.shift",
+)
+
 
 @dataclass
 class Run:
-    """What the steps change, and what they read."""
+    """What the steps change, and what they read. All methods that say so must be called by every process."""
 
     recipe: Recipe
     folder: Path
@@ -46,7 +55,7 @@ class Run:
     wrapped: nn.Module  # the loss sees it
     optimiser: Optimiser
     sums: Sums
-    how: Objective
+    objective: Objective
     class_names: list[str]
     init_from: str = ""  # whose weights it began with
     may_shrink: bool = False  # whether micro-batches become smaller when the memory runs out
@@ -60,19 +69,20 @@ class Run:
 
     @property
     def seed(self) -> int:
-        """Of the draws: the recipe's, until a roll back asks for others."""
+        """The seed of the draws: the recipe's, until a roll back wants other draws."""
         seed = self.recipe.train.seed
         return mix_seed(seed, self.retries) if self.retries else seed
 
-    def facts(self) -> dict[str, Any]:
-        """What a state says beside its tensors."""
-        return {
-            "retries": self.retries,
-            "accumulation": self.split.accumulation,
-            "processes": self.world.size,
-            "store": self.stream.store.manifest.digest,
-            "init_from": self.init_from,
-        }
+    def facts(self) -> state.StateFacts:
+        """What a saved state records beside its tensors."""
+        return state.StateFacts(
+            step=self.step,
+            retries=self.retries,
+            accumulation=self.split.accumulation,
+            processes=self.world.size,
+            store=self.stream.store.manifest.digest,
+            init_from=self.init_from,
+        )
 
     def model(self, which: int = 0) -> Checkpoint:
         """A running average, ready to be saved or sampled by the first process. All processes must call it."""
@@ -83,9 +93,9 @@ class Run:
         """The files of a checkpoint: the first average, the others, the raw weights. All processes must call it."""
         lives = self.recipe.ema.half_lives
         names = ["model.safetensors", *(f"ema-{text}.safetensors" for text in texts_apart(lives[1:]))]
-        found = {name: self.model(i) for i, name in enumerate(names)}
+        averages = {name: self.model(i) for i, name in enumerate(names)}
         raw = self.optimiser.raw(keep=self.world.is_main)
-        return found | {"raw.safetensors": self._checkpoint(raw, weights="raw", half_life=0.0)}
+        return averages | {"raw.safetensors": self._checkpoint(raw, weights="raw", half_life=0.0)}
 
     def _checkpoint(self, values: dict[str, torch.Tensor], *, weights: str, half_life: float) -> Checkpoint:
         store = self.stream.store
@@ -107,7 +117,7 @@ class Run:
         return Checkpoint(ready, self.recipe, self.stream.mean, self.stream.std, origin)
 
     def save(self) -> None:
-        """Checkpoint first, then the state that counts on it, then older ones go. Rank 0 writes, all wait."""
+        """Write the checkpoint, then the state that counts on it, then remove older ones. All processes call it."""
         sums, models = self.world.gather(self.sums.values), self.models()
         tensors = self.optimiser.tensors(keep=self.world.is_main) | {"sums": sums}
         if self.world.is_main:
@@ -119,26 +129,26 @@ class Run:
         check_lock(self.folder)
         try:
             state.save_models(self.folder, self.step, models)
-            state.save_state(self.folder, self.step, tensors, self.facts())
+            state.save_state(self.folder, tensors, self.facts())
             state.prune(self.folder, keep=train.keep, milestone_every=train.milestone_every)
         except OSError as error:
             where = error.filename or self.folder
             raise AlphaflowError(f"{where}: cannot be written: {error.strerror}. What was there is kept.") from error
 
     def restore(self, path: Path) -> None:
-        """Go on from a saved state."""
+        """Put weights, optimiser, counters and step back as a saved state has them, after checking that it fits."""
         facts, tensors = state.read_facts(path), state.read_tensors(path)
-        self._check_store(path, facts["store"])
+        self._check_store(path, facts.store)
         self._check_tensors(path, tensors)
         self.optimiser.load(tensors)
         sums = tensors["sums"].to(self.world.device)  # (processes, n)
         mine = sums[self.world.rank] if len(sums) == self.world.size else sums.sum(0) * self.world.is_main
         self.sums.values.copy_(mine)
-        self.step, self.retries = facts["step"], max(facts["retries"], self.retries)
-        self.init_from = facts["init_from"]
+        self.step, self.retries = facts.step, max(facts.retries, self.retries)
+        self.init_from = facts.init_from
 
     def _check_tensors(self, path: Path, tensors: dict[str, torch.Tensor]) -> None:
-        """A state without a checksum may hold anything, and a copy would stretch a tensor of another shape."""
+        """Refuse a state whose tensors are not this run's: a copy would silently stretch one of another shape."""
         shapes = {name: parameter.shape for name, parameter in self.optimiser.parameters.items()}
         kinds = ["raw", *(f"ema{i}" for i in range(len(self.recipe.ema.half_lives)))]
         kinds += MOMENTS if any(name.startswith("adam.step.") for name in tensors) else ()
@@ -156,7 +166,7 @@ class Run:
             )
 
     def _check_store(self, path: Path, digest: str) -> None:
-        """The same run on other data would be another run."""
+        """Refuse to go on with other latents than the run was trained on: that would be another run."""
         store = self.stream.store
         if digest != store.manifest.digest:
             raise AlphaflowError(
@@ -167,20 +177,20 @@ class Run:
 
 
 def texts_apart(numbers: Sequence[float]) -> list[str]:
-    """`50`, `0.5`: as short as names may be; with every digit where two short ones would be the same."""
+    """Write numbers for file names: `50`, `0.5`; with every digit where two short texts would be the same."""
     short = [f"{number:g}" for number in numbers]
     return [text if short.count(text) == 1 else repr(number) for text, number in zip(short, numbers, strict=True)]
 
 
 def newest_for_all(folder: Path, world: World) -> Path | None:
-    """The state to go on from; None before the first save. The first process checks its bytes, the others follow."""
+    """The saved state to go on from, the same on every process (the first one looks); None before the first save."""
     newest = state.newest_state(folder) if world.is_main else None
     step = int(world.largest(step_of(newest) if newest else -1))
     return state.state_file(folder, step) if step >= 0 else None
 
 
 def build_run(recipe: Recipe, folder: Path, *, world: World, stream: LatentStream, split: Split) -> Run:
-    """A run at step 0."""
+    """Make the network, its wrapped form, the optimiser and the rest of a run at step 0."""
     net = build_network(recipe).to(world.device, DTYPES[recipe.train.precision])
     if recipe.train.compile:
         compile_blocks(net)
@@ -195,17 +205,14 @@ def build_run(recipe: Recipe, folder: Path, *, world: World, stream: LatentStrea
         wrapped=wrapped,
         optimiser=Optimiser(net, recipe),
         sums=Sums(world.device),
-        how=Objective.of(recipe),
+        objective=Objective.of(recipe),
         class_names=class_names(stream.store.path),
     )
 
 
-MEANINGS = ("model.second_time", "model.prediction", "data.autoencoder", "data.normalise", "data.scale", "data.shift")
-
-
 @torch.no_grad()
 def start_from(run: Run, address: str) -> list[str]:
-    """Copy every weight of the same name and shape; a label table of another size keeps its fresh start."""
+    """Begin with a checkpoint's weights, a label table of another size excepted; returns lines about what was taken."""
     checkpoint = load_checkpoint(find_checkpoint(address))
     ours = run.optimiser.parameters
     matched = [n for n, w in ours.items() if n in checkpoint.weights and checkpoint.weights[n].shape == w.shape]
@@ -230,9 +237,9 @@ def start_from(run: Run, address: str) -> list[str]:
 
 
 def _other_meanings(theirs: Recipe, ours: Recipe) -> list[str]:
-    """What the same weights were fed or asked for there, and are not here."""
+    """Settings that give the same weights another meaning there than here."""
     return [
         f"beware: {field}: {there} there, {here} here; training has to bridge it"
         for field, there, here in diff_recipes(theirs, ours)
-        if field.startswith(MEANINGS)
+        if field.startswith(SAME_MEANING)
     ]

@@ -3,14 +3,12 @@
 from pathlib import Path
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.files import make_folder, write_whole
 from alphaflow_cli.model.find import step_name
 from alphaflow_cli.runtime.progress import say
-from alphaflow_cli.sample.generator import Generator
+from alphaflow_cli.sample.generator import Generator, pictures
 from alphaflow_cli.sample.grid import grid_side_by_side
 from alphaflow_cli.sample.walk import plan_walk
 from alphaflow_cli.train.run import Run
@@ -19,23 +17,23 @@ COLUMNS, ROWS = 10, 4  # of each half
 
 
 class SampleGrids:
-    """`grids.draw(run)` writes samples/step-N.png from the first average."""
+    """Draws samples/step-N.png from the run's first average, with a generator that is made once."""
 
     def __init__(self) -> None:
         self.generator: Generator | None = None
-        self.broken = ""  # why no grid can be drawn; said once
+        self.broken = ""  # why no grid can be drawn, once that is known
 
     def is_due(self, run: Run) -> bool:
-        """Whether the present step has a grid."""
+        """Whether a grid is drawn at the run's present step."""
         every, steps = run.recipe.train.sample_every, run.recipe.train.steps
         return bool(every) and (run.step % every == 0 or run.step == steps)
 
     def path(self, run: Run) -> Path:
-        """The grid of the present step."""
+        """The file of the grid of the run's present step."""
         return run.folder / "samples" / f"{step_name(run.step)}.png"
 
     def draw(self, run: Run) -> Path | None:
-        """The grid of the present weights; None where the autoencoder cannot be had."""
+        """Draw the grid of the present weights; None where the autoencoder cannot be had. All processes call it."""
         checkpoint = run.model()  # all processes: the weights may be cut over them
         if self.broken or not run.world.is_main:
             return None
@@ -57,15 +55,11 @@ class SampleGrids:
         classes = generator.recipe.data.classes
         seeds = list(range(COLUMNS * ROWS))
         labels = [seed % COLUMNS * max(1, classes // COLUMNS) % classes if classes else 0 for seed in seeds]
-        halves = [
-            (f"{nfe} NFE", to_numpy(generator.images(seeds, labels, plan_walk(generator.recipe, nfe=nfe))))
-            for nfe in (1, 2)
-        ]
+        halves = [(f"{nfe} NFE", self._half(generator, nfe, seeds, labels)) for nfe in (1, 2)]
         names = generator.origin.get("class_names") or []
         chosen = [names[label] if label < len(names) else "" for label in labels[:COLUMNS]]
         return grid_side_by_side(halves, COLUMNS, chosen)
 
-
-def to_numpy(images: Tensor) -> list[np.ndarray]:
-    """(n, 3, H, W) uint8 → pictures (H, W, 3)."""
-    return list(images.permute(0, 2, 3, 1).to("cpu", torch.uint8).numpy())
+    def _half(self, generator: Generator, nfe: int, seeds: list[int], labels: list[int]) -> list[np.ndarray]:
+        walk = plan_walk(generator.recipe, nfe=nfe)
+        return [picture for _, _, picture in pictures(generator, seeds, labels, walk, batch=len(seeds))]

@@ -1,6 +1,7 @@
-"""Before a run: everything that can be wrong, found before any process starts, each fault with what to do.
+"""From a recipe and a folder to a finished run: check everything, begin or resume, train.
 
-From a recipe and a folder to a finished run: resume or begin, then train.
+`prepare_run` finds what is wrong before any process starts, each fault with what to do, and makes the store of an
+embedded set. `train` is what every process then does: take the folder, open the run where it was left, train it.
 """
 
 import os
@@ -9,13 +10,12 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from alphaflow_cli.data.batches import LatentStream
 from alphaflow_cli.data.manifest import read_manifest
-from alphaflow_cli.data.store import disagreements, open_store
+from alphaflow_cli.data.store import Verify, disagreements, open_store
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.files import read_document, write_whole
 from alphaflow_cli.latents.prepare import prepare_latents
@@ -25,11 +25,11 @@ from alphaflow_cli.runtime.launch import StopFlag, has_parent, is_worker
 from alphaflow_cli.runtime.lock import hold
 from alphaflow_cli.runtime.processes import World, join_world, processes_here
 from alphaflow_cli.runtime.progress import say
-from alphaflow_cli.train import journal, parallel, state
+from alphaflow_cli.train import state
 from alphaflow_cli.train.estimate import micro_batch_that_fits
-from alphaflow_cli.train.journal import Trackers, check_trackers, peak_of
+from alphaflow_cli.train.journal import Journal, Trackers, check_trackers, peak_of
 from alphaflow_cli.train.loop import train_steps
-from alphaflow_cli.train.parallel import check_sharding
+from alphaflow_cli.train.parallel import Split, check_sharding, split_batch
 from alphaflow_cli.train.run import Run, build_run, newest_for_all, start_from
 from alphaflow_cli.train.samples import SampleGrids
 
@@ -38,11 +38,12 @@ ADJUSTABLE = {  # what a run may change when it goes on: none of it changes what
     *(f"train.{name}" for name in ("strategy", "compile", "gradient_checkpointing", "tf32", "trackers", "keep")),
     *(f"train.{name}_every" for name in ("save", "milestone", "log", "sample")),
 }
+RESIDENT_SHARE = 0.25  # of a GPU's memory that the latents may take
 
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """What the command line says: the machine and the destination."""
+    """The command line's half of a run, the machine and the destination; the recipe is the other half."""
 
     out: Path
     data: Path | None = None
@@ -52,7 +53,7 @@ class TrainOptions:
 
 
 def store_of(recipe: Recipe, options: TrainOptions) -> Path:
-    """Where the latents are, or will be made."""
+    """The folder where the recipe's latents are, or will be made; --data comes first."""
     if options.data is not None:
         return options.data
     if recipe.data.store:
@@ -66,7 +67,7 @@ def store_of(recipe: Recipe, options: TrainOptions) -> Path:
 
 
 def check_store(recipe: Recipe, store: Path) -> None:
-    """Refuse a store that the recipe was not written for, both sides printed."""
+    """Refuse a store that the recipe was not written for, naming what each of the two says."""
     data = recipe.data
     faults = disagreements(
         open_store(store, "sizes").manifest,
@@ -85,7 +86,7 @@ def check_store(recipe: Recipe, store: Path) -> None:
 
 
 def check_folder(out: Path) -> None:
-    """The run folder can be written."""
+    """Make the run folder, and refuse one that cannot be written to."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         probe = out / f".write.{os.getpid()}.tmp"
@@ -98,7 +99,7 @@ def check_folder(out: Path) -> None:
 
 
 def check_recipe(recipe: Recipe, out: Path) -> list[tuple[str, str, str]]:
-    """A run folder belongs to one recipe; another one is refused with the differences. Returns what may change."""
+    """Refuse to train another recipe in a run's folder; returns the changes that a run may make when it goes on."""
     path = out / "recipe.yaml"
     there = recipe_from_text(read_document(path), str(path)) if path.exists() else recipe
     changes = [row for row in diff_recipes(there, recipe) if row[0] != "name"]
@@ -112,7 +113,7 @@ def check_recipe(recipe: Recipe, out: Path) -> list[tuple[str, str, str]]:
 
 
 def prepare_run(recipe: Recipe, options: TrainOptions) -> Path:
-    """Everything that can be wrong, found before any process starts; makes the store of an embedded set."""
+    """Check all that can be wrong before any process starts, make the store of an embedded set; returns the store."""
     check_trackers(recipe)
     check_folder(options.out)
     changes = check_recipe(recipe, options.out)
@@ -130,21 +131,34 @@ def prepare_run(recipe: Recipe, options: TrainOptions) -> Path:
     return store
 
 
-def count_processes(recipe: Recipe, asked: int | None) -> int:
-    """What was asked for, else one per GPU; more than rows of a batch is refused before anything starts."""
-    count = processes_here(asked)
+def count_processes(recipe: Recipe, requested: int | None) -> int:
+    """The number of processes requested, else one per GPU; more than the batch has rows are refused."""
+    count = processes_here(requested)
     count_rows(recipe, count)
     return count
 
 
 def count_rows(recipe: Recipe, processes: int) -> None:
-    """Every process needs a row of the batch."""
-    parallel.split_batch(recipe.train.batch, processes=processes, micro_batch=None)
+    """Refuse more processes than the batch has rows."""
+    split_batch(recipe.train.batch, processes=processes, micro_batch=None)
+
+
+def train(recipe: Recipe, options: TrainOptions) -> int:
+    """Train in this process (one of several, perhaps); 0 when finished, 130 or 143 when stopped and saved."""
+    world = join_world(allow_tf32=recipe.train.tf32, trackers=recipe.train.trackers, folder=options.out)
+    with one_owner(recipe, options, world):
+        if world.is_main:
+            state.sweep(options.out)
+        world.wait()
+        run = open_run(recipe, options, world)
+        if world.is_main:
+            say_where(run, options)
+        return train_run(run, open_journal(run))
 
 
 @contextmanager
 def one_owner(recipe: Recipe, options: TrainOptions, world: World) -> Iterator[None]:
-    """The run folder is ours: the first process holds it for all, and does what a parent of ours would have done."""
+    """Hold the run folder: the first process holds it for all, and prepares the run where no parent of ours did."""
     fault: AlphaflowError | None = None
     alone = is_worker() and not has_parent()
     with ExitStack() as held:
@@ -154,8 +168,8 @@ def one_owner(recipe: Recipe, options: TrainOptions, world: World) -> Iterator[N
                 if alone:
                     count_rows(recipe, world.size)
                     prepare_run(recipe, options)
-            except AlphaflowError as found:
-                fault = found
+            except AlphaflowError as error:
+                fault = error
         if world.agree(fault is not None):
             raise fault or SystemExit(1)  # one message is enough
         if alone and not (options.out / "recipe.yaml").exists():
@@ -166,14 +180,11 @@ def one_owner(recipe: Recipe, options: TrainOptions, world: World) -> Iterator[N
         yield
 
 
-RESIDENT_SHARE = 0.25  # of a GPU's memory that the latents may take
-
-
 def open_run(recipe: Recipe, options: TrainOptions, world: World) -> Run:
-    """The run, at the step where it was left."""
+    """Make the run in memory, at the step where it was left; the first time with the weights of --init-from."""
     store = store_of(recipe, options)
     newest = newest_for_all(options.out, world)
-    saved = state.read_facts(newest) if newest else {}
+    saved = state.read_facts(newest) if newest else None
     # the main process reads every byte against its checksum; the others trust it
     stream = open_stream(recipe, store, world, verify=options.verify and world.is_main)
     world.wait()
@@ -191,24 +202,35 @@ def open_run(recipe: Recipe, options: TrainOptions, world: World) -> Run:
 
 
 def open_stream(recipe: Recipe, store: Path, world: World, *, verify: bool) -> LatentStream:
-    """The recipe's stream; a store that fits a quarter of a GPU's memory lives there."""
-    data = recipe.data
-    resident = fits_on_device(store, data.flips, world.device)
+    """Open the recipe's stream of latents; a store that fits a quarter of the GPU's memory is kept there."""
+    resident = fits_on_device(store, recipe.data.flips, world.device)
     if resident and world.is_main:
         say(f"{store}: kept in the GPU's memory")
+    train = recipe.train
+    check: Verify = "full" if verify else "sizes"
+    return recipe_stream(
+        recipe, store, batch=train.batch, seed=train.seed, device=world.device, resident=resident, verify=check
+    )
+
+
+def recipe_stream(
+    recipe: Recipe, store: Path, *, batch: int, seed: int, device: torch.device, resident: bool, verify: Verify
+) -> LatentStream:
+    """Open a store as the recipe reads it: its posterior, flips and normalisation; batch and seed may be others."""
+    data = recipe.data
     return LatentStream(
         store,
-        batch=recipe.train.batch,
-        seed=recipe.train.seed,
+        batch=batch,
+        seed=seed,
         posterior=data.posterior,
         flips=data.flips,
         normalise=data.normalise,
         scale=data.scale,
         shift=data.shift,
         stats_images=data.stats_images,
-        device=world.device,
+        device=device,
         resident=resident,
-        verify="full" if verify else "sizes",
+        verify=verify,
     )
 
 
@@ -217,46 +239,33 @@ def fits_on_device(store: Path, flips: bool, device: torch.device) -> bool:
     if device.type != "cuda":
         return False
     manifest = read_manifest(store)
-    halves = 2 if manifest.plan.stores_flips and not flips else 1  # mirror images that are not asked for stay on disk
+    halves = 2 if manifest.plan.stores_flips and not flips else 1  # mirror images that are not used stay on disk
     return manifest.count * manifest.plan.sample_bytes / halves <= torch.cuda.mem_get_info(device)[1] * RESIDENT_SHARE
 
 
-def choose_batch_split(recipe: Recipe, options: TrainOptions, world: World, saved: dict[str, Any]) -> parallel.Split:
-    """What was asked for, else what the run had, else what fits."""
+def choose_batch_split(recipe: Recipe, options: TrainOptions, world: World, saved: state.StateFacts | None) -> Split:
+    """Cut the batch by --micro-batch, else as the run was cut before, else so that it fits the memory."""
     batch, processes = recipe.train.batch, world.size
-    if options.micro_batch is None and saved.get("processes") == processes:
-        chosen = parallel.Split(batch, processes, saved["accumulation"])
+    if options.micro_batch is None and saved is not None and saved.processes == processes:
+        chosen = Split(batch, processes, saved.accumulation)
     else:
         micro_batch = options.micro_batch or micro_batch_that_fits(recipe, world)
-        chosen = parallel.split_batch(batch, processes=processes, micro_batch=micro_batch)
+        chosen = split_batch(batch, processes=processes, micro_batch=micro_batch)
     check_sharding(recipe, chosen)
     return chosen
 
 
-def train(recipe: Recipe, options: TrainOptions) -> int:
-    """Train in this process (one of several, perhaps); 0 when finished, 130 or 143 when stopped and saved."""
-    world = join_world(allow_tf32=recipe.train.tf32, trackers=recipe.train.trackers, folder=options.out)
-    with one_owner(recipe, options, world):
-        if world.is_main:
-            state.sweep(options.out)
-        world.wait()
-        run = open_run(recipe, options, world)
-        if world.is_main:
-            say_where(run, options)
-        return train_run(run, open_journal(run))
-
-
-def open_journal(run: Run) -> journal.Journal:
-    """metrics.jsonl, without rows past the step where the run goes on."""
+def open_journal(run: Run) -> Journal:
+    """Open metrics.jsonl; rows past the step where the run goes on are removed."""
     world = run.world
     is_gpu = world.device.type == "cuda"
     peak = peak_of(torch.cuda.get_device_name(), run.recipe.train.precision) if is_gpu else None
     flops = peak and peak * world.size
-    return journal.Journal(run.folder / "metrics.jsonl", run.step, writes=world.is_main, device_flops=flops)
+    return Journal(run.folder / "metrics.jsonl", run.step, writes=world.is_main, device_flops=flops)
 
 
-def train_run(run: Run, book: journal.Journal) -> int:
-    """To the last step, or to a signal."""
+def train_run(run: Run, journal: Journal) -> int:
+    """Train with trackers and sample grids, to the last step or to a signal; returns the exit code."""
     world = run.world
     trackers, grids = Trackers(run.recipe, world, run.folder, run.step), SampleGrids()
     if run.step and world.agree(world.is_main and grids.is_due(run) and not grids.path(run).exists()):
@@ -267,7 +276,7 @@ def train_run(run: Run, book: journal.Journal) -> int:
             grids.draw(now)
 
     with StopFlag() as stop:
-        finished = train_steps(run, book, stop, trackers=trackers, after_save=pictures)
+        finished = train_steps(run, journal, stop, trackers=trackers, after_save=pictures)
     run.stream.close()
     trackers.close()
     world.wait()
@@ -277,7 +286,7 @@ def train_run(run: Run, book: journal.Journal) -> int:
 
 
 def say_where(run: Run, options: TrainOptions) -> None:
-    """One line about the beginning: how the batch is cut, and where the run goes on."""
+    """Say in one line how the batch is cut, and where the run begins or goes on."""
     steps = run.recipe.train.steps
     if run.step >= steps:
         say(f"{run.folder}: the run is finished, {run.step:,} steps of {steps:,}")

@@ -10,8 +10,8 @@ are renamed away before they are deleted. So the newest readable state always be
 
 import json
 import shutil
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -24,13 +24,24 @@ from alphaflow_cli.runtime.progress import say
 from alphaflow_cli.tensors import SEAL, save_tensors, seal_holds
 
 STATE_FORMAT = "alphaflow-state/2"
-WITHOUT_CHECKSUM = "alphaflow-state/1"  # read for ever, and it is said
-FACTS = {"step": int, "retries": int, "accumulation": int, "processes": int, "store": str, "init_from": str}
+WITHOUT_CHECKSUM = "alphaflow-state/1"  # read for ever, with a line that says so
 OWN_FILES = (".model.safetensors.*tmp", ".recipe.yaml.*tmp", ".metrics.jsonl.*tmp", ".write.*tmp")  # of training
 
 
+@dataclass(frozen=True)
+class StateFacts:
+    """What a state records beside its tensors."""
+
+    step: int
+    retries: int  # rolls back so far
+    accumulation: int  # micro-batches of a step
+    processes: int
+    store: str  # the latent store's digest
+    init_from: str  # the checkpoint whose weights the run began with, if any
+
+
 def state_file(run: Path, step: int) -> Path:
-    """state/step-N.safetensors."""
+    """Where the state of a step lies: state/step-N.safetensors."""
     return run / "state" / f"{step_name(step)}.safetensors"
 
 
@@ -43,7 +54,7 @@ def sweep(run: Path) -> None:
 
 
 def save_models(run: Path, step: int, models: dict[str, Checkpoint]) -> None:
-    """checkpoints/step-N/ with its files, all at once; then the newest model at the top of the run."""
+    """Write checkpoints/step-N/ with its files, all at once; then put the newest model at the top of the run."""
     folder = run / "checkpoints" / step_name(step)
     temporary = folder.with_name(f".{folder.name}.tmp")
     try:
@@ -65,7 +76,7 @@ def save_models(run: Path, step: int, models: dict[str, Checkpoint]) -> None:
 
 
 def publish(run: Path, model: Path) -> None:
-    """RUN/model.safetensors becomes this file: a hard link where the file system has them, else a copy."""
+    """Make RUN/model.safetensors this file: a hard link where the file system has them, else a copy."""
 
     def link(target: Path) -> None:
         target.unlink(missing_ok=True)
@@ -77,11 +88,11 @@ def publish(run: Path, model: Path) -> None:
     write_by(run / "model.safetensors", link)
 
 
-def save_state(run: Path, step: int, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
-    """state/step-N.safetensors; older states go once it is there."""
-    path = state_file(run, step)
+def save_state(run: Path, tensors: dict[str, Tensor], facts: StateFacts) -> None:
+    """Write state/step-N.safetensors; older states go once it is there."""
+    path = state_file(run, facts.step)
     path.parent.mkdir(exist_ok=True)
-    metadata = {"format": STATE_FORMAT, "facts": json.dumps(facts | {"step": step}, sort_keys=True)}
+    metadata = {"format": STATE_FORMAT, "facts": json.dumps(asdict(facts), sort_keys=True)}
     save_tensors(path, tensors, metadata, sealed=True)
     for old in saved_steps(path.parent, ".safetensors"):
         if old != path and old.is_file():
@@ -89,7 +100,7 @@ def save_state(run: Path, step: int, tensors: dict[str, Tensor], facts: dict[str
 
 
 def prune(run: Path, *, keep: int, milestone_every: int) -> None:
-    """Keep the newest checkpoints and the milestones."""
+    """Remove all checkpoints but the newest `keep` and the milestones, one every so many steps."""
     for folder in checkpoint_folders(run)[: -keep or None]:
         if not (milestone_every and step_of(folder) % milestone_every == 0):
             discard(folder)
@@ -105,7 +116,7 @@ def discard(folder: Path) -> None:
 
 
 def newest_state(run: Path) -> Path | None:
-    """The newest state that is sound, None before the first save; a damaged one is named, and an older one taken."""
+    """The newest sound state, None before the first save; a damaged one is named, and an older one taken."""
     fault = None
     for path in reversed(saved_steps(run / "state", ".safetensors")):
         try:
@@ -126,21 +137,21 @@ def newest_state(run: Path) -> Path | None:
 
 
 def check_state(path: Path) -> None:
-    """Every byte of it against its checksum; a state of former versions has none, and that is said."""
+    """Refuse a state whose bytes are not those of its checksum; one of former versions has none, and a line says so."""
     facts = read_facts(path)
     with open_state(path) as file:
         sealed = SEAL in file.keys()  # noqa: SIM118 (safe_open is no mapping)
         former = (file.metadata() or {}).get("format") == WITHOUT_CHECKSUM
     if former and not sealed:
-        if facts["step"] != step_of(path):
-            raise AlphaflowError(f"{path}: damaged: it says that it is of step {facts['step']:,}.")
+        if facts.step != step_of(path):
+            raise AlphaflowError(f"{path}: damaged: it says that it is of step {facts.step:,}.")
         say(f"{path}: an earlier version saved it without a checksum, so it is taken as it is; later saves have one")
     elif not (sealed and seal_holds(path)):
         raise AlphaflowError(f"{path}: damaged: its bytes changed since it was written (checksum).")
 
 
-def open_state(path: Path) -> Any:
-    """A state's file; one that is truncated or something else is named."""
+def open_state(path: Path) -> safe_open:
+    """Open a state's file; refuse one that is truncated or something else."""
     check_regular(path)
     try:
         return safe_open(path, framework="pt")
@@ -148,23 +159,23 @@ def open_state(path: Path) -> Any:
         raise AlphaflowError(f"{path}: truncated or not a state of a run: {error}.") from error
 
 
-def read_facts(path: Path) -> dict[str, Any]:
-    """What a state says of itself, without its tensors."""
+def read_facts(path: Path) -> StateFacts:
+    """Read what a state records of itself, without its tensors."""
     with open_state(path) as file:
         metadata = file.metadata() or {}
     if metadata.get("format") not in (STATE_FORMAT, WITHOUT_CHECKSUM):
         raise AlphaflowError(f"{path}: not a state of a run (format {metadata.get('format')!r}).")
     try:
-        facts: dict[str, Any] = json.loads(metadata.get("facts", ""))
-        sound = isinstance(facts, dict) and all(type(facts.get(name)) is kind for name, kind in FACTS.items())
+        written = json.loads(metadata.get("facts", ""))
     except (ValueError, RecursionError):
-        sound = False
-    if not sound:
+        written = None
+    known = fields(StateFacts)
+    if not isinstance(written, dict) or any(type(written.get(each.name)) is not each.type for each in known):
         raise AlphaflowError(f"{path}: damaged: what it says of itself cannot be read.")
-    return facts
+    return StateFacts(**{each.name: written[each.name] for each in known})
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a state."""
+    """Read the tensors of a state, without its seal."""
     with open_state(path) as file:
         return {name: file.get_tensor(name) for name in file.keys() if name != SEAL}  # noqa: SIM118

@@ -8,10 +8,14 @@ import sys
 from pathlib import Path
 
 import click
+import pytest
+from huggingface_hub import constants
 from places import ROOT
 
 from alphaflow_cli import doctor
 from alphaflow_cli.cli import run
+from alphaflow_cli.nn.weights import CLIP, missing_weights
+from alphaflow_cli.remote.client import cache_folder
 
 
 def run_doctor(capsys, *options):
@@ -20,9 +24,9 @@ def run_doctor(capsys, *options):
 
 
 def test_the_token_is_seen_and_never_shown(monkeypatch, tmp_path, capsys):
-    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))  # read when the program starts
     monkeypatch.delenv("HF_TOKEN", raising=False)
-    monkeypatch.delenv("HF_TOKEN_PATH", raising=False)
+    monkeypatch.delenv("HUGGING_FACE_HUB_TOKEN", raising=False)
     assert "no token" in run_doctor(capsys)
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     for out in (run_doctor(capsys), run_doctor(capsys, "--json")):
@@ -31,6 +35,29 @@ def test_the_token_is_seen_and_never_shown(monkeypatch, tmp_path, capsys):
     monkeypatch.delenv("HF_TOKEN")
     (tmp_path / "token").write_text("hf_secret")
     assert json.loads(run_doctor(capsys, "--json"))["hub"]["token"] is True
+
+
+@pytest.mark.parametrize(
+    ("value", "offline"), [("1", True), ("true", True), ("0", False), ("false", False), ("", False)]
+)
+def test_offline_means_what_it_means_to_the_hubs_client(monkeypatch, capsys, value, offline):
+    monkeypatch.setenv("HF_HUB_OFFLINE", value)
+    assert json.loads(run_doctor(capsys, "--json"))["hub"]["offline"] is offline
+
+
+def test_one_cache_is_meant_by_all_parts(monkeypatch, tmp_path, capsys):
+    for name in ("HF_HUB_CACHE", "HF_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    folder = tmp_path / "huggingface" / "hub"
+    assert folder == cache_folder()
+    assert json.loads(run_doctor(capsys, "--json"))["caches"][0]["path"] == str(folder)
+    commit, repo = "ab" * 20, folder / "models--timm--vit_large_patch14_clip_224.openai"
+    (repo / "snapshots" / commit).mkdir(parents=True)
+    (repo / "snapshots" / commit / "model.safetensors").write_bytes(b"")
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text(commit)
+    assert missing_weights(CLIP) is None
 
 
 def test_weights_are_found_where_they_are_kept(monkeypatch, tmp_path, capsys):
@@ -102,3 +129,43 @@ def test_a_clone_without_its_packages_is_one_line(tmp_path):
     done = clone(tmp_path, "--version", packages=False)
     assert done.returncode == 1
     assert done.stderr == "error: click is not installed. Run, in alphaflow's folder: pip install .\n"
+
+
+ONE_ANSWER = """
+import json, sys
+import huggingface_hub
+from alphaflow_cli import doctor
+from alphaflow_cli.nn.autoencoder import is_offline
+from alphaflow_cli.remote.cache import cache_folder, cached_file
+print(json.dumps([doctor.hub()["offline"], is_offline(), huggingface_hub.constants.HF_HUB_OFFLINE]))
+folders = [each["path"] for each in doctor.caches()]
+print(json.dumps([folders, str(cache_folder()), str(cached_file("me/vae", "config.json"))]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("variables", "place"),
+    [
+        ({"XDG_CACHE_HOME": "xdg"}, "xdg/huggingface/hub"),
+        ({"XDG_CACHE_HOME": "xdg", "HF_HOME": "home"}, "home/hub"),
+        ({"HF_HOME": "home", "HF_HUB_CACHE": "cache"}, "cache"),
+    ],
+)
+def test_the_environment_has_one_answer_in_every_part(variables, place, tmp_path):
+    snapshot = tmp_path / place / "models--me--vae" / "snapshots" / ("a" * 40)
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text("{}")
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("a" * 40)
+    names = ("HF_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "XDG_CACHE_HOME", "TORCH_HOME", "ALPHAFLOW_WEIGHTS")
+    outside = {name: value for name, value in os.environ.items() if name not in names}
+    outside |= {name: str(tmp_path / value) for name, value in variables.items()}
+    script = [sys.executable, "-c", ONE_ANSWER]
+    words = "false" if place == "cache" else "1"
+    done = subprocess.run(script, env={**outside, "HF_HUB_OFFLINE": words}, capture_output=True, text=True, check=True)
+    offline, (folders, cache, file) = map(json.loads, done.stdout.splitlines())
+    assert offline == [words == "1"] * 3
+    assert cache == folders[0] == str(tmp_path / place)
+    assert file == str(snapshot / "config.json")
+    if "XDG_CACHE_HOME" in variables:
+        assert folders[1] == str(tmp_path / "xdg" / "torch" / "hub" / "checkpoints")

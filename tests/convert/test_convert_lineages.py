@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from typing import get_args
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from foreign_nets import published_u, random_weights, transformer
 from snapshots import CLASSES, HEADS, SIZE, meanflow_weights, sit_weights
 
 from alphaflow_cli.commands.convert import command
-from alphaflow_cli.convert import FAMILIES, ConvertOptions, convert, main
+from alphaflow_cli.convert import ConvertOptions, convert, main
+from alphaflow_cli.convert.imported import Family
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.model.checkpoint import load_checkpoint
 from alphaflow_cli.sample.generator import load_network
@@ -128,7 +130,7 @@ def test_what_a_zhuyu_says_of_its_training_goes_into_the_recipe(tmp_path):
     assert (recipe.optim.lr, recipe.optim.betas, recipe.optim.eps) == (2e-4, (0.9, 0.99), 1e-7)
     assert (recipe.optim.clip_norm, recipe.train.batch, recipe.train.steps) == (1.0, 512, 1234)
     assert (recipe.train.precision, recipe.train.tf32) == ("fp32", True)
-    assert outcome.said["ratio_r_not_equal_t"] == 0.75
+    assert outcome.stated["ratio_r_not_equal_t"] == 0.75
     assert outcome.unread == ("exp_name",)
     assert checkpoint.origin["converted"]["unread"] == ["exp_name"]
 
@@ -199,5 +201,5 @@ def test_flows_of_one_embedder_train_on_as_uniform_flow_matching(tmp_path, kind)
 
 def test_every_family_has_a_reader_and_a_choice_on_the_command_line():
     (choice,) = (option.type.choices for option in command.params if option.name == "family")
-    assert tuple(choice) == FAMILIES
-    assert {"auto", *main.FLOWS, *main.READERS} == set(FAMILIES)
+    assert tuple(choice) == get_args(Family)
+    assert {"auto", *main.FLOWS, *main.READERS} == set(get_args(Family))

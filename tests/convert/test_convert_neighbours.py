@@ -8,7 +8,7 @@ from foreign_nets import dit_alpha_bar, dit_noise, published_u, sit_velocity
 from snapshots import CLASSES, HEADS, meanflow_weights, sit_weights
 
 from alphaflow_cli.convert import ConvertOptions, convert
-from alphaflow_cli.convert.latents import MEANFLOW_MEAN, MEANFLOW_STD
+from alphaflow_cli.convert.imported import MEANFLOW_MEAN, MEANFLOW_STD
 from alphaflow_cli.convert.sit import turn_time
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.model.checkpoint import load_checkpoint

@@ -149,7 +149,7 @@ def test_what_was_written_is_read_again_with_all_it_says(ours, tmp_path):
     assert again.guidance == first.guidance
     assert (again.alpha.kind, again.alpha.gamma, again.train.steps) == ("sigmoid", 25.0, first.train.steps)
     assert again.times.equal_share == first.times.equal_share
-    assert "loss.alpha_cfg" in outcome.said
+    assert "loss.alpha_cfg" in outcome.stated
 
 
 def test_the_autoencoder_may_be_named_on_the_way_back(tmp_path):

@@ -109,7 +109,7 @@ def test_statistics_and_heads_that_stood_in_the_file_are_not_called_filled_in(tm
     torch.save(published_snapshot(), tmp_path / "mine.pt")
     outcome = convert(tmp_path / "mine.pt", tmp_path / "ours.safetensors", ConvertOptions())
     assert outcome.filled.keys() == {"recipe", "autoencoder"}
-    assert outcome.said.keys() >= {"num_heads", "latents"}
+    assert outcome.stated.keys() >= {"num_heads", "latents"}
 
 
 @pytest.mark.parametrize("weights", ["ema", "raw"])

@@ -65,7 +65,7 @@ def test_guidance_schedules_step_optimiser_and_sampler_are_read_from_the_file(tm
     assert checkpoint.origin["step"] == 1_200_000
     walk = plan_walk(recipe, nfe=2)
     assert (walk.sampler, walk.grid) == ("consistency", (1.0, 0.55, 0.0))
-    assert outcome.said.keys() >= {"stats.cur_step", "loss.cfg_params.omega", "loss.alpha_cfg", "optimizer.betas"}
+    assert outcome.stated.keys() >= {"stats.cur_step", "loss.cfg_params.omega", "loss.alpha_cfg", "optimizer.betas"}
     assert outcome.unread == (
         "cfg.env", "cfg.sampling.cfg", "cfg.sampling.eps", "cfg.sampling.name", "cfg.sampling.real_init",
         "cfg.sampling.time_shifting", "cfg.training.wandb",
@@ -198,7 +198,7 @@ def test_guidance_of_the_previews_is_the_samplers_where_none_is_built_in(tmp_pat
     loss = {"cfg_params": {"omega": 1.0, "kappa": 0.0}, "ratio_fm": 1.0}
     outcome, checkpoint = converted(tmp_path, snapshot(loss=loss, sampling=sampling))
     assert checkpoint.recipe.sample.guidance == 1.5
-    assert outcome.said["sampling.cfg.scale"] == 1.5
+    assert outcome.stated["sampling.cfg.scale"] == 1.5
     (tmp_path / "ours.safetensors").unlink()
     _, checkpoint = converted(tmp_path, snapshot(sampling=sampling))
     assert checkpoint.recipe.sample.guidance == 1.0

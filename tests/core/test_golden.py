@@ -248,7 +248,7 @@ def test_a_sampler_step_sees_the_published_guess_of_the_data(name):
     net = network("M")
     for i, (t, to) in enumerate(SAMPLERS[name]["t_pairs"]):
         r = 0.0 if config["enable_consistency_sampling"] else to if config["enable_trajectory_sampling"] else t
-        step = sampler.Step(net, y, t, to, fresh_noise=torch.Tensor)
+        step = sampler.SamplerStep(net, y, t, to, fresh_noise=torch.Tensor)
         with torch.no_grad():
             assert_close(x - t * step.u(x, t, r), tensor("sampler_f64.npz", f"{name}/step{i}/x_denoised"))
         x = tensor("sampler_f64.npz", f"{name}/step{i}/x_next")

@@ -5,6 +5,7 @@ import torch
 from exact_fields import batch
 
 from alphaflow_cli.core import guidance
+from alphaflow_cli.recipe.plan import effective_scale
 
 Z, T, _, _ = batch(6)
 V, U_Y, U_NULL = Z, 2 * Z + 1, Z.square()
@@ -48,8 +49,8 @@ def test_a_missing_velocity_that_has_a_weight_is_refused(missing):
 
 
 def test_the_published_scales():
-    assert guidance.effective_scale(1.0, 0.5) == 2.0
-    assert guidance.effective_scale(0.2, 0.92) == pytest.approx(2.5)
+    assert effective_scale(1.0, 0.5) == 2.0
+    assert effective_scale(0.2, 0.92) == pytest.approx(2.5)
     assert guidance.null_weight(0.2, 0.92) == pytest.approx(-0.12)
 
 
@@ -61,7 +62,7 @@ def test_a_mix_that_adds_up_to_one_has_no_null_part_in_spite_of_rounding(omega, 
 def test_a_constant_network_velocity_is_moved_by_the_effective_scale():
     """Where u⁻ has converged to ṽ, ṽ = u_∅ + ω/(1 − κ) (v − u_∅): the fixed point of the mix."""
     omega, kappa = 0.2, 0.92
-    v_guided = U_NULL + guidance.effective_scale(omega, kappa) * (V - U_NULL)
+    v_guided = U_NULL + effective_scale(omega, kappa) * (V - U_NULL)
     torch.testing.assert_close(guided(T, omega, kappa, u_y=v_guided), v_guided, rtol=1e-13, atol=1e-13)
 
 

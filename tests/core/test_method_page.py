@@ -8,7 +8,7 @@ import pytest
 from places import ROOT
 
 PAGE = (ROOT / "docs" / "method.md").read_text(encoding="utf-8")
-POINTERS = sorted(set(re.findall(r"((?:core|nn|engine)/\w+\.py):([\w.]*\w)", PAGE)))
+POINTERS = sorted(set(re.findall(r"(\w+/\w+\.py):([\w.]*\w)", PAGE)))
 CORE = ("path", "times", "alpha", "guidance", "objective", "conflict", "sampler", "ema")
 NOT_EQUATIONS = {"expand", "grid_evaluations"}  # shapes and counts
 

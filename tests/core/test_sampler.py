@@ -102,7 +102,7 @@ def test_every_single_step_is_the_published_one(name):
     for i in range(steps):
         noise = tensor("sampler_f64.npz", f"cons2/noise_step{min(i, 1)}")
         with torch.no_grad():
-            x = sampler.STEPS[kind](x, sampler.Step(net, y, grid[i], grid[i + 1], lambda noise=noise: noise))
+            x = sampler.STEPS[kind](x, sampler.SamplerStep(net, y, grid[i], grid[i + 1], lambda noise=noise: noise))
         expected = tensor("sampler_f64.npz", f"{name}/step{i}/x_next")
         torch.testing.assert_close(x, expected, rtol=1e-9, atol=1e-9)
 

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file
 from alphaflow_cli.cli import run
 from alphaflow_cli.data import archives
 from alphaflow_cli.data.manifest import read_manifest
-from alphaflow_cli.data.opening import open_source
+from alphaflow_cli.data.sources import open_source
 from alphaflow_cli.errors import AlphaflowError
 
 COUNT = 400

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from alphaflow_cli.data.glyphs import GLYPHS, draw_glyph
-from alphaflow_cli.data.opening import open_source
+from alphaflow_cli.data.sources import open_source
 from alphaflow_cli.errors import AlphaflowError
 
 

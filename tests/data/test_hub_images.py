@@ -14,7 +14,7 @@ from huggingface_hub import constants
 from safetensors.numpy import load_file
 
 from alphaflow_cli.data import hub_images
-from alphaflow_cli.data.opening import open_source
+from alphaflow_cli.data.sources import open_source
 from alphaflow_cli.data.store import verify_store
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.latents.prepare import prepare_latents

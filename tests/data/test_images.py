@@ -11,9 +11,8 @@ from awkward_pictures import ASIDE, BAD, GOOD, RED, encoded, gradient, png_that_
 from PIL import Image
 
 from alphaflow_cli.data.classes import choose_split, folders_of, read_classes
-from alphaflow_cli.data.opening import open_source
 from alphaflow_cli.data.pictures import MAX_PIXELS, BadPicture, decode, square
-from alphaflow_cli.data.sources import open_folder
+from alphaflow_cli.data.sources import open_folder, open_source
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.files import read_file
 

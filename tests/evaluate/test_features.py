@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from alphaflow_cli.errors import AlphaflowError
-from alphaflow_cli.evaluate.features import build_extractor, resize_bicubic
-from alphaflow_cli.evaluate.networks import Clip, DinoV2, Inception, resample_positions
+from alphaflow_cli.evaluate.features import resize_bicubic
+from alphaflow_cli.evaluate.networks import Clip, DinoV2, Inception, build_extractor, resample_positions
 from alphaflow_cli.evaluate.tiny import FLOOR, Tiny
 from alphaflow_cli.files import sha256_of
 from alphaflow_cli.nn.weights import load_weights

@@ -13,8 +13,9 @@ from torch.utils.data import Dataset
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.evaluate import measure, score
 from alphaflow_cli.evaluate.evaluate import Ruler, evaluate, make_reference
-from alphaflow_cli.evaluate.features import Extractor, build_extractor
+from alphaflow_cli.evaluate.features import Extractor
 from alphaflow_cli.evaluate.measure import Clock, Pass, content_of, gather_moments, load_all, run_pass
+from alphaflow_cli.evaluate.networks import build_extractor
 from alphaflow_cli.evaluate.reference import Reference, Stats
 from alphaflow_cli.evaluate.results import space_of
 from alphaflow_cli.evaluate.score import Measured

@@ -4,7 +4,7 @@ import hashlib
 
 import numpy as np
 
-from alphaflow_cli.data.manifest import TRANSFORM, AutoencoderRecord, Plan, plan_to_dict
+from alphaflow_cli.data.manifest import TRANSFORM, AutoencoderRecord, StorePlan, plan_to_dict
 from alphaflow_cli.data.writing import finish_store, write_shard
 from alphaflow_cli.files import to_json, write_pieces
 
@@ -18,7 +18,7 @@ def write_store(path, tensors, labels, *, kind="moments", classes=10, shard_size
     images = to_json([[f"{label}/{index}.png", int(label)] for index, label in enumerate(labels)])
     write_pieces(path / "images.json", [images])
     channels = rows.shape[1] // (2 if kind == "moments" else 1)
-    plan = Plan(
+    plan = StorePlan(
         source={"kind": "test", "name": "test", "images": count, "list_sha256": hashlib.sha256(images).hexdigest()},
         image_size=rows.shape[2] * 8,
         latent=(channels, *rows.shape[2:]),

@@ -27,7 +27,7 @@ from alphaflow_cli.model.find import step_of
 from alphaflow_cli.recipe import load_recipe
 from alphaflow_cli.runtime import launch
 from alphaflow_cli.train import start, state
-from alphaflow_cli.train.journal import TIMING, read_rows
+from alphaflow_cli.train.journal import read_rows
 
 CPU = torch.device("cpu")
 RECIPE = """
@@ -162,6 +162,9 @@ def wait_for_step(out: Path, step: int, seconds: float = 60) -> None:
 def saved_step(out: Path) -> int:
     """Of the newest state; -1 where there is none."""
     return max((step_of(path) for path in (out / "state").glob("step-*.safetensors")), default=-1)
+
+
+TIMING = ("seconds_per_step", "images_per_second", "memory_gb", "utilisation")  # of a row: differ from run to run
 
 
 def left_behind(out: Path) -> dict[str, object]:

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from tiny_autoencoders import tiny_kl
 
 import alphaflow_cli
+from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.model.find import step_name
 from alphaflow_cli.nn.autoencoder import load_autoencoder
 from alphaflow_cli.sample.grid import grid_png
@@ -107,3 +108,30 @@ def test_a_pulled_model_can_be_pushed_again(hub, project, capsys):  # noqa: F811
     assert alphaflow("push", "got", "me/again", capsys=capsys)[0] == 0
     assert hub.files("me/again")["model.safetensors"] == hub.files("me/tiny")["model.safetensors"]
     assert set(hub.files("me/again")) >= PACKAGED
+
+
+@pytest.mark.parametrize(("name", "below"), [("me/vae", ""), ("me/model/vae", "vae/"), ("me/vae@v1", "")])
+@pytest.mark.parametrize("form", ["vae", "bin"])
+def test_one_of_the_hub_is_downloaded_once_and_then_found_in_the_cache(hub, project, form, name, below):  # noqa: F811
+    repo = "/".join(name.split("@")[0].split("/")[:2])
+    files = {f"{below}{path.name}": path.read_bytes() for path in Path(form).iterdir()}
+    hub.add(repo, {**files, f"{below}diffusion_pytorch_model.fp16.safetensors": b"not wanted", "README.md": b"x"})
+    if "@" in name:
+        hub.repos[repo].refs["v1"] = hub.repos[repo].refs["main"]
+    local = load_autoencoder(form, device=torch.device("cpu"))
+    online = load_autoencoder(name, device=torch.device("cpu"))
+    assert (online.weights_sha256, online.id) == (local.weights_sha256, name.split("@")[0])
+    assert len(online.revision) == 40
+    fetched = {path.name for path in (project / "cache").rglob("snapshots/**/*") if path.is_file()}
+    assert fetched == {path.name for path in Path(form).iterdir()}
+    count = len(hub.requests)
+    assert load_autoencoder(name, device=torch.device("cpu")).revision == online.revision
+    assert len(hub.requests) == count
+
+
+def test_one_of_the_hub_that_comes_damaged_is_refused(hub, project):  # noqa: F811
+    hub.add("me/vae", {"config.json": b"{}", "diffusion_pytorch_model.safetensors": b"x" * 100})
+    with pytest.raises(AlphaflowError, match=r"_class_name"):
+        load_autoencoder("me/vae", device=torch.device("cpu"))
+    with pytest.raises(AlphaflowError, match=r"no such repository on the Hub.*--autoencoder DIR"):
+        load_autoencoder("me/nothing", device=torch.device("cpu"))

@@ -58,7 +58,9 @@ def test_the_metadata_is_what_the_hub_reads(finished, tmp_path):
     (score,) = card.data.eval_results
     assert (score.metric_type, score.metric_name, score.metric_value) == ("fd-tiny", "FD-tiny-2k", 3.14159)
     said = score.metric_args["protocol"]
-    assert all(word in said for word in ("tiny abababab", "glyphs (cdcdcdcd)", "2,000 pictures", "balanced"))
+    assert all(
+        word in said for word in ("tiny abababab", "reference glyphs (", "cdcdcdcd)", "2,000 pictures", "balanced")
+    )
 
 
 def test_the_card_tells_the_weights_the_recipe_and_the_scores(finished, tmp_path):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hub_fixtures import hub, write_checkpoint  # noqa: F401 (a fixture)
 from latent_models import latent_models
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_autoencoders import tiny_kl
 
@@ -17,7 +18,7 @@ from alphaflow_cli import cli
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.evaluate.evaluate import is_checkpoint
 from alphaflow_cli.hub.push import open_publication, stage
-from alphaflow_cli.model.checkpoint import load_checkpoint, save_checkpoint
+from alphaflow_cli.model.checkpoint import OLDER, load_checkpoint, save_checkpoint
 from alphaflow_cli.model.find import find_checkpoint
 from alphaflow_cli.sample.generator import open_generator
 
@@ -115,3 +116,49 @@ def test_the_api_takes_one_class_as_a_number_of_numpy_too(tmp_path):
     assert torch.equal(model.sample([0, 1], classes=np.int64(3)), model.sample([0, 1], classes=[3, 3]))
     with pytest.raises(AlphaflowError, match="weights 'foo': there are ema and raw"):
         alphaflow_cli.load(tmp_path / "m.safetensors", weights="foo")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("stated", "message"),
+    [
+        ("alphaflow/3", r"made by a newer alphaflow \(format 3, this one reads up to 1\): update it"),
+        ("alphaflow/0", "not an alphaflow checkpoint"),
+        ("alphaflow/one", "not an alphaflow checkpoint"),
+        ("pt", "not an alphaflow checkpoint"),
+    ],
+)
+def test_a_checkpoint_of_another_format_is_refused(stated, message, tmp_path):
+    path = with_metadata(write_checkpoint(tmp_path / "m.safetensors"), format=stated)
+    with pytest.raises(AlphaflowError, match=message):
+        load_checkpoint(path)
+
+
+def test_a_checkpoint_of_a_newer_recipe_is_refused_as_newer(tmp_path):
+    path = with_metadata(write_checkpoint(tmp_path / "m.safetensors"), recipe="format: 7\nmodel: {rotary: true}")
+    with pytest.raises(AlphaflowError, match=r"\(its recipe\):1: made by a newer alphaflow \(format 7, .*update it"):
+        load_checkpoint(path)
+
+
+def test_an_older_checkpoint_is_read_through_its_migration(tmp_path, monkeypatch):
+    path = write_checkpoint(tmp_path / "m.safetensors")
+    with safe_open(path, "pt") as file:
+        tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+    centre = tensors.pop("latents.mean")
+    save_file({**tensors, "latents.centre": centre}, path, metadata)
+
+    def centre_became_mean(contents):
+        old, words = contents
+        return {name.replace("centre", "mean"): tensor for name, tensor in old.items()}, words
+
+    with pytest.raises(AlphaflowError, match=r"lacks 'latents.mean'"):
+        load_checkpoint(path)
+    monkeypatch.setitem(OLDER, 1, centre_became_mean)
+    assert torch.equal(load_checkpoint(path).mean, centre)
+
+
+def with_metadata(path, **changed):
+    """The same file with other words in its header."""
+    with safe_open(path, "pt") as file:
+        tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+    save_file(tensors, path, {**metadata, **changed})
+    return path

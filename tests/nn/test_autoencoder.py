@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import constants
 from tiny_autoencoders import tiny_dc, tiny_kl, tiny_taesd
 
 from alphaflow_cli.errors import AlphaflowError
@@ -175,7 +176,7 @@ def test_a_name_that_is_nothing_lists_what_it_could_be(tmp_path):
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     return tmp_path / "hub"
 
 
@@ -190,7 +191,7 @@ def test_an_unreachable_hub_fails_fast_and_says_what_to_do(cache, monkeypatch):
 
 
 def test_offline_mode_does_not_ask(cache, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)  # as HF_HUB_OFFLINE=1 does before the program starts
     with pytest.raises(AlphaflowError, match="HF_HUB_OFFLINE is set"):
         load("stabilityai/sd-vae-ft-ema")
 

@@ -70,9 +70,8 @@ def test_percentages_are_of_the_run():
 
 
 def test_the_effective_guidance_is_the_published_one():
-    assert plan.effective_guidance(load_recipe("b2-cfg")) == pytest.approx(2.0)
-    assert plan.effective_guidance(load_recipe("xl2-cfg")) == pytest.approx(2.5)
-    assert plan.effective_guidance(load_recipe("b2")) == 1.0
+    scales = {name: facts(load_recipe(name))["effective_guidance"] for name in ("b2-cfg", "xl2-cfg", "b2")}
+    assert scales == {"b2-cfg": pytest.approx(2.0), "xl2-cfg": pytest.approx(2.5), "b2": 1.0}
 
 
 def test_disk_and_memory_grow_as_they_should():
@@ -152,3 +151,14 @@ def test_nothing_of_this_needs_torch():
         "f.facts(load_recipe('b2')); sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
+
+
+LABELS = {  # classes and dropout → rows, null label, whether there is one
+    (0, 0.0): (0, 0, False), (10, 0.0): (10, 9, False), (10, 0.1): (11, 10, True), (1, 1e-9): (2, 1, True),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("classes", "dropout"), LABELS)
+def test_the_null_label_is_the_last_row_where_labels_are_dropped(classes, dropout):
+    recipe = recipe_from_text(f"data: {{classes: {classes}}}\nguidance: {{label_dropout: {dropout}}}", "r")
+    assert (plan.label_rows(recipe), plan.null_label(recipe), plan.has_null_label(recipe)) == LABELS[classes, dropout]

@@ -10,7 +10,7 @@ import pytest
 from alphaflow_cli.cli import run
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.recipe import load_recipe, recipe_from_text
-from alphaflow_cli.recipe.source import MAX_BYTES
+from alphaflow_cli.recipe.source import MAX_FILE
 
 BOMB = "a: &a [x, x]\nb: &b [*a, *a]\nc: &c [*b, *b]\n"
 
@@ -166,7 +166,7 @@ def test_a_file_that_is_no_recipe_is_named(tmp_path, capsys):
     binary.write_bytes(bytes(range(256)))
     folder.mkdir()
     said = {
-        big: f"larger than {MAX_BYTES // 1024} KiB",
+        big: f"larger than {MAX_FILE // 1024} KiB",
         binary: "not UTF-8 text",
         folder: "a directory, not a recipe",
         tmp_path / "missing.yaml": "no such file",
@@ -262,3 +262,25 @@ def test_a_monstrous_set_gets_a_short_answer_at_once(sets, message):
 def test_numbers_may_be_grouped_as_before():
     recipe = recipe_from_text("train: {steps: 1_000_000}\noptim: {lr: 1_0.5e-4, eps: 1.e-8}", "r")
     assert (recipe.train.steps, recipe.optim.lr, recipe.optim.eps) == (1_000_000, 10.5e-4, 1e-8)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    {
+        "format: 3\nmodel: {no_such_key: 1}": "r.yaml:1: made by a newer alphaflow (format 3, this one reads up to 1): "
+        "update it",
+        "name: x\nformat: 0": "r.yaml:2: format wants the number of a recipe's format, 1 to 1, got '0'",
+        'format: "1"': "r.yaml:1: format wants the number",
+        "format: 1e0": "r.yaml:1: format wants the number",
+        "format: [1]": "r.yaml:1: format wants the number",
+        "format: 9999999999999": "r.yaml:1: format wants the number",
+        "format: 1\nmodel: {dimm: 3}": "r.yaml:2: unknown key 'model.dimm'",
+    }.items(),
+)
+def test_a_format_that_cannot_be_read_is_one_line(text, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("r.yaml").write_text(text)
+    assert run(["recipe", "check", "r.yaml"]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith(f"error: {message}")
+    assert err.count("\n") == 1

@@ -56,7 +56,8 @@ def run_of(recipe, store):
         net = build_network(recipe)
     accelerator = SimpleNamespace(no_sync=lambda wrapped: contextlib.nullcontext())
     return SimpleNamespace(
-        recipe=recipe, net=net, wrapped=net, how=Objective.of(recipe), stream=resident(store, flips=False), seed=0,
+        recipe=recipe, net=net, wrapped=net, objective=Objective.of(recipe), seed=0,
+        stream=resident(store, flips=False),
         world=SimpleNamespace(device=GPU, rank=0, size=1, accelerator=accelerator), split=Split(16, 1, 2),
         sums=Sums(GPU), dtype=torch.float32, equal_share_at=lambda step: 0.25,
     )  # fmt: skip
@@ -69,7 +70,7 @@ def test_a_step_waits_for_nothing(gpu, store, tmp_path, monkeypatch, alpha, guid
     """As in a compiled run means that guidance asks about every row."""
     mix = () if guided else ("guidance.omega=1", "guidance.kappa=0")
     run = run_of(make_recipe(tmp_path, f"train.compile={str(compiled).lower()}", *mix), store)
-    run.how = replace(run.how, loss=replace(run.how.loss, velocity=velocity))
+    run.objective = replace(run.objective, loss=replace(run.objective.loss, velocity=velocity))
     run.alpha_at, losses = lambda step: alpha, []
     monkeypatch.setattr(torch.Tensor, "backward", lambda loss: losses.append(loss))
     gpu.found.clear()  # what loading the store waited for

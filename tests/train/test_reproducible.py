@@ -50,7 +50,7 @@ def test_no_operator_of_a_step_adds_in_another_order_at_every_call(tmp_path, alp
     optimiser, sums = Optimiser(net, recipe), Sums(torch.device("cpu"))
     rows = random_rows(recipe, 8, 2, torch.device("cpu"))
     with Names() as names:
-        result = training_step(net, net, rows, alpha=alpha, how=Objective.of(recipe))
+        result = training_step(net, net, rows, alpha=alpha, objective=Objective.of(recipe))
         result.loss.backward()
         sums.add(result.terms, rows.t, rows.r, rows.n_equal)
         optimiser.step(0)
@@ -137,7 +137,7 @@ def test_every_gradient_is_the_same_at_every_call_on_a_gpu(name, precision):
     for alpha in (1.0, 0.5, 0.0):
         seen = []
         for _ in range(4):
-            loss = training_step(net, net, rows, alpha=alpha, how=Objective.of(recipe)).loss
+            loss = training_step(net, net, rows, alpha=alpha, objective=Objective.of(recipe)).loss
             seen.append(torch.autograd.grad(loss, list(net.parameters())))
         for parameter, *grads in zip(dict(net.named_parameters()), *seen, strict=True):
             assert all(torch.equal(grads[0], each) for each in grads), (alpha, parameter)

@@ -35,7 +35,7 @@ def tiny_rows(share, dtype=torch.float64, seed=0, batch=8):
     return draw(TINY, batch, share, seed=seed, device="cpu", dtype=dtype)
 
 
-def how(guidance, **loss):
+def objective_of(guidance, **loss):
     return Objective(loss=Loss(**loss), guidance=guidance, y_null=CLASSES, has_labels=True, bf16=False)
 
 
@@ -55,10 +55,10 @@ def largest_difference(a, b):
 def test_gradients_equal_those_of_the_published_way(alpha, mix, share, dropout, asked):
     net, rows = tiny_net(), tiny_rows(share)
     rows.r[-1] = rows.t[-1]  # a tie among the r < t rows
-    objective = how(replace(GUIDANCE[mix], label_dropout=dropout))
+    objective = objective_of(replace(GUIDANCE[mix], label_dropout=dropout))
     rows = asking(rows, objective) if asked == "needed" else rows
-    fast = training_step(net, net, rows, alpha=alpha, how=objective).loss
-    slow = reference_step(net, rows, alpha=alpha, how=objective)
+    fast = training_step(net, net, rows, alpha=alpha, objective=objective).loss
+    slow = reference_step(net, rows, alpha=alpha, objective=objective)
     assert fast.item() == pytest.approx(slow.item(), rel=1e-13)
     assert largest_difference(gradients(net, fast), gradients(net, slow)) < 1e-12
 
@@ -82,15 +82,15 @@ def test_guidance_asks_about_no_row_that_need_not_be_asked():
 @pytest.mark.parametrize("share", [0.0, 1.0])
 @pytest.mark.parametrize("alpha", [1.0, 0.5, 0.0])
 def test_gradients_are_equal_where_all_rows_are_of_one_kind(alpha, share):
-    net, rows, objective = tiny_net(), tiny_rows(share), how(GUIDANCE["b2"], reduction="sum", c=1.0)
-    fast = training_step(net, net, rows, alpha=alpha, how=objective).loss
-    slow = reference_step(net, rows, alpha=alpha, how=objective)
+    net, rows, objective = tiny_net(), tiny_rows(share), objective_of(GUIDANCE["b2"], reduction="sum", c=1.0)
+    fast = training_step(net, net, rows, alpha=alpha, objective=objective).loss
+    slow = reference_step(net, rows, alpha=alpha, objective=objective)
     assert largest_difference(gradients(net, fast), gradients(net, slow)) < 1e-12
 
 
 def curve(step, steps):
     """Losses of a run whose α goes from 1 to 0, with the trainer's optimiser."""
-    net, objective = tiny_net(), how(replace(GUIDANCE["b2"], label_dropout=0.3))
+    net, objective = tiny_net(), objective_of(replace(GUIDANCE["b2"], label_dropout=0.3))
     adam = torch.optim.AdamW(net.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     losses = []
     for i in range(steps):
@@ -105,7 +105,7 @@ def curve(step, steps):
 
 
 def fast_step(net, rows, alpha, objective):
-    return training_step(net, net, rows, alpha=alpha, how=objective).loss
+    return training_step(net, net, rows, alpha=alpha, objective=objective).loss
 
 
 def asking_step(net, rows, alpha, objective):
@@ -113,7 +113,7 @@ def asking_step(net, rows, alpha, objective):
 
 
 def slow_step(net, rows, alpha, objective):
-    return reference_step(net, rows, alpha=alpha, how=objective)
+    return reference_step(net, rows, alpha=alpha, objective=objective)
 
 
 def test_the_loss_curve_of_200_steps_is_the_published_ways_to_rounding():
@@ -147,7 +147,7 @@ def golden_case(case):
 def test_the_step_gives_the_published_losses_and_gradients(case):
     which, meta, rows, objective = golden_case(case)
     net = network(which)
-    result = training_step(net, net, rows, alpha=meta["alpha"], how=objective)
+    result = training_step(net, net, rows, alpha=meta["alpha"], objective=objective)
     total = result.loss / len(rows.t)
     assert total.item() == pytest.approx(meta["total_loss"], rel=1e-9, abs=1e-9)
     assert_close(result.target, tensor("loss_f64.npz", f"{case}/target"))
@@ -184,7 +184,7 @@ def test_the_weight_of_each_row_is_the_published_one(case):
     for i in range(len(rows.t)):  # one row at a time: loss of the row ÷ its error is its weight
         row = {name: getattr(rows, name)[i : i + 1] for name in ("x", "noise", "t", "r", "y", "uniforms")}
         one = Rows(**row, n_equal=int(i < rows.n_equal))
-        result = training_step(net, net, one, alpha=meta["alpha"], how=objective)
+        result = training_step(net, net, one, alpha=meta["alpha"], objective=objective)
         weights.append(result.loss.detach() / result.terms.error)
     assert_close(torch.cat(weights), tensor("loss_f64.npz", f"{case}/weight").flatten())
 
@@ -197,14 +197,14 @@ def test_there_is_one_graded_call_and_at_most_one_other(alpha, guided, expected)
     """Of the network as a whole; whether it had a gradient, in order."""
     net, calls = tiny_net(), []
     net.register_forward_pre_hook(lambda module, inputs: calls.append(torch.is_grad_enabled()))
-    training_step(net, net, tiny_rows(0.25), alpha=alpha, how=how(GUIDANCE["b2" if guided else "none"]))
+    training_step(net, net, tiny_rows(0.25), alpha=alpha, objective=objective_of(GUIDANCE["b2" if guided else "none"]))
     assert calls == expected
 
 
 @pytest.mark.parametrize("alpha", [1.0, 0.5, 0.0])
 def test_a_bf16_step_gives_every_weight_its_gradient(alpha):
     net = tiny_net(torch.float32)
-    objective = how(GUIDANCE["b2"])
+    objective = objective_of(GUIDANCE["b2"])
     exact = gradients(net, fast_step(net, tiny_rows(0.5, torch.float32), alpha, objective))
     close = gradients(net, fast_step(net, tiny_rows(0.5, torch.float32), alpha, replace(objective, bf16=True)))
     assert all(grad.dtype == torch.float32 for grad in close)
@@ -223,13 +223,13 @@ def test_nothing_is_recompiled_while_alpha_moves():
     ramp = {"kind": "sigmoid", "initial": 1.0, "final": 0.0, "start": 0, "end": 60, "gamma": 25.0, "clamp": 0.005}
     graphs, alphas = {}, [schedule_value(step, **ramp) for step in range(61)]
     for step, alpha in enumerate(alphas):
-        loss = fast_step(net, tiny_rows(0.25, torch.float32, seed=step), alpha, how(GUIDANCE["b2"]))
+        loss = fast_step(net, tiny_rows(0.25, torch.float32, seed=step), alpha, objective_of(GUIDANCE["b2"]))
         loss.backward()
         phase = "one" if alpha == 1.0 else "zero" if alpha == 0.0 else "between"
         graphs.setdefault(phase, set()).add(counters["stats"]["unique_graphs"])
     assert len(set(alphas)) > 20
     assert graphs == {"one": {2}, "between": {4}, "zero": {8}}  # two parts (block, final) of each form
     for alpha in (1.0, 0.5, 0.0):  # another number of rows: new forms, for which there is room
-        fast_step(net, tiny_rows(0.25, torch.float32, batch=12), alpha, how(GUIDANCE["b2"])).backward()
+        fast_step(net, tiny_rows(0.25, torch.float32, batch=12), alpha, objective_of(GUIDANCE["b2"])).backward()
     assert counters["stats"]["unique_graphs"] == 16
     assert not counters["graph_break"]

@@ -37,14 +37,14 @@ WRAP = {"ddp": nn.parallel.DistributedDataParallel, "fsdp2": sharded}
 def one_process(rank, kinds, folder):
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    rows, how = draw(TINY, 8, 0.5, seed=0, device="cpu", dtype=torch.float64), objective(guided=True, bf16=False)
+    rows, settings = draw(TINY, 8, 0.5, seed=0, device="cpu", dtype=torch.float64), objective(guided=True, bf16=False)
     for kind in kinds:
         for alpha in (1.0, 0.5, 0.0):
             single, net = (build(TINY, seed=0, device="cpu", dtype=torch.float64) for _ in range(2))
-            (training_step(single, single, rows, alpha=alpha, how=how).loss / 8).backward()
+            (training_step(single, single, rows, alpha=alpha, objective=settings).loss / 8).backward()
             wrapped = WRAP[kind](net)
-            mine = asking(share_of(rows, rank, 2), how)
-            (training_step(wrapped, net, mine, alpha=alpha, how=how).loss / 4).backward()
+            mine = asking(share_of(rows, rank, 2), settings)
+            (training_step(wrapped, net, mine, alpha=alpha, objective=settings).loss / 4).backward()
             for a, b in zip(net.parameters(), single.parameters(), strict=True):
                 grad = a.grad.full_tensor() if hasattr(a.grad, "full_tensor") else a.grad
                 torch.testing.assert_close(grad, b.grad, rtol=1e-12, atol=1e-13, msg=f"{kind}, α = {alpha}")

@@ -108,7 +108,7 @@ def test_asking_about_the_needed_rows_only_changes_no_gradient(alpha, store, tmp
     assert 0 < len(rows.question.places) < 16, "of 16 + 12"
     some, every = (
         torch.autograd.grad(
-            training_step(run.net, run.net, each, alpha=alpha, how=run.how).loss, list(run.net.parameters())
+            training_step(run.net, run.net, each, alpha=alpha, objective=run.objective).loss, list(run.net.parameters())
         )
         for each in (rows, replace(rows, question=None))
     )

@@ -24,7 +24,7 @@ from alphaflow_cli.train.journal import (
     console_line,
     flat,
     forward_flops,
-    mean_asked_rows,
+    mean_guidance_rows,
     peak_of,
     read_rows,
     step_flops,
@@ -135,8 +135,8 @@ def test_the_formula_counts_what_the_dispatcher_counts(alpha, guided, tmp_path):
     guidance = () if guided else ("guidance.omega=1", "guidance.kappa=0")
     sizes = ("data.latent_size=16", "data.image_size=128", "model.dim=192", "model.heads=3")
     recipe = make_recipe(tmp_path, *guidance, *sizes, "train.compile=true")  # then every row is asked
-    net, rows, how = build_network(recipe), random_rows(recipe, 16, 4, CPU), Objective.of(recipe)
-    counted = count(lambda: training_step(net, net, rows, alpha=alpha, how=how).loss.backward()).flops
+    net, rows, settings = build_network(recipe), random_rows(recipe, 16, 4, CPU), Objective.of(recipe)
+    counted = count(lambda: training_step(net, net, rows, alpha=alpha, objective=settings).loss.backward()).flops
     assert step_flops(recipe, alpha, 4) == pytest.approx(counted, rel=0.04)
 
 
@@ -146,8 +146,8 @@ def test_guidance_asks_about_so_many_rows_in_the_mean(tmp_path):
     recipe = make_recipe(tmp_path, *sets, "train.batch=256")
     equal, later = 0.9332, 0.9332**2  # Φ((ln 3 + .4) / 1)
     for n_equal, expected in ((0, later * 1.9), (128, (equal * 0.9 + later * 1.9) / 2), (256, equal * 0.9)):
-        assert mean_asked_rows(recipe, n_equal) / 256 == pytest.approx(expected, rel=0.01)
-    assert mean_asked_rows(replace(recipe, train=replace(recipe.train, compile=True)), 128) == 256 + 128
+        assert mean_guidance_rows(recipe, n_equal) / 256 == pytest.approx(expected, rel=0.01)
+    assert mean_guidance_rows(replace(recipe, train=replace(recipe.train, compile=True)), 128) == 256 + 128
 
 
 def test_the_peak_is_known_for_bf16_on_known_devices_only():
