@@ -222,7 +222,7 @@ def test_two_processes_give_the_same_numbers_as_one() -> None:
 def test_two_processes_make_the_reference_that_one_makes() -> None:
     assert alphaflow("reference glyphs:600 --metrics fd-tiny -o one.safetensors --work one") == 0
     line = "reference glyphs:600 --metrics fd-tiny -o two.safetensors --work two --processes 2"
-    process = started(line)
+    process = Command(shlex.split(line))
     out, err = process.communicate(timeout=200)
     assert process.returncode == 0, err
     assert out.splitlines()[-1] == "two.safetensors"
