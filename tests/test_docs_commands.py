@@ -185,7 +185,7 @@ def in_shell(line, folder):
     starter = folder / "bin" / "alphaflow"
     starter.parent.mkdir()
     found = f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n"
-    starter.write_text(f"#!{sys.executable}\n{found}from alphaflow_cli.cli import main\nmain()\n")
+    starter.write_text(f"#!{sys.executable}\n{found}from alphaflow_cli.__main__ import main\nmain()\n")
     starter.chmod(0o755)
     env = {**os.environ, "PATH": f"{starter.parent}{os.pathsep}{os.environ['PATH']}"}
     shell = "bash" if "bash" in line else "sh"

@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 import zipfile
 from pathlib import Path
@@ -13,6 +11,7 @@ import numpy as np
 import pytest
 from archive_forms import FORMS, SIDE, tar_of, write_form, write_tree, zip_of
 from awkward_pictures import GOOD
+from new_process import Command, alphaflow
 from safetensors.numpy import load_file
 
 from alphaflow_cli.cli import run
@@ -53,16 +52,12 @@ def content_of(store: Path) -> dict[str, tuple[int, bytes]]:
 
 
 def command(source: Path, store: Path, processes: int) -> list[str]:
-    line = [sys.executable, "-m", "alphaflow_cli", "prep-latents", str(source), *OPTIONS, "--out", str(store)]
-    return [*line, "--processes", str(processes)]
-
-
-ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return ["prep-latents", str(source), *OPTIONS, "--out", str(store), "--processes", str(processes)]
 
 
 def prepare_with_a_kill(source: Path, store: Path, processes: int) -> None:
     """The real command; killed when its first shard is there, and started again."""
-    first = subprocess.Popen(command(source, store, processes), stderr=subprocess.DEVNULL, env=ENV)
+    first = Command(command(source, store, processes))
     while first.poll() is None and not list(store.glob("train-*.json")):
         time.sleep(0.002)
     first.send_signal(signal.SIGKILL)
@@ -71,7 +66,7 @@ def prepare_with_a_kill(source: Path, store: Path, processes: int) -> None:
         (store / "manifest.json").unlink()
         (store / "train-00001.json").unlink()
     time.sleep(0.7)  # workers see within half a second that they are alone
-    done = subprocess.run(command(source, store, processes), capture_output=True, text=True, env=ENV)
+    done = alphaflow(command(source, store, processes))
     assert done.returncode == 0, done.stderr
 
 

@@ -1,13 +1,12 @@
 """`alphaflow eval CKPT`: the same pictures as `sample`, one ruler for every NFE, the whole protocol in results.json."""
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from new_process import alphaflow
 from PIL import Image
 from small_models import pixel_checkpoint
 
@@ -163,10 +162,7 @@ def test_two_processes_measure_what_one_measures(run, real):
     assert evaluate(run, real, "--nfe", "1") == 0
     alone = rows(run / "results.json")[0]["value"]
     line = ["eval", str(run), "--metrics", "fd-tiny", "--reference", str(real), "--images", "110", "--nfe", "1"]
-    done = subprocess.run(
-        [sys.executable, "-m", "alphaflow_cli", *line, "--processes", "2", "--out", str(run / "two")],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    done = alphaflow([*line, "--processes", "2", "--out", run / "two"])
     assert done.returncode == 0, done.stderr
     (written,) = (run / "two").glob("*/results.json")
     assert rows(written)[0]["value"] == pytest.approx(alone, rel=1e-6)

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import ruler
 import torch
+from new_process import Command
 
 from alphaflow_cli.cli import run
 from alphaflow_cli.evaluate.measure import CHUNK
@@ -165,16 +166,10 @@ def test_copies_among_the_pictures_are_warned_of(capsys: pytest.CaptureFixture[s
     assert "60 of 120 pictures are exact copies" in capsys.readouterr().err
 
 
-def started(line: str, **options: object) -> "subprocess.Popen[str]":
-    return subprocess.Popen(  # type: ignore[call-overload,no-any-return]
-        [*CALL, *shlex.split(line)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
-    )
-
-
 def test_ctrl_c_keeps_the_finished_chunks_and_the_same_command_goes_on() -> None:
     line = "eval glyphs:1500 --metrics fd-tiny --reference real.safetensors"
     assert alphaflow("reference glyphs:200 --metrics fd-tiny -o real.safetensors") == 0
-    process = started(line)
+    process = Command(shlex.split(line))
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and len(list(Path("evals").glob(f"*/features-0000000-{CHUNK:07d}*"))) < 1:
         time.sleep(0.02)
@@ -196,7 +191,7 @@ def test_a_full_disk_is_said_and_can_be_resumed() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
 
     line = "eval glyphs:500 --metrics fd-tiny --reference real.safetensors"
-    process = started(line, preexec_fn=no_room)
+    process = Command(shlex.split(line), first=no_room)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 1, err
     assert out == ""
@@ -209,9 +204,12 @@ def test_a_full_disk_is_said_and_can_be_resumed() -> None:
 def test_two_processes_give_the_same_numbers_as_one() -> None:
     line = "eval glyphs:1100 --metrics fd-tiny --reference glyphs:600 --json"
     together = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "alphaflow_cli"]
-    commands = ([*CALL, *shlex.split(line)], [*together, *shlex.split(line), "--out", "together"])
     environment, pipe = {**os.environ, "OMP_NUM_THREADS": "1"}, subprocess.PIPE
-    running = [subprocess.Popen(each, stdout=pipe, stderr=pipe, text=True, env=environment) for each in commands]
+    command = [*together, *shlex.split(line), "--out", "together"]
+    running = [
+        Command(shlex.split(line)),
+        subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment),
+    ]
     said = [process.communicate(timeout=200) for process in running]
     assert [process.returncode for process in running] == [0, 0], said
     found = [json.loads(out)["evaluations"][0] for out, _ in said]
@@ -224,7 +222,7 @@ def test_two_processes_give_the_same_numbers_as_one() -> None:
 def test_two_processes_make_the_reference_that_one_makes() -> None:
     assert alphaflow("reference glyphs:600 --metrics fd-tiny -o one.safetensors --work one") == 0
     line = "reference glyphs:600 --metrics fd-tiny -o two.safetensors --work two --processes 2"
-    process = started(line)
+    process = Command(shlex.split(line))
     out, err = process.communicate(timeout=200)
     assert process.returncode == 0, err
     assert out.splitlines()[-1] == "two.safetensors"

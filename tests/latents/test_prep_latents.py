@@ -4,8 +4,6 @@ import json
 import os
 import resource
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +11,7 @@ import pytest
 import torch
 from awkward_pictures import GOOD, encoded, gradient, write_awkward
 from click.testing import CliRunner
+from new_process import alphaflow
 from PIL import Image
 from safetensors.numpy import load_file
 from tiny_autoencoders import tiny_dc, tiny_kl
@@ -61,10 +60,7 @@ def contents(folder):
 
 def invoke(*args):
     """Exit code, stdout, stderr of the real command line."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-m", "alphaflow_cli", *map(str, args)], capture_output=True, text=True, env=env
-    )
+    done = alphaflow(args)
     return done.returncode, done.stdout, done.stderr
 
 

@@ -1,13 +1,11 @@
 """SIGKILL at random moments: the store that is finished afterwards has the bytes of one that nobody disturbed."""
 
-import os
 import random
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
+from new_process import Command
 
 from alphaflow_cli.data.store import verify_store
 from alphaflow_cli.errors import AlphaflowError
@@ -17,11 +15,7 @@ PICTURES = 12_000
 
 
 def start(out, processes):
-    command = [sys.executable, "-m", "alphaflow_cli", "prep-latents", f"glyphs:{PICTURES}", "--out", str(out)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [*command, "--processes", str(processes)], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env=env
-    )
+    return Command(["prep-latents", f"glyphs:{PICTURES}", "--out", out, "--processes", processes])
 
 
 def shards(out):
@@ -76,12 +70,11 @@ def test_twenty_kills_on_one_and_two_processes(tmp_path):
 
 def test_sigterm_stops_at_once_keeps_the_finished_shards_and_says_how_to_go_on(tmp_path):
     out = tmp_path / "s"
-    command = [sys.executable, "-m", "alphaflow_cli", "prep-latents", f"glyphs:{PICTURES}", "--out", str(out)]
-    run = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    run = Command(["prep-latents", f"glyphs:{PICTURES}", "--out", out])
     while shards(out) < 2:
         assert run.poll() is None
         time.sleep(0.01)
-    run.terminate()
+    run.send_signal(signal.SIGTERM)
     _, err = run.communicate(timeout=60)
     assert run.returncode == 143
     assert "the same command goes on" in err

@@ -1,14 +1,13 @@
 """`sample` and `eval` with `--decoder`: it reaches every process, the protocol tells it, no pass mixes precisions."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import get_args
 
 import numpy as np
 import pytest
 from latent_models import latent_models
+from new_process import alphaflow
 from small_models import pixel_checkpoint
 
 import alphaflow_cli
@@ -99,10 +98,7 @@ def evaluation(checkpoint, reference, out: Path, *options) -> dict:
 def test_two_processes_measure_what_one_decodes(checkpoint, reference, tmp_path):
     alone = evaluation(checkpoint, reference, tmp_path / "1", "--decoder", "bf16")
     line = ["eval", checkpoint, "--metrics", "fd-tiny", "--nfe", "1", "--images", "300", "--reference", str(reference)]
-    done = subprocess.run(
-        [sys.executable, "-m", "alphaflow_cli", *line, "--decoder", "bf16", "--processes", "2", "--out", "two"],
-        capture_output=True, text=True, check=False, cwd=tmp_path,
-    )  # fmt: skip
+    done = alphaflow([*line, "--decoder", "bf16", "--processes", "2", "--out", "two"], cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     (results,) = (tmp_path / "two").glob("*/results.json")
     (found,) = json.loads(results.read_text())["evaluations"]

@@ -1,0 +1,107 @@
+"""The real command in a process of its own: a fork of this one, which has torch imported already.
+
+Arguments, streams, signals and exit code are those of `python -m alphaflow_cli …`; only the three seconds are missing
+in which a new interpreter imports. What is about the start itself (the interpreter's streams, an interruption while it
+imports, a missing package) starts a new one.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from pathlib import Path
+
+
+class Command:
+    """`alphaflow LINE`, as subprocess.Popen would have started it."""
+
+    def __init__(self, line, *, cwd=".", env=None, first=None):
+        self.args, self.returncode = ["alphaflow", *map(str, line)], None
+        self.out, self.err = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115 (closed with this)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self.pid = os.fork()
+        if self.pid == 0:
+            self._become(Path(cwd), env, first)
+
+    def _become(self, cwd, env, first):
+        code = 1
+        try:
+            for number, handle in enumerate((os.open(os.devnull, os.O_RDONLY), self.out.fileno(), self.err.fileno())):
+                os.dup2(handle, number)
+            sys.stdin, sys.stdout, sys.stderr = (os.fdopen(os.dup(n), mode) for n, mode in enumerate("rww"))
+            sys.__stdin__, sys.__stdout__, sys.__stderr__ = sys.stdin, sys.stdout, sys.stderr
+            sys.argv = self.args
+            self._run(cwd, env, first)
+        except SystemExit as leave:
+            code = leave.code if isinstance(leave.code, int) else int(leave.code is not None)
+            if isinstance(leave.code, str):
+                sys.stderr.write(f"{leave.code}\n")
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+
+    def _run(self, cwd, env, first):
+        from alphaflow_cli.__main__ import main
+
+        warnings.resetwarnings()
+        warnings.simplefilter("ignore")  # the tests make errors of them
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM):
+            signal.signal(number, signal.SIG_DFL)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        os.chdir(cwd)
+        os.environ.update(env or {})
+        if first is not None:
+            first()
+        main()
+
+    def poll(self):
+        if self.returncode is None:
+            self._look(os.WNOHANG)
+        return self.returncode
+
+    def wait(self, timeout=120):
+        until = time.monotonic() + timeout
+        while self.poll() is None:
+            if time.monotonic() > until:
+                self.send_signal(signal.SIGKILL)
+                self._look(0)
+                raise subprocess.TimeoutExpired(self.args, timeout)
+            time.sleep(0.005)
+        return self.returncode
+
+    def _look(self, flags):
+        pid, status = os.waitpid(self.pid, flags)
+        if pid:
+            self.returncode = os.waitstatus_to_exitcode(status)
+
+    def send_signal(self, number):
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def communicate(self, timeout=120):
+        """Wait for the end; stdout and stderr."""
+        self.wait(timeout)
+        texts = []
+        for file in (self.out, self.err):
+            file.seek(0)
+            texts.append(file.read().decode())
+        return tuple(texts)
+
+    def __del__(self):
+        self.out.close()
+        self.err.close()
+
+
+def alphaflow(line, *, timeout=200, **options):
+    """The command to its end, as subprocess.run would tell of it."""
+    command = Command(line, **options)
+    out, err = command.communicate(timeout)
+    return subprocess.CompletedProcess(command.args, command.returncode, out, err)
