@@ -212,7 +212,7 @@ def measured(trained, capsys, *, weights=()):
     return {row["name"]: row["value"] for row in rows}
 
 
-def test_where_several_processes_draw_their_parent_takes_no_gpu(device, trained, monkeypatch):
+def test_where_several_processes_draw_their_parent_takes_no_gpu(trained, monkeypatch):
     opened, launched = [], []
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(write, "open_generator", lambda *rest, **more: opened.append(rest))

@@ -1,1 +1,1 @@
-"""ROOM"""
+"""`prep-latents`: pictures to a latent store."""

@@ -1,1 +1,1 @@
-"""ROOM"""
+"""The ground under long work: who we are among N processes, starting them, locks, progress, precision."""

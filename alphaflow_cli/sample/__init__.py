@@ -1,1 +1,1 @@
-"""ROOM"""
+"""`sample`: from a checkpoint to pictures, streamed, written and laid out."""
