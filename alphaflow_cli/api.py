@@ -10,7 +10,7 @@ from torch import Tensor
 
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.recipe import Recipe
-from alphaflow_cli.sample.generator import DecoderChoice, Generator, open_generator
+from alphaflow_cli.sample.generator import DecoderChoice, Generator, open_generator, spans_of
 from alphaflow_cli.sample.walk import draw_labels, plan_walk
 
 SamplerChoice = Literal["auto", "trajectory", "consistency", "flow", "heun"]
@@ -58,8 +58,8 @@ class Model:
             self.recipe, nfe=nfe, kind=sampler, times=times, guidance=guidance, guidance_channels=guidance_channels
         )
         labels = self._labels(seeds, classes)
-        batches = self._generator.batches(seeds, labels, walk, batch=batch)
-        return torch.cat([images.cpu() for _, _, images in batches])
+        stream = self._generator.stream(seeds, labels, walk, spans_of(len(seeds), batch))
+        return torch.cat([drawn.images.cpu() for drawn in stream if drawn.images is not None])
 
     def _labels(self, seeds: Sequence[int], classes: Sequence[int] | int | None) -> list[int]:
         known = self.recipe.data.classes

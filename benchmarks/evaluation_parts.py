@@ -19,7 +19,6 @@ from alphaflow_cli.evaluate.pictures import GeneratedImages
 from alphaflow_cli.evaluate.reference import Reference, Stats
 from alphaflow_cli.evaluate.results import space_of
 from alphaflow_cli.evaluate.score import Measured, score
-from alphaflow_cli.files import sha256_of
 from alphaflow_cli.runtime.processes import Alone
 from alphaflow_cli.sample.generator import Generator, open_generator
 from alphaflow_cli.sample.walk import plan_walk
@@ -66,7 +65,6 @@ class Loaded:
     generator: Generator
     extractors: dict[str, Extractor]
     reference: Reference
-    digest: str  # of the checkpoint
 
 
 def load(folder: Path, options: argparse.Namespace) -> Loaded:
@@ -78,7 +76,7 @@ def load(folder: Path, options: argparse.Namespace) -> Loaded:
     weights = {"inception": folder / INCEPTION} if "fid" in options.metrics else {}
     extractors = build_extractors(tuple(options.metrics), device, weights)
     generator.synchronise()
-    return Loaded(generator, extractors, random_reference(extractors), sha256_of(folder / MODEL))
+    return Loaded(generator, extractors, random_reference(extractors))
 
 
 def random_reference(extractors: Mapping[str, Extractor]) -> Reference:
@@ -96,7 +94,7 @@ def evaluate(
     """Seconds by part and in total, and the distances by their names."""
     generator, clock = loaded.generator, Clock()
     walk = plan_walk(generator.recipe, nfe=options.nfe)
-    source = GeneratedImages(generator, walk, count=images, draw="random", digest=loaded.digest)
+    source = GeneratedImages(generator, walk, count=images, draw="random")
     alone = Alone(generator.device)
     start, found = time.perf_counter(), {}
     work = Ruler(loaded.extractors, alone, folder, options.batch, options.chunk).start(source)

@@ -40,6 +40,7 @@ ELSEWHERE = {
     "accelerate launch": "cluster",
     "srun": "cluster",
     "alphaflow train b2 --data": "GPU",
+    "alphaflow sample runs/b2 --seeds 0-49999": "GPU",
     "alphaflow train b2 --set train.conflict_every": "GPU",
     "alphaflow train xl2-cfg": "GPU",
     "alphaflow reference imagenet/": "ImageNet, and another system's file: the weights of Inception and DINOv2",

@@ -26,6 +26,7 @@ import alphaflow_cli
 from alphaflow_cli.analyze import analyze
 from alphaflow_cli.cli import run
 from alphaflow_cli.evaluate.features import BUILDERS, Extractor
+from alphaflow_cli.runtime import processes
 from alphaflow_cli.sample import write
 from alphaflow_cli.train import conflict, loop
 
@@ -210,18 +211,14 @@ def measured(trained, capsys, *, weights=()):
     return {row["name"]: row["value"] for row in rows}
 
 
-def test_where_several_processes_draw_their_parent_takes_no_gpu(device, trained, monkeypatch, capsys):
-    opened, shared = write.open_generator, []
+def test_where_several_processes_draw_their_parent_takes_no_gpu(trained, monkeypatch):
+    opened, launched = [], []
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(write, "open_generator", lambda *a, **b: shared.append(b["device"]) or opened(*a, **b))
-
-    def draw_shared(request, walks, labels, processes, tell):
-        shared.append(processes)
-        return write.draw_here(request, write.make_generator(request, GPU), walks, request.seeds, labels, tell)
-
-    monkeypatch.setattr(write, "draw_shared", draw_shared)
-    assert run(["sample", str(trained), "--seeds", "0-3", "--grid", "g.png"]) == 0
-    assert shared == [torch.device("cpu"), 2, GPU]
+    monkeypatch.setattr(write, "open_generator", lambda *rest, **more: opened.append(rest))
+    monkeypatch.setattr(processes, "launch", lambda line, count: launched.append((line, count)) or 0)
+    line = ("sample", str(trained), "--seeds", "0-3", "--grid", "g.png")
+    assert run(line) == 0
+    assert (opened, launched) == ([], [(line, 2)])
 
 
 def test_eval_and_reference_measure_the_cpus_numbers(trained, monkeypatch, capsys):

@@ -3,14 +3,15 @@
 OUT/<key>/batches.jsonl has one line per finished batch; the key is a hash of the checkpoint's bytes, the store and the
 settings, so that the same command goes on where it stopped, and another one never mixes with it. A line says which
 batch it is and ends with its checksum, so a damaged one costs time but changes no number. Of two analyses of one folder
-at once the second is refused.
+at once the second is refused. Process r of w measures every w-th of the missing batches, beginning with the r-th; a
+line is appended in one write, and the first process reads all of them in the order of the batches.
 """
 
 import hashlib
 import json
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,13 +23,13 @@ from alphaflow_cli.data.batches import LatentStream
 from alphaflow_cli.data.manifest import read_manifest
 from alphaflow_cli.errors import AlphaflowError, blamed_on
 from alphaflow_cli.evaluate.results import environment
-from alphaflow_cli.files import append, check_regular, make_folder, sha256_of, write_whole
+from alphaflow_cli.files import append, check_regular, make_folder, write_whole
 from alphaflow_cli.model.find import checkpoint_folders, find_checkpoint, run_folder
 from alphaflow_cli.recipe.schema import Recipe
 from alphaflow_cli.runtime.lock import hold
-from alphaflow_cli.runtime.processes import smaller_batch_if_full
+from alphaflow_cli.runtime.processes import Processes, check_same, smaller_batch_if_full
 from alphaflow_cli.runtime.progress import Progress, say
-from alphaflow_cli.sample.generator import Generator, best_device, open_generator
+from alphaflow_cli.sample.generator import Generator, open_generator
 from alphaflow_cli.train import conflict
 from alphaflow_cli.train.conflict import conflict_rows, renormalised
 from alphaflow_cli.train.start import check_store
@@ -59,21 +60,28 @@ class Work:
     generator: Generator
     stream: LatentStream
     request: AnalyzeRequest
-    how: Objective
+    objective: Objective
     path: Path
+    processes: Processes
 
 
-def analyze(request: AnalyzeRequest) -> tuple[dict[str, Any], Path]:
-    """Measure what is missing; returns the document and the folder that holds it and the pictures."""
+def analyze(request: AnalyzeRequest, processes: Processes) -> tuple[dict[str, Any], Path] | None:
+    """Measure what is missing; returns the document and the folder that holds it and the pictures.
+
+    The first process holds the folder for all; the others return None.
+    """
     addresses, out = checkpoints_of(request), request.out or home_of(request) / "analysis"
-    with hold(out, "analyze"):
-        return measure_all(addresses, request, out), out
+    with ExitStack() as held:
+        if processes.rank == 0:
+            held.enter_context(hold(out, "analyze"))
+        summaries = [analyze_one(address, request, out, processes) for address in addresses]
+        made = [summary for summary in summaries if summary is not None]
+        return (write_analysis(made, out), out) if made else None
 
 
-def measure_all(addresses: Sequence[str], request: AnalyzeRequest, out: Path) -> dict[str, Any]:
-    """Every checkpoint, then the document and the pictures of all."""
-    found = [analyze_one(address, request, out) for address in addresses]
-    summaries = sorted(found, key=lambda each: int(each["step"] or 0))
+def write_analysis(made: Sequence[dict[str, Any]], out: Path) -> dict[str, Any]:
+    """Write the document and the pictures of all checkpoints."""
+    summaries = sorted(made, key=lambda each: int(each["step"] or 0))
     document: dict[str, Any] = {"schema": SCHEMA, "environment": environment(), "checkpoints": summaries}
     text = json.dumps(document, indent=1, ensure_ascii=False) + "\n"
     write_whole(out / "conflict.json", text)
@@ -88,27 +96,28 @@ def home_of(request: AnalyzeRequest) -> Path:
 
 
 def checkpoints_of(request: AnalyzeRequest) -> list[str]:
-    """The checkpoint asked for, or all that the run kept."""
+    """The checkpoint that was named, or all that the run kept."""
     if not request.all_checkpoints:
         return [str(find_checkpoint(request.address, weights=request.weights))]
     name = "model.safetensors" if request.weights == "ema" else "raw.safetensors"
     kept = checkpoint_folders(Path(request.address))
-    found = [folder / name for folder in kept if (folder / name).exists()]
-    if not found:
+    paths = [folder / name for folder in kept if (folder / name).exists()]
+    if not paths:
         raise AlphaflowError(
             f"{request.address}: no checkpoints/step-*/{name} in it. --all-checkpoints wants a run folder; "
             "train.keep and train.milestone_every say which checkpoints a run keeps."
         )
-    return [str(path) for path in found]
+    return [str(path) for path in paths]
 
 
-def analyze_one(address: str, request: AnalyzeRequest, out: Path) -> dict[str, Any]:
-    """One checkpoint, batch by batch."""
-    generator = open_generator(address, weights=request.weights)
-    recipe, device = generator.recipe, best_device()
+def analyze_one(address: str, request: AnalyzeRequest, out: Path, processes: Processes) -> dict[str, Any] | None:
+    """Measure one checkpoint batch by batch; the first process returns what all of them measured."""
+    generator = open_generator(address, device=processes.device, weights=request.weights)
+    check_same(processes, generator.digest, address)
+    recipe, device = generator.recipe, processes.device
     store = store_to_analyze(recipe, request)
     check_store(recipe, store)
-    protocol = describe_setting(Path(address), generator, request, store)
+    protocol = describe_setting(generator, request, store)
     digest = hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest()[:16]
     path = out / digest / "batches.jsonl"
     make_folder(path.parent)
@@ -125,9 +134,12 @@ def analyze_one(address: str, request: AnalyzeRequest, out: Path) -> dict[str, A
         device=device,
         verify="sizes",
     )
-    work = Work(generator, stream, request, objective_of(recipe, device), path)
-    rows = measure_missing(work)
+    work = Work(generator, stream, request, objective_of(recipe, device), path, processes)
+    measure_missing(work)
     stream.close()
+    if processes.rank:
+        return None
+    rows = lines_of_all(work)
     former = any("sha256" not in row for row in rows)  # then a damaged one may be among them
     with blamed_on(path, "the batches of an analysis") if former else nullcontext():
         summary = summarise(rows)
@@ -148,16 +160,16 @@ def store_to_analyze(recipe: Recipe, request: AnalyzeRequest) -> Path:
 
 def objective_of(recipe: Recipe, device: torch.device) -> Objective:
     """The training's; bf16 on a GPU only, where training in it is fast."""
-    how = Objective.of(recipe)
-    return how if device.type == "cuda" else Objective(**{**vars(how), "bf16": False})
+    objective = Objective.of(recipe)
+    return objective if device.type == "cuda" else Objective(**{**vars(objective), "bf16": False})
 
 
-def describe_setting(path: Path, generator: Generator, request: AnalyzeRequest, store: Path) -> dict[str, Any]:
+def describe_setting(generator: Generator, request: AnalyzeRequest, store: Path) -> dict[str, Any]:
     """All that decides a batch's numbers."""
     recipe = generator.recipe
     return {
         "recipe": recipe.name,
-        "checkpoint_sha256": sha256_of(path),
+        "checkpoint_sha256": generator.digest,
         "weights": generator.origin.get("weights"),
         "store": read_manifest(store).digest,
         "rows_per_batch": request.batch,
@@ -172,23 +184,40 @@ def describe_setting(path: Path, generator: Generator, request: AnalyzeRequest, 
     }
 
 
-def measure_missing(work: Work) -> list[dict[str, Any]]:
-    """The lines of all batches asked for, in order; one that a kill cut short, or lost, is measured again."""
+def measure_missing(work: Work) -> None:
+    """Measure this process's share of the batches that no whole line is of: a kill cut it short, or it is new."""
+    processes, wanted = work.processes, work.request.batches
+    first = processes.rank == 0
+    if first:
+        mend_lines(work.path)
+    processes.wait()
     rows = read_lines(work.path)
-    net, wanted = work.generator.net.requires_grad_(), work.request.batches
+    processes.wait()  # before anybody appends: all must see the same lines
     missing = [index for index in range(wanted) if index not in rows]
-    if rows:
+    if rows and first:
         say(f"{len(rows):,} batches were measured before: going on")
-    step = work.generator.origin.get("step")
-    with Progress(f"step {step}", wanted, unit="batch", done=wanted - len(missing)) as bar:
-        for index in missing:
+    net, step = work.generator.net.requires_grad_(), work.generator.origin.get("step")
+    with Progress(f"step {step}", wanted, unit="batch", done=wanted - len(missing), shown=first) as bar:
+        for index in missing[processes.rank :: processes.size]:
             with smaller_batch_if_full(work.request.batch):
                 row = measure_one(net, work, index)
             check_finite(work, row)
-            rows[index] = {**row, "sha256": _checksum(row)}
-            _append(work.path, rows[index])
-            bar.advance(1)
-    return [rows[index] for index in range(wanted)]
+            _append(work.path, {**row, "sha256": _checksum(row)})
+            bar.advance(min(processes.size, wanted - bar.done))
+        processes.wait()
+        bar.advance(wanted - bar.done)
+
+
+def lines_of_all(work: Work) -> list[dict[str, Any]]:
+    """The lines of all batches, in order, whichever process measured them."""
+    rows = read_lines(work.path)
+    lost = [index for index in range(work.request.batches) if index not in rows]
+    if lost:
+        raise AlphaflowError(
+            f"{work.path}: batch {lost[0]} is not there, though a process measured it. All processes must see one "
+            "folder; run the same command again."
+        )
+    return [rows[index] for index in range(work.request.batches)]
 
 
 def measure_one(net: torch.nn.Module, work: Work, index: int) -> dict[str, Any]:
@@ -197,21 +226,21 @@ def measure_one(net: torch.nn.Module, work: Work, index: int) -> dict[str, Any]:
     batch = stream.batch_at(index, slice(None))
     x = renormalised(batch.latents, (stream.mean, stream.std), (generator.mean, generator.std))
     rows = conflict_rows(generator.recipe, x, batch.y, seed=work.request.seed, index=index)
-    found = {"batch": index, **conflict.measure_batch(net, rows, work.how, bins=conflict.BINS)}
+    row = {"batch": index, **conflict.measure_batch(net, rows, work.objective, bins=conflict.BINS)}
     if index < SIZE_BATCHES:
-        found["sizes"] = conflict.sizes_over_alpha(net, rows, work.how, conflict.ALPHAS)
-    return found
+        row["sizes"] = conflict.sizes_over_alpha(net, rows, work.objective, conflict.ALPHAS)
+    return row
 
 
-def check_finite(work: Work, found: dict[str, Any]) -> None:
+def check_finite(work: Work, row: dict[str, Any]) -> None:
     """Weights that are not finite have no gradient, and times that never differ have none of the r < t loss."""
-    where = f"{work.generator.recipe.name or 'checkpoint'}, batch {found['batch']}"
-    if found["rows"] < work.request.batch:
+    where = f"{work.generator.recipe.name or 'checkpoint'}, batch {row['batch']}"
+    if row["rows"] < work.request.batch:
         raise AlphaflowError(
-            f"{where}: {work.request.batch - found['rows']} of {work.request.batch} rows never got r < t: the recipe's "
+            f"{where}: {work.request.batch - row['rows']} of {work.request.batch} rows never got r < t: the recipe's "
             "times are all but equal; raise times.std."
         )
-    if not all(math.isfinite(number) for number in numbers_in(found)):
+    if not all(math.isfinite(number) for number in numbers_in(row)):
         raise AlphaflowError(
             f"{where}: a loss or a gradient is not finite, so the checkpoint has no conflict to measure: its weights "
             "are damaged, or the training diverged. Analyze an earlier one."
@@ -227,21 +256,27 @@ def numbers_in(value: Any) -> Iterator[float]:
         yield value
 
 
+def mend_lines(path: Path) -> None:
+    """Cut the file behind its last whole line, so that the next one begins a line of its own."""
+    if path.exists():
+        check_regular(path)
+        text = path.read_text(encoding="utf-8", errors="replace")
+        whole = text[: text.rfind("\n") + 1]
+        if whole != text:
+            write_whole(path, whole)
+
+
 def read_lines(path: Path) -> dict[int, dict[str, Any]]:
-    """Whole lines by the batch they are of, the first of each; the file is cut behind the last whole line."""
+    """Whole lines by the batch they are of, the first of each."""
     if not path.exists():
         return {}
     check_regular(path)
-    text = path.read_text(encoding="utf-8", errors="replace")
-    whole = text[: text.rfind("\n") + 1]
-    if whole != text:
-        write_whole(path, whole)
-    found: dict[int, dict[str, Any]] = {}
-    for line in whole.split("\n"):
+    rows: dict[int, dict[str, Any]] = {}
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         batch = _batch_of(line)
         if batch is not None:
-            found.setdefault(batch, json.loads(line))
-    return found
+            rows.setdefault(batch, json.loads(line))
+    return rows
 
 
 def _batch_of(line: str) -> int | None:

@@ -1,5 +1,6 @@
 """`alphaflow analyze`: the conflict between the objective's two halves, measured."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -7,9 +8,11 @@ import click
 
 from alphaflow_cli.commands.common import (
     BATCH,
+    PROCESSES,
     SEED,
     Destination,
     WholeWithin,
+    command_line,
     examples,
     json_option,
     print_json,
@@ -35,6 +38,7 @@ NAMES = {"tfm": "∇L_TFM", "tc": "∇L_TC", "fm": "∇L_FM'", "mean_flow": "∇
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Of the rows, their noise and their times.")
 @click.option("--weights", type=click.Choice(["ema", "raw"]), default="ema", show_default=True, help="Which weights.")
 @click.option("--all-checkpoints", is_flag=True, help="Every checkpoint that the run kept, not the newest alone.")
+@click.option("--processes", type=PROCESSES, help="Processes to share the work. Default: one per GPU.")
 @click.option("--out", type=Destination(is_folder=True), help="Folder for numbers and pictures. Default: RUN/analysis.")
 @json_option
 def command(
@@ -45,6 +49,7 @@ def command(
     seed: int,
     weights: str,
     all_checkpoints: bool,
+    processes: int | None,
     out: Path | None,
     as_json: bool,
 ) -> None:
@@ -55,13 +60,24 @@ def command(
     the same command again resumes; docs/understanding.md says how to read it.
     """
     from alphaflow_cli.analyze.analyze import AnalyzeRequest, analyze
+    from alphaflow_cli.runtime.processes import join_processes, run_shared
 
-    document, folder = analyze(
-        AnalyzeRequest(
-            address=address, data=data, out=out, batches=batches, batch=batch, seed=seed, weights=weights,
-            all_checkpoints=all_checkpoints,
-        )
+    request = AnalyzeRequest(
+        address=address, data=data, out=out, batches=batches, batch=batch, seed=seed, weights=weights,
+        all_checkpoints=all_checkpoints,
     )  # fmt: skip
+
+    def work() -> int:
+        if made := analyze(request, join_processes()):
+            show_analysis(*made, as_json=as_json)
+        return 0
+
+    if code := run_shared(work, command_line(), requested=processes):
+        sys.exit(code)
+
+
+def show_analysis(document: dict[str, Any], folder: Path, *, as_json: bool) -> None:
+    """Print the numbers of every checkpoint, and where the pictures and the document are."""
     if as_json:
         print_json({**document, "path": str(folder / "conflict.json")})
         return
@@ -76,16 +92,16 @@ def _print(checkpoint: dict[str, Any]) -> None:
     size = f"{checkpoint['batches']} × {checkpoint['rows_per_batch']} rows"
     tell(f"{checkpoint['recipe']}, step {checkpoint['step']}, {checkpoint['weights']} weights, {size}")
     shown = []
-    for pair, found in checkpoint["cosines"].items():
+    for pair, spread in checkpoint["cosines"].items():
         a, b = pair.split(".")
-        shown.append((f"cos({NAMES[a]}, {NAMES[b]})", *_cells(found)))
-    shown += [(f"|{NAMES[name]}|", *_cells(found)) for name, found in checkpoint["norms"].items()]
+        shown.append((f"cos({NAMES[a]}, {NAMES[b]})", *_cells(spread)))
+    shown += [(f"|{NAMES[name]}|", *_cells(spread)) for name, spread in checkpoint["norms"].items()]
     print_table(shown, head=("", "5%", "median", "95%"))
     share = checkpoint["share_below_-0.4"]
     if share is not None:
         click.echo(f"cos({NAMES['tfm']}, {NAMES['tc']}) is below -0.4 in {share:.0%} of the batches")
 
 
-def _cells(found: dict[str, float | None]) -> tuple[str, ...]:
-    values = (found[name] for name in ("p5", "p50", "p95"))
+def _cells(spread: dict[str, float | None]) -> tuple[str, ...]:
+    values = (spread[name] for name in ("p5", "p50", "p95"))
     return tuple("none" if value is None else f"{value:.4g}" for value in values)

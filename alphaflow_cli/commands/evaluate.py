@@ -92,8 +92,8 @@ def command(
         guidance_channels=guidance_channels, sweep_midpoint=sweep_midpoint, metrics=metrics, reference=reference,
         images=images, draw=draw, autoencoder=autoencoder, decoder=decoder, batch=batch, weights=weights, out=out,
     )  # fmt: skip
-    asked = (nfe, times, guidance is not None, guidance_channels, sweep_midpoint, draw, autoencoder)
-    if not (of_checkpoint := is_checkpoint(subject)) and (any(asked) or sampler != "auto" or decoder != "auto"):
+    special = (nfe, times, guidance is not None, guidance_channels, sweep_midpoint, draw, autoencoder)
+    if not (of_checkpoint := is_checkpoint(subject)) and (any(special) or sampler != "auto" or decoder != "auto"):
         raise click.UsageError(f"{subject} is a source of pictures: {OF_CHECKPOINTS} are for checkpoints.")
     run_evaluation(request, processes, of_checkpoint, markdown=markdown, as_json=as_json)
 
@@ -101,27 +101,21 @@ def command(
 def run_evaluation(
     request: "EvalRequest", processes: int | None, of_checkpoint: bool, *, markdown: bool, as_json: bool
 ) -> None:
-    """Here, or in N processes of which the first prints."""
-    from alphaflow_cli.runtime.launch import as_worker, check_processes, is_worker, launch
-    from alphaflow_cli.runtime.processes import processes_here
+    """Measure in this process, or in N of which the first prints."""
+    from alphaflow_cli.runtime.processes import run_shared
 
     def measure() -> int:
-        found = measure_checkpoint(request) if of_checkpoint else measure_pictures(request)
-        if found is not None:
-            show_report(found, markdown=markdown, as_json=as_json)
+        report = measure_checkpoint(request) if of_checkpoint else measure_pictures(request)
+        if report is not None:
+            show_report(report, markdown=markdown, as_json=as_json)
         return 0
 
-    if is_worker():
-        check_processes(processes)
-        as_worker(measure)
-    count = processes_here(processes)
-    code = measure() if count == 1 else launch(command_line(), count)
-    if code:
+    if code := run_shared(measure, command_line(), requested=processes):
         sys.exit(code)
 
 
 def measure_checkpoint(request: "EvalRequest") -> "Report | None":
-    """Every walk asked for."""
+    """Measure a checkpoint at every number of evaluations that was asked for."""
     from alphaflow_cli.evaluate.evaluate import evaluate_checkpoint
     from alphaflow_cli.runtime.processes import join_processes
 
@@ -129,7 +123,7 @@ def measure_checkpoint(request: "EvalRequest") -> "Report | None":
 
 
 def measure_pictures(request: "EvalRequest") -> "Report | None":
-    """A folder of pictures from anywhere."""
+    """Measure pictures that are there already, from anywhere."""
     from alphaflow_cli.evaluate import evaluate as engine
     from alphaflow_cli.evaluate.evaluate import Report
     from alphaflow_cli.evaluate.pictures import open_pictures
@@ -142,13 +136,13 @@ def measure_pictures(request: "EvalRequest") -> "Report | None":
     extractors = engine.build_extractors(chosen, processes.device, request.weights)
     ruler = engine.Ruler(extractors, processes, out, request.batch)
     engine.check_count(source)
-    found = None
+    reference = None
     if request.reference is not None:
         text = request.reference
-        found = engine.find_reference(
+        reference = engine.find_reference(
             text, source.size, ruler, opened=lambda size: open_pictures(text, size=size, limit=None)
         )
-    evaluation = engine.evaluate(source, chosen, ruler, reference=found)
+    evaluation = engine.evaluate(source, chosen, ruler, reference=reference)
     if evaluation is None:
         return None
     path = out / evaluation.id / "results.json"
@@ -175,14 +169,14 @@ def show_report(report: "Report", *, markdown: bool, as_json: bool) -> None:
 
 
 def score_table(evaluations: Sequence["Evaluation"]) -> list[tuple[str, ...]]:
-    """One row per number."""
+    """One row of the table for every number, with its protocol."""
     from alphaflow_cli.evaluate import results
 
     return [(row.name, results.told_value(row), row.told()) for each in evaluations for row in each.rows]
 
 
 def tell_notes(evaluation: "Evaluation") -> None:
-    """Warnings, notes and the time split."""
+    """Print warnings, notes and what took how long on stderr."""
     from alphaflow_cli.evaluate import results
 
     for warning in evaluation.warnings:

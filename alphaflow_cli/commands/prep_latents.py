@@ -1,12 +1,26 @@
 """`alphaflow prep-latents`: pictures in, a latent store out."""
 
+import sys
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import click
 
-from alphaflow_cli.commands.common import IMAGES, PROCESSES, Destination, NumberWithin, WholeWithin, examples, tell
+from alphaflow_cli.commands.common import (
+    IMAGES,
+    PROCESSES,
+    Destination,
+    NumberWithin,
+    WholeWithin,
+    command_line,
+    examples,
+    tell,
+)
 from alphaflow_cli.recipe.schema import Data
+
+if TYPE_CHECKING:
+    from alphaflow_cli.latents.plan import StoreRequest
 
 GLYPH_SIZE = 32  # the embedded set is drawn at this size
 
@@ -83,21 +97,44 @@ def command(
 
         return print_lines(verify(Path(source)))
     from alphaflow_cli.latents.plan import StoreRequest, default_out
-    from alphaflow_cli.latents.prepare import count_encoders, describe_store, estimate_store, plan_job, prepare_store
 
     glyphs = source.startswith("glyphs:")
     size = size or (GLYPH_SIZE if glyphs else Data.image_size)
     autoencoder = autoencoder or ("none" if glyphs else Data.autoencoder)
     max_pixels = round(max_megapixels * 1e6)
     request = StoreRequest(source, size, autoencoder, dtype, flips, batch, limit or 0, bad, precision, max_pixels)
-    out, processes = out or default_out(source, size, autoencoder), count_encoders(autoencoder, processes)
-    if only_estimate:
-        return print_lines(estimate_store(plan_job(request, out, processes)[0], processes).lines())
-    prepare_store(request, out, processes=processes, shown=True)
-    return print_lines(describe_store(out))
+    make = estimate if only_estimate else prepare
+    return make(request, out or default_out(source, size, autoencoder), processes)
+
+
+def estimate(request: "StoreRequest", store: Path, processes: int | None) -> None:
+    """Say what making the store would take."""
+    from alphaflow_cli.latents.prepare import count_encoders, estimate_store, plan_job
+    from alphaflow_cli.runtime.processes import Alone, device_of
+
+    count = count_encoders(request.autoencoder, processes)
+    job, _ = plan_job(request, store, Alone(device_of(0), size=count))
+    print_lines(estimate_store(job, count).lines())
+
+
+def prepare(request: "StoreRequest", store: Path, processes: int | None) -> None:
+    """Make the store here, or in N processes of which the first prints."""
+    from alphaflow_cli.latents.prepare import count_encoders, describe_store, prepare_store
+    from alphaflow_cli.runtime.processes import join_processes, run_shared
+
+    def work() -> int:
+        joined = join_processes(needs_gpu=request.autoencoder != "none")
+        prepare_store(request, store, joined)
+        if joined.rank == 0:
+            print_lines(describe_store(store))
+        return 0
+
+    count = partial(count_encoders, request.autoencoder)
+    if code := run_shared(work, command_line(), requested=processes, count=count):
+        sys.exit(code)
 
 
 def print_lines(lines: list[str]) -> None:
-    """Facts, and last the path."""
+    """Print what there is to say of a store, its path last."""
     for line in lines:
         tell(line)

@@ -1,5 +1,6 @@
 """`alphaflow reference`: statistics of real pictures, with their protocol inside."""
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -7,9 +8,11 @@ import click
 
 from alphaflow_cli.commands.common import (
     IMAGES,
+    PROCESSES,
     SIZE,
     Destination,
     WholeWithin,
+    command_line,
     examples,
     json_option,
     print_json,
@@ -40,6 +43,7 @@ EXAMPLES = examples(
     help="Single features kept, for KID, precision and recall.",
 )  # fmt: skip
 @batch_option
+@click.option("--processes", type=PROCESSES, help="Processes to share the work. Default: one per GPU.")
 @weights_option
 @click.option(
     "--work", type=Destination(is_folder=True, holds_weights=True), default=Path("evals"), show_default=True,
@@ -55,6 +59,7 @@ def command(
     name: str,
     keep: int,
     batch: int,
+    processes: int | None,
     weights: Weights,
     work: Path,
     as_json: bool,
@@ -65,7 +70,7 @@ def command(
     hf://datasets/NAME, or glyphs:N. Where a source holds splits and --size is given, the training split is taken.
     Without --metrics: every network whose weights are on this machine.
     """
-    from alphaflow_cli.runtime.launch import as_worker, is_worker
+    from alphaflow_cli.runtime.processes import run_shared
 
     if path.suffix != ".safetensors":
         raise click.UsageError(f"-o {path}: a reference is a .safetensors file")
@@ -78,16 +83,15 @@ def command(
             _print(*made, path, as_json=as_json)
         return 0
 
-    if is_worker():
-        as_worker(measure)
-    measure()
+    if code := run_shared(measure, command_line(), requested=processes):
+        sys.exit(code)
 
 
 def make(
     source: str, path: Path, metrics: Metrics, weights: Weights, work: Path, *,
     size: int | None, limit: int | None, name: str, kept: int, batch: int,
 ) -> "tuple[Reference, list[str]] | None":  # fmt: skip
-    """Measure and save, in this process or as one of those that a launcher started."""
+    """Measure and save, alone or as one of several processes; all but the first return nothing."""
     from alphaflow_cli.evaluate import evaluate as engine
     from alphaflow_cli.evaluate.pictures import open_pictures
     from alphaflow_cli.runtime.processes import join_processes

@@ -1,7 +1,9 @@
 """`alphaflow sample`: pictures from a checkpoint."""
 
+import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, overload
 
 import click
 
@@ -10,6 +12,7 @@ from alphaflow_cli.commands.common import (
     PROCESSES,
     Destination,
     autoencoder_option,
+    command_line,
     decoder_option,
     examples,
 )
@@ -18,19 +21,48 @@ from alphaflow_cli.text import shorten
 
 if TYPE_CHECKING:
     from alphaflow_cli.sample.generator import DecoderChoice
+    from alphaflow_cli.sample.write import SampleRequest
 
 EXAMPLES = examples(
     "alphaflow sample runs/quickstart --grid grid.png",
     "alphaflow sample runs/quickstart --seeds 0-9 --classes 3,7 --nfe 2 --out pictures",
     "alphaflow sample runs/quickstart --nfe 1 --nfe 2 --nfe 4 --grid steps.png",
+    "alphaflow sample runs/b2 --seeds 0-49999 --out samples.npz --processes 8",
 )
 
-MOST_SEEDS = 1_000_000  # the pictures of one command are held in memory
+MOST_SEEDS = 100_000_000  # more is a slip of the hand
 
 
-def to_seeds(ctx: click.Context, param: click.Parameter, value: str) -> list[int]:
+class Seeds(Sequence[int]):
+    """The seeds of ranges such as 0-63,70: as many as one likes take no memory."""
+
+    def __init__(self, ranges: Sequence[range]) -> None:
+        self.ranges = ranges
+
+    def __len__(self) -> int:
+        return sum(len(each) for each in self.ranges)
+
+    @overload
+    def __getitem__(self, place: int) -> int: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[int]: ...
+    def __getitem__(self, place: int | slice) -> int | list[int]:
+        if isinstance(place, int):
+            return self[range(len(self))[place] : range(len(self))[place] + 1][0]
+        start, stop, _ = place.indices(len(self))
+        taken: list[int] = []
+        for each in self.ranges:
+            taken.extend(each[max(start, 0) : max(stop, 0)])
+            start, stop = start - len(each), stop - len(each)
+        return taken[:: place.step or 1]
+
+    def __str__(self) -> str:
+        return ",".join(f"{each[0]}-{each[-1]}" if len(each) > 1 else str(each[0]) for each in self.ranges)
+
+
+def to_seeds(ctx: click.Context, param: click.Parameter, value: str) -> Seeds:
     """0-63, 5, or a comma-separated list of both."""
-    found: list[int] = []
+    ranges: list[range] = []
     for part in value.split(","):
         low, dash, high = part.strip().partition("-")
         first, last = (int(s) if s.isdecimal() and len(s) <= 20 else None for s in (low, high if dash else low))
@@ -38,12 +70,19 @@ def to_seeds(ctx: click.Context, param: click.Parameter, value: str) -> list[int
             raise click.BadParameter(f"{shorten(value, 60)!r}: seeds are numbers and ranges such as 0-63 or 1,5,9.")
         if last >= 2**64:
             raise click.BadParameter(f"{shorten(value, 60)!r}: seeds lie below 2^64.")
-        if len(found) + last - first >= MOST_SEEDS:
-            raise click.BadParameter(
-                f"{shorten(value, 60)!r}: more than {MOST_SEEDS:,} pictures; sample them in several commands."
-            )
-        found.extend(range(first, last + 1))
-    return found
+        ranges.append(range(first, last + 1))
+    if sum(each.stop - each.start for each in ranges) > MOST_SEEDS:
+        raise click.BadParameter(f"{shorten(value, 60)!r}: more than {MOST_SEEDS:,} pictures.")
+    return Seeds(ranges)
+
+
+class PicturesOut(click.ParamType):  # type: ignore[type-arg]
+    """A folder for PNG files, or one .npz file."""
+
+    name = "path"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        return Destination(is_folder=not str(value).endswith(".npz")).convert(value, param, ctx)
 
 
 @click.command("sample", epilog=EXAMPLES)
@@ -56,14 +95,14 @@ def to_seeds(ctx: click.Context, param: click.Parameter, value: str) -> list[int
 @click.option("--weights", type=click.Choice(["ema", "raw"]), default="ema", show_default=True, help="Which weights.")
 @autoencoder_option
 @decoder_option
-@click.option("--out", type=Destination(is_folder=True), help="Folder for one PNG per picture.")
-@click.option("--grid", type=Destination(), help="One PNG with all of them.")
+@click.option("--out", type=PicturesOut(), help="Folder for one PNG per picture, or FILE.npz for one array of all.")
+@click.option("--grid", type=Destination(), help="One PNG with all of them, at most the first 1,000.")
 @click.option("--latents", type=Destination(), help="The network's own latents as .npy (n, C, h, w).")
 @click.option("--batch", type=BATCH, default=64, show_default=True, help="Pictures at once.")
 @click.option("--processes", type=PROCESSES, help="Processes to share the work. Default: one per GPU.")
 def command(
     checkpoint: str,
-    seeds: list[int],
+    seeds: Seeds,
     classes: str,
     nfe: tuple[int, ...],
     sampler: str,
@@ -81,18 +120,34 @@ def command(
 ) -> None:
     """Draw pictures from CKPT: a file, a run folder, or a Hub id user/repo[@revision].
 
-    The picture of a seed is the same whatever the batch, the order and the number of processes.
+    The picture of a seed is the same whatever the batch, the order and the number of processes. Every picture is
+    written when it is there; running the same command again resumes.
     """
     if times is not None and nfe:
         raise click.UsageError("--times and --nfe exclude each other: the grid says how many steps there are.")
-    if latents is not None and len(nfe) > 1:
-        raise click.UsageError("--latents wants one --nfe.")
-    from alphaflow_cli.sample.write import SampleRequest, sample_to_files
+    if len(nfe) > 1 and (latents is not None or (out is not None and out.suffix == ".npz")):
+        raise click.UsageError(f"{'--latents' if latents else '--out FILE.npz'} wants one --nfe.")
+    from alphaflow_cli.sample.write import SampleRequest
 
     request = SampleRequest(
         checkpoint=checkpoint, seeds=seeds, classes=classes, nfe=nfe or (1,), sampler=sampler, times=times,
         guidance=guidance, guidance_channels=guidance_channels, weights=weights, autoencoder=autoencoder,
-        decoder=decoder, out=out, grid=grid, latents=latents, batch=batch, processes=processes or 0,
+        decoder=decoder, out=out, grid=grid, latents=latents, batch=batch,
     )  # fmt: skip
-    for path in sample_to_files(request):
-        click.echo(path)
+    draw(request, processes)
+
+
+def draw(request: "SampleRequest", processes: int | None) -> None:
+    """Draw here, or in N processes of which the first prints what was written."""
+    from alphaflow_cli.runtime.processes import join_processes, run_shared
+    from alphaflow_cli.sample.write import check_request, sample_to_files
+
+    check_request(request)
+
+    def work() -> int:
+        for path in sample_to_files(request, join_processes()):
+            click.echo(path)
+        return 0
+
+    if code := run_shared(work, command_line(), requested=processes):
+        sys.exit(code)

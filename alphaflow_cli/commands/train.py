@@ -3,6 +3,7 @@
 import contextlib
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -79,44 +80,44 @@ def command(
     if dry_run or estimate:
         show_plan(loaded, recipe, folder, processes, micro_batch, measured=estimate, as_json=as_json)
         return
-    from alphaflow_cli.runtime.launch import as_worker, check_processes, is_worker
-    from alphaflow_cli.train.start import TrainOptions
+    from alphaflow_cli.runtime.processes import run_shared
+    from alphaflow_cli.train.start import TrainOptions, count_processes
 
     options = TrainOptions(folder, data, micro_batch or None, init_from, verify)
-    if is_worker():
-        check_processes(processes)
-        as_worker(lambda: join(loaded, options))
-    code = begin(loaded, options, processes)
+    code = run_shared(
+        lambda: join(loaded, options),
+        command_line(),
+        requested=processes,
+        count=lambda requested: count_processes(loaded, requested),
+        prepared=prepared(loaded, options),
+    )
     if code:
         sys.exit(code)
     finish(folder)
 
 
 def join(recipe: Recipe, options: "TrainOptions") -> int:
-    """Train as one of several processes; the first one has the last word where no parent of ours has."""
-    from alphaflow_cli.runtime.launch import has_parent
+    """Train, alone or as one of several; under a launcher of others the first process has the last word."""
+    from alphaflow_cli.runtime.launch import has_parent, is_worker
     from alphaflow_cli.train.start import train
 
     code = train(recipe, options)
-    if code == 0 and not has_parent() and os.environ["RANK"] == "0":
+    if code == 0 and is_worker() and not has_parent() and os.environ["RANK"] == "0":
         with contextlib.suppress(OSError):  # the run is whole, whether or not its last words can be written
             finish(options.out)
     return code
 
 
-def begin(recipe: Recipe, options: "TrainOptions", processes: int | None) -> int:
-    """Check everything, then train here or in N processes."""
-    from alphaflow_cli.runtime.launch import launch
+@contextlib.contextmanager
+def prepared(recipe: Recipe, options: "TrainOptions") -> Iterator[None]:
+    """Hold the run folder, check everything and get the latents ready, before any process is started."""
     from alphaflow_cli.runtime.lock import hand_on, hold
-    from alphaflow_cli.train.start import count_processes, prepare_run, train
+    from alphaflow_cli.train.start import prepare_run
 
-    count = count_processes(recipe, processes)
     with hold(options.out, "train"):
         prepare_run(recipe, options)
-        if count == 1:
-            return train(recipe, options)
         os.environ |= hand_on(options.out)
-        return launch(command_line(), count)
+        yield
 
 
 def finish(folder: Path) -> None:

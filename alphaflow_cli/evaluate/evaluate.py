@@ -32,11 +32,11 @@ from alphaflow_cli.evaluate.reference import KEPT, Reference, build_reference, l
 from alphaflow_cli.evaluate.results import NEEDS_MOMENTS, NETWORK, Evaluation, save_results
 from alphaflow_cli.evaluate.score import Measured, check_request, score
 from alphaflow_cli.files import sha256_of, write_whole
-from alphaflow_cli.model.find import find_checkpoint, run_folder
+from alphaflow_cli.model.find import run_folder
 from alphaflow_cli.nn.weights import FILES, missing_weights
 from alphaflow_cli.recipe.schema import Eval, LabelDraw, Metric
 from alphaflow_cli.runtime.lock import hold
-from alphaflow_cli.runtime.processes import Processes
+from alphaflow_cli.runtime.processes import Processes, check_same
 from alphaflow_cli.sample.generator import DecoderChoice, Generator, open_generator
 from alphaflow_cli.sample.walk import Walk, plan_walk
 
@@ -210,27 +210,27 @@ def is_checkpoint(text: str) -> bool:
 
 
 def evaluate_checkpoint(request: EvalRequest, processes: Processes) -> Report | None:
-    """Every walk asked for; None on all processes but the first."""
+    """Measure every walk that was requested; None on all processes but the first."""
     generator = open_generator(request.checkpoint, device=processes.device, decoder=request.decoder)
-    said = generator.recipe.eval
+    check_same(processes, generator.digest, request.checkpoint)
+    published = generator.recipe.eval
     walks = choose_walks(request, generator)
-    count, draw = request.images or said.images, request.draw or said.draw
+    count, draw = request.images or published.images, request.draw or published.draw
     generator.expect(count)
     if request.autoencoder:
         generator.use_autoencoder(request.autoencoder)
-    metrics = request.metrics or said.metrics
+    metrics = request.metrics or published.metrics
     folder = results_folder(request)
     extractors = build_extractors(metrics, processes.device, request.weights)
     ruler = Ruler(extractors, processes, folder, request.batch)
     reference = requested_reference(request, generator, metrics, ruler)
-    digest = sha256_of(find_checkpoint(request.checkpoint))
-    found = []
+    evaluations = []
     for walk in walks:
-        source = GeneratedImages(generator, walk, count=count, draw=draw, digest=digest)
+        source = GeneratedImages(generator, walk, count=count, draw=draw)
         evaluation = evaluate(source, metrics, ruler, reference=reference)
         if evaluation is not None:
-            found.append(evaluation)
-    return write_evaluation(request, found, folder, digest) if found else None
+            evaluations.append(evaluation)
+    return write_evaluation(request, evaluations, folder, generator.digest) if evaluations else None
 
 
 def choose_walks(request: EvalRequest, generator: Generator) -> list[Walk]:

@@ -1,15 +1,12 @@
 """Pictures to be measured, addressable by index: `count`, `images(start, stop)`, and a description for the protocol.
 
-A generator of samples joins as one more `ImageSource`. Pictures are measured as they are: those of a reference may be
-cropped and resized, those of a model never.
-
-A checkpoint as pictures to be measured: picture i has seed i, the same whoever asks and in whatever order.
+Pictures are measured as they are: those of a reference may be cropped and resized, those of a model never. A checkpoint
+is one more source: its picture i is that of seed i, read from the stream that `sample` writes.
 """
 
 import hashlib
 import json
 import struct
-import time
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -31,7 +28,7 @@ from alphaflow_cli.data.opening import open_source
 from alphaflow_cli.data.pictures import MAX_PIXELS, BadPicture, decode, decode_whole
 from alphaflow_cli.errors import DAMAGE, AlphaflowError
 from alphaflow_cli.sample.generator import Generator
-from alphaflow_cli.sample.walk import Walk, draw_labels
+from alphaflow_cli.sample.walk import LazyLabels, Walk, draw_labels
 from alphaflow_cli.text import brief
 
 READERS = 8  # threads that fetch and decode
@@ -42,7 +39,7 @@ class ImageSource(Protocol):
 
     @property
     def count(self) -> int:
-        """How many there are."""
+        """The number of pictures that are measured."""
         ...
 
     @property
@@ -105,7 +102,7 @@ class PictureFiles:
 
     @property
     def label(self) -> str:
-        """The name."""
+        """The source's name, with the split that was chosen."""
         return f"{self._source.name}{'/' + self._prefix.rstrip('/') if self._prefix else ''}"
 
     def images(self, start: int, stop: int) -> Tensor:
@@ -146,8 +143,14 @@ class PictureFiles:
 
     def describe(self) -> dict[str, Any]:
         """Source, count, preparation; the content's hash is taken during the pass."""
-        how = "as they are" if self._size is None else f"centre crop, Lanczos to {self._size} px"
-        facts = {"kind": self._source.kind, "name": self.label, "count": self.count, "of": self._of, "prepared": how}
+        prepared = "as they are" if self._size is None else f"centre crop, Lanczos to {self._size} px"
+        facts = {
+            "kind": self._source.kind,
+            "name": self.label,
+            "count": self.count,
+            "of": self._of,
+            "prepared": prepared,
+        }
         return {**facts, **self._source.facts()}
 
     def fingerprint(self) -> str:
@@ -177,14 +180,14 @@ class PictureArray:
         self.label = path.name
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Let go of nothing: no file is kept open between two readings."""
 
     def images(self, start: int, stop: int) -> Tensor:
-        """A slice, channels first."""
+        """Cut this span out of the array, channels first."""
         return torch.from_numpy(np.ascontiguousarray(self._array[start:stop].transpose(0, 3, 1, 2)))
 
     def describe(self) -> dict[str, Any]:
-        """Source and count."""
+        """The array's name and how many of its pictures are taken."""
         prepared = "as they are"
         return {"kind": "npz", "name": self.label, "count": self.count, "of": self._of, "prepared": prepared}
 
@@ -232,11 +235,14 @@ FIRST_SEED = 0  # published evaluations use seeds 0 … 49,999
 class GeneratedImages:
     """One checkpoint, one walk: an ImageSource."""
 
-    def __init__(self, generator: Generator, walk: Walk, *, count: int, draw: str, digest: str) -> None:
-        self._generator, self._walk, self._draw, self._digest = generator, walk, draw, digest
+    def __init__(self, generator: Generator, walk: Walk, *, count: int, draw: str) -> None:
+        self._generator, self._walk, self._draw = generator, walk, draw
         self.count, self.seconds = count, {"network": 0.0, "decoder": 0.0}
         side = generator.recipe.data.image_size
         self.size = (side, side)
+        self._seeds = range(FIRST_SEED, FIRST_SEED + count)
+        classes = generator.recipe.data.classes
+        self._labels = LazyLabels(self._seeds, lambda places, seeds: draw_labels(seeds, classes, draw))
 
     @property
     def label(self) -> str:
@@ -244,21 +250,15 @@ class GeneratedImages:
         return f"{self._generator.recipe.name or 'checkpoint'}, {self._walk.nfe} NFE, {self._walk}"
 
     def images(self, start: int, stop: int) -> Tensor:
-        """uint8 on the generator's device, clocked by part."""
-        seeds = range(FIRST_SEED + start, FIRST_SEED + stop)
-        labels = draw_labels(seeds, self._generator.recipe.data.classes, self._draw)
-        began = time.perf_counter()
-        latents = self._generator.latents(list(seeds), labels, self._walk)
-        self._generator.synchronise()
-        between = time.perf_counter()
-        images = self._generator.decode(latents)
-        self._generator.synchronise()
-        self.seconds["network"] += between - began
-        self.seconds["decoder"] += time.perf_counter() - between
-        return images
+        """The stream's pictures of this span, on the generator's device; what they took is added to `seconds`."""
+        (drawn,) = self._generator.stream(self._seeds, self._labels, self._walk, [slice(start, stop)])
+        for part, spent in drawn.seconds.items():
+            self.seconds[part] += spent
+        assert drawn.images is not None
+        return drawn.images
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Let go of nothing: no file is kept open between two readings."""
 
     def describe(self) -> dict[str, Any]:
         """The generator's half of the protocol."""
@@ -269,7 +269,7 @@ class GeneratedImages:
             "kind": "checkpoint",
             "name": recipe.name,
             "count": self.count,
-            "checkpoint_sha256": self._digest,
+            "checkpoint_sha256": self._generator.digest,
             "step": origin.get("step"),
             "weights": origin.get("weights"),
             "half_life": origin.get("half_life"),

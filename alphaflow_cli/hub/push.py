@@ -36,7 +36,7 @@ from alphaflow_cli.remote.download import (
     remove_stale,
 )
 from alphaflow_cli.remote.faults import NotThere, hub_faults
-from alphaflow_cli.sample.generator import best_device, open_generator
+from alphaflow_cli.sample.generator import best_device, open_generator, pictures
 from alphaflow_cli.sample.grid import grid_in_rows, plain_png
 from alphaflow_cli.sample.walk import plan_walk
 from alphaflow_cli.train.curves import recipe_chart
@@ -248,8 +248,8 @@ def _samples(source: Publication, model: Path) -> bytes:
     seeds, classes = list(range(rows * columns)), recipe.data.classes
     labels = [seed % classes if classes else 0 for seed in seeds]
     walk = plan_walk(recipe, nfe=recipe.sample.nfe)
-    pictures = generator.images(seeds, labels, walk).permute(0, 2, 3, 1).cpu().numpy()
-    return grid_in_rows(list(pictures), columns)
+    samples = [picture for _, _, picture in pictures(generator, seeds, labels, walk, batch=len(seeds))]
+    return grid_in_rows(samples, columns)
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,11 @@
-"""Images to latents: plan, check the room, share the shards out, finish. The engine behind `prep-latents`.
+"""Images to latents: plan, check the room, share the shards out, finish. What `prep-latents` does.
 
 Order on disk: plan.json, images.json, classes.json → shard and sidecar, shard and sidecar, … → stats.safetensors →
 manifest.json. Whatever moment a kill comes at, the same command goes on with the first missing shard, and the finished
-store has the same bytes for any number of processes and interruptions (with the same --batch).
+store has the same bytes for any number of processes and interruptions (with the same --batch). The first process plans
+and finishes; process r of w makes the shards with number % w == r.
 
-What people are told about a store: what making it will take, what is in it, whether it is sound.
+And what there is to say about a store: what making it will take, what is in it, whether it is sound.
 """
 
 import itertools
@@ -12,11 +13,9 @@ import os
 import shutil
 import time
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
 
 from alphaflow_cli.data.manifest import plan_to_dict, read_manifest
 from alphaflow_cli.data.pictures import MAX_PIXELS
@@ -27,24 +26,13 @@ from alphaflow_cli.files import is_there, to_json, write_pieces
 from alphaflow_cli.latents.encode import Bad, Job, encode_rows, pictures, work, writing_to
 from alphaflow_cli.latents.plan import Listing, StoreRequest, make_job
 from alphaflow_cli.nn.autoencoder import load_autoencoder
-from alphaflow_cli.runtime.crew import Tell, run_crew
 from alphaflow_cli.runtime.lock import hold
-from alphaflow_cli.runtime.processes import device_of, processes_here
+from alphaflow_cli.runtime.processes import Alone, Processes, device_of, processes_here
 from alphaflow_cli.runtime.progress import Progress, duration, say, size
 
 FINISHED = ("images.json", "stats.safetensors", "manifest.json")  # beside the shards
 BEFORE_THE_PLAN = ("images.json", "classes.json")  # in the order of writing
 SPARE = 64_000_000  # bytes that the disk should keep free beyond the store
-
-
-@dataclass(frozen=True)
-class StoreShare:
-    """One process's part of the work."""
-
-    job: Job
-    shards: Sequence[int]
-    device: str
-    torch_threads: int
 
 
 def prepare_latents(
@@ -56,37 +44,46 @@ def prepare_latents(
     dtype: str = "fp16",
     flips: bool = False,
     batch: int = 0,
-    processes: int = 0,
     limit: int = 0,
     bad: Bad = "stop",
     precision: str = "auto",
     max_pixels: int = MAX_PIXELS,
     shown: bool = True,
 ) -> Path:
-    """Make the store, or go on with it; returns its folder. 0 means: batch by size, a process per GPU, no limit."""
+    """Make the store in this process, or go on with it; returns its folder. 0 means: batch by size, no limit."""
     request = StoreRequest(source, size, autoencoder, dtype, flips, batch, limit, bad, precision, max_pixels)
-    return prepare_store(request, out, processes=count_encoders(autoencoder, processes), shown=shown)
+    return prepare_store(request, out, Alone(device_of(0)), shown=shown)
 
 
-def prepare_store(request: StoreRequest, out: Path, *, processes: int, shown: bool) -> Path:
-    """The same for a request."""
-    job, listing = plan_job(request, out, processes)
-    missing = missing_shards(job)
-    if not missing and all(is_there(out / name) for name in FINISHED):
-        return out
-    check_room(out, bytes_needed(job, missing))
-    with writing_to(out), hold(out, "prep-latents"):
-        _begin(job, listing, shown)
-        _run(job, missing, processes, shown)
-        with writing_to(out):
+def prepare_store(request: StoreRequest, out: Path, processes: Processes, *, shown: bool = True) -> Path:
+    """Do this process's part of a store: the first one holds the folder, plans and finishes for all."""
+    first = processes.rank == 0
+    with ExitStack() as held:
+        if first:
+            job, listing = plan_job(request, out, processes)
+            if begin := not _is_finished(job):
+                check_room(out, bytes_needed(job, missing_shards(job)))
+                held.enter_context(writing_to(out))
+                held.enter_context(hold(out, "prep-latents"))
+                _begin(job, listing, shown)
+        processes.wait()
+        if not first:
+            job, begin = plan_job(request, out, processes)[0], False  # now the plan lies in the folder
+        _work_shown(job, processes, shown and begin)
+        processes.wait()
+        if begin:
             finish_store(out, job.plan)
     return out
 
 
-def plan_job(request: StoreRequest, out: Path, processes: int) -> tuple[Job, Listing]:
-    """What is to be done; nothing is written."""
-    threads = max(1, min(16, (os.cpu_count() or 1) // processes))
-    return make_job(request, out, threads=threads, device=device_of(0))
+def plan_job(request: StoreRequest, out: Path, processes: Processes) -> tuple[Job, Listing]:
+    """List the pictures and settle what is to be done; nothing is written."""
+    threads = max(1, min(16, (os.cpu_count() or 1) // processes.size))
+    return make_job(request, out, threads=threads, device=processes.device)
+
+
+def _is_finished(job: Job) -> bool:
+    return not missing_shards(job) and all(is_there(job.out / name) for name in FINISHED)
 
 
 def count_encoders(autoencoder: str, requested: int | None) -> int:
@@ -95,7 +92,7 @@ def count_encoders(autoencoder: str, requested: int | None) -> int:
 
 
 def missing_shards(job: Job) -> list[int]:
-    """Those without a sidecar, or whose file is not as long as the sidecar says."""
+    """The shards without a sidecar, or whose file is not as long as the sidecar says."""
     total = -(-len(job.lines) // job.plan.shard_size)
     return [shard for shard in range(total) if not is_done(job.out, shard)]
 
@@ -137,34 +134,32 @@ def _begin(job: Job, listing: Listing, shown: bool) -> None:
         say(listing.classes.summary())
 
 
-def _run(job: Job, missing: Sequence[int], processes: int, shown: bool) -> None:
+def _work_shown(job: Job, processes: Processes, shown: bool) -> None:
+    """Make this process's shards; the first process shows the progress of all."""
     total = len(job.lines)
-    todo = sum(len(job.span(shard)) for shard in missing)
-    with Progress("encode", total, unit="img", done=total - todo, shown=shown) as bar:
+    missing = missing_shards(job) if processes.rank == 0 else []
+    done = total - sum(len(job.span(shard)) for shard in missing)
+    with Progress("encode", total, unit="img", done=done, shown=shown) as bar:
 
-        def tell(count: int) -> None:
+        def advance(count: int) -> None:
+            count = min(count * processes.size, total - bar.done)
             bar.advance(count, note=size((bar.done + count) * job.plan.sample_bytes))
 
+        mine = [shard for shard in share_of(job, processes) if not is_done(job.out, shard)]
         try:
-            _share_out(job, missing, processes, tell)
+            if mine:
+                work(job, mine, processes.device, advance)
+            processes.wait()
         except (KeyboardInterrupt, SystemExit):
-            say(f"{job.out}: interrupted; what is finished is kept, the same command goes on from there")
+            if shown:
+                say(f"{job.out}: interrupted; what is finished is kept, the same command goes on from there")
             raise
+        advance(total)
 
 
-def _share_out(job: Job, missing: Sequence[int], processes: int, tell: Tell) -> None:
-    """In this process, or every N-th shard in each of N."""
-    processes = min(processes, len(missing))
-    if processes <= 1:
-        return work(job, missing, device_of(0), tell)
-    threads = max(1, (os.cpu_count() or 1) // processes)
-    shares = [StoreShare(job, missing[rank::processes], str(device_of(rank)), threads) for rank in range(processes)]
-    return run_crew(_work_share, shares, tell)
-
-
-def _work_share(share: StoreShare, tell: Tell) -> None:
-    torch.set_num_threads(share.torch_threads)
-    work(share.job, share.shards, torch.device(share.device), tell)
+def share_of(job: Job, processes: Processes) -> range:
+    """Every N-th shard, beginning with the process's own number."""
+    return range(processes.rank, -(-len(job.lines) // job.plan.shard_size), processes.size)
 
 
 TRIAL_SECONDS = 3.0  # no batch of the trial begins later

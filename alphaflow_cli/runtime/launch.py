@@ -32,6 +32,7 @@ from typing import Any, NoReturn
 
 from alphaflow_cli.errors import AlphaflowError, fault_of_the_user
 
+ERRORS = "ALPHAFLOW_ERRORS"  # the folder in which workers leave word of their faults
 RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")  # whole numbers
 LOOPBACK_SECONDS = 10  # for a connection to ourselves
 LOOK_EVERY = 0.5  # seconds between a worker's looks at whether its parent is still there
@@ -68,15 +69,15 @@ def check_launcher(there: Mapping[str, str]) -> None:
 
 def has_parent() -> bool:
     """Started by --processes: the parent has checked everything, and tells of faults."""
-    return "ALPHAFLOW_ERRORS" in os.environ
+    return ERRORS in os.environ
 
 
-def check_processes(asked: int | None) -> None:
+def check_processes(requested: int | None) -> None:
     """--processes inside another launcher must be that launcher's number."""
     joined = whole_number(os.environ, "WORLD_SIZE")
-    if asked is not None and asked != joined and not has_parent():
+    if requested is not None and requested != joined and not has_parent():
         raise AlphaflowError(
-            f"--processes {asked}: a launcher has started {joined} processes already, and this is one of them. "
+            f"--processes {requested}: a launcher has started {joined} processes already, and this is one of them. "
             "Leave --processes out, or start without the launcher."
         )
 
@@ -103,7 +104,7 @@ def launch(argv: Sequence[str], processes: int) -> int:
         monitor_interval=0.2,
     )
     with tempfile.TemporaryDirectory(prefix="alphaflow-") as errors:  # not in the run: its disk may be full
-        os.environ["ALPHAFLOW_ERRORS"] = errors
+        os.environ[ERRORS] = errors
         try:
             elastic_launch(config, sys.executable)("-m", "alphaflow_cli", *argv)
         except ChildFailedError as failed:
@@ -111,6 +112,8 @@ def launch(argv: Sequence[str], processes: int) -> int:
             return _report(Path(errors), codes)
         except api.SignalException as signalled:
             return 128 + int(signalled.sigval)
+        finally:
+            del os.environ[ERRORS]  # the workers' parent is no worker itself
     return 0
 
 
@@ -129,13 +132,13 @@ def check_loopback(processes: int) -> None:
 def _report(errors: Path, codes: dict[int, int]) -> int:
     """Raise the root cause: the first failure that is not the echo of another's, else a crash, else the first echo."""
     crashed = {rank: code for rank, code in codes.items() if code < 0 and code != -15}
-    said = []
+    reports = []
     for path in sorted(errors.glob("rank-*.json")):
         with contextlib.suppress(ValueError):  # cut short: the process was killed while it wrote
-            said.append(json.loads(path.read_text()))
-    said.sort(key=lambda each: float(each["time"]))
+            reports.append(json.loads(path.read_text()))
+    reports.sort(key=lambda each: float(each["time"]))
     # where all lost the others and nobody crashed, the exchange itself failed, and an echo is all there is
-    causes = [each for each in said if not each["echo"]] or ([] if crashed else said)
+    causes = [each for each in reports if not each["echo"]] or ([] if crashed else reports)
     if causes:
         first = causes[0]
         if not first["user_fault"]:
@@ -209,7 +212,7 @@ def _tell(error: BaseException) -> None:
 
 def _leave(record: dict[str, Any]) -> bool:
     """Put the record where the parent looks; False where a full disk forbids it, which may be the fault itself."""
-    path = Path(os.environ["ALPHAFLOW_ERRORS"]) / f"rank-{record['rank']}.json"
+    path = Path(os.environ[ERRORS]) / f"rank-{record['rank']}.json"
     try:  # whole or not at all: the agent may kill us meanwhile
         path.with_suffix(".tmp").write_text(json.dumps(record))
         path.with_suffix(".tmp").replace(path)
@@ -263,7 +266,7 @@ def slurm_environment(there: Mapping[str, str]) -> dict[str, str]:
     job, step = (whole_number(there, name, "0") for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
     visible = [name for name in there.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]  # none: all, or hidden
     sees_one = len(visible) == 1  # --gpus-per-task 1: its GPU is number 0
-    found = {
+    variables = {
         "RANK": there["SLURM_PROCID"],
         "WORLD_SIZE": str(tasks),
         "LOCAL_RANK": "0" if sees_one else there.get("SLURM_LOCALID", "0"),
@@ -271,7 +274,7 @@ def slurm_environment(there: Mapping[str, str]) -> dict[str, str]:
         "MASTER_ADDR": first_host(there.get("SLURM_STEP_NODELIST", "127.0.0.1")),
         "MASTER_PORT": str(PORTS[(job * 7 + step) % len(PORTS)]),
     }
-    return {name: there.get(name, value) for name, value in found.items()}
+    return {name: there.get(name, value) for name, value in variables.items()}
 
 
 def whole_number(there: Mapping[str, str], name: str, default: str = "") -> int:
@@ -286,7 +289,7 @@ def whole_number(there: Mapping[str, str], name: str, default: str = "") -> int:
 
 
 def first_host(nodes: str) -> str:
-    """`gpu[003-005,9],login1` → `gpu003`."""
+    """The first machine of a Slurm list: `gpu[003-005,9],login1` → `gpu003`."""
     match = re.match(r"([^,\[]+)(?:\[([^,\]-]+)[^\]]*\])?([^,\[]*)", nodes)
     if not match:
         return nodes
@@ -295,5 +298,5 @@ def first_host(nodes: str) -> str:
 
 
 def join_slurm() -> None:
-    """Tell torch."""
+    """Under srun, tell torch who this process is in the variables that it reads."""
     os.environ.update(slurm_environment(os.environ))

@@ -7,6 +7,8 @@ renewed every BEAT seconds. A lock is taken over
     from another machine     after PATIENCE seconds without a beat, measured by the clock of the folder's file system;
                              a system that does not tell machines apart (no /proc) counts as another one
 
+Where one file is written for long its lock is .FILE.lock beside it.
+
 Reading a lock and writing it happens under flock, held for milliseconds: of two that see a dead lock one wins. An owner
 that stood still for long enough to be taken over (stopped, or a laptop asleep) finds out before it writes: `check`.
 Of N processes of one run the first holds the lock; a parent hands it on through HANDED_ON.
@@ -36,7 +38,7 @@ BUSY = 5.0  # seconds to wait for somebody who is just reading or writing the lo
 
 @dataclass(frozen=True)
 class Owner:
-    """What a lock says."""
+    """The process that holds a lock, as the lock names it."""
 
     token: str  # drawn for each owner
     command: str
@@ -60,28 +62,34 @@ os.register_at_fork(after_in_child=_held.clear)
 
 
 @contextlib.contextmanager
-def hold(folder: Path, command: str) -> Iterator[None]:
-    """Be the only writer of a folder; who holds it already is named in one line. Holding it twice is once."""
+def hold(folder: Path, command: str, *, is_file: bool = False) -> Iterator[None]:
+    """Be the only writer of a folder, or a file; who holds it already is named in one line. Holding twice is once."""
     place = folder.absolute()
     if place in _held:
         yield
         return
-    token = _take(place, command)
+    path = _lock_of(place, is_file)
+    token = _take(place, path, command)
     _held[place] = token
     stop = threading.Event()
-    threading.Thread(target=_beat, args=(place / NAME, token, stop), daemon=True).start()
+    threading.Thread(target=_beat, args=(path, token, stop), daemon=True).start()
     try:
         yield
     finally:
         stop.set()
         del _held[place]
-        _release(place / NAME, token)
+        _release(path, token)
 
 
-def check_lock(folder: Path) -> None:
+def _lock_of(place: Path, is_file: bool) -> Path:
+    """Where the lock of a folder, or of a file that is written for long, stands."""
+    return place.with_name(f".{place.name}{NAME}") if is_file else place / NAME
+
+
+def check_lock(folder: Path, *, is_file: bool = False) -> None:
     """Before a save: the lock is still ours. Somebody else took it where this process stood still for too long."""
     token = _held.get(folder.absolute())
-    owner = _read(folder / NAME) if token else None
+    owner = _read(_lock_of(folder, is_file)) if token else None
     if owner is not None and owner.token != token:
         raise AlphaflowError(
             f"{folder}: process {owner.pid} on {owner.host} took over at {owner.since}, while this one stood still for "
@@ -94,17 +102,17 @@ def hand_on(folder: Path) -> dict[str, str]:
     return {HANDED_ON: _held.get(folder.absolute(), "")}
 
 
-def _take(folder: Path, command: str) -> str:
+def _take(folder: Path, path: Path, command: str) -> str:
     """Write our name into the lock, or raise with the name that stands there."""
     token = secrets.token_hex(8)
     since = time.strftime("%Y-%m-%d %H:%M:%S")
     me = Owner(token, command, os.getpid(), started_at(os.getpid()), socket.gethostname(), this_machine(), since)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with _opened(folder / NAME) as file:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _opened(path) as file:
             there = _owner_in(os.pread(file, 10_000, 0))
             if there is not None and there.token != os.environ.get(HANDED_ON):
-                _refuse_living(folder, there, file)
+                _refuse_living(folder, path, there, file)
                 say(f"{folder}: going on after process {there.pid} on {there.host} ({there.command}), which is gone")
             _write(file, me)
     except OSError as error:
@@ -112,12 +120,12 @@ def _take(folder: Path, command: str) -> str:
     return token
 
 
-def _refuse_living(folder: Path, there: Owner, file: int) -> None:
+def _refuse_living(folder: Path, path: Path, there: Owner, file: int) -> None:
     """The line for the second of two commands, unless the first is gone."""
     if there.is_here():
         alive, wait = there.is_alive(), f"Wait for it, end it (kill {there.pid})"
     else:
-        quiet = _quiet_seconds(folder, file)
+        quiet = _quiet_seconds(path.parent, file)
         alive = quiet < PATIENCE
         wait = (
             f"Its last sign of life was {duration(max(quiet, 0))} ago; after {duration(PATIENCE)} without one the same "
@@ -182,10 +190,10 @@ def _write(file: int, owner: Owner) -> None:
 def _owner_in(text: bytes) -> Owner | None:
     """Whom a lock names; None where it is empty, was cut short by a kill, or holds what no terminal should be shown."""
     try:
-        found = Owner(**json.loads(text))
-        texts = [value for name, value in asdict(found).items() if name != "pid"]
+        owner = Owner(**json.loads(text))
+        texts = [value for name, value in asdict(owner).items() if name != "pid"]
         sound = all(isinstance(value, str) and value.isprintable() and len(value) < 300 for value in texts)
-        return found if sound and type(found.pid) is int else None
+        return owner if sound and type(owner.pid) is int else None
     except (ValueError, TypeError, RecursionError):
         return None
 

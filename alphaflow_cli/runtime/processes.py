@@ -1,11 +1,13 @@
-"""Who shares the work of a measurement: the processes started together, or this one alone.
+"""The processes that share a verb's work: who am I, how many are we, what do we compute on.
 
-The processes of a run: who am I, how many are we, what do we compute on. Accelerate does the joining.
+Every long verb is many in one way: `run_shared` does its work here or starts N processes that do, and inside the work
+`join_processes` says which one this is. A share is every N-th part, beginning with the process's own number. Accelerate
+does the joining.
 """
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -19,7 +21,7 @@ from torch import distributed as dist
 from torch.distributed.tensor import DTensor
 
 from alphaflow_cli.errors import AlphaflowError
-from alphaflow_cli.runtime.launch import is_worker, whole_number
+from alphaflow_cli.runtime.launch import as_worker, check_processes, is_worker, launch, whole_number
 
 
 class Processes(Protocol):
@@ -35,28 +37,28 @@ class Processes(Protocol):
     def device(self) -> torch.device: ...
 
     def sum(self, values: Tensor) -> Tensor:
-        """Over the processes, in place."""
+        """Sum `values` over all processes, in place; every process gets the total."""
         ...
 
     def wait(self) -> None:
-        """Until all are here."""
+        """Wait until all processes are here."""
         ...
 
 
 @dataclass(frozen=True)
 class Alone:
-    """One process."""
+    """The one process of work that nobody shares."""
 
     device: torch.device
     rank: int = 0
     size: int = 1
 
     def sum(self, values: Tensor) -> Tensor:
-        """Of one."""
+        """What one process has is the total."""
         return values
 
     def wait(self) -> None:
-        """Nobody to wait for."""
+        """Return at once: there is nobody to wait for."""
 
 
 @contextmanager
@@ -71,13 +73,44 @@ def smaller_batch_if_full(batch: int) -> Iterator[None]:
         ) from error
 
 
-def join_processes() -> Processes:
-    """All that were started together (torchrun, --processes), or this one alone."""
-    if is_worker() and whole_number(os.environ, "WORLD_SIZE") > 1:
-        # SIBLING  # a single process starts without accelerate
+def join_processes(*, needs_gpu: bool = True) -> Processes:
+    """This process among all that were started together (torchrun, --processes), or alone.
 
-        return join_world()
+    Work that needs no GPU may have more processes than there are; they meet on the CPU.
+    """
+    if is_worker() and whole_number(os.environ, "WORLD_SIZE") > 1:
+        return join_world(allow_tf32=None, on_cpu=not needs_gpu)  # a single process starts without accelerate
     return Alone(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def run_shared(
+    work: Callable[[], int],
+    arguments: Sequence[str],
+    *,
+    requested: int | None,
+    count: Callable[[int | None], int] | None = None,
+    prepared: AbstractContextManager[None] | None = None,
+) -> int:
+    """Do a verb's work in this process, or start N that each do their share of it; returns the exit code.
+
+    `arguments` start the verb again, `count` makes their number of `requested` (default: one per GPU), and `prepared`
+    surrounds the work where this process starts it. Inside torchrun, accelerate launch or Slurm this process is one
+    of theirs, and ends with its share. The work itself calls `join_processes`.
+    """
+    if is_worker():
+        check_processes(requested)
+        as_worker(work)
+    number = (count or processes_here)(requested)
+    with prepared or nullcontext():
+        return work() if number == 1 else launch(arguments, number)
+
+
+def check_same(processes: Processes, digest: str, what: str) -> None:
+    """All processes must have read the same bytes: a run that still trains may replace its checkpoint in between."""
+    number = int(digest[:12], 16)  # 48 bits: the sum over a thousand processes fits int64
+    total = processes.sum(torch.tensor([number], device=processes.device)).item()
+    if total != number * processes.size:
+        raise AlphaflowError(f"{what}: was replaced while the processes read it. Run the same command again.")
 
 
 def device_of(rank: int) -> torch.device:
@@ -124,31 +157,31 @@ class World:
         return self.rank == 0
 
     def sum(self, values: Tensor) -> Tensor:
-        """Over the processes, in place."""
+        """Sum `values` over all processes, in place; every process gets the total."""
         if self.size > 1:
             dist.all_reduce(values)
         return values
 
     def gather(self, values: Tensor) -> Tensor:
-        """(processes, …): everybody's values."""
-        found = [torch.empty_like(values) for _ in range(self.size)]
+        """Every process's values, stacked: (processes, …)."""
+        parts = [torch.empty_like(values) for _ in range(self.size)]
         if self.size > 1:
-            dist.all_gather(found, values)
-        return torch.stack(found if self.size > 1 else [values])
+            dist.all_gather(parts, values)
+        return torch.stack(parts if self.size > 1 else [values])
 
     def largest(self, value: float) -> float:
-        """Over the processes."""
-        found = torch.tensor([value], dtype=torch.float64, device=self.device)
+        """The largest value that any process has."""
+        highest = torch.tensor([value], dtype=torch.float64, device=self.device)
         if self.size > 1:
-            dist.all_reduce(found, dist.ReduceOp.MAX)
-        return float(found.item())
+            dist.all_reduce(highest, dist.ReduceOp.MAX)
+        return float(highest.item())
 
     def agree(self, flag: bool) -> bool:
-        """Whether any process says so."""
+        """Whether the flag is set on any process: all must decide alike."""
         return bool(self.sum(torch.tensor([float(flag)], device=self.device)).item()) if self.size > 1 else flag
 
     def wait(self) -> None:
-        """Until all are here."""
+        """Wait until all processes are here."""
         self.accelerator.wait_for_everyone()
 
     def check_synchronised(self, net: nn.Module) -> None:
@@ -165,9 +198,14 @@ class World:
         )
 
 
-def join_world(*, allow_tf32: bool = False, trackers: Sequence[str] = (), folder: Path | None = None) -> World:
-    """Join the processes that started us (torchrun, accelerate launch, Slurm or --processes), or be alone."""
-    on_cpu = not torch.cuda.is_available()
+def join_world(
+    *, allow_tf32: bool | None = False, on_cpu: bool = False, trackers: Sequence[str] = (), folder: Path | None = None
+) -> World:
+    """Join the processes that started us (torchrun, accelerate launch, Slurm or --processes), or be alone.
+
+    `allow_tf32` None leaves TF32 as torch has it, so that N processes draw and measure what one does.
+    """
+    on_cpu = on_cpu or not torch.cuda.is_available()
     if on_cpu:
         os.environ["ACCELERATE_USE_CPU"] = "true"  # else N processes become N lonely first ones
     expected = whole_number(os.environ, "WORLD_SIZE", "1")
@@ -187,8 +225,9 @@ def join_world(*, allow_tf32: bool = False, trackers: Sequence[str] = (), folder
             f"{expected} processes were started but only {accelerator.num_processes} joined. "
             "Start them with --processes, torchrun, or accelerate launch --multi_gpu."
         )
-    torch.backends.cuda.matmul.allow_tf32 = allow_tf32
-    torch.backends.cudnn.allow_tf32 = allow_tf32
+    if allow_tf32 is not None:
+        torch.backends.cuda.matmul.allow_tf32 = allow_tf32
+        torch.backends.cudnn.allow_tf32 = allow_tf32
     world = World(accelerator)
     _meet(world)
     return world

@@ -1,21 +1,23 @@
-"""The decoder: in which precision latents become pictures, and when it is compiled.
-
-    fp32    true float32: TF32, a GPU's default for convolutions, is switched off
-    bf16    bfloat16 in channels_last; on a GPU compiled from COMPILED_FROM pictures on, where torch.compile can
-
-Raw latents go through it in groups of GROUP rows, the last one filled up with zeros: kernels of odd sizes round
-otherwise, which would show in the pictures, and a compiled decoder would need one form for each size.
-
-From a checkpoint to pictures. Sample i depends on its seed, its label and the checkpoint: on nothing else.
+"""From a checkpoint to pictures. Sample i depends on its seed, its label and the checkpoint: on nothing else.
 
 Noise of seed i: a CPU torch.Generator seeded with i, torch.randn(C, h, w) in float32; a consistency step draws its
 fresh noise from the same generator afterwards, in float64. The network sees whole groups of GROUP rows, the last one
 filled up with zeros: matrix products of odd sizes use other kernels, whose rounding would show through.
+
+The decoder makes pictures of latents in one of two precisions:
+
+    fp32    true float32: TF32, a GPU's default for convolutions, is switched off
+    bf16    bfloat16 in channels_last; on a GPU compiled from COMPILED_FROM pictures on, where torch.compile can
+
+It sees groups of GROUP rows as the network does; a compiled decoder would need one form for each size otherwise.
+
+Everybody who draws (sample, eval, the grids of train and push, Python users) reads `Generator.stream`, batch by batch.
 """
 
 import os
+import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -23,11 +25,13 @@ from pathlib import Path
 from shutil import which
 from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from alphaflow_cli.core import pixels, sampler
 from alphaflow_cli.errors import AlphaflowError
+from alphaflow_cli.files import changed, sha256_of, stamp_of
 from alphaflow_cli.model.build import DTYPES, build_network, label_rows, null_label
 from alphaflow_cli.model.checkpoint import Checkpoint, check_autoencoder, load_checkpoint
 from alphaflow_cli.model.find import find_checkpoint
@@ -54,20 +58,20 @@ class Decoder:
     def load(self, name: str, device: torch.device) -> Autoencoder:
         """The autoencoder of that name. Nothing is compiled before the first group."""
         bf16 = self.precision == "bf16"
-        found = load_autoencoder(name, device=device, dtype=DECODER_DTYPES[self.precision], channels_last=bf16)
-        if self.compiled and found.module is not None:
+        autoencoder = load_autoencoder(name, device=device, dtype=DECODER_DTYPES[self.precision], channels_last=bf16)
+        if self.compiled and autoencoder.module is not None:
             warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools.lru_cache`")  # in diffusers
-            part: Any = found.module.decoder
+            part: Any = autoencoder.module.decoder
             part.compile(dynamic=False, backend=self.backend)  # in place: the weights keep their names
-        return found
+        return autoencoder
 
 
-def plan_decoder(asked: DecoderChoice, device: torch.device, *, pictures: int) -> Decoder:
-    """As asked; auto is bf16 on a GPU, fp32 on a CPU. `pictures` of all processes: sharing them out changes none."""
-    if asked not in get_args(DecoderChoice):
-        raise AlphaflowError(f"decoder {asked!r}: there are {', '.join(get_args(DecoderChoice))}")
+def plan_decoder(choice: DecoderChoice, device: torch.device, *, pictures: int) -> Decoder:
+    """Auto is bf16 on a GPU, fp32 on a CPU. `pictures`: of all processes, so that sharing them changes none."""
+    if choice not in get_args(DecoderChoice):
+        raise AlphaflowError(f"decoder {choice!r}: there are {', '.join(get_args(DecoderChoice))}")
     on_gpu = device.type == "cuda"
-    if asked == "fp32" or (asked == "auto" and not on_gpu):
+    if choice == "fp32" or (choice == "auto" and not on_gpu):
         return Decoder("fp32")
     return Decoder("bf16", compiled=on_gpu and pictures >= COMPILED_FROM and can_compile())
 
@@ -88,15 +92,32 @@ def decode_in_groups(autoencoder: Autoencoder, latents: Tensor) -> Tensor:
         return torch.cat([autoencoder.decode(part.float()) for part in torch.split(rows, GROUP)])[:count]
 
 
-def told_precision(network: str, decoder: Precision | None) -> str:
-    """For the protocol; None: pixels come from the network itself."""
+def precision_text(network: str, decoder: Precision | None) -> str:
+    """The precision of a picture in words, for the protocol; decoder None: pixels come from the network itself."""
     if network == "fp32" and decoder in (None, "fp32"):
         return "fp32"
     return f"{network} network" + (f", {decoder} decoder" if decoder else "")
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """Pictures drawn together: one batch of a stream."""
+
+    span: slice  # which of the stream's seeds
+    seeds: Sequence[int]
+    labels: Sequence[int]
+    latents: Tensor  # (n, C, h, w) float64, as the network made them
+    images: Tensor | None  # (n, 3, H, W) uint8 on the generator's device; None where only latents are wanted
+    seconds: dict[str, float]  # that the network and the decoder took
+
+    def arrays(self) -> np.ndarray:
+        """The pictures in memory, (n, H, W, 3), as files and grids take them."""
+        assert self.images is not None
+        return np.ascontiguousarray(self.images.permute(0, 2, 3, 1).to("cpu", torch.uint8).numpy())
+
+
 class Generator:
-    """A network with everything around it; call `images` or `latents`."""
+    """A network with everything around it; `stream` draws its pictures, batch by batch."""
 
     def __init__(
         self,
@@ -107,6 +128,7 @@ class Generator:
         decoder: DecoderChoice = "auto",
     ) -> None:
         self.folder = Path()  # the checkpoint's: a converted or pulled one may have its autoencoder beside it
+        self.digest = ""  # sha256 of the file that these weights were read from; empty while a run holds them
         self.recipe, self.origin, self.device = checkpoint.recipe, checkpoint.origin, device
         self.mean, self.std = checkpoint.mean.to(device), checkpoint.std.to(device)
         self.net = net or load_network(checkpoint).to(device).eval()
@@ -116,7 +138,7 @@ class Generator:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """(C, h, w) of a latent."""
+        """The shape (C, h, w) of one latent."""
         data = self.recipe.data
         return data.channels, data.latent_size, data.latent_size
 
@@ -140,12 +162,13 @@ class Generator:
         name = f"{record['id']}@{record['revision']}" if record.get("revision") else str(record["id"])
         if (self.folder / name / "config.json").is_file():
             return str(self.folder / name)
-        said = self.recipe.data.autoencoder
-        return said if "/" not in name and not Path(name).exists() and said != "none" and self.has_decoder else name
+        of_recipe = self.recipe.data.autoencoder
+        is_bare = "/" not in name and not Path(name).exists()
+        return of_recipe if is_bare and of_recipe != "none" and self.has_decoder else name
 
     @property
     def _record(self) -> dict[str, Any]:
-        """The autoencoder that the latents are of."""
+        """What the checkpoint says of the autoencoder that made the latents it was trained on."""
         record: dict[str, Any] = self.origin.get("autoencoder") or {}
         return record if record.get("id") else {**record, "id": self.recipe.data.autoencoder}
 
@@ -156,10 +179,10 @@ class Generator:
 
     @property
     def precision(self) -> str:
-        """Of the network and the decoder, as the protocol says it."""
-        said = self.recipe.train.precision
-        network = "fp32" if said == "bf16" and not self.bf16 else said
-        return told_precision(network, self.decoder.precision if self.has_decoder else None)
+        """The precision of the network and of the decoder, as the protocol says it."""
+        trained = self.recipe.train.precision
+        network = "fp32" if trained == "bf16" and not self.bf16 else trained
+        return precision_text(network, self.decoder.precision if self.has_decoder else None)
 
     def synchronise(self) -> None:
         """Wait for the device, so that a clock tells the truth."""
@@ -167,15 +190,15 @@ class Generator:
             torch.cuda.synchronize(self.device)
 
     def expect(self, pictures: int) -> None:
-        """So many will be decoded, by all processes together: said before the first, for compiling has to pay."""
+        """Get ready for so many pictures of all processes together: compiling the decoder has to pay."""
         assert self._autoencoder is None, "expect comes before the first picture"
         self.decoder = plan_decoder(self.decoder.precision, self.device, pictures=pictures)
 
     def use_autoencoder(self, name: str) -> None:
         """Decode with this copy of the checkpoint's autoencoder."""
-        found = self.decoder.load(name, self.device)
-        check_autoencoder(found, self._record)
-        self._autoencoder = found
+        autoencoder = self.decoder.load(name, self.device)
+        check_autoencoder(autoencoder, self._record)
+        self._autoencoder = autoencoder
 
     @torch.no_grad()
     def latents(self, seeds: Sequence[int], labels: Sequence[int], walk: Walk) -> Tensor:
@@ -215,16 +238,45 @@ class Generator:
         return pixels.to_uint8(decoded, self.recipe.data.pixels)
 
     def images(self, seeds: Sequence[int], labels: Sequence[int], walk: Walk) -> Tensor:
-        """uint8 (n, 3, H, W) on the device."""
+        """One batch of pictures, uint8 (n, 3, H, W) on the device."""
         return self.decode(self.latents(seeds, labels, walk))
 
-    def batches(
-        self, seeds: Sequence[int], labels: Sequence[int], walk: Walk, *, batch: int
-    ) -> Iterator[tuple[Sequence[int], Sequence[int], Tensor]]:
-        """(seeds, labels, pictures), batch by batch."""
-        for i in range(0, len(seeds), batch):
-            part = slice(i, i + batch)
-            yield seeds[part], labels[part], self.images(seeds[part], labels[part], walk)
+    def stream(
+        self,
+        seeds: Sequence[int],
+        labels: Sequence[int],
+        walk: Walk,
+        spans: Iterable[slice],
+        *,
+        decoded: bool = True,
+    ) -> Iterator[Drawn]:
+        """Draw these spans of the seeds, one after the other; nothing of a former one is kept.
+
+        Seeds and labels may be worked out when a span is read, so that a million of them take no memory.
+        """
+        for span in spans:
+            some, classes = seeds[span], labels[span]
+            began = time.perf_counter()
+            latents = self.latents(some, classes, walk)
+            self.synchronise()
+            between = time.perf_counter()
+            images = self.decode(latents) if decoded else None
+            self.synchronise()
+            seconds = {"network": between - began, "decoder": time.perf_counter() - between}
+            yield Drawn(span, some, classes, latents, images, seconds)
+
+
+def spans_of(count: int, batch: int) -> Iterator[slice]:
+    """Cut so many pictures into batches; the last one may be smaller."""
+    return (slice(first, min(first + batch, count)) for first in range(0, count, batch))
+
+
+def pictures(
+    generator: Generator, seeds: Sequence[int], labels: Sequence[int], walk: Walk, *, batch: int
+) -> Iterator[tuple[int, int, np.ndarray]]:
+    """Seed, label and uint8 picture (H, W, 3), one after the other as they are drawn."""
+    for drawn in generator.stream(seeds, labels, walk, spans_of(len(seeds), batch)):
+        yield from zip(drawn.seeds, drawn.labels, drawn.arrays(), strict=True)
 
 
 def load_network(checkpoint: Checkpoint) -> nn.Module:
@@ -245,15 +297,30 @@ def best_device() -> torch.device:
 def open_generator(
     address: str, *, device: torch.device | None = None, weights: str = "ema", decoder: DecoderChoice = "auto"
 ) -> Generator:
-    """Ready to sample."""
-    checkpoint = load_checkpoint(path := find_checkpoint(address, weights=weights))
+    """Load a checkpoint (a file, a run folder, an address on the Hub), ready to sample."""
+    path, checkpoint, digest = read_hashed(address, weights)
     if weights == "raw" and checkpoint.origin.get("weights") != "raw":
         raise AlphaflowError(f"{address}: holds averaged weights only; --weights raw needs a run folder.")
     generator = Generator(checkpoint, device=device or best_device(), decoder=decoder)
     if decoder != "auto" and not generator.has_decoder:
         raise AlphaflowError(f"--decoder {decoder}: this model makes pixels without a decoder; leave it out.")
-    generator.folder = path.parent
+    generator.folder, generator.digest = path.parent, digest
     return generator
+
+
+READINGS = 3  # of a checkpoint that a training run replaces meanwhile; a save takes far longer than a reading
+
+
+def read_hashed(address: str, weights: str) -> tuple[Path, Checkpoint, str]:
+    """A checkpoint's path, content and sha256: of the bytes that were loaded, though a run may replace the file."""
+    for _ in range(READINGS):
+        path = find_checkpoint(address, weights=weights)
+        before = stamp_of(path) if path.is_file() else None
+        digest = sha256_of(path) if before else ""  # what is wrong with it, the reader says better
+        checkpoint = load_checkpoint(path)
+        if before == stamp_of(path):
+            return path, checkpoint, digest
+    raise changed(path)
 
 
 def has_labels(recipe: Recipe) -> bool:

@@ -74,7 +74,7 @@ def plain_png(path: Path) -> bytes:
 
 
 def png_bytes(image: Image.Image) -> bytes:
-    """PNG bytes."""
+    """A picture in memory as the bytes of a PNG file."""
     out = io.BytesIO()
     image.save(out, "PNG")
     return out.getvalue()

@@ -1,8 +1,9 @@
 """How noise becomes data, and which label a seed gets: what the recipe publishes, unless asked otherwise."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import overload
 
 import numpy as np
 
@@ -51,7 +52,7 @@ def plan_walk(
 
 
 def _plan_steps(recipe: Recipe, nfe: int, kind: str, times: Sequence[float] | None) -> tuple[str, tuple[float, ...]]:
-    """Sampler and grid."""
+    """The sampler and its grid of times."""
     published = recipe.sample
     if times is not None:
         _check_grid(times)
@@ -114,3 +115,23 @@ def draw_labels(seeds: Sequence[int], classes: int, draw: str) -> list[int]:
     if classes == 0 or draw == "balanced":
         return [seed % classes if classes else 0 for seed in seeds]
     return [int(np.random.RandomState(seed % 2**32).choice(classes)) for seed in seeds]
+
+
+class LazyLabels(Sequence[int]):
+    """The label of each seed, worked out when it is read: a list of all would grow with the number of pictures."""
+
+    def __init__(self, seeds: Sequence[int], choose: Callable[[range, Sequence[int]], list[int]]) -> None:
+        """`choose` makes the labels of some seeds, whose places among all seeds it is given too."""
+        self._seeds, self._choose = seeds, choose
+
+    def __len__(self) -> int:
+        return len(self._seeds)
+
+    @overload
+    def __getitem__(self, place: int) -> int: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[int]: ...
+    def __getitem__(self, place: int | slice) -> int | list[int]:
+        if isinstance(place, slice):
+            return self._choose(range(len(self._seeds))[place], self._seeds[place])
+        return self[range(len(self))[place] : range(len(self))[place] + 1][0]

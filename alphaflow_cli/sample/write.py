@@ -1,27 +1,31 @@
-"""`alphaflow sample`: pictures, grids and latents in files, by one process or several."""
+"""`alphaflow sample`: pictures, grids and latents in files, by one process or several.
 
-import shutil
-import tempfile
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+    batch b of the pictures  →  every sink that lacks them   (process r of w draws the batches with b % w == r)
+
+A batch that is there is not drawn again, so the same command goes on where it stopped; memory holds one batch.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
 
 from alphaflow_cli.errors import AlphaflowError
-from alphaflow_cli.files import write_by, write_whole
-from alphaflow_cli.runtime.crew import run_crew
-from alphaflow_cli.runtime.processes import device_of, processes_here, smaller_batch_if_full
+from alphaflow_cli.runtime.lock import check_lock, hold
+from alphaflow_cli.runtime.processes import Processes, check_same, smaller_batch_if_full
 from alphaflow_cli.runtime.progress import Progress, say
-from alphaflow_cli.sample.generator import DecoderChoice, Generator, has_labels, open_generator
-from alphaflow_cli.sample.grid import grid_by_walk, grid_in_rows, picture_png
-from alphaflow_cli.sample.walk import Walk, draw_labels, plan_walk
+from alphaflow_cli.sample.generator import GROUP, DecoderChoice, Generator, has_labels, open_generator
+from alphaflow_cli.sample.grid import grid_by_walk, grid_in_rows
+from alphaflow_cli.sample.sinks import GridFile, LatentsFile, NpzFile, PictureFolder, Record, Sink, Spans
+from alphaflow_cli.sample.walk import LazyLabels, Walk, draw_labels, plan_walk
 from alphaflow_cli.text import shorten
 
 COLUMNS = 10  # of a grid
+MOST_SHOWN = 1000  # pictures of a grid, which is laid out in memory
 
 
 @dataclass(frozen=True)
@@ -39,66 +43,118 @@ class SampleRequest:
     weights: str
     autoencoder: str
     decoder: DecoderChoice
-    out: Path | None
+    out: Path | None  # a folder, or an .npz
     grid: Path | None
     latents: Path | None
     batch: int
-    processes: int  # 0: one per GPU
+
+    @property
+    def folder(self) -> Path | None:
+        """Where single pictures go, if they do."""
+        return None if self.out is None or self.out.suffix == ".npz" else self.out
+
+    @property
+    def files(self) -> list[Path]:
+        """Everything that is one file."""
+        array = self.out if self.folder is None else None
+        return [path for path in (self.latents, array, self.grid) if path is not None]
+
+    @property
+    def places(self) -> list[tuple[Path, bool]]:
+        """All that is written, and whether it is a file: nobody else may write there meanwhile."""
+        return [*([(self.folder, False)] if self.folder else []), *((file, True) for file in self.files)]
 
 
 @dataclass(frozen=True)
-class SampleShare:
-    """One process's part of the seeds, and where it leaves what it made."""
+class Plan:
+    """A request as its checkpoint makes it."""
 
     request: SampleRequest
-    rank: int
-    seeds: Sequence[int]
-    labels: Sequence[int]
+    generator: Generator
     walks: Sequence[Walk]
-    folder: Path
+    spans: Spans
+    processes: Processes
 
 
-def sample_to_files(request: SampleRequest) -> list[Path]:
-    """Draw everything; returns what was written, the folder or file a user looks at first last."""
-    if request.out is None and request.grid is None and request.latents is None:
-        raise AlphaflowError("nothing to write: give --grid FILE.png, --out DIR or --latents FILE.npy.")
-    for path in (request.grid, request.latents):
-        if path is not None and not path.parent.is_dir():
+def check_request(request: SampleRequest) -> None:
+    """What can be seen before anything is loaded."""
+    if request.folder is None and not request.files:
+        raise AlphaflowError("nothing to write: give --grid FILE.png, --out DIR or FILE.npz, or --latents FILE.npy.")
+    if len(set(request.files)) < len(request.files):
+        raise AlphaflowError(f"{request.files[0]}: is named twice. Give --out, --grid and --latents a file each.")
+    for path in request.files:
+        if not path.parent.is_dir():
             raise AlphaflowError(f"{path}: the folder {path.parent} does not exist.")
-    processes = processes_here(request.processes)
-    # where others draw, this process needs what the checkpoint says, and no GPU's memory
-    generator = make_generator(request, device_of(0) if processes == 1 else torch.device("cpu"))
-    plan = partial(plan_walk, generator.recipe, kind=request.sampler, times=request.times)
-    walks = [plan(nfe=n, guidance=request.guidance, guidance_channels=request.guidance_channels) for n in request.nfe]
-    labels = choose_labels(request, generator)
-    said = f"{len(request.seeds)} pictures by {'; '.join(str(walk) for walk in walks)}"
-    say(f"{said}; {generator.origin.get('weights', 'ema')} weights of step {generator.origin.get('step', 'unknown')}")
-    drawn = draw(request, generator, walks, labels, processes)
-    return write(request, generator, walks, labels, drawn)
 
 
-def make_generator(request: SampleRequest, device: torch.device) -> Generator:
-    """On that device, decoding as requested."""
-    generator = open_generator(request.checkpoint, device=device, weights=request.weights, decoder=request.decoder)
+def sample_to_files(request: SampleRequest, processes: Processes) -> list[Path]:
+    """Draw what is missing; returns what was written, the file or folder a user looks at first last.
+
+    The first process holds the places and says what there is to say; the others have nothing to return.
+    """
+    check_request(request)
+    plan = plan_sampling(request, processes)
+    sinks, first = make_sinks(plan), processes.rank == 0
+    with ExitStack() as held:
+        begun = False
+        if first:
+            say(summary(plan))
+            for place, is_file in request.places:
+                held.enter_context(hold(place, "sample", is_file=is_file))
+            begun = True in [sink.begin() for sink in sinks]
+        processes.wait()
+        try:
+            draw_missing(plan, sinks, begun)
+        except (KeyboardInterrupt, SystemExit):
+            if first:
+                say("interrupted; what is drawn is kept, the same command goes on from there")
+            raise
+        if first:
+            for sink in sinks:
+                sink.finish()
+    written = (request.latents, request.out, request.grid)
+    return [path for path in written if path is not None] if first else []
+
+
+def plan_sampling(request: SampleRequest, processes: Processes) -> Plan:
+    """Load the checkpoint and settle what follows from it."""
+    generator = open_generator(
+        request.checkpoint, device=processes.device, weights=request.weights, decoder=request.decoder
+    )
+    check_same(processes, generator.digest, request.checkpoint)
     generator.expect(len(request.seeds))
     if request.autoencoder:
         generator.use_autoencoder(request.autoencoder)
-    return generator
+    plan = partial(plan_walk, generator.recipe, kind=request.sampler, times=request.times)
+    walks = [plan(nfe=n, guidance=request.guidance, guidance_channels=request.guidance_channels) for n in request.nfe]
+    batch = request.batch
+    if processes.device.type == "cpu":  # where batches change no bit, a few pictures are shared out too
+        groups = -(-len(request.seeds) // (GROUP * processes.size))
+        batch = min(batch, GROUP * groups)
+    spans = Spans(request.seeds, choose_labels(request, generator), walks=len(walks), batch=batch)
+    return Plan(request, generator, walks, spans, processes)
 
 
-def choose_labels(request: SampleRequest, generator: Generator) -> list[int]:
-    """The asked classes in turn, or one drawn per seed."""
+def summary(plan: Plan) -> str:
+    """What will be drawn, by which weights."""
+    origin = plan.generator.origin
+    what = f"{len(plan.request.seeds):,} pictures by {'; '.join(str(walk) for walk in plan.walks)}"
+    return f"{what}; {origin.get('weights', 'ema')} weights of step {origin.get('step', 'unknown')}"
+
+
+def choose_labels(request: SampleRequest, generator: Generator) -> LazyLabels:
+    """The named classes in turn, or one drawn per seed."""
     count = generator.recipe.data.classes
     if not request.classes:
-        return draw_labels(request.seeds, count, "random")
+        return LazyLabels(request.seeds, lambda places, seeds: draw_labels(seeds, count, "random"))
     if not has_labels(generator.recipe):
         raise AlphaflowError("--classes: this model was trained without labels.")
     chosen = [find_class(part.strip(), generator.class_names, count) for part in request.classes.split(",")]
-    return [chosen[i % len(chosen)] for i in range(len(request.seeds))]
+    return LazyLabels(request.seeds, lambda places, seeds: [chosen[at % len(chosen)] for at in places])
 
 
 def find_class(text: str, names: Sequence[str], count: int) -> int:
-    """A class by number or name."""
+    """A class by its number, or by its name or one of its names."""
     if text.isdecimal() and len(text) < 20 and int(text) < count:
         return int(text)
     matches = [i for i, name in enumerate(names) if text.lower() in (part.strip().lower() for part in name.split(","))]
@@ -110,135 +166,89 @@ def find_class(text: str, names: Sequence[str], count: int) -> int:
     )
 
 
-def draw(
-    request: SampleRequest, generator: Generator, walks: Sequence[Walk], labels: Sequence[int], processes: int
-) -> list[list[dict[str, Any]]]:
-    """walk → sample → {image, latent}; here, or shared out over processes."""
-    with Progress("sample", len(request.seeds) * len(walks), unit="img") as bar:
-        if processes == 1:
-            return draw_here(request, generator, walks, request.seeds, labels, bar.advance)
-        return draw_shared(request, walks, labels, processes, bar.advance)
-
-
-def draw_here(
-    request: SampleRequest,
-    generator: Generator,
-    walks: Sequence[Walk],
-    seeds: Sequence[int],
-    labels: Sequence[int],
-    tell: Callable[[int], None],
-) -> list[list[dict[str, Any]]]:
-    """Batch by batch in this process."""
-    found, only_latents = [], request.out is None and request.grid is None
-    for walk in walks:
-        rows: list[dict[str, Any]] = []
-        for i in range(0, len(seeds), request.batch):
-            part = slice(i, i + request.batch)
-            with smaller_batch_if_full(request.batch):
-                latents = generator.latents(seeds[part], labels[part], walk)
-                images = [None] * len(latents) if only_latents else to_pictures(generator, latents)
-            rows += [{"image": im, "latent": z} for im, z in zip(images, latents.cpu().numpy(), strict=True)]
-            tell(len(latents))
-        found.append(rows)
-    return found
-
-
-def to_pictures(generator: Generator, latents: torch.Tensor) -> list[np.ndarray]:
-    """(H, W, 3) uint8 each."""
-    return list(generator.decode(latents).permute(0, 2, 3, 1).cpu().numpy())
-
-
-def draw_shared(
-    request: SampleRequest, walks: Sequence[Walk], labels: Sequence[int], processes: int, tell: Callable[[int], None]
-) -> list[list[dict[str, Any]]]:
-    """Each process draws every N-th sample and leaves it in a folder beside what is being made."""
-    target = request.out or (request.grid or request.latents or Path()).parent
-    target.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=".sample-parts-", suffix=".tmp", dir=target))  # two commands mix nothing
-    seeds, plain = list(request.seeds), replace(request, seeds=list(request.seeds))
-    shares = [
-        SampleShare(plain, rank, seeds[rank::processes], labels[rank::processes], walks, folder)
-        for rank in range(processes)
+def record_of(plan: Plan) -> Record:
+    """What decides the bytes of a seed's picture."""
+    generator = plan.generator
+    walks = [
+        f"{walk.sampler} on {', '.join(map(repr, walk.grid))}, guidance {walk.guidance!r}"
+        + (f" on {walk.guidance_channels} channels" if walk.guidance_channels else "")
+        for walk in plan.walks
     ]
-    try:
-        run_crew(draw_share, [share for share in shares if share.seeds], tell)
-        parts = [np.load(folder / f"{rank}.npy", allow_pickle=False) for rank in range(min(processes, len(seeds)))]
-        pictures = [np.load(folder / f"{rank}-images.npy", allow_pickle=False) for rank in range(len(parts))]
-    finally:
-        shutil.rmtree(folder)
-    return [
-        [
-            {"image": pictures[i % processes][w, i // processes], "latent": parts[i % processes][w, i // processes]}
-            for i in range(len(seeds))
-        ]
-        for w in range(len(walks))
-    ]
+    return {
+        "checkpoint": generator.digest,
+        "weights": str(generator.origin.get("weights", "ema")),
+        "walk": "; ".join(walks),
+        "precision": generator.precision + (", compiled" if generator.decoder.compiled else ""),
+        "device": generator.device.type,
+    }
 
 
-def draw_share(share: SampleShare, tell: Callable[[int], None]) -> None:
-    """One process's part."""
-    torch.set_num_threads(max(1, torch.get_num_threads() // 2))
-    generator = make_generator(share.request, device_of(share.rank))
-    request = replace(share.request, out=share.folder)
-    rows = draw_here(request, generator, share.walks, share.seeds, share.labels, tell)
-    np.save(share.folder / f"{share.rank}.npy", np.array([[row["latent"] for row in walk] for walk in rows]))
-    np.save(share.folder / f"{share.rank}-images.npy", np.array([[row["image"] for row in walk] for walk in rows]))
-
-
-def write(
-    request: SampleRequest,
-    generator: Generator,
-    walks: Sequence[Walk],
-    labels: Sequence[int],
-    drawn: list[list[dict[str, Any]]],
-) -> list[Path]:
-    """Latents, single pictures, the grid."""
-    made: list[Path] = []
+def make_sinks(plan: Plan) -> list[Sink]:
+    """Everything that is to be written. A file of rows must also know whose rows they are; a picture's name says it."""
+    request, count, side = plan.request, len(plan.request.seeds), plan.generator.recipe.data.image_size
+    record = record_of(plan)
+    of_rows = {**record, "seeds": f"{count:,}: {request.seeds}", "classes": request.classes or "drawn per seed"}
+    sinks: list[Sink] = []
     if request.latents is not None:
-        array = np.stack([row["latent"] for row in drawn[0]])
-        write_by(request.latents, partial(_save_array, array=array))
-        made.append(request.latents)
-    if request.out is not None:
-        request.out.mkdir(parents=True, exist_ok=True)
-        for walk, rows in zip(walks, drawn, strict=True):
-            write_files(request, generator, walk, labels, rows)
-        made.append(request.out)
+        sinks.append(LatentsFile(request.latents, of_rows, (count, *plan.generator.shape), "<f8"))
+    if request.folder is not None:
+        sinks.append(PictureFolder(request.folder, record, partial(picture_name, plan), plan.spans))
+    elif request.out is not None:
+        sinks.append(NpzFile(request.out, of_rows, (count, side, side, 3), "|u1"))
     if request.grid is not None:
-        data = grid(request, generator, walks, labels, drawn)
-        write_whole(request.grid, data)
-        made.append(request.grid)
-    return made
+        shown = min(count, MOST_SHOWN if len(plan.walks) == 1 else 2 * COLUMNS)
+        if len(plan.walks) == 1 and shown < count and plan.processes.rank == 0:
+            say(f"{request.grid}: shows the first {shown:,} of {count:,} pictures")
+        shape = (shown * len(plan.walks), side, side, 3)
+        sinks.append(GridFile(request.grid, of_rows, shape, shown=shown, compose=partial(compose_grid, plan)))
+    return sinks
 
 
-def write_files(
-    request: SampleRequest, generator: Generator, walk: Walk, labels: Sequence[int], rows: list[dict[str, Any]]
-) -> None:
+def picture_name(plan: Plan, walk: int, seed: int, label: int) -> str:
     """seed-000012-class-3.png; the NFE in front where there are several."""
-    assert request.out is not None
-    for seed, label, row in zip(request.seeds, labels, rows, strict=True):
-        name = f"seed-{seed:06d}" + (f"-class-{label}" if has_labels(generator.recipe) else "")
-        name = f"nfe-{walk.nfe}-{name}" if len(request.nfe) > 1 else name
-        write_whole(request.out / f"{name}.png", picture_png(row["image"]))
+    name = f"seed-{seed:06d}" + (f"-class-{label}" if has_labels(plan.generator.recipe) else "")
+    return f"nfe-{plan.walks[walk].nfe}-{name}.png" if len(plan.walks) > 1 else f"{name}.png"
 
 
-def grid(
-    request: SampleRequest,
-    generator: Generator,
-    walks: Sequence[Walk],
-    labels: Sequence[int],
-    drawn: list[list[dict[str, Any]]],
-) -> bytes:
-    """One NFE: pictures in reading order. Several: the same seeds in rows, an NFE per row."""
-    names = [generator.class_names[label] if label < len(generator.class_names) else str(label) for label in labels]
-    shown = names if has_labels(generator.recipe) else [""] * len(names)
-    pictures = [[row["image"] for row in rows] for rows in drawn]
-    if len(walks) == 1:
-        return grid_in_rows(pictures[0], COLUMNS, shown)
-    return grid_by_walk(
-        [(f"{walk.nfe} NFE", each) for walk, each in zip(walks, pictures, strict=True)], 2 * COLUMNS, shown
-    )
+def compose_grid(plan: Plan, pictures: np.ndarray) -> bytes:
+    """One walk: pictures in reading order. Several: the same seeds in rows, a walk per row."""
+    rows = pictures.reshape(len(plan.walks), -1, *pictures.shape[1:])
+    known, labels = plan.generator.class_names, plan.spans.labels[: rows.shape[1]]
+    names = [known[label] if label < len(known) else str(label) for label in labels]
+    shown = names if has_labels(plan.generator.recipe) else [""] * len(names)
+    if len(plan.walks) == 1:
+        return grid_in_rows(list(rows[0]), COLUMNS, shown)
+    drawn = [(f"{walk.nfe} NFE", list(each)) for walk, each in zip(plan.walks, rows, strict=True)]
+    return grid_by_walk(drawn, 2 * COLUMNS, shown)
 
 
-def _save_array(path: Path, array: np.ndarray) -> None:
-    with path.open("wb") as file:
-        np.save(file, array)
+def draw_missing(plan: Plan, sinks: Sequence[Sink], begun: bool) -> None:
+    """Draw this process's batches that a sink lacks; the first process shows the progress of all."""
+    request, processes = plan.request, plan.processes
+    total = len(request.seeds) * len(plan.walks)
+    done = sum(span.stop - span.start for walk, span in plan.spans if _is_done(sinks, walk, span)) if begun else 0
+    if done:
+        say(f"{done:,} of {total:,} pictures were drawn before: going on")
+    decoded = request.out is not None or request.grid is not None
+    with Progress("sample", total, unit="img", done=done, shown=processes.rank == 0) as bar:
+        for number, walk in enumerate(plan.walks):
+            with smaller_batch_if_full(request.batch):
+                labels, mine = plan.spans.labels, _missing_spans(plan, sinks, number)
+                for drawn in plan.generator.stream(request.seeds, labels, walk, mine, decoded=decoded):
+                    for place, is_file in request.places:
+                        check_lock(place, is_file=is_file)
+                    for sink in sinks:
+                        sink.put(number, drawn)
+                    bar.advance(min(len(drawn.seeds) * processes.size, total - bar.done))
+        processes.wait()
+        bar.advance(total - bar.done)
+
+
+def _missing_spans(plan: Plan, sinks: Sequence[Sink], number: int) -> Iterator[slice]:
+    """This process's batches of a walk that are not whole in every sink."""
+    shares = islice(plan.spans, plan.processes.rank, None, plan.processes.size)
+    return (span for walk, span in shares if walk == number and not _is_done(sinks, walk, span))
+
+
+def _is_done(sinks: Sequence[Sink], walk: int, span: slice) -> bool:
+    return all(sink.has(walk, span) for sink in sinks)

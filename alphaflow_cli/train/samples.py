@@ -3,14 +3,12 @@
 from pathlib import Path
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.files import make_folder, write_whole
 from alphaflow_cli.model.find import step_name
 from alphaflow_cli.runtime.progress import say
-from alphaflow_cli.sample.generator import Generator
+from alphaflow_cli.sample.generator import Generator, pictures
 from alphaflow_cli.sample.grid import grid_side_by_side
 from alphaflow_cli.sample.walk import plan_walk
 from alphaflow_cli.train.run import Run
@@ -57,15 +55,11 @@ class SampleGrids:
         classes = generator.recipe.data.classes
         seeds = list(range(COLUMNS * ROWS))
         labels = [seed % COLUMNS * max(1, classes // COLUMNS) % classes if classes else 0 for seed in seeds]
-        halves = [
-            (f"{nfe} NFE", to_numpy(generator.images(seeds, labels, plan_walk(generator.recipe, nfe=nfe))))
-            for nfe in (1, 2)
-        ]
+        halves = [(f"{nfe} NFE", self._half(generator, nfe, seeds, labels)) for nfe in (1, 2)]
         names = generator.origin.get("class_names") or []
         chosen = [names[label] if label < len(names) else "" for label in labels[:COLUMNS]]
         return grid_side_by_side(halves, COLUMNS, chosen)
 
-
-def to_numpy(images: Tensor) -> list[np.ndarray]:
-    """(n, 3, H, W) uint8 → pictures (H, W, 3)."""
-    return list(images.permute(0, 2, 3, 1).to("cpu", torch.uint8).numpy())
+    def _half(self, generator: Generator, nfe: int, seeds: list[int], labels: list[int]) -> list[np.ndarray]:
+        walk = plan_walk(generator.recipe, nfe=nfe)
+        return [picture for _, _, picture in pictures(generator, seeds, labels, walk, batch=len(seeds))]

@@ -29,7 +29,7 @@ def evaluate_run(run: Path, reference: Path, out: Path, *, images: int) -> None:
     generator, found = open_generator(str(run), device=torch.device("cpu")), []
     for nfe in NFE:
         walk = plan_walk(generator.recipe, nfe=nfe)
-        source = GeneratedImages(generator, walk, count=images, draw=generator.recipe.eval.draw, digest=digest)
+        source = GeneratedImages(generator, walk, count=images, draw=generator.recipe.eval.draw)
         evaluation = evaluate(source, ("fd-tiny",), ruler, reference=wanted)
         assert evaluation is not None, "one process is always the first"
         found.append(evaluation)

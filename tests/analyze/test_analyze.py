@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 from torch import nn
+from train_helpers import fork
 
 from alphaflow_cli.analyze import analyze as engine
 from alphaflow_cli.analyze.summary import percentile, spread, summarise
@@ -300,3 +301,16 @@ def test_cosine_of_the_sum_is_that_of_meanflow():
     assert found == pytest.approx(math.sqrt(dot(whole, whole)), rel=1e-10)
     mean_flow = conflict.sizes_over_alpha(net, rows, PLAIN, (0.0,))
     assert cosine([1.0], [1.0], [1.0]) == mean_flow["adaptive"][0]["cosine"] == pytest.approx(1.0)
+
+
+@pytest.mark.distributed
+def test_two_processes_measure_what_one_measures(tiny_run, tmp_path, capsys):
+    alone = analyze(tiny_run, tmp_path / "one", capsys, "--batches", "5")
+    line = ["analyze", str(tiny_run), "--out", str(tmp_path / "two"), "--batch", "8", "--batches", "5"]
+    started = fork(lambda: cli(line), tmp_path / "errors", 2)
+    assert started.wait() == [0, 0], started.said()
+    one, two = (next((tmp_path / name).glob("*/batches.jsonl")) for name in ("one", "two"))
+    assert one.parent.name == two.parent.name
+    assert sorted(one.read_text().splitlines()) == sorted(two.read_text().splitlines())
+    assert json.loads((tmp_path / "two" / "conflict.json").read_text())["checkpoints"] == alone["checkpoints"]
+    assert started.said().count("conflict.json") == 1, "the first process prints for both"

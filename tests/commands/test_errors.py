@@ -156,28 +156,3 @@ def test_a_worker_makes_a_line_of_them_too(monkeypatch, capsys):
         as_worker(work)
     assert ended.value.code == 1
     assert capsys.readouterr().err.startswith("error: process 0: latents/shard-0.bin: no permission.")
-
-
-@pytest.mark.parametrize(
-    ("error", "kind", "text"),
-    [
-        (system_error(errno.EACCES, "a.png"), "fault", "a.png: no permission."),
-        (AlphaflowError("a.png: no picture."), "fault", "a.png: no picture."),
-        (ZeroDivisionError("x"), "bug", "Traceback"),
-    ],
-)
-def test_a_member_of_a_crew_does_so_as_well(error, kind, text, monkeypatch):
-    import queue
-
-    from alphaflow_cli.runtime import crew
-
-    def task(share, tell):
-        raise error
-
-    monkeypatch.setattr(crew.signal, "signal", lambda *_: None)
-    monkeypatch.setattr(crew, "_leave_with", lambda parent: None)
-    messages = queue.Queue()
-    crew._member(task, None, messages)
-    told = messages.get_nowait()
-    assert told[0] == kind
-    assert told[1].startswith(text)

@@ -17,6 +17,7 @@ import torch
 
 from alphaflow_cli.cli import run
 from alphaflow_cli.evaluate.measure import CHUNK
+from alphaflow_cli.evaluate.reference import load_reference
 
 CALL = [sys.executable, "-m", "alphaflow_cli"]
 
@@ -217,6 +218,22 @@ def test_two_processes_give_the_same_numbers_as_one() -> None:
     assert found[0]["rows"][0]["value"] == pytest.approx(found[1]["rows"][0]["value"], rel=1e-10)
     assert found[0]["pictures_sha256"] == found[1]["pictures_sha256"]
     assert [each["processes"] for each in found] == [1, 2]
+
+
+@pytest.mark.distributed
+def test_two_processes_make_the_reference_that_one_makes() -> None:
+    assert alphaflow("reference glyphs:600 --metrics fd-tiny -o one.safetensors --work one") == 0
+    line = "reference glyphs:600 --metrics fd-tiny -o two.safetensors --work two --processes 2"
+    process = started(line)
+    out, err = process.communicate(timeout=200)
+    assert process.returncode == 0, err
+    assert out.splitlines()[-1] == "two.safetensors"
+    one, two = (load_reference(Path(name)) for name in ("one.safetensors", "two.safetensors"))
+    assert one.facts["pictures_sha256"] == two.facts["pictures_sha256"]
+    for name, stats in one.stats.items():
+        assert torch.allclose(stats.mean, two.stats[name].mean, rtol=1e-10, atol=1e-12)
+        assert torch.allclose(stats.cov, two.stats[name].cov, rtol=1e-10, atol=1e-12)
+        assert torch.equal(stats.features, two.stats[name].features)
 
 
 @pytest.mark.parametrize("verb", ["eval", "reference"])

@@ -148,8 +148,12 @@ def test_the_manifest_says_how_it_was_made(vae, tree, tmp_path):
 def test_two_processes_give_the_same_bytes_as_one(vae, tmp_path, encoder):
     name = str(vae[0]) if encoder == "vae" else "none"
     one = prepare("glyphs:600", tmp_path / "one", autoencoder=name)
-    two = prepare("glyphs:600", tmp_path / "two", autoencoder=name, processes=2)
-    assert contents(one) == contents(two)
+    line = ("prep-latents", "glyphs:600", "--size", 16, "--autoencoder", name, "--out", tmp_path / "two")
+    code, out, err = invoke(*line, "--processes", 2)
+    assert code == 0, err
+    assert out.splitlines()[-1] == str(tmp_path / "two"), "the first process prints for both"
+    assert err.count("encode 600/600 img") == 1
+    assert contents(one) == contents(tmp_path / "two")
 
 
 def test_a_second_run_does_nothing(tree, tmp_path):

@@ -10,6 +10,7 @@ import time
 import pytest
 
 from alphaflow_cli.data.store import verify_store
+from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.latents.prepare import prepare_latents
 
 PICTURES = 12_000
@@ -54,8 +55,10 @@ def kill_test(tmp_path, kills, processes, seed):
         try:
             prepare_latents(f"glyphs:{PICTURES}", out, size=32, autoencoder="none", shown=False)
             break
-        except FileNotFoundError:
-            assert time.monotonic() < deadline
+        except AlphaflowError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.1)
     reference = prepare_latents(f"glyphs:{PICTURES}", tmp_path / "reference", size=32, autoencoder="none", shown=False)
     assert {f.name: f.read_bytes() for f in out.iterdir()} == {f.name: f.read_bytes() for f in reference.iterdir()}
     assert verify_store(out) == []

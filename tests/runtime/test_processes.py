@@ -18,7 +18,7 @@ from alphaflow_cli import cli
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.evaluate.reference import load_reference
 from alphaflow_cli.latents import prepare
-from alphaflow_cli.runtime import crew, launch, processes
+from alphaflow_cli.runtime import launch, processes
 
 REFUSED = "error: --processes 2: this machine has 1 GPU, and every process needs one of its own. Give --processes 1"
 
@@ -29,6 +29,8 @@ REFUSED = "error: --processes 2: this machine has 1 GPU, and every process needs
         "train quickstart --out run",
         "eval glyphs:100 --metrics fd-tiny --reference glyphs:100",
         "eval nowhere.safetensors",
+        "reference nowhere -o r.safetensors",
+        "analyze nowhere.safetensors",
         "sample nowhere.safetensors --grid grid.png",
         "prep-latents nowhere --size 32 --autoencoder some/autoencoder",
     ],
@@ -113,12 +115,16 @@ def test_two_processes_of_torchrun_measure_one_reference(tmp_path):
     [
         ["eval", "glyphs:100", "--metrics", "fd-tiny", "--processes", "2"],
         ["train", "quickstart", "--set", "data.source=glyphs:20", "--out", "run", "--processes", "2", "--debug"],
+        ["prep-latents", "glyphs:20", "--processes", "2"],
+        ["sample", "c.safetensors", "--grid", "g.png", "--processes", "2"],
+        ["reference", "glyphs:100", "-o", "r.safetensors", "--processes", "2"],
+        ["analyze", "c.safetensors", "--processes", "2"],
     ],
 )
 def test_processes_run_the_command_that_started_them_whatever_started_it(line, monkeypatch, tmp_path):
     started = []
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(launch, "launch", lambda argv, count: started.append((list(argv), count)) or 0)
+    monkeypatch.setattr(processes, "launch", lambda argv, count: started.append((list(argv), count)) or 0)
     assert cli.run(line) == 0
     assert started == [(line, 2)]
 
@@ -152,11 +158,34 @@ def test_a_worker_that_cannot_leave_word_says_it(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().err == "error: process 0: the disk is full\n"
 
 
-def leaves(share, tell):
-    sys.exit(0)
+LONG_VERBS = {
+    "prep-latents": ("glyphs:4", "--size", "32", "--autoencoder", "a/b"),
+    "train": ("quickstart",),
+    "sample": ("x.safetensors", "--grid", "g.png"),
+    "eval": ("x.safetensors",),
+    "reference": ("glyphs:100", "-o", "r.safetensors"),
+    "analyze": ("x.safetensors",),
+}
+
+
+@pytest.mark.parametrize("verb", LONG_VERBS)
+def test_every_long_verb_refuses_another_number_than_the_launchers(verb, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name, value in {"RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 29500}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(processes, "as_worker", lambda work: pytest.fail("it began to work"))
+    assert cli.run([verb, *LONG_VERBS[verb], "--processes", "3"]) == 1
+    assert "error: --processes 3: a launcher has started 2 processes already" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.distributed
-def test_a_member_of_a_crew_that_leaves_early_is_not_waited_for():
-    with pytest.raises(RuntimeError, match=r"a worker failed:(.|\n)*SystemExit"):
-        crew.run_crew(leaves, [None], lambda count: None)
+def test_processes_that_read_different_bytes_of_one_checkpoint_say_so(tmp_path):
+    def work():
+        world = processes.join_processes()
+        processes.check_same(world, "ab" * 32, "same")
+        processes.check_same(world, f"{world.rank:064d}"[::-1], "run/model.safetensors")
+
+    other = fork(work, tmp_path, 2)
+    assert other.wait() == [1, 1]
+    assert "run/model.safetensors: was replaced while the processes read it" in other.said()

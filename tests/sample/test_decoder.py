@@ -18,7 +18,7 @@ from alphaflow_cli.sample.generator import (
     decode_in_groups,
     open_generator,
     plan_decoder,
-    told_precision,
+    precision_text,
 )
 from alphaflow_cli.sample.walk import plan_walk
 
@@ -155,7 +155,7 @@ def test_the_protocol_tells_both_precisions(folder, file, decoder, told):
 
 def test_a_model_of_pixels_tells_no_decoder(tmp_path):
     assert open_generator(str(pixel_checkpoint(tmp_path / "c.safetensors")), device=CPU).precision == "fp32"
-    told = [told_precision("bf16", decoder) for decoder in ("bf16", "fp32", None)]
+    told = [precision_text("bf16", decoder) for decoder in ("bf16", "fp32", None)]
     assert told == ["bf16 network, bf16 decoder", "bf16 network, fp32 decoder", "bf16 network"]
     assert Generator(checkpoint_m(recipe_m("fp64")), device=CPU).precision == "fp64 network"
 
