@@ -271,7 +271,7 @@ def test_a_converted_checkpoint_samples_and_is_converted_back(device):
             "alphaflow_cli.evaluate.tiny.Tiny.features",
             "eval glyphs:100 --metrics fd-tiny --reference glyphs:200 --batch 7",
         ),
-        ("alphaflow_cli.latents.encode.encode", "prep-latents glyphs:20 --out store --batch 7"),
+        ("alphaflow_cli.latents.encode.encode_rows", "prep-latents glyphs:20 --out store --batch 7"),
         ("alphaflow_cli.train.conflict.measure_batch", "analyze {run} --batch 7 --batches 1"),
     ],
 )

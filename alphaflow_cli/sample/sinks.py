@@ -86,7 +86,7 @@ class PictureFolder:
     def begin(self) -> bool:
         """Read the record, or write it; pictures of before there was one are not taken for this request's."""
         path = self.folder / RECORD_FILE
-        sweep(self.folder, ".seed-*", ".nfe-*", f".{RECORD_FILE}.*")
+        remove_leftovers(self.folder, ".seed-*", ".nfe-*", f".{RECORD_FILE}.*")
         if path.exists():
             there = record_in(read_document(path))
             advice = "Name another --out, or remove that folder."
@@ -161,7 +161,7 @@ class RowFile:
 
     def begin(self) -> bool:
         """Go on with the unfinished file, or begin one of full length: a disk that is too small shows at once."""
-        sweep(self.target.parent, f".{glob.escape(self.target.name)}.*")
+        remove_leftovers(self.target.parent, f".{glob.escape(self.target.name)}.*")
         with self._writing():
             size = self.data + self.shape[0] * self.row
             if self.state.exists() and self.part.exists() and self.part.stat().st_size >= size:
@@ -293,7 +293,7 @@ class GridFile(RowFile):
         self.state.unlink()
 
 
-def sweep(folder: Path, *patterns: str) -> None:
+def remove_leftovers(folder: Path, *patterns: str) -> None:
     """Remove what a kill left of files that were being written under temporary names; the place is held by us."""
     for pattern in patterns:
         for left in folder.glob(f"{pattern}.tmp"):

@@ -14,8 +14,6 @@ from places import ROOT
 
 from alphaflow_cli import doctor
 from alphaflow_cli.cli import run
-from alphaflow_cli.nn.weights import CLIP, missing_weights
-from alphaflow_cli.remote.client import cache_folder
 
 
 def run_doctor(capsys, *options):
@@ -35,29 +33,6 @@ def test_the_token_is_seen_and_never_shown(monkeypatch, tmp_path, capsys):
     monkeypatch.delenv("HF_TOKEN")
     (tmp_path / "token").write_text("hf_secret")
     assert json.loads(run_doctor(capsys, "--json"))["hub"]["token"] is True
-
-
-@pytest.mark.parametrize(
-    ("value", "offline"), [("1", True), ("true", True), ("0", False), ("false", False), ("", False)]
-)
-def test_offline_means_what_it_means_to_the_hubs_client(monkeypatch, capsys, value, offline):
-    monkeypatch.setenv("HF_HUB_OFFLINE", value)
-    assert json.loads(run_doctor(capsys, "--json"))["hub"]["offline"] is offline
-
-
-def test_one_cache_is_meant_by_all_parts(monkeypatch, tmp_path, capsys):
-    for name in ("HF_HUB_CACHE", "HF_HOME"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    folder = tmp_path / "huggingface" / "hub"
-    assert folder == cache_folder()
-    assert json.loads(run_doctor(capsys, "--json"))["caches"][0]["path"] == str(folder)
-    commit, repo = "ab" * 20, folder / "models--timm--vit_large_patch14_clip_224.openai"
-    (repo / "snapshots" / commit).mkdir(parents=True)
-    (repo / "snapshots" / commit / "model.safetensors").write_bytes(b"")
-    (repo / "refs").mkdir()
-    (repo / "refs" / "main").write_text(commit)
-    assert missing_weights(CLIP) is None
 
 
 def test_weights_are_found_where_they_are_kept(monkeypatch, tmp_path, capsys):
