@@ -14,7 +14,7 @@ from workload import CLASSES, Size, build
 from alphaflow_cli.model.checkpoint import Checkpoint, save_checkpoint
 from alphaflow_cli.recipe import load_recipe
 
-sys.path.append(str(Path(__file__).parent.parent / "tests"))  # it has random networks of its own
+sys.path.append(str(Path(__file__).parent.parent / "tests" / "helpers"))  # they have random networks of their own
 from ruler import random_inception as random_inception
 from tiny_autoencoders import tiny_kl
 
