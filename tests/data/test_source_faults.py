@@ -285,7 +285,7 @@ def test_a_path_that_is_too_long_is_one_line(tmp_path, capfd, monkeypatch):
     Path("x.png").write_bytes(PNG)
     monkeypatch.chdir(tmp_path)
     assert run(["prep-latents", str(source), *OPTIONS, "--out", "s"]) == 1
-    shutil.rmtree(source)  # tests that look into the whole folder of this session stumble over such a path
+    shutil.rmtree(source)  # tests that look through all of pytest's folder stumble over such a path
     err = capfd.readouterr().err
     assert "cannot be listed (File name too long)" in err
     assert len(err) < 800
