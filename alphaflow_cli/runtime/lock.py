@@ -72,11 +72,13 @@ def hold(folder: Path, command: str, *, is_file: bool = False) -> Iterator[None]
     token = _take(place, path, command)
     _held[place] = token
     stop = threading.Event()
-    threading.Thread(target=_beat, args=(path, token, stop), daemon=True).start()
+    beats = threading.Thread(target=_beat, args=(path, token, stop), daemon=True)
+    beats.start()
     try:
         yield
     finally:
         stop.set()
+        beats.join(BUSY)  # else its last beat might count for the next owner
         del _held[place]
         _release(path, token)
 
