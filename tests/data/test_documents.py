@@ -130,7 +130,7 @@ def test_plain_words_of_any_language_stay_as_they_are():
 
 def test_shown_words_are_bounded_and_keep_their_ends():
     shown = for_terminal("x" * 5_000 + "end", limit=100)
-    assert 60 < len(shown) <= 100
+    assert 85 < len(shown) <= 100
     assert shown.endswith("end")
     assert for_terminal("a\nb\x1b", lines=True) == "a\nb\\x1b"
 

@@ -3,7 +3,7 @@
 import hashlib
 import json
 
-import huggingface_hub
+import huggingface_hub.constants
 import pytest
 import torch
 from hub_server import HubServer

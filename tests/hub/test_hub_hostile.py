@@ -6,7 +6,7 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-import huggingface_hub
+import huggingface_hub.constants
 import pytest
 from hub_fixtures import alphaflow, hub, project_run, write_checkpoint  # noqa: F401 (fixtures)
 from hub_server import Fault
