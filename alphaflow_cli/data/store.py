@@ -1,4 +1,4 @@
-"""A finished latent store: open it, check it, read rows out of its shards, compare it with a recipe."""
+"""A finished latent store: open it, check it, read rows out of its shards."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -129,48 +129,6 @@ def verify_store(path: Path) -> list[str]:
         return _faults(path, _manifest_of(path), "full")
     except AlphaflowError as fault:
         return [str(fault)]
-
-
-def disagreements(
-    manifest: Manifest,
-    *,
-    autoencoder: str,
-    image_size: int,
-    channels: int,
-    latent_size: int,
-    classes: int,
-    flips: bool,
-) -> list[str]:
-    """List what a recipe wants and the store is not; each line names both sides."""
-    plan = manifest.plan
-    wanted: list[tuple[str, object, object]] = [
-        ("autoencoder", plan.autoencoder.id, autoencoder),
-        ("image_size", plan.image_size, image_size),
-        ("channels", plan.latent[0], channels),
-        ("latent_size", plan.latent[1], latent_size),
-    ]
-    if classes:  # 0 trains without labels: any labels will do
-        wanted.append(("classes", plan.classes, classes))
-    if flips:  # a store with mirror images serves a recipe without
-        wanted.append(("flips", plan.flips, flips))
-    return [
-        f"{name}: the store has {has}, the recipe wants {wants}" for name, has, wants in wanted if not _same(has, wants)
-    ]
-
-
-def autoencoder_key(name: str) -> str:
-    """The part of an autoencoder's name by which two are taken for the same: the last one of an id, folder or file.
-
-    So a local copy of stabilityai/sd-vae-ft-ema is the same autoencoder.
-    """
-    last = Path(name.split("@")[0].rstrip("/")).name
-    return last.removesuffix(".pt").removesuffix(".safetensors").replace("_", "-").lower()
-
-
-def _same(has: object, wants: object) -> bool:
-    if isinstance(has, str) and isinstance(wants, str):
-        return autoencoder_key(has) == autoencoder_key(wants)
-    return has == wants
 
 
 def _manifest_of(path: Path) -> Manifest:

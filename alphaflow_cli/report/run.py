@@ -18,6 +18,7 @@ from alphaflow_cli.files import read_document, sha256_of, write_whole
 from alphaflow_cli.model.checkpoint import read_origin
 from alphaflow_cli.recipe import diff_recipes, load_recipe, recipe_from_text, shipped
 from alphaflow_cli.recipe.facts import lines
+from alphaflow_cli.recipe.loader import set_text
 from alphaflow_cli.recipe.plan import phases
 from alphaflow_cli.recipe.schema import Recipe
 from alphaflow_cli.report.page import RunPage, Score, embed, run_page, spread_over
@@ -99,7 +100,9 @@ def page_of(run: Path) -> RunPage:
     recipe, rows = recipe_from_text(text, str(path)), checked_rows(run / "metrics.jsonl")
     origin, digest = origin_of(run), weights_digest(run)
     compared, other = counterpart(recipe)
-    changes = [(name, shown(there), shown(here)) for name, there, here in diff_recipes(other, recipe) if name != "name"]
+    changes = [
+        (name, set_text(there), set_text(here)) for name, there, here in diff_recipes(other, recipe) if name != "name"
+    ]
     conflict, percentiles = conflict_of(run, recipe, rows)
     return RunPage(
         name=recipe.name or run.name,
@@ -219,7 +222,9 @@ def environment_of(origin: dict[str, Any], digest: str, rows: Sequence[dict[str,
 def commands_of(recipe: Recipe, run: Path, changes: Sequence[tuple[str, Any, Any]], init_from: str) -> list[str]:
     """The commands that make the run again; `changes`: (field, there, here) against the shipped recipe of its name."""
     is_shipped, file = recipe.name in shipped(), f"{recipe.name or 'recipe'}.yaml"
-    sets = [f"--set {name}={quote(shown(here))}" for name, _, here in changes if name != "name"] if is_shipped else []
+    sets = (
+        [f"--set {name}={quote(set_text(here))}" for name, _, here in changes if name != "name"] if is_shipped else []
+    )
     train = ["alphaflow train", recipe.name if is_shipped else quote(file), *sets]
     train += [f"--init-from {quote(init_from)}"] if init_from else []
     folder = quote(f"runs/{recipe.name or run.name}")
@@ -237,14 +242,6 @@ def commands_of(recipe: Recipe, run: Path, changes: Sequence[tuple[str, Any, Any
         f"alphaflow analyze {folder} --batches 100" + (" --data DIR" if prepare else ""),
         f"alphaflow report {folder}",
     ]
-
-
-def shown(value: Any) -> str:
-    """Write a recipe's value as `--set` takes it."""
-    if isinstance(value, tuple):
-        return "[" + ", ".join(shown(item) for item in value) + "]"
-    plain = {None: "null", True: "true", False: "false"} if value is None or isinstance(value, bool) else {}
-    return plain.get(value, str(value)) if plain else str(value) or '""'
 
 
 def analysis_of(run: Path) -> tuple[list[Chart], Cells]:
