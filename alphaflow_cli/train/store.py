@@ -49,8 +49,7 @@ def resolve_run(name: str, sets: Sequence[str], *, data: Path | None, out: Path 
         recipe = load_recipe(name, sets)
         folder = out or Path("runs") / recipe.name
         return Resolved(recipe if data else as_remembered(name, sets, recipe, folder), folder)
-    plan = read_manifest(data).plan
-    recipe, changes = load_for_data(name, sets, lambda before: described(plan, before), str(data))
+    recipe, changes = recipe_for(name, sets, data)
     is_other = name in shipped() and any(field in SHAPE for field, _, _ in changes)
     folder = out or Path("runs") / (f"{recipe.name}-{data.resolve().name}" if is_other else recipe.name)
     if there := recipe_of_run(folder):
@@ -68,6 +67,12 @@ def check_is_store(data: Path) -> None:
             f"{data}: no latent store. If these are pictures, make one of them: "
             f"alphaflow prep-latents {quote(str(data))} --out {made}, then train with --data {made}"
         )
+
+
+def recipe_for(name: str, sets: Sequence[str], data: Path) -> tuple[Recipe, list[tuple[str, Any, Any]]]:
+    """The recipe with what it takes over from a store, and what that changed: (field, before, now)."""
+    plan = read_manifest(data).plan
+    return load_for_data(name, sets, lambda before: described(plan, before), str(data))
 
 
 def recipe_of_run(folder: Path) -> Recipe | None:
