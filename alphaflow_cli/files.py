@@ -24,7 +24,8 @@ TORCH_WRITER = "inline_container"  # torch.save's writer names itself so in the 
 def write_whole(path: Path, content: str | bytes) -> None:
     """Write a small file; what stood there stays until it is whole and on the disk. Names in it may be no UTF-8."""
     try:
-        write_pieces(path, [content.encode(errors="backslashreplace") if isinstance(content, str) else content])
+        with _replacing(path) as temporary:
+            temporary.write_bytes(content.encode(errors="backslashreplace") if isinstance(content, str) else content)
     except OSError as error:
         raise _not_written(path, error.strerror or str(error)) from error
 
@@ -63,7 +64,11 @@ def write_by(path: Path, write: Callable[[Path], object]) -> None:
 
 @contextlib.contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
-    """Give a temporary name of this process beside `path`; the file takes the name when all went well."""
+    """Give a temporary name of this process beside `path`; the file takes the name when all went well.
+
+    Where a folder, a pipe or a device stands, nothing is written: root could put a file in the place of /dev/null.
+    """
+    check_regular(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary

@@ -196,8 +196,3 @@ def content_of(work: Pass) -> Content:
     digests = load_all(work, "digests")
     distinct = len(torch.unique(digests, dim=0))
     return Content(hashlib.sha256(digests.numpy().tobytes()).hexdigest(), len(digests) - distinct)
-
-
-def rounded_seconds(seconds: Mapping[str, float]) -> dict[str, float]:
-    """Round the seconds of each part, for results and for people."""
-    return {part: round(spent, 2) for part, spent in seconds.items()}

@@ -111,7 +111,9 @@ class Row:
         weights = f" {self.space.weights_sha256[:8]}" if self.space.weights_sha256 else ""
         parts = [f"{self.space.network}{weights}"]
         if self.reference is not None:
-            parts.append(f"reference {reference_text(self.reference)}")
+            count = f"{self.reference['count']:,} pictures" if self.reference.get("count") else "count not stated"
+            facts = f"{self.reference['kind']}, {count}, {self.reference['sha256'][:8]}"
+            parts.append(f"reference {self.reference['name']} ({facts})")
         parts.append(f"{self.count:,} pictures: {self.label}")
         parts += [f"{key.replace('_', ' ')} {value}" for key, value in self.settings.items()]
         return "; ".join(parts)
@@ -141,12 +143,6 @@ class Evaluation:
         }
 
 
-def reference_text(reference: dict[str, Any]) -> str:
-    """Write a reference's facts as `name (kind, 50,000 pictures, 1a2b3c4d)`."""
-    count = f"{reference['count']:,} pictures" if reference.get("count") else "count not stated"
-    return f"{reference['name']} ({reference['kind']}, {count}, {reference['sha256'][:8]})"
-
-
 def space_of(extractor: Extractor) -> FeatureSpace:
     """The feature space of an extractor, as a protocol names it."""
     return FeatureSpace(extractor.id, extractor.weights_sha256, extractor.preprocessing, extractor.dim)
@@ -156,12 +152,7 @@ def name_of(title: str, extractor: Extractor, count: int) -> str:
     """A number's name: FID-10k. With other weights than the published ones it is no FID: FD(weights 5a993ec0)-10k."""
     if not extractor.known:
         title = f"{'FD' if title == 'FID' else title}(weights {extractor.weights_sha256[:8]})"
-    return f"{title}-{count_name(count)}"
-
-
-def count_name(count: int) -> str:
-    """Write a number of pictures as it stands in a name: 50k, 2048."""
-    return f"{count // 1000}k" if count % 1000 == 0 else str(count)
+    return f"{title}-{count // 1000}k" if count % 1000 == 0 else f"{title}-{count}"
 
 
 def environment() -> dict[str, str]:
@@ -180,14 +171,8 @@ def value_text(row: Row) -> str:
     """Write a value with as many digits as mean something, and its spread: `12.34`, `0.001234 ± 0.0002`."""
     title = row.name.split("(")[0].split("-")[0]
     digits = DIGITS.get(title)
-    shown = f"{row.value:.{digits}f}" if digits else _significant(row.value)
-    if row.spread is None:
-        return shown
-    return f"{shown} ± {row.spread:.{digits}f}" if digits else f"{shown} ± {row.spread:.2g}"
-
-
-def _significant(value: float) -> str:
-    return f"{value:.1f}" if value >= 1000 else f"{value:.4g}"
+    form, spread = (f".{digits}f",) * 2 if digits else (".1f" if row.value >= 1000 else ".4g", ".2g")
+    return f"{row.value:{form}}" + ("" if row.spread is None else f" ± {row.spread:{spread}}")
 
 
 def notes(evaluation: Evaluation) -> dict[str, list[str]]:
@@ -222,8 +207,7 @@ def row_of(values: dict[str, Any]) -> Row:
 def save_results(path: Path, history: Path, evaluations: Sequence[Evaluation]) -> None:
     """Write results.json anew, and add a line for each evaluation to the history."""
     make_folder(path.parent)
-    text = json.dumps(document(evaluations), indent=1, ensure_ascii=False) + "\n"
-    write_whole(path, text)
+    write_whole(path, json.dumps(document(evaluations), indent=1, ensure_ascii=False) + "\n")
     lines = "".join(json.dumps(each.as_dict(), ensure_ascii=False) + "\n" for each in evaluations)
     try:
         append(history, lines)
