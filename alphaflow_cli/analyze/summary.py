@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from alphaflow_cli.charts.chart import BLUE, GREEN, ORANGE, RED, Bars, Chart, Line, Panel
+from alphaflow_cli.charts.chart import BLUE, GREEN, ORANGE, RED, Chart, Line, Panel
 from alphaflow_cli.charts.draw import to_png
 from alphaflow_cli.core.conflict import cosine
 from alphaflow_cli.files import write_whole
@@ -182,11 +182,7 @@ def cosine_panels(points: CosinePoints, *, bars: bool = False) -> list[Panel]:
         measured = [(x, cosines[pair]) for x, cosines in points if cosines[pair]["p50"] is not None]
         medians = [(x, each["p50"]) for x, each in measured]
         spread = [(x, each["p5"], each["p95"]) for x, each in measured]
-        line = (
-            Bars("median", medians, colour, spread, "5% to 95%")
-            if bars
-            else Line("median", medians, colour, markers=True, spread=spread, spread_label="5% to 95%")
-        )
+        line = Line("median", medians, colour, bars, markers=not bars, spread=spread, spread_label="5% to 95%")
         panels.append(Panel(PAIR_NAMES[pair], [line], (-1.0, 1.0), height=150))
     return panels
 

@@ -26,7 +26,6 @@ from alphaflow_cli.charts.chart import (
     RED,
     SHADES,
     Band,
-    Bars,
     Chart,
     Line,
     Panel,
@@ -57,8 +56,7 @@ def score_chart(values=(43.2, 17.34, 8.2, 3.8)):
 
 def conflict_chart(*, bars):
     medians, spread = [(i, 0.9 - i / 4) for i in range(8)], [(i, 0.8 - i / 4, 1 - i / 4) for i in range(8)]
-    make = {True: Bars, False: Line}[bars]
-    line = make("median", medians, RED, spread=spread, spread_label="5% to 95%")
+    line = Line("median", medians, RED, bars, spread=spread, spread_label="5% to 95%")
     title = "Cosines between gradients by block"
     return Chart(title, [Panel(f"cos(TFM, {x})", [line], (-1, 1)) for x in ("TC", "FM'")], "block", "a run, step 90")
 
@@ -201,7 +199,7 @@ def test_png_dashes_leave_gaps():
 
 
 def test_bars_stand_on_zero_and_reach_their_values():
-    bars = Bars("", [(0, 0.5), (1, -0.5)], "#ff0000", spread=[(0, 0.25, 0.75), (1, -0.6, -0.4)])
+    bars = Line("", [(0, 0.5), (1, -0.5)], "#ff0000", bars=True, spread=[(0, 0.25, 0.75), (1, -0.6, -0.4)])
     image = pixels(Chart("t", [Panel("p", [bars], (-1, 1), height=200)], "x"))
     red = np.argwhere((image == [255, 0, 0]).all(-1))
     up, down = (red[(red[:, 1] < 960) == side] for side in (True, False))
@@ -318,7 +316,7 @@ def test_any_name_is_drawn_as_it_stands(name):
 )
 @pytest.mark.parametrize("log_y", [False, True])
 def test_thin_and_broken_data_are_drawn_as_far_as_they_go(points, log_y):
-    kinds = Line("l", points), Line("l", points, markers=True), Bars("l", points)
+    kinds = Line("l", points), Line("l", points, markers=True), Line("l", points, bars=True)
     charts = [Chart("t", [Panel("p", [line], log_y=log_y)], "x") for line in kinds]
     for chart in charts:
         assert not re.search(r"\b(nan|inf)\b", to_svg_element(chart))
