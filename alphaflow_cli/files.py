@@ -107,13 +107,19 @@ def read_document(path: Path, *, largest: int = 10_000_000) -> str:
         raise AlphaflowError(f"{path}: is not text (byte {error.start} is not UTF-8). Move it away.") from error
 
 
-def append(path: Path, text: str) -> None:
-    """Add whole lines at the end in one write, so that those of two commands stand one after the other."""
+def append(path: Path, text: str, *, kept: str) -> None:
+    """Add whole lines at the end in one write, so that those of two commands stand one after the other.
+
+    `kept` says in the error what is not lost, and how to go on.
+    """
     check_regular(path)
-    with path.open("ab", buffering=0) as file:
-        data = text.encode()
-        if file.write(data) != len(data):
-            raise OSError(errno.ENOSPC, "the file did not take all its bytes; is the disk full?")
+    data = text.encode()
+    try:
+        with path.open("ab", buffering=0) as file:
+            if file.write(data) != len(data):
+                raise OSError(errno.ENOSPC, "the file did not take all its bytes; is the disk full?")
+    except OSError as error:
+        raise AlphaflowError(f"{path}: cannot be written: {error.strerror}. {kept}") from error
 
 
 def sync(path: Path) -> None:

@@ -9,8 +9,7 @@ line is appended in one write, and the first process reads all of them in the or
 
 import hashlib
 import json
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -83,8 +82,7 @@ def write_analysis(made: Sequence[dict[str, Any]], out: Path) -> dict[str, Any]:
     """Write the document and the pictures of all checkpoints."""
     summaries = sorted(made, key=lambda each: int(each["step"] or 0))
     document: dict[str, Any] = {"schema": SCHEMA, "environment": environment(), "checkpoints": summaries}
-    text = json.dumps(document, indent=1, ensure_ascii=False) + "\n"
-    write_whole(out / "conflict.json", text)
+    write_whole(out / "conflict.json", json.dumps(document, indent=1, ensure_ascii=False) + "\n")
     document["pictures"] = [str(path) for path in write_charts(out, summaries)]
     return document
 
@@ -192,7 +190,8 @@ def measure_missing(work: Work) -> None:
             with smaller_batch_if_full(work.request.batch):
                 row = measure_one(net, work, index)
             check_finite(work, row)
-            _append(work.path, {**row, "sha256": _checksum(row)})
+            line = json.dumps({**row, "sha256": _checksum(row)}, allow_nan=False) + "\n"
+            append(work.path, line, kept="Finished batches are kept; the same command goes on.")
             bar.advance(min(processes.size, wanted - bar.done))
         processes.wait()
         bar.advance(wanted - bar.done)
@@ -230,20 +229,13 @@ def check_finite(work: Work, row: dict[str, Any]) -> None:
             f"{where}: {work.request.batch - row['rows']} of {work.request.batch} rows never got r < t: the recipe's "
             "times are all but equal; raise times.std."
         )
-    if not all(math.isfinite(number) for number in numbers_in(row)):
+    try:
+        json.dumps(row, allow_nan=False)
+    except ValueError as error:
         raise AlphaflowError(
             f"{where}: a loss or a gradient is not finite, so the checkpoint has no conflict to measure: its weights "
             "are damaged, or the training diverged. Analyze an earlier one."
-        )
-
-
-def numbers_in(value: Any) -> Iterator[float]:
-    """Every number in a line, at any depth."""
-    if isinstance(value, dict | list):
-        for each in value.values() if isinstance(value, dict) else value:
-            yield from numbers_in(each)
-    elif isinstance(value, float | int):
-        yield value
+        ) from error
 
 
 def mend_lines(path: Path) -> None:
@@ -281,12 +273,3 @@ def _batch_of(line: str) -> int | None:
 def _checksum(row: dict[str, Any]) -> str:
     values = {name: value for name, value in row.items() if name != "sha256"}
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _append(path: Path, row: dict[str, Any]) -> None:
-    try:
-        append(path, json.dumps(row, allow_nan=False) + "\n")
-    except OSError as error:
-        raise AlphaflowError(
-            f"{path}: cannot be written: {error.strerror}. Finished batches are kept; the same command goes on."
-        ) from error

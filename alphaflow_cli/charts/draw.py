@@ -80,23 +80,14 @@ def to_png(chart: Chart) -> bytes:
     return out.getvalue()
 
 
-def to_svg(chart: Chart) -> str:
-    """Draw the chart as an SVG file that stands alone. It follows the reader's light or dark colours; its words stay
-    words.
+def to_svg(chart: Chart, *, in_page: bool = False) -> str:
+    """Draw the chart as an SVG file that stands alone, or as an element of an HTML page.
+
+    The file follows the reader's light or dark colours. The element takes over the letters and colours of the page,
+    whose style sheet must contain DARK_STYLE. Words stay words in both. The frame is ours, around matplotlib's drawing
+    without its header, names of groups, fonts and needless digits.
     """
-    return _svg(chart, f' font-family="{FONT}"', f"<style>{DARK_STYLE}</style>")
-
-
-def to_svg_element(chart: Chart) -> str:
-    """Draw the chart as an element of an HTML page, whose letters and colours it takes over.
-
-    The page's style sheet must contain DARK_STYLE.
-    """
-    return _svg(chart, "", "")
-
-
-def _svg(chart: Chart, attributes: str, style: str) -> str:
-    """Put matplotlib's drawing into a frame of ours, without its header, names of groups, fonts and needless digits."""
+    attributes, style = ("", "") if in_page else (f' font-family="{FONT}"', f"<style>{DARK_STYLE}</style>")
     with _settings(chart):
         out, figure = io.StringIO(), _figure(chart)
         figure.savefig(out, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))

@@ -153,7 +153,7 @@ def evaluate(
         rows = score(Measured(work, moments, reference, ruler.processes.device), metrics)
     warnings = _warnings(content, source, rows[0].notes if rows else ())
     seconds = {part: round(spent, 2) for part, spent in {**source.seconds, **clock.seconds}.items()}
-    return Evaluation(work.folder.name, rows, content.sha256, warnings, seconds, ruler.processes.size)
+    return Evaluation(work.folder.name, content.sha256, rows, warnings, seconds, ruler.processes.size)
 
 
 def _warnings(content: Content, source: ImageSource, notes: tuple[str, ...]) -> list[str]:

@@ -96,7 +96,7 @@ def run_pass(work: Pass, processes: Processes, *, batch: int, clock: Clock) -> N
         ):
             for first, stop in waiting:
                 features = _measure(work, (first, stop), processes.device, batch=batch, clock=clock)
-                _write(work.path(first, stop), features)
+                write_whole(work.path(first, stop), save(features))
                 bar.advance(stop - first)
     except KeyboardInterrupt:
         say(f"interrupted; finished chunks are kept in {work.folder}: run the same command again to go on")
@@ -125,13 +125,6 @@ def _digests(images: Tensor) -> Tensor:
     flat = images.permute(0, 2, 3, 1).contiguous().cpu().numpy()
     joined = b"".join(hashlib.sha256(picture.tobytes()).digest() for picture in flat)
     return torch.frombuffer(bytearray(joined), dtype=torch.uint8).view(-1, DIGEST)
-
-
-def _write(path: Path, tensors: dict[str, Tensor]) -> None:
-    try:
-        write_whole(path, save(tensors))
-    except AlphaflowError as fault:
-        raise AlphaflowError(f"{fault} Make room and run the same command again; finished chunks are kept.") from fault
 
 
 def _finished(work: Pass, first: int, stop: int) -> bool:

@@ -18,7 +18,6 @@ import torch
 
 import alphaflow_cli
 from alphaflow_cli.documents import Anything, ListOf, Maybe, Number, Table, Text, Whole, read_json
-from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.evaluate.features import Extractor
 from alphaflow_cli.files import append, make_folder, write_whole
 from alphaflow_cli.recipe.schema import Metric
@@ -59,25 +58,8 @@ RESULT_ROW = Table(
     },
     {"settings": Table(others=Anything()), "notes": ListOf(Text(2000), most=100)},
 )
-RESULTS = Table(
-    {
-        "evaluations": ListOf(
-            Table(
-                {"rows": ListOf(RESULT_ROW, most=1000)},
-                {
-                    "id": Text(200),
-                    "measured": Text(100),
-                    "pictures_sha256": Text(64),
-                    "warnings": ListOf(Text(2000), most=1000),
-                    "seconds": Table(others=Number()),
-                    "processes": Whole(1),
-                },
-            ),
-            most=1000,
-        )
-    },
-    {"schema": Text(100), "environment": Table(others=Text(300))},
-)
+EVALUATION = Table({"rows": ListOf(RESULT_ROW, most=1000)}, others=Anything())
+RESULTS = Table({"evaluations": ListOf(EVALUATION, most=1000)}, others=Anything())  # only rows are read again
 
 
 @dataclass(frozen=True)
@@ -124,23 +106,15 @@ class Evaluation:
     """All numbers of one set of pictures, measured in one pass."""
 
     id: str
-    rows: Sequence[Row]
     pictures_sha256: str
+    rows: Sequence[Row]
     warnings: Sequence[str]
     seconds: dict[str, float]
     processes: int
 
     def as_dict(self) -> dict[str, Any]:
         """The evaluation as results.json and the history hold it, with the time at which this is called."""
-        return {
-            "id": self.id,
-            "measured": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "pictures_sha256": self.pictures_sha256,
-            "rows": [asdict(row) for row in self.rows],
-            "warnings": list(self.warnings),
-            "seconds": self.seconds,
-            "processes": self.processes,
-        }
+        return {"id": self.id, "measured": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **asdict(self)}
 
 
 def space_of(extractor: Extractor) -> FeatureSpace:
@@ -209,10 +183,7 @@ def save_results(path: Path, history: Path, evaluations: Sequence[Evaluation]) -
     make_folder(path.parent)
     write_whole(path, json.dumps(document(evaluations), indent=1, ensure_ascii=False) + "\n")
     lines = "".join(json.dumps(each.as_dict(), ensure_ascii=False) + "\n" for each in evaluations)
-    try:
-        append(history, lines)
-    except OSError as fault:
-        raise AlphaflowError(f"{history}: cannot be written ({fault.strerror}); {path} is whole") from fault
+    append(history, lines, kept=f"{path} is whole.")
 
 
 def markdown(evaluations: Sequence[Evaluation]) -> str:

@@ -37,10 +37,9 @@ from alphaflow_cli.model.build import DTYPES, build_network
 from alphaflow_cli.model.checkpoint import Checkpoint, check_autoencoder, load_checkpoint
 from alphaflow_cli.model.find import find_checkpoint
 from alphaflow_cli.nn.autoencoder import Autoencoder, load_autoencoder
-from alphaflow_cli.recipe.plan import label_rows, null_label
-from alphaflow_cli.recipe.schema import Recipe
+from alphaflow_cli.recipe.plan import null_label
 from alphaflow_cli.runtime.precision import true_float32
-from alphaflow_cli.sample.walk import Walk
+from alphaflow_cli.sample.walk import LazyLabels, Walk
 
 DecoderPrecision = Literal["fp32", "bf16"]
 DecoderChoice = Literal["auto", "fp32", "bf16"]
@@ -246,7 +245,7 @@ class Generator:
     def stream(
         self,
         seeds: Sequence[int],
-        labels: Sequence[int],
+        labels: Sequence[int] | LazyLabels,
         walk: Walk,
         spans: Iterable[slice],
         *,
@@ -274,7 +273,7 @@ def spans_of(count: int, batch: int) -> Iterator[slice]:
 
 
 def pictures(
-    generator: Generator, seeds: Sequence[int], labels: Sequence[int], walk: Walk, *, batch: int
+    generator: Generator, seeds: Sequence[int], labels: Sequence[int] | LazyLabels, walk: Walk, *, batch: int
 ) -> Iterator[tuple[int, int, np.ndarray]]:
     """Seed, label and uint8 picture (H, W, 3), one after the other as they are drawn."""
     for drawn in generator.stream(seeds, labels, walk, spans_of(len(seeds), batch)):
@@ -291,19 +290,15 @@ def load_network(checkpoint: Checkpoint) -> nn.Module:
     return net
 
 
-def best_device() -> torch.device:
-    """A GPU where there is one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def open_generator(
     address: str, *, device: torch.device | None = None, weights: str = "ema", decoder: DecoderChoice = "auto"
 ) -> Generator:
-    """Load a checkpoint (a file, a run folder, an address on the Hub), ready to sample."""
+    """Load a checkpoint (a file, a run folder, an address on the Hub), ready to sample; on a GPU where there is one."""
     path, checkpoint, digest = read_hashed(address, weights)
     if weights == "raw" and checkpoint.origin.get("weights") != "raw":
         raise AlphaflowError(f"{address}: holds averaged weights only; --weights raw needs a run folder.")
-    generator = Generator(checkpoint, device=device or best_device(), decoder=decoder)
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    generator = Generator(checkpoint, device=device, decoder=decoder)
     if decoder != "auto" and not generator.has_decoder:
         raise AlphaflowError(f"--decoder {decoder}: this model makes pixels without a decoder; leave it out.")
     generator.folder, generator.digest = path.parent, digest
@@ -323,8 +318,3 @@ def read_hashed(address: str, weights: str) -> tuple[Path, Checkpoint, str]:
         if before == stamp_of(path):
             return path, checkpoint, digest
     raise changed(path)
-
-
-def has_labels(recipe: Recipe) -> bool:
-    """Whether samples have a class."""
-    return label_rows(recipe) > 0

@@ -48,7 +48,7 @@ class Plan:
     def spans(self) -> Iterator[tuple[int, slice]]:
         """All batches, walk by walk, in order."""
         for walk in range(len(self.walks)):
-            yield from ((walk, span) for span in spans_of(len(self.labels), self.batch))
+            yield from ((walk, span) for span in spans_of(len(self.request.seeds), self.batch))
 
     def record(self) -> Record:
         """What decides the bytes of a seed's picture."""

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import overload
 
 import numpy as np
 
@@ -120,24 +119,15 @@ def draw_labels(seeds: Sequence[int], classes: int, draw: str) -> list[int]:
     return [int(np.random.RandomState(seed % 2**32).choice(classes)) for seed in seeds]
 
 
-class LazyLabels(Sequence[int]):
-    """The label of each seed, worked out when it is read: a list of all would grow with the number of pictures."""
+class LazyLabels:
+    """The labels of a slice of the seeds, worked out when it is read: a list of all would grow with the pictures."""
 
     def __init__(self, seeds: Sequence[int], choose: Callable[[range, Sequence[int]], list[int]]) -> None:
         """`choose` makes the labels of some seeds, whose places among all seeds it is given too."""
         self._seeds, self._choose = seeds, choose
 
-    def __len__(self) -> int:
-        return len(self._seeds)
-
-    @overload
-    def __getitem__(self, place: int) -> int: ...
-    @overload
-    def __getitem__(self, place: slice) -> list[int]: ...
-    def __getitem__(self, place: int | slice) -> int | list[int]:
-        if isinstance(place, slice):
-            return self._choose(range(len(self._seeds))[place], self._seeds[place])
-        return self[range(len(self))[place] : range(len(self))[place] + 1][0]
+    def __getitem__(self, span: slice) -> list[int]:
+        return self._choose(range(len(self._seeds))[span], self._seeds[span])
 
 
 def choose_labels(recipe: Recipe, seeds: Sequence[int], classes: str, names: Sequence[str]) -> LazyLabels:

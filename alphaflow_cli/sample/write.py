@@ -26,10 +26,11 @@ import numpy as np
 
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.files import read_document, sync, write_whole
+from alphaflow_cli.recipe.plan import label_rows
 from alphaflow_cli.runtime.lock import check_lock, hold
 from alphaflow_cli.runtime.processes import Processes, smaller_batch_if_full
 from alphaflow_cli.runtime.progress import Progress, say
-from alphaflow_cli.sample.generator import Drawn, has_labels
+from alphaflow_cli.sample.generator import Drawn
 from alphaflow_cli.sample.grid import grid_by_walk, grid_in_rows, picture_png
 from alphaflow_cli.sample.plan import Plan, Record, SampleRequest, plan_sampling, summary
 from alphaflow_cli.text import shorten
@@ -163,7 +164,7 @@ class PictureFolder:
         plan = self.plan
         front = f"nfe-{plan.walks[walk].nfe}-" if len(plan.walks) > 1 else ""
         for seed, label in zip(plan.request.seeds[span], plan.labels[span], strict=True):
-            name = f"{front}seed-{seed:06d}" + (f"-class-{label}" if has_labels(plan.generator.recipe) else "")
+            name = f"{front}seed-{seed:06d}" + (f"-class-{label}" if label_rows(plan.generator.recipe) else "")
             yield self.target / f"{name}.png"
 
     def has(self, walk: int, span: slice) -> bool:
@@ -326,7 +327,7 @@ class GridFile(RowFile):
         """One walk: pictures in reading order. Several: the same seeds in rows, a walk per row."""
         generator, walks = self.plan.generator, self.plan.walks
         rows, known, labels = pictures.reshape(len(walks), -1, *self.shape[1:]), generator.class_names, []
-        if has_labels(generator.recipe):
+        if label_rows(generator.recipe):
             labels = self.plan.labels[: self.shown]
         names = [known[label] if label < len(known) else str(label) for label in labels]
         if len(walks) == 1:
