@@ -249,25 +249,22 @@ def mend_lines(path: Path) -> None:
 
 
 def read_lines(path: Path) -> dict[int, dict[str, Any]]:
-    """Whole lines by the batch they are of, the first of each."""
+    """Whole lines by the batch they are of, the first of each. One that a power cut or another writer damaged is none.
+
+    Former lines have no checksum.
+    """
     if not path.exists():
         return {}
     check_regular(path)
     rows: dict[int, dict[str, Any]] = {}
     for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
-        batch = _batch_of(line)
-        if batch is not None:
-            rows.setdefault(batch, json.loads(line))
+        try:
+            row = json.loads(line)
+            if row.get("sha256") in (None, _checksum(row)):
+                rows.setdefault(int(row["batch"]), row)
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
+            continue
     return rows
-
-
-def _batch_of(line: str) -> int | None:
-    """The batch of a line; None where a power cut or another writer damaged it. Former lines have no checksum."""
-    try:
-        row = json.loads(line)
-        return int(row["batch"]) if row.get("sha256") in (None, _checksum(row)) else None
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
-        return None
 
 
 def _checksum(row: dict[str, Any]) -> str:

@@ -122,12 +122,10 @@ def write_charts(out: Path, summaries: Sequence[Summary]) -> list[Path]:
         charts["alpha"] = sizes_chart(summaries[-1])
     if len(summaries) > 1:
         charts["steps"] = steps_chart(summaries)
-    paths = []
+    paths = {name: out / f"conflict-{name}.png" for name in charts}
     for name, chart in charts.items():
-        path, picture = out / f"conflict-{name}.png", to_png(chart)
-        write_whole(path, picture)
-        paths.append(path)
-    return paths
+        write_whole(paths[name], to_png(chart))
+    return list(paths.values())
 
 
 def subtitle(summary: Summary) -> str:
@@ -189,10 +187,14 @@ def cosine_panels(points: CosinePoints, *, bars: bool = False) -> list[Panel]:
 
 def sizes_chart(summary: Summary) -> Chart:
     """Draw the weighted gradient over α against MeanFlow's: its size and its direction."""
-    panels = [
-        _over_alpha(summary, "size", "relative size"),
-        _over_alpha(summary, "cosine", "cosine"),
-    ]
+    panels = []
+    for name, title in (("size", "relative size"), ("cosine", "cosine")):
+        lines = []
+        for kind, (label, colour) in SIZES.items():
+            entries = [entry for entry in summary["sizes"][kind] if entry[name]["p50"] is not None]
+            points = [(entry["alpha"] or LOWEST, entry[name]["p50"]) for entry in entries]
+            lines.append(Line(label, points, colour, markers=True))
+        panels.append(Panel(title, lines, height=190))
     return Chart(
         title="Gradient over α / at α = 0",
         subtitle=subtitle(summary),
@@ -201,12 +203,3 @@ def sizes_chart(summary: Summary) -> Chart:
         x_ticks=[LOWEST, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0],
         panels=panels,
     )
-
-
-def _over_alpha(summary: Summary, name: str, title: str) -> Panel:
-    lines = []
-    for kind, (label, colour) in SIZES.items():
-        entries = [entry for entry in summary["sizes"][kind] if entry[name]["p50"] is not None]
-        points = [(entry["alpha"] or LOWEST, entry[name]["p50"]) for entry in entries]
-        lines.append(Line(label, points, colour, markers=True))
-    return Panel(title, lines, height=190)

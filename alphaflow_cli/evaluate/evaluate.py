@@ -21,7 +21,6 @@ from alphaflow_cli.evaluate.features import Extractor
 from alphaflow_cli.evaluate.measure import (
     CHUNK,
     Clock,
-    Content,
     Pass,
     content_of,
     evaluation_id,
@@ -148,18 +147,18 @@ def evaluate(
     work, moments = ruler.measure(source, clock)
     if ruler.processes.rank:
         return None
-    content = content_of(work)
+    digest, copies = content_of(work)
     with clock.part("distances"):
         rows = score(Measured(work, moments, reference, ruler.processes.device), metrics)
-    warnings = _warnings(content, source, rows[0].notes if rows else ())
+    warnings = _warnings(copies, source, rows[0].notes if rows else ())
     seconds = {part: round(spent, 2) for part, spent in {**source.seconds, **clock.seconds}.items()}
-    return Evaluation(work.folder.name, content.sha256, rows, warnings, seconds, ruler.processes.size)
+    return Evaluation(work.folder.name, digest, rows, warnings, seconds, ruler.processes.size)
 
 
-def _warnings(content: Content, source: ImageSource, notes: tuple[str, ...]) -> list[str]:
+def _warnings(copies: int, source: ImageSource, notes: tuple[str, ...]) -> list[str]:
     warnings = [note for note in notes if note.startswith("weights are not")]
-    if content.copies:
-        warnings.append(f"{content.copies:,} of {source.count:,} pictures are exact copies of others")
+    if copies:
+        warnings.append(f"{copies:,} of {source.count:,} pictures are exact copies of others")
     return warnings
 
 
@@ -181,9 +180,9 @@ def make_reference(
     work, moments = ruler.measure(source, Clock())
     if ruler.processes.rank:
         return None
-    content = content_of(work)
-    save_reference(build_reference(work, moments, content, name=name, kept=kept), path)
-    return load_reference(path), _warnings(content, source, ())
+    save_reference(build_reference(work, moments, name=name, kept=kept), path)
+    reference = load_reference(path)
+    return reference, _warnings(reference.facts["copies"], source, ())
 
 
 def find_reference(text: str, size: tuple[int, int], ruler: Ruler) -> Reference:

@@ -176,16 +176,8 @@ def gather_moments(work: Pass, processes: Processes) -> dict[str, Moments]:
     return totals
 
 
-@dataclass(frozen=True)
-class Content:
-    """What the pass saw: the pictures' common hash, and how many are copies."""
-
-    sha256: str  # of all pictures' hashes in order; does not depend on the container
-    copies: int  # pictures that equal an earlier one
-
-
-def content_of(work: Pass) -> Content:
-    """Hash the pictures of a finished pass, and count copies among them."""
+def content_of(work: Pass) -> tuple[str, int]:
+    """The common sha256 of the pictures of a finished pass, whatever held them, and how many equal an earlier one."""
     digests = load_all(work, "digests")
     distinct = len(torch.unique(digests, dim=0))
-    return Content(hashlib.sha256(digests.numpy().tobytes()).hexdigest(), len(digests) - distinct)
+    return hashlib.sha256(digests.numpy().tobytes()).hexdigest(), len(digests) - distinct

@@ -29,7 +29,7 @@ from alphaflow_cli.core.frechet import Moments, frechet_distance
 from alphaflow_cli.documents import Anything, ListOf, Maybe, Table, Text, Whole, parse_json
 from alphaflow_cli.errors import DAMAGE, AlphaflowError
 from alphaflow_cli.evaluate.features import Extractor
-from alphaflow_cli.evaluate.measure import Content, Pass, load_all
+from alphaflow_cli.evaluate.measure import Pass, content_of, load_all
 from alphaflow_cli.evaluate.networks import Inception
 from alphaflow_cli.evaluate.pictures import BROKEN, read_npz
 from alphaflow_cli.evaluate.results import SPACE, FeatureSpace, environment, space_of
@@ -71,7 +71,7 @@ class Reference:
     facts: dict[str, Any]  # name, kind, count, size, prepared, sha256, …: printed with every number; None: not stated
 
 
-def build_reference(work: Pass, moments: dict[str, Moments], content: Content, *, name: str, kept: int) -> Reference:
+def build_reference(work: Pass, moments: dict[str, Moments], *, name: str, kept: int) -> Reference:
     """Make a reference of a finished pass, with the features of `kept` pictures drawn at random."""
     order = np.random.RandomState(DRAW_SEED).permutation(work.source.count)[:kept]
     chosen = torch.from_numpy(np.sort(order))
@@ -80,7 +80,7 @@ def build_reference(work: Pass, moments: dict[str, Moments], content: Content, *
         mean, cov = moments[key].finalise()
         features = load_all(work, key)[chosen] if kept else None
         stats[key] = Stats(space_of(work.extractors[key]), mean, cov, features)
-    described = work.source.describe()
+    described, (digest, copies) = work.source.describe(), content_of(work)
     facts = {
         "name": name or described["name"],
         "kind": described["kind"],
@@ -88,8 +88,8 @@ def build_reference(work: Pass, moments: dict[str, Moments], content: Content, *
         "size": list(work.source.size),
         "prepared": described["prepared"],
         "source": described,
-        "pictures_sha256": content.sha256,
-        "copies": content.copies,
+        "pictures_sha256": digest,
+        "copies": copies,
         "environment": environment(),
     }
     return Reference(stats, facts)

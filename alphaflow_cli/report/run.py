@@ -96,7 +96,7 @@ def page_of(run: Path) -> RunPage:
     model = run / "model.safetensors"
     origin, digest = (origin_of(model), sha256_of(model)) if model.is_file() else ({}, "")
     compared, other = counterpart(recipe)
-    changes = [(name, shown(there), shown(here)) for name, there, here in diff_recipes(other, recipe) if name != "name"]
+    changes = [each for each in diff_recipes(other, recipe) if each[0] != "name"]
     conflict, percentiles = conflict_of(run, recipe, rows)
     return RunPage(
         name=recipe.name or run.name,
@@ -110,10 +110,10 @@ def page_of(run: Path) -> RunPage:
         samples=embed(sorted(path for path in (run / "samples").glob("step-*.png") if path.is_file())),
         scores=scores_of(run / "results.json", digest),
         compared_with=compared,
-        changes=changes,
+        changes=[(name, shown(there), shown(here)) for name, there, here in changes],
         recipe=text,
         environment=environment_of(origin, digest, rows),
-        commands=commands_of(recipe, run, diff_recipes(other, recipe), str(origin.get("init_from") or "")),
+        commands=commands_of(recipe, run, changes, str(origin.get("init_from") or "")),
     )
 
 
@@ -207,7 +207,7 @@ def environment_of(origin: dict[str, Any], digest: str, rows: Sequence[dict[str,
 def commands_of(recipe: Recipe, run: Path, changes: Sequence[tuple[str, Any, Any]], init_from: str) -> list[str]:
     """The commands that make the run again; `changes`: (field, there, here) against the shipped recipe of its name."""
     is_shipped, file = recipe.name in shipped(), f"{recipe.name or 'recipe'}.yaml"
-    sets = [f"--set {name}={quote(shown(here))}" for name, _, here in changes if name != "name"] if is_shipped else []
+    sets = [f"--set {name}={quote(shown(here))}" for name, _, here in changes] if is_shipped else []
     train = ["alphaflow train", recipe.name if is_shipped else quote(file), *sets]
     train += [f"--init-from {quote(init_from)}"] if init_from else []
     folder = quote(f"runs/{recipe.name or run.name}")

@@ -20,6 +20,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from shutil import which
@@ -135,7 +136,9 @@ class Generator:
         self.net = net or load_network(checkpoint).to(device).eval()
         self.bf16 = self.recipe.train.precision == "bf16" and device.type == "cuda"
         self.decoder = plan_decoder(decoder, device, pictures=0)
-        self._autoencoder: Autoencoder | None = None
+        record: dict[str, Any] = self.origin.get("autoencoder") or {}  # of the one that made the latents
+        self._record = record if record.get("id") else {**record, "id": self.recipe.data.autoencoder}
+        self.has_decoder = self._record["id"] != "none"  # the network makes latents, not pixels
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -148,35 +151,23 @@ class Generator:
         """By index; empty where the checkpoint has none."""
         return [str(name) for name in self.origin.get("class_names") or []]
 
-    @property
+    @cached_property
     def autoencoder(self) -> Autoencoder:
-        """Loaded when the first picture is decoded."""
-        if self._autoencoder is None:
-            self.use_autoencoder(self._autoencoder_name())
-        assert self._autoencoder is not None
-        return self._autoencoder
-
-    def _autoencoder_name(self) -> str:
-        """Beside the checkpoint, else by its id; a store made with a local one knows its bare name only, so then the
-        recipe's. Whichever it is, its weights are checked against those that made the latents."""
-        record = self._record
+        """Loaded when the first picture is decoded: the one beside the checkpoint, else by its id; a store made with a
+        local one knows its bare name only, so then the recipe's."""
+        record, of_recipe = self._record, self.recipe.data.autoencoder
         name = f"{record['id']}@{record['revision']}" if record.get("revision") else str(record["id"])
         if (self.folder / name / "config.json").is_file():
-            return str(self.folder / name)
-        of_recipe = self.recipe.data.autoencoder
-        is_bare = "/" not in name and not Path(name).exists()
-        return of_recipe if is_bare and of_recipe != "none" and self.has_decoder else name
+            name = str(self.folder / name)
+        elif "/" not in name and not Path(name).exists() and of_recipe != "none" and self.has_decoder:
+            name = of_recipe
+        return self._load_autoencoder(name)
 
-    @property
-    def _record(self) -> dict[str, Any]:
-        """What the checkpoint says of the autoencoder that made the latents it was trained on."""
-        record: dict[str, Any] = self.origin.get("autoencoder") or {}
-        return record if record.get("id") else {**record, "id": self.recipe.data.autoencoder}
-
-    @property
-    def has_decoder(self) -> bool:
-        """Whether the network makes latents, not pixels."""
-        return bool(self._record.get("id") != "none")
+    def _load_autoencoder(self, name: str) -> Autoencoder:
+        """Whichever it is, its weights are checked against those that made the latents."""
+        autoencoder = self.decoder.load(name, self.device)
+        check_autoencoder(autoencoder, self._record)
+        return autoencoder
 
     @property
     def precision(self) -> str:
@@ -192,14 +183,12 @@ class Generator:
 
     def expect(self, pictures: int) -> None:
         """Get ready for so many pictures of all processes together: compiling the decoder has to pay."""
-        assert self._autoencoder is None, "expect comes before the first picture"
+        assert "autoencoder" not in vars(self), "expect comes before the first picture"
         self.decoder = plan_decoder(self.decoder.precision, self.device, pictures=pictures)
 
     def use_autoencoder(self, name: str) -> None:
         """Decode with this copy of the checkpoint's autoencoder."""
-        autoencoder = self.decoder.load(name, self.device)
-        check_autoencoder(autoencoder, self._record)
-        self._autoencoder = autoencoder
+        self.autoencoder = self._load_autoencoder(name)
 
     @torch.no_grad()
     def latents(self, seeds: Sequence[int], labels: Sequence[int], walk: Walk) -> Tensor:
