@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +122,10 @@ def analyze_one(address: str, request: AnalyzeRequest, out: Path, processes: Pro
     stream = recipe_stream(
         recipe, store, batch=request.batch, seed=request.seed, device=device, resident=False, verify="sizes"
     )
-    work = Work(generator, stream, request, objective_of(recipe, device), path, processes)
+    objective = Objective.of(recipe)
+    if device.type != "cuda":  # bf16 on a GPU only, where training in it is fast
+        objective = replace(objective, bf16=False)
+    work = Work(generator, stream, request, objective, path, processes)
     measure_missing(work)
     stream.close()
     if processes.rank:
@@ -144,12 +147,6 @@ def store_to_analyze(recipe: Recipe, request: AnalyzeRequest) -> Path:
         f"{request.address}: where are the latents it was trained on? Give --data DIR, made by alphaflow prep-latents "
         f"(the recipe says {recipe.data.store or recipe.data.source or 'nothing'!r})."
     )
-
-
-def objective_of(recipe: Recipe, device: torch.device) -> Objective:
-    """The objective of the training; bf16 on a GPU only, where training in it is fast."""
-    objective = Objective.of(recipe)
-    return objective if device.type == "cuda" else Objective(**{**vars(objective), "bf16": False})
 
 
 def describe_setting(generator: Generator, request: AnalyzeRequest, store: Path) -> dict[str, Any]:

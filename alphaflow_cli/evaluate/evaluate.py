@@ -256,7 +256,8 @@ def evaluate_checkpoint(request: EvalRequest, processes: Processes) -> Report | 
             "a file), or set eval.reference in the recipe."
         )
     sources = [GeneratedImages(generator, walk, count=count, draw=draw) for walk in walks]
-    folder = results_folder(request)
+    run = run_folder(request.checkpoint)
+    folder = request.out or (run / "evals" if run else Path("evals"))
     evaluations = evaluate_all(request, processes, sources, metrics, reference, folder)
     return write_evaluation(request, evaluations, folder, generator.digest) if evaluations else None
 
@@ -296,17 +297,15 @@ def choose_walks(request: EvalRequest, generator: Generator) -> list[Walk]:
     return [plan(nfe=nfe, kind=request.sampler, times=request.times) for nfe in counts]
 
 
-def results_folder(request: EvalRequest) -> Path:
-    """The folder for unfinished work and the history: --out, else in the run, else evals."""
-    run = run_folder(request.checkpoint)
-    return request.out or (run / "evals" if run else Path("evals"))
-
-
 def write_evaluation(request: EvalRequest, evaluations: list[Evaluation], folder: Path, digest: str) -> Report:
-    """Write results.json, the history and the picture: in the run folder if its own model was measured, else beside."""
-    run = run_folder(request.checkpoint)
-    own = run is not None and request.out is None and is_model_of(run, digest)
-    place = run if run is not None and own else folder / evaluations[0].id
+    """Write results.json, the history and the picture: in the run folder if its own model was measured, else beside.
+
+    Its own model has this checksum still: numbers of other weights must not stand as the run's.
+    """
+    run, place = run_folder(request.checkpoint), folder / evaluations[0].id
+    if run is not None and request.out is None and digest:
+        model = run / "model.safetensors"
+        place = run if model.is_file() and sha256_of(model) == digest else place
     path = place / "results.json"
     save_results(path, folder / "history.jsonl", evaluations)
     chart = score_chart(evaluations, sweep=request.sweep_midpoint)
@@ -315,12 +314,6 @@ def write_evaluation(request: EvalRequest, evaluations: list[Evaluation], folder
     picture = place / ("midpoints.png" if request.sweep_midpoint else "scores.png")
     write_whole(picture, to_png(chart))
     return Report(evaluations, path, picture)
-
-
-def is_model_of(run: Path, digest: str) -> bool:
-    """Whether the run's newest model has this checksum: numbers of other weights must not stand as the run's own."""
-    model = run / "model.safetensors"
-    return model.is_file() and sha256_of(model) == digest
 
 
 def score_chart(evaluations: Sequence[Evaluation], *, sweep: bool) -> Chart | None:

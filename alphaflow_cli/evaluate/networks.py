@@ -54,14 +54,14 @@ CLIP_RENAMED = (
     ("conv1", "patch_embed.proj"),
     ("positional_embedding", "pos_embed"),
     ("class_embedding", "cls_token"),
-    ("transformer.resblocks.", "blocks."),
+    (r"transformer\.resblocks\.", "blocks."),
     ("ln_pre", "norm_pre"),
     ("ln_post", "norm"),
     ("ln_", "norm"),
-    ("attn.in_proj_", "attn.qkv."),
-    ("attn.out_proj", "attn.proj"),
-    ("mlp.c_fc", "mlp.fc1"),
-    ("mlp.c_proj", "mlp.fc2"),
+    (r"attn\.in_proj_", "attn.qkv."),
+    (r"attn\.out_proj", "attn.proj"),
+    (r"mlp\.c_fc", "mlp.fc1"),
+    (r"mlp\.c_proj", "mlp.fc2"),
 )
 DINOV2_RENAMED = (
     (r"^dinov2\.", ""),
@@ -180,7 +180,10 @@ def resample_positions(table: Tensor) -> Tensor:
 def dinov2_to_timm(state: dict[str, Tensor], source: Path) -> dict[str, Tensor]:
     """Turn the official, timm's or transformers' names of the weights into timm's."""
     if "embeddings.cls_token" in state or "dinov2.embeddings.cls_token" in state:
-        state = _from_transformers(state)
+        state = _renamed(state, DINOV2_RENAMED)
+        for query in [key for key in state if ".attn.q." in key]:
+            parts = [state.pop(query.replace(".attn.q.", f".attn.{letter}.")) for letter in "qkv"]
+            state[query.replace(".attn.q.", ".attn.qkv.")] = torch.cat(parts)
     if not {"cls_token", "pos_embed", "patch_embed.proj.weight"} <= state.keys():
         raise AlphaflowError(f"{source}: neither the official, timm's nor transformers' DINOv2 (no class token in it)")
     if "register_tokens" in state or "reg_token" in state:
@@ -188,15 +191,13 @@ def dinov2_to_timm(state: dict[str, Tensor], source: Path) -> dict[str, Tensor]:
     return {key: value.float() for key, value in state.items() if key != "mask_token"}
 
 
-def _from_transformers(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def _renamed(state: dict[str, Tensor], rules: tuple[tuple[str, str], ...]) -> dict[str, Tensor]:
+    """The tensors under the names that all rules together make of theirs."""
     renamed = {}
     for key, value in state.items():
-        for pattern, target in DINOV2_RENAMED:
+        for pattern, target in rules:
             key = re.sub(pattern, target, key)
         renamed[key] = value
-    for query in [key for key in renamed if ".attn.q." in key]:
-        parts = [renamed.pop(query.replace(".attn.q.", f".attn.{letter}.")) for letter in "qkv"]
-        renamed[query.replace(".attn.q.", ".attn.qkv.")] = torch.cat(parts)
     return renamed
 
 
@@ -224,24 +225,15 @@ class Clip(Extractor):
 def clip_to_timm(state: dict[str, Tensor], source: Path) -> dict[str, Tensor]:
     """Turn OpenAI's or timm's names of the weights into timm's, in float32 (OpenAI's file is half precision)."""
     if "visual.class_embedding" in state:
-        state = _from_openai({key[7:]: value for key, value in state.items() if key.startswith("visual.")})
+        visual = {key[7:]: value for key, value in state.items() if key.startswith("visual.")}
+        state = _renamed(visual, CLIP_RENAMED)
+        state["cls_token"], state["pos_embed"] = state["cls_token"][None, None], state["pos_embed"][None]
+        state["head.weight"] = state.pop("proj").T
     if not {"cls_token", "patch_embed.proj.weight", "norm_pre.weight", "head.weight"} <= state.keys():
         raise AlphaflowError(f"{source}: neither OpenAI's nor timm's CLIP image network")
     state = {key: value.float() for key, value in state.items()}
     state.setdefault("head.bias", torch.zeros(state["head.weight"].shape[0]))
     return state
-
-
-def _from_openai(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    renamed = {}
-    for key, value in state.items():
-        for old, new in CLIP_RENAMED:
-            key = key.replace(old, new)
-        renamed[key] = value
-    renamed["cls_token"] = renamed["cls_token"][None, None]
-    renamed["pos_embed"] = renamed["pos_embed"][None]
-    renamed["head.weight"] = renamed.pop("proj").T
-    return renamed
 
 
 def build_extractor(name: str, *, device: torch.device, weights: Path | None) -> Extractor:

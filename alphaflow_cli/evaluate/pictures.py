@@ -26,6 +26,7 @@ from alphaflow_cli.data.classes import choose_split
 from alphaflow_cli.data.pictures import MAX_PIXELS, BadPicture, Fetch, decode, decode_whole
 from alphaflow_cli.data.sources import open_source
 from alphaflow_cli.errors import DAMAGE, AlphaflowError
+from alphaflow_cli.files import is_there, stamp_of
 from alphaflow_cli.sample.generator import Generator
 from alphaflow_cli.sample.walk import LazyLabels, Walk, draw_labels
 from alphaflow_cli.text import brief
@@ -187,11 +188,8 @@ def _spread(lines: Sequence[int], limit: int | None) -> Sequence[int]:
 
 
 def _stamp(path: Path) -> list[Any]:
-    try:
-        status = path.stat()
-    except OSError:  # gone: whoever reads it says so
-        return [str(path.absolute())]
-    return [str(path.absolute()), status.st_size, status.st_mtime_ns]
+    there = [*vars(stamp_of(path)).values()] if is_there(path) else []  # gone: whoever reads it says so
+    return [str(path.absolute()), *there]
 
 
 class GeneratedImages(ImageSource):

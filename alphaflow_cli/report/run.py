@@ -92,7 +92,10 @@ def page_of(run: Path) -> RunPage:
             f"{run}: not a run folder (no recipe.yaml in it). Make one: alphaflow train RECIPE --out {run}"
         )
     text = read_document(path)
-    recipe, rows = recipe_from_text(text, str(path)), checked_rows(run / "metrics.jsonl")
+    journal = run / "metrics.jsonl"
+    recipe, rows = recipe_from_text(text, str(path)), read_rows(journal)
+    for row in rows:
+        check_shape(row, f"{journal}: the row of step {row['step']}", JOURNAL_ROW)
     model = run / "model.safetensors"
     origin, digest = (origin_of(model), sha256_of(model)) if model.is_file() else ({}, "")
     compared, other = counterpart(recipe)
@@ -115,14 +118,6 @@ def page_of(run: Path) -> RunPage:
         environment=environment_of(origin, digest, rows),
         commands=commands_of(recipe, run, changes, str(origin.get("init_from") or "")),
     )
-
-
-def checked_rows(path: Path) -> list[dict[str, Any]]:
-    """Read the journal; a row whose drawn fields are no numbers is refused."""
-    rows = read_rows(path)
-    for row in rows:
-        check_shape(row, f"{path}: the row of step {row['step']}", JOURNAL_ROW)
-    return rows
 
 
 def status_of(recipe: Recipe, rows: Sequence[dict[str, Any]], origin: dict[str, Any]) -> str:
