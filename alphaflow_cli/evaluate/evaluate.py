@@ -308,7 +308,7 @@ def write_evaluation(request: EvalRequest, evaluations: list[Evaluation], folder
         place = run if model.is_file() and sha256_of(model) == digest else place
     path = place / "results.json"
     save_results(path, folder / "history.jsonl", evaluations)
-    chart = score_chart(evaluations, sweep=request.sweep_midpoint)
+    chart = score_chart(evaluations, sweep=request.sweep_midpoint) if len(evaluations) > 1 else None
     if chart is None:
         return Report(evaluations, path, None)
     picture = place / ("midpoints.png" if request.sweep_midpoint else "scores.png")
