@@ -66,9 +66,10 @@ def write_by(path: Path, write: Callable[[Path], object]) -> None:
 def _replacing(path: Path) -> Iterator[Path]:
     """Give a temporary name of this process beside `path`; the file takes the name when all went well.
 
-    Where a folder, a pipe or a device stands, nothing is written: root could put a file in the place of /dev/null.
+    Where a pipe or a device stands, nothing is written: root would put a file in the place of /dev/null.
     """
-    check_regular(path)
+    if not path.is_dir():  # a folder is no file's to replace; the system says so itself
+        check_regular(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
