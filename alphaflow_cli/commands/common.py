@@ -15,6 +15,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from alphaflow_cli.errors import OF_A_PATH, AlphaflowError
+from alphaflow_cli.files import check_new, write_whole
 from alphaflow_cli.recipe.schema import MOST_NFE
 from alphaflow_cli.text import for_terminal
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 UNSAFE = r"[\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u2069\ud800-\udfff\ufeff]"  # JSON itself escapes what is below
 LONGEST = 100_000  # letters of one printed text
 Command = TypeVar("Command", bound=Callable[..., Any])
-Result = TypeVar("Result")
+Shown = TypeVar("Shown")
 
 
 class WholeWithin(click.ParamType):  # type: ignore[type-arg]
@@ -161,8 +162,8 @@ def decoder_option(function: Command) -> Command:
 
 
 def share(
-    work: "Callable[[Processes], Result | None]",
-    show: Callable[[Result], object],
+    work: "Callable[[Processes], Shown | None]",
+    show: Callable[[Shown], object],
     processes: int | None,
     *,
     needs_gpu: bool = True,
@@ -220,8 +221,6 @@ def print_table(rows: Sequence[tuple[str, ...]], *, head: tuple[str, ...] = ()) 
 
 def write_new(path: Path, content: str | bytes, *, overwrite: bool = False) -> None:
     """Write a whole file or nothing; the folder must exist, and a file that exists is kept unless `overwrite`."""
-    if path.exists() and not overwrite:
-        raise AlphaflowError(f"{path}: exists already, and is not overwritten. Choose another name or remove it")
-    from alphaflow_cli.files import write_whole
-
+    if not overwrite:
+        check_new(path)
     write_whole(path, content)

@@ -93,9 +93,9 @@ def command(
         images=images, draw=draw, autoencoder=autoencoder, decoder=decoder, batch=batch, weights=weights, out=out,
     )  # fmt: skip
     special = (nfe, times, guidance is not None, guidance_channels, sweep_midpoint, draw, autoencoder)
-    if not (of_checkpoint := is_checkpoint(subject)) and (any(special) or sampler != "auto" or decoder != "auto"):
+    evaluate = evaluate_checkpoint if is_checkpoint(subject) else evaluate_pictures
+    if evaluate is evaluate_pictures and (any(special) or sampler != "auto" or decoder != "auto"):
         raise click.UsageError(f"{subject} is a source of pictures: {OF_CHECKPOINTS} are for checkpoints.")
-    evaluate = evaluate_checkpoint if of_checkpoint else evaluate_pictures
     share(partial(evaluate, request), partial(show_report, markdown=markdown, as_json=as_json), processes)
 
 

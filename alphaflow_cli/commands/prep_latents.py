@@ -111,10 +111,10 @@ def estimate(request: "StoreRequest", store: Path, processes: int | None) -> Non
     """Say what making the store would take."""
     from alphaflow_cli.latents.plan import plan_job
     from alphaflow_cli.latents.prepare import count_encoders, estimate_store
-    from alphaflow_cli.runtime.processes import Alone, device_of
+    from alphaflow_cli.runtime.processes import Processes, device_of
 
     count = count_encoders(request.autoencoder, processes)
-    job = plan_job(request, store, Alone(device_of(0), size=count))
+    job = plan_job(request, store, Processes(device_of(0), size=count))
     print_lines(estimate_store(job, count).lines())
 
 

@@ -20,7 +20,7 @@ from alphaflow_cli.commands.common import (
     tell,
 )
 from alphaflow_cli.commands.measuring import Metrics, Weights, batch_option, metrics_option, weights_option
-from alphaflow_cli.errors import AlphaflowError
+from alphaflow_cli.files import check_new
 
 if TYPE_CHECKING:
     from alphaflow_cli.evaluate.reference import Reference
@@ -72,8 +72,7 @@ def command(
     """
     if path.suffix != ".safetensors":
         raise click.UsageError(f"-o {path}: a reference is a .safetensors file")
-    if path.exists():
-        raise AlphaflowError(f"{path}: exists already, and is not overwritten. Choose another name or remove it")
+    check_new(path)
 
     from alphaflow_cli.evaluate.evaluate import ReferenceRequest, measure_reference
 

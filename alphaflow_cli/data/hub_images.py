@@ -90,25 +90,17 @@ def download(repo: str, commit: str, file: str) -> bytes:
 
 def _list(repo: str, revision: str | None) -> tuple[str, list[str]]:
     """The commit that a revision means now, and all its files."""
-    where = f"hf://datasets/{repo}"
-    try:
-        with hub_faults(where):
-            info = hub_api().dataset_info(repo, revision=revision)
-            assert info.sha is not None, repo
-            return info.sha, hub_api().list_repo_files(repo, repo_type="dataset", revision=info.sha)
-    except HubFault as fault:
-        raise AlphaflowError(f"{where}: cannot be listed ({fault.why.rstrip('.')})") from fault
+    with hub_faults(f"hf://datasets/{repo}: cannot be listed"):
+        info = hub_api().dataset_info(repo, revision=revision)
+        assert info.sha is not None, repo
+        return info.sha, hub_api().list_repo_files(repo, repo_type="dataset", revision=info.sha)
 
 
 def _cached(repo: str, commit: str, file: str) -> Path:
     """Download an archive into the Hub's cache; a download that was cut off goes on, and one that is there stays."""
-    where = f"hf://datasets/{repo}"
-    try:
-        with hub_faults(where):
-            folder = cache_folder()
-            return Path(hub_api().hf_hub_download(repo, file, repo_type="dataset", revision=commit, cache_dir=folder))
-    except HubFault as fault:
-        raise AlphaflowError(f"{where}: {file} cannot be downloaded ({fault.why.rstrip('.')})") from fault
+    with hub_faults(f"hf://datasets/{repo}: {file} cannot be downloaded"):
+        folder = cache_folder()
+        return Path(hub_api().hf_hub_download(repo, file, repo_type="dataset", revision=commit, cache_dir=folder))
 
 
 def _about_parquet(files: Sequence[str]) -> str:

@@ -170,7 +170,7 @@ def plan_to_dict(plan: StorePlan) -> dict[str, Any]:
 
 
 def read_plan(path: Path) -> StorePlan:
-    """Read plan.json."""
+    """Read plan.json: what is being made, or was."""
     return _plan_of(_read_document(path, PLAN))
 
 

@@ -9,7 +9,6 @@ And what there is to say about a store: what making it will take, what is in it,
 """
 
 import itertools
-import shutil
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
@@ -20,7 +19,7 @@ from alphaflow_cli.data.manifest import plan_to_dict, read_manifest
 from alphaflow_cli.data.store import verify_store
 from alphaflow_cli.data.writing import finish_store, is_done
 from alphaflow_cli.errors import AlphaflowError
-from alphaflow_cli.files import is_there, to_json, write_pieces
+from alphaflow_cli.files import free_bytes, is_there, to_json, write_pieces
 from alphaflow_cli.latents.encode import Job, StoreRequest, decoded_pictures, encode_rows, work, writing_to
 from alphaflow_cli.latents.plan import plan_job
 from alphaflow_cli.nn.autoencoder import load_autoencoder
@@ -72,12 +71,6 @@ def missing_shards(job: Job) -> list[int]:
 def bytes_needed(job: Job, shards: Sequence[int]) -> int:
     """On disk for these shards; the list of pictures and the statistics are small change."""
     return sum(len(job.span(shard)) for shard in shards) * job.plan.sample_bytes
-
-
-def free_bytes(out: Path) -> int:
-    """On the disk that holds, or will hold, a folder."""
-    existing = next(folder for folder in (out.absolute(), *out.absolute().parents) if is_there(folder))
-    return shutil.disk_usage(existing).free
 
 
 def check_room(out: Path, needed: int) -> None:

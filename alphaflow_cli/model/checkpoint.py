@@ -21,7 +21,7 @@ from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.files import check_regular
 from alphaflow_cli.model.build import build_network
 from alphaflow_cli.nn.autoencoder import Autoencoder
-from alphaflow_cli.nn.weights import check_real
+from alphaflow_cli.nn.weights import check_real, unlike
 from alphaflow_cli.recipe import dump_recipe, recipe_from_text
 from alphaflow_cli.recipe.migrations import refuse_newer
 from alphaflow_cli.recipe.schema import Recipe
@@ -169,12 +169,8 @@ def misfits(weights: dict[str, Tensor], recipe: Recipe, *, without: tuple[str, .
             state = build_network(recipe).state_dict()
     except (RuntimeError, OverflowError) as error:
         return f"no network has such sizes: {str(error).splitlines()[0][:200]}"
-    wanted = {name: tuple(value.shape) for name, value in state.items() if not name.startswith(without)}
-    there = {name: tuple(value.shape) for name, value in weights.items()}
-    missing, extra = sorted(wanted.keys() - there.keys()), sorted(there.keys() - wanted.keys())
-    wrong = sorted(name for name in wanted.keys() & there.keys() if wanted[name] != there[name])
-    parts = {"missing": missing, "unknown": extra, "of another shape": wrong}
-    return "; ".join(f"{len(names)} {what}, such as {names[0]}" for what, names in parts.items() if names)
+    wanted = {name: value for name, value in state.items() if not name.startswith(without)}
+    return unlike(wanted, weights)
 
 
 def check_autoencoder(autoencoder: Autoencoder, record: dict[str, Any]) -> None:

@@ -24,7 +24,7 @@ from alphaflow_cli.recipe import diff_recipes, dump_recipe, recipe_from_text
 from alphaflow_cli.recipe.schema import Data, Recipe
 from alphaflow_cli.runtime.launch import StopFlag, has_parent, is_worker
 from alphaflow_cli.runtime.lock import hold
-from alphaflow_cli.runtime.processes import Alone, World, device_of, join_world, processes_here
+from alphaflow_cli.runtime.processes import Processes, World, device_of, join_world, processes_here
 from alphaflow_cli.runtime.progress import say
 from alphaflow_cli.train import state
 from alphaflow_cli.train.estimate import micro_batch_that_fits
@@ -141,7 +141,7 @@ def prepare_run(recipe: Recipe, options: TrainOptions) -> Path:
     if data.source and options.data is None and not (store / "manifest.json").exists():
         say(f"preparing {data.source} in {store}")
         wanted = StoreRequest(data.source, data.image_size, data.autoencoder, flips=data.flips)
-        prepare_store(wanted, store, Alone(device_of(0)))
+        prepare_store(wanted, store, Processes(device_of(0)))
     check_store(recipe, store)
     path = options.out / "recipe.yaml"
     for field, old, new in changes:
