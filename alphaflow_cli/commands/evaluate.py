@@ -1,6 +1,6 @@
 """`alphaflow eval`: numbers with their protocol, of a checkpoint or of pictures."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,8 +25,9 @@ from alphaflow_cli.commands.walking import walk_options
 from alphaflow_cli.recipe.schema import LabelDraw
 
 if TYPE_CHECKING:
-    from alphaflow_cli.evaluate.evaluate import Report
+    from alphaflow_cli.evaluate.evaluate import EvalRequest, Report
     from alphaflow_cli.evaluate.results import Evaluation
+    from alphaflow_cli.runtime.processes import Processes
     from alphaflow_cli.sample.generator import DecoderChoice
 
 OF_CHECKPOINTS = "--nfe, --sampler, --times, --guidance, --draw, --autoencoder and --decoder"
@@ -83,7 +84,7 @@ def command(
     or glyphs:N; pictures are measured as they are, never resized. Every number is printed with its protocol; running
     the same command again resumes.
     """
-    from alphaflow_cli.evaluate.evaluate import EvalRequest, evaluate_checkpoint, evaluate_pictures, is_checkpoint
+    from alphaflow_cli.evaluate.evaluate import EvalRequest
 
     if (markdown and as_json) or (times is not None and nfe) or (sweep_midpoint and (nfe or times)):
         raise click.UsageError("--markdown and --json exclude each other; so do --nfe, --times and --sweep-midpoint.")
@@ -92,11 +93,20 @@ def command(
         guidance_channels=guidance_channels, sweep_midpoint=sweep_midpoint, metrics=metrics, reference=reference,
         images=images, draw=draw, autoencoder=autoencoder, decoder=decoder, batch=batch, weights=weights, out=out,
     )  # fmt: skip
-    special = (nfe, times, guidance is not None, guidance_channels, sweep_midpoint, draw, autoencoder)
-    evaluate = evaluate_checkpoint if is_checkpoint(subject) else evaluate_pictures
-    if evaluate is evaluate_pictures and (any(special) or sampler != "auto" or decoder != "auto"):
-        raise click.UsageError(f"{subject} is a source of pictures: {OF_CHECKPOINTS} are for checkpoints.")
-    share(partial(evaluate, request), partial(show_report, markdown=markdown, as_json=as_json), processes)
+    special = any((nfe, times, guidance is not None, guidance_channels, sweep_midpoint, draw, autoencoder))
+    work = work_on(request, special or sampler != "auto" or decoder != "auto")
+    share(work, partial(show_report, markdown=markdown, as_json=as_json), processes)
+
+
+def work_on(request: "EvalRequest", special: bool) -> "Callable[[Processes], Report | None]":
+    """What measures the subject: a checkpoint, or pictures, for which `special` options of checkpoints are refused."""
+    from alphaflow_cli.evaluate.evaluate import evaluate_checkpoint, evaluate_pictures, is_checkpoint
+
+    if is_checkpoint(request.checkpoint):
+        return partial(evaluate_checkpoint, request)
+    if special:
+        raise click.UsageError(f"{request.checkpoint} is a source of pictures: {OF_CHECKPOINTS} are for checkpoints.")
+    return partial(evaluate_pictures, request)
 
 
 def show_report(report: "Report", *, markdown: bool, as_json: bool) -> None:
