@@ -115,7 +115,7 @@ def estimate(request: "StoreRequest", store: Path, processes: int | None) -> Non
 
     count = count_encoders(request.autoencoder, processes)
     job = plan_job(request, store, Processes(device_of(0), size=count))
-    print_lines(estimate_store(job, count).lines())
+    print_lines(estimate_store(job, count))
 
 
 def prepare(request: "StoreRequest", store: Path, processes: int | None) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from alphaflow_cli.convert.arguments import plain_arguments
-from alphaflow_cli.convert.shape import NetworkShape, heads_of
+from alphaflow_cli.convert.shape import HEADS, NetworkShape
 from alphaflow_cli.convert.source import read_source
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.files import check_new
@@ -112,11 +112,20 @@ class ForeignFile:
         return tree, wanted
 
     def heads(self, dim: int, stated: float | None = None) -> int:
-        """The number of attention heads: the file's, else that of --set or of the published size."""
-        requested = self.options.number("model.heads")
-        heads = heads_of(dim, self.name, requested if stated is None else stated)
-        if stated is None or self.options.values_of("model.heads"):
-            by_set = bool(self.options.values_of("model.heads"))
+        """The number of attention heads: the file's, else that of --set or of the published network of this width."""
+        by_set = bool(self.options.values_of("model.heads"))
+        wanted = self.options.number("model.heads") if stated is None else stated
+        if wanted is None and dim not in HEADS:
+            raise AlphaflowError(
+                f"{self.name}: does not say how many attention heads it has, and {dim} channels are none of the "
+                f"published sizes ({', '.join(map(str, HEADS))}). Say it: --set model.heads=N"
+            )
+        heads = HEADS[dim] if wanted is None else int(wanted)
+        if heads < 1 or dim % heads or (wanted is not None and heads != wanted):
+            raise AlphaflowError(
+                f"{self.name}: {wanted} attention heads do not divide {dim} channels. --set model.heads=N"
+            )
+        if stated is None or by_set:
             source = "--set model.heads" if by_set else f"of the published size with {dim} channels"
             self.filled["heads"] = f"{heads} ({source})"
         return heads

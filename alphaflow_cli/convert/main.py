@@ -22,14 +22,14 @@ from alphaflow_cli.convert.imported import (
 )
 from alphaflow_cli.convert.meanflow import FASTGEN, fastgen_tables, read_fastgen, read_meanflow
 from alphaflow_cli.convert.published import looks_published, read_published
-from alphaflow_cli.convert.shape import check_weights_fit, finite
+from alphaflow_cli.convert.shape import finite
 from alphaflow_cli.convert.sit import SiTKind, add_second_embedder, looks_like_sit, read_sit, turn_time
 from alphaflow_cli.convert.source import bare_name, read_source
 from alphaflow_cli.convert.strangers import check_path, refuse_strangers, refuse_unknown
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.files import sha256_of, write_by, write_whole
 from alphaflow_cli.model.build import build_network
-from alphaflow_cli.model.checkpoint import Checkpoint, check_latents, save_checkpoint
+from alphaflow_cli.model.checkpoint import Checkpoint, check_latents, misfits, save_checkpoint
 from alphaflow_cli.nn.autoencoder import kl_config, load_autoencoder
 from alphaflow_cli.recipe import Recipe
 
@@ -76,7 +76,8 @@ def _network_weights(foreign: Imported, recipe: Recipe, where: str) -> dict[str,
     missing second embedder is added.
     """
     one_embedder = foreign.family in FLOWS
-    check_weights_fit(foreign.weights, recipe, where, without=("second_embed.",) if one_embedder else ())
+    if differences := misfits(foreign.weights, recipe, without=("second_embed.",) if one_embedder else ()):
+        raise AlphaflowError(f"{where}: not the weights of the network it describes ({differences}).")
     weights = turn_time(foreign.weights) if foreign.family == "sit" else foreign.weights
     if one_embedder:
         weights = add_second_embedder(weights, build_network(recipe).state_dict())

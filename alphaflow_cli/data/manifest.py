@@ -59,7 +59,8 @@ PLAN = Table(
     },
     others=MORE,
 )
-BAD = ListOf(Table({"line": Whole(), "name": Text(), "why": Text()}, others=MORE), most=MAX_BYTES)
+LONG = Text(1 << 20)  # of an archive, a member's name may have 65,535 letters
+BAD = ListOf(Table({"line": Whole(), "name": LONG, "why": LONG}, others=MORE), most=MAX_BYTES)
 SHARD = Table(
     {name: Whole() for name in ("first", "lines", "count", "bytes")}
     | {"file": Text(form=r"train-\d{5,9}\.safetensors"), "sha256": Text(), "bad": BAD},

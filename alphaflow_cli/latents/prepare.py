@@ -12,7 +12,6 @@ import itertools
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
 from pathlib import Path
 
 from alphaflow_cli.data.manifest import plan_to_dict, read_manifest
@@ -110,7 +109,8 @@ def _work_shown(job: Job, processes: Processes, shown: bool) -> None:
             count = min(count * processes.size, total - bar.done)
             bar.advance(count, note=size((bar.done + count) * job.plan.sample_bytes))
 
-        mine = [shard for shard in share_of(job, processes) if not is_done(job.out, shard)]
+        shards = range(-(-total // job.plan.shard_size))[processes.rank :: processes.size]
+        mine = [shard for shard in shards if not is_done(job.out, shard)]
         try:
             if mine:
                 work(job, mine, processes.device, advance)
@@ -122,60 +122,23 @@ def _work_shown(job: Job, processes: Processes, shown: bool) -> None:
         advance(total)
 
 
-def share_of(job: Job, processes: Processes) -> range:
-    """Every N-th shard, beginning with the process's own number."""
-    return range(processes.rank, -(-job.images // job.plan.shard_size), processes.size)
-
-
 TRIAL_SECONDS = 3.0  # no batch of the trial begins later
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """Of the shards that are still missing."""
-
-    out: Path
-    images: int
-    todo: int
-    shards: int
-    latent: tuple[int, int, int]
-    bytes_needed: int
-    bytes_free: int
-    tried: int  # pictures decoded and encoded for the estimate
-    images_per_second: float
-    seconds: float
-
-    def lines(self) -> list[str]:
-        """For people; the last is the store's path."""
-        shape = "x".join(str(length) for length in self.latent)
-        rate = f"{self.images_per_second:.1f} pictures/s, tried on {self.tried}"
-        return [
-            f"pictures: {self.images:,}, {self.todo:,} to do in {self.shards:,} shards, latents {shape}",
-            f"disk: {size(self.bytes_needed)} needed, {size(self.bytes_free)} free",
-            f"time: {duration(self.seconds)} ({rate})",
-            str(self.out),
-        ]
-
-
-def estimate_store(job: Job, processes: int) -> Estimate:
-    """Encode a few pictures spread over the source, throw them away, and multiply."""
+def estimate_store(job: Job, processes: int) -> list[str]:
+    """Encode a few pictures spread over the source, throw them away, and multiply; the last line is its path."""
     missing = missing_shards(job)
     todo = sum(len(job.span(shard)) for shard in missing)
     tried, seconds = _trial(job)
     gpus = processes if device_of(0).type == "cuda" else 1  # on a CPU all processes share the same cores
     rate = gpus * tried / seconds
-    return Estimate(
-        out=job.out,
-        images=job.images,
-        todo=todo,
-        shards=len(missing),
-        latent=job.plan.latent,
-        bytes_needed=bytes_needed(job, missing),
-        bytes_free=free_bytes(job.out),
-        tried=tried,
-        images_per_second=rate,
-        seconds=todo / rate,
-    )
+    shape = "x".join(str(length) for length in job.plan.latent)
+    return [
+        f"pictures: {job.images:,}, {todo:,} to do in {len(missing):,} shards, latents {shape}",
+        f"disk: {size(bytes_needed(job, missing))} needed, {size(free_bytes(job.out))} free",
+        f"time: {duration(todo / rate)} ({rate:.1f} pictures/s, tried on {tried})",
+        str(job.out),
+    ]
 
 
 def _trial(job: Job) -> tuple[int, float]:

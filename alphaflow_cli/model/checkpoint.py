@@ -130,9 +130,9 @@ def _checkpoint(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]
     if not (torch.isfinite(mean).all() and torch.isfinite(std).all() and (std > 0).all()):
         raise AlphaflowError(f"{path}: the latents' normalisation in it is not finite and positive.")
     check_latents(mean, std, recipe, str(path))
-    checkpoint = Checkpoint(weights=weights, recipe=recipe, mean=mean, std=std, origin=origin)
-    check_shapes(checkpoint, str(path))
-    return checkpoint
+    if differences := misfits(weights, recipe):  # seen before a byte of the network is allocated
+        raise AlphaflowError(f"{path}: its weights are not those of its recipe's network ({differences}).")
+    return Checkpoint(weights=weights, recipe=recipe, mean=mean, std=std, origin=origin)
 
 
 def read_origin(text: str, path: Path) -> dict[str, Any]:
@@ -150,13 +150,6 @@ def check_latents(mean: Tensor, std: Tensor, recipe: Recipe, where: str) -> None
             f"{where}: the latents' mean and std have the shapes {tuple(mean.shape)} and {tuple(std.shape)}; "
             f"wanted {shapes[1]} or {shapes[2]}, both the same."
         )
-
-
-def check_shapes(checkpoint: Checkpoint, where: str) -> None:
-    """The weights are those of the recipe's network: seen before a byte of it is allocated."""
-    differences = misfits(checkpoint.weights, checkpoint.recipe)
-    if differences:
-        raise AlphaflowError(f"{where}: its weights are not those of its recipe's network ({differences}).")
 
 
 def misfits(weights: dict[str, Tensor], recipe: Recipe, *, without: tuple[str, ...] = ()) -> str:
