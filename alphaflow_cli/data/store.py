@@ -7,16 +7,14 @@ from typing import Literal
 
 import numpy as np
 
-from alphaflow_cli.data.classes import parse_classes
+from alphaflow_cli.data.classes import read_class_file
 from alphaflow_cli.data.manifest import (
     AGAIN,
     Manifest,
     Shard,
     StorePlan,
-    plan_from_dict,
     read_manifest,
-    read_store_file,
-    read_store_json,
+    read_plan,
 )
 from alphaflow_cli.data.stats import Statistics, read_statistics, statistics_of
 from alphaflow_cli.errors import AlphaflowError
@@ -120,7 +118,7 @@ def open_store(path: Path, verify: Verify) -> Store:
 
 def class_names(path: Path) -> list[str]:
     """The classes' display names by index, from a store's classes.json."""
-    return parse_classes(read_store_file(path / "classes.json"), str(path / "classes.json")).names
+    return read_class_file(path / "classes.json").names
 
 
 def verify_store(path: Path) -> list[str]:
@@ -135,7 +133,7 @@ def _manifest_of(path: Path) -> Manifest:
     if is_there(path / "manifest.json"):
         return read_manifest(path)
     if is_there(path / "plan.json"):
-        plan = plan_from_dict(read_store_json(path / "plan.json"), path / "plan.json")
+        plan = read_plan(path / "plan.json")
         done = len(list(path.glob("train-*.json")))
         total = -(-plan.images // plan.shard_size)
         raise AlphaflowError(f"{path}: unfinished, {done} of {total} shards. Run the same prep-latents command again")

@@ -120,10 +120,12 @@ def _what(facts: CardFacts) -> str:
         if data.autoencoder == "none"
         else f"latents {data.channels}x{data.latent_size}x{data.latent_size} of {_autoencoder(data.autoencoder)}"
     )
+    nfe = recipe.sample.nfe
+    evaluations = "one evaluation" if nfe == 1 else f"{nfe} evaluations"
     lines = [
         f"# {for_markdown(recipe.name)}",
         "",
-        f"An image generator that needs {_evaluations(recipe.sample.nfe)} of its network per picture: "
+        f"An image generator that needs {evaluations} of its network per picture: "
         f"{data.image_size} px, {labels}, {facts.parameters:,} parameters, working on {space}. "
         f"It predicts the average velocity u(z, r, t) of [MeanFlow](https://arxiv.org/abs/{MEANFLOW[6:]}) and "
         f"[α-Flow](https://arxiv.org/abs/{PAPER[6:]}); "
@@ -137,10 +139,6 @@ def _autoencoder(name: str) -> str:
     """The autoencoder's name, as a link where it is one of the Hub's."""
     known = re.fullmatch(r"[\w.-]+/[\w.-]+", name, re.ASCII)
     return f"[{for_markdown(name)}](https://huggingface.co/{name})" if known else for_markdown(name)
-
-
-def _evaluations(nfe: int) -> str:
-    return "one evaluation" if nfe == 1 else f"{nfe} evaluations"
 
 
 def _weights(origin: dict[str, Any]) -> str:
@@ -270,19 +268,16 @@ def _caveats(facts: CardFacts) -> str:
 
 def _ending(facts: CardFacts) -> str:
     made = ", ".join(f"{name} {value}" for name, value in (facts.origin.get("versions") or {}).items())
+    licence = "the publisher has not named a licence" if facts.licence == "unknown" else facts.licence
     text = f"""\
 ## Licence and citation
 
-Weights: {_licence(facts.licence)}. The data and the autoencoder have terms of their own. The method:
+Weights: {licence}. The data and the autoencoder have terms of their own. The method:
 
 ```bibtex
 {CITATION}
 ```"""
     return text + (f"\n\nMade with {for_markdown(made)}." if made else "")
-
-
-def _licence(licence: str) -> str:
-    return "the publisher has not named a licence" if licence == "unknown" else licence
 
 
 def scrub(value: Any) -> Any:

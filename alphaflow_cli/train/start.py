@@ -18,7 +18,8 @@ from alphaflow_cli.data.manifest import read_manifest
 from alphaflow_cli.data.store import Verify
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.files import write_whole
-from alphaflow_cli.latents.prepare import prepare_latents
+from alphaflow_cli.latents.encode import StoreRequest
+from alphaflow_cli.latents.prepare import prepare_store
 from alphaflow_cli.model.find import saved_steps
 from alphaflow_cli.recipe import diff_recipes, dump_recipe
 from alphaflow_cli.recipe.plan import schedules_of, warnings_of
@@ -26,7 +27,7 @@ from alphaflow_cli.recipe.schema import Recipe, Schedule, resolve_step
 from alphaflow_cli.runtime.launch import StopFlag, has_parent, is_worker
 from alphaflow_cli.runtime.lock import NAME as LOCK
 from alphaflow_cli.runtime.lock import hold
-from alphaflow_cli.runtime.processes import World, join_world, processes_here
+from alphaflow_cli.runtime.processes import Processes, World, device_of, join_world, processes_here
 from alphaflow_cli.runtime.progress import say
 from alphaflow_cli.train import state
 from alphaflow_cli.train.estimate import micro_batch_that_fits
@@ -118,7 +119,8 @@ def prepare_run(recipe: Recipe, options: TrainOptions) -> Path:
         check_start(recipe, options.init_from)
     if data.source and options.data is None and not (store / "manifest.json").exists():
         say(f"preparing {data.source} in {store}")
-        prepare_latents(data.source, store, size=data.image_size, autoencoder=data.autoencoder, flips=data.flips)
+        wanted = StoreRequest(data.source, data.image_size, data.autoencoder, flips=data.flips)
+        prepare_store(wanted, store, Processes(device_of(0)))
     check_store(recipe, store)
     for line in [*options.notes, *(f"beware: {text}" for text in doubts(recipe, store))] if is_new else ():
         say(line)
