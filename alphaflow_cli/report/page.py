@@ -301,7 +301,7 @@ for (const box of document.querySelectorAll(".chart")) {
     const x = nearest(lines.flatMap(([, points]) => points), pointed)[0];
     const rows = lines.map(([label, points]) => [label, nearest(points, x)]).filter(([, point]) => point[0] === x);
     const head = `${chart.x} ${x.toLocaleString("en")}`;
-    values.textContent = [head, ...rows.map(([label, point]) => `${label}: ${point[1]}`)].join("\n");
+    values.textContent = [head, ...rows.map(([label, point]) => `${label}: ${point[1]}`)].join("\\n");
     rule.hidden = values.hidden = false;
     const at = (log ? Math.log(x / low) / Math.log(high / low) : (x - low) / (high - low)) * room + from - outer.left;
     rule.style.left = `${at}px`;
