@@ -175,7 +175,8 @@ def _scores(page: RunPage) -> str:
         "Of distances (FID, FDD, FCD, FD-tiny, KID) lower is better, of IS, precision, recall, density and coverage "
         "higher. Two numbers may be compared only where their protocols are the same."
     )
-    return html_table(page.scores, head=("score", "NFE", "value", "protocol"), numbers=(1, 2)) + note(caption)
+    head = ("score", "NFE", "value", "protocol")
+    return html_table(page.scores, head=head, numbers=(1, 2), style="scores") + note(caption)
 
 
 def _recipe(page: RunPage) -> str:
@@ -250,6 +251,7 @@ table { border-collapse: collapse; width: 100%; font-size: 14.5px; }
 th, td { text-align: left; vertical-align: top; padding: 5px 14px 5px 0; border-bottom: 1px solid var(--line); }
 th { color: var(--soft); font-weight: 600; } td.number, th.number { text-align: right; white-space: nowrap;
   font-variant-numeric: tabular-nums; }
+table.scores td:first-child { white-space: nowrap; }
 table.facts td:first-child { white-space: nowrap; color: var(--soft); width: 1%; }
 code, pre { font: 13.5px/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
 pre { background: var(--back); border: 1px solid var(--line); border-radius: 8px; padding: 12px; overflow-x: auto;
