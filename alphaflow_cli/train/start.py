@@ -121,7 +121,7 @@ def prepare_run(recipe: Recipe, options: TrainOptions) -> Path:
         say(f"preparing {data.source} in {store}")
         wanted = StoreRequest(data.source, data.image_size, data.autoencoder, flips=data.flips)
         prepare_store(wanted, store, Processes(device_of(0)))
-    check_store(recipe, store)
+    check_store(recipe, store, options.out if recipe_of_run(options.out) else None)
     for line in [*options.notes, *(f"beware: {text}" for text in doubts(recipe, store))] if is_new else ():
         say(line)
     for field, old, new in changes:
@@ -131,9 +131,11 @@ def prepare_run(recipe: Recipe, options: TrainOptions) -> Path:
 
 def doubts(recipe: Recipe, store: Path | None = None) -> list[str]:
     """What a run does although it might not be meant: by its recipe, on this machine, with this many pictures."""
-    texts, store = warnings_of(recipe, on_cpu=not torch.cuda.is_available()), store or Path(recipe.data.store)
-    known = not recipe.eval.reference and (store / "manifest.json").is_file()
-    images = read_manifest(store).count if known else recipe.eval.images
+    texts = warnings_of(recipe, on_cpu=not torch.cuda.is_available())
+    if store is None and recipe.data.store:
+        store = Path(recipe.data.store)
+    known = store is not None and not recipe.eval.reference and (store / "manifest.json").is_file()
+    images = read_manifest(store).count if known and store else recipe.eval.images
     if images < recipe.eval.images:
         texts.append(
             f"alphaflow eval would draw {recipe.eval.images:,} pictures, and there are {images:,} to compare them "

@@ -139,16 +139,25 @@ def store_of(recipe: Recipe, *, data: Path | None, out: Path) -> Path:
     )
 
 
-def check_store(recipe: Recipe, store: Path) -> None:
-    """Refuse a store that contradicts the recipe, with the lines to change."""
+def check_store(recipe: Recipe, store: Path, run: Path | None = None) -> None:
+    """Refuse a store that contradicts the recipe, with the lines to change; `run`: its folder, once begun."""
     from alphaflow_cli.data.store import open_store  # torch comes with it
 
     clashes = disagreements(open_store(store, "sizes").manifest.plan, recipe)
-    if not clashes:
-        return
     listed = "".join(
         f"\n  {field}: {set_text(there)} in the store, {set_text(here)} in the recipe" for field, there, here in clashes
     )
+    if clashes and run is not None:
+        raise AlphaflowError(
+            f"{run}: was begun with other data than {store} has:{listed}\nTake another folder: --out RUN"
+        )
+    if clashes:
+        advice = _advice(recipe, store, clashes)
+        raise AlphaflowError(f"{store}: not what recipe {recipe.name} says:{listed}\n{advice}.")
+
+
+def _advice(recipe: Recipe, store: Path, clashes: list[tuple[str, Any, Any]]) -> str:
+    """What to change where recipe and store clash; preparing again only where it would help."""
     sets = " ".join(f"--set {field}={quote(set_text(there))}" for field, there, _ in clashes)
     advice = f"Say in the recipe what the store says: {sets}"
     if recipe.name in shipped() and str(store) == recipe.data.store:
@@ -157,7 +166,7 @@ def check_store(recipe: Recipe, store: Path) -> None:
         options = [PREPARED[field].format(quote(str(here))) for field, _, here in clashes if PREPARED[field]]
         command = " ".join(["alphaflow prep-latents SOURCE", *options, "--out DIR"])
         advice += f". Or make latents as the recipe wants them: {command}"
-    raise AlphaflowError(f"{store}: not what recipe {recipe.name} says:{listed}\n{advice}.")
+    return advice
 
 
 def disagreements(plan: StorePlan, recipe: Recipe) -> list[tuple[str, Any, Any]]:

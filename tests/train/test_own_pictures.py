@@ -179,6 +179,15 @@ def test_a_run_goes_on_with_the_data_that_it_was_begun_with(here):
     assert moved.recipe.data.store == "moved"
 
 
+def test_other_data_for_a_run_that_has_begun_want_another_folder(here):
+    begun(resolved("quickstart", "model.patch=4", out="run"))
+    again = resolved("quickstart", "model.patch=4", data="latents", out="run").recipe
+    with pytest.raises(AlphaflowError) as fault:
+        check_store(again, Path("latents"), Path("run"))
+    assert "run: was begun with other data than latents has" in str(fault.value)
+    assert str(fault.value).endswith("Take another folder: --out RUN")
+
+
 def test_a_run_of_before_that_was_given_mirror_images_goes_on_without_them(here):
     sets = ("model.patch=4", "data.flips=false", "data.store=''")
     recipe = begun(resolved("quickstart", *sets, out="run"))
