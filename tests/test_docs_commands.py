@@ -60,7 +60,6 @@ TOY = {  # what would take minutes runs in small
 }
 MAKES = {  # what a line makes must not be there before
     "alphaflow prep-latents imagenet/ --out latents/imagenet": "latents/imagenet",
-    "alphaflow prep-latents photos/ --out latents/mine-256": "latents/mine-256",
     "alphaflow train quickstart --data latents/mine": "runs/mine",
     "alphaflow recipe cp b2 mine.yaml": "mine.yaml",
     "alphaflow pull user/repo@COMMIT -o DIR": "DIR",
