@@ -218,6 +218,7 @@ def test_two_processes_give_the_same_numbers_as_one() -> None:
     assert [each["processes"] for each in found] == [1, 2]
 
 
+@pytest.mark.usefixtures("forked_workers")
 @pytest.mark.distributed
 def test_two_processes_make_the_reference_that_one_makes() -> None:
     assert alphaflow("reference glyphs:600 --metrics fd-tiny -o one.safetensors --work one") == 0
