@@ -110,9 +110,10 @@ class Worker(Command):
     """One of --processes: what torch's agent wants of subprocess.Popen, whose arguments these are."""
 
     def __init__(self, args, env, **options):
-        assert tuple(args[:3]) == (sys.executable, "-m", "alphaflow_cli")
+        program, line = [word for word in args if word != "-u"][:3], args[args.index("alphaflow_cli") + 1 :]
+        assert program == [sys.executable, "-m", "alphaflow_cli"]
         assert options == {"stdout": None, "stderr": None, "start_new_session": True}
-        super().__init__(args[3:], env=env, first=self._begin, streams=[os.fdopen(os.dup(n), "wb") for n in (1, 2)])
+        super().__init__(line, env=env, first=self._begin, streams=[os.fdopen(os.dup(n), "wb") for n in (1, 2)])
         with contextlib.suppress(OSError):  # whichever of the two is first; the agent kills by group
             os.setpgid(self.pid, self.pid)
 
@@ -129,3 +130,11 @@ def alphaflow(line, *, timeout=200, **options):
     command = Command(line, **options)
     out, err = command.communicate(timeout)
     return subprocess.CompletedProcess(command.args, command.returncode, out, err)
+
+
+def torchrun(line, processes, **options):
+    """`torchrun -m alphaflow_cli LINE`; with the fixture `forked_workers` its processes are forks, too."""
+    from torch.distributed.run import main as agent
+
+    words = ["--nproc-per-node", str(processes), "-m", "alphaflow_cli", *line]
+    return Command(line, first=lambda: sys.exit(agent(words)), **options)
