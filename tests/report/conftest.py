@@ -1,20 +1,14 @@
-"""What the tests of a run's page share: a chart that several pages show is drawn once, as drawing is most of a page."""
+"""What the tests of a run's page share."""
 
 import pytest
+from drawn_once import once
 
 from alphaflow_cli.charts.draw import to_svg_element
 from alphaflow_cli.report import page
 
-DRAWN: dict[str, str] = {}  # what a chart says of itself decides every byte of its picture (tests/charts)
-
-
-def draw_once(chart):
-    key = repr(chart)
-    if key not in DRAWN:
-        DRAWN[key] = to_svg_element(chart)
-    return DRAWN[key]
+DRAW = once(to_svg_element)
 
 
 @pytest.fixture(autouse=True)
 def charts_are_drawn_once(monkeypatch):
-    monkeypatch.setattr(page, "to_svg_element", draw_once)
+    monkeypatch.setattr(page, "to_svg_element", DRAW)
