@@ -62,6 +62,7 @@ MAKES = {  # what a line makes must not be there before
     "alphaflow prep-latents imagenet/ --out latents/imagenet": "latents/imagenet",
     "alphaflow train quickstart --data latents/mine": "runs/mine",
     "alphaflow recipe cp b2 mine.yaml": "mine.yaml",
+    "alphaflow train quickstart": "runs/quickstart",
     "alphaflow pull user/repo@COMMIT -o DIR": "DIR",
 }
 
@@ -178,8 +179,11 @@ def here(tmp_path, place, monkeypatch, hub):  # noqa: F811
     return tmp_path / "project"
 
 
+WHOLE = [pytest.mark.slow, pytest.mark.timeout(3600)]  # the quickstart, from its first step to its last score
+
+
 def marks_of(line):
-    return [pytest.mark.slow] if line.startswith(SLOW) and not line.startswith(tuple(TOY)) else []
+    return WHOLE if line.startswith(SLOW) and not line.startswith(tuple(TOY)) else []
 
 
 @pytest.mark.parametrize("line", [pytest.param(x, marks=marks_of(x), id=x) for x in HERE])
