@@ -85,7 +85,7 @@ def show_command(recipe: str, sets: tuple[str, ...], as_json: bool) -> None:
 def check_command(ctx: click.Context, files: tuple[str, ...], sets: tuple[str, ...], as_json: bool) -> None:
     """Check recipes; every fault is listed with its file and line.
 
-    The exit code is 1 if any of them is at fault.
+    What a sound recipe would do in vain is said too (beware). The exit code is 1 if any of them is at fault.
     """
     verdicts = [(file, *_verdict(file, sets)) for file in files]
     if as_json:

@@ -46,7 +46,9 @@ class MicroBatch(click.ParamType):  # type: ignore[type-arg]
 
 @click.command("train", epilog=EXAMPLES)
 @recipe_argument
-@click.option("--data", type=click.Path(path_type=Path), help="Latent store, instead of the recipe's data.store.")
+@click.option(
+    "--data", type=click.Path(path_type=Path), help="Latent store. A shipped recipe takes over what the data are."
+)
 @click.option(
     "--out",
     type=Destination(is_folder=True, holds_weights=True),
