@@ -11,18 +11,19 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeGuard
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 from torch import Tensor, nn
 from torch import distributed as dist
-from torch.distributed.tensor import DTensor
 
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.runtime.launch import as_worker, check_processes, is_worker, launch, whole_number
 from alphaflow_cli.runtime.precision import set_tf32
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from torch.distributed.tensor import DTensor
 
 
 class Processes(Protocol):
@@ -131,6 +132,11 @@ def processes_here(requested: int | None) -> int:
     return requested or max(1, gpus)
 
 
+def is_cut(value: Tensor) -> "TypeGuard[DTensor]":
+    """Whether FSDP2 cut the tensor over the processes: a DTensor, whose class takes a second to import."""
+    return hasattr(value, "placements")
+
+
 PATIENCE = timedelta(hours=2)  # one process may work so long while the others wait; a dead one is noticed at once
 SAME = 1e-6  # relative difference of the processes' gradient checksums that rounding may cause
 
@@ -139,7 +145,7 @@ SAME = 1e-6  # relative difference of the processes' gradient checksums that rou
 class World:
     """This process among its equals."""
 
-    accelerator: Accelerator
+    accelerator: "Accelerator"
 
     @property
     def rank(self) -> int:
@@ -188,7 +194,7 @@ class World:
     def check_synchronised(self, net: nn.Module) -> None:
         """After a backward pass: every process must hold the same gradient, or its own part of it."""
         grads = [p.grad for p in net.parameters() if p.grad is not None]
-        if self.size == 1 or any(isinstance(grad, DTensor) for grad in grads):
+        if self.size == 1 or any(is_cut(grad) for grad in grads):
             return
         mine = torch.stack([grad.double().abs().sum() for grad in grads])
         sums = self.gather(mine)
@@ -206,6 +212,9 @@ def join_world(
 
     `allow_tf32` None leaves TF32 as torch has it, so that N processes draw and measure what one does.
     """
+    from accelerate import Accelerator  # here: it takes a second, which a process on its own need not wait
+    from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
+
     on_cpu = on_cpu or not torch.cuda.is_available()
     if on_cpu:
         os.environ["ACCELERATE_USE_CPU"] = "true"  # else N processes become N lonely first ones

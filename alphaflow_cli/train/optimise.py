@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from alphaflow_cli.core.ema import ema_beta, update_ema
 from alphaflow_cli.core.gradients import replace_nonfinite
 from alphaflow_cli.recipe.plan import learning_rate_at
 from alphaflow_cli.recipe.schema import Recipe
+from alphaflow_cli.runtime.processes import is_cut
 from alphaflow_cli.train.parallel import local, part, whole
 
 COUNTERS = ("steps", "grad_norm", "clipped", "nonfinite", "streak")
@@ -141,4 +141,4 @@ class Optimiser:
 def _total_norm(grads: list[Tensor]) -> Tensor:
     """The norm of the whole gradient, over all processes where it is cut."""
     norm = torch.nn.utils.get_total_norm(grads, foreach=True)
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+    return norm.full_tensor() if is_cut(norm) else norm

@@ -16,15 +16,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor
 
 from alphaflow_cli.core.alpha import equal_rows
 from alphaflow_cli.core.times import rows_of
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.recipe.plan import equal_share_at
 from alphaflow_cli.recipe.schema import Recipe, Strategy
-from alphaflow_cli.runtime.processes import World
+from alphaflow_cli.runtime.processes import World, is_cut
 
 FSDP_TORCH = (2, 13)  # older: backward through a sharded module fails on CPUs or beside forward-mode derivatives
 
@@ -114,6 +112,7 @@ def check_sharding(recipe: Recipe, split: Split, version: str = torch.__version_
 
 def shard_network(net: nn.Module, device: torch.device, processes: int) -> None:
     """Cut the parameters over the processes, in place; their names stay what they are."""
+    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh(device.type, (processes,))
@@ -126,7 +125,7 @@ def shard_network(net: nn.Module, device: torch.device, processes: int) -> None:
 @torch.no_grad()
 def local(value: Tensor) -> Tensor:
     """This process's part of a tensor that may be cut; it shares the tensor's memory."""
-    if not isinstance(value, DTensor):
+    if not is_cut(value):
         return value
     mine: Tensor = value.detach().to_local()  # type: ignore[attr-defined]
     return mine
@@ -135,8 +134,10 @@ def local(value: Tensor) -> Tensor:
 @torch.no_grad()
 def whole(parameter: Tensor, value: Tensor, *, keep: bool = True) -> Tensor:
     """Put a tensor that is cut like the parameter together, on the host; without `keep` the result is empty."""
-    if not isinstance(parameter, DTensor):
+    if not is_cut(parameter):
         return value.detach()
+    from torch.distributed.tensor import DTensor
+
     shape, stride = parameter.shape, parameter.stride()
     mesh, placements = parameter.device_mesh, parameter.placements
     cut = DTensor.from_local(value.detach(), mesh, placements, run_check=False, shape=shape, stride=stride)
@@ -146,7 +147,7 @@ def whole(parameter: Tensor, value: Tensor, *, keep: bool = True) -> Tensor:
 
 def part(parameter: Tensor, value: Tensor) -> Tensor:
     """Cut this process's part out of a whole tensor: FSDP2 cuts the first dimension as torch.chunk does."""
-    if not isinstance(parameter, DTensor):
+    if not is_cut(parameter):
         return value
     mesh = parameter.device_mesh
     chunks, rank = value.chunk(mesh.size(), dim=0), mesh.get_local_rank()
