@@ -139,7 +139,6 @@ def _weights(origin: dict[str, Any]) -> str:
 
 def _usage(facts: CardFacts) -> str:
     repo, sample = facts.repo, facts.recipe.sample
-    classes = ", classes=[0, 1, 2, 3]" if facts.recipe.data.classes else ""
     return f"""\
 ## Sample
 
@@ -154,15 +153,12 @@ alphaflow sample {repo} --seeds 0-15 --nfe {sample.nfe} --out pictures
 import alphaflow_cli
 
 model = alphaflow_cli.load("{repo}")
-images = model.sample(seeds=[0, 1, 2, 3]{classes}, nfe={sample.nfe})  # uint8 (4, 3, {_size(facts)}, {_size(facts)})
+pictures = model.sample(8, nfe={sample.nfe})  # classes=["…"] chooses; print(model) says what there is
+pictures.save("grid.png")
 ```
 
 The picture of a seed is the same on every machine up to rounding, whatever the batch. Pin a revision with
 `{repo}@COMMIT`."""
-
-
-def _size(facts: CardFacts) -> int:
-    return facts.recipe.data.image_size
 
 
 def _training(facts: CardFacts) -> str:

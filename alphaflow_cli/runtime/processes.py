@@ -20,6 +20,7 @@ from torch import distributed as dist
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.runtime.launch import as_worker, check_processes, is_worker, launch, whole_number
 from alphaflow_cli.runtime.precision import set_tf32
+from alphaflow_cli.text import counted
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -75,14 +76,15 @@ def smaller_batch_if_full(batch: int) -> Iterator[None]:
         ) from error
 
 
-def join_processes(*, needs_gpu: bool = True) -> Processes:
+def join_processes(*, needs_gpu: bool = True, device: str | None = None) -> Processes:
     """This process among all that were started together (torchrun, --processes), or alone.
 
     Work that needs no GPU may have more processes than there are; they meet on the CPU.
     """
-    if is_worker() and whole_number(os.environ, "WORLD_SIZE") > 1:
-        return join_world(allow_tf32=None, on_cpu=not needs_gpu)  # a single process starts without accelerate
-    return Alone(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    chosen = choose_device(device)
+    if is_worker() and whole_number(os.environ, "WORLD_SIZE") > 1:  # a single process starts without accelerate
+        return join_world(allow_tf32=None, device=device if needs_gpu else "cpu")
+    return Alone(chosen)
 
 
 def run_shared(
@@ -115,18 +117,45 @@ def check_same(processes: Processes, digest: str, what: str) -> None:
         raise AlphaflowError(f"{what}: was replaced while the processes read it. Run the same command again.")
 
 
+def choose_device(name: str | torch.device | None) -> torch.device:
+    """The device of this name; without one a GPU where there is one. A device that is not here is refused."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "mps" if _has_mps() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise AlphaflowError(f"device {name!r}: there are cpu, cuda and mps.") from None
+    if device.type not in KINDS:
+        raise AlphaflowError(f"device {str(name)!r}: there are cpu, cuda and mps.")
+    if (device.type == "cuda" and not torch.cuda.is_available()) or (device.type == "mps" and not _has_mps()):
+        raise AlphaflowError(
+            f"device {name}: torch sees {KINDS[device.type]} on this machine. Leave it out to compute on what is here; "
+            "alphaflow doctor says what that is."
+        )
+    if device.index and device.index >= torch.cuda.device_count():
+        raise AlphaflowError(f"device {name}: this machine has {counted(torch.cuda.device_count(), 'GPU')}.")
+    return device
+
+
+KINDS = {"cpu": "", "cuda": "no NVIDIA or AMD GPU", "mps": "no Apple GPU"}  # kind of device → what one misses
+
+
+def _has_mps() -> bool:
+    return torch.backends.mps.is_available()
+
+
 def device_of(rank: int) -> torch.device:
     """The GPU of one of the processes that share work on this machine; the CPU where there is none."""
     count = torch.cuda.device_count()
     return torch.device("cuda", rank % count) if count else torch.device("cpu")
 
 
-def processes_here(requested: int | None) -> int:
+def processes_here(requested: int | None, device: str | None = None) -> int:
     """The number of --processes, else one per GPU; more than there are GPUs is refused, before anything starts."""
-    gpus = torch.cuda.device_count()
+    gpus = {"cpu": 0, "mps": 1}.get(device or "", torch.cuda.device_count())
     if requested and gpus and requested > gpus:
         raise AlphaflowError(
-            f"--processes {requested}: this machine has {gpus} GPU{'s' * (gpus > 1)}, and every process needs one of "
+            f"--processes {requested}: this machine has {counted(gpus, 'GPU')}, and every process needs one of "
             f"its own. Give --processes {gpus}, or leave it out."
         )
     return requested or max(1, gpus)
@@ -206,16 +235,21 @@ class World:
 
 
 def join_world(
-    *, allow_tf32: bool | None = False, on_cpu: bool = False, trackers: Sequence[str] = (), folder: Path | None = None
+    *,
+    allow_tf32: bool | None = False,
+    device: str | None = None,
+    trackers: Sequence[str] = (),
+    folder: Path | None = None,
 ) -> World:
     """Join the processes that started us (torchrun, accelerate launch, Slurm or --processes), or be alone.
 
+    `device` None is a GPU where CUDA has one, else the CPU: Apple's GPUs train when asked only.
     `allow_tf32` None leaves TF32 as torch has it, so that N processes draw and measure what one does.
     """
     from accelerate import Accelerator  # here: it takes a second, which a process on its own need not wait
     from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 
-    on_cpu = on_cpu or not torch.cuda.is_available()
+    on_cpu = device == "cpu" or (device is None and not torch.cuda.is_available())
     if on_cpu:
         os.environ["ACCELERATE_USE_CPU"] = "true"  # else N processes become N lonely first ones
     expected = whole_number(os.environ, "WORLD_SIZE", "1")

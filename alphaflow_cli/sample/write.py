@@ -19,7 +19,7 @@ from alphaflow_cli.runtime.lock import check_lock, hold
 from alphaflow_cli.runtime.processes import Processes, check_same, smaller_batch_if_full
 from alphaflow_cli.runtime.progress import Progress, say
 from alphaflow_cli.sample.generator import GROUP, DecoderChoice, Generator, has_labels, open_generator
-from alphaflow_cli.sample.grid import grid_by_walk, grid_in_rows
+from alphaflow_cli.sample.grid import even_columns, grid_by_walk, grid_form, grid_in_rows
 from alphaflow_cli.sample.sinks import GridFile, LatentsFile, NpzFile, PictureFolder, Record, Sink, Spans
 from alphaflow_cli.sample.walk import LazyLabels, Walk, draw_labels, plan_walk
 from alphaflow_cli.text import shorten
@@ -80,6 +80,8 @@ def check_request(request: SampleRequest) -> None:
     """What can be seen before anything is loaded."""
     if request.folder is None and not request.files:
         raise AlphaflowError("nothing to write: give --grid FILE.png, --out DIR or FILE.npz, or --latents FILE.npy.")
+    if request.grid is not None:
+        grid_form(request.grid)
     if len(set(request.files)) < len(request.files):
         raise AlphaflowError(f"{request.files[0]}: is named twice. Give --out, --grid and --latents a file each.")
     for path in request.files:
@@ -153,8 +155,8 @@ def choose_labels(request: SampleRequest, generator: Generator) -> LazyLabels:
     return LazyLabels(request.seeds, lambda places, seeds: [chosen[at % len(chosen)] for at in places])
 
 
-def find_class(text: str, names: Sequence[str], count: int) -> int:
-    """A class by its number, or by its name or one of its names."""
+def find_class(text: str, names: Sequence[str], count: int, *, where: str = "--classes") -> int:
+    """A class by its number, or by its name or one of its names; `where` is what an error names."""
     if text.isdecimal() and len(text) < 20 and int(text) < count:
         return int(text)
     matches = [i for i, name in enumerate(names) if text.lower() in (part.strip().lower() for part in name.split(","))]
@@ -162,7 +164,7 @@ def find_class(text: str, names: Sequence[str], count: int) -> int:
         return matches[0]
     known = ", ".join(names[:12]) + (", …" if len(names) > 12 else "")
     raise AlphaflowError(
-        f"--classes {shorten(text, 100)}: not a class of this model: 0 to {count - 1}" + (f", {known}" if names else "")
+        f"{where} {shorten(text, 100)}: not a class of this model: 0 to {count - 1}" + (f", {known}" if names else "")
     )
 
 
@@ -216,10 +218,11 @@ def compose_grid(plan: Plan, pictures: np.ndarray) -> bytes:
     known, labels = plan.generator.class_names, plan.spans.labels[: rows.shape[1]]
     names = [known[label] if label < len(known) else str(label) for label in labels]
     shown = names if has_labels(plan.generator.recipe) else [""] * len(names)
+    form = grid_form(plan.request.grid or Path("grid.png"))
     if len(plan.walks) == 1:
-        return grid_in_rows(list(rows[0]), COLUMNS, shown)
+        return grid_in_rows(list(rows[0]), even_columns(rows.shape[1], COLUMNS), shown, form)
     drawn = [(f"{walk.nfe} NFE", list(each)) for walk, each in zip(plan.walks, rows, strict=True)]
-    return grid_by_walk(drawn, 2 * COLUMNS, shown)
+    return grid_by_walk(drawn, 2 * COLUMNS, shown, form)
 
 
 def draw_missing(plan: Plan, sinks: Sequence[Sink], begun: bool) -> None:
