@@ -203,7 +203,7 @@ def check_trackers(recipe: Recipe) -> None:
     if missing:
         raise AlphaflowError(
             f"train.trackers: {', '.join(missing)} cannot be imported. "
-            f"Run: pip install 'alphaflow[{','.join(missing)}]', or do without: --set train.trackers=[]"
+            f"Run: pip install 'alphaflow-cli[{','.join(missing)}]', or do without: --set train.trackers=[]"
         )
 
 
