@@ -190,11 +190,12 @@ def console_line(row: dict[str, Any]) -> str:
         value = row.get(name)
         return "–" if value is None else format(value, form)
 
-    parts = [f"α {row['alpha']:.3f}", f"l {shown('l')}", f"TFM {shown('l_tfm')}", f"TC {shown('l_tc')}"]
+    rate = f"{row['images_per_second']:,.0f} img/s"
+    parts = [f"α {row['alpha']:.3f}", f"l {shown('l')}", rate, f"TFM {shown('l_tfm')}", f"TC {shown('l_tc')}"]
     parts += [f"v {shown('v_loss')}", f"|g| {shown('grad_norm', '.3f')}", f"lr {row['lr']:.1e}"]
     if row["nonfinite"]:
         parts.append(f"NON-FINITE {row['nonfinite']}")
-    return "  ".join([*parts, f"{row['images_per_second']:,.0f} img/s"])
+    return "  ".join(parts)
 
 
 def check_trackers(recipe: Recipe) -> None:

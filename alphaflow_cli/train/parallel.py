@@ -23,6 +23,7 @@ from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.recipe.plan import equal_share_at
 from alphaflow_cli.recipe.schema import Recipe, Strategy
 from alphaflow_cli.runtime.processes import World, is_cut
+from alphaflow_cli.text import counted
 
 FSDP_TORCH = (2, 13)  # older: backward through a sharded module fails on CPUs or beside forward-mode derivatives
 
@@ -53,9 +54,13 @@ class Split:
         return rows_of(self.batch, n_equal=n_equal, parts=parts, part=turn * self.processes + rank)
 
     def __str__(self) -> str:
-        processes = "1 process" if self.processes == 1 else f"{self.processes} processes"
-        turns = "1 micro-batch" if self.accumulation == 1 else f"{self.accumulation} micro-batches"
-        return f"{processes} × {turns} of {self.micro_batch} rows = batch {self.batch}"
+        processes, turns = (
+            counted(self.processes, "process", "processes"),
+            counted(self.accumulation, "micro-batch", "micro-batches"),
+        )
+        uneven = self.micro_batch * self.processes * self.accumulation != self.batch
+        rows = f"{'at most ' if uneven else ''}{counted(self.micro_batch, 'row')}"
+        return f"{processes} × {turns} of {rows} = batch {self.batch}"
 
 
 def split_batch(batch: int, *, processes: int, micro_batch: int | None) -> Split:

@@ -51,6 +51,12 @@ TASK = {
 }
 
 
+def test_a_split_says_of_how_many_rows_its_micro_batches_are():
+    assert str(split_batch(8, processes=1, micro_batch=3)) == "1 process × 3 micro-batches of at most 3 rows = batch 8"
+    assert str(split_batch(8, processes=2, micro_batch=2)) == "2 processes × 2 micro-batches of 2 rows = batch 8"
+    assert str(split_batch(1, processes=1, micro_batch=None)) == "1 process × 1 micro-batch of 1 row = batch 1"
+
+
 def test_a_task_of_a_job_step_is_a_worker():
     found = slurm_environment(TASK)
     assert found["RANK"] == "9"
