@@ -25,14 +25,13 @@ from torch import Tensor
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.files import make_folder, write_whole
 from alphaflow_cli.recipe import Recipe
-from alphaflow_cli.recipe.plan import effective_scale, has_null_label, is_guided, parameter_count
+from alphaflow_cli.recipe.plan import effective_scale, has_null_label, is_guided, label_rows, parameter_count
 from alphaflow_cli.recipe.schema import SamplerChoice
 from alphaflow_cli.runtime.processes import choose_device
 from alphaflow_cli.runtime.progress import Progress
-from alphaflow_cli.sample.generator import DecoderChoice, Generator, has_labels, open_generator, spans_of
+from alphaflow_cli.sample.generator import DecoderChoice, Generator, open_generator, spans_of
 from alphaflow_cli.sample.grid import even_columns, grid_form, grid_in_rows, picture_png
-from alphaflow_cli.sample.walk import Walk, draw_labels, plan_walk
-from alphaflow_cli.sample.write import find_class
+from alphaflow_cli.sample.walk import Walk, draw_labels, find_class, plan_walk
 from alphaflow_cli.text import counted
 
 COLUMNS = 8  # of a grid
@@ -120,7 +119,7 @@ class Model:
     @property
     def classes(self) -> list[str]:
         """The classes that `sample` takes, by their names; their numbers as text where they have none."""
-        known = self.recipe.data.classes if has_labels(self.recipe) else 0
+        known = self.recipe.data.classes if label_rows(self.recipe) else 0
         return [_name_of(label, self._generator.class_names) for label in range(known)]
 
     def __repr__(self) -> str:
@@ -172,7 +171,7 @@ class Model:
         )
         labels = self._labels(seeds, classes)
         images = self._draw(seeds, labels, walk, batch=batch, progress=progress)
-        labelled, known = has_labels(self.recipe), self._generator.class_names
+        labelled, known = label_rows(self.recipe), self._generator.class_names
         return Pictures(images, seeds, labels, [_name_of(label, known) if labelled else "" for label in labels])
 
     def _draw(self, seeds: list[int], labels: list[int], walk: Walk, *, batch: int, progress: bool) -> Tensor:
@@ -190,7 +189,7 @@ class Model:
         if classes is None:
             return draw_labels(seeds, known, "random")
         given = [classes] if isinstance(classes, str) else list(np.atleast_1d(np.asarray(classes, object)))
-        if not given or not has_labels(self.recipe):
+        if not given or not label_rows(self.recipe):
             raise AlphaflowError(f"sample: {'classes is empty' if not given else 'this model has no classes'}.")
         chosen = [find_class(str(each), self._generator.class_names, known, where="classes") for each in given]
         return [chosen[i % len(chosen)] for i in range(len(seeds))]

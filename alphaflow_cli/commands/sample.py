@@ -21,7 +21,7 @@ from alphaflow_cli.text import shorten
 
 if TYPE_CHECKING:
     from alphaflow_cli.sample.generator import DecoderChoice
-    from alphaflow_cli.sample.write import SampleRequest
+    from alphaflow_cli.sample.plan import SampleRequest
 
 EXAMPLES = examples(
     "alphaflow sample runs/quickstart --grid grid.png",
@@ -127,7 +127,7 @@ def command(
         raise click.UsageError("--times and --nfe exclude each other: the grid says how many steps there are.")
     if len(nfe) > 1 and (latents is not None or (out is not None and out.suffix == ".npz")):
         raise click.UsageError(f"{'--latents' if latents else '--out FILE.npz'} wants one --nfe.")
-    from alphaflow_cli.sample.write import SampleRequest
+    from alphaflow_cli.sample.plan import SampleRequest
 
     request = SampleRequest(
         checkpoint=checkpoint, seeds=seeds, classes=classes, nfe=nfe or (1,), sampler=sampler, times=times,
@@ -140,7 +140,8 @@ def command(
 def draw(request: "SampleRequest", processes: int | None) -> None:
     """Draw here, or in N processes of which the first prints what was written."""
     from alphaflow_cli.runtime.processes import join_processes, run_shared
-    from alphaflow_cli.sample.write import check_request, sample_to_files
+    from alphaflow_cli.sample.plan import check_request
+    from alphaflow_cli.sample.write import sample_to_files
 
     check_request(request)
 

@@ -73,7 +73,8 @@ def grid_png(
     cell = side * zoom
     font = ImageFont.load_default(max(11, min(16, cell // 4)))
     small = ImageFont.load_default(11)
-    left, top = _widest(row_names, font), 20 if any(column_names) else 0
+    left = int(max(font.getlength(name) for name in row_names)) + 12 if row_names else 0
+    top = 20 if any(column_names) else 0
     step = cell + GAP + (WORD if names else 0)  # from one row to the next
     width = left + max(len(row) for row in rows) * (cell + GAP) + GAP
     canvas = Image.new("RGB", (width, top + len(rows) * step + GAP), PAPER)
@@ -110,10 +111,6 @@ def png_bytes(image: Image.Image, form: str = ".png") -> bytes:
     more = {} if form == ".png" else {"quality": 95}
     image.save(out, FORMS[form], **more)
     return out.getvalue()
-
-
-def _widest(names: Sequence[str], font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> int:
-    return int(max(font.getlength(name) for name in names)) + 12 if names else 0
 
 
 def _fit(name: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:

@@ -75,12 +75,14 @@ def test_a_missing_package_and_a_broken_torch_are_problems():
 
 
 def test_a_cuda_build_on_a_machine_without_gpu_is_told_with_the_smaller_one():
-    report = {"devices": {"cuda": [], "mps": False, "built_for": "13.0"}}
-    remarks = doctor._of_devices(report)
+    devices = {"cuda": [], "mps": False, "built_for": "13.0", "error": ""}
+    here = {"packages": {"click": "8"}, "weights": [], "caches": [], "free_bytes": 10**12, "devices": devices}
+    here["hub"] = {"token": True, "offline": False}
+    remarks = doctor.problems(here)
     assert remarks[0].startswith("no GPU: quickstart")
     assert "torch is the build for CUDA 13.0, and sees no GPU" in remarks[1]
     assert remarks[1].endswith("torch torchvision --index-url https://download.pytorch.org/whl/cpu")
-    assert len(doctor._of_devices({"devices": {"cuda": [], "mps": False, "built_for": ""}})) == 1
+    assert len(doctor.problems({**here, "devices": {**devices, "built_for": ""}})) == 1
 
 
 def test_every_required_package_is_listed_with_its_version():

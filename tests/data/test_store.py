@@ -1,6 +1,7 @@
 """The latent store: what is written is what is read, and whatever was touched since is named."""
 
 import json
+import os
 import shutil
 
 import numpy as np
@@ -12,7 +13,7 @@ from alphaflow_cli.data.manifest import digest_of, read_manifest
 from alphaflow_cli.data.stats import Statistics, merge, statistics_of
 from alphaflow_cli.data.store import disagreements, open_store, verify_store
 from alphaflow_cli.errors import AlphaflowError
-from alphaflow_cli.files import write_pieces
+from alphaflow_cli.files import write_pieces, write_whole
 from alphaflow_cli.tensors import open_tensors, write_tensors
 
 RECIPE = {
@@ -81,6 +82,15 @@ def test_a_write_that_fails_keeps_the_old_file_and_leaves_nothing_behind(tmp_pat
     with pytest.raises(OSError, match="No space"):
         write_pieces(tmp_path / "a", pieces())
     assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [("a", b"old")]
+
+
+def test_a_pipe_or_a_device_is_not_replaced_by_a_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for write in (lambda path: write_pieces(path, [b"new"]), lambda path: write_whole(path, b"new")):
+        with pytest.raises(AlphaflowError, match="pipe: is a folder, a pipe or a device, not a file"):
+            write(tmp_path / "pipe")
+    assert [file.name for file in tmp_path.iterdir()] == ["pipe"]
+    assert (tmp_path / "pipe").is_fifo()
 
 
 def test_files_have_the_users_mode(tmp_path):
