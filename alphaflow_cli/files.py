@@ -9,6 +9,7 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 import stat
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -171,6 +172,12 @@ def is_there(path: Path) -> bool:
     return True
 
 
+def free_bytes(folder: Path) -> int:
+    """The free bytes of the disk that holds, or will hold, a folder."""
+    existing = next(place for place in (folder.absolute(), *folder.absolute().parents) if is_there(place))
+    return shutil.disk_usage(existing).free
+
+
 def read_file(path: Path) -> bytes:
     """Read a whole regular file of sane size; a pipe or a device would block for ever."""
     with open(path, "rb", opener=_open_without_waiting) as file:
@@ -202,6 +209,12 @@ def sha256_of_all(paths: list[Path]) -> list[str]:
     """Compute the checksums of many files on every core (hashing releases the interpreter's lock)."""
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
         return list(pool.map(sha256_of, paths))
+
+
+def check_new(path: Path) -> None:
+    """Refuse a file that exists already, where none is ever overwritten."""
+    if path.exists():
+        raise AlphaflowError(f"{path}: exists already, and is not overwritten. Choose another name or remove it.")
 
 
 def make_folder(folder: Path) -> None:

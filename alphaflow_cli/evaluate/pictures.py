@@ -23,7 +23,7 @@ from torch import Tensor
 
 from alphaflow_cli.data import archives, sources
 from alphaflow_cli.data.classes import choose_split
-from alphaflow_cli.data.pictures import MAX_PIXELS, BadPicture, Fetch, decode, decode_whole
+from alphaflow_cli.data.pictures import MAX_PIXELS, BadPicture, Fetch, Source, decode, decode_whole
 from alphaflow_cli.data.sources import open_source
 from alphaflow_cli.errors import DAMAGE, AlphaflowError
 from alphaflow_cli.files import is_there, stamp_of
@@ -74,7 +74,7 @@ def open_pictures(text: str, *, size: int | None, limit: int | None) -> ImageSou
 class PictureFiles(ImageSource):
     """The pictures of a folder, a zip, a tar, a Hub dataset or the embedded set, sorted by name."""
 
-    def __init__(self, source: sources.Source, *, size: int | None, limit: int | None) -> None:
+    def __init__(self, source: Source, *, size: int | None, limit: int | None) -> None:
         """`size` None leaves them as they are, and they must be of one size."""
         self._source, self._size, self.seconds = source, size, dict[str, float]()
         lines: Sequence[int] = range(len(source.names))

@@ -115,20 +115,18 @@ def _what(facts: CardFacts) -> str:
         if data.autoencoder == "none"
         else f"latents {data.channels}x{data.latent_size}x{data.latent_size} of {for_markdown(data.autoencoder)}"
     )
+    nfe = recipe.sample.nfe
+    evaluations = "one evaluation" if nfe == 1 else f"{nfe} evaluations"
     lines = [
         f"# {for_markdown(recipe.name)}",
         "",
-        f"An image generator that needs {_evaluations(recipe.sample.nfe)} of its network per picture: "
+        f"An image generator that needs {evaluations} of its network per picture: "
         f"{data.image_size} px, {labels}, {facts.parameters:,} parameters, working on {space}. "
         f"It predicts the average velocity u(z, r, t) of [MeanFlow and α-Flow](https://arxiv.org/abs/{PAPER[6:]}); "
         f"the weights are {_weights(facts.origin)}.",
     ]
     lines += ["", "![Samples](samples.png)", "", "Uncurated: consecutive seeds."]
     return "\n".join(lines)
-
-
-def _evaluations(nfe: int) -> str:
-    return "one evaluation" if nfe == 1 else f"{nfe} evaluations"
 
 
 def _weights(origin: dict[str, Any]) -> str:
@@ -237,19 +235,16 @@ def _caveats(facts: CardFacts) -> str:
 
 def _ending(facts: CardFacts) -> str:
     made = ", ".join(f"{name} {value}" for name, value in (facts.origin.get("versions") or {}).items())
+    licence = "the publisher has not named a licence" if facts.licence == "unknown" else facts.licence
     text = f"""\
 ## Licence and citation
 
-Weights: {_licence(facts.licence)}. The data and the autoencoder have terms of their own. The method:
+Weights: {licence}. The data and the autoencoder have terms of their own. The method:
 
 ```bibtex
 {CITATION}
 ```"""
     return text + (f"\n\nMade with {for_markdown(made)}." if made else "")
-
-
-def _licence(licence: str) -> str:
-    return "the publisher has not named a licence" if licence == "unknown" else licence
 
 
 def scrub(value: Any) -> Any:

@@ -11,10 +11,12 @@ from safetensors.numpy import load_file
 
 from alphaflow_cli.data.manifest import digest_of, read_manifest
 from alphaflow_cli.data.stats import Statistics, merge, statistics_of
-from alphaflow_cli.data.store import disagreements, open_store, verify_store
+from alphaflow_cli.data.store import open_store, verify_store
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.files import write_pieces, write_whole
+from alphaflow_cli.recipe.schema import Data
 from alphaflow_cli.tensors import open_tensors, write_tensors
+from alphaflow_cli.train.start import disagreements
 
 RECIPE = {
     "autoencoder": "stabilityai/sd-vae-ft-ema",
@@ -171,7 +173,7 @@ def test_a_manifest_of_a_later_version_is_refused_by_version(store):
 def test_a_missing_field_is_named(store):
     document = edit(store / "manifest.json", lambda d: d.pop("shards"))
     edit(store / "manifest.json", lambda d: d.update(digest=digest_of(document)))
-    refuse(store, "shards is missing")
+    refuse(store, "shards: is missing")
 
 
 def test_an_unfinished_store_says_how_far_it_is(store):
@@ -185,10 +187,10 @@ def test_a_folder_that_is_no_store_says_what_to_run(tmp_path):
 
 
 def test_a_recipe_that_fits_has_no_disagreements(store):
-    manifest = read_manifest(store)
-    assert disagreements(manifest, **RECIPE) == []
-    assert disagreements(manifest, **{**RECIPE, "autoencoder": "models/sd-vae-ft-ema/", "classes": 0}) == []
-    assert disagreements(manifest, **{**RECIPE, "autoencoder": "weights/sd_vae_ft_ema.pt"}) == []
+    plan = read_manifest(store).plan
+    assert disagreements(plan, Data(**RECIPE)) == []
+    assert disagreements(plan, Data(**{**RECIPE, "autoencoder": "models/sd-vae-ft-ema/", "classes": 0})) == []
+    assert disagreements(plan, Data(**{**RECIPE, "autoencoder": "weights/sd_vae_ft_ema.pt"})) == []
 
 
 @pytest.mark.parametrize(
@@ -203,7 +205,7 @@ def test_a_recipe_that_fits_has_no_disagreements(store):
     ],
 )
 def test_every_disagreement_with_a_recipe_shows_both_sides(store, field, wanted, has):
-    lines = disagreements(read_manifest(store), **{**RECIPE, field: wanted})
+    lines = disagreements(read_manifest(store).plan, Data(**{**RECIPE, field: wanted}))
     assert lines == [f"{field}: the store has {has}, the recipe wants {wanted}"]
 
 

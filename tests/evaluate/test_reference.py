@@ -27,14 +27,14 @@ from alphaflow_cli.evaluate.reference import (
     save_reference,
 )
 from alphaflow_cli.evaluate.tiny import Tiny
-from alphaflow_cli.runtime.processes import Alone
+from alphaflow_cli.runtime.processes import Processes
 
 FEATURES = np.random.RandomState(0).randn(300, 2048).astype(np.float64)
 MU, SIGMA = FEATURES.mean(0), np.cov(FEATURES, rowvar=False)
 
 
 def build(folder: Path, source: str, *, size: int | None = None, kept: int = 10_000) -> Reference:
-    ruler_ = Ruler({"tiny": Tiny()}, Alone(torch.device("cpu")), folder / "work", batch=64)
+    ruler_ = Ruler({"tiny": Tiny()}, Processes(torch.device("cpu")), folder / "work", batch=64)
     made = make_reference(
         open_pictures(source, size=size, limit=None), ruler_, folder / "r.safetensors", name="", kept=kept
     )

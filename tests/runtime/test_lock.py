@@ -11,6 +11,7 @@ import time
 
 import numpy as np
 import pytest
+from latent_stores import prepare_latents
 from train_helpers import (
     assert_same,
     begin,
@@ -27,7 +28,6 @@ from train_helpers import (
 from alphaflow_cli.cli import run as cli
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.hub.push import open_publication, stage
-from alphaflow_cli.latents.prepare import prepare_latents
 from alphaflow_cli.runtime import lock
 from alphaflow_cli.sample.grid import grid_png
 from alphaflow_cli.train import start, state
