@@ -6,6 +6,7 @@ import click
 
 from alphaflow_cli.commands.common import (
     Destination,
+    complete_recipe,
     examples,
     json_option,
     print_json,
@@ -76,7 +77,7 @@ def show_command(recipe: str, sets: tuple[str, ...], as_json: bool) -> None:
 
 
 @command.command(epilog=examples("alphaflow recipe check b2", "alphaflow recipe check b2 cifar10 --json"))
-@click.argument("files", nargs=-1, required=True, metavar="FILE...")
+@click.argument("files", nargs=-1, required=True, metavar="FILE...", shell_complete=complete_recipe)
 @set_option
 @json_option
 @click.pass_context

@@ -227,18 +227,6 @@ def available_metrics(weights: dict[str, Path]) -> tuple[Metric, ...]:
     )
 
 
-def is_checkpoint(text: str) -> bool:
-    """Whether the text names a weights file, a run folder or a model on the Hub, and not a source of pictures."""
-    path = Path(text).expanduser()
-    if path.is_dir():
-        return (path / "model.safetensors").is_file() or (path / "checkpoints").is_dir()
-    if text.startswith("hf://"):
-        return not text.startswith("hf://datasets/")
-    if path.exists() or ":" in text:
-        return path.suffix == ".safetensors"
-    return path.suffix == ".safetensors" or (text.count("/") == 1 and not text.startswith((".", "/", "~")))
-
-
 def evaluate_checkpoint(request: EvalRequest, processes: Processes) -> Report | None:
     """Measure a checkpoint, once for every requested walk; the report on the first process, None on the others."""
     generator = open_generator(request.checkpoint, device=processes.device, decoder=request.decoder)

@@ -26,6 +26,7 @@ from alphaflow_cli.evaluate.features import Extractor
 from alphaflow_cli.evaluate.pictures import ImageSource
 from alphaflow_cli.evaluate.results import space_of
 from alphaflow_cli.files import make_folder, write_whole
+from alphaflow_cli.runtime.precision import exact_device
 from alphaflow_cli.runtime.processes import Processes, smaller_batch_if_full
 from alphaflow_cli.runtime.progress import Progress, say
 
@@ -169,7 +170,7 @@ def gather_moments(work: Pass, processes: Processes) -> dict[str, Moments]:
         moments = Moments(work.extractors[name].dim)
         for first, stop in work.chunks()[processes.rank :: processes.size]:
             moments.update(load_part(work, name, first, stop))
-        moments.sums = processes.sum(moments.sums.to(processes.device)).cpu()
+        moments.sums = processes.sum(moments.sums.to(exact_device(processes.device))).cpu()
         if moments.count != work.source.count:
             raise AlphaflowError(f"{moments.count:,} of {work.source.count:,} pictures were counted; run it again")
         totals[name] = moments

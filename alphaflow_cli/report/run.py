@@ -16,6 +16,7 @@ from alphaflow_cli.errors import AlphaflowError, blamed_on
 from alphaflow_cli.evaluate.results import read_results, row_of, value_text
 from alphaflow_cli.files import read_document, sha256_of, write_whole
 from alphaflow_cli.model.checkpoint import read_origin
+from alphaflow_cli.model.find import check_run
 from alphaflow_cli.recipe import diff_recipes, load_recipe, recipe_from_text, shipped
 from alphaflow_cli.recipe.facts import lines
 from alphaflow_cli.recipe.plan import phases
@@ -87,10 +88,7 @@ def write_report(run: Path, out: Path) -> Path:
 def page_of(run: Path) -> RunPage:
     """Read everything that the run folder has; the page names what it has not."""
     path = run / "recipe.yaml"
-    if not path.exists():
-        raise AlphaflowError(
-            f"{run}: not a run folder (no recipe.yaml in it). Make one: alphaflow train RECIPE --out {run}"
-        )
+    check_run(run)
     text = read_document(path)
     journal = run / "metrics.jsonl"
     recipe, rows = recipe_from_text(text, str(path)), read_rows(journal)

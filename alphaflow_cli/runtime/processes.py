@@ -19,7 +19,7 @@ from torch import distributed as dist
 
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.runtime.launch import as_worker, check_processes, is_worker, launch, whole_number
-from alphaflow_cli.runtime.precision import set_tf32
+from alphaflow_cli.runtime.precision import exact_dtype, set_tf32
 from alphaflow_cli.text import counted
 
 if TYPE_CHECKING:
@@ -96,10 +96,13 @@ def check_same(processes: Processes, digest: str, what: str) -> None:
         raise AlphaflowError(f"{what}: was replaced while the processes read it. Run the same command again.")
 
 
-def choose_device(name: str | torch.device | None) -> torch.device:
-    """The device of this name; without one a GPU where there is one. A device that is not here is refused."""
+def choose_device(name: str | torch.device | None, *, apple: bool = True) -> torch.device:
+    """The device of this name; without one a GPU where there is one. A device that is not here is refused.
+
+    Without `apple`, an Apple GPU is taken only when it is named.
+    """
     if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "mps" if _has_mps() else "cpu")
+        return torch.device("cuda" if torch.cuda.is_available() else "mps" if apple and _has_mps() else "cpu")
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -121,12 +124,6 @@ KINDS = {"cpu": "", "cuda": "no NVIDIA or AMD GPU", "mps": "no Apple GPU"}  # ki
 
 def _has_mps() -> bool:
     return torch.backends.mps.is_available()
-
-
-def device_of(rank: int) -> torch.device:
-    """The GPU of one of the processes that share work on this machine; the CPU where there is none."""
-    count = torch.cuda.device_count()
-    return torch.device("cuda", rank % count) if count else torch.device("cpu")
 
 
 def processes_here(requested: int | None, device: str | None = None) -> int:
@@ -173,7 +170,7 @@ class World(Processes):
 
     def largest(self, value: float) -> float:
         """The largest value that any process has."""
-        highest = torch.tensor([value], dtype=torch.float64, device=self.device)
+        highest = torch.tensor([value], dtype=exact_dtype(self.device), device=self.device)
         if self.size > 1:
             dist.all_reduce(highest, dist.ReduceOp.MAX)
         return float(highest.item())
@@ -211,8 +208,7 @@ def join_world(
     `device` None is a GPU where CUDA has one, else the CPU: Apple's GPUs train when asked only.
     `allow_tf32` None leaves TF32 as torch has it, so that N processes draw and measure what one does.
     """
-    from accelerate import Accelerator  # here: it takes a second, which a process on its own need not wait
-    from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
+    from accelerate import Accelerator, utils  # here: it takes a second, which a process on its own need not wait
 
     on_cpu = device == "cpu" or (device is None and not torch.cuda.is_available())
     if on_cpu:
@@ -226,8 +222,10 @@ def join_world(
         mixed_precision="no",
         gradient_accumulation_steps=1,
         log_with=list(trackers) or None,
-        project_config=ProjectConfiguration(str(folder), str(folder / "trackers")) if folder else None,
-        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],  # else gradients exist twice
+        project_config=utils.ProjectConfiguration(str(folder), str(folder / "trackers")) if folder else None,
+        kwargs_handlers=[
+            utils.DistributedDataParallelKwargs(gradient_as_bucket_view=True)
+        ],  # else gradients exist twice
     )
     if accelerator.num_processes != expected:
         raise AlphaflowError(

@@ -39,7 +39,7 @@ from alphaflow_cli.model.checkpoint import Checkpoint, check_autoencoder, load_c
 from alphaflow_cli.model.find import find_checkpoint
 from alphaflow_cli.nn.autoencoder import Autoencoder, load_autoencoder
 from alphaflow_cli.recipe.plan import null_label
-from alphaflow_cli.runtime.precision import true_float32
+from alphaflow_cli.runtime.precision import exact_device, true_float32
 from alphaflow_cli.runtime.processes import choose_device
 from alphaflow_cli.sample.walk import LazyLabels, Walk
 
@@ -133,7 +133,7 @@ class Generator:
         self.folder = Path()  # the checkpoint's: a converted or pulled one may have its autoencoder beside it
         self.digest = ""  # sha256 of the file that these weights were read from; empty while a run holds them
         self.recipe, self.origin, self.device = checkpoint.recipe, checkpoint.origin, device
-        self.exact = torch.device("cpu") if device.type == "mps" else device  # Apple's GPUs have no float64
+        self.exact = exact_device(device)
         self.mean, self.std = checkpoint.mean.to(self.exact), checkpoint.std.to(self.exact)
         self.net = net or load_network(checkpoint).to(device).eval()
         self.bf16 = self.recipe.train.precision == "bf16" and device.type == "cuda"
