@@ -97,7 +97,7 @@ def run_pass(work: Pass, processes: Processes, *, batch: int, clock: Clock) -> N
         ):
             for first, stop in waiting:
                 features = _measure(work, (first, stop), processes.device, batch=batch, clock=clock)
-                write_whole(work.path(first, stop), save(features))
+                _write(work.path(first, stop), features)
                 bar.advance(stop - first)
     except KeyboardInterrupt:
         say(f"interrupted; finished chunks are kept in {work.folder}: run the same command again to go on")
@@ -119,6 +119,13 @@ def _measure(work: Pass, part: tuple[int, int], device: torch.device, *, batch: 
                 f"{name}: features of pictures {first}–{stop - 1} are not finite; the weights are broken"
             )
     return tensors
+
+
+def _write(path: Path, tensors: dict[str, Tensor]) -> None:
+    try:
+        write_whole(path, save(tensors))
+    except AlphaflowError as fault:
+        raise AlphaflowError(f"{fault} Make room and run the same command again; finished chunks are kept.") from fault
 
 
 def _digests(images: Tensor) -> Tensor:
