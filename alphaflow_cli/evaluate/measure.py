@@ -81,7 +81,7 @@ def evaluation_id(source: ImageSource, extractors: Mapping[str, Extractor], chun
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def run_pass(work: Pass, processes: Processes, *, batch: int, clock: Clock) -> None:
+def run_pass(work: Pass, processes: Processes, *, batch: int, clock: Clock, task: str = "features") -> None:
     """Compute the chunks of this process that are not there yet; Ctrl-C keeps every finished chunk."""
     make_folder(work.folder)
     mine = work.chunks()[processes.rank :: processes.size]
@@ -93,7 +93,7 @@ def run_pass(work: Pass, processes: Processes, *, batch: int, clock: Clock) -> N
     try:
         with (
             contextlib.closing(work.source),
-            Progress("measure", total, unit="img", done=done, shown=processes.rank == 0) as bar,
+            Progress(task, total, unit="img", done=done, shown=processes.rank == 0) as bar,
         ):
             for first, stop in waiting:
                 features = _measure(work, (first, stop), processes.device, batch=batch, clock=clock)

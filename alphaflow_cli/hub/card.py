@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from alphaflow_cli.evaluate.results import row_of
+from alphaflow_cli.evaluate.results import best_founded, row_of
 from alphaflow_cli.model.checkpoint import CHECKPOINT_FORMAT
 from alphaflow_cli.recipe import Recipe, dump_recipe
 from alphaflow_cli.recipe.plan import effective_scale, has_null_label, is_guided, needs_many_steps
@@ -66,8 +66,8 @@ def model_card(facts: CardFacts) -> str:
 
 
 def result_rows(results: dict[str, Any] | None) -> list[dict[str, Any]]:
-    """Every number of a results.json, from all of its evaluations."""
-    return [row for each in (results or {}).get("evaluations", []) for row in each.get("rows", [])]
+    """The numbers of a results.json, from all of its evaluations: of each the best-founded one."""
+    return best_founded([row for each in (results or {}).get("evaluations", []) for row in each.get("rows", [])])
 
 
 def protocol(row: dict[str, Any]) -> str:

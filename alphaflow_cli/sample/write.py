@@ -100,7 +100,7 @@ def draw_missing(plan: Plan, sinks: "Sequence[PictureFolder | RowFile]", begun: 
     if done:
         say(f"{done:,} of {total:,} pictures were drawn before: going on")
     decoded = request.out is not None or request.grid is not None
-    with Progress("sample", total, unit="img", done=done, shown=processes.rank == 0) as bar:
+    with Progress("sampling", total, unit="img", done=done, shown=processes.rank == 0) as bar:
         for walk, span in islice(plan.spans(), processes.rank, None, processes.size):
             if is_done(walk, span):
                 continue
