@@ -15,7 +15,7 @@ from alphaflow_cli.evaluate.results import best_founded, row_of
 from alphaflow_cli.model.checkpoint import CHECKPOINT_FORMAT
 from alphaflow_cli.recipe import Recipe, dump_recipe
 from alphaflow_cli.recipe.plan import effective_scale, has_null_label, is_guided, needs_many_steps
-from alphaflow_cli.text import code_span, for_markdown, for_terminal
+from alphaflow_cli.text import code_span, counted, for_markdown, for_terminal
 
 PAPER = "arXiv:2510.20771"
 CITATION = """\
@@ -109,7 +109,7 @@ def _metadata(facts: CardFacts) -> str:
 
 def _what(facts: CardFacts) -> str:
     recipe, data = facts.recipe, facts.recipe.data
-    labels = f"{data.classes:,} classes" if data.classes else "no labels"
+    labels = counted(data.classes, "class", "classes") if data.classes else "no labels"
     space = (
         "pixels"
         if data.autoencoder == "none"

@@ -27,6 +27,7 @@ from alphaflow_cli.nn.autoencoder import load_autoencoder
 from alphaflow_cli.runtime.lock import hold
 from alphaflow_cli.runtime.processes import Processes, processes_here
 from alphaflow_cli.runtime.progress import Progress, duration, say, size
+from alphaflow_cli.text import counted
 
 FINISHED = ("images.json", "stats.safetensors", "manifest.json")  # beside the shards
 BEFORE_THE_PLAN = ("images.json", "classes.json")  # in the order of writing
@@ -164,7 +165,8 @@ def describe_store(store: Path) -> list[str]:
     manifest = read_manifest(store)
     plan, total = manifest.plan, sum(shard.bytes for shard in manifest.shards)
     shape = "x".join(str(length) for length in plan.latent)
-    lines = [f"{manifest.count:,} pictures, {plan.classes:,} classes, {plan.kind} {shape} {plan.dtype}, {size(total)}"]
+    pictures, classes = counted(manifest.count, "picture"), counted(plan.classes, "class", "classes")
+    lines = [f"{pictures}, {classes}, {plan.kind} {shape} {plan.dtype}, {size(total)}"]
     if plan.autoencoder.precision_error is not None:
         error = f"error {plan.autoencoder.precision_error:.3g} of the posterior std"
         lines.append(f"encoded in {plan.autoencoder.precision}: {error}")
