@@ -73,10 +73,10 @@ def check_request(request: SampleRequest) -> None:
     targets = [path for path in (request.out, request.grid, request.latents) if path is not None]
     if not targets:
         raise AlphaflowError("nothing to write: give --grid FILE.png, --out DIR or FILE.npz, or --latents FILE.npy.")
-    if request.grid is not None:
-        grid_form(request.grid)
     if len(set(targets)) < len(targets):
         raise AlphaflowError(f"{targets[-1]}: is named twice. Give --out, --grid and --latents a file each.")
+    if request.grid is not None:
+        grid_form(request.grid)
 
 
 def plan_sampling(request: SampleRequest, processes: Processes) -> Plan:

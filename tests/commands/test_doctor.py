@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -107,7 +108,8 @@ def clone(tmp_path, *line, packages=True):
 
 def test_a_clone_that_is_not_installed_works_and_says_so(tmp_path):
     done = clone(tmp_path, "doctor")
-    assert (done.returncode, done.stderr) == (0, "")
+    assert done.returncode == 0
+    assert re.fullmatch(r"\S+ \S+ looking at this machine\n", done.stderr)
     assert "a clone here, not installed" in done.stdout
 
 
