@@ -26,6 +26,7 @@ from alphaflow_cli.evaluate.features import Extractor
 from alphaflow_cli.evaluate.pictures import ImageSource
 from alphaflow_cli.evaluate.results import space_of
 from alphaflow_cli.files import make_folder, write_whole
+from alphaflow_cli.runtime.precision import exact_device
 from alphaflow_cli.runtime.processes import Processes, smaller_batch_if_full
 from alphaflow_cli.runtime.progress import Progress, say
 
@@ -80,7 +81,7 @@ def evaluation_id(source: ImageSource, extractors: Mapping[str, Extractor], chun
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def run_pass(work: Pass, processes: Processes, *, batch: int, clock: Clock) -> None:
+def run_pass(work: Pass, processes: Processes, *, batch: int, clock: Clock, task: str = "features") -> None:
     """Compute the chunks of this process that are not there yet; Ctrl-C keeps every finished chunk."""
     make_folder(work.folder)
     mine = work.chunks()[processes.rank :: processes.size]
@@ -92,7 +93,7 @@ def run_pass(work: Pass, processes: Processes, *, batch: int, clock: Clock) -> N
     try:
         with (
             contextlib.closing(work.source),
-            Progress("measure", total, unit="img", done=done, shown=processes.rank == 0) as bar,
+            Progress(task, total, unit="img", done=done, shown=processes.rank == 0) as bar,
         ):
             for first, stop in waiting:
                 features = _measure(work, (first, stop), processes.device, batch=batch, clock=clock)
@@ -176,7 +177,7 @@ def gather_moments(work: Pass, processes: Processes) -> dict[str, Moments]:
         moments = Moments(work.extractors[name].dim)
         for first, stop in work.chunks()[processes.rank :: processes.size]:
             moments.update(load_part(work, name, first, stop))
-        moments.sums = processes.sum(moments.sums.to(processes.device)).cpu()
+        moments.sums = processes.sum(moments.sums.to(exact_device(processes.device))).cpu()
         if moments.count != work.source.count:
             raise AlphaflowError(f"{moments.count:,} of {work.source.count:,} pictures were counted; run it again")
         totals[name] = moments

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from alphaflow_cli.evaluate.results import row_of
+from alphaflow_cli.evaluate.results import best_founded, row_of
 from alphaflow_cli.model.checkpoint import CHECKPOINT_FORMAT
 from alphaflow_cli.recipe import Recipe, dump_recipe
 from alphaflow_cli.recipe.plan import effective_scale, has_null_label, is_guided, needs_many_steps
-from alphaflow_cli.text import code_span, for_markdown, for_terminal
+from alphaflow_cli.text import code_span, counted, for_markdown, for_terminal
 
 PAPER = "arXiv:2510.20771"
 CITATION = """\
@@ -66,8 +66,8 @@ def model_card(facts: CardFacts) -> str:
 
 
 def result_rows(results: dict[str, Any] | None) -> list[dict[str, Any]]:
-    """Every number of a results.json, from all of its evaluations."""
-    return [row for each in (results or {}).get("evaluations", []) for row in each.get("rows", [])]
+    """The numbers of a results.json, from all of its evaluations: of each the best-founded one."""
+    return best_founded([row for each in (results or {}).get("evaluations", []) for row in each.get("rows", [])])
 
 
 def protocol(row: dict[str, Any]) -> str:
@@ -109,7 +109,7 @@ def _metadata(facts: CardFacts) -> str:
 
 def _what(facts: CardFacts) -> str:
     recipe, data = facts.recipe, facts.recipe.data
-    labels = f"{data.classes:,} classes" if data.classes else "no labels"
+    labels = counted(data.classes, "class", "classes") if data.classes else "no labels"
     space = (
         "pixels"
         if data.autoencoder == "none"
@@ -136,8 +136,7 @@ def _weights(origin: dict[str, Any]) -> str:
 
 
 def _usage(facts: CardFacts) -> str:
-    repo, sample, size = facts.repo, facts.recipe.sample, facts.recipe.data.image_size
-    classes = ", classes=[0, 1, 2, 3]" if facts.recipe.data.classes else ""
+    repo, sample = facts.repo, facts.recipe.sample
     return f"""\
 ## Sample
 
@@ -152,7 +151,8 @@ alphaflow sample {repo} --seeds 0-15 --nfe {sample.nfe} --out pictures
 import alphaflow_cli
 
 model = alphaflow_cli.load("{repo}")
-images = model.sample(seeds=[0, 1, 2, 3]{classes}, nfe={sample.nfe})  # uint8 (4, 3, {size}, {size})
+pictures = model.sample(8, nfe={sample.nfe})  # classes=["…"] chooses; print(model) says what there is
+pictures.save("grid.png")
 ```
 
 The picture of a seed is the same on every machine up to rounding, whatever the batch. Pin a revision with

@@ -6,6 +6,7 @@ from typing import Any
 from alphaflow_cli.core.alpha import equal_rows
 from alphaflow_cli.recipe import plan
 from alphaflow_cli.recipe.schema import Recipe, Schedule, resolve_step
+from alphaflow_cli.text import counted
 
 PHASE_WORDS = {
     "flow": ("α = 1", "trajectory flow matching"),
@@ -75,7 +76,7 @@ def _latents(recipe: Recipe) -> str:
     d = recipe.data
     shape = f"{d.channels}×{d.latent_size}×{d.latent_size}"
     what = "pixels" if d.autoencoder == "none" else f"latents of {d.image_size} px by {d.autoencoder}"
-    return f"{shape} {what}, {f'{d.classes:,} classes' if d.classes else 'no labels'}"
+    return f"{shape} {what}, {counted(d.classes, 'class', 'classes') if d.classes else 'no labels'}"
 
 
 def _run(recipe: Recipe, f: dict[str, Any]) -> str:

@@ -42,9 +42,9 @@ def random_rows(recipe: Recipe, count: int, n_equal: int, device: torch.device) 
 
 
 def micro_batch_that_fits(recipe: Recipe, world: World) -> int:
-    """The rows of a micro-batch: halved until a step of every phase fits the GPU's memory; on a CPU, all of them."""
+    """The rows of a micro-batch: halved until a step of every phase fits; without CUDA, all of them."""
     rows = -(-recipe.train.batch // world.size)
-    if world.device.type == "cpu":
+    if world.device.type != "cuda":
         return rows
     fits = _rows_that_fit(recipe, world.device, rows)
     forget_compiled(recipe)
@@ -106,9 +106,8 @@ class PhaseTime:
         return self.steps * self.seconds_per_step
 
 
-def measure_phases(recipe: Recipe, micro_batch: int, *, per_process: int) -> list[PhaseTime]:
+def measure_phases(recipe: Recipe, micro_batch: int, *, per_process: int, device: torch.device) -> list[PhaseTime]:
     """Time a few steps of every phase on this machine; the median counts."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     trial = Trial(recipe, device)
     turns = -(-per_process // micro_batch)
     times = []
@@ -157,15 +156,15 @@ def describe_run(
 
 
 def estimate_training(
-    recipe: Recipe, micro_batch: int | None, processes: int
+    recipe: Recipe, micro_batch: int | None, processes: int, device: str | None = None
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """Time the phases on this machine, in one process, and extrapolate; returns JSON objects and lines."""
-    world = join_world(allow_tf32=recipe.train.tf32)
+    world = join_world(allow_tf32=recipe.train.tf32, device=device)
     per_process = -(-recipe.train.batch // processes)
     if recipe.train.compile:
         say("compiling the blocks, as train.compile asks for: minutes on a CPU")
     rows = min(micro_batch or micro_batch_that_fits(recipe, world), per_process)
-    measured = measure_phases(recipe, rows, per_process=per_process)
+    measured = measure_phases(recipe, rows, per_process=per_process, device=world.device)
     total = sum(phase.seconds for phase in measured)
     document = [
         {"phase": p.kind, "steps": p.steps, "seconds_per_step": p.seconds_per_step, "memory_bytes": p.memory_bytes}

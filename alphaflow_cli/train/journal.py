@@ -35,6 +35,7 @@ from alphaflow_cli.files import append, check_regular, make_folder, read_documen
 from alphaflow_cli.recipe.plan import is_guided, phase_kind, tokens
 from alphaflow_cli.recipe.schema import Recipe
 from alphaflow_cli.runtime.lock import check_lock
+from alphaflow_cli.runtime.precision import exact_dtype
 from alphaflow_cli.runtime.processes import World
 from alphaflow_cli.runtime.progress import say
 from alphaflow_cli.train.optimise import COUNTERS
@@ -61,13 +62,13 @@ class Sums:
     """The losses, added up over rows and micro-batches on the device, until a row of the journal takes their means."""
 
     def __init__(self, device: torch.device) -> None:
-        self.values = torch.zeros(len(SUMS) + 2 * LOSS_BINS, dtype=torch.float64, device=device)
+        self.values = torch.zeros(len(SUMS) + 2 * LOSS_BINS, dtype=exact_dtype(device), device=device)
 
     def add(self, terms: Terms, t: Tensor, r: Tensor, n_equal: int) -> None:
         """Add the rows of one micro-batch."""
-        k, error = n_equal, terms.error.double()
+        k, error = n_equal, terms.error.to(self.values.dtype)
         sums, counts = interval_bins(t[k:], r[k:], error[k:], LOSS_BINS)
-        parts = [error[k:], terms.trajectory[k:].double(), terms.consistency[k:].double(), error[:k]]
+        parts = [error[k:], *(each[k:].to(error.dtype) for each in (terms.trajectory, terms.consistency)), error[:k]]
         later, trajectory, consistency, velocity = (part.sum() for part in parts)
         n_later, n_equal_rows = (error.new_full((), count) for count in (len(error) - k, k))  # no copy from the host
         head = torch.stack([n_later, later, trajectory, consistency, n_equal_rows, velocity])
@@ -184,11 +185,12 @@ def console_line(row: dict[str, Any]) -> str:
         value = row.get(name)
         return "–" if value is None else format(value, form)
 
-    parts = [f"α {row['alpha']:.3f}", f"l {shown('l')}", f"TFM {shown('l_tfm')}", f"TC {shown('l_tc')}"]
+    rate = f"{row['images_per_second']:,.0f} img/s"
+    parts = [f"α {row['alpha']:.3f}", f"l {shown('l')}", rate, f"TFM {shown('l_tfm')}", f"TC {shown('l_tc')}"]
     parts += [f"v {shown('v_loss')}", f"|g| {shown('grad_norm', '.3f')}", f"lr {row['lr']:.1e}"]
     if row["nonfinite"]:
         parts.append(f"NON-FINITE {row['nonfinite']}")
-    return "  ".join([*parts, f"{row['images_per_second']:,.0f} img/s"])
+    return "  ".join(parts)
 
 
 def check_trackers(recipe: Recipe) -> None:
@@ -197,7 +199,7 @@ def check_trackers(recipe: Recipe) -> None:
     if missing:
         raise AlphaflowError(
             f"train.trackers: {', '.join(missing)} cannot be imported. "
-            f"Run: pip install 'alphaflow[{','.join(missing)}]', or do without: --set train.trackers=[]"
+            f"Run: pip install 'alphaflow-cli[{','.join(missing)}]', or do without: --set train.trackers=[]"
         )
 
 

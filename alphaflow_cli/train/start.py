@@ -24,7 +24,7 @@ from alphaflow_cli.recipe import diff_recipes, dump_recipe, recipe_from_text
 from alphaflow_cli.recipe.schema import Data, Recipe
 from alphaflow_cli.runtime.launch import StopFlag, has_parent, is_worker
 from alphaflow_cli.runtime.lock import hold
-from alphaflow_cli.runtime.processes import Processes, World, device_of, join_world, processes_here
+from alphaflow_cli.runtime.processes import Processes, World, choose_device, join_world, processes_here
 from alphaflow_cli.runtime.progress import say
 from alphaflow_cli.train import state
 from alphaflow_cli.train.estimate import micro_batch_that_fits
@@ -51,6 +51,7 @@ class TrainOptions:
     micro_batch: int | None = None  # None: as many rows as fit
     init_from: str = ""
     verify: bool = True  # read the whole store against its checksums before the first step
+    device: str | None = None  # cpu, cuda or mps; None: a GPU where CUDA has one
 
 
 def store_of(recipe: Recipe, options: TrainOptions) -> Path:
@@ -141,7 +142,7 @@ def prepare_run(recipe: Recipe, options: TrainOptions) -> Path:
     if data.source and options.data is None and not (store / "manifest.json").exists():
         say(f"preparing {data.source} in {store}")
         wanted = StoreRequest(data.source, data.image_size, data.autoencoder, flips=data.flips)
-        prepare_store(wanted, store, Processes(device_of(0)))
+        prepare_store(wanted, store, Processes(choose_device(options.device, apple=False)))
     check_store(recipe, store)
     path = options.out / "recipe.yaml"
     for field, old, new in changes:
@@ -151,9 +152,9 @@ def prepare_run(recipe: Recipe, options: TrainOptions) -> Path:
     return store
 
 
-def count_processes(recipe: Recipe, requested: int | None) -> int:
+def count_processes(recipe: Recipe, requested: int | None, device: str | None = None) -> int:
     """The number of processes requested, else one per GPU; more than the batch has rows are refused."""
-    count = processes_here(requested)
+    count = processes_here(requested, device)
     count_rows(recipe, count)
     return count
 
@@ -165,7 +166,8 @@ def count_rows(recipe: Recipe, processes: int) -> None:
 
 def train(recipe: Recipe, options: TrainOptions) -> int:
     """Train in this process (one of several, perhaps); 0 when finished, 130 or 143 when stopped and saved."""
-    world = join_world(allow_tf32=recipe.train.tf32, trackers=recipe.train.trackers, folder=options.out)
+    train, device = recipe.train, options.device
+    world = join_world(allow_tf32=train.tf32, device=device, trackers=train.trackers, folder=options.out)
     with one_owner(recipe, options, world):
         if world.is_main:
             state.sweep(options.out)

@@ -162,3 +162,15 @@ LABELS = {  # classes and dropout → rows, null label, whether there is one
 def test_the_null_label_is_the_last_row_where_labels_are_dropped(classes, dropout):
     recipe = recipe_from_text(f"data: {{classes: {classes}}}\nguidance: {{label_dropout: {dropout}}}", "r")
     assert (plan.label_rows(recipe), plan.null_label(recipe), plan.has_null_label(recipe)) == LABELS[classes, dropout]
+
+
+def test_one_class_is_a_class_and_none_is_no_label():
+    def shown(classes):
+        recipe = recipe_from_text(
+            "data: {autoencoder: none, channels: 3, latent_size: 256}", "x", (f"data.classes={classes}",)
+        )
+        return dict(lines(recipe))["latents"]
+
+    assert shown(1).endswith(", 1 class")
+    assert shown(1000).endswith(", 1,000 classes")
+    assert shown(0).endswith(", no labels")

@@ -29,7 +29,7 @@ from alphaflow_cli.train.journal import (
     read_rows,
     step_flops,
 )
-from alphaflow_cli.train.parallel import Split, check_sharding
+from alphaflow_cli.train.parallel import Split, check_sharding, split_batch
 from alphaflow_cli.train.step import Objective, training_step
 
 
@@ -103,7 +103,7 @@ def test_a_missing_tracker_names_the_extra(tmp_path, monkeypatch):
     check_trackers(recipe)
     absent = replace(recipe, train=replace(recipe.train, trackers=("wandb",)))
     monkeypatch.setattr("alphaflow_cli.train.journal.find_spec", lambda name: None)
-    with pytest.raises(AlphaflowError, match=r"pip install 'alphaflow\[wandb\]'"):
+    with pytest.raises(AlphaflowError, match=r"pip install 'alphaflow-cli\[wandb\]'"):
         check_trackers(absent)
 
 
@@ -280,3 +280,9 @@ def test_rows_that_a_kill_cut_off_are_dropped(tmp_path):
 
 def test_the_store_stays_on_the_host_without_a_gpu(store):
     assert not start.fits_on_device(store, False, CPU)
+
+
+def test_a_split_says_of_how_many_rows_its_micro_batches_are():
+    assert str(split_batch(8, processes=1, micro_batch=3)) == "1 process × 3 micro-batches of at most 3 rows = batch 8"
+    assert str(split_batch(8, processes=2, micro_batch=2)) == "2 processes × 2 micro-batches of 2 rows = batch 8"
+    assert str(split_batch(1, processes=1, micro_batch=None)) == "1 process × 1 micro-batch of 1 row = batch 1"
