@@ -23,7 +23,7 @@ from reference_step import reference_step
 from torch import Tensor, nn
 from workload import SIZES, asking, build, draw, flow_matching, objective
 
-from alphaflow_cli.model.build import compile_blocks
+from alphaflow_cli.model.compiling import compile_blocks
 from alphaflow_cli.train.step import Objective, Rows, training_step
 
 PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # dense bf16 FLOP/s, from the makers' data sheets

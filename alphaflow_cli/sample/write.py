@@ -43,6 +43,7 @@ class SampleRequest:
     weights: str
     autoencoder: str
     decoder: DecoderChoice
+    compiled: bool
     out: Path | None  # a folder, or an .npz
     grid: Path | None
     latents: Path | None
@@ -122,9 +123,7 @@ def plan_sampling(request: SampleRequest, processes: Processes) -> Plan:
         request.checkpoint, device=processes.device, weights=request.weights, decoder=request.decoder
     )
     check_same(processes, generator.digest, request.checkpoint)
-    generator.expect(len(request.seeds))
-    if request.autoencoder:
-        generator.use_autoencoder(request.autoencoder)
+    generator.expect(0, compiled=request.compiled, autoencoder=request.autoencoder)
     plan = partial(plan_walk, generator.recipe, kind=request.sampler, times=request.times)
     walks = [plan(nfe=n, guidance=request.guidance, guidance_channels=request.guidance_channels) for n in request.nfe]
     batch = request.batch
@@ -178,7 +177,7 @@ def record_of(plan: Plan) -> Record:
         "checkpoint": generator.digest,
         "weights": str(generator.origin.get("weights", "ema")),
         "walk": "; ".join(walks),
-        "precision": generator.precision + (", compiled" if generator.decoder.compiled else ""),
+        "precision": generator.precision,
         "device": generator.device.type,
     }
 

@@ -12,7 +12,7 @@ from workload import CLASSES, Size, asking, build, draw
 
 from alphaflow_cli.convert.shape import to_published
 from alphaflow_cli.core.alpha import schedule_value
-from alphaflow_cli.model.build import compile_blocks
+from alphaflow_cli.model.compiling import compile_blocks
 from alphaflow_cli.recipe.schema import Guidance, Loss
 from alphaflow_cli.train.step import Objective, Rows, ask, training_step
 
