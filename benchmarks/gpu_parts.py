@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 from bench_eval import arguments as eval_arguments
+from bench_graph import arguments as graph_arguments
+from bench_graph import compare
 from bench_step import arguments as step_arguments
 from bench_step import cell, work_of
 from evaluation_parts import time_parts
@@ -43,6 +45,7 @@ def items(toy: bool) -> dict[str, dict[str, Item]]:
         "truth": {"numbers": truth_of("tests/test_truth.py")}
         | ({} if toy else {"equal and killed runs": truth_of("tests/train/test_reproducible.py")}),
         "step": {name: step_of(*steps[name]) for name in steps},
+        "graphs": {f"tiny α={alpha:g}": graph_of(alpha) for alpha in (1.0, 0.0)},
         "training": {"quickstart": quickstart} | {name: member_of(name) for name in (FAMILY[:1] if toy else FAMILY)},
         "evaluation": {f"{count:,} pictures": evaluation_of(count) for count in ((8,) if toy else (12_000, 4_000))},
         "latents": {"pictures": latents},
@@ -98,6 +101,16 @@ def step_of(size: str, batch: int, share: float, alpha: float, guided: bool) -> 
         }  # fmt: skip
 
     return step
+
+
+def graph_of(alpha: float) -> Item:
+    """A tiny network's whole step launched and as a CUDA graph, and whether both leave the same bits."""
+
+    def graph(options: argparse.Namespace) -> Figures:
+        toy = ["--batch", "4", "--steps", "6"]
+        return compare(alpha, graph_arguments(["--device", options.device, *(toy if options.toy else [])]))
+
+    return graph
 
 
 def train(recipe: str, out: Path, *options: str) -> Figures:

@@ -4,8 +4,14 @@ import json
 
 import gpu
 import pytest
+import torch
+from bench_graph import DeviceOptimiser, arguments, compare
+from fake_gpu import GPU, TORCH, fake_gpu
 from gpu_page import page
 from gpu_parts import items
+from train_helpers import make_recipe
+
+from alphaflow_cli.model.build import build_network
 
 VERSIONS = {"torch": "2", "alphaflow": "1"}
 HEAD = {"date": "2026-01-01", "hardware": "a card", "versions": VERSIONS, "commit": "c" * 40, "dirty": False}
@@ -27,13 +33,18 @@ def test_every_part_runs_at_toy_size_and_the_next_run_has_nothing_left(tmp_path,
     assert capsys.readouterr().err == ""
 
 
-def test_an_item_that_fails_or_takes_too_long_is_a_line_and_is_tried_again(tmp_path, monkeypatch):
-    options = gpu.arguments(["--out", str(tmp_path), "--toy"])
-    failed = gpu.measure("step", "no such item", options, ["--out", str(tmp_path), "--toy"], 60)
-    late = gpu.measure("step", "tiny α=1", options, ["--out", str(tmp_path), "--toy"], 0.1)
-    assert failed["fault"].startswith("exit code 1")
+@pytest.mark.slow
+def test_an_item_that_fails_is_a_line(tmp_path):
+    words = ["--out", str(tmp_path), "--toy"]
+    line = gpu.measure("step", "no such item", gpu.arguments(words), words, 300)
+    assert line["fault"].startswith("exit code 1")
+
+
+def test_what_took_too_long_is_a_line_and_is_tried_again(tmp_path):
+    words = ["--out", str(tmp_path), "--toy"]
+    late = gpu.measure("step", "tiny α=1", gpu.arguments(words), words, 0.1)
     assert late["fault"] == "not done within 0 s"
-    todo = gpu.missing([failed, late], [], True)
+    todo = gpu.missing([late], [], True)
     assert ("step", "tiny α=1") in todo
     assert todo[0][0] == "truth"
     done = {**HEAD, "part": "step", "item": "tiny α=1", "figures": {}}
@@ -66,3 +77,27 @@ def test_without_a_gpu_the_command_says_so(capsys):
 
 def test_every_part_has_items_and_a_limit():
     assert list(items(False)) == list(items(True)) == list(gpu.LIMITS)
+
+
+@pytest.mark.parametrize("alpha", [1.0, 0.0])
+def test_a_step_with_its_numbers_on_the_device_leaves_the_bits_of_the_trainers(alpha):
+    """Learning rate and β change from step to step; so does what a graph of it would replay."""
+    found = compare(alpha, arguments(["--device", "cpu", "--batch", "4", "--steps", "8", "--guided"]))
+    assert found["same_bits"], found["largest_difference"]
+
+
+@pytest.mark.skipif(TORCH < (2, 11), reason="older torch asks the driver what a fake GPU can do")
+def test_nothing_waits_in_what_a_graph_captures(monkeypatch, tmp_path):
+    """Forward and loss: tests/train/test_host_waits.py. Here the optimiser, and the numbers that are written before."""
+    with fake_gpu(monkeypatch) as waits:
+        with torch.device(GPU):
+            net = build_network(make_recipe(tmp_path))
+        optimiser = DeviceOptimiser(net, make_recipe(tmp_path))
+        waits.found.clear()
+        for step in range(2):
+            optimiser.set_numbers(step)
+            for parameter in net.parameters():
+                parameter.grad = torch.empty_like(parameter)
+            optimiser.step(step)
+        assert waits.found == []
+        assert optimiser.rate.device == optimiser.moves.device == GPU
