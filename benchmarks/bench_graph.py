@@ -6,9 +6,9 @@
 An experiment: the trainer does not use graphs. Captured are forward, backward, clipping, Adam and the averages, for
 α = 1 and for α = 0. The learning rate and the averages' β change from step to step, so there they are numbers on the
 device, written before each replay; nothing in the captured part waits for the host. (Between them α moves as well, and
-would be one more such number.) We report milliseconds per step, and whether the weights and averages after all steps are those
-of the launched steps, bit for bit. On a GPU fused Adam reads such a rate in float32; the launched steps get the rate
-rounded alike. On a CPU nothing is captured: the same steps run one after the other.
+would be one more such number.) We report milliseconds per step, and whether the weights and averages after all steps
+are those of the launched steps, bit for bit. On a GPU fused Adam reads such a rate in float32; the launched steps get
+the rate rounded alike. On a CPU nothing is captured: the same steps run one after the other.
 """
 
 import argparse
