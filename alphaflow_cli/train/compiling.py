@@ -8,6 +8,8 @@ compiling fails, one line says so and the run goes on eagerly: it computes the s
 import time
 from collections.abc import Iterator
 
+import torch
+
 from alphaflow_cli.core.alpha import equal_rows
 from alphaflow_cli.model.compiling import can_compile, compile_faults, keep_compiled_code, plain_blocks, why_not
 from alphaflow_cli.nn.dit import DiT
@@ -45,6 +47,8 @@ def compile_forms(run: Run) -> None:
         for alpha, turn, n_equal in listed:
             try:
                 _step_for_nothing(run, alpha, turn, n_equal)
+            except torch.OutOfMemoryError:
+                break  # the first step meets it too, and takes smaller micro-batches or says what to do
             except compile_faults() as error:
                 fault = why_not(error)
                 break
@@ -54,7 +58,7 @@ def compile_forms(run: Run) -> None:
         plain_blocks(run.net)
         if fault:
             say(f"torch.compile failed, so the run goes on eagerly: {fault}")
-    elif run.world.is_main:
+    elif run.world.is_main and bar.done == len(listed):
         seconds = time.monotonic() - began
         say(f"compiled in {seconds:.0f} s, for the whole run; the code is kept in {keep_compiled_code()}")
 
