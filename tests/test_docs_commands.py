@@ -40,6 +40,7 @@ ELSEWHERE = {
     "accelerate launch": "cluster",
     "srun": "cluster",
     "alphaflow train b2 --data": "GPU",
+    "alphaflow train b2-cfg --data": "GPU",
     "alphaflow sample runs/b2 --seeds 0-49999": "GPU",
     "alphaflow train b2 --set train.conflict_every": "GPU",
     "alphaflow train xl2-cfg": "GPU",
@@ -49,8 +50,7 @@ ELSEWHERE = {
     "alphaflow eval admnet": "another system's file",
     "alphaflow convert SiT": "another system's file",
     "alphaflow convert hf://snap-research": "Hub",
-    "python benchmarks/bench_step.py --device cuda": "GPU",
-    "python benchmarks/bench_decoder.py": "GPU",
+    "python benchmarks/gpu.py": "GPU; test_gpu_benchmark.py runs it at toy size",
     "python benchmarks/bench_ruler.py": "another system's file",
     "python benchmarks/bench_scaling.py": "an idle machine for minutes; test_benchmarks.py runs it in small",
 }
@@ -58,6 +58,7 @@ SLOW = ("alphaflow train quickstart", "alphaflow analyze runs/")
 MAKES = {  # what a line makes must not be there before
     "alphaflow prep-latents imagenet/ --out latents/imagenet": "latents/imagenet",
     "alphaflow recipe cp b2 mine.yaml": "mine.yaml",
+    "alphaflow train quickstart": "runs/quickstart",
     "alphaflow pull user/repo@COMMIT -o DIR": "DIR",
 }
 
@@ -168,7 +169,10 @@ def here(tmp_path, place, monkeypatch, hub):  # noqa: F811
     return tmp_path / "project"
 
 
-@pytest.mark.parametrize("line", [pytest.param(x, marks=[pytest.mark.slow] * x.startswith(SLOW), id=x) for x in HERE])
+WHOLE = [pytest.mark.slow, pytest.mark.timeout(3600)]  # the quickstart, from its first step to its last score
+
+
+@pytest.mark.parametrize("line", [pytest.param(x, marks=WHOLE * x.startswith(SLOW), id=x) for x in HERE])
 def test_the_command_line_runs_as_it_stands(line, here, capfd):
     for command, made in MAKES.items():
         if line.startswith(command):

@@ -1,6 +1,10 @@
 """From a recipe to its network."""
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
+from torch.overrides import TorchFunctionMode
 
 from alphaflow_cli.nn.dit import DiT
 from alphaflow_cli.nn.noise import NoiseDiT
@@ -29,3 +33,19 @@ def build_network(recipe: Recipe, *, seed: int | None = None) -> DiT:
             second_time=model.second_time,
             gradient_checkpointing=recipe.train.gradient_checkpointing,
         )
+
+
+def network_shapes(recipe: Recipe) -> dict[str, tuple[int, ...]]:
+    """Name and shape of each tensor of the recipe's network, in its order, without memory for the tensors."""
+    with torch.device("meta"), _NoInitialisation():
+        return {name: tuple(value.shape) for name, value in build_network(recipe).state_dict().items()}
+
+
+class _NoInitialisation(TorchFunctionMode):
+    """Layers are made without drawing weights: on the meta device, torch would import its compiler for it (1 s)."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Sequence[type], args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        drawn = getattr(func, "__module__", None) == "torch.nn.init"
+        return None if drawn else func(*args, **(kwargs or {}))

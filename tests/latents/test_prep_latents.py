@@ -141,6 +141,7 @@ def test_the_manifest_says_how_it_was_made(vae, tree, tmp_path):
     assert str(tmp_path).encode() not in text, "a store must not carry the machine's folders"
 
 
+@pytest.mark.usefixtures("forked_workers")
 @pytest.mark.distributed
 @pytest.mark.parametrize("encoder", ["none", pytest.param("vae", marks=pytest.mark.slow)])
 def test_two_processes_give_the_same_bytes_as_one(vae, tmp_path, encoder):
@@ -400,6 +401,7 @@ def test_a_wrong_option_is_a_usage_error(args):
     assert CliRunner().invoke(command, ["glyphs:4", *args]).exit_code == 2
 
 
+@pytest.mark.usefixtures("forked_workers")
 @pytest.mark.distributed
 def test_a_fault_in_a_worker_is_said_once_without_a_traceback(tmp_path):
     source = tmp_path / "set"

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from other_device import other_device
-from train_helpers import CPU, make_recipe
+from train_helpers import CPU, fork, make_recipe
 
 from alphaflow_cli.model.compiling import compile_blocks
 from alphaflow_cli.train import estimate
@@ -27,11 +27,17 @@ def compiled(monkeypatch):
 @pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # of dynamo itself
 @pytest.mark.parametrize("setting", [True, False])
 def test_an_estimate_compiles_what_the_run_compiles(compiled, tmp_path, setting):
+    """In a process of its own: a compiled backward pass starts threads, beside which no later test could fork."""
     recipe = make_recipe(tmp_path)
-    measured = estimate.measure_phases(recipe, 8, per_process=16, compiled=setting)
-    assert [phase.kind for phase in measured] == ["flow", "between", "derivative"]
-    assert all(phase.seconds_per_step > 0 for phase in measured)
-    assert [net.compiled for net in compiled] == ([True] if setting else [])
+
+    def check():
+        measured = estimate.measure_phases(recipe, 8, per_process=16, compiled=setting)
+        assert [phase.kind for phase in measured] == ["flow", "between", "derivative"]
+        assert all(phase.seconds_per_step > 0 for phase in measured)
+        assert [net.compiled for net in compiled] == ([True] if setting else [])
+
+    started = fork(check, tmp_path / "errors")
+    assert started.wait() == [0], started.said()
 
 
 def test_the_probe_of_memory_tries_compiled_blocks_on_what_fits_eagerly(monkeypatch, tmp_path):
