@@ -6,6 +6,7 @@ import click
 
 from alphaflow_cli.commands.common import (
     Destination,
+    complete_recipe,
     examples,
     json_option,
     print_json,
@@ -78,7 +79,7 @@ def show_command(recipe: str, sets: tuple[str, ...], as_json: bool) -> None:
 
 
 @command.command(epilog=examples("alphaflow recipe check b2", "alphaflow recipe check b2 cifar10 --json"))
-@click.argument("files", nargs=-1, required=True, metavar="FILE...")
+@click.argument("files", nargs=-1, required=True, metavar="FILE...", shell_complete=complete_recipe)
 @set_option
 @json_option
 @click.pass_context
@@ -113,19 +114,21 @@ def _verdict(file: str, sets: tuple[str, ...]) -> tuple[str, list[str]]:
         return for_message(str(fault)), []
 
 
-@command.command(epilog=examples("alphaflow recipe plot b2 -o b2.png", "alphaflow recipe plot xl2-cfg -o xl2.svg"))
+@command.command(epilog=examples("alphaflow recipe plot b2", "alphaflow recipe plot xl2-cfg -o xl2.svg"))
 @recipe_argument
-@click.option("-o", "--out", type=Destination(), required=True, help="FILE.png or FILE.svg.")
+@click.option("-o", "--out", type=Destination(), help="FILE.png or FILE.svg. Default: the recipe's name, as PNG.")
 @set_option
-def plot(recipe: str, out: Path, sets: tuple[str, ...]) -> None:
+def plot(recipe: str, out: Path | None, sets: tuple[str, ...]) -> None:
     """Draw alpha and its phases, the share of r = t rows and the learning rate over the steps."""
     from alphaflow_cli.charts.draw import to_png, to_svg
     from alphaflow_cli.recipe import load_recipe
     from alphaflow_cli.train.curves import recipe_chart
 
+    loaded = load_recipe(recipe, sets)
+    out = out or Destination().convert(f"{loaded.name}.png", None, None)
     if out.suffix.lower() not in (".png", ".svg"):
         raise click.BadParameter(f"{str(out)!r} must end in .png or .svg", param_hint="-o")
-    chart = recipe_chart(load_recipe(recipe, sets))
+    chart = recipe_chart(loaded)
     write_new(out, to_svg(chart) if out.suffix.lower() == ".svg" else to_png(chart), overwrite=True)
     click.echo(out)
 

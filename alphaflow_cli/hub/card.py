@@ -11,16 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from alphaflow_cli.evaluate.results import row_of
+from alphaflow_cli.evaluate.results import best_founded, row_of
 from alphaflow_cli.model.checkpoint import CHECKPOINT_FORMAT
 from alphaflow_cli.recipe import Recipe, dump_recipe
 from alphaflow_cli.recipe.plan import effective_scale, has_null_label, is_guided, needs_many_steps
-from alphaflow_cli.text import code_span, for_markdown, for_terminal
+from alphaflow_cli.text import code_span, counted, for_markdown, for_terminal
 
 PAPER = "arXiv:2510.20771"
 MEANFLOW = "arXiv:2505.13447"
 PACKAGE = "https://pypi.org/project/alphaflow-cli/"
-SHOWN = 4  # pictures of the snippet, of as many classes where there are so many
 FEW_CLASSES, MOST_CLASSES = 20, 2000  # names listed at once, and behind a fold
 CITATION = """\
 @article{zhang2025alphaflow,
@@ -71,8 +70,8 @@ def model_card(facts: CardFacts) -> str:
 
 
 def result_rows(results: dict[str, Any] | None) -> list[dict[str, Any]]:
-    """Every number of a results.json, from all of its evaluations."""
-    return [row for each in (results or {}).get("evaluations", []) for row in each.get("rows", [])]
+    """The numbers of a results.json, from all of its evaluations: of each the best-founded one."""
+    return best_founded([row for each in (results or {}).get("evaluations", []) for row in each.get("rows", [])])
 
 
 def protocol(row: dict[str, Any]) -> str:
@@ -114,7 +113,7 @@ def _metadata(facts: CardFacts) -> str:
 
 def _what(facts: CardFacts) -> str:
     recipe, data = facts.recipe, facts.recipe.data
-    labels = f"{data.classes:,} classes" if data.classes else "no labels"
+    labels = counted(data.classes, "class", "classes") if data.classes else "no labels"
     space = (
         "pixels"
         if data.autoencoder == "none"
@@ -149,9 +148,6 @@ def _weights(origin: dict[str, Any]) -> str:
 
 def _usage(facts: CardFacts) -> str:
     repo, sample = facts.repo, facts.recipe.sample
-    side = facts.recipe.data.image_size
-    labels = list(range(min(SHOWN, facts.recipe.data.classes)))
-    classes = f", classes={labels}" if labels else ""
     return f"""\
 ## Sample
 
@@ -167,7 +163,8 @@ alphaflow sample {repo} --seeds 0-15 --nfe {sample.nfe} --out pictures
 import alphaflow_cli
 
 model = alphaflow_cli.load("{repo}")
-images = model.sample(seeds=range({SHOWN}){classes}, nfe={sample.nfe})  # uint8 {(SHOWN, 3, side, side)}
+pictures = model.sample(8, nfe={sample.nfe})  # classes=["…"] chooses; print(model) says what there is
+pictures.save("grid.png")
 ```
 
 The picture of a seed is the same on every machine up to rounding, whatever the batch. Pin a revision with
@@ -181,7 +178,7 @@ def _classes(facts: CardFacts) -> str:
         return ""
     rest = f", and {len(names) - MOST_CLASSES:,} more" if len(names) > MOST_CLASSES else ""
     listed = ", ".join(f"{i} {for_markdown(name)}" for i, name in enumerate(names[:MOST_CLASSES])) + rest
-    ways = "Choose them by number or by name: `--classes 0`, `classes=[0]`."
+    ways = 'Choose them by number or by name: `--classes 0`, `classes=[0]`, `--classes NAME`, `classes=["NAME"]`.'
     if len(names) <= FEW_CLASSES:
         return f"## Classes\n\n{listed}.\n\n{ways}"
     return f"## Classes\n\n{ways}\n\n<details><summary>All {len(names):,} names</summary>\n\n{listed}.\n\n</details>"

@@ -14,9 +14,10 @@ from alphaflow_cli.charts import chart
 from alphaflow_cli.charts.chart import Chart
 from alphaflow_cli.documents import Anything, ListOf, Maybe, Number, Table, Text, Whole, check_shape, read_json
 from alphaflow_cli.errors import AlphaflowError, blamed_on
-from alphaflow_cli.evaluate.results import read_results, row_of, value_text
+from alphaflow_cli.evaluate.results import best_founded, read_results, row_of, value_text
 from alphaflow_cli.files import read_document, sha256_of, write_whole
 from alphaflow_cli.model.checkpoint import read_origin
+from alphaflow_cli.model.find import check_run
 from alphaflow_cli.recipe import diff_recipes, load_recipe, recipe_from_text, shipped
 from alphaflow_cli.recipe.facts import lines
 from alphaflow_cli.recipe.loader import set_text
@@ -87,10 +88,7 @@ def write_report(run: Path, out: Path) -> Path:
 def page_of(run: Path) -> RunPage:
     """Read everything that the run folder has; the page names what it has not."""
     path = run / "recipe.yaml"
-    if not path.exists():
-        raise AlphaflowError(
-            f"{run}: not a run folder (no recipe.yaml in it). Make one: alphaflow train RECIPE --out {run}"
-        )
+    check_run(run)
     text = read_document(path)
     journal = run / "metrics.jsonl"
     recipe, rows = recipe_from_text(text, str(path)), read_rows(journal)
@@ -271,13 +269,14 @@ def analysis_of(run: Path) -> tuple[list[Chart], Cells]:
 
 
 def scores_of(path: Path, model: str) -> Cells:
-    """Name, NFE, value and protocol of every number; none where nothing was measured.
+    """Name, NFE, value and protocol of every number, the best-founded of each; none where nothing was measured.
 
     `model`: the sha256 of the run's model, or empty. A number of other weights than these says so.
     """
     if not path.is_file():
         return []
-    rows = [row_of(row) for evaluation in read_results(path)["evaluations"] for row in evaluation["rows"]]
+    measured = [row for evaluation in read_results(path)["evaluations"] for row in evaluation["rows"]]
+    rows = [row_of(row) for row in best_founded(measured)]
     rows.sort(key=lambda row: (row.name, row.pictures.get("nfe") or 0))
     table: Cells = []
     for row in rows:

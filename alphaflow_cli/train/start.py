@@ -27,9 +27,10 @@ from alphaflow_cli.recipe.schema import Recipe, Schedule, resolve_step
 from alphaflow_cli.runtime.launch import StopFlag, has_parent, is_worker
 from alphaflow_cli.runtime.lock import NAME as LOCK
 from alphaflow_cli.runtime.lock import hold
-from alphaflow_cli.runtime.processes import Processes, World, device_of, join_world, processes_here
+from alphaflow_cli.runtime.processes import Processes, World, choose_device, join_world, processes_here
 from alphaflow_cli.runtime.progress import say
 from alphaflow_cli.train import state
+from alphaflow_cli.train.compiling import choose_compile, compile_forms
 from alphaflow_cli.train.estimate import micro_batch_that_fits
 from alphaflow_cli.train.journal import Journal, Trackers, check_trackers, peak_of
 from alphaflow_cli.train.loop import train_steps
@@ -55,6 +56,7 @@ class TrainOptions:
     micro_batch: int | None = None  # None: as many rows as fit
     init_from: str = ""
     verify: bool = True  # read the whole store against its checksums before the first step
+    device: str | None = None  # cpu, cuda or mps; None: a GPU where CUDA has one
     notes: tuple[str, ...] = ()  # what a new run says before it begins
 
 
@@ -120,18 +122,21 @@ def prepare_run(recipe: Recipe, options: TrainOptions) -> Path:
     if data.source and options.data is None and not (store / "manifest.json").exists():
         say(f"preparing {data.source} in {store}")
         wanted = StoreRequest(data.source, data.image_size, data.autoencoder, flips=data.flips)
-        prepare_store(wanted, store, Processes(device_of(0)))
+        prepare_store(wanted, store, Processes(choose_device(options.device, apple=False)))
     check_store(recipe, store, options.out if recipe_of_run(options.out) else None)
-    for line in [*options.notes, *(f"beware: {text}" for text in doubts(recipe, store))] if is_new else ():
+    for line in (
+        [*options.notes, *(f"beware: {text}" for text in doubts(recipe, store, options.device))] if is_new else ()
+    ):
         say(line)
     for field, old, new in changes:
         say(f"{options.out}: {field} was {old}, and is {new} from here on")
     return store
 
 
-def doubts(recipe: Recipe, store: Path | None = None) -> list[str]:
+def doubts(recipe: Recipe, store: Path | None = None, device: str | None = None) -> list[str]:
     """What a run does although it might not be meant: by its recipe, on this machine, with this many pictures."""
-    texts = warnings_of(recipe, on_cpu=not torch.cuda.is_available())
+    on_cpu = device == "cpu" or (device is None and not torch.cuda.is_available())
+    texts = warnings_of(recipe, on_cpu=on_cpu)
     if store is None and recipe.data.store:
         store = Path(recipe.data.store)
     known = store is not None and not recipe.eval.reference and (store / "manifest.json").is_file()
@@ -150,9 +155,9 @@ def keep_recipe(recipe: Recipe, out: Path) -> None:
         write_whole(out / "recipe.yaml", dump_recipe(recipe))
 
 
-def count_processes(recipe: Recipe, requested: int | None) -> int:
+def count_processes(recipe: Recipe, requested: int | None, device: str | None = None) -> int:
     """The number of processes requested, else one per GPU; more than the batch has rows are refused."""
-    count = processes_here(requested)
+    count = processes_here(requested, device)
     count_rows(recipe, count)
     return count
 
@@ -164,7 +169,8 @@ def count_rows(recipe: Recipe, processes: int) -> None:
 
 def train(recipe: Recipe, options: TrainOptions) -> int:
     """Train in this process (one of several, perhaps); 0 when finished, 130 or 143 when stopped and saved."""
-    world = join_world(allow_tf32=recipe.train.tf32, trackers=recipe.train.trackers, folder=options.out)
+    train, device = recipe.train, options.device
+    world = join_world(allow_tf32=train.tf32, device=device, trackers=train.trackers, folder=options.out)
     with one_owner(recipe, options, world):
         if world.is_main:
             state.sweep(options.out)
@@ -173,6 +179,7 @@ def train(recipe: Recipe, options: TrainOptions) -> int:
         if world.is_main:
             keep_recipe(recipe, options.out)  # not before: what was refused is no run
             say_where(run, options)
+        compile_forms(run)
         return train_run(run, open_journal(run))
 
 
@@ -208,9 +215,9 @@ def open_run(recipe: Recipe, options: TrainOptions, world: World) -> Run:
     # the main process reads every byte against its checksum; the others trust it
     stream = open_stream(recipe, store, world, verify=options.verify and world.is_main)
     world.wait()
-    run = build_run(
-        recipe, options.out, world=world, stream=stream, split=choose_batch_split(recipe, options, world, saved)
-    )
+    compiled = choose_compile(recipe, world, saved.compiled if saved else None, world.size)
+    split = choose_batch_split(recipe, options, world, saved, compiled=compiled)
+    run = build_run(recipe, options.out, world=world, stream=stream, split=split, compiled=compiled)
     run.may_shrink = options.micro_batch is None
     if newest is not None:
         run.restore(newest)
@@ -263,13 +270,15 @@ def fits_on_device(store: Path, flips: bool, device: torch.device) -> bool:
     return manifest.count * manifest.plan.sample_bytes / halves <= torch.cuda.mem_get_info(device)[1] * RESIDENT_SHARE
 
 
-def choose_batch_split(recipe: Recipe, options: TrainOptions, world: World, saved: state.StateFacts | None) -> Split:
+def choose_batch_split(
+    recipe: Recipe, options: TrainOptions, world: World, saved: state.StateFacts | None, *, compiled: bool
+) -> Split:
     """Cut the batch by --micro-batch, else as the run was cut before, else so that it fits the memory."""
     batch, processes = recipe.train.batch, world.size
     if options.micro_batch is None and saved is not None and saved.processes == processes:
         chosen = Split(batch, processes, saved.accumulation)
     else:
-        micro_batch = options.micro_batch or micro_batch_that_fits(recipe, world)
+        micro_batch = options.micro_batch or micro_batch_that_fits(recipe, world, compiled=compiled)
         chosen = split_batch(batch, processes=processes, micro_batch=micro_batch)
     check_sharding(recipe, chosen)
     return chosen
