@@ -97,14 +97,7 @@ def command(
     if dry_run or estimate:
         show_plan(resolved, processes, micro_batch, device, measured=estimate, as_json=as_json)
         return
-    if data is not None and not (data / "manifest.json").is_file():
-        raise AlphaflowError(
-            f"{data}: no latent store here (no manifest.json). Run: alphaflow prep-latents SOURCE --out {data}"
-        )
-    if init_from:
-        from alphaflow_cli.model.find import check_address
-
-        check_address(init_from)
+    check_paths(data, init_from)
     begin(f"train {loaded.name} in {folder}")
     from alphaflow_cli.runtime.processes import run_shared
     from alphaflow_cli.train.start import TrainOptions, count_processes
@@ -120,6 +113,18 @@ def command(
     if code:
         sys.exit(code)
     finish(folder)
+
+
+def check_paths(data: Path | None, init_from: str) -> None:
+    """Answer a slip in a path at once, before torch is loaded."""
+    if data is not None and not any((data / name).is_file() for name in ("manifest.json", "plan.json")):
+        raise AlphaflowError(
+            f"{data}: no latent store here (no manifest.json). Run: alphaflow prep-latents SOURCE --out {data}"
+        )
+    if init_from:
+        from alphaflow_cli.model.find import check_address
+
+        check_address(init_from)
 
 
 def join(recipe: Recipe, options: "TrainOptions") -> int:
