@@ -95,8 +95,7 @@ def command(
     resolved = resolve_run(recipe, sets, data=data, out=out)
     loaded, folder = resolved.recipe, resolved.folder
     if dry_run or estimate:
-        show_plan(resolved, processes, micro_batch, device, measured=estimate, as_json=as_json)
-        return
+        return show_plan(resolved, processes, micro_batch, device, measured=estimate, as_json=as_json)
     check_paths(data, init_from)
     begin(f"train {loaded.name} in {folder}")
     from alphaflow_cli.runtime.processes import run_shared
