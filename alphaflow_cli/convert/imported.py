@@ -126,6 +126,8 @@ def complete(foreign: Imported, options: ConvertOptions, out: Path) -> Recipe:
         classes=classes,
         autoencoder=_autoencoder(foreign, options, out),
         normalise=foreign.latents.normalise,
+        channel_mean=None,
+        channel_std=None,
         scale=_scale(foreign)[0],
         shift=_scale(foreign)[1],
         store="",
@@ -143,7 +145,7 @@ def is_set(options: ConvertOptions, key: str) -> bool:
 
 def _check_sets(options: ConvertOptions) -> None:
     """Refuse `--set` of the normalisation: it belongs together with the statistics, and --latents sets both."""
-    for key in ("data.scale", "data.shift", "data.normalise"):
+    for key in ("data.scale", "data.shift", "data.normalise", "data.channel_mean", "data.channel_std"):
         if is_set(options, key):
             raise AlphaflowError(
                 f"--set {key}: would change the recipe and not the statistics stored with it. "

@@ -171,7 +171,7 @@ def _meanflow_base(arguments: dict[str, Any], options: ConvertOptions, path: Pat
     return replace(base, guidance=replace(guidance, **mix))
 
 
-def _mix(arguments: dict[str, Any], options: ConvertOptions, where: str, filled: dict[str, str]) -> dict[str, float]:
+def _mix(arguments: dict[str, Any], options: ConvertOptions, where: str, filled: dict[str, str]) -> dict[str, Any]:
     """Read omega, kappa and their times from the arguments. Where --set gives one, the file's does not matter."""
     mix = {ours: number(arguments, theirs, where) for ours, theirs in MIX.items() if theirs in arguments}
     if mix.get("t_max", 1.0) <= mix.get("t_min", 0.0):  # no time lies between: trained without guidance

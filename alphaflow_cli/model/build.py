@@ -16,7 +16,7 @@ it is under 2% of the arithmetic, and double backward or torch.func.jvp cannot b
 import torch
 from torch import nn
 
-from alphaflow_cli.nn.dit import DiT
+from alphaflow_cli.nn.dit import DiT, linears
 from alphaflow_cli.nn.noise import NoiseDiT
 from alphaflow_cli.recipe.plan import label_rows
 from alphaflow_cli.recipe.schema import Recipe
@@ -30,7 +30,7 @@ def build_network(recipe: Recipe, *, seed: int | None = None) -> DiT:
     model, data = recipe.model, recipe.data
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.train.seed if seed is None else seed)
-        return NETWORK_CLASSES[model.prediction](
+        net = NETWORK_CLASSES[model.prediction](
             latent_size=data.latent_size,
             channels=data.channels,
             patch=model.patch,
@@ -43,6 +43,11 @@ def build_network(recipe: Recipe, *, seed: int | None = None) -> DiT:
             second_time=model.second_time,
             gradient_checkpointing=recipe.train.gradient_checkpointing,
         )
+        if model.second_init == "xavier":
+            for linear in linears(net.second_embed):
+                nn.init.xavier_uniform_(linear.weight)
+    net.pos_embed.requires_grad_(model.positions == "trained")
+    return net
 
 
 def compile_blocks(net: DiT, backend: str = "inductor") -> DiT:

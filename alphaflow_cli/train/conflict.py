@@ -31,7 +31,7 @@ from alphaflow_cli.data.batches import to_device
 from alphaflow_cli.model.build import DTYPES
 from alphaflow_cli.recipe.schema import Loss, Recipe
 from alphaflow_cli.train.run import Run
-from alphaflow_cli.train.step import Objective, Rows, guided_rows, precision, training_step
+from alphaflow_cli.train.step import Objective, Rows, guided_rows, precision, time_laws, training_step
 
 TERMS = ("tfm", "tc", "fm")
 PAIRS = (("tfm", "tc"), ("tfm", "fm"), ("tc", "fm"))
@@ -55,14 +55,14 @@ def conflict_rows(recipe: Recipe, x: Tensor, y: Tensor, *, seed: int, index: int
 
 def later_times(recipe: Recipe, normals: Tensor, seed: int) -> tuple[Tensor, Tensor]:
     """Draw (t, r) from normals (3, B) on the host; rows with r = t are drawn again, the others keep their times."""
-    law = recipe.times
-    t, r = sample_times(normals, 0, law=law.law, mean=law.mean, std=law.std, order=law.order)
+    laws = time_laws(recipe.times)
+    t, r = sample_times(normals, 0, laws)
     for again in range(1, TRIES):
         tie = is_tie(t, r)
         if not tie.any():
             break
         normals = torch.randn(normals.shape, generator=torch.Generator().manual_seed(mix_seed(seed, again)))
-        new_t, new_r = sample_times(normals, 0, law=law.law, mean=law.mean, std=law.std, order=law.order)
+        new_t, new_r = sample_times(normals, 0, laws)
         t, r = torch.where(tie, new_t, t), torch.where(tie, new_r, r)
     return t, r
 
@@ -155,7 +155,7 @@ def _loss(net: nn.Module, later: Later, objective: Objective, *, term: str) -> T
 
 def _gradient(net: nn.Module, loss: Callable[[], Tensor]) -> tuple[float, Gradient]:
     """A loss and its gradient by parameter's name; the parameters' `.grad` is left alone."""
-    named = dict(net.named_parameters())
+    named = {name: weight for name, weight in net.named_parameters() if weight.requires_grad}
     value = loss()
     grads = torch.autograd.grad(value, list(named.values()), materialize_grads=True)
     return float(value.detach()), dict(zip(named, grads, strict=True))

@@ -38,7 +38,7 @@ from alphaflow_cli.runtime.lock import check_lock
 from alphaflow_cli.runtime.processes import World
 from alphaflow_cli.runtime.progress import say
 from alphaflow_cli.train.optimise import COUNTERS
-from alphaflow_cli.train.step import ask, ask_all
+from alphaflow_cli.train.step import ask, ask_all, time_laws
 
 LOSS_BINS = 8  # equal bins of t − r in (0, 1]
 SUMS = ("later", "error", "trajectory", "consistency", "equal", "velocity")  # then LOSS_BINS sums and LOSS_BINS counts
@@ -276,12 +276,12 @@ def forward_flops(recipe: Recipe) -> float:
 
 def mean_guidance_rows(recipe: Recipe, n_equal: int) -> float:
     """Rows that guidance evaluates in a step, in the mean over TIME_DRAWS draws; compiled blocks always see all."""
-    batch, law, host = recipe.train.batch, recipe.times, torch.device("cpu")
+    batch, host = recipe.train.batch, torch.device("cpu")
     if recipe.train.compile:
         return float(len(ask_all(batch, n_equal, recipe.guidance, host).places))
     generator, equal = torch.Generator().manual_seed(0), round(TIME_DRAWS * n_equal / batch)
     normals, uniforms = torch.randn((3, TIME_DRAWS), generator=generator), torch.rand(TIME_DRAWS, generator=generator)
-    t, _ = sample_times(normals, equal, law=law.law, mean=law.mean, std=law.std, order=law.order)
+    t, _ = sample_times(normals, equal, time_laws(recipe.times))
     return len(ask(t, uniforms, equal, recipe.guidance, host).places) * batch / TIME_DRAWS
 
 

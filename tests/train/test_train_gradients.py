@@ -17,7 +17,7 @@ from alphaflow_cli.runtime.processes import join_world
 from alphaflow_cli.train import start
 from alphaflow_cli.train.loop import gradients, rows_at
 from alphaflow_cli.train.parallel import Split, local, part, split_batch, whole, wrap_network
-from alphaflow_cli.train.step import training_step
+from alphaflow_cli.train.step import time_laws, training_step
 
 ALPHAS = {"flow": 1.0, "between": 0.4, "derivative": 0.0}
 
@@ -100,9 +100,9 @@ def test_asking_about_the_needed_rows_only_changes_no_gradient(alpha, store, tmp
     recipe = make_recipe(tmp_path, "train.precision=fp64", *interval)
     run = start.open_run(recipe, start.TrainOptions(tmp_path / "run", store), join_world())
     awake(run.net)
-    law, n_equal = recipe.times, 4
+    n_equal = 4
     draws = step_draws(0, 5, batch=16, shape=run.stream.shape, device=run.world.device)
-    t, r = sample_times(draws.normals, n_equal, law=law.law, mean=law.mean, std=law.std, order=law.order)
+    t, r = sample_times(draws.normals, n_equal, time_laws(recipe.times))
     times = torch.stack([t, r, draws.uniforms]).double()
     rows = rows_at(run, 5, slice(None), noise=draws.noise, times=times, n_equal=n_equal)
     assert 0 < len(rows.question.places) < 16, "of 16 + 12"
