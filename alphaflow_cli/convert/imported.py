@@ -18,7 +18,7 @@ from alphaflow_cli.convert.shape import NetworkShape
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.recipe import Recipe, dump_recipe, load_recipe, recipe_from_text
 
-Family = Literal["auto", "alphaflow", "sit", "dit", "repa", "meanflow", "fastgen"]
+Family = Literal["auto", "alphaflow", "sit", "dit", "repa", "meanflow", "fastgen", "soflow"]
 AUTOENCODER_FILE = "diffusion_pytorch_model.safetensors"
 SD_SCALE = 0.18215  # of the Stable Diffusion autoencoders: 1 / std of a latent
 ZHUYU_SCALE = 0.18125  # in zhuyu-cs/MeanFlow's trainer: written so, and its networks are trained to it

@@ -1,11 +1,13 @@
-"""Two PyTorch MeanFlows: zhuyu-cs/MeanFlow, and the DiT of NVlabs/FastGen. Both networks are ours under other names.
+"""Three PyTorch relatives: zhuyu-cs/MeanFlow, the DiT of NVlabs/FastGen, SoFlow. Their networks are ours, renamed.
 
-In both t = 1 is noise, u is the average of noise − x, and the second embedder is fed t − r.
+In all t = 1 is noise, u is the average of noise − x, and the second embedder is fed t − r.
 
 zhuyu-cs   t_embedder, r_embedder; SiT's names. Its training arguments lie in the checkpoint.
 FastGen    t_embedder.proj_net, blocks.N.attention, …, and a logvar_linear that sampling does not use. Its checkpoint
     says nothing of times: its MeanFlow configurations feed t unscaled (scale_t false) and t − r (time_cond_type diff),
     which is what is assumed, and printed. A FastGen without r_embedder may scale its times by 1000, so it is refused.
+SoFlow     t_embedder, s_embedder (fed t − r), under `network.`; model, ema_model. The file says nothing of training:
+    a table of 1001 label rows is guided, as in its published B/4, one of 1000 is not. Its positional table is fixed.
 """
 
 import math
@@ -42,6 +44,10 @@ from alphaflow_cli.recipe.schema import Guidance
 MIX = {"omega": "cfg_omega", "kappa": "cfg_kappa", "t_min": "cfg_min_t", "t_max": "cfg_max_t"}
 STATED = ("path_type", *MIX.values(), "cfg_prob", "model", "num_classes")
 FASTGEN = "t_embedder.proj_net.0.weight"  # a table that nobody else has
+SOFLOW = "s_embedder.mlp.0.weight"  # the same
+SOFLOW_TABLES = {"ema": ("ema_model",), "raw": ("model",)}
+SOFLOW_GUIDED = {1001: True, 1000: False}  # rows of ImageNet's label table → trained with guidance, and a null row
+SOFLOW_RECIPES = {(768, 4): "soflow-b4", (768, 2): "soflow-b2", (1152, 2): "soflow-xl2"}  # (dim, patch) → its recipe
 FASTGEN_NAMES = {  # theirs → SiT's
     "_embedder.proj_net.": "_embedder.mlp.",
     "y_embedder.class_embeddings.": "y_embedder.embedding_table.",
@@ -121,6 +127,46 @@ def read_fastgen(tree: dict[str, Any], path: Path, options: ConvertOptions) -> I
     )
 
 
+def read_soflow(tree: dict[str, Any], path: Path, options: ConvertOptions) -> Imported:
+    """Translate a SoFlow DiT: model and ema_model, or a bare table."""
+    filled: dict[str, str] = {}
+    table, which = pick(tree, SOFLOW_TABLES, options, path.name, filled=filled)
+    state = {name.removeprefix("network."): value for name, value in state_dict(table, path.name).items()}
+    foreign = _imported(state, which, path, options, filled, second="s_embedder.")
+    size = (foreign.shape.dim, foreign.shape.patch)
+    base = base_recipe(options, SOFLOW_RECIPES.get(size), filled, default="soflow-b2")
+    if not options.recipe:
+        filled["recipe"] = filled["recipe"].replace("the file's name", "the network's size")
+    latents = parse_latents(options.latents) if options.latents else scaled(SD_SCALE, f"latent · {SD_SCALE}: SoFlow's")
+    return replace(
+        foreign,
+        family="soflow",
+        base=_soflow_guidance(base, foreign.shape.label_rows, options, path.name, filled),
+        latents=latents,
+        step=step_in_file(tree.get("finished_steps")),
+        unread=tuple(sorted({"finished_epochs", "optimizer"} & tree.keys())),
+    )
+
+
+def _soflow_guidance(base: Recipe, rows: int, options: ConvertOptions, where: str, filled: dict[str, str]) -> Recipe:
+    """Decide by the label table's rows whether guidance was built in; where they do not say it, it is asked for."""
+    dropout = number_set(options, "guidance.label_dropout")
+    if not options.recipe and dropout is None and rows and rows not in SOFLOW_GUIDED:
+        raise AlphaflowError(
+            f"{where}: has {rows} rows of labels, and SoFlow's files do not say what they are: {rows} classes, or "
+            f"{rows - 1} and the null label of a guided model. Say it: --recipe soflow-b2 (guided) or another, or "
+            "--set guidance.label_dropout=0 (all are classes) or 0.1 (the last is the null label)"
+        )
+    guided = options.recipe or SOFLOW_GUIDED.get(rows, bool(dropout))
+    if rows and guided:
+        filled["guidance"] = f"omega {base.guidance.omega:g}, kappa {base.guidance.kappa:g}: those of {base.name}"
+        return base
+    filled["guidance"] = (
+        f"none: the label table has {rows} rows, none for the null label" if rows else "none: no labels"
+    )
+    return replace(base, guidance=Guidance())
+
+
 def _sit_name(name: str) -> str:
     for theirs, common in FASTGEN_NAMES.items():
         name = name.replace(theirs, common)
@@ -128,11 +174,17 @@ def _sit_name(name: str) -> str:
 
 
 def _imported(
-    state: dict[str, Tensor], which: str, path: Path, options: ConvertOptions, filled: dict[str, str]
+    state: dict[str, Tensor],
+    which: str,
+    path: Path,
+    options: ConvertOptions,
+    filled: dict[str, str],
+    *,
+    second: str = "r_embedder.",
 ) -> Imported:
-    """Translate the network, which both systems share; the recipe and the latents are still to come."""
+    """Translate the network, which all of them share; the recipe and the latents are still to come."""
     state = {name: value for name, value in state.items() if not name.startswith("logvar_linear.")}
-    weights = to_our_names(state, path.name, second="r_embedder.")
+    weights = to_our_names(state, path.name, second=second)
     shape = read_shape(weights, path.name)
     heads = heads_of(shape.dim, path.name, number_set(options, "model.heads"))
     note_heads(heads, shape.dim, options, filled)
