@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import click
 
@@ -35,7 +35,11 @@ EXAMPLES = examples(
 @click.argument("source")
 @click.option("-o", "--out", "path", required=True, type=Destination(holds_weights=True), help="The file.")
 @metrics_option
-@click.option("--size", type=SIZE, help="Centre crop, Lanczos to this side; else as they are.")
+@click.option("--size", type=SIZE, help="Crop and resize to this side; else as they are.")
+@click.option(
+    "--crop", type=click.Choice(["square", "adm"]), default="square", show_default=True,
+    help="With --size: the largest centred square by Lanczos, or ADM's way; as prep-latents.",
+)  # fmt: skip
 @click.option("--images", "limit", type=IMAGES, help="Only so many pictures, taken evenly.")
 @click.option("--name", default="", help="How the reference is called in every row; the source's name otherwise.")
 @click.option(
@@ -55,6 +59,7 @@ def command(
     path: Path,
     metrics: Metrics,
     size: int | None,
+    crop: Literal["square", "adm"],
     limit: int | None,
     name: str,
     keep: int,
@@ -70,15 +75,11 @@ def command(
     hf://datasets/NAME, or glyphs:N. Where a source holds splits and --size is given, the training split is taken.
     Without --metrics: every network whose weights are on this machine.
     """
-    if path.suffix != ".safetensors":
-        raise click.UsageError(f"-o {path}: a reference is a .safetensors file")
-    if path.exists():
-        raise AlphaflowError(f"{path}: exists already, and is not overwritten. Choose another name or remove it")
-
+    _check(path, size, crop)
     from alphaflow_cli.evaluate.evaluate import ReferenceRequest, measure_reference
     from alphaflow_cli.runtime.processes import join_processes, run_shared
 
-    request = ReferenceRequest(source, path, metrics, weights, work, size, limit, name, keep, batch)
+    request = ReferenceRequest(source, path, metrics, weights, work, size, limit, name, keep, batch, crop)
 
     def measure() -> int:
         made = measure_reference(request, join_processes())
@@ -88,6 +89,18 @@ def command(
 
     if code := run_shared(measure, command_line(), requested=processes):
         sys.exit(code)
+
+
+def _check(path: Path, size: int | None, crop: str) -> None:
+    """Refuse a file that cannot be written, and a crop of pictures that are not cropped."""
+    if path.suffix != ".safetensors":
+        raise click.UsageError(f"-o {path}: a reference is a .safetensors file")
+    if crop != "square" and size is None:
+        raise click.UsageError(
+            f"--crop {crop}: without --size pictures are measured as they are, and nothing is cropped"
+        )
+    if path.exists():
+        raise AlphaflowError(f"{path}: exists already, and is not overwritten. Choose another name or remove it")
 
 
 def _print(reference: "Reference", warnings: list[str], path: Path, *, as_json: bool) -> None:

@@ -26,6 +26,7 @@ from alphaflow_cli.files import read_file, to_json
 AGAIN = "Remove it, or the whole store, and run the same prep-latents command again"
 FORMAT, VERSION = "alphaflow-latents", 1
 RowKind = Literal["moments", "mean", "pixels"]
+Crop = Literal["square", "adm"]  # how a picture becomes a square: the rule of data/pictures.py
 Part = TypeVar("Part", "StorePlan", "AutoencoderRecord", "Shard")
 DTYPES_ON_DISK = ("float16", "float32", "uint8")
 SHARD_FILE = re.compile(r"train-\d{5,9}\.safetensors")
@@ -39,6 +40,14 @@ TRANSFORM = {  # a picture becomes the encoder's input like this, in this order;
     "crop": "largest centred square",
     "resize": "lanczos",
     "range": "u8 * 2 / 255 - 1",
+}
+TRANSFORMS: dict[Crop, dict[str, str]] = {
+    "square": TRANSFORM,
+    "adm": TRANSFORM
+    | {
+        "crop": "halved by box, short side bicubic, centred square",
+        "resize": "before the crop, as ADM's preprocessing",
+    },
 }
 
 
@@ -75,6 +84,11 @@ class StorePlan:
     def images(self) -> int:
         """How many pictures were planned, bad ones included."""
         return int(self.source["images"])
+
+    @property
+    def crop(self) -> Crop:
+        """The name of the rule by which a picture became a square."""
+        return next((name for name, rule in TRANSFORMS.items() if rule == self.transform), "square")
 
     @property
     def list_sha256(self) -> str:

@@ -16,6 +16,7 @@ import torch
 
 from alphaflow_cli.charts.chart import BLUE, GREEN, ORANGE, RED, Chart, Line, Panel
 from alphaflow_cli.charts.draw import to_png
+from alphaflow_cli.data.manifest import Crop
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.evaluate.features import Extractor
 from alphaflow_cli.evaluate.measure import (
@@ -91,6 +92,7 @@ class ReferenceRequest:
     name: str
     kept: int  # features kept one by one
     batch: int
+    crop: Crop = "square"
 
 
 @dataclass(frozen=True)
@@ -162,7 +164,7 @@ def _warnings(content: Content, source: ImageSource, notes: tuple[str, ...]) -> 
 
 def measure_reference(request: ReferenceRequest, processes: Processes) -> tuple[Reference, list[str]] | None:
     """Measure the requested pictures and save the reference, as `make_reference` does."""
-    pictures = open_pictures(request.source, size=request.size, limit=request.limit)
+    pictures = open_pictures(request.source, size=request.size, limit=request.limit, crop=request.crop)
     extractors = build_extractors(
         request.metrics or available_metrics(request.weights), processes.device, request.weights
     )

@@ -17,7 +17,7 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 
-from alphaflow_cli.data.manifest import plan_to_dict, read_manifest
+from alphaflow_cli.data.manifest import Crop, plan_to_dict, read_manifest
 from alphaflow_cli.data.pictures import MAX_PIXELS
 from alphaflow_cli.data.store import verify_store
 from alphaflow_cli.data.writing import finish_store, is_done
@@ -48,10 +48,11 @@ def prepare_latents(
     bad: Bad = "stop",
     precision: str = "auto",
     max_pixels: int = MAX_PIXELS,
+    crop: Crop = "square",
     shown: bool = True,
 ) -> Path:
     """Make the store in this process, or go on with it; returns its folder. 0 means: batch by size, no limit."""
-    request = StoreRequest(source, size, autoencoder, dtype, flips, batch, limit, bad, precision, max_pixels)
+    request = StoreRequest(source, size, autoencoder, dtype, flips, batch, limit, bad, precision, max_pixels, crop)
     return prepare_store(request, out, Alone(device_of(0)), shown=shown)
 
 
