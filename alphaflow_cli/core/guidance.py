@@ -45,19 +45,20 @@ def rows_to_ask(
     t_min: float,
     t_max: float,
     plain: bool,
+    tangent: bool,
 ) -> tuple[Tensor, Tensor]:
     """Which rows need a call of the network of their own, (B,) bool each: for u⁻(z_t, t, t | y), for u⁻(z_t, t, t |
     ∅).
 
     An r = t row (the first `n_equal`) predicts the one that belongs to its label itself. An r < t row without label
     needs only one of the two, since they are the same. Outside the interval nothing is needed, nor for a row without
-    label where such rows learn v (`plain`).
+    label where such rows learn v (`plain`). Where the `tangent` is the network's, every r < t row needs the first.
     """
     guided = inside(t, t_min, t_max)
     dropped, later = guided & (uniforms < dropout), torch.arange(len(t), device=t.device) >= n_equal
     guided = guided & ~dropped if plain else guided
     null = guided & (later | ~dropped) if null_weight(omega, kappa) != 0.0 else torch.zeros_like(guided)
-    own = guided & later & ~(dropped & null) if kappa != 0.0 else torch.zeros_like(guided)
+    own = (later if tangent else guided & later & (kappa != 0.0)) & ~(dropped & null)
     return own, null
 
 

@@ -9,6 +9,9 @@
 
 Where times keep a gap g, s stays as far from t: each row has its own α, the larger of the schedule's and g / (t − r).
 
+z moves along ṽ: in du/dt, and from z_t to z_s. With improved MeanFlow's boundary tangent it moves along the network's
+own velocity u⁻(z_t, t, t) instead, and all else stays.
+
 u⁻ is the online network without gradient. A `net` here is any callable (z, t, r, y) → u: pass the BARE network.
 Rows never mix: target i depends on row i alone.
 """
@@ -54,8 +57,16 @@ def mix_target(v_guided: Tensor, u_s: Tensor, alpha: Ratio) -> Tensor:
 @torch.no_grad()
 def between_target(net: Net, z_t: Tensor, v_guided: Tensor, *, t: Tensor, r: Tensor, y: Tensor, alpha: Ratio) -> Tensor:
     """The target for 0 < α < 1 with ṽ from the data: one network call, at (z_s, r, s)."""
+    return boundary_target(net, z_t, v_guided, v_guided, t=t, r=r, y=y, alpha=alpha)
+
+
+@torch.no_grad()
+def boundary_target(
+    net: Net, z_t: Tensor, v_guided: Tensor, along: Tensor, *, t: Tensor, r: Tensor, y: Tensor, alpha: Ratio
+) -> Tensor:
+    """The same where z_s lies along another velocity than ṽ: z_s = z_t − (t − s) along."""
     s = intermediate_time(t, r, alpha)
-    u_s = net(step_back(z_t, v_guided, t, s), s, r, y)
+    u_s = net(step_back(z_t, along, t, s), s, r, y)
     return mix_target(v_guided, u_s.to(v_guided.dtype), alpha)
 
 

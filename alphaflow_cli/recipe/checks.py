@@ -246,8 +246,13 @@ def _loss(recipe: Recipe) -> Iterator[Fault]:
             "loss.power",
             "loss.power is an exponent in the weights adaptive and converging: with none it does nothing",
         )
+    if recipe.loss.tangent == "network" and recipe.loss.velocity == "network":
+        yield (
+            "loss.tangent",
+            "loss.tangent network says along what z moves, loss.velocity network replaces ṽ there already: choose one",
+        )
     share = recipe.times.equal_share
-    for name in ("later", "short_first"):
+    for name in ("later", "short_first", "tangent"):
         if min(_ends_of(share)) == 1 and getattr(recipe.loss, name) != getattr(Loss(), name):
             yield f"loss.{name}", f"loss.{name} is about r < t rows, and times.equal_share 1 leaves none: leave it out"
     alpha = recipe.alpha

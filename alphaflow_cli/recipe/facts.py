@@ -100,6 +100,8 @@ def _phases(recipe: Recipe, f: dict[str, Any]) -> list[str]:
         shortcut = kind == "between" and recipe.loss.velocity == "network"
         when = f"until step {until:,}" if until < steps else f"from step {first:,}"
         state, what = PHASE_WORDS["shortcut" if shortcut else kind]
+        if recipe.loss.tangent == "network" and kind != "flow":
+            what += ", and a forward of the r < t rows for the network's own tangent"
         texts.append(f"{state} {when} ({(until - first) / steps:.1%} of the run): {what}")
     return texts
 

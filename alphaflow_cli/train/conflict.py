@@ -84,7 +84,7 @@ class Later:
     t: Tensor
     r: Tensor
     y: Tensor
-    du: Tensor  # du⁻/dt along (ṽ, 0, 1)
+    du: Tensor  # du⁻/dt along (ṽ, 0, 1), or along the network's own velocity where the recipe says so
 
     def take(self, index: Tensor) -> "Later":
         """Choose some of the rows by their indices."""
@@ -117,9 +117,9 @@ def measure_batch(net: nn.Module, rows: Rows, objective: Objective, *, bins: int
 def prepare_rows(net: nn.Module, rows: Rows, objective: Objective) -> Later:
     """Compute ṽ and du⁻/dt of the rows, without gradient; ties count as r = t in training and are left out."""
     assert rows.n_equal == 0, rows.n_equal
-    z_t, v_guided, y = guided_rows(net, rows, objective)
+    z_t, v_guided, along, y = guided_rows(net, rows, objective)
     with torch.no_grad(), precision(rows.x, objective):
-        _, du = net(z_t, rows.t, rows.r, y, tangent=v_guided, first=0)
+        _, du = net(z_t, rows.t, rows.r, y, tangent=along, first=0)
     later = Later(z_t, v_guided, rows.t, rows.r, y, du.to(z_t.dtype))
     return later.take((~is_tie(rows.t, rows.r)).nonzero().flatten())
 

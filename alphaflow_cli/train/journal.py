@@ -274,15 +274,16 @@ def forward_flops(recipe: Recipe) -> float:
     return model.depth * n * per_token + modulations + edges
 
 
-def mean_guidance_rows(recipe: Recipe, n_equal: int) -> float:
-    """Rows that guidance evaluates in a step, in the mean over TIME_DRAWS draws; compiled blocks always see all."""
+def mean_guidance_rows(recipe: Recipe, n_equal: int, *, tangent: bool = False) -> float:
+    """Rows that guidance (and the tangent) evaluates in a step, in the mean over TIME_DRAWS draws; compiled blocks
+    always see all."""
     batch, host = recipe.train.batch, torch.device("cpu")
     if recipe.train.compile:
-        return float(len(ask_all(batch, n_equal, recipe.guidance, host).places))
+        return float(len(ask_all(batch, n_equal, recipe.guidance, host, tangent=tangent).places))
     generator, equal = torch.Generator().manual_seed(0), round(TIME_DRAWS * n_equal / batch)
     normals, uniforms = torch.randn((3, TIME_DRAWS), generator=generator), torch.rand(TIME_DRAWS, generator=generator)
     t, _ = sample_times(normals, equal, time_laws(recipe.times))
-    return len(ask(t, uniforms, equal, recipe.guidance, host).places) * batch / TIME_DRAWS
+    return len(ask(t, uniforms, equal, recipe.guidance, host, tangent=tangent).places) * batch / TIME_DRAWS
 
 
 def step_flops(recipe: Recipe, alpha: float, n_equal: int) -> float:
@@ -290,8 +291,9 @@ def step_flops(recipe: Recipe, alpha: float, n_equal: int) -> float:
     batch, mix = recipe.train.batch, recipe.guidance
     later = batch - n_equal
     units = 3.0 * batch
-    if recipe.data.classes and is_guided(mix.omega, mix.kappa):
-        units += mean_guidance_rows(recipe, n_equal)
+    tangent = recipe.loss.tangent == "network" and phase_kind(alpha) != "flow"
+    if tangent or (recipe.data.classes and is_guided(mix.omega, mix.kappa)):
+        units += mean_guidance_rows(recipe, n_equal, tangent=tangent)
     if phase_kind(alpha) == "between":
         units += later * (2 if recipe.loss.velocity == "network" else 1)
     elif phase_kind(alpha) == "derivative":

@@ -107,8 +107,9 @@ def rows_at(run: Run, step: int, place: slice, *, noise: Tensor, times: Tensor, 
     batch, device, objective = run.stream.batch_at(step, place), run.world.device, run.objective
     t, r, uniforms = to_device(times, device)
     question = None  # compiled blocks: all rows that guidance could need, so that their number stays
-    if objective.is_guided and not run.recipe.train.compile:
-        question = ask(times[0], times[2], n_equal, objective.guidance, device)
+    tangent = objective.has_tangent(run.alpha_at(step))
+    if (objective.is_guided or tangent) and not run.recipe.train.compile:
+        question = ask(times[0], times[2], n_equal, objective.guidance, device, tangent=tangent)
     return Rows(
         x=batch.latents.to(run.dtype),
         noise=noise.to(run.dtype),

@@ -4,23 +4,20 @@
 rows, one way to guide, Adam and an average at every step. Five shipped recipes, made small, must give its weights.
 """
 
-from dataclasses import replace
-
 import pytest
 import torch
-from train_helpers import assert_same, begin, make_recipe, make_store, row_values, train
+from train_helpers import make_store
 
 from alphaflow_cli.core import times
 from alphaflow_cli.core.alpha import equal_rows
 from alphaflow_cli.core.draws import step_draws
-from alphaflow_cli.core.objective import is_tie, short_first
+from alphaflow_cli.core.objective import is_tie
 from alphaflow_cli.model.build import build_network
 from alphaflow_cli.recipe import load_recipe
 from alphaflow_cli.runtime.processes import join_world
 from alphaflow_cli.train import start
 from alphaflow_cli.train.loop import one_step
-from alphaflow_cli.train.optimise import Optimiser
-from alphaflow_cli.train.step import ask, time_laws
+from alphaflow_cli.train.step import ask
 
 TOY = (
     "model.dim=32", "model.depth=2", "model.heads=2", "model.patch=2", "data.image_size=32", "data.channels=4",
