@@ -101,7 +101,7 @@ def _phases(recipe: Recipe, f: dict[str, Any]) -> list[str]:
         when = f"until step {until:,}" if until < steps else f"from step {first:,}"
         state, what = PHASE_WORDS["shortcut" if shortcut else kind]
         if recipe.loss.tangent == "network" and kind != "flow":
-            what += ", and a forward of the r < t rows for the network's own tangent"
+            what += ", along the network's own velocity"
         texts.append(f"{state} {when} ({(until - first) / steps:.1%} of the run): {what}")
     return texts
 

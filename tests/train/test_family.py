@@ -4,20 +4,25 @@
 rows, one way to guide, Adam and an average at every step. Five shipped recipes, made small, must give its weights.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
-from train_helpers import make_store
+from train_helpers import MEMBERS, make_recipe, make_store, row_values, train
 
 from alphaflow_cli.core import times
 from alphaflow_cli.core.alpha import equal_rows
 from alphaflow_cli.core.draws import step_draws
-from alphaflow_cli.core.objective import is_tie
-from alphaflow_cli.model.build import build_network
+from alphaflow_cli.core.objective import is_tie, short_first
+from alphaflow_cli.model.build import build_network, compile_blocks
+from alphaflow_cli.model.checkpoint import load_checkpoint
 from alphaflow_cli.recipe import load_recipe
 from alphaflow_cli.runtime.processes import join_world
 from alphaflow_cli.train import start
+from alphaflow_cli.train.estimate import random_rows
 from alphaflow_cli.train.loop import one_step
-from alphaflow_cli.train.step import ask
+from alphaflow_cli.train.optimise import Optimiser
+from alphaflow_cli.train.step import Objective, ask, time_laws, training_step
 
 TOY = (
     "model.dim=32", "model.depth=2", "model.heads=2", "model.patch=2", "data.image_size=32", "data.channels=4",
@@ -161,3 +166,140 @@ def test_twenty_steps_of_a_shipped_recipe_are_bit_for_bit_what_they_were(name, s
     moved = build_network(recipe)
     awake(moved)
     assert not any(torch.equal(a, b) for a, b in zip(run.optimiser.weights, moved.parameters(), strict=True))
+
+
+# Short intervals first.
+
+
+@pytest.mark.parametrize("name", ["b2", "soflow-b4", "cifar10-soflow"])
+def test_the_mean_interval_is_that_of_the_recipes_draws(name):
+    laws = time_laws(load_recipe(name).times)
+    t, r = times.sample_times(torch.randn(3, 200_000, generator=torch.Generator().manual_seed(0)), 0, laws)
+    assert times.mean_interval(laws) == pytest.approx(float((t - r).mean()), rel=0.01)
+
+
+@pytest.mark.parametrize("progress", [0.0, 0.4, 1.0])
+def test_short_intervals_count_more_at_first_and_all_count_1_in_the_mean(progress):
+    laws = time_laws(load_recipe("b2").times)
+    t, r = times.sample_times(torch.randn(3, 100_000, generator=torch.Generator().manual_seed(1)), 50_000, laws)
+    weight = short_first(t, r, 50_000, progress=progress, mean_interval=times.mean_interval(laws))
+    assert (weight[:50_000] == 1).all(), "r = t rows"
+    later, interval = weight[50_000:], (t - r)[50_000:]
+    assert float(later.mean()) == pytest.approx(1.0, abs=0.005)
+    if progress == 1.0:
+        assert (later == 1).all()
+    else:
+        falls = torch.corrcoef(torch.stack([later, interval]))[0, 1]
+        assert falls == pytest.approx(-1.0, abs=1e-4), "linear in t − r"
+    p, mean = 1 - progress, times.mean_interval(laws)
+    torch.testing.assert_close(later[:5], 1 - p + p / (1 - mean) * (1 - interval[:5]))
+
+
+def test_a_run_multiplies_each_rows_loss_by_that_weight(store, tmp_path):
+    """One step at progress 0: its gradient is that of the plain step with each r < t row's loss multiplied."""
+    recipe = make_recipe(tmp_path, "loss.short_first=true", "train.precision=fp64", "alpha=0.5")
+    run = start.open_run(recipe, start.TrainOptions(tmp_path / "run", store), join_world())
+    awake(run.net)
+    from alphaflow_cli.train.loop import gradients, rows_at
+
+    gradients(run, 0)
+    ours = [weight.grad.clone() for weight in run.net.parameters()]
+    draws = step_draws(0, 0, batch=16, shape=run.stream.shape, device=torch.device("cpu"))
+    laws = time_laws(recipe.times)
+    t, r = times.sample_times(draws.normals, 4, laws)
+    stacked = torch.stack([t, r, draws.uniforms]).double()
+    rows = rows_at(run, 0, slice(None), noise=draws.noise, times=stacked, n_equal=4)
+    factor = (1 - (rows.t - rows.r)) / (1 - times.mean_interval(laws))
+    factor[:4] = 1.0
+    torch.testing.assert_close(rows.factor, factor)
+    run.optimiser.forget_gradients()
+    for i in range(16):
+        one = {name: getattr(rows, name)[i : i + 1] for name in ("x", "noise", "t", "r", "y", "uniforms")}
+        single = type(rows)(**one, n_equal=int(i < 4))
+        loss = training_step(run.net, run.net, single, alpha=0.5, objective=run.objective).loss
+        (factor[i] * loss / 16).backward()
+    for a, weight in zip(ours, run.net.parameters(), strict=True):
+        torch.testing.assert_close(a, weight.grad, rtol=1e-9, atol=1e-12)
+
+
+# The network, the optimiser, the averages, the latents.
+
+
+def test_a_fixed_table_stays_what_it_is_and_lies_in_every_file(store, tmp_path):
+    recipe = make_recipe(tmp_path, *MEMBERS["soflow"])
+    out = train(recipe, store, tmp_path / "run", processes=2)
+    table = build_network(recipe).pos_embed.detach()
+    assert not build_network(recipe).pos_embed.requires_grad
+    for path in (out / "model.safetensors", *(out / "checkpoints").rglob("*.safetensors")):
+        weights = load_checkpoint(path).weights
+        assert torch.equal(weights["pos_embed"], table), path
+        assert not torch.equal(weights["final.linear.weight"], torch.zeros_like(weights["final.linear.weight"]))
+    assert row_values(out, "phase") == ["between"] * 7
+
+
+def test_radam_steps_as_torchs_and_skips_a_step_whose_gradient_is_not_finite(tmp_path):
+    recipe = make_recipe(tmp_path, *MEMBERS["soflow"], "optim.clip_norm=0", "optim.warmup_steps=0", "ema.every=1")
+    net, other = build_network(recipe), build_network(recipe)
+    optimiser = Optimiser(net, recipe)
+    trained = [weight for weight in other.parameters() if weight.requires_grad]
+    plain = torch.optim.RAdam(trained, lr=1e-3, betas=(0.9, 0.95), eps=1e-8)
+    generator = torch.Generator().manual_seed(0)
+    for step in range(12):
+        grads = [torch.randn(weight.shape, generator=generator) for weight in trained]
+        mine = [weight for weight in net.parameters() if weight.requires_grad]
+        for weight, twin, grad in zip(mine, trained, grads, strict=True):
+            weight.grad, twin.grad = grad.clone(), grad.clone()
+        if step == 7:
+            mine[0].grad[0] = float("nan")
+        optimiser.step(step)
+        if step != 7:
+            plain.step()
+    for weight, twin in zip(mine, trained, strict=True):
+        torch.testing.assert_close(weight, twin, rtol=1e-6, atol=1e-8)
+    assert optimiser.counters.tolist()[0] == 11
+    assert optimiser.counters.tolist()[3] == 1
+
+
+def test_given_constants_normalise_the_latents_and_travel_with_the_weights(store, tmp_path):
+    given = ("data.normalise=channel", "data.channel_mean=[1, 2, 3, 4]", "data.channel_std=[2, 2, 2, 4]")
+    recipe = make_recipe(tmp_path, *given, "train.steps=2", "alpha.start=0", "alpha.end=2")
+    out = train(recipe, store, tmp_path / "run")
+    checkpoint = load_checkpoint(out / "model.safetensors")
+    assert checkpoint.mean.flatten().tolist() == [1, 2, 3, 4]
+    assert checkpoint.std.flatten().tolist() == [2, 2, 2, 4]
+    plain = make_recipe(tmp_path, "data.normalise=scale")
+    streams = [start.open_run(each, start.TrainOptions(tmp_path / name, store), join_world()).stream
+               for name, each in (("a", recipe), ("b", plain))]  # fmt: skip
+    ours, raw = (stream.batch_at(0, slice(None)).latents for stream in streams)
+    mean, std = torch.tensor([1.0, 2, 3, 4])[:, None, None], torch.tensor([2.0, 2, 2, 4])[:, None, None]
+    torch.testing.assert_close(ours, (raw - mean) / std)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # of dynamo itself
+@pytest.mark.parametrize(("member", "alpha"), [("soflow", 0.3), ("boundary", 0.3), ("boundary", 0.0)])
+def test_compiled_blocks_give_the_gradients_of_plain_ones(member, alpha, tmp_path):
+    recipe = make_recipe(tmp_path, *MEMBERS[member])
+    found = []
+    for compiled in (False, True):
+        net = build_network(recipe)
+        awake(net)
+        net = compile_blocks(net, backend="aot_eager") if compiled else net
+        rows = random_rows(recipe, 8, 2, torch.device("cpu"))
+        generator = torch.Generator().manual_seed(4)
+        x, noise = (torch.randn(rows.x.shape, generator=generator) for _ in range(2))
+        rows = replace(rows, x=x, noise=noise)
+        loss = training_step(net, net, rows, alpha=alpha, objective=Objective.of(recipe)).loss
+        found.append(torch.autograd.grad(loss, [w for w in net.parameters() if w.requires_grad]))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * float(b.abs().max()) + 1e-7)
+
+
+def test_the_boundary_tangent_asks_nothing_while_alpha_is_1(tmp_path):
+    recipe = make_recipe(tmp_path, *MEMBERS["boundary"], "guidance.omega=1")
+    net, objective, calls = build_network(recipe), Objective.of(recipe), []
+    net.register_forward_pre_hook(lambda module, inputs, kwargs: calls.append(kwargs.get("beside")), with_kwargs=True)
+    rows = random_rows(recipe, 8, 2, torch.device("cpu"))
+    training_step(net, net, rows, alpha=1.0, objective=objective)
+    assert calls == [None]
+    training_step(net, net, rows, alpha=0.3, objective=objective)
+    assert [len(beside[0]) if beside else 0 for beside in calls[1:]] == [6, 0], "one row beside for each r < t row"
