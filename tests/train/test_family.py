@@ -276,6 +276,7 @@ def test_given_constants_normalise_the_latents_and_travel_with_the_weights(store
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # of dynamo itself
+@pytest.mark.slow
 @pytest.mark.parametrize(("member", "alpha"), [("soflow", 0.3), ("boundary", 0.3), ("boundary", 0.0)])
 def test_compiled_blocks_give_the_gradients_of_plain_ones(member, alpha, tmp_path):
     recipe = make_recipe(tmp_path, *MEMBERS[member])

@@ -69,7 +69,7 @@ def interrupt(recipe, store, out, step, how, processes, micro_batch):
     assert started.wait() == [expected] * processes, started.said()
 
 
-SLOW = ("accumulation", "gradient checkpointing in bf16")
+SLOW = ("accumulation", "the boundary tangent", "gradient checkpointing in bf16")
 
 
 @pytest.mark.parametrize("way", [pytest.param(w, marks=pytest.mark.slow) if w in SLOW else w for w in WAYS])
