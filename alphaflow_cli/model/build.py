@@ -16,12 +16,13 @@ it is under 2% of the arithmetic, and double backward or torch.func.jvp cannot b
 import torch
 from torch import nn
 
+from alphaflow_cli.nn.clean import CleanDiT
 from alphaflow_cli.nn.dit import DiT, linears
 from alphaflow_cli.nn.noise import NoiseDiT
 from alphaflow_cli.recipe.plan import label_rows
 from alphaflow_cli.recipe.schema import Recipe
 
-NETWORK_CLASSES: dict[str, type[DiT]] = {"velocity": DiT, "noise": NoiseDiT}
+NETWORK_CLASSES: dict[str, type[DiT]] = {"velocity": DiT, "noise": NoiseDiT, "data": CleanDiT}
 DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}  # of weights, targets and losses
 
 
@@ -47,6 +48,8 @@ def build_network(recipe: Recipe, *, seed: int | None = None) -> DiT:
             for linear in linears(net.second_embed):
                 nn.init.xavier_uniform_(linear.weight)
     net.pos_embed.requires_grad_(model.positions == "trained")
+    if isinstance(net, CleanDiT):
+        net.t_floor = model.t_floor
     return net
 
 

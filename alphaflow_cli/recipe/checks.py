@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from operator import attrgetter
 
 from alphaflow_cli.recipe.plan import is_guided
-from alphaflow_cli.recipe.schema import MOST_NFE, Loss, Recipe, Schedule, resolve_step
+from alphaflow_cli.recipe.schema import MOST_NFE, Loss, Model, Recipe, Schedule, resolve_step
 from alphaflow_cli.recipe.source import Faults
 
 Fault = tuple[str, str]
@@ -35,7 +35,7 @@ POSITIVE = (
     "model.mlp_ratio data.scale times.std times.second.std times.equal.std guidance.omega guidance.fade_rate optim.lr "
     "optim.eps loss.power loss.later sample.guidance"
 )
-SHARES = "guidance.t_min guidance.t_max guidance.fade_from"  # within [0, 1]
+SHARES = "model.t_floor guidance.t_min guidance.t_max guidance.fade_from"  # within [0, 1]
 BELOW_ONE = "guidance.label_dropout guidance.kappa times.gap"  # within [0, 1)
 NO_REPEATS = "ema.half_lives train.trackers eval.metrics eval.nfe"
 
@@ -111,6 +111,10 @@ def _model(recipe: Recipe) -> Iterator[Fault]:
         yield "model.patch", f"model.patch {model.patch} does not divide data.latent_size {data.latent_size}"
     if int(model.dim * model.mlp_ratio) < 1:
         yield "model.mlp_ratio", f"model.mlp_ratio {model.mlp_ratio} leaves the MLP no channel"
+    if model.prediction == "data" and model.t_floor in (0, 1):
+        yield "model.t_floor", f"model.t_floor must lie between 0 and 1, got {model.t_floor:g}: it divides z - x̂"
+    if model.prediction != "data" and model.t_floor != Model.t_floor:
+        yield "model.t_floor", f"model.t_floor acts with prediction: data only, not {model.prediction}: leave it out"
     if recipe.name and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]*", recipe.name):
         yield "name", f"name {recipe.name!r} names folders: use letters, digits, dot, dash, plus and underscore"
 

@@ -11,7 +11,7 @@ ScheduleKind = Literal["constant", "step", "linear", "exponential", "log", "sigm
 TimeLaw = Literal["logit_normal", "uniform"]
 TimeOrder = Literal["minmax", "min", "r_in_t_range"]
 SecondTime = Literal["t-r", "r"]
-Prediction = Literal["velocity", "noise"]
+Prediction = Literal["velocity", "noise", "data"]
 Positions = Literal["trained", "fixed"]
 SecondInit = Literal["normal", "xavier"]
 Normalise = Literal["position", "channel", "scale"]
@@ -60,8 +60,10 @@ class Model:
     mlp_ratio: float = 4.0  # hidden channels of the MLP / dim
     qk_norm: bool = False  # LayerNorm on queries and keys (off in every published recipe)
     second_time: SecondTime = "t-r"  # what the second time embedder is fed: the interval (published) or r
-    prediction: Prediction = "velocity"  # what the last layer gives: u itself, or the noise of a converted DiT (then
-    #                                      u is computed from it, and t is embedded as DDPM's discrete time)
+    prediction: Prediction = "velocity"  # what the last layer gives: u itself; or the noise of a converted DiT (then
+    #                                      u is computed from it, and t is embedded as DDPM's discrete time); or the
+    #                                      data x̂, u = (z - x̂) / max(t, t_floor)
+    t_floor: float = 0.05  # only with prediction: data
     positions: Positions = "trained"  # the positional table of sines and cosines: trained (published), or as it is
     second_init: SecondInit = "normal"  # the second time embedder's first weights: N(0, 0.02) (published), or xavier
 

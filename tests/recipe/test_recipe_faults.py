@@ -111,6 +111,8 @@ BROKEN = {
         "data: {normalise: channel, channel_mean: [0, 0, 0, 0], channel_std: [1, 1, 0, 1]}",
         "data.channel_std must be more than 0",
     ),
+    "a floor of another prediction": ("model: {t_floor: 0.1}", "model.t_floor acts with prediction: data only"),
+    "a floor of 0": ("model: {prediction: data, t_floor: 0}", "model.t_floor must lie between 0 and 1, got 0"),
     "averages of every 0 steps": ("ema: {every: 0}", "ema.every must be 1 or more, got 0"),
     "null byte in a name": (
         'data: {store: "a\\0b"}',
