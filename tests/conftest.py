@@ -17,6 +17,7 @@ pyproject.toml puts on the path; tests/test_tests.py holds this. What takes more
 
 import os
 
+import pytest
 from workers import count_workers, wants_gpu
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -31,3 +32,12 @@ def pytest_configure(config):
 def pytest_xdist_auto_num_workers(config):
     """What `-n auto` means; 0 runs the tests in this process, as `-n 0` does."""
     return count_workers(config)
+
+
+@pytest.fixture
+def forked_workers(monkeypatch):
+    """The processes of --processes are forks of the one that starts them: the same, without seconds of imports."""
+    from new_process import Worker
+    from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
+
+    monkeypatch.setattr(subprocess_handler, "Popen", Worker)

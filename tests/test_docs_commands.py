@@ -60,6 +60,7 @@ SLOW = ("alphaflow train quickstart", "alphaflow analyze runs/")
 MAKES = {  # what a line makes must not be there before
     "alphaflow prep-latents imagenet/ --out latents/imagenet": "latents/imagenet",
     "alphaflow recipe cp b2 mine.yaml": "mine.yaml",
+    "alphaflow train quickstart": "runs/quickstart",
     "alphaflow pull user/repo@COMMIT -o DIR": "DIR",
 }
 
@@ -170,7 +171,10 @@ def here(tmp_path, place, monkeypatch, hub):  # noqa: F811
     return tmp_path / "project"
 
 
-@pytest.mark.parametrize("line", [pytest.param(x, marks=[pytest.mark.slow] * x.startswith(SLOW), id=x) for x in HERE])
+WHOLE = [pytest.mark.slow, pytest.mark.timeout(3600)]  # the quickstart, from its first step to its last score
+
+
+@pytest.mark.parametrize("line", [pytest.param(x, marks=WHOLE * x.startswith(SLOW), id=x) for x in HERE])
 def test_the_command_line_runs_as_it_stands(line, here, capfd):
     for command, made in MAKES.items():
         if line.startswith(command):

@@ -28,7 +28,7 @@ from alphaflow_cli.cli import run
 from alphaflow_cli.evaluate.features import Extractor
 from alphaflow_cli.evaluate.networks import BUILDERS
 from alphaflow_cli.runtime import processes
-from alphaflow_cli.sample import write
+from alphaflow_cli.sample import plan
 from alphaflow_cli.train import conflict, loop
 
 TINY = (
@@ -215,7 +215,7 @@ def measured(trained, capsys, *, weights=()):
 def test_where_several_processes_draw_their_parent_takes_no_gpu(trained, monkeypatch):
     opened, launched = [], []
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(write, "open_generator", lambda *rest, **more: opened.append(rest))
+    monkeypatch.setattr(plan, "open_generator", lambda *rest, **more: opened.append(rest))
     monkeypatch.setattr(processes, "launch", lambda line, count: launched.append((line, count)) or 0)
     line = ("sample", str(trained), "--seeds", "0-3", "--grid", "g.png")
     assert run(line) == 0

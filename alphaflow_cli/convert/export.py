@@ -14,7 +14,7 @@ from alphaflow_cli.convert.snapshot_cfg import schedule_places, walk_cfg
 from alphaflow_cli.convert.source import read_source
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.files import write_by
-from alphaflow_cli.model.build import build_network
+from alphaflow_cli.model.build import network_shapes
 from alphaflow_cli.model.checkpoint import Checkpoint, check_autoencoder, load_checkpoint
 from alphaflow_cli.nn.autoencoder import load_autoencoder
 from alphaflow_cli.recipe import Recipe
@@ -32,8 +32,7 @@ def export(source: Path, out: Path, *, autoencoder: str = "", template: Path | N
     _check_form(source, checkpoint.recipe)
     cfg = _published_cfg(checkpoint.recipe, template)
     inside = _autoencoder(checkpoint, source, autoencoder)
-    with torch.device("meta"):
-        order = build_network(checkpoint.recipe).state_dict()  # safetensors sorts the names
+    order = network_shapes(checkpoint.recipe)  # safetensors sorts the names
     state = _state({name: checkpoint.weights[name] for name in order}, checkpoint, inside)
     write_by(out, partial(torch.save, {"net": state, "ema": state, "cfg": cfg}))
     return out

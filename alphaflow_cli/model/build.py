@@ -13,8 +13,12 @@ torch's limit of 8 for one piece of code; beyond it torch runs eagerly, and says
 it is under 2% of the arithmetic, and double backward or torch.func.jvp cannot be traced anyway.
 """
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from alphaflow_cli.nn.clean import CleanDiT
 from alphaflow_cli.nn.dit import DiT, linears
@@ -51,6 +55,22 @@ def build_network(recipe: Recipe, *, seed: int | None = None) -> DiT:
     if isinstance(net, CleanDiT):
         net.t_floor = model.t_floor
     return net
+
+
+def network_shapes(recipe: Recipe) -> dict[str, tuple[int, ...]]:
+    """Name and shape of each tensor of the recipe's network, in its order, without memory for the tensors."""
+    with torch.device("meta"), _NoInitialisation():
+        return {name: tuple(value.shape) for name, value in build_network(recipe).state_dict().items()}
+
+
+class _NoInitialisation(TorchFunctionMode):
+    """Layers are made without drawing weights: on the meta device, torch would import its compiler for it (1 s)."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Sequence[type], args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        drawn = getattr(func, "__module__", None) == "torch.nn.init"
+        return None if drawn else func(*args, **(kwargs or {}))
 
 
 def compile_blocks(net: DiT, backend: str = "inductor") -> DiT:

@@ -19,7 +19,7 @@ from torch import Tensor
 from alphaflow_cli.documents import Anything, ListOf, Maybe, Number, Table, Text, Whole, parse_json
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.files import check_regular
-from alphaflow_cli.model.build import build_network
+from alphaflow_cli.model.build import network_shapes
 from alphaflow_cli.nn.autoencoder import Autoencoder
 from alphaflow_cli.nn.weights import check_real, unlike
 from alphaflow_cli.recipe import dump_recipe, recipe_from_text
@@ -158,11 +158,10 @@ def misfits(weights: dict[str, Tensor], recipe: Recipe, *, without: tuple[str, .
     if blocks != recipe.model.depth:  # first: a list of a billion blocks takes memory even when they are empty
         return f"{blocks} blocks there, model.depth {recipe.model.depth}"
     try:
-        with torch.device("meta"):
-            state = build_network(recipe).state_dict()
+        shapes = network_shapes(recipe)
     except (RuntimeError, OverflowError) as error:
         return f"no network has such sizes: {str(error).splitlines()[0][:200]}"
-    wanted = {name: value for name, value in state.items() if not name.startswith(without)}
+    wanted = {name: shape for name, shape in shapes.items() if not name.startswith(without)}
     return unlike(wanted, weights)
 
 

@@ -123,19 +123,22 @@ class DiT(nn.Module):
         self.activation = nn.SiLU()
         self.patch_embed = PatchEmbed(latent_size, patch, channels, dim)
         self.grid = latent_size // patch
-        self.pos_embed = nn.Parameter(position_table(dim, self.grid))
+        self.pos_embed = nn.Parameter(torch.empty(1, self.grid**2, dim))
         self.time_embed = TimeEmbedding(dim)
         self.second_embed = TimeEmbedding(dim)
         self.label_embed = nn.Embedding(label_rows, dim) if label_rows else None
         self.blocks = nn.ModuleList(Block(dim, heads, mlp_ratio, qk_norm=qk_norm) for _ in range(depth))
         self.final = Final(dim, patch * patch * channels)
-        self.initialise()
+        if not self.pos_embed.is_meta:  # else it has shapes, but no weights
+            self.initialise()
 
+    @torch.no_grad()
     def initialise(self) -> None:
         """Set the weights as published: linear layers by Xavier, biases 0, embeddings from N(0, 0.02).
 
         Every modulation and the last linear layer start at 0: at first each block is the identity, and u is 0.
         """
+        self.pos_embed.copy_(position_table(self.pos_embed.shape[2], self.grid))
         for linear in linears(self):
             nn.init.xavier_uniform_(linear.weight)
             nn.init.zeros_(linear.bias)

@@ -159,9 +159,9 @@ def check_real(weights: Mapping[str, Tensor], where: object) -> None:
             raise AlphaflowError(f"{where}: {name} holds {kind} values, a weight is a floating-point number.")
 
 
-def unlike(wanted: Mapping[str, Tensor], there: Mapping[str, Tensor]) -> str:
-    """How two tables of weights differ in their names and shapes; empty where they do not."""
-    wrong = [name for name in wanted.keys() & there.keys() if wanted[name].shape != there[name].shape]
+def unlike(wanted: Mapping[str, tuple[int, ...]], there: Mapping[str, Tensor]) -> str:
+    """How a table of weights differs from the names and shapes that are wanted; empty where it does not."""
+    wrong = [name for name in wanted.keys() & there.keys() if wanted[name] != tuple(there[name].shape)]
     parts = {
         "missing": sorted(wanted.keys() - there.keys()),
         "unknown": sorted(there.keys() - wanted.keys()),
@@ -173,7 +173,7 @@ def unlike(wanted: Mapping[str, Tensor], there: Mapping[str, Tensor]) -> str:
 def fit_weights(net: torch.nn.Module, state: dict[str, Tensor], path: Path) -> None:
     """Load weights into a network strictly; a misfit names the file and the first keys on either side."""
     wanted = net.state_dict()
-    if misfit := unlike(wanted, state):
+    if misfit := unlike({name: tuple(value.shape) for name, value in wanted.items()}, state):
         raise AlphaflowError(f"{path}: these are weights of another network ({misfit})")
     check_real({key: state[key] for key, value in wanted.items() if value.is_floating_point()}, path)
     net.load_state_dict(state)

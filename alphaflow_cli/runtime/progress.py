@@ -35,6 +35,7 @@ class Progress:
         """`done` of `total` lie behind us already and do not count for the speed; only the main process shows."""
         self.label, self.total, self.unit, self.done, self.note = label, total, unit, done, ""
         self._start, self._started_at, self._last = done, time.monotonic(), time.monotonic()
+        self._shown = -1  # what was done when the last line was written
         self._lines = shown and not talks_to_terminal()
         self._bar: tqdm[Any] | None = None
         if shown and not self._lines:
@@ -52,6 +53,12 @@ class Progress:
             self._bar.update(count)
         elif self._lines and time.monotonic() - self._last >= LINE_EVERY:
             self._last = time.monotonic()
+            self._say_line()
+
+    def _say_line(self) -> None:
+        """Write the line, unless it stands there already: on a slow machine the last picture has one of its own."""
+        if self.done != self._shown:
+            self._shown = self.done
             say(self.line())
 
     def line(self) -> str:
@@ -72,7 +79,7 @@ class Progress:
         if self._bar is not None:
             self._bar.close()
         elif self._lines and kind is None:
-            say(self.line())
+            self._say_line()
 
 
 def duration(seconds: float) -> str:

@@ -193,8 +193,9 @@ def test_a_run_is_analyzed_along_its_checkpoints_with_pictures(tiny_run, tmp_pat
     }
 
 
-def test_an_interrupted_analysis_goes_on_and_ends_the_same(tiny_run, tmp_path, capsys):
-    whole = analyze(tiny_run, tmp_path / "a", capsys, "--batches", "3")
+@pytest.mark.usefixtures("no_pictures")
+def test_an_interrupted_analysis_goes_on_and_ends_the_same(tiny_run, measured, tmp_path, capsys):
+    whole = json.loads((measured / "conflict.json").read_text())
     analyze(tiny_run, tmp_path / "b", capsys, "--batches", "2")
     (lines,) = (tmp_path / "b").glob("*/batches.jsonl")
     kept = lines.read_text()
@@ -204,6 +205,7 @@ def test_an_interrupted_analysis_goes_on_and_ends_the_same(tiny_run, tmp_path, c
     assert lines.read_text().startswith(kept)
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_another_seed_never_mixes_with_the_lines_of_the_first(tiny_run, tmp_path, capsys):
     one = analyze(tiny_run, tmp_path, capsys, "--batches", "1")
     two = analyze(tiny_run, tmp_path, capsys, "--batches", "1", "--seed", "1")
@@ -211,6 +213,7 @@ def test_another_seed_never_mixes_with_the_lines_of_the_first(tiny_run, tmp_path
     assert len(list(tmp_path.glob("*/batches.jsonl"))) == 2
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_raw_weights_give_other_numbers_than_the_average(tiny_run, tmp_path, capsys):
     averaged, raw = (
         analyze(tiny_run, tmp_path, capsys, "--batches", "1", "--weights", kind)["checkpoints"][0]

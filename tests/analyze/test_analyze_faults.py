@@ -54,42 +54,50 @@ def test_a_logarithmic_axis_without_points_is_drawn():
         assert "empty" in to_svg(Chart("empty", lines, "α", log_x=True))
 
 
+def copied(measured, folder):
+    """A copy of the analysis; its document and the file of its batches."""
+    shutil.copytree(measured, folder)
+    (lines,) = folder.glob("*/batches.jsonl")
+    return json.loads((folder / "conflict.json").read_text()), lines
+
+
+@pytest.mark.usefixtures("no_pictures")
 @pytest.mark.parametrize(
     "damage", ["\0" * 40, '{"batch": ' + "[" * 100_000, '{"batch": 1e400}', '{"batch": 0, "ro', "[1, 2]", "{}", "ÿ"]
 )
-def test_a_damaged_line_is_measured_again(tiny_run, tmp_path, capsys, damage):
-    whole = analyze(tiny_run, tmp_path / "a", capsys, "--batches", "2")
-    (lines,) = (tmp_path / "a").glob("*/batches.jsonl")
-    first, second = lines.read_bytes().splitlines()
-    lines.write_bytes(damage.encode("latin-1") + b"\n" + second + b"\n")
-    again = analyze(tiny_run, tmp_path / "a", capsys, "--batches", "2")
+def test_a_damaged_line_is_measured_again(tiny_run, measured, tmp_path, capsys, damage):
+    whole, lines = copied(measured, tmp_path / "a")
+    first, second, third = lines.read_bytes().splitlines()
+    lines.write_bytes(damage.encode("latin-1") + b"\n" + second + b"\n" + third + b"\n")
+    again = analyze(tiny_run, tmp_path / "a", capsys, "--batches", "3")
     assert again["checkpoints"] == whole["checkpoints"]
-    assert lines.read_bytes().splitlines()[1:] == [second, first]
+    assert lines.read_bytes().splitlines()[1:] == [second, third, first]
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_a_digit_that_changed_in_a_line_is_measured_again_and_a_former_line_is_read(
     tiny_run,
+    measured,
     tmp_path,
     capsys,
 ):
-    whole = analyze(tiny_run, tmp_path / "a", capsys, "--batches", "2")
-    (lines,) = (tmp_path / "a").glob("*/batches.jsonl")
-    first, second = lines.read_text().splitlines()
+    whole, lines = copied(measured, tmp_path / "a")
+    first, second, third = lines.read_text().splitlines()
     former = {name: value for name, value in json.loads(second).items() if name != "sha256"}
     changed = first.replace('"rows": 8', '"rows": 7', 1)
     assert changed != first
-    lines.write_text("\n".join([changed, json.dumps(former), ""]))
-    again = analyze(tiny_run, tmp_path / "a", capsys, "--batches", "2")
+    lines.write_text("\n".join([changed, json.dumps(former), third, ""]))
+    again = analyze(tiny_run, tmp_path / "a", capsys, "--batches", "3")
     assert again["checkpoints"] == whole["checkpoints"]
-    assert lines.read_text().splitlines()[1:] == [json.dumps(former), first]
+    assert lines.read_text().splitlines()[1:] == [json.dumps(former), third, first]
     lines.write_text(json.dumps({"batch": 0, "rows": 8}) + "\n")
     line = (tiny_run, "--out", tmp_path / "a", "--batch", "8", "--batches", "1")
     assert f"{lines}: not the batches of an analysis, or damaged" in fault_of(capsys, *line)
 
 
-def test_two_analyses_at_once_count_no_batch_twice(tiny_run, tmp_path, capsys):
-    whole = analyze(tiny_run, tmp_path / "a", capsys, "--batches", "3")
-    (lines,) = (tmp_path / "a").glob("*/batches.jsonl")
+@pytest.mark.usefixtures("no_pictures")
+def test_two_analyses_at_once_count_no_batch_twice(tiny_run, measured, tmp_path, capsys):
+    whole, lines = copied(measured, tmp_path / "a")
     first, second, third = lines.read_text().splitlines()
     other = json.dumps({**json.loads(first), "rows": 1})  # what a second process wrote for the same batch
     lines.write_text("\n".join([first, other, third, ""]))
@@ -112,6 +120,7 @@ def test_a_file_in_a_run_finds_the_runs_latents_and_folder(tiny_run, tmp_path, c
 @pytest.mark.parametrize("room", [50, 3_000, 12_000])
 def test_a_disk_that_fills_up_ends_an_analysis_in_one_line_and_the_same_command_goes_on(
     tiny_run,
+    measured,
     tmp_path,
     capsys,
     room,
@@ -125,14 +134,14 @@ def test_a_disk_that_fills_up_ends_an_analysis_in_one_line_and_the_same_command_
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert "cannot be written" in said
     assert sum("error:" in text for text in said.splitlines()) == 1
-    whole = analyze(tiny_run, tmp_path / "b", capsys, "--batches", "3")
+    whole = json.loads((measured / "conflict.json").read_text())
     assert analyze(tiny_run, tmp_path / "a", capsys, "--batches", "3")["checkpoints"] == whole["checkpoints"]
 
 
+@pytest.mark.usefixtures("no_pictures")
 @pytest.mark.parametrize("kind", ["pipe", "folder"])
-def test_a_file_of_batches_that_is_none_is_one_line(tiny_run, tmp_path, capsys, kind):
-    analyze(tiny_run, tmp_path / "a", capsys, "--batches", "1")
-    (lines,) = (tmp_path / "a").glob("*/batches.jsonl")
+def test_a_file_of_batches_that_is_none_is_one_line(tiny_run, measured, tmp_path, capsys, kind):
+    _, lines = copied(measured, tmp_path / "a")
     lines.unlink()
     os.mkfifo(lines) if kind == "pipe" else lines.mkdir()
     said = fault_of(capsys, tiny_run, "--out", tmp_path / "a", "--batch", "8", "--batches", "1")
@@ -167,6 +176,7 @@ def changed(tiny_run, path, **times):
     return path
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_all_rows_are_measured_whatever_the_order_of_times(tiny_run, tmp_path, capsys):
     path = changed(tiny_run, tmp_path / "min.safetensors", order="min")
     found = analyze(path, tmp_path / "a", capsys, "--batches", "2", "--data", str(tiny_run / "latents"))

@@ -158,6 +158,7 @@ def test_the_run_of_a_checkpoint_is_found_and_no_other_folder_taken_for_it(run):
 
 
 @pytest.mark.distributed
+@pytest.mark.usefixtures("forked_workers")
 def test_two_processes_measure_what_one_measures(run, real):
     assert evaluate(run, real, "--nfe", "1") == 0
     alone = rows(run / "results.json")[0]["value"]

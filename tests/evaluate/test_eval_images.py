@@ -1,12 +1,9 @@
 """`alphaflow eval IMAGES` and `alphaflow reference` on the command line: results, refusals, resuming, two processes."""
 
 import json
-import os
 import resource
 import shlex
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,13 +11,11 @@ import numpy as np
 import pytest
 import ruler
 import torch
-from new_process import Command
+from new_process import Command, torchrun
 
 from alphaflow_cli.cli import run
 from alphaflow_cli.evaluate.measure import CHUNK
 from alphaflow_cli.evaluate.reference import load_reference
-
-CALL = [sys.executable, "-m", "alphaflow_cli"]
 
 
 @pytest.fixture(autouse=True)
@@ -201,15 +196,10 @@ def test_a_full_disk_is_said_and_can_be_resumed() -> None:
 
 
 @pytest.mark.distributed
+@pytest.mark.usefixtures("forked_workers")
 def test_two_processes_give_the_same_numbers_as_one() -> None:
-    line = "eval glyphs:1100 --metrics fd-tiny --reference glyphs:600 --json"
-    together = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "alphaflow_cli"]
-    environment, pipe = {**os.environ, "OMP_NUM_THREADS": "1"}, subprocess.PIPE
-    command = [*together, *shlex.split(line), "--out", "together"]
-    running = [
-        Command(shlex.split(line)),
-        subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment),
-    ]
+    line = shlex.split("eval glyphs:1100 --metrics fd-tiny --reference glyphs:600 --json")
+    running = [Command(line), torchrun([*line, "--out", "together"], 2)]
     said = [process.communicate(timeout=200) for process in running]
     assert [process.returncode for process in running] == [0, 0], said
     found = [json.loads(out)["evaluations"][0] for out, _ in said]
@@ -218,6 +208,7 @@ def test_two_processes_give_the_same_numbers_as_one() -> None:
     assert [each["processes"] for each in found] == [1, 2]
 
 
+@pytest.mark.usefixtures("forked_workers")
 @pytest.mark.distributed
 def test_two_processes_make_the_reference_that_one_makes() -> None:
     assert alphaflow("reference glyphs:600 --metrics fd-tiny -o one.safetensors --work one") == 0

@@ -3,8 +3,12 @@
 Arguments, streams, signals and exit code are those of `python -m alphaflow_cli …`; only the three seconds are missing
 in which a new interpreter imports. What is about the start itself (the interpreter's streams, an interruption while it
 imports, a missing package) starts a new one.
+
+The fixture `forked_workers` (tests/conftest.py) starts the processes of --processes so, too. What is about the launcher
+itself, its signals and orphans, is shown with new interpreters: tests/train/test_train_launch.py, tests/runtime.
 """
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -19,12 +23,14 @@ from pathlib import Path
 class Command:
     """`alphaflow LINE`, as subprocess.Popen would have started it."""
 
-    def __init__(self, line, *, cwd=".", env=None, first=None):
+    def __init__(self, line, *, cwd=".", env=None, first=None, streams=None):
         self.args, self.returncode = ["alphaflow", *map(str, line)], None
-        self.out, self.err = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115 (closed with this)
+        self.out, self.err = streams or [tempfile.TemporaryFile() for _ in range(2)]  # noqa: SIM115 (closed with this)
         sys.stdout.flush()
         sys.stderr.flush()
-        self.pid = os.fork()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # a fork beside threads, says Python 3.12
+            self.pid = os.fork()
         if self.pid == 0:
             self._become(Path(cwd), env, first)
 
@@ -53,7 +59,7 @@ class Command:
 
         warnings.resetwarnings()
         warnings.simplefilter("ignore")  # the tests make errors of them
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM, signal.SIGHUP, signal.SIGQUIT):
             signal.signal(number, signal.SIG_DFL)
         signal.setitimer(signal.ITIMER_REAL, 0)
         os.chdir(cwd)
@@ -100,8 +106,35 @@ class Command:
         self.err.close()
 
 
+class Worker(Command):
+    """One of --processes: what torch's agent wants of subprocess.Popen, whose arguments these are."""
+
+    def __init__(self, args, env, **options):
+        program, line = [word for word in args if word != "-u"][:3], args[args.index("alphaflow_cli") + 1 :]
+        assert program == [sys.executable, "-m", "alphaflow_cli"]
+        assert options == {"stdout": None, "stderr": None, "start_new_session": True}
+        super().__init__(line, env=env, first=self._begin, streams=[os.fdopen(os.dup(n), "wb") for n in (1, 2)])
+        with contextlib.suppress(OSError):  # whichever of the two is first; the agent kills by group
+            os.setpgid(self.pid, self.pid)
+
+    def _begin(self):
+        from accelerate.state import AcceleratorState, GradientState
+
+        os.setpgid(0, 0)
+        AcceleratorState._reset_state(reset_partial_state=True)  # what earlier tests joined in this process
+        GradientState._reset_state()
+
+
 def alphaflow(line, *, timeout=200, **options):
     """The command to its end, as subprocess.run would tell of it."""
     command = Command(line, **options)
     out, err = command.communicate(timeout)
     return subprocess.CompletedProcess(command.args, command.returncode, out, err)
+
+
+def torchrun(line, processes, **options):
+    """`torchrun -m alphaflow_cli LINE`; with the fixture `forked_workers` its processes are forks, too."""
+    from torch.distributed.run import main as agent
+
+    words = ["--nproc-per-node", str(processes), "-m", "alphaflow_cli", *line]
+    return Command(line, first=lambda: sys.exit(agent(words)), **options)

@@ -153,6 +153,7 @@ def test_the_way_of_cropping_is_kept_and_another_one_is_refused(tree, tmp_path):
     assert (all_rows(tmp_path / "s", "pixels") != all_rows(tmp_path / "square", "pixels")).any()
 
 
+@pytest.mark.usefixtures("forked_workers")
 @pytest.mark.distributed
 @pytest.mark.parametrize("encoder", ["none", pytest.param("vae", marks=pytest.mark.slow)])
 def test_two_processes_give_the_same_bytes_as_one(vae, tmp_path, encoder):
@@ -412,6 +413,7 @@ def test_a_wrong_option_is_a_usage_error(args):
     assert CliRunner().invoke(command, ["glyphs:4", *args]).exit_code == 2
 
 
+@pytest.mark.usefixtures("forked_workers")
 @pytest.mark.distributed
 def test_a_fault_in_a_worker_is_said_once_without_a_traceback(tmp_path):
     source = tmp_path / "set"

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -162,3 +164,16 @@ def with_metadata(path, **changed):
         tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
     save_file(tensors, path, {**metadata, **changed})
     return path
+
+
+def test_the_shapes_of_a_network_are_known_without_its_weights_and_without_a_compiler():
+    script = (
+        "import sys; from dataclasses import replace; from alphaflow_cli.recipe import load_recipe\n"
+        "from alphaflow_cli.model.build import build_network, network_shapes\n"
+        "plain = load_recipe('quickstart'); noise = replace(plain, model=replace(plain.model, prediction='noise'))\n"
+        "shapes, compiler = [network_shapes(plain), network_shapes(noise)], 'torch._dynamo' in sys.modules\n"
+        "states = [build_network(recipe).state_dict() for recipe in (plain, noise)]\n"
+        "real = [[(name, tuple(value.shape)) for name, value in state.items()] for state in states]\n"
+        "sys.exit(compiler or [list(some.items()) for some in shapes] != real)"
+    )
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0

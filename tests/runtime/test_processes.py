@@ -10,6 +10,7 @@ from datetime import timedelta
 
 import pytest
 import torch
+from new_process import torchrun
 from torch import distributed as dist
 from train_helpers import fork
 
@@ -94,15 +95,13 @@ def test_eval_inside_a_launcher_refuses_another_number_of_processes(monkeypatch,
 
 
 @pytest.mark.distributed
+@pytest.mark.usefixtures("forked_workers")
 def test_two_processes_of_torchrun_measure_one_reference(tmp_path):
     line = ["reference", "glyphs:300", "--metrics", "fd-tiny", "-o"]
-    outside = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    together = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "alphaflow_cli"]
-    done = subprocess.run(
-        [*together, *line, "two.safetensors"], cwd=tmp_path, env=outside, capture_output=True, text=True, timeout=200
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == "two.safetensors"
+    started = torchrun([*line, "two.safetensors"], 2, cwd=tmp_path)
+    out, err = started.communicate(timeout=200)
+    assert started.returncode == 0, err
+    assert out.splitlines()[-1] == "two.safetensors"
     assert cli.run([*line, str(tmp_path / "one.safetensors"), "--work", str(tmp_path / "work")]) == 0
     one, two = (load_reference(tmp_path / f"{name}.safetensors").stats["tiny"] for name in ("one", "two"))
     torch.testing.assert_close(two.cov, one.cov, rtol=1e-12, atol=1e-12)

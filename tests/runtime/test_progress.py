@@ -27,6 +27,17 @@ def test_piped_progress_is_dated_lines_with_rate_and_time_left(monkeypatch, caps
     assert re.search(r" encode 100/100 img, [\d.]+ img/s, 9\.8 MB$", lines[-1])
 
 
+def test_the_last_line_stands_there_once_however_slow_the_machine_is(monkeypatch, capsys):
+    monkeypatch.setattr(progress, "LINE_EVERY", 0.0)
+    with Progress("encode", 600, unit="img") as bar:
+        for count in (300, 300, 0):
+            bar.advance(count)
+    assert [line.split()[3] for line in capsys.readouterr().err.splitlines()] == ["300/600", "600/600"]
+    with Progress("encode", 600, unit="img", done=600):
+        """Nothing is left to do, and that is said."""
+    assert capsys.readouterr().err.count("encode 600/600 img") == 1
+
+
 def test_piped_progress_is_quiet_between_its_lines(capsys):
     with Progress("encode", 1000, unit="img") as bar:
         for _ in range(1000):

@@ -69,6 +69,7 @@ def test_bf16_pictures_are_close_to_float32_and_not_the_same(folder, checkpoint,
     assert again == rough
 
 
+@pytest.mark.usefixtures("forked_workers")
 @pytest.mark.distributed
 def test_two_processes_decode_what_one_decodes(checkpoint, tmp_path):
     one, two = (
@@ -94,6 +95,7 @@ def evaluation(checkpoint, reference, out: Path, *options) -> dict:
     return found
 
 
+@pytest.mark.usefixtures("forked_workers")
 @pytest.mark.distributed
 def test_two_processes_measure_what_one_decodes(checkpoint, reference, tmp_path):
     alone = evaluation(checkpoint, reference, tmp_path / "1", "--decoder", "bf16")

@@ -60,6 +60,7 @@ def test_a_picture_is_the_same_in_every_batch_and_order(tmp_path):
         assert file.read_bytes() == (tmp_path / "1" / file.name).read_bytes()
 
 
+@pytest.mark.usefixtures("forked_workers")
 @pytest.mark.distributed
 def test_two_processes_draw_what_one_draws(tmp_path):
     path = pixel_checkpoint(tmp_path / "c.safetensors")

@@ -12,7 +12,7 @@ from counting import count
 from workload import SIZES, build, draw, objective
 
 SMALL = SIZES["small"]
-BATCH = 8
+BATCH = 4
 
 
 def cost(variant, *, alpha, share, guided):

@@ -37,6 +37,13 @@ def half(store, tmp_path_factory):
     return killed_at(make_recipe(folder, *FEW), store, folder / "run", 6)
 
 
+@pytest.fixture(scope="module")
+def whole(store, tmp_path_factory):
+    """The run that nobody disturbed."""
+    folder = tmp_path_factory.mktemp("whole")
+    return train(make_recipe(folder, *FEW), store, folder / "run")
+
+
 def killed_at(recipe, store, out, step, **more):
     from alphaflow_cli.train import start
 
@@ -101,7 +108,7 @@ def test_a_changed_digit_of_its_facts_is_refused_in_one_line(run, store, tmp_pat
     refused(tmp_path, store, run, f"{path}: damaged: its bytes changed since it was written", "to begin anew")
 
 
-def test_an_older_good_state_is_taken_and_it_is_said(run, store, tmp_path):
+def test_an_older_good_state_is_taken_and_it_is_said(run, store, tmp_path, whole):
     path = state.newest_state(run)
     damaged = bytearray(path.read_bytes())
     damaged[-100] ^= 4
@@ -110,7 +117,7 @@ def test_an_older_good_state_is_taken_and_it_is_said(run, store, tmp_path):
     assert started.wait() == [0], started.said()
     assert "step-00000006.safetensors: damaged: its bytes changed since it was written (checksum)." in started.said()
     assert f"going on from the older state of step {4:,}" in started.said()
-    assert_same(train(make_recipe(tmp_path, *FEW), store, tmp_path / "whole"), run)
+    assert_same(whole, run)
 
 
 def without_checksum(path, **facts):
@@ -122,12 +129,12 @@ def without_checksum(path, **facts):
     save_file(tensors, path, metadata=metadata)
 
 
-def test_a_state_of_a_former_version_is_read_and_it_is_said(run, store, tmp_path):
+def test_a_state_of_a_former_version_is_read_and_it_is_said(run, store, tmp_path, whole):
     without_checksum(state.newest_state(run))
     started = begin(make_recipe(tmp_path, *FEW), store, run)
     assert started.wait() == [0], started.said()
     assert "an earlier version saved it without a checksum" in started.said()
-    assert_same(train(make_recipe(tmp_path, *FEW), store, tmp_path / "whole"), run)
+    assert_same(whole, run)
 
 
 @pytest.mark.parametrize("facts", [{"step": 92}, {"step": "4"}, {"store": None}, {"retries": 0.5}])
@@ -164,7 +171,7 @@ def test_a_checkpoint_read_and_written_again_has_the_same_bytes(half, tmp_path):
 # Copies, and files that are none.
 
 
-def test_copies_beside_what_was_saved_disturb_nothing_and_are_kept(run, store, tmp_path):
+def test_copies_beside_what_was_saved_disturb_nothing_and_are_kept(run, store, tmp_path, whole):
     for folder, suffix in (("checkpoints", ""), ("state", ".safetensors")):
         there = run / folder / f"step-00000004{suffix}"
         for name in ("step-00000004 copy", "step-00000004 (1)", "step-100", "step-²", "step-"):
@@ -173,7 +180,7 @@ def test_copies_beside_what_was_saved_disturb_nothing_and_are_kept(run, store, t
     before = {path: content for path, content in before.items() if path.parent.name.endswith(("(1)", "copy", "-100"))}
     train(make_recipe(tmp_path, *FEW), store, run)
     assert all(path.read_bytes() == content for path, content in before.items())
-    assert_same(train(make_recipe(tmp_path, *FEW), store, tmp_path / "whole"), run)
+    assert_same(whole, run)
     assert cli(["sample", str(run), "--weights", "raw", "--latents", str(tmp_path / "a.npy"), "--seeds", "0"]) == 0
     from alphaflow_cli.model.find import find_checkpoint
 
@@ -223,14 +230,14 @@ DAMAGED_LINES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGED_LINES)
-def test_damaged_lines_of_a_journal_are_left_out_said_and_the_run_goes_on(damage, run, store, tmp_path):
+def test_damaged_lines_of_a_journal_are_left_out_said_and_the_run_goes_on(damage, run, store, tmp_path, whole):
     path = run / "metrics.jsonl"
     path.write_bytes(DAMAGED_LINES[damage] + b"\n" + path.read_bytes())
     assert cli(["report", str(run), "-o", str(tmp_path / "page.html")]) == 0
     started = begin(make_recipe(tmp_path, *FEW), store, run)
     assert started.wait() == [0], started.said()
     assert "no rows of a journal, and are left out" in started.said()
-    assert_same(train(make_recipe(tmp_path, *FEW), store, tmp_path / "whole"), run)
+    assert_same(whole, run)
 
 
 @pytest.mark.parametrize("kind", ["pipe", "folder", "device", "binary"])

@@ -161,7 +161,8 @@ def test_a_store_with_a_nan_in_it_is_refused(tmp_path):
     moments[3, 1, 2, 2] = np.nan
     with np.errstate(invalid="ignore"):
         store = write_store(tmp_path / "store", {"moments": moments}, np.arange(48) % 10)
-    with pytest.raises(AlphaflowError, match="the statistics are not finite"):
+    line = r"manifest\.json: not whole JSON \(NaN is no number in JSON\)\. Remove it, or the whole store, and run"
+    with pytest.raises(AlphaflowError, match=line):
         start.prepare_run(make_recipe(tmp_path), start.TrainOptions(tmp_path / "run", store))
 
 

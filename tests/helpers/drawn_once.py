@@ -1,0 +1,17 @@
+"""A chart that many tests have drawn alike is drawn once: to draw it takes longer than all the rest of a page.
+
+What a chart says of itself decides every byte of its picture (tests/charts).
+"""
+
+
+def once(draw):
+    """`draw`, which remembers what it drew."""
+    drawn = {}
+
+    def draw_once(chart):
+        key = repr(chart)
+        if key not in drawn:
+            drawn[key] = draw(chart)
+        return drawn[key]
+
+    return draw_once
