@@ -25,11 +25,11 @@ from alphaflow_cli.commands.common import (
     tell,
 )
 from alphaflow_cli.errors import AlphaflowError, LostOutput
-from alphaflow_cli.recipe import load_recipe
 from alphaflow_cli.recipe.schema import Recipe
 
 if TYPE_CHECKING:
     from alphaflow_cli.train.start import TrainOptions
+    from alphaflow_cli.train.store import Resolved
 
 EXAMPLES = examples(
     "alphaflow train quickstart",
@@ -49,9 +49,13 @@ class MicroBatch(click.ParamType):  # type: ignore[type-arg]
 
 @click.command("train", epilog=EXAMPLES)
 @recipe_argument
-@click.option("--data", type=click.Path(path_type=Path), help="Latent store, instead of the recipe's data.store.")
 @click.option(
-    "--out", type=Destination(is_folder=True, holds_weights=True), help="Run folder. Default: runs/<recipe name>."
+    "--data", type=click.Path(path_type=Path), help="Latent store. A shipped recipe takes over what the data are."
+)
+@click.option(
+    "--out",
+    type=Destination(is_folder=True, holds_weights=True),
+    help="Run folder. Default: runs/<recipe name>, and -<store> on data of another shape.",
 )
 @set_option
 @click.option("--processes", type=PROCESSES, help="Processes to start on this machine. Default: one per GPU.")
@@ -86,10 +90,12 @@ def command(
 
     Inside torchrun, accelerate launch or Slurm it joins the processes that are there.
     """
-    loaded = load_recipe(recipe, sets)
-    folder = out or Path("runs") / loaded.name
+    from alphaflow_cli.train.store import resolve_run
+
+    resolved = resolve_run(recipe, sets, data=data, out=out)
+    loaded, folder = resolved.recipe, resolved.folder
     if dry_run or estimate:
-        show_plan(loaded, folder, processes, micro_batch, device, measured=estimate, as_json=as_json)
+        show_plan(resolved, processes, micro_batch, device, measured=estimate, as_json=as_json)
         return
     if data is not None and not (data / "manifest.json").is_file():
         raise AlphaflowError(
@@ -103,7 +109,7 @@ def command(
     from alphaflow_cli.runtime.processes import run_shared
     from alphaflow_cli.train.start import TrainOptions, count_processes
 
-    options = TrainOptions(folder, data, micro_batch or None, init_from, verify, device)
+    options = TrainOptions(folder, data, micro_batch or None, init_from, verify, device, resolved.notes)
     code = run_shared(
         lambda: join(loaded, options),
         command_line(),
@@ -150,22 +156,20 @@ def finish(folder: Path) -> None:
 
 
 def show_plan(
-    recipe: Recipe,
-    folder: Path,
-    processes: int | None,
-    micro_batch: int,
-    device: str | None,
-    *,
-    measured: bool,
-    as_json: bool,
+    resolved: "Resolved", processes: int | None, micro_batch: int, device: str | None, *, measured: bool, as_json: bool
 ) -> None:
     """Print what the run would be: by arithmetic for --dry-run, by timed steps too for --estimate."""
     from alphaflow_cli.train.estimate import describe_run, estimate_training
+    from alphaflow_cli.train.start import doubts
 
-    document, lines = describe_run(recipe, folder, processes=processes or 1, micro_batch=micro_batch or None)
+    recipe = resolved.recipe
+    document, lines = describe_run(recipe, resolved.folder, processes=processes or 1, micro_batch=micro_batch or None)
+    more = [text for text in doubts(recipe, device=device) if text not in document["warnings"]]
+    document["warnings"] += more
+    lines = [*resolved.notes, *lines, *(f"beware: {text}" for text in more)]
     if measured:
-        times, more = estimate_training(recipe, micro_batch or None, processes or 1, device)
-        document, lines = document | {"estimate": times}, [*lines, *more]
+        times, texts = estimate_training(recipe, micro_batch or None, processes or 1, device)
+        document, lines = document | {"estimate": times}, [*lines, *texts]
     if as_json:
         print_json(document)
         return
