@@ -49,6 +49,8 @@ ELSEWHERE = {
     "alphaflow eval alphaflow-": "GPU, and another system's file: the weights of Inception and DINOv2",
     "alphaflow eval admnet": "another system's file",
     "alphaflow convert SiT": "another system's file",
+    "alphaflow convert SoFlow": "another system's file",
+    "alphaflow sample soflow-b2": "another system's file",
     "alphaflow convert hf://snap-research": "Hub",
     "python benchmarks/gpu.py": "GPU; test_gpu_benchmark.py runs it at toy size",
     "python benchmarks/bench_ruler.py": "another system's file",

@@ -41,7 +41,7 @@ ONLY_FROM_SRC = (
 @click.option(
     "--from",
     "family",
-    type=click.Choice(["auto", "alphaflow", "sit", "dit", "repa", "meanflow", "fastgen"]),
+    type=click.Choice(["auto", "alphaflow", "sit", "dit", "repa", "meanflow", "fastgen", "soflow"]),
     default="auto",
     help="What SRC is. SiT, DiT and REPA cannot always be told apart by their files.",
 )

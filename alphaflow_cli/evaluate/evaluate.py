@@ -16,6 +16,7 @@ import torch
 from alphaflow_cli.charts.chart import BLUE, GREEN, ORANGE, RED, Chart, Line, Panel
 from alphaflow_cli.charts.draw import to_png
 from alphaflow_cli.core.frechet import Moments
+from alphaflow_cli.data.manifest import Crop
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.evaluate.features import Extractor
 from alphaflow_cli.evaluate.measure import (
@@ -90,6 +91,7 @@ class ReferenceRequest:
     name: str
     kept: int  # features kept one by one
     batch: int
+    crop: Crop = "square"
 
 
 @dataclass(frozen=True)
@@ -165,7 +167,7 @@ def _warnings(copies: int, source: ImageSource, notes: tuple[str, ...]) -> list[
 
 def measure_reference(request: ReferenceRequest, processes: Processes) -> tuple[Reference, list[str]] | None:
     """Measure the requested pictures and save the reference, as `make_reference` does."""
-    pictures = open_pictures(request.source, size=request.size, limit=request.limit)
+    pictures = open_pictures(request.source, size=request.size, limit=request.limit, crop=request.crop)
     extractors = build_extractors(
         request.metrics or available_metrics(request.weights), processes.device, request.weights
     )

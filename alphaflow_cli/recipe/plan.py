@@ -10,7 +10,7 @@ from typing import Literal
 
 from alphaflow_cli.core.alpha import clamped, equal_rows, schedule_value
 from alphaflow_cli.core.rates import learning_rate
-from alphaflow_cli.recipe.schema import Recipe, Schedule, resolve_step
+from alphaflow_cli.recipe.schema import Guidance, Recipe, Schedule, resolve_step
 
 TIME_FEATURES = 256  # sines and cosines that a time embedder is fed
 KEPT_BYTES = {
@@ -119,6 +119,11 @@ def null_label(recipe: Recipe) -> int:
 def is_guided(omega: float, kappa: float) -> bool:
     """Whether these weights of ṽ build guidance into the network."""
     return (omega, kappa) != (1.0, 0.0)
+
+
+def guided_times(mix: Guidance) -> tuple[float, float]:
+    """The times between which guidance and label dropout act, both ends left out: all times where guidance fades."""
+    return (mix.t_min, mix.t_max) if mix.fade_from is None else (-1.0, 2.0)
 
 
 def effective_scale(omega: float, kappa: float) -> float:

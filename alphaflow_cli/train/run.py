@@ -40,6 +40,7 @@ SAME_MEANING = (
     "data.normalise",
     "data.scale",
     "data.shift",
+    "data.channel_",
 )
 
 
@@ -158,12 +159,10 @@ class Run:
         """Refuse a state whose tensors are not this run's: a copy would silently stretch one of another shape."""
         shapes = {name: parameter.shape for name, parameter in self.optimiser.parameters.items()}
         kinds = ["raw", *(f"ema{i}" for i in range(len(self.recipe.ema.half_lives)))]
-        kinds += MOMENTS if any(name.startswith("adam.step.") for name in tensors) else ()
-        wanted = {
-            f"adam.{kind}.{name}" if kind in MOMENTS else f"{kind}.{name}": s
-            for kind in kinds
-            for name, s in shapes.items()
-        }
+        wanted = {f"{kind}.{name}": shape for kind in kinds for name, shape in shapes.items()}
+        if any(name.startswith("adam.step.") for name in tensors):
+            trained = [name for name, parameter in self.optimiser.parameters.items() if parameter.requires_grad]
+            wanted |= {f"adam.{kind}.{name}": shapes[name] for kind in MOMENTS for name in trained}
         wrong = [name for name, shape in wanted.items() if name not in tensors or tensors[name].shape != shape]
         wrong += [name for name in ("counters", "sums") if name not in tensors]
         if wrong:

@@ -255,6 +255,9 @@ def recipe_stream(
         scale=data.scale,
         shift=data.shift,
         stats_images=data.stats_images,
+        constants=None
+        if data.channel_mean is None or data.channel_std is None
+        else (data.channel_mean, data.channel_std),
         device=device,
         resident=resident,
         verify=verify,
