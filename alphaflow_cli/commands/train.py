@@ -95,21 +95,21 @@ def command(
     resolved = resolve_run(recipe, sets, data=data, out=out)
     loaded, folder = resolved.recipe, resolved.folder
     if dry_run or estimate:
-        return show_plan(resolved, processes, micro_batch, device, measured=estimate, as_json=as_json)
+        show_plan(resolved, processes, micro_batch, device, measured=estimate, as_json=as_json)
+        return
     check_paths(data, init_from)
     begin(f"train {loaded.name} in {folder}")
     from alphaflow_cli.runtime.processes import run_shared
     from alphaflow_cli.train.start import TrainOptions, count_processes
 
     options = TrainOptions(folder, data, micro_batch or None, init_from, verify, device, resolved.notes)
-    code = run_shared(
+    if code := run_shared(
         lambda: join(loaded, options),
         command_line(),
         requested=processes,
         count=lambda requested: count_processes(loaded, requested, device),
         prepared=prepared(loaded, options),
-    )
-    if code:
+    ):
         sys.exit(code)
     finish(folder)
 
