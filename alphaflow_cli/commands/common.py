@@ -140,7 +140,7 @@ def recipe_argument(function: Command) -> Command:
 
 def set_option(function: Command) -> Command:
     """Add `--set a.b=value`, which may be repeated; the command receives the tuple `sets`."""
-    help_text = "Change one value of the recipe (again for another); checked as if it stood in the file."
+    help_text = "Change one value of the recipe, by the rules of the file. May be repeated."
     return click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help=help_text)(function)
 
 
@@ -150,7 +150,7 @@ def json_option(function: Command) -> Command:
 
 def autoencoder_option(function: Command) -> Command:
     """Add `--autoencoder ID|DIR`, which `sample` and `eval` decode with."""
-    help_text = "Decode with this one: a folder or Hub id. Default: the checkpoint's."
+    help_text = "Decode with this autoencoder: a folder or Hub id. Default: the checkpoint's."
     return click.option("--autoencoder", default="", help=help_text)(function)
 
 

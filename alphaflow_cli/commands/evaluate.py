@@ -45,8 +45,10 @@ EXAMPLES = examples(
 @click.option("--sweep-midpoint", is_flag=True, help="Two steps, with the midpoint at 0.1, 0.2, … 0.9.")
 @metrics_option
 @click.option("--reference", metavar="FILE|SOURCE", help="Reference statistics, or the real pictures themselves.")
-@click.option("--images", type=IMAGES, help="So many pictures. Default: the recipe's; all of IMAGES.")
-@click.option("--draw", type=click.Choice(["random", "balanced"]), help="Labels of a checkpoint's pictures.")
+@click.option("--images", type=IMAGES, help="Number of pictures. Default: the recipe's; for IMAGES, all.")
+@click.option(
+    "--draw", type=click.Choice(["random", "balanced"]), help="How the labels of generated pictures are drawn."
+)
 @autoencoder_option
 @decoder_option
 @batch_option

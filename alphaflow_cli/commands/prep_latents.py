@@ -38,37 +38,39 @@ EPILOG = examples(
 @click.option(
     "--autoencoder",
     metavar="ID|DIR|FILE|none",
-    help=f"By Hub id, folder or weights file; none stores pixels. [default: {Data.autoencoder}; glyphs: none]",
+    help=f"Hub id, folder or weights file; none stores pixels. [default: {Data.autoencoder}; glyphs: none]",
 )
-@click.option("--dtype", type=click.Choice(["fp16", "fp32"]), default="fp16", show_default=True, help="On disk.")
+@click.option(
+    "--dtype", type=click.Choice(["fp16", "fp32"]), default="fp16", show_default=True, help="Of latents on disk."
+)
 @click.option("--flips", is_flag=True, help="Store the mirror images' latents, too (twice the disk).")
 @click.option(
     "--batch", type=WholeWithin(0, 65_536), default=0, help="Pictures encoded at once. [default: by the size]"
 )
 @click.option("--processes", type=PROCESSES, help="[default: one per GPU, else one]")
-@click.option("--limit", type=IMAGES, help="Take so many pictures, spread evenly over the source.")
+@click.option("--limit", type=IMAGES, help="Take only this many pictures, spread evenly over the source.")
 @click.option(
     "--bad",
     type=click.Choice(["stop", "skip"]),
     default="stop",
     show_default=True,
-    help="A file that is no whole picture ends the run, or is left out and counted.",
+    help="What to do with a file that is not a whole picture: end the run, or leave it out and count it.",
 )
 @click.option(
     "--precision",
     type=click.Choice(["auto", "fp32", "tf32", "bf16"]),
     default="auto",
     show_default=True,
-    help="Of the encoder. auto: on a GPU the fastest whose measured error is small, else fp32.",
+    help="Precision of the encoder. auto: on a GPU the fastest with a small measured error, otherwise fp32.",
 )
 @click.option(
     "--max-megapixels",
     type=NumberWithin(0, 100_000, open_below=True),
     default=200.0,
     show_default=True,
-    help="A larger picture is taken for a bomb.",
+    help="A larger picture counts as bad.",
 )
-@click.option("--estimate", "only_estimate", is_flag=True, help="Say disk and time, write nothing.")
+@click.option("--estimate", "only_estimate", is_flag=True, help="Show disk and time; write nothing.")
 @click.option("--verify", "only_verify", is_flag=True, help="SOURCE is a store: read every byte against its checksum.")
 def command(
     source: str,

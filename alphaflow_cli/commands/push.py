@@ -45,7 +45,7 @@ def local_source(source: str, repo: str | None) -> Path:
 @click.command(epilog=EPILOG)
 @click.argument("source", metavar="[RUN|CKPT]", required=False)
 @click.argument("repo", required=False, callback=check_repository)
-@click.option("--private", is_flag=True, help="Create the repository for your eyes only.")
+@click.option("--private", is_flag=True, help="Create a private repository.")
 @click.option("--pr", "pull_request", is_flag=True, help="Open a pull request instead of committing.")
 @click.option("--dry-run", is_flag=True, help="Write the folder and list it; nothing is sent.")
 @click.option(
@@ -59,12 +59,12 @@ def local_source(source: str, repo: str | None) -> Path:
     default="unknown",
     show_default=True,
     callback=check_licence,
-    help="Of the weights, in the Hub's spelling.",
+    help="Licence of the weights, as the Hub spells it.",
 )
 @click.option(
     "--autoencoder",
     type=click.Path(exists=True, path_type=Path),
-    help="The model's own autoencoder, a folder or a weights file, where it is not found beside it.",
+    help="The model's own autoencoder, if it is not beside the weights: a folder or a weights file.",
 )
 @click.option("--without-results", is_flag=True, help="Leave results.json out.")
 def command(
