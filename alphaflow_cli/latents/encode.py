@@ -230,8 +230,8 @@ def writing_to(out: Path) -> Iterator[None]:
     except OSError as fault:
         if fault.errno in NO_ROOM:
             raise AlphaflowError(
-                f"{out}: no room left ({fault.strerror}). Finished shards are kept: free some, run the same command "
-                "again"
+                f"{out}: no room left ({fault.strerror}). Finished shards are kept. Free some room, and run "
+                "the same command again"
             ) from fault
         if fault.errno != errno.EIO and not Path(str(fault.filename)).is_relative_to(out):
             raise

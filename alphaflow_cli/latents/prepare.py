@@ -77,7 +77,7 @@ def check_room(out: Path, needed: int) -> None:
     free = free_bytes(out)
     if needed + SPARE > free:
         raise AlphaflowError(
-            f"{out}: needs {size(needed + SPARE)}, {size(free)} are free. Give another --out, or free some"
+            f"{out}: needs {size(needed + SPARE)}, {size(free)} are free. Give another --out, or free some room"
         )
 
 
@@ -87,7 +87,7 @@ def _begin(job: Job, shown: bool) -> None:
     there = {entry.name for entry in out.iterdir() if entry.name[0] != "."}
     begun = there <= set(BEFORE_THE_PLAN) and "images.json" in there  # a kill came between these and the plan
     if there and "plan.json" not in there and not begun:
-        raise AlphaflowError(f"{out}: holds files that are no latent store; give an empty or new --out")
+        raise AlphaflowError(f"{out}: holds files that belong to no latent store; give a new or an empty --out")
     for left in out.glob(".*.tmp"):
         left.unlink(missing_ok=True)  # a worker that outlives its killed parent renames its own
     write_pieces(out / "images.json", [listing.to_bytes()])

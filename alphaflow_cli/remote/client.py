@@ -54,7 +54,9 @@ def hub_api() -> "HfApi":
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
     if any(not "!" <= letter <= "~" for letter in get_token() or ""):
-        raise AlphaflowError("the token holds a character no token has: copy it anew into HF_TOKEN, or: hf auth login")
+        raise AlphaflowError(
+            "the token holds a character that no token has. Copy it again into HF_TOKEN, or: hf auth login"
+        )
     if not sys.stderr.isatty():
         disable_progress_bars()
     session()
@@ -214,7 +216,7 @@ def _limits(response: Any) -> Limits:
     what = f"the answer to {_shown(response.request.url)}"
     length = response.headers.get("Content-Length", "")
     if response.headers.get("Content-Encoding", "identity") != "identity":
-        return Limits(PACKED, f"{what} is compressed, which nobody asked for, and", has_length=False)
+        return Limits(PACKED, f"{what} is compressed, although we did not ask for that, and", has_length=False)
     if not re.fullmatch(r"[0-9]{1,18}", length):
         return Limits(LONGEST_ANSWER, what, has_length=False)
     return Limits(float("inf"), what, has_length=True)
@@ -240,11 +242,11 @@ def _see_head(response: Any) -> None:
         if checked and value is not None and not re.fullmatch(form, value.removeprefix("W/").strip('"')):
             raise Distrusted(f"it names a file {name} {for_terminal(value, limit=60)}, which is no checksum")
     if headers.get("Content-Encoding", "identity") not in ("identity", "gzip", "deflate"):
-        raise Distrusted(f"it answers {where} compressed, which nobody asked for")
+        raise Distrusted(f"it answers {where} compressed, although we did not ask for that")
     length = headers.get("Content-Length", "0")
     free = free_bytes(cache_folder())
     if not re.fullmatch(r"[0-9]{1,18}", length) or (response.request.method == "GET" and int(length) > free):
-        raise Distrusted(f"it has a file of {for_terminal(length, limit=30)} bytes for us, there is room for {free:,}")
+        raise Distrusted(f"it sends {for_terminal(length, limit=30)} bytes, but only {free:,} are free")
     for name, form in HEAD_NUMBERS:
         match = re.fullmatch(form, headers.get(name, ""))
         if match is None or (name in ("Retry-After", "RateLimit") and int(match[0].rpartition("=")[2]) > WAIT):
@@ -275,7 +277,7 @@ def _see_next(request: Any, answer: Any) -> None:
     if following:
         target = request.url.join(following)
         if (target.scheme, target.host, target.port) != (request.url.scheme, request.url.host, request.url.port):
-            raise Distrusted(f"its listing goes on at {_shown(target)}")
+            raise Distrusted(f"its list continues at {_shown(target)}")
         if before >= PAGES:
             raise Distrusted(f"its listing has more than {PAGES:,} pages")
         _pages[str(target)] = before + 1
@@ -290,12 +292,12 @@ def _checked(library: Any, request: Any, answer: Any) -> Any:
     try:
         value = read_answer(answer.content, shape, limit=LONGEST_ANSWER)
     except ValueError as fault:
-        page = " (a web page: does a login page of this network stand between?)"
+        page = " (a web page: does this network show a login page?)"
         is_page = answer.content.lstrip()[:1] == b"<"
         raise Distrusted(f"{_shown(request.url)}: {fault}{page if is_page else ''}") from fault
     for group, name in (("files", "path"), ("objects", "oid")):
         if group in value and {each[name] for each in value[group]} != _asked_about(request, group, name):
-            raise Distrusted(f"{_shown(request.url)}: it answers about other {group} than it was asked about")
+            raise Distrusted(f"{_shown(request.url)}: it answers about other {group} than the request named")
     kept = {name: value for name, value in answer.headers.items() if name.lower() in ("link", "x-repo-commit")}
     content = json.dumps(value).encode()  # half a letter in a text stays escaped
     return library.Response(answer.status_code, headers=kept, content=content, request=answer.request)

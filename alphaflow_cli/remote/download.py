@@ -43,11 +43,11 @@ def prepare_folder(folder: Path, *, also: Iterable[str] = ()) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         names = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
     except OSError as fault:
-        raise AlphaflowError(f"{folder}: cannot be made a folder ({fault.strerror}). Give another.") from fault
+        raise AlphaflowError(f"{folder}: this folder cannot be made ({fault.strerror}). Give another.") from fault
     foreign = sorted(names - {*OURS, *also})
     if names and (foreign or not is_published(folder / CONFIG_FILE)):
         raise AlphaflowError(
-            f"{folder}: holds {', '.join((foreign or sorted(names))[:3])}, not only what a push or pull wrote. "
+            f"{folder}: holds {', '.join((foreign or sorted(names))[:3])}, so not only push or pull wrote here. "
             "Nothing was overwritten; give a new or an empty folder."
         )
 

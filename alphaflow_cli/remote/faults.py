@@ -117,7 +117,9 @@ def hub_faults(what: str, *, sending: bool = False) -> Iterator[None]:
     except TooSlow as fault:
         raise NoConnection(what, f"the connection to the Hub is too slow: {fault}. {again}.") from fault
     except Distrusted as fault:
-        raise HubFault(what, f"not how the Hub answers: {fault}. Look at HF_ENDPOINT and the network.") from fault
+        raise HubFault(
+            what, f"this answer does not come from a Hub: {fault}. Check HF_ENDPOINT and the network."
+        ) from fault
     except errors.LocalTokenNotFoundError as fault:
         raise HubFault(what, f"not logged in to the Hub. {LOGIN}.") from fault
     except errors.HfHubHTTPError as fault:
@@ -125,7 +127,7 @@ def hub_faults(what: str, *, sending: bool = False) -> Iterator[None]:
     except (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError) as fault:
         raise _not_cached(what, fault, again) from fault
     except errors.HFValidationError as fault:
-        raise HubFault(what, f"not a name the Hub takes ({str(fault).splitlines()[0]}).") from fault
+        raise HubFault(what, f"the Hub does not accept this name ({str(fault).splitlines()[0]}).") from fault
     except (network, ConnectionError, TimeoutError) as fault:
         raise NoConnection(what, f"the connection to the Hub broke ({_one_line(fault)}). {again}.") from fault
     except OSError as fault:

@@ -153,8 +153,8 @@ def _report(errors: Path, codes: dict[int, int]) -> int:
     if stopped and all(code in (0, -15, 130, 143) for code in codes.values()):
         return stopped.pop()
     raise AlphaflowError(
-        f"processes ended with exit codes {codes}, and none of them left word why, beyond what may stand above. "
-        "The same command resumes; --processes 1 shows a fault where it arises."
+        f"processes ended with exit codes {codes}, and none of them said why; look at the lines above. "
+        "The same command resumes; --processes 1 shows where a fault arises."
     )
 
 

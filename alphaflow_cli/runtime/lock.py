@@ -115,7 +115,7 @@ def _take(folder: Path, path: Path, command: str) -> str:
             there = _owner_in(os.pread(file, 10_000, 0))
             if there is not None and there.token != os.environ.get(HANDED_ON):
                 _refuse_living(folder, path, there, file)
-                say(f"{folder}: going on after process {there.pid} on {there.host} ({there.command}), which is gone")
+                say(f"{folder}: process {there.pid} on {there.host} ({there.command}) is gone; this command takes over")
             _write(file, me)
     except OSError as error:
         raise AlphaflowError(f"{folder}: cannot be written ({error.strerror}). Name another folder.") from error

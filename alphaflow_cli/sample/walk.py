@@ -80,8 +80,8 @@ def _check_grid(times: Sequence[float]) -> None:
     if len(times) < 2 or not EARLIEST_START <= times[0] <= 1.0 or times[-1] != 0.0 or not falls:
         shown = ",".join(f"{t:g}" for t in times[:8]) + (",…" if len(times) > 8 else "")
         raise AlphaflowError(
-            f"--times {shown}: a grid falls from 1 to 0, such as 1,0.55,0; it may begin between "
-            f"{EARLIEST_START:g} and 1, where the noise then stands for z."
+            f"--times {shown}: a grid falls from 1 to 0, such as 1,0.55,0; "
+            f"it may begin between {EARLIEST_START:g} and 1."
         )
 
 

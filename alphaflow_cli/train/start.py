@@ -123,7 +123,7 @@ def check_recipe(recipe: Recipe, out: Path) -> list[tuple[str, str, str]]:
     there = recipe_from_text(read_document(path), str(path)) if path.exists() else recipe
     changes = [row for row in diff_recipes(there, recipe) if row[0] != "name"]
     if any(field not in ADJUSTABLE for field, _, _ in changes):
-        listed = "\n".join(f"  {field}: {old} there, {new} asked for" for field, old, new in changes)
+        listed = "\n".join(f"  {field}: {old} there, {new} requested" for field, old, new in changes)
         raise AlphaflowError(
             f"{out}: holds a run of another recipe:\n{listed}\nResume it with its own recipe: alphaflow train {path} "
             f"--out {out}, or choose another folder: --out RUN"

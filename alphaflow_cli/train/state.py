@@ -144,8 +144,8 @@ def check_state(path: Path) -> None:
         former = (file.metadata() or {}).get("format") == WITHOUT_CHECKSUM
     if former and not sealed:
         if facts.step != step_of(path):
-            raise AlphaflowError(f"{path}: damaged: it says that it is of step {facts.step:,}.")
-        say(f"{path}: an earlier version saved it without a checksum, so it is taken as it is; later saves have one")
+            raise AlphaflowError(f"{path}: damaged: by the facts stored in it, it belongs to step {facts.step:,}.")
+        say(f"{path}: an earlier version saved it without a checksum, so its bytes cannot be checked")
     elif not (sealed and seal_holds(path)):
         raise AlphaflowError(f"{path}: damaged: its bytes changed since it was written (checksum).")
 
@@ -171,7 +171,7 @@ def read_facts(path: Path) -> StateFacts:
         written = None
     known = fields(StateFacts)
     if not isinstance(written, dict) or any(type(written.get(each.name)) is not each.type for each in known):
-        raise AlphaflowError(f"{path}: damaged: what it says of itself cannot be read.")
+        raise AlphaflowError(f"{path}: damaged: the facts stored in it cannot be read.")
     return StateFacts(**{each.name: written[each.name] for each in known})
 
 
