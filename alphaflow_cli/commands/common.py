@@ -29,7 +29,7 @@ Shown = TypeVar("Shown")
 
 
 class WholeWithin(click.ParamType):  # type: ignore[type-arg]
-    """A whole number within bounds. Only a value that passes them is told what they are: the help stays short."""
+    """A whole number within bounds. The bounds are named only when a value exceeds them, so the help stays short."""
 
     name = "integer"
 
@@ -75,7 +75,7 @@ GUIDANCE = NumberWithin(-1000, 1000)
 
 
 class Destination(click.Path):
-    """A path that will be written. Where it could not be, it is refused before the work, not after hours of it."""
+    """A path that will be written. If it cannot be, it is refused before the work begins, not after hours of it."""
 
     def __init__(self, *, is_folder: bool = False, may_be_folder: bool = False, holds_weights: bool = False) -> None:
         super().__init__(path_type=Path, file_okay=not is_folder, dir_okay=is_folder or may_be_folder)
@@ -169,7 +169,7 @@ def share(
     needs_gpu: bool = True,
     count: Callable[[int | None], int] | None = None,
 ) -> None:
-    """Do a verb's work here, or in N processes. Where it gives a result, which is in the first, that is shown."""
+    """Do a verb's work here or in N processes, and show the result, which the first process has."""
     from alphaflow_cli.runtime.processes import join_processes, run_shared
 
     def run() -> int:

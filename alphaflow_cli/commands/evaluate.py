@@ -101,7 +101,7 @@ def command(
 
 
 def work_on(request: "EvalRequest", special: bool) -> "Callable[[Processes], Report | None]":
-    """What measures the subject: a checkpoint, or pictures, for which `special` options of checkpoints are refused."""
+    """Choose how to measure the subject: as a checkpoint, or as pictures, which refuse the `special` options."""
     from alphaflow_cli.evaluate.evaluate import evaluate_checkpoint, evaluate_pictures, is_checkpoint
 
     if is_checkpoint(request.checkpoint):

@@ -110,7 +110,7 @@ def command(
 
 
 def estimate(request: "StoreRequest", store: Path, processes: int | None) -> None:
-    """Say what making the store would take."""
+    """Print the disk and the time that making the store would take."""
     from alphaflow_cli.latents.plan import plan_job
     from alphaflow_cli.latents.prepare import count_encoders, estimate_store
     from alphaflow_cli.runtime.processes import Processes, device_of
@@ -130,6 +130,6 @@ def prepare(request: "StoreRequest", store: Path, processes: int | None) -> None
 
 
 def print_lines(lines: list[str]) -> None:
-    """Print what there is to say of a store, its path last."""
+    """Print the facts about a store; the last line is its path."""
     for line in lines:
         tell(line)

@@ -16,7 +16,7 @@ EPILOG = examples(
 
 
 def check_licence(_context: click.Context, _parameter: click.Parameter, value: str) -> str:
-    """Refuse a text that has not the form of the Hub's licence ids."""
+    """Refuse a text that does not look like one of the Hub's licence ids."""
     if not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", value):
         raise click.BadParameter(f"{value!r} is no id the Hub knows; they look like apache-2.0, cc-by-nc-4.0 or other.")
     return value

@@ -153,7 +153,7 @@ def _write_model(source: Publication, clean: Checkpoint, model: Path) -> str:
 
 
 def _is_bare(source: Publication) -> bool:
-    """Whether the file holds nothing but what was read of it: no other metadata or tensor, no comment in the recipe."""
+    """Whether the file holds only what we read from it: no other metadata or tensor, no comment in the recipe."""
     with safe_open(source.path, framework="pt") as file:
         metadata, names = file.metadata() or {}, set(file.keys())
     wanted = {f"net.{name}" for name in source.checkpoint.weights} | {"latents.mean", "latents.std"}
@@ -188,7 +188,7 @@ def _autoencoder_record(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def local_autoencoder(source: Publication, given: Path | None) -> Path | None:
-    """The autoencoder that has to go along: the one given, else beside the checkpoint, else on this machine.
+    """Find the autoencoder to publish: the one given, else beside the checkpoint, else on this machine.
 
     None where it is on the Hub, or where there is none.
     """

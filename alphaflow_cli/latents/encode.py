@@ -36,7 +36,7 @@ TOGETHER = 16  # pictures decoded by one call in another thread: small ones cost
 
 @dataclass(frozen=True)
 class StoreRequest:
-    """What the command line of prep-latents asks for."""
+    """What the command line of prep-latents requests."""
 
     source: str
     size: int

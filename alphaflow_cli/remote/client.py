@@ -64,7 +64,7 @@ def hub_api() -> "HfApi":
 
 
 def session() -> Any:
-    """The HTTP client of the whole process; an environment that it cannot be made from is one line."""
+    """Make the HTTP client of the whole process; an unusable environment is reported in one line."""
     from huggingface_hub import get_session
 
     _origin(endpoint())
@@ -132,7 +132,7 @@ def _install() -> None:
     client_base: Any = library.Client
 
     class Client(client_base):  # type: ignore[misc]
-        """Sends nothing and believes nothing without looking."""
+        """Checks every request before it is sent, and every answer before it is used."""
 
         def send(self, request: Any, *, stream: bool = False, **options: Any) -> Any:
             fetch = partial(_fetch, partial(super().send, request, stream=True, **options), stream)
@@ -196,7 +196,7 @@ class Limits:
         self.most, self.what, self.has_length, self.until = most, what, has_length, float("inf")
 
     def watch(self, pieces: Any) -> Iterator[bytes]:
-        """The pieces, as long as they come fast enough and do not become too many."""
+        """Yield the pieces, as long as they come fast enough and are not too many."""
         count, since, before = 0, time.monotonic(), 0
         inner = iter(pieces)
         step = partial(next, inner, None)
@@ -223,7 +223,7 @@ def _limits(response: Any) -> Limits:
 
 
 def _see_request(request: Any) -> None:
-    """Before anything is sent, redirects included: the token goes to the endpoint only, and nothing goes elsewhere."""
+    """Check a request before it is sent, redirects included: the token goes to the endpoint only."""
     url, ours = request.url, _origin(endpoint())
     if url.scheme not in DEFAULT_PORTS:
         raise Distrusted(f"it sends us to {_shown(url)}, which is no web address")
@@ -234,7 +234,7 @@ def _see_request(request: Any) -> None:
 
 
 def _see_head(response: Any) -> None:
-    """Whatever of an answer's head becomes a file's name, an address, a size, a wait or a printed line."""
+    """Check every value of an answer's head that we use: names of files, addresses, sizes, waits, printed lines."""
     headers, where = response.headers, _shown(response.request.url)
     for name, form in (("X-Repo-Commit", COMMIT), ("ETag", CHECKSUM), ("X-Linked-Etag", CHECKSUM)):
         value = headers.get(name)
@@ -271,7 +271,7 @@ _pages: dict[str, int] = {}  # address of a next page → how many came before i
 
 
 def _see_next(request: Any, answer: Any) -> None:
-    """A listing ends, and stays on its host."""
+    """Check that a listing ends, and stays on its host."""
     following = answer.links.get("next", {}).get("url")
     before = _pages.pop(str(request.url), 0)
     if following:
@@ -284,7 +284,7 @@ def _see_next(request: Any, answer: Any) -> None:
 
 
 def _checked(library: Any, request: Any, answer: Any) -> Any:
-    """The answer, reduced to what is read of it; one of another shape is told by what it is."""
+    """Reduce the answer to what we read from it; an answer of another shape is refused by name."""
     shape = shape_of(request.method, request.url.path)
     if shape is None:
         return answer
@@ -308,12 +308,12 @@ def _asked_about(request: Any, group: str, name: str) -> set[str]:
 
 
 def _is_taken(request: Any, answer: Any) -> bool:
-    """A repository that exists already is refused with its address, which is read as if it had just been made."""
+    """Read the address of a repository that exists already, as if it had just been made."""
     return bool(answer.status_code == 409 and request.url.path.endswith("/api/repos/create"))
 
 
 def _refusal(library: Any, answer: Any) -> Any:
-    """An answer of 400 and above: its head, and of its body the one sentence that the Hub puts there."""
+    """Keep of an answer of 400 and above its head, and the one sentence that the Hub puts into the body."""
     try:
         sentence = parse_json(answer.content, "", ERROR, limit=PACKED, advice="")["error"]
     except AlphaflowError:
@@ -325,6 +325,6 @@ def _refusal(library: Any, answer: Any) -> Any:
 
 
 def _shown(address: Any) -> str:
-    """Without a password or a query, which may hold a key."""
+    """Show an address without its password and its query, which may hold a key."""
     parts = urlsplit(str(address))
     return for_terminal(f"{parts.scheme}://{parts.hostname or ''}{parts.path}", limit=160)

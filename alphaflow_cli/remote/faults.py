@@ -158,7 +158,7 @@ def _status(fault: Exception) -> int | None:
 
 
 def _answer(fault: Exception, again: str) -> str:
-    """By kind, then by status."""
+    """Say why the Hub refused: by the kind of its error, then by the status."""
     from huggingface_hub import errors
 
     status = _status(fault)
@@ -210,12 +210,12 @@ def _one_line(fault: BaseException) -> str:
 
 
 def shape_of(method: str, path: str) -> Shape | None:
-    """What a request is answered with; None: nothing that is read here."""
+    """The shape of the answer to a request; None: nothing in it is read here."""
     return next((shape for verb, end, shape in ANSWERS if verb == method and re.fullmatch(f".*{end}", path)), None)
 
 
 def read_answer(data: bytes, shape: Shape, *, limit: int) -> Any:
-    """The answer's known parts; what is wrong with it is the reason of a ValueError."""
+    """Read the known parts of an answer; a ValueError says what is wrong with it."""
     try:
         value = parse_json(data, "", shape, limit=limit, advice="")
     except AlphaflowError as fault:
@@ -224,7 +224,7 @@ def read_answer(data: bytes, shape: Shape, *, limit: int) -> Any:
 
 
 def known_parts(value: Any, shape: Shape) -> Any:
-    """Without the keys that the shape does not name."""
+    """Drop the keys that the shape does not name."""
     if isinstance(shape, Maybe):
         return None if value is None else known_parts(value, shape.shape)
     if isinstance(shape, ListOf):

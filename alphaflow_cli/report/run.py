@@ -85,7 +85,7 @@ def write_report(run: Path, out: Path) -> Path:
 
 
 def page_of(run: Path) -> RunPage:
-    """Read everything that the run folder has; the page names what it has not."""
+    """Read everything that the run folder has; the page names what is missing."""
     path = run / "recipe.yaml"
     if not path.exists():
         raise AlphaflowError(

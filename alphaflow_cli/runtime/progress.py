@@ -43,7 +43,7 @@ class Progress:
             )
 
     def advance(self, count: int, note: str = "") -> None:
-        """So much more is done; the note stands at the end of the line."""
+        """Add to what is done; the note stands at the end of the line."""
         self.done += count
         self.note = note or self.note
         if self._bar is not None:

@@ -18,14 +18,14 @@ GAP, INK, PAPER = 2, (26, 32, 44), (255, 255, 255)
 
 
 def grid_in_rows(pictures: Sequence[np.ndarray], columns: int, names: Sequence[str] = ()) -> bytes:
-    """In reading order; the columns have names where all pictures below bear them."""
+    """Lay pictures out in reading order; a column has a name if all its pictures share it."""
     rows = [pictures[i : i + columns] for i in range(0, len(pictures), columns)]
     by_column = all(name == names[i % columns] for i, name in enumerate(names))
     return grid_png(rows, column_names=names[:columns] if by_column else ())
 
 
 def grid_by_walk(drawn: Sequence[tuple[str, Sequence[np.ndarray]]], columns: int, names: Sequence[str]) -> bytes:
-    """A row for each walk, named by it, with the first pictures; the columns have their pictures' names."""
+    """Lay out one row for each walk, named by it; the columns have the names of their pictures."""
     rows = [pictures[:columns] for _, pictures in drawn]
     return grid_png(rows, row_names=[name for name, _ in drawn], column_names=names[:columns])
 
@@ -81,7 +81,7 @@ def png_bytes(image: Image.Image) -> bytes:
 
 
 def _fit(name: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
-    """As much of the name as fits."""
+    """Shorten a name to what fits."""
     while len(name) > 1 and font.getlength(name) > width:
         name = name[:-2] + "…"
     return name

@@ -75,7 +75,7 @@ def _plan_steps(recipe: Recipe, nfe: int, kind: str, times: Sequence[float] | No
 
 
 def _check_grid(times: Sequence[float]) -> None:
-    """From 1, or from a little below where another system begins, down to 0; a start of 0.5 is a forgotten 1."""
+    """Check that a grid falls from 1, or a little below as in other systems, to 0; a start of 0.5 is a forgotten 1."""
     falls = all(a > b for a, b in pairwise(times))
     if len(times) < 2 or not EARLIEST_START <= times[0] <= 1.0 or times[-1] != 0.0 or not falls:
         shown = ",".join(f"{t:g}" for t in times[:8]) + (",…" if len(times) > 8 else "")
