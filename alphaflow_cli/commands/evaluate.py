@@ -55,8 +55,10 @@ EXAMPLES = examples(
     shell_complete=complete_path,
     help="Reference statistics, or the real pictures themselves.",
 )
-@click.option("--images", type=IMAGES, help="So many pictures. Default: the recipe's; all of IMAGES.")
-@click.option("--draw", type=click.Choice(["random", "balanced"]), help="Labels of a checkpoint's pictures.")
+@click.option("--images", type=IMAGES, help="Number of pictures. Default: the recipe's; for IMAGES, all.")
+@click.option(
+    "--draw", type=click.Choice(["random", "balanced"]), help="How the labels of generated pictures are drawn."
+)
 @autoencoder_option
 @decoder_option
 @batch_option
@@ -118,7 +120,7 @@ def check_subject(subject: str) -> None:
 
 
 def work_on(request: "EvalRequest") -> "Callable[[Processes], Report | None]":
-    """What measures the subject: a checkpoint, or pictures, for which options of checkpoints are refused."""
+    """Choose how to measure the subject: as a checkpoint, or as pictures, which refuse the options of checkpoints."""
     from alphaflow_cli.evaluate.evaluate import evaluate_checkpoint, evaluate_pictures
     from alphaflow_cli.model.find import is_checkpoint
 

@@ -45,7 +45,7 @@ class Processes:
 
 @contextmanager
 def smaller_batch_if_full(batch: int) -> Iterator[None]:
-    """Inside, a GPU that runs out of memory is one line that names --batch."""
+    """Turn a GPU that runs out of memory into one line that names --batch."""
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -89,7 +89,7 @@ def run_shared(
 
 
 def check_same(processes: Processes, digest: str, what: str) -> None:
-    """All processes must have read the same bytes: a run that still trains may replace its checkpoint in between."""
+    """Check that all processes read the same bytes: a run that still trains may replace its checkpoint in between."""
     number = int(digest[:12], 16)  # 48 bits: the sum over a thousand processes fits int64
     total = processes.sum(torch.tensor([number], device=processes.device)).item()
     if total != number * processes.size:
@@ -183,7 +183,7 @@ class World(Processes):
         self.accelerator.wait_for_everyone()
 
     def check_synchronised(self, net: nn.Module) -> None:
-        """After a backward pass: every process must hold the same gradient, or its own part of it."""
+        """Check after a backward pass that every process holds the same gradient, or its own part of it."""
         grads = [p.grad for p in net.parameters() if p.grad is not None]
         if self.size == 1 or any(is_cut(grad) for grad in grads):
             return
