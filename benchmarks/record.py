@@ -6,10 +6,11 @@ import platform
 import subprocess
 import sys
 from datetime import datetime, timezone
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
+
+import alphaflow_cli
 
 ROOT = Path(__file__).parent.parent
 
@@ -43,7 +44,7 @@ def describe(device: str) -> dict[str, object]:
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
-            "alphaflow": version("alphaflow"),
+            "alphaflow": alphaflow_cli.__version__,
         },
         "commit": git("rev-parse", "HEAD") or None,
         "dirty": bool(git("status", "--porcelain")),

@@ -12,6 +12,10 @@ from alphaflow_cli.commands.common import (
     Destination,
     NumberWithin,
     WholeWithin,
+    begin,
+    check_source,
+    complete_path,
+    device_option,
     examples,
     share,
     tell,
@@ -32,7 +36,7 @@ EPILOG = examples(
 
 
 @click.command("prep-latents", epilog=EPILOG)
-@click.argument("source")
+@click.argument("source", shell_complete=complete_path)
 @click.option("--out", type=Destination(is_folder=True), help="The store. [default: latents/SOURCE-SIZE-AUTOENCODER]")
 @click.option("--size", type=WholeWithin(1, 8192), help="Side of the square picture. [default: 256; glyphs: 32]")
 @click.option(
@@ -40,12 +44,20 @@ EPILOG = examples(
     metavar="ID|DIR|FILE|none",
     help=f"By Hub id, folder or weights file; none stores pixels. [default: {Data.autoencoder}; glyphs: none]",
 )
+@click.option(
+    "--crop",
+    type=click.Choice(["square", "adm"]),
+    default="square",
+    show_default=True,
+    help="square: the largest centred square, by Lanczos; adm: halved by box, short side by bicubic, then the square.",
+)
 @click.option("--dtype", type=click.Choice(["fp16", "fp32"]), default="fp16", show_default=True, help="On disk.")
 @click.option("--flips", is_flag=True, help="Store the mirror images' latents, too (twice the disk).")
 @click.option(
     "--batch", type=WholeWithin(0, 65_536), default=0, help="Pictures encoded at once. [default: by the size]"
 )
 @click.option("--processes", type=PROCESSES, help="[default: one per GPU, else one]")
+@device_option
 @click.option("--limit", type=IMAGES, help="Take so many pictures, spread evenly over the source.")
 @click.option(
     "--bad",
@@ -75,10 +87,12 @@ def command(
     out: Path | None,
     size: int | None,
     autoencoder: str | None,
+    crop: Literal["square", "adm"],
     dtype: str,
     flips: bool,
     batch: int,
     processes: int | None,
+    device: str | None,
     limit: int | None,
     bad: Literal["stop", "skip"],
     precision: str,
@@ -95,6 +109,8 @@ def command(
         from alphaflow_cli.latents.prepare import verify
 
         return print_lines(verify(Path(source)))
+    check_source(source)
+    begin(f"prep-latents {source}")
     from alphaflow_cli.latents.encode import StoreRequest
     from alphaflow_cli.latents.plan import default_out
 
@@ -102,29 +118,29 @@ def command(
     size = size or (GLYPH_SIZE if glyphs else Data.image_size)
     autoencoder = autoencoder or ("none" if glyphs else Data.autoencoder)
     max_pixels = round(max_megapixels * 1e6)
-    request = StoreRequest(source, size, autoencoder, dtype, flips, batch, limit or 0, bad, precision, max_pixels)
+    request = StoreRequest(source, size, autoencoder, dtype, flips, batch, limit or 0, bad, precision, max_pixels, crop)
     make = estimate if only_estimate else prepare
-    return make(request, out or default_out(source, size, autoencoder), processes)
+    return make(request, out or default_out(source, size, autoencoder, crop), processes, device)
 
 
-def estimate(request: "StoreRequest", store: Path, processes: int | None) -> None:
+def estimate(request: "StoreRequest", store: Path, processes: int | None, device: str | None) -> None:
     """Say what making the store would take."""
     from alphaflow_cli.latents.plan import plan_job
     from alphaflow_cli.latents.prepare import count_encoders, estimate_store
-    from alphaflow_cli.runtime.processes import Processes, device_of
+    from alphaflow_cli.runtime.processes import Processes, choose_device
 
-    count = count_encoders(request.autoencoder, processes)
-    job = plan_job(request, store, Processes(device_of(0), size=count))
-    print_lines(estimate_store(job, count))
+    several = Processes(choose_device(device), size=count_encoders(request.autoencoder, processes, device))
+    print_lines(estimate_store(plan_job(request, store, several), several))
 
 
-def prepare(request: "StoreRequest", store: Path, processes: int | None) -> None:
+def prepare(request: "StoreRequest", store: Path, processes: int | None, device: str | None) -> None:
     """Make the store here, or in N processes of which the first prints."""
     from alphaflow_cli.latents.prepare import count_encoders, describe_store, prepare_store
 
-    work, count = partial(prepare_store, request, store), partial(count_encoders, request.autoencoder)
+    work = partial(prepare_store, request, store)
+    count = partial(count_encoders, request.autoencoder, device=device)
     needs_gpu = request.autoencoder != "none"
-    share(work, lambda made: print_lines(describe_store(made)), processes, needs_gpu=needs_gpu, count=count)
+    share(work, lambda made: print_lines(describe_store(made)), processes, device, needs_gpu=needs_gpu, count=count)
 
 
 def print_lines(lines: list[str]) -> None:

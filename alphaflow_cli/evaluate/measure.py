@@ -28,6 +28,7 @@ from alphaflow_cli.evaluate.features import Extractor
 from alphaflow_cli.evaluate.pictures import ImageSource
 from alphaflow_cli.evaluate.results import space_of
 from alphaflow_cli.files import make_folder, write_whole
+from alphaflow_cli.runtime.precision import exact_device
 from alphaflow_cli.runtime.processes import Processes, smaller_batch_if_full
 from alphaflow_cli.runtime.progress import Progress, say
 
@@ -82,7 +83,7 @@ def evaluation_id(source: ImageSource, extractors: Mapping[str, Extractor], chun
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def run_pass(work: Pass, processes: Processes, *, batch: int, clock: Clock) -> None:
+def run_pass(work: Pass, processes: Processes, *, batch: int, clock: Clock, task: str = "features") -> None:
     """Compute the chunks of this process that are not there yet; Ctrl-C keeps every finished chunk."""
     make_folder(work.folder)
     mine = work.chunks()[processes.rank :: processes.size]
@@ -94,7 +95,7 @@ def run_pass(work: Pass, processes: Processes, *, batch: int, clock: Clock) -> N
     try:
         with (
             contextlib.closing(work.source),
-            Progress("measure", total, unit="img", done=done, shown=processes.rank == 0) as bar,
+            Progress(task, total, unit="img", done=done, shown=processes.rank == 0) as bar,
             ThreadPoolExecutor(1) as beside,
         ):
             _measure_chunks(work, waiting, processes.device, bar, beside, batch=batch, clock=clock)
@@ -207,7 +208,7 @@ def gather_moments(work: Pass, processes: Processes) -> dict[str, Moments]:
         moments = Moments(work.extractors[name].dim)
         for first, stop in work.chunks()[processes.rank :: processes.size]:
             moments.update(load_part(work, name, first, stop))
-        moments.sums = processes.sum(moments.sums.to(processes.device)).cpu()
+        moments.sums = processes.sum(moments.sums.to(exact_device(processes.device))).cpu()
         if moments.count != work.source.count:
             raise AlphaflowError(f"{moments.count:,} of {work.source.count:,} pictures were counted; run it again")
         totals[name] = moments

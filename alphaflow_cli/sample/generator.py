@@ -39,7 +39,8 @@ from alphaflow_cli.model.compiling import can_compile, compile_faults, keep_comp
 from alphaflow_cli.model.find import find_checkpoint
 from alphaflow_cli.nn.autoencoder import Autoencoder, load_autoencoder
 from alphaflow_cli.recipe.plan import null_label
-from alphaflow_cli.runtime.precision import true_float32
+from alphaflow_cli.runtime.precision import exact_device, true_float32
+from alphaflow_cli.runtime.processes import choose_device
 from alphaflow_cli.runtime.progress import say
 from alphaflow_cli.sample.walk import LazyLabels, Walk
 
@@ -136,7 +137,8 @@ class Generator:
         self.folder = Path()  # the checkpoint's: a converted or pulled one may have its autoencoder beside it
         self.digest = ""  # sha256 of the file that these weights were read from; empty while a run holds them
         self.recipe, self.origin, self.device = checkpoint.recipe, checkpoint.origin, device
-        self.mean, self.std = checkpoint.mean.to(device), checkpoint.std.to(device)
+        self.exact = exact_device(device)
+        self.mean, self.std = checkpoint.mean.to(self.exact), checkpoint.std.to(self.exact)
         self.net = net or load_network(checkpoint).to(device).eval()
         self.bf16 = self.recipe.train.precision == "bf16" and device.type == "cuda"
         self.decoder = plan_decoder(decoder, device, pictures=0, compiled=False)
@@ -228,7 +230,7 @@ class Generator:
 
         def draw(dtype: torch.dtype) -> Tensor:
             rows = [torch.randn(self.shape, generator=g, dtype=dtype) for g in generators]
-            return torch.stack(rows + [torch.zeros(self.shape, dtype=dtype)] * spare).to(self.device)
+            return torch.stack(rows + [torch.zeros(self.shape, dtype=dtype)] * spare).to(self.exact)
 
         y = torch.tensor([*labels, *[0] * spare], device=self.device)
         net: Net = self._call
@@ -243,12 +245,14 @@ class Generator:
         """The network in its own precision; the state stays float64."""
         dtype = next(self.net.parameters()).dtype
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            u: Tensor = self.net(x.to(dtype), t.to(dtype), r.to(dtype), y)
-        return u
+            u: Tensor = self.net(*(value.to(dtype).to(self.device) for value in (x, t, r)), y)
+        return u.to(self.exact)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Normalised latents to uint8 pictures (n, 3, H, W); whole groups again, for the same reason."""
-        decoded = decode_in_groups(self.autoencoder, latents * self.std + self.mean, self.decoder.group)
+        decoded = decode_in_groups(
+            self.autoencoder, (latents * self.std + self.mean).float().to(self.device), self.decoder.group
+        )
         return pixels.to_uint8(decoded, self.recipe.data.pixels)
 
     def images(self, seeds: Sequence[int], labels: Sequence[int], walk: Walk) -> Tensor:
@@ -307,8 +311,7 @@ def open_generator(
     path, checkpoint, digest = read_hashed(address, weights)
     if weights == "raw" and checkpoint.origin.get("weights") != "raw":
         raise AlphaflowError(f"{address}: holds averaged weights only; --weights raw needs a run folder.")
-    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    generator = Generator(checkpoint, device=device, decoder=decoder)
+    generator = Generator(checkpoint, device=device or choose_device(None), decoder=decoder)
     if decoder != "auto" and not generator.has_decoder:
         raise AlphaflowError(f"--decoder {decoder}: this model makes pixels without a decoder; leave it out.")
     generator.folder, generator.digest = path.parent, digest

@@ -9,6 +9,7 @@ from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.runtime.processes import Processes, check_same
 from alphaflow_cli.runtime.progress import say
 from alphaflow_cli.sample.generator import GROUP, DecoderChoice, Generator, open_generator, spans_of
+from alphaflow_cli.sample.grid import grid_form
 from alphaflow_cli.sample.walk import LazyLabels, Walk, choose_labels, plan_walk
 
 Record = dict[str, str]  # what decides a picture's bytes: sha256 of the checkpoint, walk, precision, …
@@ -76,6 +77,8 @@ def check_request(request: SampleRequest) -> None:
         raise AlphaflowError("nothing to write: give --grid FILE.png, --out DIR or FILE.npz, or --latents FILE.npy.")
     if len(set(targets)) < len(targets):
         raise AlphaflowError(f"{targets[-1]}: is named twice. Give --out, --grid and --latents a file each.")
+    if request.grid is not None:
+        grid_form(request.grid)
 
 
 def plan_sampling(request: SampleRequest, processes: Processes) -> Plan:

@@ -34,7 +34,7 @@ TIMED_STEPS = 5  # of which the median counts
 def micro_batch_that_fits(recipe: Recipe, world: World, *, compiled: bool) -> int:
     """The rows of a micro-batch: halved until a step of every phase fits the GPU's memory; on a CPU, all of them."""
     rows = -(-recipe.train.batch // world.size)
-    if world.device.type == "cpu":
+    if world.device.type != "cuda":
         return rows
     fits = _rows_that_fit(recipe, world.device, rows, compiled=compiled)
     torch.cuda.empty_cache()
@@ -93,9 +93,10 @@ class PhaseTime:
         return self.steps * self.seconds_per_step
 
 
-def measure_phases(recipe: Recipe, micro_batch: int, *, per_process: int, compiled: bool) -> list[PhaseTime]:
+def measure_phases(
+    recipe: Recipe, micro_batch: int, *, per_process: int, device: torch.device, compiled: bool
+) -> list[PhaseTime]:
     """Time a few steps of every phase on this machine; the median counts."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     trial = Trial(recipe, device, compiled=compiled)
     turns = -(-per_process // micro_batch)
     times = []
@@ -112,13 +113,15 @@ def measure_phases(recipe: Recipe, micro_batch: int, *, per_process: int, compil
     return times
 
 
-def _measure(recipe: Recipe, rows: int, *, per_process: int, compiled: bool) -> tuple[list[PhaseTime], bool]:
+def _measure(
+    recipe: Recipe, rows: int, *, per_process: int, device: torch.device, compiled: bool
+) -> tuple[list[PhaseTime], bool]:
     """The phases' times, and whether they are of compiled blocks; where compiling fails, eagerly, as the run would."""
     try:
-        return measure_phases(recipe, rows, per_process=per_process, compiled=compiled), compiled
+        return measure_phases(recipe, rows, per_process=per_process, device=device, compiled=compiled), compiled
     except compile_faults() as error:
         say(f"torch.compile failed, so the steps are measured eagerly: {why_not(error)}")
-    return measure_phases(recipe, rows, per_process=per_process, compiled=False), False
+    return measure_phases(recipe, rows, per_process=per_process, device=device, compiled=False), False
 
 
 def _timed(work: Callable[[], None]) -> float:
@@ -154,16 +157,16 @@ def describe_run(
 
 
 def estimate_training(
-    recipe: Recipe, micro_batch: int | None, processes: int
+    recipe: Recipe, micro_batch: int | None, processes: int, device: str | None = None
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """Time the phases on this machine, in one process, and extrapolate; returns JSON objects and lines."""
-    world = join_world(allow_tf32=recipe.train.tf32)
+    world = join_world(allow_tf32=recipe.train.tf32, device=device)
     per_process = -(-recipe.train.batch // processes)
     compiled = choose_compile(recipe, world, None, processes)
     if compiled:
         say("compiling the blocks: up to 20 s per phase on a GPU, minutes on a CPU")
     rows = min(micro_batch or micro_batch_that_fits(recipe, world, compiled=compiled), per_process)
-    measured, compiled = _measure(recipe, rows, per_process=per_process, compiled=compiled)
+    measured, compiled = _measure(recipe, rows, per_process=per_process, device=world.device, compiled=compiled)
     total = sum(phase.seconds for phase in measured)
     document = [
         {

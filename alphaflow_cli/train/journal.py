@@ -33,10 +33,11 @@ from alphaflow_cli.files import append, check_regular, make_folder, read_documen
 from alphaflow_cli.recipe import speed
 from alphaflow_cli.recipe.schema import Recipe
 from alphaflow_cli.runtime.lock import check_lock
+from alphaflow_cli.runtime.precision import exact_dtype
 from alphaflow_cli.runtime.processes import World
 from alphaflow_cli.runtime.progress import say
 from alphaflow_cli.train.optimise import COUNTERS
-from alphaflow_cli.train.step import ask
+from alphaflow_cli.train.step import ask, time_laws
 
 LOSS_BINS = 8  # equal bins of t − r in (0, 1]
 SUMS = ("later", "error", "trajectory", "consistency", "equal", "velocity")  # then LOSS_BINS sums and LOSS_BINS counts
@@ -58,13 +59,13 @@ class Sums:
     """The losses, added up over rows and micro-batches on the device, until a row of the journal takes their means."""
 
     def __init__(self, device: torch.device) -> None:
-        self.values = torch.zeros(len(SUMS) + 2 * LOSS_BINS, dtype=torch.float64, device=device)
+        self.values = torch.zeros(len(SUMS) + 2 * LOSS_BINS, dtype=exact_dtype(device), device=device)
 
     def add(self, terms: Terms, t: Tensor, r: Tensor, n_equal: int) -> None:
         """Add the rows of one micro-batch."""
-        k, error = n_equal, terms.error.double()
+        k, error = n_equal, terms.error.to(self.values.dtype)
         sums, counts = interval_bins(t[k:], r[k:], error[k:], LOSS_BINS)
-        parts = [error[k:], terms.trajectory[k:].double(), terms.consistency[k:].double(), error[:k]]
+        parts = [error[k:], *(each[k:].to(error.dtype) for each in (terms.trajectory, terms.consistency)), error[:k]]
         later, trajectory, consistency, velocity = (part.sum() for part in parts)
         n_later, n_equal_rows = (error.new_full((), count) for count in (len(error) - k, k))  # no copy from the host
         head = torch.stack([n_later, later, trajectory, consistency, n_equal_rows, velocity])
@@ -181,11 +182,12 @@ def console_line(row: dict[str, Any]) -> str:
         value = row.get(name)
         return "–" if value is None else format(value, form)
 
-    parts = [f"α {row['alpha']:.3f}", f"l {shown('l')}", f"TFM {shown('l_tfm')}", f"TC {shown('l_tc')}"]
+    rate = f"{row['images_per_second']:,.0f} img/s"
+    parts = [f"α {row['alpha']:.3f}", f"l {shown('l')}", rate, f"TFM {shown('l_tfm')}", f"TC {shown('l_tc')}"]
     parts += [f"v {shown('v_loss')}", f"|g| {shown('grad_norm', '.3f')}", f"lr {row['lr']:.1e}"]
     if row["nonfinite"]:
         parts.append(f"NON-FINITE {row['nonfinite']}")
-    return "  ".join([*parts, f"{row['images_per_second']:,.0f} img/s"])
+    return "  ".join(parts)
 
 
 def check_trackers(recipe: Recipe) -> None:
@@ -194,7 +196,7 @@ def check_trackers(recipe: Recipe) -> None:
     if missing:
         raise AlphaflowError(
             f"train.trackers: {', '.join(missing)} cannot be imported. "
-            f"Run: pip install 'alphaflow[{','.join(missing)}]', or do without: --set train.trackers=[]"
+            f"Run: pip install 'alphaflow-cli[{','.join(missing)}]', or do without: --set train.trackers=[]"
         )
 
 
@@ -256,17 +258,22 @@ def peak_of(device_name: str, precision: str) -> float | None:
     return next((peak for name, peak in PEAKS.items() if name in device_name), None)
 
 
-def mean_guidance_rows(recipe: Recipe, n_equal: int, *, compiled: bool) -> float:
-    """Rows that guidance evaluates in a step, in the mean over TIME_DRAWS draws; compiled blocks always see all."""
-    batch, law, host = recipe.train.batch, recipe.times, torch.device("cpu")
-    if compiled or not speed.is_guided_run(recipe):
-        return float(speed.most_guidance_rows(recipe, n_equal))
+def mean_asked_rows(recipe: Recipe, n_equal: int, *, compiled: bool, tangent: bool = False) -> float:
+    """Rows that guidance and the tangent evaluate in a step, in the mean over TIME_DRAWS draws.
+
+    Compiled blocks always see all that could be needed.
+    """
+    batch, host = recipe.train.batch, torch.device("cpu")
+    if compiled or not (speed.is_guided_run(recipe) or tangent):
+        return float(speed.most_asked_rows(recipe, n_equal, tangent=tangent))
     generator, equal = torch.Generator().manual_seed(0), round(TIME_DRAWS * n_equal / batch)
     normals, uniforms = torch.randn((3, TIME_DRAWS), generator=generator), torch.rand(TIME_DRAWS, generator=generator)
-    t, _ = sample_times(normals, equal, law=law.law, mean=law.mean, std=law.std, order=law.order)
-    return len(ask(t, uniforms, equal, recipe.guidance, host).places) * batch / TIME_DRAWS
+    t, _ = sample_times(normals, equal, time_laws(recipe.times))
+    return len(ask(t, uniforms, equal, recipe.guidance, host, tangent=tangent).places) * batch / TIME_DRAWS
 
 
 def mean_step_flops(recipe: Recipe, alpha: float, n_equal: int, *, compiled: bool) -> float:
     """Floating-point operations of one step on the global batch, in the mean over its draws."""
-    return speed.step_flops(recipe, alpha, n_equal, mean_guidance_rows(recipe, n_equal, compiled=compiled))
+    tangent = speed.asks_tangent(recipe, alpha)
+    extra_rows = mean_asked_rows(recipe, n_equal, compiled=compiled, tangent=tangent)
+    return speed.step_flops(recipe, alpha, n_equal, extra_rows)

@@ -1,28 +1,38 @@
-"""From gradients to weights: the non-finite policy, clipping, Adam, the averages. No host synchronisation.
+"""From gradients to weights: the non-finite policy, clipping, Adam, the averages. No host synchronisation with Adam.
 
 A gradient with a NaN or an infinity never reaches the weights: fused Adam skips the step on the device (found_inf).
 The counters stay on the device too; the trainer reads them when it reads the losses. Where the parameters are cut
 over the processes (FSDP2), Adam and the averages work on this process's parts: both act value by value.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from alphaflow_cli.core.ema import ema_beta, update_ema
 from alphaflow_cli.core.gradients import replace_nonfinite
 from alphaflow_cli.recipe.plan import learning_rate_at
 from alphaflow_cli.recipe.schema import Recipe
+from alphaflow_cli.runtime.precision import exact_dtype
+from alphaflow_cli.runtime.processes import is_cut
 from alphaflow_cli.train.parallel import local, part, whole
 
 COUNTERS = ("steps", "grad_norm", "clipped", "nonfinite", "streak")
 MOMENTS = ("exp_avg", "exp_avg_sq")
+KINDS: dict[str, Callable[..., torch.optim.Optimizer]] = {  # without decay AdamW is Adam; both decouple it
+    "adam": partial(torch.optim.AdamW, fused=True),
+    "radam": partial(torch.optim.RAdam, foreach=True, decoupled_weight_decay=True),
+}
 
 
 class Optimiser:
-    """Adam and the running averages (EMA) of one network's weights."""
+    """Adam, or its like, and the running averages (EMA) of one network's weights.
+
+    A weight that is not trained (a fixed positional table) is kept, averaged and saved like the others.
+    """
 
     def __init__(self, net: nn.Module, recipe: Recipe) -> None:
         optim = recipe.optim
@@ -30,12 +40,13 @@ class Optimiser:
         self.rate_at = learning_rate_at(recipe)
         self.parameters = dict(net.named_parameters())
         self.weights = [local(parameter) for parameter in self.parameters.values()]
-        # AdamW without decay is Adam
-        self.adam = torch.optim.AdamW(
-            self.weights, lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay, fused=True
+        self.trained = [w for p, w in zip(self.parameters.values(), self.weights, strict=True) if p.requires_grad]
+        self.adam = KINDS[optim.kind](
+            self.trained, lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay
         )
         self.emas = [[w.detach().clone() for w in self.weights] for _ in recipe.ema.half_lives]
-        self.counters = torch.zeros(len(COUNTERS), dtype=torch.float64, device=self.weights[0].device)
+        device = self.weights[0].device
+        self.counters = torch.zeros(len(COUNTERS), dtype=exact_dtype(device), device=device)
 
     def step(self, step: int) -> None:
         """Clip the gradients, step, and update the averages; the gradients must be ready and synchronised."""
@@ -44,10 +55,14 @@ class Optimiser:
             group["lr"] = self.rate_at(step)
         # what GradScaler sets, and what fused Adam reads on the device
         self.adam.grad_scale, self.adam.found_inf = None, bad.float()  # type: ignore[attr-defined]
-        self.adam.step()
+        if self.recipe.optim.kind == "adam" or not bool(bad):  # RAdam is not fused: the host looks whether it may step
+            self.adam.step()
         self.forget_gradients()
-        for ema, half_life in zip(self.emas, self.recipe.ema.half_lives, strict=True):
-            update_ema(ema, self.weights, ema_beta(step, half_life=half_life, ramp=self.recipe.ema.ramp))
+        settings = self.recipe.ema
+        for ema, half_life in zip(self.emas, settings.half_lives, strict=True):
+            beta = ema_beta(step, half_life=half_life, ramp=settings.ramp, every=settings.every)
+            if beta < 1.0:
+                update_ema(ema, self.weights, beta)
         self._count(norm, bad)
 
     def forget_gradients(self) -> None:
@@ -60,6 +75,8 @@ class Optimiser:
         """The gradient of every parameter, whole or cut; the parts that Adam steps on get theirs."""
         grads = []
         for (name, parameter), w in zip(self.parameters.items(), self.weights, strict=True):
+            if not parameter.requires_grad:
+                continue
             assert parameter.grad is not None, name
             if w is not parameter:
                 assert local(parameter).data_ptr() == w.data_ptr(), f"{name}: FSDP moved its part"
@@ -75,7 +92,7 @@ class Optimiser:
             replace_nonfinite([local(grad) for grad in grads])
             norm = _total_norm(grads)
         if self.recipe.optim.clip_norm > 0:
-            torch.nn.utils.clip_grads_with_norm_(self.weights, self.recipe.optim.clip_norm, norm, foreach=True)
+            torch.nn.utils.clip_grads_with_norm_(self.trained, self.recipe.optim.clip_norm, norm, foreach=True)
         return norm, bad if self.recipe.optim.nonfinite != "replace" else self._replaced(bad)
 
     def _replaced(self, bad: Tensor) -> Tensor:
@@ -85,10 +102,10 @@ class Optimiser:
 
     def _count(self, norm: Tensor, bad: Tensor) -> None:
         clip = self.recipe.optim.clip_norm
-        finite = torch.where(bad, 0.0, norm.double())
-        clipped = (finite > clip).double() if clip > 0 else torch.zeros_like(finite)
+        finite = torch.where(bad, 0.0, norm.to(self.counters.dtype))
+        clipped = (finite > clip).to(finite.dtype) if clip > 0 else torch.zeros_like(finite)
         streak = (self.counters[-1] + 1) * bad
-        self.counters[:-1] += torch.stack([(~bad).double(), finite, clipped, bad.double()])
+        self.counters[:-1] += torch.stack([(~bad).to(finite.dtype), finite, clipped, bad.to(finite.dtype)])
         self.counters[-1] = streak
 
     def tensors(self, *, keep: bool = True) -> dict[str, Tensor]:
@@ -141,4 +158,4 @@ class Optimiser:
 def _total_norm(grads: list[Tensor]) -> Tensor:
     """The norm of the whole gradient, over all processes where it is cut."""
     norm = torch.nn.utils.get_total_norm(grads, foreach=True)
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+    return norm.full_tensor() if is_cut(norm) else norm

@@ -23,12 +23,12 @@ from alphaflow_cli.train.journal import (
     check_trackers,
     console_line,
     flat,
-    mean_guidance_rows,
+    mean_asked_rows,
     mean_step_flops,
     peak_of,
     read_rows,
 )
-from alphaflow_cli.train.parallel import Split, check_sharding
+from alphaflow_cli.train.parallel import Split, check_sharding, split_batch
 from alphaflow_cli.train.step import Objective, training_step
 
 
@@ -102,7 +102,7 @@ def test_a_missing_tracker_names_the_extra(tmp_path, monkeypatch):
     check_trackers(recipe)
     absent = replace(recipe, train=replace(recipe.train, trackers=("wandb",)))
     monkeypatch.setattr("alphaflow_cli.train.journal.find_spec", lambda name: None)
-    with pytest.raises(AlphaflowError, match=r"pip install 'alphaflow\[wandb\]'"):
+    with pytest.raises(AlphaflowError, match=r"pip install 'alphaflow-cli\[wandb\]'"):
         check_trackers(absent)
 
 
@@ -145,8 +145,8 @@ def test_guidance_asks_about_so_many_rows_in_the_mean(tmp_path):
     recipe = make_recipe(tmp_path, *sets, "train.batch=256")
     equal, later = 0.9332, 0.9332**2  # Φ((ln 3 + .4) / 1)
     for n_equal, expected in ((0, later * 1.9), (128, (equal * 0.9 + later * 1.9) / 2), (256, equal * 0.9)):
-        assert mean_guidance_rows(recipe, n_equal, compiled=False) / 256 == pytest.approx(expected, rel=0.01)
-    assert mean_guidance_rows(recipe, 128, compiled=True) == 256 + 128
+        assert mean_asked_rows(recipe, n_equal, compiled=False) / 256 == pytest.approx(expected, rel=0.01)
+    assert mean_asked_rows(recipe, 128, compiled=True) == 256 + 128
 
 
 def test_the_peak_is_known_for_bf16_on_known_devices_only():
@@ -279,3 +279,9 @@ def test_rows_that_a_kill_cut_off_are_dropped(tmp_path):
 
 def test_the_store_stays_on_the_host_without_a_gpu(store):
     assert not start.fits_on_device(store, False, CPU)
+
+
+def test_a_split_says_of_how_many_rows_its_micro_batches_are():
+    assert str(split_batch(8, processes=1, micro_batch=3)) == "1 process × 3 micro-batches of at most 3 rows = batch 8"
+    assert str(split_batch(8, processes=2, micro_batch=2)) == "2 processes × 2 micro-batches of 2 rows = batch 8"
+    assert str(split_batch(1, processes=1, micro_batch=None)) == "1 process × 1 micro-batch of 1 row = batch 1"
