@@ -64,12 +64,14 @@ def compile_forms(run: Run) -> None:
 
 
 def _forms(run: Run) -> Iterator[tuple[float, int, int]]:
-    """α, micro-batch and r = t rows of a first and a last step of each phase: each form that differs, once.
+    """α, micro-batch and r = t rows of a first and a last step of each phase ahead: each form that differs, once.
 
     All processes list the same ones, though their rows may differ: a sharded network is called on all of them.
     """
     seen = set()
     for phase in phases(run.recipe):
+        if phase.until <= run.step:
+            continue
         for step in (phase.first, phase.until - 1):
             n_equal = equal_rows(run.recipe.train.batch, run.equal_share_at(step))
             for turn in range(run.split.accumulation):

@@ -9,8 +9,10 @@ from train_helpers import assert_same, make_recipe, make_store, train
 from alphaflow_cli.model.compiling import compile_blocks, keep_compiled_code
 from alphaflow_cli.model.find import step_of
 from alphaflow_cli.recipe import load_recipe
+from alphaflow_cli.recipe.plan import alpha_at, equal_share_at, phase_kind
 from alphaflow_cli.recipe.speed import compiling_pays, will_compile
 from alphaflow_cli.train import compiling, loop, run, start, state
+from alphaflow_cli.train.parallel import split_batch
 
 PLAIN = ("guidance.omega=1", "guidance.kappa=0")  # compiled blocks see all of guidance's rows: other sums, other bits
 
@@ -65,6 +67,18 @@ def test_a_resume_keeps_the_decision_whatever_the_rule_says_now(gpu, capsys):
 def test_compiling_pays_from_a_length_on(sets, pays):
     recipe = load_recipe("b2", ["optim.warmup_steps=10", "alpha.unfinished=true", *sets])
     assert compiling_pays(recipe, 1) == pays
+
+
+def test_the_forms_are_those_of_the_phases_ahead(tmp_path):
+    """Flow matching until step 5, between until 15, then the derivative; micro-batches of 6, 5 and 5 rows."""
+    recipe = make_recipe(tmp_path)
+    world, split = SimpleNamespace(size=1, rank=0), split_batch(16, processes=1, micro_batch=6)
+    at = {"alpha_at": alpha_at(recipe), "equal_share_at": equal_share_at(recipe)}
+    begun = SimpleNamespace(recipe=recipe, world=world, split=split, step=0, **at)
+    kinds = [(phase_kind(alpha), turn) for alpha, turn, _ in compiling._forms(begun)]
+    assert kinds == [(kind, turn) for kind in ("flow", "between", "derivative") for turn in (0, 1)]
+    begun.step = 15
+    assert {phase_kind(alpha) for alpha, _, _ in compiling._forms(begun)} == {"derivative"}
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # of dynamo itself

@@ -8,7 +8,9 @@ from other_device import other_device
 from train_helpers import CPU, fork, make_recipe
 
 from alphaflow_cli.model.compiling import compile_blocks
-from alphaflow_cli.train import estimate
+from alphaflow_cli.train import estimate, start
+
+KINDS = ("flow", "between", "derivative")
 
 
 @pytest.fixture
@@ -26,15 +28,18 @@ def compiled(monkeypatch):
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # of dynamo itself
 @pytest.mark.parametrize("setting", [True, False])
-def test_an_estimate_compiles_what_the_run_compiles(compiled, tmp_path, setting):
+def test_an_estimate_compiles_what_the_run_compiles(compiled, tmp_path, monkeypatch, setting):
     """In a process of its own: a compiled backward pass starts threads, beside which no later test could fork."""
     recipe = make_recipe(tmp_path)
+    assert estimate.choose_compile is start.choose_compile  # one decision, of the run and of its estimate
+    monkeypatch.setattr(estimate, "choose_compile", lambda *facts: setting)
 
     def check():
-        measured = estimate.measure_phases(recipe, 8, per_process=16, device=torch.device("cpu"), compiled=setting)
-        assert [phase.kind for phase in measured] == ["flow", "between", "derivative"]
-        assert all(phase.seconds_per_step > 0 for phase in measured)
+        rows, text = estimate.estimate_training(recipe, 8, 1)
+        assert [(row["phase"], row["compiled"]) for row in rows] == [(kind, setting) for kind in KINDS]
+        assert all(row["seconds_per_step"] > 0 for row in rows)
         assert [net.compiled for net in compiled] == ([True] if setting else [])
+        assert text[-1] == ("compiled, as the run will be" if setting else "not compiled, as the run will be")
 
     started = fork(check, tmp_path / "errors")
     assert started.wait() == [0], started.said()
