@@ -36,12 +36,10 @@ def git(*words: str) -> str:
     return done.stdout.strip() if done.returncode == 0 else ""
 
 
-def record(benchmark: str, device: str, **figures: object) -> dict[str, object]:
-    """Prints the line on stdout, and returns what is in it."""
-    head = {
-        "benchmark": benchmark,
+def describe(device: str) -> dict[str, object]:
+    """Date, hardware, versions and commit."""
+    return {
         "date": datetime.now(timezone.utc).date().isoformat(),
-        "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
         "hardware": hardware(device),
         "versions": {
             "python": platform.python_version(),
@@ -51,6 +49,11 @@ def record(benchmark: str, device: str, **figures: object) -> dict[str, object]:
         "commit": git("rev-parse", "HEAD") or None,
         "dirty": bool(git("status", "--porcelain")),
     }
-    line = {**head, **figures}
+
+
+def record(benchmark: str, device: str, **figures: object) -> dict[str, object]:
+    """Prints the line on stdout, and returns what is in it."""
+    command = " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+    line = {"benchmark": benchmark, "command": command, **describe(device), **figures}
     print(json.dumps(line, ensure_ascii=False), flush=True)
     return line

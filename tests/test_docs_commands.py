@@ -40,6 +40,7 @@ ELSEWHERE = {
     "accelerate launch": "cluster",
     "srun": "cluster",
     "alphaflow train b2 --data": "GPU",
+    "alphaflow train b2-cfg --data": "GPU",
     "alphaflow sample runs/b2 --seeds 0-49999": "GPU",
     "alphaflow train b2 --set train.conflict_every": "GPU",
     "alphaflow train xl2-cfg": "GPU",
@@ -49,8 +50,7 @@ ELSEWHERE = {
     "alphaflow eval admnet": "another system's file",
     "alphaflow convert SiT": "another system's file",
     "alphaflow convert hf://snap-research": "Hub",
-    "python benchmarks/bench_step.py --device cuda": "GPU",
-    "python benchmarks/bench_decoder.py": "GPU",
+    "python benchmarks/gpu.py": "GPU; test_gpu_benchmark.py runs it at toy size",
     "python benchmarks/bench_ruler.py": "another system's file",
     "python benchmarks/bench_scaling.py": "an idle machine for minutes; test_benchmarks.py runs it in small",
 }

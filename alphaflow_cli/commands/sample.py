@@ -97,6 +97,7 @@ class PicturesOut(click.ParamType):  # type: ignore[type-arg]
 @click.option("--weights", type=click.Choice(["ema", "raw"]), default="ema", show_default=True, help="Which weights.")
 @autoencoder_option
 @decoder_option
+@click.option("--compile", "compiled", is_flag=True, help="Compile the decoder: for 12,000 pictures and more on a GPU.")
 @click.option("--out", type=PicturesOut(), help="Folder for one PNG per picture, or FILE.npz for one array of all.")
 @click.option("--grid", type=Destination(), help="One picture of all, at most the first 1,000: .png, .jpg or .webp.")
 @click.option("--latents", type=Destination(), help="The network's own latents as .npy (n, C, h, w).")
@@ -115,6 +116,7 @@ def command(
     weights: str,
     autoencoder: str,
     decoder: "DecoderChoice",
+    compiled: bool,
     out: Path | None,
     grid: Path | None,
     latents: Path | None,
@@ -144,7 +146,7 @@ def command(
     request = SampleRequest(
         checkpoint=checkpoint, seeds=seeds, classes=classes, nfe=nfe or (1,), sampler=sampler, times=times,
         guidance=guidance, guidance_channels=guidance_channels, weights=weights, autoencoder=autoencoder,
-        decoder=decoder, out=out, grid=grid, latents=latents, batch=batch,
+        decoder=decoder, compiled=compiled, out=out, grid=grid, latents=latents, batch=batch,
     )  # fmt: skip
     check_request(request)
     share(partial(sample_to_files, request), print_paths, processes, device)

@@ -46,7 +46,7 @@ from alphaflow_cli.recipe.schema import Eval, LabelDraw, Metric
 from alphaflow_cli.runtime.lock import hold
 from alphaflow_cli.runtime.processes import Processes, check_same
 from alphaflow_cli.runtime.progress import say
-from alphaflow_cli.sample.generator import DecoderChoice, Generator, open_generator
+from alphaflow_cli.sample.generator import COMPILED_FROM, DecoderChoice, Generator, open_generator
 from alphaflow_cli.sample.walk import Walk, plan_walk
 
 FEWEST_PICTURES = 100  # pictures; below it nothing is printed that looks like a score
@@ -235,9 +235,7 @@ def evaluate_checkpoint(request: EvalRequest, processes: Processes) -> Report | 
     published = generator.recipe.eval
     walks = choose_walks(request, generator)
     count, draw = request.images or published.images, request.draw or published.draw
-    generator.expect(count)
-    if request.autoencoder:
-        generator.use_autoencoder(request.autoencoder)
+    generator.expect(count, compiled=count >= COMPILED_FROM, autoencoder=request.autoencoder)
     metrics, reference = request.metrics or published.metrics, request.reference or published.reference
     if not reference and set(metrics) != {"is"}:
         raise AlphaflowError(

@@ -8,9 +8,7 @@ clipped and non-finite gradients. The weighted loss is near 1 by construction: n
 Trackers (TensorBoard, Weights & Biases, trackio) get the same numbers through Accelerate, from the first process only.
 What they write lies in RUN/trackers. A resumed run goes on in the same W&B or trackio run: its id is kept there.
 
-Utilisation is estimated: the arithmetic a step needs, over the device's dense bf16 peak. Counted are the products of
-the blocks and the final layer, 2 operations per multiply-add, in units of one row's forward: 3 of a graded row (forward
-and backward), 1 of a row of an extra call, 1.05 of a riding tangent (the cost measured beside a plain step). What
+Utilisation is estimated: the arithmetic a step needs (recipe/speed.py), over the device's dense bf16 peak. What
 gradient checkpointing recomputes is not needed, so it is not counted. Guidance's rows differ from step to step: their
 mean is counted.
 """
@@ -32,18 +30,17 @@ from alphaflow_cli.core.objective import Terms, interval_bins
 from alphaflow_cli.core.times import sample_times
 from alphaflow_cli.errors import AlphaflowError, blamed_on
 from alphaflow_cli.files import append, check_regular, make_folder, read_document, write_whole
-from alphaflow_cli.recipe.plan import is_guided, phase_kind, tokens
+from alphaflow_cli.recipe import speed
 from alphaflow_cli.recipe.schema import Recipe
 from alphaflow_cli.runtime.lock import check_lock
 from alphaflow_cli.runtime.precision import exact_dtype
 from alphaflow_cli.runtime.processes import World
 from alphaflow_cli.runtime.progress import say
 from alphaflow_cli.train.optimise import COUNTERS
-from alphaflow_cli.train.step import ask, ask_all
+from alphaflow_cli.train.step import ask
 
 LOSS_BINS = 8  # equal bins of t − r in (0, 1]
 SUMS = ("later", "error", "trajectory", "consistency", "equal", "velocity")  # then LOSS_BINS sums and LOSS_BINS counts
-TANGENT = 1.05  # forwards of a row that a riding tangent costs
 TIME_DRAWS = 1 << 14  # draws of times, for the mean number of rows that guidance evaluates
 # NVIDIA's data sheets, dense bf16 with float32 accumulation, in FLOP/s; the first name found in the device's counts
 PEAKS = {
@@ -261,35 +258,17 @@ def peak_of(device_name: str, precision: str) -> float | None:
     return next((peak for name, peak in PEAKS.items() if name in device_name), None)
 
 
-def forward_flops(recipe: Recipe) -> float:
-    """Floating-point operations of one row's forward."""
-    model, n, d = recipe.model, tokens(recipe), recipe.model.dim
-    per_token = 2 * (4 + 2 * model.mlp_ratio) * d * d + 4 * n * d  # qkv, proj, MLP; q kᵀ and p v
-    modulations = 2 * (6 * model.depth + 2) * d * d
-    edges = 2 * 2 * n * d * model.patch**2 * recipe.data.channels
-    return model.depth * n * per_token + modulations + edges
-
-
-def mean_guidance_rows(recipe: Recipe, n_equal: int) -> float:
+def mean_guidance_rows(recipe: Recipe, n_equal: int, *, compiled: bool) -> float:
     """Rows that guidance evaluates in a step, in the mean over TIME_DRAWS draws; compiled blocks always see all."""
     batch, law, host = recipe.train.batch, recipe.times, torch.device("cpu")
-    if recipe.train.compile:
-        return float(len(ask_all(batch, n_equal, recipe.guidance, host).places))
+    if compiled or not speed.is_guided_run(recipe):
+        return float(speed.most_guidance_rows(recipe, n_equal))
     generator, equal = torch.Generator().manual_seed(0), round(TIME_DRAWS * n_equal / batch)
     normals, uniforms = torch.randn((3, TIME_DRAWS), generator=generator), torch.rand(TIME_DRAWS, generator=generator)
     t, _ = sample_times(normals, equal, law=law.law, mean=law.mean, std=law.std, order=law.order)
     return len(ask(t, uniforms, equal, recipe.guidance, host).places) * batch / TIME_DRAWS
 
 
-def step_flops(recipe: Recipe, alpha: float, n_equal: int) -> float:
-    """Floating-point operations of one step on the global batch."""
-    batch, mix = recipe.train.batch, recipe.guidance
-    later = batch - n_equal
-    units = 3.0 * batch
-    if recipe.data.classes and is_guided(mix.omega, mix.kappa):
-        units += mean_guidance_rows(recipe, n_equal)
-    if phase_kind(alpha) == "between":
-        units += later * (2 if recipe.loss.velocity == "network" else 1)
-    elif phase_kind(alpha) == "derivative":
-        units += TANGENT * later
-    return units * forward_flops(recipe)
+def mean_step_flops(recipe: Recipe, alpha: float, n_equal: int, *, compiled: bool) -> float:
+    """Floating-point operations of one step on the global batch, in the mean over its draws."""
+    return speed.step_flops(recipe, alpha, n_equal, mean_guidance_rows(recipe, n_equal, compiled=compiled))

@@ -18,8 +18,9 @@ from alphaflow_cli.core.draws import mix_seed
 from alphaflow_cli.data.batches import LatentStream
 from alphaflow_cli.data.store import class_names
 from alphaflow_cli.errors import AlphaflowError
-from alphaflow_cli.model.build import DTYPES, build_network, compile_blocks
+from alphaflow_cli.model.build import DTYPES, build_network
 from alphaflow_cli.model.checkpoint import Checkpoint, load_checkpoint
+from alphaflow_cli.model.compiling import compile_blocks
 from alphaflow_cli.model.find import find_checkpoint, step_of
 from alphaflow_cli.recipe import diff_recipes
 from alphaflow_cli.recipe.plan import alpha_at, equal_share_at
@@ -68,6 +69,11 @@ class Run:
         self.dtype = DTYPES[self.recipe.train.precision]
 
     @property
+    def compiled(self) -> bool:
+        """Whether the network's blocks are compiled."""
+        return bool(self.net.compiled)
+
+    @property
     def seed(self) -> int:
         """The seed of the draws: the recipe's, until a roll back wants other draws."""
         seed = self.recipe.train.seed
@@ -82,6 +88,7 @@ class Run:
             processes=self.world.size,
             store=self.stream.store.manifest.digest,
             init_from=self.init_from,
+            compiled=self.compiled if self.recipe.train.compile == "auto" else None,
         )
 
     def model(self, which: int = 0) -> Checkpoint:
@@ -189,10 +196,10 @@ def newest_for_all(folder: Path, world: World) -> Path | None:
     return state.state_file(folder, step) if step >= 0 else None
 
 
-def build_run(recipe: Recipe, folder: Path, *, world: World, stream: LatentStream, split: Split) -> Run:
+def build_run(recipe: Recipe, folder: Path, *, world: World, stream: LatentStream, split: Split, compiled: bool) -> Run:
     """Make the network, its wrapped form, the optimiser and the rest of a run at step 0."""
     net = build_network(recipe).to(world.device, DTYPES[recipe.train.precision])
-    if recipe.train.compile:
+    if compiled:
         compile_blocks(net)
     wrapped = wrap_network(net, world, recipe.train.strategy)
     return Run(

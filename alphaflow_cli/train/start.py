@@ -27,6 +27,7 @@ from alphaflow_cli.runtime.lock import hold
 from alphaflow_cli.runtime.processes import Processes, World, choose_device, join_world, processes_here
 from alphaflow_cli.runtime.progress import say
 from alphaflow_cli.train import state
+from alphaflow_cli.train.compiling import choose_compile, compile_forms
 from alphaflow_cli.train.estimate import micro_batch_that_fits
 from alphaflow_cli.train.journal import Journal, Trackers, check_trackers, peak_of
 from alphaflow_cli.train.loop import train_steps
@@ -175,6 +176,7 @@ def train(recipe: Recipe, options: TrainOptions) -> int:
         run = open_run(recipe, options, world)
         if world.is_main:
             say_where(run, options)
+        compile_forms(run)
         return train_run(run, open_journal(run))
 
 
@@ -210,9 +212,9 @@ def open_run(recipe: Recipe, options: TrainOptions, world: World) -> Run:
     # the main process reads every byte against its checksum; the others trust it
     stream = open_stream(recipe, store, world, verify=options.verify and world.is_main)
     world.wait()
-    run = build_run(
-        recipe, options.out, world=world, stream=stream, split=choose_batch_split(recipe, options, world, saved)
-    )
+    compiled = choose_compile(recipe, world, saved.compiled if saved else None, world.size)
+    split = choose_batch_split(recipe, options, world, saved, compiled=compiled)
+    run = build_run(recipe, options.out, world=world, stream=stream, split=split, compiled=compiled)
     run.may_shrink = options.micro_batch is None
     if newest is not None:
         run.restore(newest)
@@ -265,13 +267,15 @@ def fits_on_device(store: Path, flips: bool, device: torch.device) -> bool:
     return manifest.count * manifest.plan.sample_bytes / halves <= torch.cuda.mem_get_info(device)[1] * RESIDENT_SHARE
 
 
-def choose_batch_split(recipe: Recipe, options: TrainOptions, world: World, saved: state.StateFacts | None) -> Split:
+def choose_batch_split(
+    recipe: Recipe, options: TrainOptions, world: World, saved: state.StateFacts | None, *, compiled: bool
+) -> Split:
     """Cut the batch by --micro-batch, else as the run was cut before, else so that it fits the memory."""
     batch, processes = recipe.train.batch, world.size
     if options.micro_batch is None and saved is not None and saved.processes == processes:
         chosen = Split(batch, processes, saved.accumulation)
     else:
-        micro_batch = options.micro_batch or micro_batch_that_fits(recipe, world)
+        micro_batch = options.micro_batch or micro_batch_that_fits(recipe, world, compiled=compiled)
         chosen = split_batch(batch, processes=processes, micro_batch=micro_batch)
     check_sharding(recipe, chosen)
     return chosen
