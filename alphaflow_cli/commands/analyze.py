@@ -13,6 +13,7 @@ from alphaflow_cli.commands.common import (
     Destination,
     WholeWithin,
     begin,
+    check_checkpoint,
     checkpoint_argument,
     device_option,
     examples,
@@ -64,9 +65,7 @@ def command(
     percentiles, their sizes, per block and per range of t - r; and the weighted gradient's size over alpha. Running
     the same command again resumes; docs/understanding.md says how to read it.
     """
-    from alphaflow_cli.model.find import check_address
-
-    check_address(address)
+    check_checkpoint(address)
     begin(f"analyze {address}")
     from alphaflow_cli.analyze.analyze import AnalyzeRequest, analyze
 

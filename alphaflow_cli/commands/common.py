@@ -184,6 +184,13 @@ def check_source(text: str) -> None:
         raise AlphaflowError(f"{brief(text)}: no such folder or archive. Others: hf://datasets/USER/NAME, glyphs:4000")
 
 
+def check_checkpoint(address: str) -> None:
+    """Refuse a run or a checkpoint that is not there, before anything is loaded."""
+    from alphaflow_cli.model.find import check_address
+
+    check_address(address)
+
+
 def begin(what: str) -> None:
     """Say at once what begins, before the libraries that do it are loaded; of many processes one says it."""
     from alphaflow_cli.runtime.launch import has_parent

@@ -44,6 +44,13 @@ EPILOG = examples(
     metavar="ID|DIR|FILE|none",
     help=f"By Hub id, folder or weights file; none stores pixels. [default: {Data.autoencoder}; glyphs: none]",
 )
+@click.option(
+    "--crop",
+    type=click.Choice(["square", "adm"]),
+    default="square",
+    show_default=True,
+    help="square: the largest centred square, by Lanczos; adm: halved by box, short side by bicubic, then the square.",
+)
 @click.option("--dtype", type=click.Choice(["fp16", "fp32"]), default="fp16", show_default=True, help="On disk.")
 @click.option("--flips", is_flag=True, help="Store the mirror images' latents, too (twice the disk).")
 @click.option(
@@ -80,6 +87,7 @@ def command(
     out: Path | None,
     size: int | None,
     autoencoder: str | None,
+    crop: Literal["square", "adm"],
     dtype: str,
     flips: bool,
     batch: int,
@@ -110,9 +118,9 @@ def command(
     size = size or (GLYPH_SIZE if glyphs else Data.image_size)
     autoencoder = autoencoder or ("none" if glyphs else Data.autoencoder)
     max_pixels = round(max_megapixels * 1e6)
-    request = StoreRequest(source, size, autoencoder, dtype, flips, batch, limit or 0, bad, precision, max_pixels)
+    request = StoreRequest(source, size, autoencoder, dtype, flips, batch, limit or 0, bad, precision, max_pixels, crop)
     make = estimate if only_estimate else prepare
-    return make(request, out or default_out(source, size, autoencoder), processes, device)
+    return make(request, out or default_out(source, size, autoencoder, crop), processes, device)
 
 
 def estimate(request: "StoreRequest", store: Path, processes: int | None, device: str | None) -> None:

@@ -2,7 +2,7 @@
 
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import click
 
@@ -39,7 +39,11 @@ EXAMPLES = examples(
 @click.argument("source", shell_complete=complete_path)
 @click.option("-o", "--out", "path", required=True, type=Destination(holds_weights=True), help="The file.")
 @metrics_option
-@click.option("--size", type=SIZE, help="Centre crop, Lanczos to this side; else as they are.")
+@click.option("--size", type=SIZE, help="Crop and resize to this side; else as they are.")
+@click.option(
+    "--crop", type=click.Choice(["square", "adm"]), default="square", show_default=True,
+    help="With --size: the largest centred square by Lanczos, or ADM's way; as prep-latents.",
+)  # fmt: skip
 @click.option("--images", "limit", type=IMAGES, help="Only so many pictures, taken evenly.")
 @click.option("--name", default="", help="How the reference is called in every row; the source's name otherwise.")
 @click.option(
@@ -60,6 +64,7 @@ def command(
     path: Path,
     metrics: Metrics,
     size: int | None,
+    crop: Literal["square", "adm"],
     limit: int | None,
     name: str,
     keep: int,
@@ -76,16 +81,24 @@ def command(
     hf://datasets/NAME, or glyphs:N. Where a source holds splits and --size is given, the training split is taken.
     Without --metrics: every network whose weights are on this machine.
     """
-    if path.suffix != ".safetensors":
-        raise click.UsageError(f"-o {path}: a reference is a .safetensors file")
-    check_new(path)
-
+    _check(path, size, crop)
     check_source(source)
     begin(f"reference {source}")
     from alphaflow_cli.evaluate.evaluate import ReferenceRequest, measure_reference
 
-    request = ReferenceRequest(source, path, metrics, weights, work, size, limit, name, keep, batch)
+    request = ReferenceRequest(source, path, metrics, weights, work, size, limit, name, keep, batch, crop)
     share(partial(measure_reference, request), lambda made: _print(*made, path, as_json=as_json), processes, device)
+
+
+def _check(path: Path, size: int | None, crop: str) -> None:
+    """Refuse a file that cannot be written, and a crop of pictures that are not cropped."""
+    if path.suffix != ".safetensors":
+        raise click.UsageError(f"-o {path}: a reference is a .safetensors file")
+    if crop != "square" and size is None:
+        raise click.UsageError(
+            f"--crop {crop}: without --size pictures are measured as they are, and nothing is cropped"
+        )
+    check_new(path)
 
 
 def _print(reference: "Reference", warnings: list[str], path: Path, *, as_json: bool) -> None:

@@ -21,7 +21,7 @@ from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.files import check_new
 from alphaflow_cli.recipe import Recipe, dump_recipe, load_recipe, recipe_from_text
 
-Family = Literal["auto", "alphaflow", "sit", "dit", "repa", "meanflow", "fastgen"]
+Family = Literal["auto", "alphaflow", "sit", "dit", "repa", "meanflow", "fastgen", "soflow"]
 AUTOENCODER_FILE = "diffusion_pytorch_model.safetensors"
 SD_SCALE = 0.18215  # of the Stable Diffusion autoencoders: 1 / std of a latent
 ZHUYU_SCALE = 0.18125  # in zhuyu-cs/MeanFlow's trainer: written so, and its networks are trained to it
@@ -210,6 +210,8 @@ def complete(foreign: Imported, out: Path) -> Recipe:
         classes=classes,
         autoencoder=_autoencoder(foreign, out),
         normalise=foreign.latents.normalise,
+        channel_mean=None,
+        channel_std=None,
         scale=_scale(foreign)[0],
         shift=_scale(foreign)[1],
         store="",
@@ -222,7 +224,7 @@ def complete(foreign: Imported, out: Path) -> Recipe:
 
 def _check_sets(options: ConvertOptions) -> None:
     """Refuse `--set` of the normalisation: it belongs together with the statistics, and --latents sets both."""
-    for key in ("data.scale", "data.shift", "data.normalise"):
+    for key in ("data.scale", "data.shift", "data.normalise", "data.channel_mean", "data.channel_std"):
         if options.values_of(key):
             raise AlphaflowError(
                 f"--set {key}: would change the recipe and not the statistics stored with it. "

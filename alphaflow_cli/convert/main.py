@@ -20,7 +20,7 @@ from alphaflow_cli.convert.imported import (
     check_out,
     complete,
 )
-from alphaflow_cli.convert.meanflow import FASTGEN, fastgen_tables, read_fastgen, read_meanflow
+from alphaflow_cli.convert.meanflow import FASTGEN, SOFLOW, fastgen_tables, read_fastgen, read_meanflow, read_soflow
 from alphaflow_cli.convert.published import looks_published, read_published
 from alphaflow_cli.convert.shape import finite
 from alphaflow_cli.convert.sit import SiTKind, add_second_embedder, looks_like_sit, read_sit, turn_time
@@ -33,7 +33,7 @@ from alphaflow_cli.model.checkpoint import Checkpoint, check_latents, misfits, s
 from alphaflow_cli.nn.autoencoder import kl_config, load_autoencoder
 from alphaflow_cli.recipe import Recipe
 
-READERS = {"alphaflow": read_published, "meanflow": read_meanflow, "fastgen": read_fastgen}
+READERS = {"alphaflow": read_published, "meanflow": read_meanflow, "fastgen": read_fastgen, "soflow": read_soflow}
 FLOWS: tuple[Family, ...] = get_args(SiTKind)  # of one time embedder
 
 
@@ -103,7 +103,7 @@ def _read(source: Path, options: ConvertOptions) -> Imported:
 
 
 def _names(tree: dict[str, Any]) -> dict[str, Any]:
-    tables = [tree.get(key) for key in ("ema", "net", "model")] + [tree]
+    tables = [tree.get(key) for key in ("ema", "net", "model", "ema_model")] + [tree]
     table = next((table for table in tables if isinstance(table, dict) and table), {})
     return {bare_name(name): value for name, value in table.items()}
 
@@ -115,6 +115,8 @@ def _family_by_content(file: ForeignFile) -> Family | None:
         return "alphaflow"
     if fastgen_tables(file.tree) or FASTGEN in names:
         return "fastgen"
+    if names.keys() & {SOFLOW, f"network.{SOFLOW}"}:
+        return "soflow"
     if "r_embedder.mlp.0.weight" in names:
         return "meanflow"
     return looks_like_sit(names, file.arguments)

@@ -1,11 +1,13 @@
-"""Two PyTorch MeanFlows: zhuyu-cs/MeanFlow, and the DiT of NVlabs/FastGen. Both networks are ours under other names.
+"""Three PyTorch relatives: zhuyu-cs/MeanFlow, the DiT of NVlabs/FastGen, SoFlow. Their networks are ours, renamed.
 
-In both t = 1 is noise, u is the average of noise − x, and the second embedder is fed t − r.
+In all t = 1 is noise, u is the average of noise − x, and the second embedder is fed t − r.
 
 zhuyu-cs   t_embedder, r_embedder; SiT's names. Its training arguments lie in the checkpoint.
 FastGen    t_embedder.proj_net, blocks.N.attention, …, and a logvar_linear that sampling does not use. Its checkpoint
     says nothing of times: its MeanFlow configurations feed t unscaled (scale_t false) and t − r (time_cond_type diff),
     which is what is assumed, and printed. A FastGen without r_embedder may scale its times by 1000, so it is refused.
+SoFlow     t_embedder, s_embedder (fed t − r), under `network.`; model, ema_model. The file says nothing of training:
+    a table of 1001 label rows is guided, as in its published B/4, one of 1000 is not. Its positional table is fixed.
 """
 
 import math
@@ -28,10 +30,15 @@ from alphaflow_cli.convert.sit import TABLES, check_straight, label_dropout, not
 from alphaflow_cli.convert.source import bare_name, state_dict
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.recipe import Recipe
+from alphaflow_cli.recipe.schema import Guidance
 
 MIX = {"omega": "cfg_omega", "kappa": "cfg_kappa", "t_min": "cfg_min_t", "t_max": "cfg_max_t"}
 STATED = ("path_type", *MIX.values(), "cfg_prob", "model", "num_classes")
 FASTGEN = "t_embedder.proj_net.0.weight"  # a table that nobody else has
+SOFLOW = "s_embedder.mlp.0.weight"  # the same
+SOFLOW_TABLES = {"ema": ("ema_model",), "raw": ("model",)}
+SOFLOW_GUIDED = {1001: True, 1000: False}  # rows of ImageNet's label table → trained with guidance, and a null row
+SOFLOW_RECIPES = {(768, 4): "soflow-b4", (768, 2): "soflow-b2", (1152, 2): "soflow-xl2"}  # (dim, patch) → its recipe
 FASTGEN_NAMES = {  # theirs → SiT's
     "_embedder.proj_net.": "_embedder.mlp.",
     "y_embedder.class_embeddings.": "y_embedder.embedding_table.",
@@ -91,6 +98,39 @@ def read_fastgen(file: ForeignFile) -> Imported:
     return foreign
 
 
+def read_soflow(file: ForeignFile) -> Imported:
+    """Translate a SoFlow DiT: model and ema_model, or a bare table."""
+    table, which = file.pick(SOFLOW_TABLES)
+    state = {name.removeprefix("network."): value for name, value in state_dict(table, file.name).items()}
+    foreign = read_network(file, "soflow", which, state, base=Recipe(), second="s_embedder.")
+    size = (foreign.shape.dim, foreign.shape.patch)
+    base = file.base_recipe("soflow-b2", SOFLOW_RECIPES.get(size))
+    file.filled["recipe"] = file.filled["recipe"].replace("the file's name", "the network's size")
+    foreign.base = _soflow_guidance(file, base, foreign.shape.label_rows)
+    foreign.latents = file.scaled_latents(SD_SCALE, ": SoFlow's")
+    foreign.step = step_in_file(file.tree.get("finished_steps"))
+    foreign.unread = tuple(sorted({"finished_epochs", "optimizer"} & file.tree.keys()))
+    return foreign
+
+
+def _soflow_guidance(file: ForeignFile, base: Recipe, rows: int) -> Recipe:
+    """Decide by the label table's rows whether guidance was built in; where they do not say it, it is asked for."""
+    dropout = file.options.number("guidance.label_dropout")
+    if not file.options.recipe and dropout is None and rows and rows not in SOFLOW_GUIDED:
+        raise AlphaflowError(
+            f"{file.name}: has {rows} rows of labels, and SoFlow's files do not say what they are: {rows} classes, or "
+            f"{rows - 1} and the null label of a guided model. Say it: --recipe soflow-b2 (guided) or another, or "
+            "--set guidance.label_dropout=0 (all are classes) or 0.1 (the last is the null label)"
+        )
+    if rows and (file.options.recipe or SOFLOW_GUIDED.get(rows, bool(dropout))):
+        mix = base.guidance
+        file.filled["guidance"] = f"omega {mix.omega:g}, kappa {mix.kappa:g}: those of {base.name}"
+        return base
+    rest = f"the label table has {rows} rows, none for the null label" if rows else "no labels"
+    file.filled["guidance"] = f"none: {rest}"
+    return replace(base, guidance=Guidance())
+
+
 def _sit_name(name: str) -> str:
     for theirs, common in FASTGEN_NAMES.items():
         name = name.replace(theirs, common)
@@ -120,7 +160,7 @@ def _meanflow_base(file: ForeignFile) -> Recipe:
     return replace(base, guidance=replace(guidance, **mix))
 
 
-def _mix(file: ForeignFile) -> dict[str, float]:
+def _mix(file: ForeignFile) -> dict[str, Any]:
     """Read omega, kappa and their times from the arguments. Where --set gives one, the file's does not matter."""
     mix = {ours: number(file.arguments, theirs, file.name) for ours, theirs in MIX.items() if theirs in file.arguments}
     if mix.get("t_max", 1.0) <= mix.get("t_min", 0.0):  # no time lies between: trained without guidance

@@ -9,8 +9,8 @@ from alphaflow_cli.errors import AlphaflowError
 
 JAX_FILES = ("_CHECKPOINT_METADATA", "_METADATA", "manifest.ocdbt", "checkpoint", "_sharding")
 KNOWN = (
-    "Known: the published α-Flow and MeanFlow snapshots, SiT, DiT, REPA, and the PyTorch MeanFlows of zhuyu-cs and "
-    "FastGen"
+    "Known: the published α-Flow and MeanFlow snapshots, SiT, DiT, REPA, SoFlow, and the PyTorch MeanFlows of zhuyu-cs "
+    "and FastGen"
 )
 
 
@@ -60,10 +60,9 @@ def refuse_strangers(tree: dict[str, Any], path: Path, arguments: dict[str, Any]
             f"{path.name}: a checkpoint of alphaflow already: sample it as it is, or write the published form: --to "
             "alphaflow"
         )
-    if "finished_steps" in tree or any(_starts(names, ("network.s_embedder.", "s_embedder."))):
+    if "finished_steps" in tree and not any(_starts(names, ("network.s_embedder.", "s_embedder."))):
         raise AlphaflowError(
-            f"{path.name}: a SoFlow checkpoint (model, ema_model, s_embedder). This version reads no SoFlow: its "
-            "recipes are not written yet."
+            f"{path.name}: a SoFlow checkpoint without s_embedder: its U-Net of CIFAR-10. The networks here are DiTs."
         )
     if any("cfg_t_start_embedder." in name or "._flax_linear." in name for name in names):
         raise AlphaflowError(f"{path.name}: an improved MeanFlow (iMF): another network, which is not read.")

@@ -1,8 +1,10 @@
 """The running average of the weights.
 
-    half_life = min(h, ramp · step),   β = 0.5^(1 / max(half_life, 1e-8)),   ema ← β ema + (1 − β) weights
+    half_life = min(h, ramp · step),   β = 0.5^(n / max(half_life, 1e-8)),   ema ← β ema + (1 − β) weights
 
-on the 0-based step, after the optimiser's step; so at step 0 (β = 0) the average is the weights themselves.
+on the 0-based steps that n divides, after the optimiser's step; n is 1 as published. So at step 0 (β = 0) the average
+is the weights themselves. With ramp 0 there is no ramp: the half-life is h from the first step on, and the average
+begins at the initial weights.
 """
 
 from collections.abc import Sequence
@@ -11,9 +13,12 @@ import torch
 from torch import Tensor
 
 
-def ema_beta(step: int, *, half_life: float, ramp: float) -> float:
-    """β of the 0-based step `step`."""
-    return float(0.5 ** (1.0 / max(min(half_life, ramp * step), 1e-8)))
+def ema_beta(step: int, *, half_life: float, ramp: float, every: int) -> float:
+    """β of the 0-based step `step`; 1, which moves nothing, on a step that `every` does not divide."""
+    if step % every:
+        return 1.0
+    half_life = min(half_life, ramp * step) if ramp > 0.0 else half_life
+    return float(0.5 ** (every / max(half_life, 1e-8)))
 
 
 @torch.no_grad()

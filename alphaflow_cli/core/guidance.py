@@ -6,12 +6,19 @@ the prediction both. Then
     ṽ = ω v + κ u⁻(z_t, t, t | y) + (1 − ω − κ) u⁻(z_t, t, t | ∅)     inside,     ṽ = v outside.
 
 The effective guidance scale is ω / (1 − κ). It is baked into the weights.
+
+Instead of ending at t_max, guidance may fade above a time T. It then acts at every t, and the null velocity's weight is
+multiplied by d(t), while κ stays and ω takes up the rest:
+
+    d(t) = 1 for t ≤ T,   above it 1 − exp(−k τ / (1 − τ)) with τ = (1 − t) / (1 − T), at most 1 − 1e-6
+
+A row whose label is dropped learns the same mix of the two velocities without label, or plainly v.
 """
 
 import torch
 from torch import Tensor
 
-from alphaflow_cli.core.path import expand
+from alphaflow_cli.core.path import expand, per_row
 
 
 def inside(t: Tensor, t_min: float, t_max: float) -> Tensor:
@@ -37,17 +44,21 @@ def rows_to_ask(
     dropout: float,
     t_min: float,
     t_max: float,
+    plain: bool,
+    tangent: bool,
 ) -> tuple[Tensor, Tensor]:
     """Which rows need a call of the network of their own, (B,) bool each: for u⁻(z_t, t, t | y), for u⁻(z_t, t, t |
     ∅).
 
     An r = t row (the first `n_equal`) predicts the one that belongs to its label itself. An r < t row without label
-    needs only one of the two, since they are the same. Outside the interval nothing is needed.
+    needs only one of the two, since they are the same. Outside the interval nothing is needed, nor for a row without
+    label where such rows learn v (`plain`). Where the `tangent` is the network's, every r < t row needs the first.
     """
     guided = inside(t, t_min, t_max)
     dropped, later = guided & (uniforms < dropout), torch.arange(len(t), device=t.device) >= n_equal
+    guided = guided & ~dropped if plain else guided
     null = guided & (later | ~dropped) if null_weight(omega, kappa) != 0.0 else torch.zeros_like(guided)
-    own = guided & later & ~(dropped & null) if kappa != 0.0 else torch.zeros_like(guided)
+    own = (later if tangent else guided & later & (kappa != 0.0)) & ~(dropped & null)
     return own, null
 
 
@@ -57,23 +68,39 @@ def null_weight(omega: float, kappa: float) -> float:
     return 0.0 if abs(rest) < 1e-12 else rest
 
 
+def fade(t: Tensor, *, start: float, rate: float) -> Tensor:
+    """d(t), what is left of guidance at time t where it fades above `start`: (B,), 1 … 0."""
+    if start >= 1.0:
+        return torch.ones_like(t)
+    left = ((1.0 - t) / (1.0 - start)).clamp(max=1.0 - 1e-6)
+    return torch.where(t <= start, 1.0, 1.0 - torch.exp(-rate * left / (1.0 - left)))
+
+
+def faded_weights(fading: Tensor, *, omega: float, kappa: float) -> tuple[Tensor, Tensor]:
+    """(ω, null weight) of each row: the null weight fades, κ stays, and ω is what is left of 1."""
+    null = null_weight(omega, kappa) * fading
+    return 1.0 - kappa - null, null
+
+
 def guided_velocity(
     v: Tensor,
     u_y: Tensor | None,
     u_null: Tensor | None,
-    t: Tensor,
+    acts: Tensor,
     *,
-    omega: float,
+    omega: float | Tensor,
     kappa: float,
-    t_min: float,
-    t_max: float,
+    null: float | Tensor,
 ) -> Tensor:
-    """ṽ, the velocity after guidance. `u_y` may be None where κ = 0, `u_null` where 1 − ω − κ = 0."""
-    null = null_weight(omega, kappa)
-    assert len(v) == 0 or ((u_y is not None or kappa == 0.0) and (u_null is not None or null == 0.0)), (kappa, null)
-    v_guided = omega * v
+    """ṽ, the velocity after guidance, on the rows where it `acts`; on the others v.
+
+    ω and the null weight are numbers, or one per row. `u_y` may be None where κ = 0, `u_null` where the null weight is.
+    """
+    fades = isinstance(null, Tensor)
+    assert len(v) == 0 or ((u_y is not None or kappa == 0.0) and (u_null is not None or (not fades and null == 0.0)))
+    v_guided = per_row(omega, v) * v
     if u_y is not None and kappa != 0.0:
         v_guided = v_guided + kappa * u_y
-    if u_null is not None and null != 0.0:
-        v_guided = v_guided + null * u_null
-    return torch.where(expand(inside(t, t_min, t_max), v), v_guided, v)
+    if u_null is not None and (fades or null != 0.0):
+        v_guided = v_guided + per_row(null, v) * u_null
+    return torch.where(expand(acts, v), v_guided, v)

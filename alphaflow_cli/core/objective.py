@@ -7,6 +7,11 @@
     shortcut    0 < α < 1  the same with ṽ = u⁻(z_t, s, t)                   (α = ½: the Shortcut Model, twice its loss)
     mean        α = 0      target = ṽ − (t − r) du⁻/dt along (dz, dr, dt) = (ṽ, 0, 1)   (MeanFlow)
 
+Where times keep a gap g, s stays as far from t: each row has its own α, the larger of the schedule's and g / (t − r).
+
+z moves along ṽ: in du/dt, and from z_t to z_s. With improved MeanFlow's boundary tangent it moves along the network's
+own velocity u⁻(z_t, t, t) instead, and all else stays.
+
 u⁻ is the online network without gradient. A `net` here is any callable (z, t, r, y) → u: pass the BARE network.
 Rows never mix: target i depends on row i alone.
 """
@@ -17,10 +22,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from alphaflow_cli.core.path import Net, expand, step_back
+from alphaflow_cli.core.path import Net, expand, per_row, step_back
+
+Ratio = float | Tensor  # α: one for all rows, or one per row, (B,)
 
 
-def intermediate_time(t: Tensor, r: Tensor, alpha: float) -> Tensor:
+def row_alpha(alpha: float, t: Tensor, r: Tensor, gap: float) -> Ratio:
+    """α of each row, max(α, gap / (t − r)) and at most 1, so that s ≤ t − gap; without a gap α itself."""
+    return alpha if gap == 0.0 or alpha == 0.0 else (gap / (t - r)).clamp(min=alpha, max=1.0)
+
+
+def intermediate_time(t: Tensor, r: Tensor, alpha: Ratio) -> Tensor:
     """s = t − α (t − r), the time between r and t that α chooses."""
     return t - alpha * (t - r)
 
@@ -36,22 +48,31 @@ def mean_target(v_guided: Tensor, du: Tensor, t: Tensor, r: Tensor) -> Tensor:
     return torch.where(expand(is_tie(t, r), target), v_guided, target)
 
 
-def mix_target(v_guided: Tensor, u_s: Tensor, alpha: float) -> Tensor:
+def mix_target(v_guided: Tensor, u_s: Tensor, alpha: Ratio) -> Tensor:
     """The target α ṽ + (1 − α) u⁻(z_s, r, s): stable where (dt·ṽ + (s − r)·u)/(t − r) is not."""
+    alpha = per_row(alpha, v_guided)
     return alpha * v_guided + (1.0 - alpha) * u_s
 
 
 @torch.no_grad()
-def between_target(net: Net, z_t: Tensor, v_guided: Tensor, *, t: Tensor, r: Tensor, y: Tensor, alpha: float) -> Tensor:
+def between_target(net: Net, z_t: Tensor, v_guided: Tensor, *, t: Tensor, r: Tensor, y: Tensor, alpha: Ratio) -> Tensor:
     """The target for 0 < α < 1 with ṽ from the data: one network call, at (z_s, r, s)."""
+    return boundary_target(net, z_t, v_guided, v_guided, t=t, r=r, y=y, alpha=alpha)
+
+
+@torch.no_grad()
+def boundary_target(
+    net: Net, z_t: Tensor, v_guided: Tensor, along: Tensor, *, t: Tensor, r: Tensor, y: Tensor, alpha: Ratio
+) -> Tensor:
+    """The same where z_s lies along another velocity than ṽ: z_s = z_t − (t − s) along."""
     s = intermediate_time(t, r, alpha)
-    u_s = net(step_back(z_t, v_guided, t, s), s, r, y)
+    u_s = net(step_back(z_t, along, t, s), s, r, y)
     return mix_target(v_guided, u_s.to(v_guided.dtype), alpha)
 
 
 @torch.no_grad()
 def shortcut_target(
-    net: Net, z_t: Tensor, v_guided: Tensor, *, t: Tensor, r: Tensor, y: Tensor, alpha: float
+    net: Net, z_t: Tensor, v_guided: Tensor, *, t: Tensor, r: Tensor, y: Tensor, alpha: Ratio
 ) -> Tensor:
     """The target for 0 < α < 1 with ṽ = u⁻(z_t, s, t): the first part of the step is the network's own."""
     s = intermediate_time(t, r, alpha)
@@ -85,34 +106,52 @@ def squared_error(u: Tensor, target: Tensor, reduction: str) -> Tensor:
 REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {"mean": lambda e: e.mean(1), "sum": lambda e: e.sum(1)}
 
 
-def adaptive_weight(error: Tensor, ratio: Tensor, c: float) -> Tensor:
-    """a / (l + c), as published. On r < t rows its gradient fades as α → 0, and jumps back at α = 0."""
-    return ratio / (error + c)
+def adaptive_weight(error: Tensor, ratio: Tensor, c: float, power: float) -> Tensor:
+    """a / (l + c)^p, as published (p = 1). On r < t rows its gradient fades as α → 0, and jumps back at α = 0."""
+    return ratio / (error + c) ** power
 
 
-def converging_weight(error: Tensor, ratio: Tensor, c: float) -> Tensor:
-    """α / (l + α² c): since l ≈ α² l_MeanFlow, the gradient tends to MeanFlow's, 2 Δ / (l_MeanFlow + c), as α → 0."""
-    return ratio / (error + ratio.square() * c)
+def converging_weight(error: Tensor, ratio: Tensor, c: float, power: float) -> Tensor:
+    """α^(2p−1) / (l + α² c)^p: since l ≈ α² l_MeanFlow, the gradient tends to MeanFlow's with weight adaptive."""
+    return ratio ** (2.0 * power - 1.0) / (error + ratio.square() * c) ** power
 
 
-def no_weight(error: Tensor, ratio: Tensor, c: float) -> Tensor:
+def no_weight(error: Tensor, ratio: Tensor, c: float, power: float) -> Tensor:
     """1 / α, which gives the bare objective of the paper's equation 1."""
     return 1.0 / ratio
 
 
-WEIGHTS: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
+WEIGHTS: dict[str, Callable[[Tensor, Tensor, float, float], Tensor]] = {
     "adaptive": adaptive_weight,
     "converging": converging_weight,
     "none": no_weight,
 }
 
 
-def loss_weight(error: Tensor, n_equal: int, *, alpha: float, kind: str, c: float) -> Tensor:
-    """The rows' weights, (B,) without gradient; the ratio a is α on r < t rows while α > 0, else 1."""
+def loss_weight(
+    error: Tensor, n_equal: int, *, alpha: Ratio, kind: str, c: float, power: float, later: float
+) -> Tensor:
+    """The rows' weights, (B,) without gradient; the ratio a is α on r < t rows while α > 0, else 1.
+
+    `later` is a factor on the weights of r < t rows.
+    """
     ratio = torch.ones_like(error)
-    if alpha > 0.0:
+    if isinstance(alpha, Tensor) or alpha > 0.0:
         ratio[n_equal:] = alpha
-    return WEIGHTS[kind](error.detach(), ratio, c)
+    weight = WEIGHTS[kind](error.detach(), ratio, c, power)
+    if later != 1.0:
+        weight[n_equal:] *= later
+    return weight
+
+
+def short_first(t: Tensor, r: Tensor, n_equal: int, *, progress: float, mean_interval: float) -> Tensor:
+    """β = 1 − p + λ p (1 − (t − r)) with p = 1 − progress, λ = 1 / E[1 − (t − r)] on r < t rows, else 1: (B,).
+
+    It lets short intervals count more at the start of a run, and all alike at its end; its mean over r < t rows is 1.
+    """
+    p = 1.0 - progress
+    beta = 1.0 - p + p / (1.0 - mean_interval) * (1.0 - (t - r))
+    return torch.where(torch.arange(len(t), device=t.device) < n_equal, 1.0, beta)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,11 @@ def expand(t: Tensor, like: Tensor) -> Tensor:
     return t.reshape(-1, *[1] * (like.ndim - 1))
 
 
+def per_row(value: float | Tensor, like: Tensor) -> float | Tensor:
+    """A number as it is; one number per row in the form that multiplies the rows of `like`."""
+    return expand(value, like) if isinstance(value, Tensor) else value
+
+
 def interpolate(x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
     """z_t = (1 − t) x + t noise, the point on the path at time t."""
     t = expand(t, x)

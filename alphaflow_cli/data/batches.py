@@ -65,6 +65,7 @@ class LatentStream:
         shift: float,
         stats_images: int,
         device: torch.device,
+        constants: tuple[tuple[float, ...], tuple[float, ...]] | None = None,
         resident: bool = False,
         prefetch: bool | None = None,
         verify: Verify = "full",
@@ -72,6 +73,7 @@ class LatentStream:
         """Open the store.
 
         `resident` keeps the whole store on the device; `prefetch` reads one batch ahead (default: on a GPU).
+        `constants` are a mean and a std per channel, instead of the store's own.
         """
         self.store = open_store(store, verify)
         plan = self.store.plan
@@ -79,9 +81,12 @@ class LatentStream:
             raise AlphaflowError(f"{store}: holds no mirror images. Make it with --flips, or set data.flips: false")
         self.shape, self.count, self.classes = plan.latent, self.store.manifest.count, plan.classes
         self.batch, self.seed, self.posterior, self.flips, self.device = batch, seed, posterior, flips, device
-        self.mean, self.std = normalisation(
-            self.store, normalise, scale=scale, shift=shift, images=stats_images, flips=flips
-        )
+        if constants:
+            self.mean, self.std = (torch.tensor(each, dtype=torch.float64)[:, None, None] for each in constants)
+        else:
+            self.mean, self.std = normalisation(
+                self.store, normalise, scale=scale, shift=shift, images=stats_images, flips=flips
+            )
         self._mean, self._std = (value.to(device, torch.float32) for value in (self.mean, self.std))
         self._resident = _load(self.store, device, flips) if resident else None
         ahead = device.type != "cpu" if prefetch is None else prefetch

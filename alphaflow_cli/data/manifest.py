@@ -36,6 +36,7 @@ from alphaflow_cli.text import brief
 AGAIN = "Remove it, or the whole store, and run the same prep-latents command again"
 FORMAT, VERSION = "alphaflow-latents", 1
 RowKind = Literal["moments", "mean", "pixels"]
+Crop = Literal["square", "adm"]  # how a picture becomes a square: the rule of data/pictures.py
 Part = TypeVar("Part", "StorePlan", "AutoencoderRecord", "Shard", "Manifest")
 STATISTICS_FILE = "stats.safetensors"
 MORE = Anything()  # keys that nobody reads
@@ -82,6 +83,14 @@ TRANSFORM = {  # a picture becomes the encoder's input like this, in this order;
     "resize": "lanczos",
     "range": "u8 * 2 / 255 - 1",
 }
+TRANSFORMS: dict[Crop, dict[str, str]] = {
+    "square": TRANSFORM,
+    "adm": TRANSFORM
+    | {
+        "crop": "halved by box, short side bicubic, centred square",
+        "resize": "before the crop, as ADM's preprocessing",
+    },
+}
 
 
 @dataclass(frozen=True)
@@ -117,6 +126,11 @@ class StorePlan:
     def images(self) -> int:
         """How many pictures were planned, bad ones included."""
         return int(self.source["images"])
+
+    @property
+    def crop(self) -> Crop:
+        """The name of the rule by which a picture became a square."""
+        return next((name for name, rule in TRANSFORMS.items() if rule == self.transform), "square")
 
     @property
     def list_sha256(self) -> str:

@@ -1,4 +1,4 @@
-"""One picture file becomes one square RGB array, whatever it was: the rule of manifest.TRANSFORM."""
+"""One picture file becomes one square RGB array, whatever it was: the rules of manifest.TRANSFORMS."""
 
 import re
 import struct
@@ -13,6 +13,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from alphaflow_cli.data.manifest import Crop
 from alphaflow_cli.tensors import Array
 from alphaflow_cli.text import brief
 
@@ -78,10 +79,10 @@ def open_picture(file: Path | BinaryIO) -> Image.Image:
     return Image.open(file, formats=[name for name in FORMATS if name in Image.OPEN])
 
 
-def decode(data: bytes | Image.Image, size: int, max_pixels: int) -> Array:
+def decode(data: bytes | Image.Image, size: int, max_pixels: int, crop: Crop = "square") -> Array:
     """Decode a picture to (3, size, size) uint8; raises BadPicture."""
     image = _rgb(_open(data, max_pixels)) if isinstance(data, bytes) else data
-    return np.ascontiguousarray(np.asarray(square(image, size)).transpose(2, 0, 1))
+    return np.ascontiguousarray(np.asarray(CROPS[crop](image, size)).transpose(2, 0, 1))
 
 
 def decode_whole(data: bytes | Image.Image, max_pixels: int) -> Array:
@@ -97,6 +98,22 @@ def square(image: Image.Image, size: int) -> Image.Image:
     left, top = (width - side) // 2, (height - side) // 2
     image = image.crop((left, top, left + side, top + side))
     return image if side == size else image.resize((size, size), Image.Resampling.LANCZOS)
+
+
+def adm_square(image: Image.Image, size: int) -> Image.Image:
+    """Halve by box while the short side has 2 · size pixels, bring it to size by bicubic, cut out the centred square.
+
+    That is ADM's way for ImageNet, and that of SoFlow and improved MeanFlow.
+    """
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = size / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+CROPS: dict[Crop, Callable[[Image.Image, int], Image.Image]] = {"square": square, "adm": adm_square}
 
 
 def _open(data: bytes, max_pixels: int) -> Image.Image:

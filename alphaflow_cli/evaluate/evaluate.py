@@ -16,6 +16,7 @@ import torch
 from alphaflow_cli.charts.chart import BLUE, GREEN, ORANGE, RED, Chart, Line, Panel
 from alphaflow_cli.charts.draw import to_png
 from alphaflow_cli.core.frechet import Moments
+from alphaflow_cli.data.manifest import Crop
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.evaluate.features import Extractor
 from alphaflow_cli.evaluate.measure import (
@@ -37,7 +38,7 @@ from alphaflow_cli.evaluate.reference import (
     load_reference,
     save_reference,
 )
-from alphaflow_cli.evaluate.results import NEEDS_MOMENTS, NETWORK, Evaluation, save_results
+from alphaflow_cli.evaluate.results import NEEDS_MOMENTS, NETWORK, Evaluation, Row, save_results
 from alphaflow_cli.evaluate.score import Measured, check_reference, score
 from alphaflow_cli.files import make_folder, sha256_of, write_whole
 from alphaflow_cli.model.find import run_folder
@@ -90,6 +91,7 @@ class ReferenceRequest:
     name: str
     kept: int  # features kept one by one
     batch: int
+    crop: Crop = "square"
 
 
 @dataclass(frozen=True)
@@ -165,7 +167,7 @@ def _warnings(copies: int, source: ImageSource, notes: tuple[str, ...]) -> list[
 
 def measure_reference(request: ReferenceRequest, processes: Processes) -> tuple[Reference, list[str]] | None:
     """Measure the requested pictures and save the reference, as `make_reference` does."""
-    pictures = open_pictures(request.source, size=request.size, limit=request.limit)
+    pictures = open_pictures(request.source, size=request.size, limit=request.limit, crop=request.crop)
     extractors = build_extractors(
         request.metrics or available_metrics(request.weights), processes.device, request.weights
     )
@@ -272,6 +274,9 @@ def evaluate_all(
         say(f"warning: {line}")
     ruler = Ruler(build_extractors(metrics, processes.device, request.weights), processes, folder, request.batch)
     compared = find_reference(reference, sources[0].size, ruler) if reference else None
+    real, images = (compared.facts.get("count") if compared else None), sources[0].count
+    if real and real < images and not processes.rank:
+        say(f"beware: {images:,} pictures are compared with {real:,} real ones, which decide the error: take more")
     measured = [evaluate(source, metrics, ruler, reference=compared) for source in sources]
     done = [evaluation for evaluation in measured if evaluation is not None]
     return [replace(evaluation, warnings=[*evaluation.warnings, *lacking]) for evaluation in done]
@@ -329,19 +334,28 @@ def write_evaluation(request: EvalRequest, evaluations: list[Evaluation], folder
 
 def score_chart(evaluations: Sequence[Evaluation], *, sweep: bool) -> Chart | None:
     """Draw each distance against evaluations per picture, or against the midpoint; None where there is one point."""
-    curves: dict[str, list[tuple[float, float]]] = {}
+    curves: dict[str, list[tuple[float, Row]]] = {}
     for evaluation in evaluations:
         for row in evaluation.rows:
             if row.spread is None and row.reference is not None:
                 at = row.pictures["times"][1] if sweep else row.pictures["nfe"]
-                curves.setdefault(row.name, []).append((float(at), row.value))
+                curves.setdefault(row.name, []).append((float(at), row))
     longest = max((len(points) for points in curves.values()), default=0)
     if longest < 2:
         return None
-    panels = [
-        Panel(name, [Line(name, points, COLOURS[i % len(COLOURS)], markers=True)])
-        for i, (name, points) in enumerate(curves.items())
-    ]
-    ticks = sorted({x for points in curves.values() for x, _ in points})
+    panels = []
+    for i, (name, points) in enumerate(curves.items()):
+        better = "higher" if points[0][1].metric == "pr" else "lower"
+        line = Line(name, [(at, row.value) for at, row in points], COLOURS[i % len(COLOURS)], markers=True)
+        panels.append(Panel(f"{name}: {better} is better", [line]))
+    rows = [row for points in curves.values() for _, row in points]
+    ticks = sorted({at for points in curves.values() for at, _ in points})
     label = "midpoint of a two-step grid" if sweep else "network evaluations per picture"
-    return Chart(title="Scores", panels=panels, x_label=label, log_x=not sweep, x_ticks=ticks)
+    title = f"Scores of {rows[0].pictures.get('name') or 'the checkpoint'}"
+    return Chart(title, panels, label, subtitle=shared_protocol(rows), log_x=not sweep, x_ticks=ticks)
+
+
+def shared_protocol(rows: Sequence[Row]) -> str:
+    """The protocols of all rows, once each, without the walk that tells the rows apart."""
+    weights = [f"weights {str(row.pictures.get('checkpoint_sha256'))[:8]}" for row in rows]
+    return "; ".join(dict.fromkeys([*(row.protocol().partition(f": {row.label}")[0] for row in rows), *weights]))

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from alphaflow_cli.data import archives, sources
 from alphaflow_cli.data.classes import choose_split
+from alphaflow_cli.data.manifest import Crop
 from alphaflow_cli.data.pictures import MAX_PIXELS, BadPicture, Fetch, Source, decode, decode_whole
 from alphaflow_cli.data.sources import open_source
 from alphaflow_cli.errors import DAMAGE, AlphaflowError
@@ -65,19 +66,19 @@ class ImageSource:
         return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()
 
 
-def open_pictures(text: str, *, size: int | None, limit: int | None) -> ImageSource:
+def open_pictures(text: str, *, size: int | None, limit: int | None, crop: Crop = "square") -> ImageSource:
     """Open what a user may point at: a folder, zip, tar, hf://…, glyphs:N, or a .npz of pictures."""
     if text.endswith(".npz"):
         return PictureArray(Path(text), limit=limit)
-    return PictureFiles(open_source(text), size=size, limit=limit)
+    return PictureFiles(open_source(text), size=size, limit=limit, crop=crop)
 
 
 class PictureFiles(ImageSource):
     """The pictures of a folder, a zip, a tar, a Hub dataset or the embedded set, sorted by name."""
 
-    def __init__(self, source: Source, *, size: int | None, limit: int | None) -> None:
-        """`size` None leaves them as they are, and they must be of one size."""
-        self._source, self._size, self.seconds = source, size, dict[str, float]()
+    def __init__(self, source: Source, *, size: int | None, limit: int | None, crop: Crop = "square") -> None:
+        """`size` None leaves them as they are, and they must be of one size; `crop` says how they become square."""
+        self._source, self._size, self._crop, self.seconds = source, size, crop, dict[str, float]()
         lines: Sequence[int] = range(len(source.names))
         self.label = source.name  # and the split that is taken of it
         if size is not None:  # a reference is built from the training split, as latents are
@@ -124,14 +125,15 @@ class PictureFiles(ImageSource):
         try:
             if self._size is None:
                 return decode_whole(fetch(), MAX_PIXELS)
-            return decode(fetch(), self._size, MAX_PIXELS)
+            return decode(fetch(), self._size, MAX_PIXELS, self._crop)
         except (BadPicture, OSError) as fault:
             name = f"{self._source.name}/{self._source.names[line]}"
             raise AlphaflowError(f"{name}: {fault}. Replace or remove it; nothing was measured without it.") from fault
 
     def describe(self) -> dict[str, Any]:
         """Source, count and preparation; the hash of the content is taken during the pass."""
-        prepared = "as they are" if self._size is None else f"centre crop, Lanczos to {self._size} px"
+        way = {"square": "centre crop, Lanczos", "adm": "halved by box, bicubic, centre crop"}[self._crop]
+        prepared = "as they are" if self._size is None else f"{way} to {self._size} px"
         facts = {"kind": self._source.kind, "name": self.label, "count": self.count, "of": self._of}
         return {**facts, "prepared": prepared, **self._source.facts()}
 

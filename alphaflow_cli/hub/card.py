@@ -18,6 +18,9 @@ from alphaflow_cli.recipe.plan import effective_scale, has_null_label, is_guided
 from alphaflow_cli.text import code_span, counted, for_markdown, for_terminal
 
 PAPER = "arXiv:2510.20771"
+MEANFLOW = "arXiv:2505.13447"
+PACKAGE = "https://pypi.org/project/alphaflow-cli/"
+FEW_CLASSES, MOST_CLASSES = 20, 2000  # names listed at once, and behind a fold
 CITATION = """\
 @article{zhang2025alphaflow,
   title   = {AlphaFlow: Understanding and Improving MeanFlow Models},
@@ -57,6 +60,7 @@ def model_card(facts: CardFacts) -> str:
         _metadata(facts),
         _what(facts),
         _usage(facts),
+        _classes(facts),
         _training(facts),
         _results(facts),
         _caveats(facts),
@@ -113,7 +117,7 @@ def _what(facts: CardFacts) -> str:
     space = (
         "pixels"
         if data.autoencoder == "none"
-        else f"latents {data.channels}x{data.latent_size}x{data.latent_size} of {for_markdown(data.autoencoder)}"
+        else f"latents {data.channels}x{data.latent_size}x{data.latent_size} of {_autoencoder(data.autoencoder)}"
     )
     nfe = recipe.sample.nfe
     evaluations = "one evaluation" if nfe == 1 else f"{nfe} evaluations"
@@ -122,11 +126,18 @@ def _what(facts: CardFacts) -> str:
         "",
         f"An image generator that needs {evaluations} of its network per picture: "
         f"{data.image_size} px, {labels}, {facts.parameters:,} parameters, working on {space}. "
-        f"It predicts the average velocity u(z, r, t) of [MeanFlow and α-Flow](https://arxiv.org/abs/{PAPER[6:]}); "
+        f"It predicts the average velocity u(z, r, t) of [MeanFlow](https://arxiv.org/abs/{MEANFLOW[6:]}) and "
+        f"[α-Flow](https://arxiv.org/abs/{PAPER[6:]}); "
         f"the weights are {_weights(facts.origin)}.",
     ]
     lines += ["", "![Samples](samples.png)", "", "Uncurated: consecutive seeds."]
     return "\n".join(lines)
+
+
+def _autoencoder(name: str) -> str:
+    """The autoencoder's name, as a link where it is one of the Hub's."""
+    known = re.fullmatch(r"[\w.-]+/[\w.-]+", name, re.ASCII)
+    return f"[{for_markdown(name)}](https://huggingface.co/{name})" if known else for_markdown(name)
 
 
 def _weights(origin: dict[str, Any]) -> str:
@@ -140,9 +151,10 @@ def _usage(facts: CardFacts) -> str:
     return f"""\
 ## Sample
 
-With `alphaflow` installed (the program that wrote this card):
+With [alphaflow]({PACKAGE}), the program that wrote this card:
 
 ```bash
+pip install alphaflow-cli
 alphaflow sample {repo} --seeds 0-15 --nfe {sample.nfe} --grid samples.png
 alphaflow sample {repo} --seeds 0-15 --nfe {sample.nfe} --out pictures
 ```
@@ -159,6 +171,19 @@ The picture of a seed is the same on every machine up to rounding, whatever the 
 `{repo}@COMMIT`."""
 
 
+def _classes(facts: CardFacts) -> str:
+    """The classes by number; of many, behind a fold; none where nobody knows their names."""
+    names = [str(name) for name in facts.origin.get("class_names") or []][: facts.recipe.data.classes]
+    if not names:
+        return ""
+    rest = f", and {len(names) - MOST_CLASSES:,} more" if len(names) > MOST_CLASSES else ""
+    listed = ", ".join(f"{i} {for_markdown(name)}" for i, name in enumerate(names[:MOST_CLASSES])) + rest
+    ways = 'Choose them by number or by name: `--classes 0`, `classes=[0]`, `--classes NAME`, `classes=["NAME"]`.'
+    if len(names) <= FEW_CLASSES:
+        return f"## Classes\n\n{listed}.\n\n{ways}"
+    return f"## Classes\n\n{ways}\n\n<details><summary>All {len(names):,} names</summary>\n\n{listed}.\n\n</details>"
+
+
 def _training(facts: CardFacts) -> str:
     recipe, origin = facts.recipe, facts.origin
     lines = ["## Training", ""]
@@ -166,7 +191,7 @@ def _training(facts: CardFacts) -> str:
         lines += [_conversion(origin["converted"]), ""]
     else:
         seen = origin.get("images_seen")
-        lines += [f"`alphaflow train recipe.yaml`: {recipe.train.steps:,} steps of {recipe.train.batch:,} pictures"]
+        lines += [f"{_again(recipe)}: {recipe.train.steps:,} steps of {recipe.train.batch:,} pictures"]
         lines[-1] += f", {seen:,} seen" if isinstance(seen, int) else ""
         lines[-1] += f", from {code_span(recipe.data.source)}." if recipe.data.source else "."
         lines += [_objective(recipe), ""]
@@ -174,6 +199,11 @@ def _training(facts: CardFacts) -> str:
     lines += ["<details><summary>The whole recipe</summary>", "", *_fenced(dump_recipe(recipe), "yaml"), ""]
     lines += ["</details>"]
     return "\n".join(lines)
+
+
+def _again(recipe: Recipe) -> str:
+    """The command that trains the model again by the recipe that is published beside it."""
+    return "`alphaflow train recipe.yaml" + ("`" if recipe.data.source else " --data LATENTS` ([recipe](recipe.yaml))")
 
 
 def _fenced(text: str, kind: str) -> list[str]:

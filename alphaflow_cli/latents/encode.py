@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from alphaflow_cli.data.classes import Classes
-from alphaflow_cli.data.manifest import StorePlan
+from alphaflow_cli.data.manifest import Crop, StorePlan
 from alphaflow_cli.data.pictures import MAX_PIXELS, BadPicture, Fetch, Source, decode
 from alphaflow_cli.data.writing import write_shard
 from alphaflow_cli.errors import AlphaflowError
@@ -48,6 +48,7 @@ class StoreRequest:
     bad: Bad = "stop"
     precision: str = "auto"  # fp32, tf32, bf16
     max_pixels: int = MAX_PIXELS
+    crop: Crop = "square"
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,9 @@ def decoded_pictures(job: Job, lines: Sequence[int]) -> Generator[EncoderInput, 
         pairs = ((line, fetch) for line, (_, fetch) in zip(lines, fetches, strict=True))
         try:
             while group := list(itertools.islice(pairs, TOGETHER)):
-                pending.append(pool.submit(_decode_all, group, job.plan.image_size, job.request.max_pixels))
+                pending.append(
+                    pool.submit(_decode_all, group, job.plan.image_size, job.request.max_pixels, job.request.crop)
+                )
                 if len(pending) * TOGETHER > 2 * job.batch + TOGETHER * job.threads:
                     yield from pending.popleft().result()
             while pending:
@@ -144,13 +147,13 @@ def decoded_pictures(job: Job, lines: Sequence[int]) -> Generator[EncoderInput, 
             pool.shutdown(cancel_futures=True)
 
 
-def _decode_all(group: list[tuple[int, Fetch]], size: int, max_pixels: int) -> list[EncoderInput]:
-    return [_decode_one(line, fetch, size, max_pixels) for line, fetch in group]
+def _decode_all(group: list[tuple[int, Fetch]], size: int, max_pixels: int, crop: Crop) -> list[EncoderInput]:
+    return [_decode_one(line, fetch, size, max_pixels, crop) for line, fetch in group]
 
 
-def _decode_one(line: int, fetch: Fetch, size: int, max_pixels: int) -> EncoderInput:
+def _decode_one(line: int, fetch: Fetch, size: int, max_pixels: int, crop: Crop) -> EncoderInput:
     try:
-        return EncoderInput(line, decode(fetch(), size, max_pixels), "")
+        return EncoderInput(line, decode(fetch(), size, max_pixels, crop), "")
     except BadPicture as fault:
         return EncoderInput(line, None, str(fault))
     except OSError as fault:  # removed while we run, no permission, a link to nowhere
@@ -187,10 +190,10 @@ def _rows_of(encoder: Autoencoder, plan: StorePlan, stacked: Array, device: torc
     return stored
 
 
-def sample_pixels(source: Source, lines: Sequence[int], size: int, max_pixels: int) -> Array:
+def sample_pixels(source: Source, lines: Sequence[int], size: int, max_pixels: int, crop: Crop) -> Array:
     """Some pictures as the encoder gets them, uint8 (n, 3, H, W); bad ones are passed over."""
     with source.reading(lines) as fetches:
-        decoded = [_decode_one(line, fetch, size, max_pixels).pixels for line, fetch in fetches]
+        decoded = [_decode_one(line, fetch, size, max_pixels, crop).pixels for line, fetch in fetches]
     return np.stack([pixels for pixels in decoded if pixels is not None] or [np.zeros((3, size, size), np.uint8)])
 
 

@@ -16,8 +16,9 @@ from alphaflow_cli.data.classes import (
     reordered,
 )
 from alphaflow_cli.data.manifest import (
-    TRANSFORM,
+    TRANSFORMS,
     AutoencoderRecord,
+    Crop,
     RowKind,
     StorePlan,
     differences,
@@ -87,13 +88,13 @@ def shard_size(count: int, sample_bytes: int) -> int:
     return max(1, min(wanted, SHARD_BYTES // sample_bytes))
 
 
-def default_out(source: str, size: int, autoencoder: str) -> Path:
-    """The folder `latents/<source>-<size>-<autoencoder>`: other settings get another folder."""
+def default_out(source: str, size: int, autoencoder: str, crop: Crop = "square") -> Path:
+    """The folder `latents/<source>-<size>-<autoencoder>[-<crop>]`: other settings get another folder."""
     bare = source.split("://")[-1].split("@")[0].split(":")[0] if source.startswith("hf://") else source
     parts = [part for part in bare.replace(":", "-").split("/") if part not in ("", ".", "..", "train")]
     name = (parts or [Path.cwd().name])[-1].split(".")[0] or "pictures"
     kind = "pixels" if autoencoder == "none" else public_id(autoencoder).rsplit("/", 1)[-1]
-    return Path("latents") / f"{name}-{size}-{kind}"
+    return Path("latents") / f"{name}-{size}-{kind}{'' if crop == 'square' else f'-{crop}'}"
 
 
 def default_batch(request: StoreRequest, device: torch.device) -> int:
@@ -170,7 +171,7 @@ def _precision(
         return "fp32", None
     count = min(SAMPLE, len(listing.lines))
     lines = [listing.lines[number * len(listing.lines) // count] for number in range(count)]
-    sample = sample_pixels(listing.source, lines, request.size, request.max_pixels)
+    sample = sample_pixels(listing.source, lines, request.size, request.max_pixels, request.crop)
     return choose_precision(model, sample, device, request.precision)
 
 
@@ -190,7 +191,7 @@ def _plan(request: StoreRequest, listing: Listing, encoder: Encoder) -> StorePla
         dtype="uint8" if encoder.kind == "pixels" else STORED_DTYPES[request.dtype],
         flips=request.flips,
         autoencoder=encoder.record,
-        transform=TRANSFORM,
+        transform=TRANSFORMS[request.crop],
         classes=len(listing.classes.folders),
         shard_size=0,
     )

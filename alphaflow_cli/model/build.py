@@ -4,14 +4,16 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from alphaflow_cli.nn.dit import DiT
+from alphaflow_cli.nn.clean import CleanDiT
+from alphaflow_cli.nn.dit import DiT, linears
 from alphaflow_cli.nn.noise import NoiseDiT
 from alphaflow_cli.recipe.plan import label_rows
 from alphaflow_cli.recipe.schema import Recipe
 
-NETWORK_CLASSES: dict[str, type[DiT]] = {"velocity": DiT, "noise": NoiseDiT}
+NETWORK_CLASSES: dict[str, type[DiT]] = {"velocity": DiT, "noise": NoiseDiT, "data": CleanDiT}
 DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}  # of weights, targets and losses
 
 
@@ -20,7 +22,7 @@ def build_network(recipe: Recipe, *, seed: int | None = None) -> DiT:
     model, data = recipe.model, recipe.data
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.train.seed if seed is None else seed)
-        return NETWORK_CLASSES[model.prediction](
+        net = NETWORK_CLASSES[model.prediction](
             latent_size=data.latent_size,
             channels=data.channels,
             patch=model.patch,
@@ -33,6 +35,13 @@ def build_network(recipe: Recipe, *, seed: int | None = None) -> DiT:
             second_time=model.second_time,
             gradient_checkpointing=recipe.train.gradient_checkpointing,
         )
+        if model.second_init == "xavier" and not net.pos_embed.is_meta:
+            for linear in linears(net.second_embed):
+                nn.init.xavier_uniform_(linear.weight)
+    net.pos_embed.requires_grad_(model.positions == "trained")
+    if isinstance(net, CleanDiT):
+        net.t_floor = model.t_floor
+    return net
 
 
 def network_shapes(recipe: Recipe) -> dict[str, tuple[int, ...]]:

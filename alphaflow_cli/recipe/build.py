@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields, is_dataclass, replace
 from difflib import get_close_matches
 from functools import cache
 from types import NoneType, UnionType
-from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hints
 
 from alphaflow_cli.recipe.schema import Compile, Recipe, Schedule, StepOrShare
 from alphaflow_cli.recipe.source import Faults, Items, Mapping, Scalar, Tree
@@ -116,7 +116,7 @@ def _value(kind: Any, node: Tree, default: Any, path: str, reader: Reader) -> An
         return _section(default, long_form(node) if isinstance(node, Scalar) else node, path, reader)
     if is_dataclass(kind):
         return _section(default, node, path, reader)
-    optional = get_origin(kind) is UnionType and NoneType in get_args(kind)
+    optional = get_origin(kind) in (UnionType, Union) and NoneType in get_args(kind)
     if optional and isinstance(node, Scalar) and not node.quoted and node.text in EMPTY:
         return None
     if optional:

@@ -10,17 +10,17 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from operator import attrgetter
 
-from alphaflow_cli.recipe.plan import is_guided
-from alphaflow_cli.recipe.schema import MOST_NFE, Recipe, Schedule, resolve_step
+from alphaflow_cli.recipe.plan import is_guided, schedules_of
+from alphaflow_cli.recipe.schema import MOST_NFE, Loss, Model, Recipe, Schedule, resolve_step
 from alphaflow_cli.recipe.source import Faults
 
 Fault = tuple[str, str]
 
 AT_LEAST = {  # field: smallest value
     1: "model.dim model.depth model.heads model.patch data.image_size data.channels data.latent_size train.steps "
-    "train.batch train.save_every train.keep train.log_every optim.nonfinite_limit sample.nfe eval.images",
+    "ema.every train.batch train.save_every train.keep train.log_every optim.nonfinite_limit sample.nfe eval.images",
     0: "data.classes data.stats_images optim.warmup_steps optim.weight_decay optim.clip_norm loss.clamp loss.c "
-    "train.seed train.milestone_every train.sample_every train.conflict_every",
+    "ema.ramp train.seed train.milestone_every train.sample_every train.conflict_every",
 }
 AT_MOST = {  # field: largest value, far beyond use: what passes it is a slip of the hand that would fill the memory
     1_000: "model.mlp_ratio",
@@ -31,9 +31,12 @@ AT_MOST = {  # field: largest value, far beyond use: what passes it is a slip of
     16_777_216: "train.batch",
     100_000_000: "eval.images",
 }
-POSITIVE = "model.mlp_ratio data.scale times.std guidance.omega optim.lr optim.eps ema.ramp sample.guidance"
-SHARES = "guidance.t_min guidance.t_max"  # within [0, 1]
-BELOW_ONE = "guidance.label_dropout guidance.kappa"  # within [0, 1)
+POSITIVE = (
+    "model.mlp_ratio data.scale times.std times.second.std times.equal.std guidance.omega guidance.fade_rate optim.lr "
+    "optim.eps loss.power loss.later sample.guidance"
+)
+SHARES = "model.t_floor guidance.t_min guidance.t_max guidance.fade_from"  # within [0, 1]
+BELOW_ONE = "guidance.label_dropout guidance.kappa times.gap"  # within [0, 1)
 NO_REPEATS = "ema.half_lives train.trackers eval.metrics eval.nfe"
 
 
@@ -42,7 +45,20 @@ def check(recipe: Recipe, place: Callable[[str], str], faults: Faults) -> None:
     for path, what in _bounds(recipe):
         faults.add(place(path), what)
     if not faults.listed:  # contradictions are between sound values; a default standing in would make up some
-        for rule in (_model, _data, _alpha, _equal_share, _guidance, _loss, _optim, _sample, _eval):
+        for rule in (
+            _model,
+            _data,
+            _constants,
+            _alpha,
+            _equal_share,
+            _gap,
+            _guidance,
+            _fading,
+            _loss,
+            _optim,
+            _sample,
+            _eval,
+        ):
             for path, what in rule(recipe):
                 faults.add(place(path), what)
 
@@ -60,7 +76,7 @@ def _bounds(recipe: Recipe) -> Iterator[Fault]:
         repeated = [value for value, count in Counter(values).items() if count > 1]
         if repeated:
             yield path, f"{path} names {sorted(repeated, key=str)[0]} twice"
-    for path, schedule in _schedules(recipe):
+    for path, schedule in schedules_of(recipe):
         ends = f"{path}.initial" if schedule.kind == "constant" else f"{path}.initial {path}.final"
         yield from _each(recipe, ends, lambda v: 0 <= v <= 1, "must lie between 0 and 1")
         yield from _each(recipe, f"{path}.gamma", lambda v: v > 0, "must be more than 0")
@@ -73,16 +89,12 @@ def _bounds(recipe: Recipe) -> Iterator[Fault]:
 def _each(recipe: Recipe, paths: str, good: Callable[[float], bool], what: str) -> Iterator[Fault]:
     for path in paths.split():
         value = attrgetter(path)(recipe)
-        if not good(value):
+        if value is not None and not good(value):
             yield path, f"{path} {what}, got {value}"
 
 
 def _not_negative(step: float | str) -> bool:
     return isinstance(step, str) or step >= 0
-
-
-def _schedules(recipe: Recipe) -> tuple[tuple[str, Schedule], ...]:
-    return (("alpha", recipe.alpha), ("times.equal_share", recipe.times.equal_share))
 
 
 def _model(recipe: Recipe) -> Iterator[Fault]:
@@ -92,9 +104,15 @@ def _model(recipe: Recipe) -> Iterator[Fault]:
     if model.dim % 4:
         yield "model.dim", f"model.dim {model.dim} must be a multiple of 4: the positional table has four parts"
     if data.latent_size % model.patch:
-        yield "model.patch", f"model.patch {model.patch} does not divide data.latent_size {data.latent_size}"
+        fits = max(size for size in range(1, model.patch) if data.latent_size % size == 0)
+        what = f"model.patch {model.patch} does not divide data.latent_size {data.latent_size}"
+        yield "model.patch", f"{what}: set model.patch: {fits} (--set model.patch={fits})"
     if int(model.dim * model.mlp_ratio) < 1:
         yield "model.mlp_ratio", f"model.mlp_ratio {model.mlp_ratio} leaves the MLP no channel"
+    if model.prediction == "data" and model.t_floor in (0, 1):
+        yield "model.t_floor", f"model.t_floor must lie between 0 and 1, got {model.t_floor:g}: it divides z - x̂"
+    if model.prediction != "data" and model.t_floor != Model.t_floor:
+        yield "model.t_floor", f"model.t_floor acts with prediction: data only, not {model.prediction}: leave it out"
     if recipe.name and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]*", recipe.name):
         yield "name", f"name {recipe.name!r} names folders: use letters, digits, dot, dash, plus and underscore"
 
@@ -116,8 +134,23 @@ def _data(recipe: Recipe) -> Iterator[Fault]:
         yield "data.source", f"data.source {data.source!r} is no embedded set: the form is glyphs:4000"
 
 
+def _constants(recipe: Recipe) -> Iterator[Fault]:
+    """Given constants per channel: both or none, one for each channel, and only where x is made of them."""
+    data = recipe.data
+    given = {"data.channel_mean": data.channel_mean, "data.channel_std": data.channel_std}
+    for path, values in given.items():
+        if values is None and None in given.values() and any(other is not None for other in given.values()):
+            yield path, "data.channel_mean and data.channel_std belong together: give both, or neither"
+        if values is not None and data.normalise != "channel":
+            yield path, f"{path} acts with normalise: channel only, not {data.normalise}"
+        elif values is not None and len(values) != data.channels:
+            yield path, f"{path} has {len(values)} numbers, and a latent has {data.channels} channels (data.channels)"
+    if data.channel_std is not None and not all(std > 0 for std in data.channel_std):
+        yield "data.channel_std", f"data.channel_std must be more than 0, got {list(data.channel_std)}"
+
+
 def _alpha(recipe: Recipe) -> Iterator[Fault]:
-    for path, schedule in _schedules(recipe):
+    for path, schedule in schedules_of(recipe):
         if schedule.kind != "constant":
             yield from _ends(path, schedule, recipe.train.steps)
 
@@ -149,6 +182,39 @@ def _equal_share(recipe: Recipe) -> Iterator[Fault]:
         yield path, f"{path} 1 leaves no row with r < t, so alpha would do nothing: write alpha: 1, or a smaller share"
 
 
+def _gap(recipe: Recipe) -> Iterator[Fault]:
+    if recipe.times.gap > 0 and any(value < recipe.alpha.clamp or value == 0 for value in _ends_of(recipe.alpha)):
+        yield (
+            "times.gap",
+            f"times.gap {recipe.times.gap:g} keeps s away from t, but alpha reaches 0, where s is t: write gap: 0, or "
+            "an alpha that stays above 0 with clamp: 0",
+        )
+
+
+def _ends_of(schedule: Schedule) -> tuple[float, ...]:
+    return (schedule.initial,) if schedule.kind == "constant" else (schedule.initial, schedule.final)
+
+
+def _fading(recipe: Recipe) -> Iterator[Fault]:
+    """Keys that change how guidance acts, where there is none, or where another key says the opposite."""
+    guidance = recipe.guidance
+    active = is_guided(guidance.omega, guidance.kappa)
+    if guidance.fade_from is not None and not active:
+        yield "guidance.fade_from", "guidance.fade_from without guidance (omega 1, kappa 0) does nothing: leave it out"
+    elif guidance.fade_from is not None and (guidance.t_min, guidance.t_max) != (0.0, 1.0):
+        yield (
+            "guidance.fade_from",
+            f"guidance.fade_from fades guidance out towards t = 1, the interval ({guidance.t_min:g}, "
+            f"{guidance.t_max:g}) cuts it off: write t_min: 0 and t_max: 1, or leave fade_from out",
+        )
+    if guidance.dropped == "plain" and not (active and guidance.label_dropout > 0):
+        yield (
+            "guidance.dropped",
+            "guidance.dropped plain says what rows without label learn instead of the guided velocity: without "
+            "label_dropout, or without guidance (omega 1, kappa 0), it does nothing",
+        )
+
+
 def _guidance(recipe: Recipe) -> Iterator[Fault]:
     guidance, labels = recipe.guidance, recipe.data.classes > 0
     active = is_guided(guidance.omega, guidance.kappa)
@@ -177,9 +243,22 @@ def _guidance(recipe: Recipe) -> Iterator[Fault]:
 def _loss(recipe: Recipe) -> Iterator[Fault]:
     if recipe.loss.weight != "none" and recipe.loss.c == 0:
         yield "loss.c", f"loss.c 0 lets the {recipe.loss.weight} weight grow without bound: published is 0.001"
+    if recipe.loss.weight == "none" and recipe.loss.power != 1:
+        yield (
+            "loss.power",
+            "loss.power is an exponent in the weights adaptive and converging: with none it does nothing",
+        )
+    if recipe.loss.tangent == "network" and recipe.loss.velocity == "network":
+        yield (
+            "loss.tangent",
+            "loss.tangent network says along what z moves, loss.velocity network replaces ṽ there already: choose one",
+        )
+    share = recipe.times.equal_share
+    for name in ("later", "short_first", "tangent"):
+        if min(_ends_of(share)) == 1 and getattr(recipe.loss, name) != getattr(Loss(), name):
+            yield f"loss.{name}", f"loss.{name} is about r < t rows, and times.equal_share 1 leaves none: leave it out"
     alpha = recipe.alpha
-    ends = (alpha.initial,) if alpha.kind == "constant" else (alpha.initial, alpha.final)
-    for value in ends if recipe.loss.velocity == "network" else ():
+    for value in _ends_of(alpha) if recipe.loss.velocity == "network" else ():
         if value < alpha.clamp or value > 1 - alpha.clamp or value in (0, 1):
             yield (
                 "loss.velocity",

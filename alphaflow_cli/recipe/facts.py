@@ -106,6 +106,8 @@ def _phases(recipe: Recipe, f: dict[str, Any]) -> list[str]:
         shortcut = kind == "between" and recipe.loss.velocity == "network"
         when = f"until step {until:,}" if until < steps else f"from step {first:,}"
         state, what = PHASE_WORDS["shortcut" if shortcut else kind]
+        if recipe.loss.tangent == "network" and kind != "flow":
+            what += ", along the network's own velocity"
         texts.append(f"{state} {when} ({(until - first) / steps:.1%} of the run): {what}")
     return texts
 
@@ -120,9 +122,11 @@ def _guidance(recipe: Recipe, f: dict[str, Any]) -> str:
     g = recipe.guidance
     if not plan.is_guided(g.omega, g.kappa):
         return "none"
+    faded = f"fading above t = {g.fade_from:g}" if g.fade_from is not None else f"for {g.t_min:g} < t < {g.t_max:g}"
+    plain = ", which then learn no guidance" if g.dropped == "plain" else ""
     return (
-        f"omega {g.omega:g}, kappa {g.kappa:g} for {g.t_min:g} < t < {g.t_max:g}: effective scale "
-        f"{f['effective_guidance']:g}, built into the weights; labels dropped with probability {g.label_dropout:g}"
+        f"omega {g.omega:g}, kappa {g.kappa:g} {faded}: effective scale {f['effective_guidance']:g}, built into the "
+        f"weights; labels dropped with probability {g.label_dropout:g}{plain}"
     )
 
 
@@ -130,7 +134,10 @@ def _optimiser(recipe: Recipe) -> str:
     o, e = recipe.optim, recipe.ema
     decay = "then constant" if o.final_lr is None else f"then cosine to {o.final_lr:g}"
     lives = ", ".join(f"{life:g}" for life in e.half_lives)
-    return f"Adam, lr {o.lr:g} after {o.warmup_steps:,} warm-up steps, {decay}; EMA half-life {lives} steps"
+    warm = f"after {o.warmup_steps:,} warm-up steps, {decay}" if o.warmup_steps else decay.removeprefix("then ")
+    every = f", moved every {e.every:,} steps" if e.every > 1 else ""
+    kind = {"adam": "Adam", "radam": "RAdam"}[o.kind]
+    return f"{kind}, lr {o.lr:g} {warm}; EMA half-life {lives} steps{every}"
 
 
 def _memory(recipe: Recipe, f: dict[str, Any]) -> str:

@@ -11,11 +11,16 @@ ScheduleKind = Literal["constant", "step", "linear", "exponential", "log", "sigm
 TimeLaw = Literal["logit_normal", "uniform"]
 TimeOrder = Literal["minmax", "min", "r_in_t_range"]
 SecondTime = Literal["t-r", "r"]
-Prediction = Literal["velocity", "noise"]
+Prediction = Literal["velocity", "noise", "data"]
+Positions = Literal["trained", "fixed"]
+SecondInit = Literal["normal", "xavier"]
 Normalise = Literal["position", "channel", "scale"]
 Posterior = Literal["sample", "mean"]
 PixelRule = Literal["truncate", "round"]
 Velocity = Literal["data", "network"]
+Tangent = Literal["data", "network"]
+Dropped = Literal["guided", "plain"]
+OptimiserKind = Literal["adam", "radam"]
 Weight = Literal["adaptive", "converging", "none"]
 Reduction = Literal["mean", "sum"]
 Precision = Literal["fp32", "bf16", "fp64"]
@@ -56,8 +61,12 @@ class Model:
     mlp_ratio: float = 4.0  # hidden channels of the MLP / dim
     qk_norm: bool = False  # LayerNorm on queries and keys (off in every published recipe)
     second_time: SecondTime = "t-r"  # what the second time embedder is fed: the interval (published) or r
-    prediction: Prediction = "velocity"  # what the last layer gives: u itself, or the noise of a converted DiT (then
-    #                                      u is computed from it, and t is embedded as DDPM's discrete time)
+    prediction: Prediction = "velocity"  # what the last layer gives: u itself; or the noise of a converted DiT (then
+    #                                      u is computed from it, and t is embedded as DDPM's discrete time); or the
+    #                                      data x̂, u = (z - x̂) / max(t, t_floor)
+    t_floor: float = 0.05  # only with prediction: data
+    positions: Positions = "trained"  # the positional table of sines and cosines: trained (published), or as it is
+    second_init: SecondInit = "normal"  # the second time embedder's first weights: N(0, 0.02) (published), or xavier
 
 
 @dataclass(frozen=True)
@@ -77,15 +86,26 @@ class Data:
     #                                    x = (latent - shift) · scale with the two numbers below
     scale: float = 1.0  # only with normalise: scale (SD-VAE convention 0.18215)
     shift: float = 0.0  # only with normalise: scale
+    channel_mean: tuple[float, ...] | None = None  # only with normalise: channel; given numbers, one per channel;
+    channel_std: tuple[float, ...] | None = None  # null = estimated on the store
     stats_images: int = 2048  # latents that the mean and std are estimated on (published: 2048); 0 = all
     pixels: PixelRule = "truncate"  # float → uint8 of a generated picture: (x+1)·127.5 truncated, or rounded
+
+
+@dataclass(frozen=True)
+class TimeDraw:
+    """The law of one draw of a time; what is null is that of the first draw."""
+
+    law: TimeLaw | None = None
+    mean: float | None = None
+    std: float | None = None
 
 
 @dataclass(frozen=True)
 class Times:
     """How r ≤ t are drawn, and the share of rows with r = t (plain flow matching)."""
 
-    law: TimeLaw = "logit_normal"  # of one draw
+    law: TimeLaw = "logit_normal"  # of one draw: the first of an r < t row, and those below that do not say otherwise
     mean: float = -0.4  # of the normal under the logistic function
     std: float = 1.0  # of the same
     order: TimeOrder = "minmax"  # minmax: t, r = max, min of two draws; min: t = first, r = min of both;
@@ -93,6 +113,9 @@ class Times:
     equal_share: Schedule = field(  # share of the global batch with r = t; a bare number means constant
         default_factory=lambda: Schedule(initial=0.5, final=0.5, clamp=0.0)
     )
+    second: TimeDraw = field(default_factory=TimeDraw)  # the second draw of an r < t row
+    equal: TimeDraw = field(default_factory=TimeDraw)  # the draw of an r = t row
+    gap: float = 0.0  # r < t rows keep t ≥ gap, r ≤ t - gap and s ≤ t - gap (SoFlow: 1e-4); 0 = off
 
 
 @dataclass(frozen=True)
@@ -104,6 +127,10 @@ class Guidance:
     t_min: float = 0.0  # guidance and label dropout act strictly inside (t_min, t_max)
     t_max: float = 1.0
     label_dropout: float = 0.0  # probability that a label becomes the null label; > 0 adds the null row
+    dropped: Dropped = "guided"  # what a row without label learns: the guided velocity (published), or plainly v
+    fade_from: float | None = None  # instead of an interval: above this t the null velocity's weight fades to 0 at
+    #                                 t = 1, kappa stays and omega takes up the rest; null = no fade
+    fade_rate: float = 0.025  # k of what is left, 1 - exp(-k τ / (1 - τ)), τ = (1 - t) / (1 - fade_from)
 
 
 @dataclass(frozen=True)
@@ -111,17 +138,26 @@ class Loss:
     """From a target to a number."""
 
     velocity: Velocity = "data"  # ṽ on the first part of the step: the data's v, or u⁻(z_t, s, t) (Shortcut)
+    tangent: Tangent = (
+        "data"  # along what z moves in an r < t row's target, in du/dt at α = 0 and from z_t to z_s above:
+    )
+    #                            ṽ (published), or the network's own u⁻(z_t, t, t | y) (improved MeanFlow)
     weight: Weight = "adaptive"  # a / (l + c) with a = α on r < t rows while α > 0 (published); converging:
     #                              α / (l + α² c), whose gradient tends to MeanFlow's as α → 0; none: 1 (1/α on r < t)
+    power: float = 1.0  # p of the weight: a / (l + c)^p, or α^(2p-1) / (l + α² c)^p
     c: float = 1e-3  # the weight's floor; it belongs to the reduction (sum: 1e-2 in MeanFlow's own code)
     reduction: Reduction = "mean"  # of the squared error over C·H·W
     clamp: float = 4.0  # bound of the target of r < t rows while α > 0; 0 = no bound
+    later: float = 1.0  # factor on the weight of r < t rows
+    short_first: bool = False  # r < t rows with a short interval t - r count more at the start of the run, all alike at
+    #                            its end: times 1 - p + λ p (1 - (t - r)), p = 1 - step/steps (arXiv:2511.19065)
 
 
 @dataclass(frozen=True)
 class Optim:
     """Adam, its learning rate over the steps, and what happens to a gradient that is not finite."""
 
+    kind: OptimiserKind = "adam"  # adam, or radam (rectified; on a GPU the host waits for each of its steps)
     lr: float = 1e-4  # after the warm-up
     final_lr: float | None = None  # cosine decay to this at the last step; null = constant
     warmup_steps: int = 10_000  # linear, from lr / warmup_steps
@@ -139,7 +175,8 @@ class Ema:
     """Running averages of the weights; the first is the one that is sampled, evaluated and published."""
 
     half_lives: tuple[float, ...] = (6931.0,)  # steps; each makes one average
-    ramp: float = 0.05  # half-life ≤ ramp · step, so that the early average is short
+    ramp: float = 0.05  # half-life ≤ ramp · step, so that the early average is short; 0 = no ramp
+    every: int = 1  # the averages move at every so many steps, by as much as in all of them together
 
 
 @dataclass(frozen=True)

@@ -62,19 +62,27 @@ def is_guided_run(recipe: Recipe) -> bool:
     return recipe.data.classes > 0 and is_guided(recipe.guidance.omega, recipe.guidance.kappa)
 
 
-def most_guidance_rows(recipe: Recipe, n_equal: int) -> int:
-    """The rows that guidance could need in a step: ∅ of all rows, y of the r < t rows. Compiled blocks see them all."""
+def asks_tangent(recipe: Recipe, alpha: float) -> bool:
+    """Whether z moves along the network's own velocity at this α: then a step asks for it on every r < t row."""
+    return recipe.loss.tangent == "network" and phase_kind(alpha) != "flow"
+
+
+def most_asked_rows(recipe: Recipe, n_equal: int, *, tangent: bool) -> int:
+    """The rows that guidance and the tangent could need in a step: ∅ of all rows, y of the r < t rows.
+
+    Compiled blocks see them all.
+    """
     mix, batch = recipe.guidance, recipe.train.batch
     null = batch if abs(1.0 - mix.omega - mix.kappa) > 1e-12 else 0
-    return null + (batch - n_equal if mix.kappa != 0.0 else 0)
+    return null + (batch - n_equal if mix.kappa != 0.0 or tangent else 0)
 
 
-def step_flops(recipe: Recipe, alpha: float, n_equal: int, guidance_rows: float) -> float:
-    """Floating-point operations of one step on the global batch, of which `guidance_rows` are asked for guidance."""
+def step_flops(recipe: Recipe, alpha: float, n_equal: int, extra_rows: float) -> float:
+    """Floating-point operations of one step on the global batch; `extra_rows` rows go to guidance and the tangent."""
     batch, kind = recipe.train.batch, phase_kind(alpha)
     later, units = batch - n_equal, 3.0 * batch
-    if is_guided_run(recipe):
-        units += guidance_rows
+    if is_guided_run(recipe) or asks_tangent(recipe, alpha):
+        units += extra_rows
     if kind == "between":
         units += later * (2 if recipe.loss.velocity == "network" else 1)
     elif kind == "derivative":
@@ -88,7 +96,9 @@ def phase_flops(recipe: Recipe) -> list[tuple[PhaseKind, int, float]]:
     for phase in phases(recipe):
         middle = (phase.first + phase.until) // 2
         n_equal = equal_rows(recipe.train.batch, equal_share_at(recipe)(middle))
-        flops = step_flops(recipe, alpha_at(recipe)(middle), n_equal, most_guidance_rows(recipe, n_equal))
+        alpha = alpha_at(recipe)(middle)
+        extra_rows = most_asked_rows(recipe, n_equal, tangent=asks_tangent(recipe, alpha))
+        flops = step_flops(recipe, alpha, n_equal, extra_rows)
         listed.append((phase.kind, phase.until - phase.first, flops))
     return listed
 

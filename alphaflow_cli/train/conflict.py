@@ -31,7 +31,7 @@ from alphaflow_cli.data.batches import to_device
 from alphaflow_cli.model.build import DTYPES
 from alphaflow_cli.recipe.schema import Loss, Recipe
 from alphaflow_cli.train.run import Run
-from alphaflow_cli.train.step import Objective, Rows, guided_rows, precision, training_step
+from alphaflow_cli.train.step import Objective, Rows, guided_rows, precision, time_laws, training_step
 
 TERMS = ("tfm", "tc", "fm")
 PAIRS = (("tfm", "tc"), ("tfm", "fm"), ("tc", "fm"))
@@ -55,14 +55,14 @@ def conflict_rows(recipe: Recipe, x: Tensor, y: Tensor, *, seed: int, index: int
 
 def later_times(recipe: Recipe, normals: Tensor, seed: int) -> tuple[Tensor, Tensor]:
     """Draw (t, r) from normals (3, B) on the host; rows with r = t are drawn again, the others keep their times."""
-    law = recipe.times
-    t, r = sample_times(normals, 0, law=law.law, mean=law.mean, std=law.std, order=law.order)
+    laws = time_laws(recipe.times)
+    t, r = sample_times(normals, 0, laws)
     for again in range(1, TRIES):
         tie = is_tie(t, r)
         if not tie.any():
             break
         normals = torch.randn(normals.shape, generator=torch.Generator().manual_seed(mix_seed(seed, again)))
-        new_t, new_r = sample_times(normals, 0, law=law.law, mean=law.mean, std=law.std, order=law.order)
+        new_t, new_r = sample_times(normals, 0, laws)
         t, r = torch.where(tie, new_t, t), torch.where(tie, new_r, r)
     return t, r
 
@@ -84,7 +84,7 @@ class Later:
     t: Tensor
     r: Tensor
     y: Tensor
-    du: Tensor  # du⁻/dt along (ṽ, 0, 1)
+    du: Tensor  # du⁻/dt along (ṽ, 0, 1), or along the network's own velocity where the recipe says so
 
     def take(self, index: Tensor) -> "Later":
         """Choose some of the rows by their indices."""
@@ -117,9 +117,9 @@ def measure_batch(net: nn.Module, rows: Rows, objective: Objective, *, bins: int
 def prepare_rows(net: nn.Module, rows: Rows, objective: Objective) -> Later:
     """Compute ṽ and du⁻/dt of the rows, without gradient; ties count as r = t in training and are left out."""
     assert rows.n_equal == 0, rows.n_equal
-    z_t, v_guided, y = guided_rows(net, rows, objective)
+    z_t, v_guided, along, y = guided_rows(net, rows, objective)
     with torch.no_grad(), precision(rows.x, objective):
-        _, du = net(z_t, rows.t, rows.r, y, tangent=v_guided, first=0)
+        _, du = net(z_t, rows.t, rows.r, y, tangent=along, first=0)
     later = Later(z_t, v_guided, rows.t, rows.r, y, du.to(z_t.dtype))
     return later.take((~is_tie(rows.t, rows.r)).nonzero().flatten())
 
@@ -155,7 +155,7 @@ def _loss(net: nn.Module, later: Later, objective: Objective, *, term: str) -> T
 
 def _gradient(net: nn.Module, loss: Callable[[], Tensor]) -> tuple[float, Gradient]:
     """A loss and its gradient by parameter's name; the parameters' `.grad` is left alone."""
-    named = dict(net.named_parameters())
+    named = {name: weight for name, weight in net.named_parameters() if weight.requires_grad}
     value = loss()
     grads = torch.autograd.grad(value, list(named.values()), materialize_grads=True)
     return float(value.detach()), dict(zip(named, grads, strict=True))

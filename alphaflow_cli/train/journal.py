@@ -37,7 +37,7 @@ from alphaflow_cli.runtime.precision import exact_dtype
 from alphaflow_cli.runtime.processes import World
 from alphaflow_cli.runtime.progress import say
 from alphaflow_cli.train.optimise import COUNTERS
-from alphaflow_cli.train.step import ask
+from alphaflow_cli.train.step import ask, time_laws
 
 LOSS_BINS = 8  # equal bins of t − r in (0, 1]
 SUMS = ("later", "error", "trajectory", "consistency", "equal", "velocity")  # then LOSS_BINS sums and LOSS_BINS counts
@@ -258,17 +258,22 @@ def peak_of(device_name: str, precision: str) -> float | None:
     return next((peak for name, peak in PEAKS.items() if name in device_name), None)
 
 
-def mean_guidance_rows(recipe: Recipe, n_equal: int, *, compiled: bool) -> float:
-    """Rows that guidance evaluates in a step, in the mean over TIME_DRAWS draws; compiled blocks always see all."""
-    batch, law, host = recipe.train.batch, recipe.times, torch.device("cpu")
-    if compiled or not speed.is_guided_run(recipe):
-        return float(speed.most_guidance_rows(recipe, n_equal))
+def mean_asked_rows(recipe: Recipe, n_equal: int, *, compiled: bool, tangent: bool = False) -> float:
+    """Rows that guidance and the tangent evaluate in a step, in the mean over TIME_DRAWS draws.
+
+    Compiled blocks always see all that could be needed.
+    """
+    batch, host = recipe.train.batch, torch.device("cpu")
+    if compiled or not (speed.is_guided_run(recipe) or tangent):
+        return float(speed.most_asked_rows(recipe, n_equal, tangent=tangent))
     generator, equal = torch.Generator().manual_seed(0), round(TIME_DRAWS * n_equal / batch)
     normals, uniforms = torch.randn((3, TIME_DRAWS), generator=generator), torch.rand(TIME_DRAWS, generator=generator)
-    t, _ = sample_times(normals, equal, law=law.law, mean=law.mean, std=law.std, order=law.order)
-    return len(ask(t, uniforms, equal, recipe.guidance, host).places) * batch / TIME_DRAWS
+    t, _ = sample_times(normals, equal, time_laws(recipe.times))
+    return len(ask(t, uniforms, equal, recipe.guidance, host, tangent=tangent).places) * batch / TIME_DRAWS
 
 
 def mean_step_flops(recipe: Recipe, alpha: float, n_equal: int, *, compiled: bool) -> float:
     """Floating-point operations of one step on the global batch, in the mean over its draws."""
-    return speed.step_flops(recipe, alpha, n_equal, mean_guidance_rows(recipe, n_equal, compiled=compiled))
+    tangent = speed.asks_tangent(recipe, alpha)
+    extra_rows = mean_asked_rows(recipe, n_equal, compiled=compiled, tangent=tangent)
+    return speed.step_flops(recipe, alpha, n_equal, extra_rows)

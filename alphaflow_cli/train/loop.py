@@ -37,7 +37,7 @@ from alphaflow_cli.train.journal import Journal, Trackers, console_line, mean_st
 from alphaflow_cli.train.optimise import COUNTERS
 from alphaflow_cli.train.parallel import split_batch
 from alphaflow_cli.train.run import Run, newest_for_all
-from alphaflow_cli.train.step import Rows, ask, training_step
+from alphaflow_cli.train.step import Rows, ask, row_factor, time_laws, training_step
 
 CHECK_EVERY = 10  # steps between looks at the device's counters and at the stop flag, where a look makes it wait
 NONFINITE_ADVICE = "Lower optim.lr, or look at the data: alphaflow prep-latents --verify."
@@ -89,8 +89,7 @@ def gradients(run: Run, step: int) -> None:
     alpha = run.alpha_at(step)
     n_equal = equal_rows(recipe.train.batch, run.equal_share_at(step))
     draws = step_draws(run.seed, step, batch=recipe.train.batch, shape=run.stream.shape, device=world.device)
-    law = recipe.times
-    t, r = sample_times(draws.normals, n_equal, law=law.law, mean=law.mean, std=law.std, order=law.order)
+    t, r = sample_times(draws.normals, n_equal, time_laws(recipe.times))
     times = torch.stack([t, r, draws.uniforms]).to(run.dtype)
     for turn in range(run.split.accumulation):
         place, mine = run.split.rows(world.rank, turn), run.split.equal_rows(world.rank, turn, n_equal)
@@ -108,8 +107,9 @@ def rows_at(run: Run, step: int, place: slice, *, noise: Tensor, times: Tensor, 
     batch, device, objective = run.stream.batch_at(step, place), run.world.device, run.objective
     t, r, uniforms = to_device(times, device)
     question = None  # compiled blocks: all rows that guidance could need, so that their number stays
-    if objective.is_guided and not run.compiled:
-        question = ask(times[0], times[2], n_equal, objective.guidance, device)
+    tangent = objective.has_tangent(run.alpha_at(step))
+    if (objective.is_guided or tangent) and not run.compiled:
+        question = ask(times[0], times[2], n_equal, objective.guidance, device, tangent=tangent)
     return Rows(
         x=batch.latents.to(run.dtype),
         noise=noise.to(run.dtype),
@@ -119,6 +119,7 @@ def rows_at(run: Run, step: int, place: slice, *, noise: Tensor, times: Tensor, 
         uniforms=uniforms,
         n_equal=n_equal,
         question=question,
+        factor=row_factor(t, r, n_equal, objective, progress=step / run.recipe.train.steps),
     )
 
 

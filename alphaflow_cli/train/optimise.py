@@ -1,10 +1,12 @@
-"""From gradients to weights: the non-finite policy, clipping, Adam, the averages. No host synchronisation.
+"""From gradients to weights: the non-finite policy, clipping, Adam, the averages. No host synchronisation with Adam.
 
 A gradient with a NaN or an infinity never reaches the weights: fused Adam skips the step on the device (found_inf).
 The counters stay on the device too; the trainer reads them when it reads the losses. Where the parameters are cut
 over the processes (FSDP2), Adam and the averages work on this process's parts: both act value by value.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,10 +22,17 @@ from alphaflow_cli.train.parallel import local, part, whole
 
 COUNTERS = ("steps", "grad_norm", "clipped", "nonfinite", "streak")
 MOMENTS = ("exp_avg", "exp_avg_sq")
+KINDS: dict[str, Callable[..., torch.optim.Optimizer]] = {  # without decay AdamW is Adam; both decouple it
+    "adam": partial(torch.optim.AdamW, fused=True),
+    "radam": partial(torch.optim.RAdam, foreach=True, decoupled_weight_decay=True),
+}
 
 
 class Optimiser:
-    """Adam and the running averages (EMA) of one network's weights."""
+    """Adam, or its like, and the running averages (EMA) of one network's weights.
+
+    A weight that is not trained (a fixed positional table) is kept, averaged and saved like the others.
+    """
 
     def __init__(self, net: nn.Module, recipe: Recipe) -> None:
         optim = recipe.optim
@@ -31,9 +40,9 @@ class Optimiser:
         self.rate_at = learning_rate_at(recipe)
         self.parameters = dict(net.named_parameters())
         self.weights = [local(parameter) for parameter in self.parameters.values()]
-        # AdamW without decay is Adam
-        self.adam = torch.optim.AdamW(
-            self.weights, lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay, fused=True
+        self.trained = [w for p, w in zip(self.parameters.values(), self.weights, strict=True) if p.requires_grad]
+        self.adam = KINDS[optim.kind](
+            self.trained, lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay
         )
         self.emas = [[w.detach().clone() for w in self.weights] for _ in recipe.ema.half_lives]
         device = self.weights[0].device
@@ -46,10 +55,14 @@ class Optimiser:
             group["lr"] = self.rate_at(step)
         # what GradScaler sets, and what fused Adam reads on the device
         self.adam.grad_scale, self.adam.found_inf = None, bad.float()  # type: ignore[attr-defined]
-        self.adam.step()
+        if self.recipe.optim.kind == "adam" or not bool(bad):  # RAdam is not fused: the host looks whether it may step
+            self.adam.step()
         self.forget_gradients()
-        for ema, half_life in zip(self.emas, self.recipe.ema.half_lives, strict=True):
-            update_ema(ema, self.weights, ema_beta(step, half_life=half_life, ramp=self.recipe.ema.ramp))
+        settings = self.recipe.ema
+        for ema, half_life in zip(self.emas, settings.half_lives, strict=True):
+            beta = ema_beta(step, half_life=half_life, ramp=settings.ramp, every=settings.every)
+            if beta < 1.0:
+                update_ema(ema, self.weights, beta)
         self._count(norm, bad)
 
     def forget_gradients(self) -> None:
@@ -62,6 +75,8 @@ class Optimiser:
         """The gradient of every parameter, whole or cut; the parts that Adam steps on get theirs."""
         grads = []
         for (name, parameter), w in zip(self.parameters.items(), self.weights, strict=True):
+            if not parameter.requires_grad:
+                continue
             assert parameter.grad is not None, name
             if w is not parameter:
                 assert local(parameter).data_ptr() == w.data_ptr(), f"{name}: FSDP moved its part"
@@ -77,7 +92,7 @@ class Optimiser:
             replace_nonfinite([local(grad) for grad in grads])
             norm = _total_norm(grads)
         if self.recipe.optim.clip_norm > 0:
-            torch.nn.utils.clip_grads_with_norm_(self.weights, self.recipe.optim.clip_norm, norm, foreach=True)
+            torch.nn.utils.clip_grads_with_norm_(self.trained, self.recipe.optim.clip_norm, norm, foreach=True)
         return norm, bad if self.recipe.optim.nonfinite != "replace" else self._replaced(bad)
 
     def _replaced(self, bad: Tensor) -> Tensor:

@@ -5,7 +5,7 @@
 """
 
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -40,6 +40,7 @@ SAME_MEANING = (
     "data.normalise",
     "data.scale",
     "data.shift",
+    "data.channel_",
 )
 
 
@@ -158,12 +159,10 @@ class Run:
         """Refuse a state whose tensors are not this run's: a copy would silently stretch one of another shape."""
         shapes = {name: parameter.shape for name, parameter in self.optimiser.parameters.items()}
         kinds = ["raw", *(f"ema{i}" for i in range(len(self.recipe.ema.half_lives)))]
-        kinds += MOMENTS if any(name.startswith("adam.step.") for name in tensors) else ()
-        wanted = {
-            f"adam.{kind}.{name}" if kind in MOMENTS else f"{kind}.{name}": s
-            for kind in kinds
-            for name, s in shapes.items()
-        }
+        wanted = {f"{kind}.{name}": shape for kind in kinds for name, shape in shapes.items()}
+        if any(name.startswith("adam.step.") for name in tensors):
+            trained = [name for name, parameter in self.optimiser.parameters.items() if parameter.requires_grad]
+            wanted |= {f"adam.{kind}.{name}": shapes[name] for kind in MOMENTS for name in trained}
         wrong = [name for name, shape in wanted.items() if name not in tensors or tensors[name].shape != shape]
         wrong += [name for name in ("counters", "sums") if name not in tensors]
         if wrong:
@@ -217,20 +216,34 @@ def build_run(recipe: Recipe, folder: Path, *, world: World, stream: LatentStrea
     )
 
 
-@torch.no_grad()
-def start_from(run: Run, address: str) -> list[str]:
-    """Begin with a checkpoint's weights, a label table of another size excepted; returns lines about what was taken."""
+def check_start(recipe: Recipe, address: str) -> None:
+    """Refuse a checkpoint that the run cannot begin with, before anything is made for it."""
     checkpoint = load_checkpoint(find_checkpoint(address))
-    ours = run.optimiser.parameters
+    with torch.device("meta"):  # shapes without memory
+        net = build_network(recipe)
+    _matched(checkpoint, dict(net.named_parameters()), address)
+
+
+def _matched(checkpoint: Checkpoint, ours: Mapping[str, torch.Tensor], address: str) -> list[str]:
+    """The names of the weights to take; only a label table may be of another size."""
     matched = [n for n, w in ours.items() if n in checkpoint.weights and checkpoint.weights[n].shape == w.shape]
     fresh = [name for name in ours if name not in matched]
-    left_out = [name for name in checkpoint.weights if name not in ours]
     misfits = [name for name in fresh if name in checkpoint.weights and name != "label_embed.weight"]
     if misfits or not matched:
         shapes = [f"{n}: {tuple(checkpoint.weights[n].shape)} there, {tuple(ours[n].shape)} here" for n in misfits[:4]]
         raise AlphaflowError(
             f"{address}: another architecture. " + "; ".join(shapes or ["no weight has a name we know"])
         )
+    return matched
+
+
+@torch.no_grad()
+def start_from(run: Run, address: str) -> list[str]:
+    """Begin with a checkpoint's weights, a label table of another size excepted; returns lines about what was taken."""
+    checkpoint, ours = load_checkpoint(find_checkpoint(address)), run.optimiser.parameters
+    matched = _matched(checkpoint, ours, address)
+    fresh = [name for name in ours if name not in matched]
+    left_out = [name for name in checkpoint.weights if name not in ours]
     run.optimiser.start_from({name: checkpoint.weights[name] for name in matched})
     run.init_from = address
     lines = [

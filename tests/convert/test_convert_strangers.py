@@ -15,12 +15,8 @@ from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.nn.autoencoder import load_autoencoder
 
 ONE = torch.zeros(2, 2)
-SOFLOW = {"network.t_embedder.mlp.0.weight": ONE, "network.s_embedder.mlp.0.weight": ONE}
 STRANGERS = {
-    "SoFlow": ({"model": SOFLOW, "ema_model": SOFLOW, "optimizer": {}, "finished_steps": 3}, "a SoFlow checkpoint"),
-    "SoFlow, stripped": ({"ema_model": SOFLOW}, "a SoFlow checkpoint"),
-    "SoFlow, the table": (SOFLOW, "a SoFlow checkpoint"),
-    "SoFlow's U-Net": ({"model": {"x": ONE}, "ema_model": {"x": ONE}, "finished_steps": 3}, "a SoFlow checkpoint"),
+    "SoFlow's U-Net": ({"model": {"x": ONE}, "ema_model": {"x": ONE}, "finished_steps": 3}, "without s_embedder"),
     "FastGen's FSDP": ({"scheduler": {}, "grad_scaler": {}, "callbacks": {}, "iteration": 5}, r"theirs\.net_model"),
     "FastGen's EDM": ({"model": {"net": {"model.enc.32x32_conv.weight": ONE}}, "iteration": 5}, "a U-Net, as py-mean"),
     "py-meanflow": ({"model": {"enc.32x32_conv.weight": ONE}, "args": argparse.Namespace()}, "a U-Net, as py-mean"),

@@ -101,14 +101,18 @@ class LossCase:
         with torch.no_grad():
             u_y = self.net(z_t, self.t, self.t, self.y)
             u_null = self.net(z_t, self.t, self.t, torch.full_like(y, null))
-        self.v_guided = guidance.guided_velocity(v, u_y, u_null, self.t, **self.mix, **self.interval)
+        acts = guidance.inside(self.t, **self.interval)
+        null_weight = guidance.null_weight(**self.mix)
+        self.v_guided = guidance.guided_velocity(v, u_y, u_null, acts, **self.mix, null=null_weight)
         later = self.later_target(z_t[self.k :])
         target = torch.cat([self.v_guided[: self.k], later])
         bound = self.meta["clamp_utgt"]
         self.target = objective.clamp_target(target, self.k, bound=bound, alpha=self.alpha)
         self.u = self.net(z_t, self.t, self.r, self.y)
         self.error = objective.squared_error(self.u, self.target, "mean")
-        self.weight = objective.loss_weight(self.error, self.k, alpha=self.alpha, kind="adaptive", c=1e-3)
+        self.weight = objective.loss_weight(
+            self.error, self.k, alpha=self.alpha, kind="adaptive", c=1e-3, power=1.0, later=1.0
+        )
         self.total = (self.weight * self.error).mean()
         self.total.backward()
 
@@ -191,7 +195,8 @@ def test_times_come_from_the_normals_as_published(order):
     later = [torch.cat([torch.zeros(n_equal), draw[: 64 - n_equal]]) for draw in (first, second)]  # theirs start at 0
     normals = torch.stack([own, *later])
     t, r, dt = (misc[f"time/{order}/{key}"] for key in ("t", "r", "dt"))
-    ours = times.sample_times(normals, n_equal, law="logit_normal", mean=-0.4, std=1.0, order=order)
+    draw = times.Draw("logit_normal", -0.4, 1.0)
+    ours = times.sample_times(normals, n_equal, times.TimeLaws(draw, draw, draw, order, 0.0))
     part = ours[0] - objective.intermediate_time(*ours, alpha=0.5)  # "dt" is t − s at α = ½
     for value, golden in zip((*ours, part), (t, r, dt), strict=True):
         torch.testing.assert_close(value, torch.tensor(golden), rtol=2e-7, atol=1e-7)
@@ -202,12 +207,12 @@ def test_ema_follows_the_published_average():
     weights, expected = torch.tensor(misc["ema/net"]), misc["ema/ema"]
     average = torch.zeros(5)  # the stored averages were accumulated in float32; β in float64
     for step in range(30):
-        beta = ema.ema_beta(step, half_life=6931.0, ramp=0.05)
+        beta = ema.ema_beta(step, half_life=6931.0, ramp=0.05, every=1)
         assert beta == pytest.approx(misc["ema/beta"][step], rel=1e-9, abs=1e-12)
         ema.update_ema([average], [weights[step].float()], beta)
         np.testing.assert_allclose(average.numpy(), expected[step], rtol=2e-7, atol=2e-7)
     for step, beta in zip(misc["ema/beta_steps"], misc["ema/beta_at_steps"], strict=True):
-        assert ema.ema_beta(int(step), half_life=6931.0, ramp=0.05) == pytest.approx(beta, rel=1e-12)
+        assert ema.ema_beta(int(step), half_life=6931.0, ramp=0.05, every=1) == pytest.approx(beta, rel=1e-12)
 
 
 def test_the_positional_table_and_the_time_features_are_published_ones():

@@ -14,7 +14,8 @@ INSIDE = [False, False, True, True, False, False]
 
 
 def guided(t, omega, kappa, t_min=0.0, t_max=1.0, u_y=U_Y, u_null=U_NULL):
-    return guidance.guided_velocity(V, u_y, u_null, t, omega=omega, kappa=kappa, t_min=t_min, t_max=t_max)
+    acts, null = guidance.inside(t, t_min, t_max), guidance.null_weight(omega, kappa)
+    return guidance.guided_velocity(V, u_y, u_null, acts, omega=omega, kappa=kappa, null=null)
 
 
 def test_the_interval_is_strict_at_both_ends():

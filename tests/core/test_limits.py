@@ -40,7 +40,9 @@ def gradient(alpha: float, weight: str) -> Tensor:
     else:
         target = objective.between_target(net, z_t, v, t=t, r=r, y=y, alpha=alpha)
     error = objective.squared_error(net(z_t, t, r, y), target, "mean")
-    return flat_gradient((objective.loss_weight(error, 0, alpha=alpha, kind=weight, c=C) * error).mean())
+    return flat_gradient(
+        (objective.loss_weight(error, 0, alpha=alpha, kind=weight, c=C, power=1.0, later=1.0) * error).mean()
+    )
 
 
 def relative_errors(weight: str, alphas: tuple[float, ...]) -> list[float]:
@@ -79,7 +81,10 @@ def test_the_converging_weight_keeps_the_gradients_size(alpha):
 def test_both_weights_agree_at_alpha_one_and_alpha_zero():
     error = torch.tensor([0.1, 3.0])
     for alpha in (1.0, 0.0):
-        pair = [objective.loss_weight(error, 0, alpha=alpha, kind=kind, c=C) for kind in ("adaptive", "converging")]
+        pair = [
+            objective.loss_weight(error, 0, alpha=alpha, kind=kind, c=C, power=1.0, later=1.0)
+            for kind in ("adaptive", "converging")
+        ]
         assert torch.equal(*pair)
 
 
@@ -97,7 +102,7 @@ def test_shortcut_at_one_half_is_twice_the_shortcut_models_loss():
     net, z_t, v, t, r, y = setting()
     target = objective.shortcut_target(net, z_t, v, t=t, r=r, y=y, alpha=0.5)
     error = objective.squared_error(net(z_t, t, r, y), target, "mean")
-    ours = objective.loss_weight(error, 0, alpha=0.5, kind="none", c=C) * error
+    ours = objective.loss_weight(error, 0, alpha=0.5, kind="none", c=C, power=1.0, later=1.0) * error
     theirs = shortcut_model_loss(net, z_t, t, r, y)
     torch.testing.assert_close(ours, 2 * theirs, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(flat_gradient(ours.mean()), 2 * flat_gradient(theirs.mean()), rtol=1e-10, atol=1e-12)

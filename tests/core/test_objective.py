@@ -125,7 +125,11 @@ def test_shuffling_the_rows_shuffles_targets_losses_and_weights(alpha, velocity)
         rows = [value[order] for value in (z, t, r, y)]
         target = objective.clamp_target(later_target(field, alpha, velocity, *rows), 0, bound=4.0, alpha=alpha)
         error = objective.squared_error(rows[0], target, "mean")
-        return target, error, objective.loss_weight(error, 0, alpha=alpha, kind="adaptive", c=1e-3)
+        return (
+            target,
+            error,
+            objective.loss_weight(error, 0, alpha=alpha, kind="adaptive", c=1e-3, power=1.0, later=1.0),
+        )
 
     order = torch.tensor([5, 2, 7, 0, 1, 3, 6, 4])
     for plain, shuffled in zip(run(torch.arange(8)), run(order), strict=True):
@@ -155,7 +159,7 @@ def test_edges_of_time_are_safe_in_float32(alpha, velocity):
     assert rounded.dtype == torch.float32
     assert (rounded.double() - exact).abs().max() < 2e-5
     error = objective.squared_error(torch.zeros_like(rounded), rounded, "mean")
-    weight = objective.loss_weight(error, 0, alpha=alpha, kind="adaptive", c=1e-3)
+    weight = objective.loss_weight(error, 0, alpha=alpha, kind="adaptive", c=1e-3, power=1.0, later=1.0)
     assert torch.isfinite(weight * error).all()
 
 
@@ -192,7 +196,7 @@ def test_each_weight_is_its_formula(alpha):
     a = torch.tensor([1.0, 1.0, alpha or 1.0, alpha or 1.0])
     expected = {"adaptive": a / (error + c), "converging": a / (error + a**2 * c), "none": 1 / a}
     for kind, weight in expected.items():
-        ours = objective.loss_weight(error, 2, alpha=alpha, kind=kind, c=c)
+        ours = objective.loss_weight(error, 2, alpha=alpha, kind=kind, c=c, power=1.0, later=1.0)
         torch.testing.assert_close(ours, weight.detach(), rtol=1e-6, atol=0)
         assert not ours.requires_grad
 

@@ -42,6 +42,17 @@ def test_a_broken_picture_is_named_with_the_reason(name):
     assert "0x" not in str(refused.value)  # an address in memory
 
 
+def test_adms_crop_halves_by_box_then_resizes_by_bicubic_then_cuts():
+    values = np.random.default_rng(0).integers(0, 256, (104, 208, 3), dtype=np.uint8)
+    across = (values[:, ::2].astype(np.int64) + values[:, 1::2] + 1) // 2  # BOX: the mean of two, then of two of these
+    once = Image.fromarray(((across[::2] + across[1::2] + 1) // 2).astype(np.uint8))
+    small = np.asarray(once.resize((64, 32), Image.Resampling.BICUBIC))
+    found = decode(encoded(Image.fromarray(values), "PNG"), 32, MAX_PIXELS, "adm")
+    np.testing.assert_array_equal(found, small[:, 16:48].transpose(2, 0, 1))
+    as_it_is = encoded(Image.fromarray(values[:32, :32]), "PNG")
+    np.testing.assert_array_equal(decode(as_it_is, 32, MAX_PIXELS, "adm"), values[:32, :32].transpose(2, 0, 1))
+
+
 def test_grey_modes_agree_with_each_other():
     grey = pixels(encoded(gradient("L"), "PNG"))
     assert (grey[0] == grey[1]).all()

@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 from new_process import alphaflow
 from PIL import Image
+from run_pages import score
 from small_models import pixel_checkpoint
 
 from alphaflow_cli import cli
-from alphaflow_cli.evaluate.results import read_results
+from alphaflow_cli.evaluate.evaluate import score_chart
+from alphaflow_cli.evaluate.results import Evaluation, read_results
 from alphaflow_cli.hub.card import result_rows
 from alphaflow_cli.model.checkpoint import load_checkpoint, save_checkpoint
 from alphaflow_cli.model.find import run_folder
@@ -64,6 +66,20 @@ def test_every_nfe_is_a_row_with_its_whole_protocol(run, real, capsys):
     assert one["reference"]["count"] == 120
     assert (run / "scores.png").is_file()
     assert len((run / "evals" / "history.jsonl").read_text().splitlines()) == 2
+
+
+def test_the_chart_of_scores_names_the_model_the_protocol_and_the_better_side():
+    two = [Evaluation("e", "ab", [score(nfe, value)], [], {}, 1) for nfe, value in ((1, 7.5), (2, 3.25))]
+    chart = score_chart(two, sweep=False)
+    assert chart.title == "Scores of quickstart"
+    protocol = "fd_haar192; reference glyphs (pictures, 2,000 pictures, abababab); 2,000 pictures"
+    assert chart.subtitle == f"{protocol}; weights cdcdcdcd"
+    assert [panel.title for panel in chart.panels] == ["FD-tiny-2k: lower is better"]
+
+
+def test_more_pictures_than_real_ones_are_pointed_out(run, real, capsys):
+    assert evaluate(run, real, "--nfe", "1", "--images", "130") == 0
+    assert "beware: 130 pictures are compared with 120 real ones" in capsys.readouterr().err
 
 
 def test_measured_pictures_are_the_sampled_ones(run, real, tmp_path):

@@ -59,3 +59,9 @@ def sit_weights(seed=21):
 def meanflow_weights(seed=31):
     """zhuyu-cs/MeanFlow: t_embedder and r_embedder."""
     return random_weights(**SIZE, rows=CLASSES + 1, out=4, embedders=("t_embedder", "r_embedder"), seed=seed)
+
+
+def soflow_weights(seed=41, rows=CLASSES + 1):
+    """SoFlow: t_embedder and s_embedder, under `network.`."""
+    table = random_weights(**SIZE, rows=rows, out=4, embedders=("t_embedder", "s_embedder"), seed=seed)
+    return {f"network.{name}": value for name, value in table.items()}

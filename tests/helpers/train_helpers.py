@@ -42,6 +42,16 @@ train:
   {steps: 20, batch: 16, precision: fp32, save_every: 5, keep: 2, milestone_every: 0, log_every: 3, sample_every: 0}
 eval: {metrics: [fd-tiny], draw: balanced}
 """
+MEMBERS = {  # the family's newer members, as changes of the tiny recipe
+    "soflow": (
+        "model.positions=fixed", "model.second_init=xavier", "times.order=min", "times.second.mean=-1",
+        "times.equal.mean=-0.2", "times.gap=1e-3", "alpha.kind=exponential", "alpha.initial=0.5", "alpha.final=0.02",
+        "alpha.gamma=1", "alpha.clamp=0", "alpha.start=0", "alpha.end=20", "guidance.dropped=plain",
+        "guidance.fade_from=0.7", "loss.weight=converging", "loss.power=0.75", "loss.later=0.5", "loss.clamp=0",
+        "loss.short_first=true", "optim.kind=radam", "ema.ramp=0", "ema.every=4",
+    ),
+    "boundary": ("loss.tangent=network", "guidance.kappa=0", "guidance.t_max=0.8"),
+}  # fmt: skip
 
 
 def make_store(folder: Path, count: int = 48) -> Path:

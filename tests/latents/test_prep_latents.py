@@ -141,6 +141,18 @@ def test_the_manifest_says_how_it_was_made(vae, tree, tmp_path):
     assert str(tmp_path).encode() not in text, "a store must not carry the machine's folders"
 
 
+def test_the_way_of_cropping_is_kept_and_another_one_is_refused(tree, tmp_path):
+    line = ("prep-latents", tree, "--size", 16, "--autoencoder", "none", "--out", tmp_path / "s")
+    assert invoke(*line, "--crop", "adm")[0] == 0
+    plan = read_manifest(tmp_path / "s").plan
+    assert (plan.crop, plan.transform["crop"]) == ("adm", "halved by box, short side bicubic, centred square")
+    code, _, err = invoke(*line)
+    assert code == 1
+    assert "holds another preparation: transform" in err
+    assert read_manifest(prepare(tree, tmp_path / "square")).plan.crop == "square"
+    assert (all_rows(tmp_path / "s", "pixels") != all_rows(tmp_path / "square", "pixels")).any()
+
+
 @pytest.mark.usefixtures("forked_workers")
 @pytest.mark.distributed
 @pytest.mark.parametrize("encoder", ["none", pytest.param("vae", marks=pytest.mark.slow)])

@@ -1,12 +1,15 @@
 """What follows from a recipe, against published figures and brute force."""
 
 import itertools
+import json
 import sys
 
 import pytest
 
+from alphaflow_cli.cli import run
 from alphaflow_cli.recipe import load_recipe, plan, recipe_from_text, shipped, speed
 from alphaflow_cli.recipe.facts import facts, human, lines
+from alphaflow_cli.recipe.plan import warnings_of
 from alphaflow_cli.recipe.schema import resolve_step
 
 PARAMETERS = {
@@ -118,13 +121,44 @@ def saved_bytes(net, rows, precision):
 
 def test_a_warm_up_longer_than_the_run_is_pointed_out():
     recipe = load_recipe("b2", ["train.steps=1000"])
-    assert facts(recipe)["warnings"] == ["the warm-up (10,000 steps) outlasts the run: lr reaches 1e-05"]
+    assert facts(recipe)["warnings"][0] == "the warm-up (10,000 steps) outlasts the run: lr reaches 1e-05"
     assert ("beware", facts(recipe)["warnings"][0]) in lines(recipe)
 
 
 def test_an_unfinished_alpha_is_pointed_out():
     recipe = load_recipe("b2", ["alpha.end=800000", "alpha.unfinished=true"])
     assert any("alpha ends the run at 0.5, not at 0" in text for text in facts(recipe)["warnings"])
+
+
+@pytest.mark.parametrize(
+    ("sets", "doubt"),
+    [
+        (["train.steps=20"], "the warm-up (10,000 steps) outlasts the run: lr reaches 2e-07"),
+        (["train.steps=5000"], "the average of half-life 6,931 steps outlasts the run of 5,000: ema.ramp shortens it"),
+        (["train.steps=1"], "none of the 1 step has 0 < α < 1: alpha's schedule leaves that phase out"),
+        (["train.steps=1"], "none of the 1 step has α = 0: alpha's schedule leaves that phase out"),
+        (["train.steps=100", "alpha.kind=linear"], "none of the 100 steps has α = 0"),
+        (["eval.reference=glyphs:300"], "eval compares 50,000 pictures with the 300 of glyphs:300"),
+        ([], "bf16 is up to eight times slower than fp32 on a CPU: --set train.precision=fp32"),
+    ],
+)
+def test_what_would_be_useless_is_a_doubt(sets, doubt):
+    assert any(doubt in text for text in warnings_of(load_recipe("b2", sets), on_cpu=True))
+
+
+@pytest.mark.parametrize("name", sorted(shipped()))
+def test_no_shipped_recipe_is_in_doubt(name):
+    assert warnings_of(load_recipe(name)) == []
+
+
+def test_check_says_what_show_and_train_say(capsys):
+    sets = ["--set", "train.steps=1000", "--set", "train.precision=fp32"]
+    expected = warnings_of(load_recipe("b2", sets[1::2]))
+    assert run(["recipe", "check", "b2", *sets]) == 0
+    assert capsys.readouterr().out.splitlines() == ["b2: good", *(f"  beware: {text}" for text in expected)]
+    assert run(["recipe", "check", "b2", *sets, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == [{"file": "b2", "ok": True, "error": None, "warnings": expected}]
+    assert len(expected) == 2
 
 
 @pytest.mark.parametrize("name", shipped())

@@ -71,6 +71,49 @@ BROKEN = {
     "embedded set": ("data: {source: cats}", "'cats' is no embedded set: the form is glyphs:4000"),
     "shortcut at alpha 1": ("loss: {velocity: network}", "needs alpha strictly between 0 and 1, it reaches 1"),
     "shortcut at alpha 0": ("alpha: 0\nloss: {velocity: network}", "strictly between 0 and 1, it reaches 0"),
+    "gap with alpha 0": ("alpha: 0\ntimes: {gap: 1e-4}", "keeps s away from t, but alpha reaches 0"),
+    "gap with a clamp to 0": (
+        "alpha: {kind: exponential, final: 0.001}\ntimes: {gap: 1e-4}",
+        "r.yaml:2: times.gap 0.0001 keeps s away from t, but alpha reaches 0",
+    ),
+    "gap of 1": ("times: {gap: 1}", "times.gap must be 0 or more and less than 1"),
+    "a law of another name": ("times: {second: {law: uniforn}}", "Did you mean 'uniform'?"),
+    "a draw without spread": ("times: {equal: {std: 0}}", "times.equal.std must be more than 0, got 0"),
+    "a draw as a number": ("times: {second: 3}", "times.second is a section: give it lines of its own (law, mean, std"),
+    "fade with an interval": (
+        "guidance: {omega: 0.75, kappa: 0.75, label_dropout: 0.1, fade_from: 0.8, t_max: 0.9}",
+        "fades guidance out towards t = 1, the interval (0, 0.9) cuts it off",
+    ),
+    "fade without guidance": ("guidance: {fade_from: 0.8}", "without guidance (omega 1, kappa 0) does nothing"),
+    "fade beyond 1": ("guidance: {fade_from: 1.5}", "guidance.fade_from must lie between 0 and 1, got 1.5"),
+    "plain without guidance": ("guidance: {dropped: plain, label_dropout: 0.1}", "guidance.dropped plain says what"),
+    "plain without dropout": ("guidance: {omega: 0.5, kappa: 0.5, dropped: plain}", "it does nothing"),
+    "power of no weight": ("alpha: 0.5\nloss: {weight: none, power: 2}", "with none it does nothing"),
+    "power 0": ("loss: {power: 0}", "loss.power must be more than 0, got 0"),
+    "later of no rows": ("alpha: 1\ntimes: {equal_share: 1}\nloss: {later: 0.5}", "loss.later is about r < t rows"),
+    "short_first of no rows": (
+        "alpha: 1\ntimes: {equal_share: 1}\nloss: {short_first: true}",
+        "loss.short_first is about r < t rows",
+    ),
+    "constants of another count": (
+        "data: {normalise: channel, channel_mean: [0, 0, 0], channel_std: [1, 1, 1]}",
+        "data.channel_mean has 3 numbers, and a latent has 4 channels",
+    ),
+    "constants of another rule": (
+        "data: {channel_mean: [0, 0, 0, 0], channel_std: [1, 1, 1, 1]}",
+        "data.channel_mean acts with normalise: channel only, not position",
+    ),
+    "half of the constants": (
+        "data: {normalise: channel, channel_mean: [0, 0, 0, 0]}",
+        "data.channel_mean and data.channel_std belong together",
+    ),
+    "a constant of 0": (
+        "data: {normalise: channel, channel_mean: [0, 0, 0, 0], channel_std: [1, 1, 0, 1]}",
+        "data.channel_std must be more than 0",
+    ),
+    "a floor of another prediction": ("model: {t_floor: 0.1}", "model.t_floor acts with prediction: data only"),
+    "a floor of 0": ("model: {prediction: data, t_floor: 0}", "model.t_floor must lie between 0 and 1, got 0"),
+    "averages of every 0 steps": ("ema: {every: 0}", "ema.every must be 1 or more, got 0"),
     "null byte in a name": (
         'data: {store: "a\\0b"}',
         "data.store wants text, got 'a\\x00b': a line break, a null byte",
@@ -128,14 +171,14 @@ def test_the_fault_is_said_with_its_place(text, message, tmp_path, monkeypatch, 
 def test_every_fault_is_listed_in_the_order_of_the_lines():
     text = "train:\n  steps: -1\n  btch: 3\noptim:\n  lr: x\n"
     with pytest.raises(AlphaflowError) as caught:
-        recipe_from_text(text, "r.yaml", ["ema.ramp=0"])
+        recipe_from_text(text, "r.yaml", ["ema.ramp=-1"])
     said = str(caught.value).splitlines()
     assert said[0] == "r.yaml has 4 faults:"
     assert [line.split(": ")[0].strip() for line in said[1:]] == [
         "r.yaml:2",
         "r.yaml:3",
         "r.yaml:5",
-        "--set ema.ramp=0",
+        "--set ema.ramp=-1",
     ]
 
 

@@ -1,11 +1,12 @@
 """The fast step is the published step: same gradients, same curve, its golden numbers; and it wastes nothing."""
 
+import json
 import math
 from dataclasses import replace
 
 import pytest
 import torch
-from golden_data import LOSS_META, arrays, assert_close, golden_case, network, tensor
+from golden_data import FOLDER, LABEL_ROWS, LOSS_META, arrays, assert_close, golden_case, labels, network, tensor
 from reference_step import reference_step
 from workload import CLASSES, Size, asking, build, draw
 
@@ -16,6 +17,7 @@ from alphaflow_cli.recipe.schema import Guidance, Loss
 from alphaflow_cli.train.step import Objective, Rows, ask, training_step
 
 TINY = Size(dim=32, depth=2, heads=4, latent=8)
+BOUNDARY_META = json.loads((FOLDER / "imf_boundary_meta.json").read_text())
 GUIDANCE = {
     "none": Guidance(),
     "b2": Guidance(omega=1.0, kappa=0.5),
@@ -144,15 +146,39 @@ def test_the_step_gives_the_published_losses_and_gradients(case):
     check_gradients(net, case, meta)
 
 
-def check_gradients(net, case, meta):
+@pytest.mark.parametrize("asked", ["all", "needed"])
+@pytest.mark.parametrize("case", sorted(BOUNDARY_META))
+def test_the_step_with_the_boundary_tangent_gives_the_reference_losses_and_gradients(case, asked):
+    file, meta = "imf_boundary_f64.npz", BOUNDARY_META[case]
+    x, noise, t, r, uniforms = (tensor("loss_inputs.npz", name) for name in ("x", "noise", "t", "r", "label_rand"))
+    mix = Guidance(**{key: meta[key] for key in ("omega", "kappa", "t_min", "t_max", "label_dropout")})
+    loss = Loss(tangent="network", clamp=meta["clamp"], c=meta["c"], reduction=meta["reduction"])
+    objective = Objective(loss=loss, guidance=mix, y_null=LABEL_ROWS["M"] - 1, has_labels=True, bf16=False)
+    y = labels(torch.tensor(arrays("loss_inputs.npz")["label"]), "M")
+    question = ask(t, uniforms, meta["n_fm"], mix, t.device, tangent=True) if asked == "needed" else None
+    net, rows = network("M"), Rows(x, noise, t, r, y, uniforms, meta["n_fm"], question)
+    result = training_step(net, net, rows, alpha=meta["alpha"], objective=objective)
+    total = result.loss / len(t)
+    assert total.item() == pytest.approx(meta["total_loss"], rel=1e-9)
+    ours = {
+        "target": result.target, "velocity_cfg": result.v_guided, "loss_tfm": result.terms.trajectory,
+        "loss_tcc": result.terms.consistency,
+    }  # fmt: skip
+    for name in (name for name in ours if f"{case}/{name}" in arrays(file)):
+        assert_close(ours[name], tensor(file, f"{case}/{name}").reshape(ours[name].shape))
+    total.backward()
+    check_gradients(net, case, meta, file)
+
+
+def check_gradients(net, case, meta, file="loss_f64.npz"):
     ours = {f"model.{to_published(name)}": weight.grad for name, weight in net.named_parameters()}
     prefix = f"{case}/grad/"
-    stored = [name.removeprefix(prefix) for name in arrays("loss_f64.npz") if name.startswith(prefix)]
+    stored = [name.removeprefix(prefix) for name in arrays(file) if name.startswith(prefix)]
     assert len(stored) > 10
     for name in stored:
         key, _, rows = name.partition("[:")
         grad = ours[key] if not rows else ours[key][: int(rows.rstrip("]"))]
-        assert_close(grad, tensor("loss_f64.npz", prefix + name).reshape(grad.shape))
+        assert_close(grad, tensor(file, prefix + name).reshape(grad.shape))
     for key, norm in meta["grad_norm"].items():
         assert ours[key].norm().item() == pytest.approx(norm, rel=1e-9, abs=1e-12), key
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
-from train_helpers import fork, make_recipe, make_store, row_values, train
+from train_helpers import MEMBERS, fork, make_recipe, make_store, row_values, train
 
 from alphaflow_cli.core.alpha import equal_rows
 from alphaflow_cli.core.draws import step_draws
@@ -17,7 +17,7 @@ from alphaflow_cli.runtime.processes import join_world
 from alphaflow_cli.train import start
 from alphaflow_cli.train.loop import gradients, rows_at
 from alphaflow_cli.train.parallel import Split, local, part, split_batch, whole, wrap_network
-from alphaflow_cli.train.step import training_step
+from alphaflow_cli.train.step import time_laws, training_step
 
 ALPHAS = {"flow": 1.0, "between": 0.4, "derivative": 0.0}
 
@@ -47,6 +47,10 @@ def write_gradients(recipe, store, folder, micro_batch):
         gradients(run, 7)
         for name, parameter in run.net.named_parameters():
             cut = recipe.train.strategy == "fsdp2" and world.size > 1
+            if not parameter.requires_grad:
+                assert cut == isinstance(parameter, DTensor)
+                assert parameter.grad is None
+                continue
             assert cut == isinstance(parameter, DTensor) == isinstance(parameter.grad, DTensor)
             found[f"{phase}.{name}"] = whole(parameter, local(parameter.grad)).clone()
     if world.is_main:
@@ -94,15 +98,41 @@ def test_gradients_on_several_processes_are_those_of_one(way, alone, store, tmp_
     assert sum(row["equal"] for row in rows) == rows[0]["wanted"] == 4
 
 
+MEMBER_WAYS = {
+    "two, accumulation, checkpointing": (2, 3, "ddp", "train.gradient_checkpointing=true"),
+    "two, fsdp2": (2, None, "fsdp2", "train.gradient_checkpointing=false"),
+}
+
+
+@pytest.fixture(scope="module", params=MEMBERS)
+def member(request, store, tmp_path_factory):
+    """A member of the family, and its gradients in one process."""
+    folder, sets = tmp_path_factory.mktemp(request.param), ("train.precision=fp64", *MEMBERS[request.param])
+    return sets, gradients_of(make_recipe(folder, *sets), store, folder / "run", processes=1)
+
+
+@pytest.mark.parametrize("way", MEMBER_WAYS)
+def test_gradients_of_a_member_on_two_processes_are_those_of_one(way, member, store, tmp_path):
+    processes, micro_batch, strategy, checkpointing = MEMBER_WAYS[way]
+    sets, alone = member
+    recipe = make_recipe(tmp_path, *sets, f"train.strategy={strategy}", checkpointing)
+    together = gradients_of(recipe, store, tmp_path / "together", processes=processes, micro_batch=micro_batch)
+    assert alone.keys() == together.keys()
+    largest = {phase: max(float(g.abs().max()) for n, g in alone.items() if n.startswith(phase)) for phase in ALPHAS}
+    for name, grad in alone.items():
+        assert float((grad - together[name]).abs().max()) < 1e-12 * largest[name.split(".")[0]], name
+    assert min(largest.values()) > 1e-3, "the comparison is about something"
+
+
 @pytest.mark.parametrize("alpha", ALPHAS.values())
 def test_asking_about_the_needed_rows_only_changes_no_gradient(alpha, store, tmp_path):
     interval = ("guidance.t_min=0.3", "guidance.t_max=0.6", "guidance.label_dropout=0.4")
     recipe = make_recipe(tmp_path, "train.precision=fp64", *interval)
     run = start.open_run(recipe, start.TrainOptions(tmp_path / "run", store), join_world())
     awake(run.net)
-    law, n_equal = recipe.times, 4
+    n_equal = 4
     draws = step_draws(0, 5, batch=16, shape=run.stream.shape, device=run.world.device)
-    t, r = sample_times(draws.normals, n_equal, law=law.law, mean=law.mean, std=law.std, order=law.order)
+    t, r = sample_times(draws.normals, n_equal, time_laws(recipe.times))
     times = torch.stack([t, r, draws.uniforms]).double()
     rows = rows_at(run, 5, slice(None), noise=draws.noise, times=times, n_equal=n_equal)
     assert 0 < len(rows.question.places) < 16, "of 16 + 12"

@@ -23,7 +23,7 @@ from alphaflow_cli.train.journal import (
     check_trackers,
     console_line,
     flat,
-    mean_guidance_rows,
+    mean_asked_rows,
     mean_step_flops,
     peak_of,
     read_rows,
@@ -145,8 +145,8 @@ def test_guidance_asks_about_so_many_rows_in_the_mean(tmp_path):
     recipe = make_recipe(tmp_path, *sets, "train.batch=256")
     equal, later = 0.9332, 0.9332**2  # Φ((ln 3 + .4) / 1)
     for n_equal, expected in ((0, later * 1.9), (128, (equal * 0.9 + later * 1.9) / 2), (256, equal * 0.9)):
-        assert mean_guidance_rows(recipe, n_equal, compiled=False) / 256 == pytest.approx(expected, rel=0.01)
-    assert mean_guidance_rows(recipe, 128, compiled=True) == 256 + 128
+        assert mean_asked_rows(recipe, n_equal, compiled=False) / 256 == pytest.approx(expected, rel=0.01)
+    assert mean_asked_rows(recipe, 128, compiled=True) == 256 + 128
 
 
 def test_the_peak_is_known_for_bf16_on_known_devices_only():

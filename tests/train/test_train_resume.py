@@ -7,6 +7,7 @@ import signal
 import pytest
 import torch
 from train_helpers import (
+    MEMBERS,
     assert_same,
     begin,
     largest_difference,
@@ -31,6 +32,8 @@ WAYS = {  # processes, micro-batch, --set
     "accumulation": (1, 3, ()),
     "two processes and accumulation": (2, 3, ()),
     "fsdp2": (2, None, ("train.strategy=fsdp2",)),
+    "soflow": (1, None, MEMBERS["soflow"]),
+    "the boundary tangent": (1, None, MEMBERS["boundary"]),
     "gradient checkpointing in bf16": (1, None, ("train.precision=bf16", "train.gradient_checkpointing=true")),
 }
 
@@ -66,7 +69,7 @@ def interrupt(recipe, store, out, step, how, processes, micro_batch):
     assert started.wait() == [expected] * processes, started.said()
 
 
-SLOW = ("accumulation", "gradient checkpointing in bf16")
+SLOW = ("accumulation", "the boundary tangent", "gradient checkpointing in bf16")
 
 
 @pytest.mark.parametrize("way", [pytest.param(w, marks=pytest.mark.slow) if w in SLOW else w for w in WAYS])

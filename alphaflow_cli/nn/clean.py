@@ -1,0 +1,66 @@
+"""A DiT whose last layer gives the data x̂, read as an average velocity.
+
+    u = (z − x̂) / max(t, t_floor)
+
+At r = t that is the velocity of the straight path, v = (z_t − x) / t, for x̂ = x. For r < t it is another way to write
+the same u: x̂ is where a step of length t along u would lead. The data lie on far fewer directions than noise does, so
+in pixels the last layer has less to say. Below t_floor the factor stays, so that an error of x̂ is never magnified more
+than 1 / t_floor times.
+
+The derivative rides along by the rule of a quotient, with f = 1 / max(t, t_floor):
+
+    du/dt = (dz/dt − dx̂/dt) f − u f    where t > t_floor, and without its last term below
+
+Rows, channels, the riding tangent and the rows beside are those of nn/dit.py.
+"""
+
+import torch
+from torch import Tensor
+
+from alphaflow_cli.core.path import expand
+from alphaflow_cli.nn.dit import Attend, DiT
+from alphaflow_cli.nn.tangent import Beside, Dual, Inputs, Stream, last_rows
+
+
+class CleanDiT(DiT):
+    """A DiT whose own output is the data x̂, read as u(z, r, t | y)."""
+
+    t_floor: float  # set by model/build.py, from the recipe
+
+    def forward(
+        self,
+        z: Tensor,
+        t: Tensor,
+        r: Tensor,
+        y: Tensor,
+        attend: Attend = "fused",
+        tangent: Tensor | None = None,
+        first: int = 0,
+        beside: Inputs | None = None,
+    ) -> Stream:
+        # The data that the network sees in z becomes a velocity.   u = velocity(dit(z, t, r, y), z, t)
+        x_hat = super().forward(z, t, r, y, attend, tangent, first, beside)
+        if isinstance(x_hat, Tensor):
+            return self.velocity(x_hat, z, t)
+        if isinstance(x_hat, Beside):
+            assert beside is not None
+            other_z, other_t, _, _ = beside
+            return Beside(self.velocity(x_hat.value, z, t), self.velocity(x_hat.others, other_z, other_t))
+        assert tangent is not None
+        return self._with_tangent(x_hat, z, t, tangent)
+
+    def velocity(self, x_hat: Tensor, z: Tensor, t: Tensor) -> Tensor:
+        """The average velocity (z − x̂) / max(t, t_floor), in the precision of z."""
+        return (z - x_hat) * self._factor(t, z)
+
+    def _with_tangent(self, x_hat: Dual, z: Tensor, t: Tensor, tangent: Tensor) -> Dual:
+        u, rows = self.velocity(x_hat.value, z, t), len(tangent)
+        with torch.no_grad():
+            t_last = last_rows(t, rows)
+            f = self._factor(t_last, z)
+            falls = torch.where(expand(t_last, z) > self.t_floor, last_rows(u, rows) * f, 0.0)  # −u d(log f)/dt
+            return Dual(u, (tangent - x_hat.tangent) * f - falls)
+
+    def _factor(self, t: Tensor, like: Tensor) -> Tensor:
+        """1 / max(t, t_floor), in the form that multiplies rows of `like`."""
+        return expand(1.0 / t.clamp(min=self.t_floor), like)
