@@ -110,7 +110,7 @@ def figures(options: argparse.Namespace, pictures: Tensor, others: Tensor, name:
     loaded = {variant: decoder.load(name, device) for variant, decoder in variants.items()}
     exact = loaded["fp32"]
     made, table = decode_all(loaded, encode(exact, pictures, device), options)
-    extractors = build_extractors(("fd-tiny", "fid") if options.fid else ("fd-tiny",), device, {})
+    extractors = build_extractors(("fd-tiny", "fid") if options.fid else ("fd-tiny",), device, {})[0]
     sets = {"pictures": pictures, **made}
     assert exact.module is not None, name
     weights: list[Tensor] = list(exact.module.decoder.parameters())  # type: ignore[union-attr,operator]

@@ -74,7 +74,7 @@ def load(folder: Path, options: argparse.Namespace) -> Loaded:
     generator.expect(options.images, compiled=options.images >= COMPILED_FROM, autoencoder="")
     assert generator.autoencoder.module is not None, options.autoencoder
     weights = {"inception": folder / INCEPTION} if "fid" in options.metrics else {}
-    extractors = build_extractors(tuple(options.metrics), device, weights)
+    extractors = build_extractors(tuple(options.metrics), device, weights)[0]
     generator.synchronise()
     return Loaded(generator, extractors, random_reference(extractors))
 
