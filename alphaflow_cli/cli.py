@@ -110,7 +110,10 @@ def print_version(ctx: click.Context, param: click.Parameter, value: bool) -> No
         ctx.exit()
 
 
-@click.command(cls=LazyGroup, epilog=EPILOG, context_settings={"max_content_width": 100})
+SETTINGS = {"max_content_width": 100, "help_option_names": ["-h", "--help"]}  # the verbs inherit them
+
+
+@click.command(cls=LazyGroup, epilog=EPILOG, context_settings=SETTINGS)
 @click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=print_version, help="Print it.")
 @click.option(
     "--debug", is_flag=True, expose_value=False, help="Show the traceback of an error; works after a verb too."
@@ -141,6 +144,9 @@ def run(args: Sequence[str]) -> int:
         )  # see common.command_line
         sys.stdout.flush()
         return code if isinstance(code, int) else 0
+    except click.exceptions.NoArgsIsHelpError as fault:  # its message is the help, which has the usage in it
+        click.echo(fault.format_message(), err=True)
+        return _traced(debug, 2)
     except click.UsageError as fault:
         ctx = fault.ctx or click.Context(group, info_name="alphaflow")  # click does not always know the command
         click.echo(ctx.get_usage(), err=True)

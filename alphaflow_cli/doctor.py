@@ -15,6 +15,11 @@ from typing import Any
 from alphaflow_cli import __version__
 from alphaflow_cli.remote.cache import cache_folder, cached_file, has_token, is_offline
 
+CPU_INDEX = "https://download.pytorch.org/whl/cpu"  # of torch's builds without CUDA
+CUDA_BUILD = (
+    "torch is the build for CUDA {}, and sees no GPU. A GPU that is there needs its driver. On a machine without "
+    f"one, the CPU's build is 4 GB smaller: pip install --force-reinstall torch torchvision --index-url {CPU_INDEX}"
+)
 AUTOENCODERS = ("stabilityai/sd-vae-ft-ema", "stabilityai/sd-vae-ft-mse")
 LITTLE_DISK = 20 * 10**9  # bytes: about two checkpoints of XL/2
 
@@ -40,7 +45,7 @@ def examine() -> dict[str, Any]:
 def packages() -> dict[str, str | None]:
     """The version of each package that alphaflow requires; None where it is missing."""
     try:
-        needed = [line for line in requires("alphaflow") or [] if "extra ==" not in line]
+        needed = [line for line in requires("alphaflow-cli") or [] if "extra ==" not in line]
     except PackageNotFoundError:  # a clone that is not installed does not say what it requires
         return {}
     return {name: _version(name) for name in sorted(re.split(r"[^A-Za-z0-9_.-]", line)[0] for line in needed)}
@@ -55,12 +60,13 @@ def _version(name: str) -> str | None:
 
 def devices() -> dict[str, Any]:
     """What torch can compute on; `error` says why it cannot even be asked."""
-    present: dict[str, Any] = {"cpu_cores": os.cpu_count(), "cuda": [], "mps": False, "error": ""}
+    present: dict[str, Any] = {"cpu_cores": os.cpu_count(), "cuda": [], "mps": False, "built_for": "", "error": ""}
     try:
         import torch  # slow, and the one import that a broken installation fails on
     except (ImportError, OSError) as fault:
         return {**present, "error": f"torch cannot be imported: {str(fault).splitlines()[0]}"}
     present["mps"] = torch.backends.mps.is_available()
+    present["built_for"] = torch.version.cuda or ""
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         card = torch.cuda.get_device_properties(index)
         present["cuda"].append({"name": card.name, "bytes": card.total_memory, "bf16": card.major >= 8})
@@ -126,6 +132,8 @@ def problems(report: dict[str, Any]) -> list[str]:
         remarks.append(
             "no GPU: quickstart and other small recipes train here, the ImageNet recipes are out of its reach"
         )
+        if devices.get("built_for"):
+            remarks.append(CUDA_BUILD.format(devices["built_for"]))
     remarks += [f"{c['name']} has no bf16: set train.precision=fp32" for c in devices["cuda"] if not c["bf16"]]
     for entry in report["weights"]:
         if not entry["present"] and entry["get"].startswith("https:"):

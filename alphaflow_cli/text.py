@@ -49,6 +49,11 @@ def brief(text: object) -> str:
     return shorten((str(text).splitlines() or [type(text).__name__])[0], 200)
 
 
+def counted(number: int, one: str, many: str = "") -> str:
+    """Write a number with its noun: `1 class`, `1,000 classes`; `many` where it is not the noun with an s."""
+    return f"{number:,} {one if number == 1 else many or f'{one}s'}"
+
+
 def for_markdown(text: object, *, limit: int = 400) -> str:
     """Make a text safe in a line of Markdown or a cell of its table: no tag, link, heading, emphasis or code."""
     shown = "".join(

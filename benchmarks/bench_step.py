@@ -23,7 +23,7 @@ from reference_step import reference_step
 from torch import Tensor, nn
 from workload import SIZES, asking, build, draw, flow_matching, objective
 
-from alphaflow_cli.model.build import compile_blocks
+from alphaflow_cli.model.compiling import compile_blocks
 from alphaflow_cli.train.step import Objective, Rows, training_step
 
 PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # dense bf16 FLOP/s, from the makers' data sheets
@@ -96,7 +96,7 @@ def cell(options: argparse.Namespace, *, alpha: float, share: float, guided: boo
     nets: dict[str, nn.Module] = {"fm": net, "ours": net, "reference": net}
     if options.compile:
         compiled = build(size, seed=options.seed, device=options.device, dtype=dtype)
-        nets |= {"fm compiled": compile_blocks(compiled), "ours compiled": compiled}
+        nets |= {"fm compiled": compile_blocks(compiled, options.backend), "ours compiled": compiled}
 
     def maker(name: str) -> Callable[[int], Work]:
         def make(turn: int) -> Work:
@@ -155,6 +155,7 @@ def arguments(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--bf16", action="store_true", help="autocast")
     parser.add_argument("--compile", action="store_true", help="adds compiled columns; minutes on a CPU")
+    parser.add_argument("--backend", default="inductor", help="of torch.compile")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--peak-tflops", type=float, default=0.0, help="dense bf16 peak of a card not in the list")

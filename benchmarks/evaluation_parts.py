@@ -20,7 +20,7 @@ from alphaflow_cli.evaluate.reference import Reference, Stats
 from alphaflow_cli.evaluate.results import space_of
 from alphaflow_cli.evaluate.score import Measured, score
 from alphaflow_cli.runtime.processes import Processes
-from alphaflow_cli.sample.generator import Generator, open_generator
+from alphaflow_cli.sample.generator import COMPILED_FROM, Generator, open_generator
 from alphaflow_cli.sample.walk import plan_walk
 
 MODEL, INCEPTION = "model.safetensors", "inception.pth"
@@ -71,7 +71,7 @@ def load(folder: Path, options: argparse.Namespace) -> Loaded:
     """All weights on the device; the autoencoder now, not with the first picture."""
     device = torch.device(options.device)
     generator = open_generator(str(folder / MODEL), device=device, decoder=options.decoder)
-    generator.expect(options.images)
+    generator.expect(options.images, compiled=options.images >= COMPILED_FROM, autoencoder="")
     assert generator.autoencoder.module is not None, options.autoencoder
     weights = {"inception": folder / INCEPTION} if "fid" in options.metrics else {}
     extractors = build_extractors(tuple(options.metrics), device, weights)

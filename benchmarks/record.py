@@ -6,10 +6,11 @@ import platform
 import subprocess
 import sys
 from datetime import datetime, timezone
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
+
+import alphaflow_cli
 
 ROOT = Path(__file__).parent.parent
 
@@ -35,21 +36,24 @@ def git(*words: str) -> str:
     return done.stdout.strip() if done.returncode == 0 else ""
 
 
-def record(benchmark: str, device: str, **figures: object) -> dict[str, object]:
-    """Prints the line on stdout, and returns what is in it."""
-    head = {
-        "benchmark": benchmark,
+def describe(device: str) -> dict[str, object]:
+    """Date, hardware, versions and commit."""
+    return {
         "date": datetime.now(timezone.utc).date().isoformat(),
-        "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
         "hardware": hardware(device),
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
-            "alphaflow": version("alphaflow"),
+            "alphaflow": alphaflow_cli.__version__,
         },
         "commit": git("rev-parse", "HEAD") or None,
         "dirty": bool(git("status", "--porcelain")),
     }
-    line = {**head, **figures}
+
+
+def record(benchmark: str, device: str, **figures: object) -> dict[str, object]:
+    """Prints the line on stdout, and returns what is in it."""
+    command = " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+    line = {"benchmark": benchmark, "command": command, **describe(device), **figures}
     print(json.dumps(line, ensure_ascii=False), flush=True)
     return line

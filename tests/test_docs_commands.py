@@ -40,6 +40,7 @@ ELSEWHERE = {
     "accelerate launch": "cluster",
     "srun": "cluster",
     "alphaflow train b2 --data": "GPU",
+    "alphaflow train b2-cfg --data": "GPU",
     "alphaflow sample runs/b2 --seeds 0-49999": "GPU",
     "alphaflow train b2 --set train.conflict_every": "GPU",
     "alphaflow train xl2-cfg": "GPU",
@@ -51,14 +52,17 @@ ELSEWHERE = {
     "alphaflow convert SoFlow": "another system's file",
     "alphaflow sample soflow-b2": "another system's file",
     "alphaflow convert hf://snap-research": "Hub",
-    "python benchmarks/bench_step.py --device cuda": "GPU",
-    "python benchmarks/bench_decoder.py": "GPU",
+    "python benchmarks/gpu.py": "GPU; test_gpu_benchmark.py runs it at toy size",
     "python benchmarks/bench_ruler.py": "another system's file",
     "python benchmarks/bench_scaling.py": "an idle machine for minutes; test_benchmarks.py runs it in small",
 }
 SLOW = ("alphaflow train quickstart", "alphaflow analyze runs/")
+TOY = {  # what would take minutes runs in small
+    "alphaflow train quickstart --data": " --set train.steps=2 --set train.batch=4 --set model.dim=16",
+}
 MAKES = {  # what a line makes must not be there before
     "alphaflow prep-latents imagenet/ --out latents/imagenet": "latents/imagenet",
+    "alphaflow train quickstart --data latents/mine": "runs/mine",
     "alphaflow recipe cp b2 mine.yaml": "mine.yaml",
     "alphaflow train quickstart": "runs/quickstart",
     "alphaflow pull user/repo@COMMIT -o DIR": "DIR",
@@ -104,6 +108,10 @@ def write_pictures():
         Path("imagenet", split).mkdir(parents=True)
         for i in range(4):
             Image.fromarray(rng.integers(0, 255, (40, 40, 3), np.uint8)).save(f"imagenet/{split}/{i}.png")
+    for i in range(102):  # a score needs 100
+        path = Path("photos", ("cat", "frog", "ship")[i % 3], f"{i}.png")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 255, (32, 32, 3), np.uint8)).save(path)
     Path("samples").mkdir()
     for i in range(100):  # a score needs as many
         Image.fromarray(rng.integers(0, 255, (32, 32, 3), np.uint8)).save(f"samples/{i}.png")
@@ -138,6 +146,8 @@ def write_runs():
     for name, text in RECIPES.items():
         Path(f"{name}.yaml").write_text(f"name: {name}\n{text}{TRAINING}")
         works(f"train ./{name}.yaml --out runs/{name}")
+    works("prep-latents photos/ --size 32 --autoencoder none --out latents/mine")
+    works(f"train quickstart --data latents/mine --out runs/mine {TOY['alphaflow train quickstart --data']}")
     shutil.copytree("runs/b2", "RUN")
     works("reference glyphs:100 --size 32 --metrics fd-tiny -o ref.safetensors")
     shutil.copytree("stabilityai/sd-vae-ft-ema", "DIR")
@@ -174,8 +184,13 @@ def here(tmp_path, place, monkeypatch, hub):  # noqa: F811
 WHOLE = [pytest.mark.slow, pytest.mark.timeout(3600)]  # the quickstart, from its first step to its last score
 
 
-@pytest.mark.parametrize("line", [pytest.param(x, marks=WHOLE * x.startswith(SLOW), id=x) for x in HERE])
+def marks_of(line):
+    return WHOLE if line.startswith(SLOW) and not line.startswith(tuple(TOY)) else []
+
+
+@pytest.mark.parametrize("line", [pytest.param(x, marks=marks_of(x), id=x) for x in HERE])
 def test_the_command_line_runs_as_it_stands(line, here, capfd):
+    line += next((more for start, more in TOY.items() if line.startswith(start)), "")
     for command, made in MAKES.items():
         if line.startswith(command):
             shutil.rmtree(made) if Path(made).is_dir() else Path(made).unlink()

@@ -49,7 +49,7 @@ DEPENDENCIES = {
     "diffusers": ("nn/autoencoder",),
     "huggingface_hub": ("remote/", "hub/", "data/"),
     "matplotlib": ("charts/",),
-    "PIL": ("data/", "sample/grid.py", "report/"),
+    "PIL": ("data/", "sample/grid.py", "report/", "api.py"),
     "yaml": ("recipe/",),
 }
 WITHOUT_TORCH = (

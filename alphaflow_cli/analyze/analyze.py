@@ -31,8 +31,9 @@ from alphaflow_cli.runtime.progress import Progress, say
 from alphaflow_cli.sample.generator import Generator, open_generator
 from alphaflow_cli.train import conflict
 from alphaflow_cli.train.conflict import conflict_rows, renormalised
-from alphaflow_cli.train.start import check_store, recipe_stream
+from alphaflow_cli.train.start import recipe_stream
 from alphaflow_cli.train.step import Objective
+from alphaflow_cli.train.store import check_store
 
 SCHEMA = "alphaflow-conflict/1"
 SIZE_BATCHES = 8  # batches on which the gradient's size over α is measured too: it costs 17 gradients each

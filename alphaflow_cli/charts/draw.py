@@ -9,13 +9,13 @@ import logging
 import math
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from alphaflow_cli.charts.chart import DARK, FAINT, GREY, GRID, INK, PAPER, Chart, Line, Panel, show_number
+from alphaflow_cli.charts.chart import DARK, FAINT, GREY, GRID, INK, PAPER, Band, Chart, Line, Panel, show_number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -73,10 +73,16 @@ DARK_STYLE = (  # for a style sheet: matplotlib writes every colour as a style, 
 
 
 def to_png(chart: Chart) -> bytes:
-    """Draw the chart in its light form as a PNG that is twice as wide as the chart, in pixels."""
+    """Draw the chart in its light form as a PNG that is twice as wide as the chart, in pixels.
+
+    A letter that matplotlib's own font lacks becomes a question mark: it would be drawn as an empty box.
+    """
     with _settings(chart):
-        out = io.BytesIO()
-        _figure(chart).savefig(out, format="png", dpi=72 * SCALE, metadata={"Software": None})
+        from matplotlib.font_manager import FontProperties, findfont, get_font
+
+        out, font = io.BytesIO(), get_font(findfont(FontProperties()))
+        shown = _with_letters(chart, lambda letter: letter if font.get_char_index(ord(letter)) else "?")
+        _figure(shown).savefig(out, format="png", dpi=72 * SCALE, metadata={"Software": None})
     return out.getvalue()
 
 
@@ -106,6 +112,17 @@ def to_svg(chart: Chart, *, in_page: bool = False) -> str:
     )
 
 
+def _with_letters(part: Any, change: Callable[[str], str]) -> Any:
+    """A copy of a chart, or of a part of it, with every letter of its words changed; points are left as they are."""
+    if isinstance(part, str):
+        return "".join(change(letter) for letter in clean(part))
+    if isinstance(part, (list, tuple)) and part and isinstance(part[0], (str, Panel, Line, Band)):
+        return type(part)(_with_letters(each, change) for each in part)
+    if isinstance(part, (Chart, Panel, Line, Band)):
+        return replace(part, **{each.name: _with_letters(getattr(part, each.name), change) for each in fields(part)})
+    return part
+
+
 @contextmanager
 def _settings(chart: Chart) -> Iterator[None]:
     """Set our look on matplotlib's defaults while a chart is drawn, and keep its notes on fonts off stderr."""
@@ -114,7 +131,7 @@ def _settings(chart: Chart) -> Iterator[None]:
     log.setLevel(logging.CRITICAL)
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", r"Glyph \d+")  # a letter that the font lacks is drawn as a box
+            warnings.filterwarnings("ignore", r"Glyph \d+")
             warnings.simplefilter("ignore", DeprecationWarning)  # an older matplotlib beside newer libraries
             import matplotlib
 

@@ -12,6 +12,9 @@ from alphaflow_cli.commands.common import (
     SEED,
     Destination,
     WholeWithin,
+    begin,
+    checkpoint_argument,
+    device_option,
     examples,
     json_option,
     print_json,
@@ -29,7 +32,7 @@ NAMES = {"tfm": "∇L_TFM", "tc": "∇L_TC", "fm": "∇L_FM'", "mean_flow": "∇
 
 
 @click.command("analyze", epilog=EXAMPLES)
-@click.argument("address", metavar="CKPT|RUN")
+@checkpoint_argument("address", "CKPT|RUN")
 @click.option("--data", type=click.Path(path_type=Path), help="Latent store. Default: the recipe's, or RUN/latents.")
 @click.option(
     "--batches", type=WholeWithin(1, 1_000_000), default=100, show_default=True, help="More of them later go on."
@@ -39,6 +42,7 @@ NAMES = {"tfm": "∇L_TFM", "tc": "∇L_TC", "fm": "∇L_FM'", "mean_flow": "∇
 @click.option("--weights", type=click.Choice(["ema", "raw"]), default="ema", show_default=True, help="Which weights.")
 @click.option("--all-checkpoints", is_flag=True, help="Every checkpoint that the run kept, not the newest alone.")
 @click.option("--processes", type=PROCESSES, help="Processes to share the work. Default: one per GPU.")
+@device_option
 @click.option("--out", type=Destination(is_folder=True), help="Folder for numbers and pictures. Default: RUN/analysis.")
 @json_option
 def command(
@@ -50,6 +54,7 @@ def command(
     weights: str,
     all_checkpoints: bool,
     processes: int | None,
+    device: str | None,
     out: Path | None,
     as_json: bool,
 ) -> None:
@@ -59,13 +64,17 @@ def command(
     percentiles, their sizes, per block and per range of t - r; and the weighted gradient's size over alpha. Running
     the same command again resumes; docs/understanding.md says how to read it.
     """
+    from alphaflow_cli.model.find import check_address
+
+    check_address(address)
+    begin(f"analyze {address}")
     from alphaflow_cli.analyze.analyze import AnalyzeRequest, analyze
 
     request = AnalyzeRequest(
         address=address, data=data, out=out, batches=batches, batch=batch, seed=seed, weights=weights,
         all_checkpoints=all_checkpoints,
     )  # fmt: skip
-    share(partial(analyze, request), lambda made: show_analysis(*made, as_json=as_json), processes)
+    share(partial(analyze, request), lambda made: show_analysis(*made, as_json=as_json), processes, device)
 
 
 def show_analysis(document: dict[str, Any], folder: Path, *, as_json: bool) -> None:

@@ -8,6 +8,7 @@ import re
 import stat
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -15,9 +16,9 @@ import click
 from click.shell_completion import CompletionItem
 
 from alphaflow_cli.errors import OF_A_PATH, AlphaflowError
-from alphaflow_cli.files import check_new, write_whole
+from alphaflow_cli.files import check_new, is_there, write_whole
 from alphaflow_cli.recipe.schema import MOST_NFE
-from alphaflow_cli.text import for_terminal
+from alphaflow_cli.text import brief, for_terminal
 
 if TYPE_CHECKING:
     from alphaflow_cli.runtime.processes import Processes
@@ -151,7 +152,7 @@ def json_option(function: Command) -> Command:
 def autoencoder_option(function: Command) -> Command:
     """Add `--autoencoder ID|DIR`, which `sample` and `eval` decode with."""
     help_text = "Decode with this one: a folder or Hub id. Default: the checkpoint's."
-    return click.option("--autoencoder", default="", help=help_text)(function)
+    return click.option("--autoencoder", default="", shell_complete=complete_path, help=help_text)(function)
 
 
 def decoder_option(function: Command) -> Command:
@@ -161,24 +162,57 @@ def decoder_option(function: Command) -> Command:
     return click.option("--decoder", type=choice, default="auto", show_default=True, help=help_text)(function)
 
 
+def device_option(function: Command) -> Command:
+    """Add `--device cpu|cuda|mps`; the command receives its name, or None for the best one that is here."""
+    choice = click.Choice(["cpu", "cuda", "mps"])
+    return click.option("--device", type=choice, help="What computes. Default: a GPU where there is one.")(function)
+
+
+def complete_path(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Complete by files and folders, where a value may be a path or something else."""
+    return [CompletionItem(incomplete, type="file")]
+
+
+def checkpoint_argument(name: str, metavar: str) -> Callable[[Command], Command]:
+    """Add an argument for a checkpoint: a file, a run folder or an address on the Hub, completed by paths."""
+    return click.argument(name, metavar=metavar, shell_complete=complete_path)
+
+
+def check_source(text: str) -> None:
+    """Refuse a source of pictures that is a path and leads nowhere, before anything is loaded."""
+    if ":" not in text and not is_there(Path(text).expanduser()):
+        raise AlphaflowError(f"{brief(text)}: no such folder or archive. Others: hf://datasets/USER/NAME, glyphs:4000")
+
+
+def begin(what: str) -> None:
+    """Say at once what begins, before the libraries that do it are loaded; of many processes one says it."""
+    from alphaflow_cli.runtime.launch import has_parent
+    from alphaflow_cli.runtime.progress import say
+
+    if os.environ.get("RANK", "0") == "0" and not has_parent():
+        say(what)
+
+
 def share(
     work: "Callable[[Processes], Shown | None]",
     show: Callable[[Shown], object],
     processes: int | None,
+    device: str | None,
     *,
     needs_gpu: bool = True,
     count: Callable[[int | None], int] | None = None,
 ) -> None:
     """Do a verb's work here, or in N processes. Where it gives a result, which is in the first, that is shown."""
-    from alphaflow_cli.runtime.processes import join_processes, run_shared
+    from alphaflow_cli.runtime.processes import join_processes, processes_here, run_shared
 
     def run() -> int:
-        result = work(join_processes(needs_gpu=needs_gpu))
+        result = work(join_processes(needs_gpu=needs_gpu, device=device))
         if result is not None:
             show(result)
         return 0
 
-    if code := run_shared(run, command_line(), requested=processes, count=count):
+    counting = count or partial(processes_here, device=device)
+    if code := run_shared(run, command_line(), requested=processes, count=counting):
         sys.exit(code)
 
 

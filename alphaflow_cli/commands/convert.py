@@ -5,7 +5,18 @@ from typing import TYPE_CHECKING, cast
 
 import click
 
-from alphaflow_cli.commands.common import Destination, examples, json_option, print_json, set_option, tell
+from alphaflow_cli.commands.common import (
+    Destination,
+    begin,
+    checkpoint_argument,
+    examples,
+    json_option,
+    print_json,
+    set_option,
+    tell,
+)
+from alphaflow_cli.errors import AlphaflowError
+from alphaflow_cli.files import is_there
 
 if TYPE_CHECKING:
     from alphaflow_cli.convert import Outcome
@@ -23,7 +34,7 @@ ONLY_FROM_SRC = (
 
 
 @click.command(epilog=EPILOG)
-@click.argument("source", metavar="SRC")
+@checkpoint_argument("source", "SRC")
 @click.option(
     "-o", "--out", type=Destination(holds_weights=True), required=True, help="The file to write; never overwritten."
 )
@@ -70,6 +81,9 @@ def command(
     or REPA, or a PyTorch MeanFlow of zhuyu-cs or FastGen. Nothing in it is executed. What SRC does not say (guidance,
     the latents' statistics, the sampler) is taken from the published recipe or asked for, and recorded as such in FILE.
     """
+    if ":" not in source and not is_there(Path(source).expanduser()):
+        raise AlphaflowError(f"{source}: no such file. Give a .pt or .safetensors checkpoint.")
+    begin(f"convert {source}")
     from alphaflow_cli.convert import ConvertOptions, convert
     from alphaflow_cli.hub import resolve_file
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import click
 
-from alphaflow_cli.commands.common import examples, json_option, print_json
+from alphaflow_cli.commands.common import begin, examples, json_option, print_json
 
 
 @click.command(epilog=examples("alphaflow doctor", "alphaflow doctor --json"))
@@ -17,6 +17,8 @@ def command(as_json: bool) -> None:
     """
     from alphaflow_cli.doctor import examine
 
+    if not as_json:
+        begin("looking at this machine")
     report = examine()
     if as_json:
         print_json(report)

@@ -12,7 +12,12 @@ from alphaflow_cli.commands.common import (
     PROCESSES,
     Destination,
     autoencoder_option,
+    begin,
+    check_source,
+    checkpoint_argument,
+    complete_path,
     decoder_option,
+    device_option,
     examples,
     json_option,
     print_json,
@@ -40,17 +45,23 @@ EXAMPLES = examples(
 
 
 @click.command("eval", epilog=EXAMPLES)
-@click.argument("subject", metavar="CKPT|IMAGES")
+@checkpoint_argument("subject", "CKPT|IMAGES")
 @walk_options(nfe="Evaluations per picture; repeatable. Default: the recipe's.")
 @click.option("--sweep-midpoint", is_flag=True, help="Two steps, with the midpoint at 0.1, 0.2, … 0.9.")
 @metrics_option
-@click.option("--reference", metavar="FILE|SOURCE", help="Reference statistics, or the real pictures themselves.")
+@click.option(
+    "--reference",
+    metavar="FILE|SOURCE",
+    shell_complete=complete_path,
+    help="Reference statistics, or the real pictures themselves.",
+)
 @click.option("--images", type=IMAGES, help="So many pictures. Default: the recipe's; all of IMAGES.")
 @click.option("--draw", type=click.Choice(["random", "balanced"]), help="Labels of a checkpoint's pictures.")
 @autoencoder_option
 @decoder_option
 @batch_option
 @click.option("--processes", type=PROCESSES, help="Processes to share the work. Default: one per GPU.")
+@device_option
 @weights_option
 @click.option(
     "--out", type=Destination(is_folder=True, holds_weights=True), help="Folder. Default: the run's, else evals."
@@ -73,6 +84,7 @@ def command(
     decoder: "DecoderChoice",
     batch: int,
     processes: int | None,
+    device: str | None,
     weights: Weights,
     out: Path | None,
     markdown: bool,
@@ -84,10 +96,12 @@ def command(
     or glyphs:N; pictures are measured as they are, never resized. Every number is printed with its protocol; running
     the same command again resumes.
     """
-    from alphaflow_cli.evaluate.evaluate import EvalRequest
-
     if (markdown and as_json) or (times is not None and nfe) or (sweep_midpoint and (nfe or times)):
         raise click.UsageError("--markdown and --json exclude each other; so do --nfe, --times and --sweep-midpoint.")
+    check_subject(subject)
+    begin(f"eval {subject}")
+    from alphaflow_cli.evaluate.evaluate import EvalRequest
+
     request = EvalRequest(
         checkpoint=subject, nfe=nfe, sampler=sampler, times=times, guidance=guidance,
         guidance_channels=guidance_channels, sweep_midpoint=sweep_midpoint, metrics=metrics, reference=reference,
@@ -95,12 +109,20 @@ def command(
     )  # fmt: skip
     special = any((nfe, times, guidance is not None, guidance_channels, sweep_midpoint, draw, autoencoder))
     work = work_on(request, special or sampler != "auto" or decoder != "auto")
-    share(work, partial(show_report, markdown=markdown, as_json=as_json), processes)
+    share(work, partial(show_report, markdown=markdown, as_json=as_json), processes, device)
+
+
+def check_subject(subject: str) -> None:
+    """Refuse what leads nowhere, before anything is loaded."""
+    from alphaflow_cli.model.find import check_address, is_checkpoint
+
+    (check_address if is_checkpoint(subject) else check_source)(subject)
 
 
 def work_on(request: "EvalRequest", special: bool) -> "Callable[[Processes], Report | None]":
     """What measures the subject: a checkpoint, or pictures, for which `special` options of checkpoints are refused."""
-    from alphaflow_cli.evaluate.evaluate import evaluate_checkpoint, evaluate_pictures, is_checkpoint
+    from alphaflow_cli.evaluate.evaluate import evaluate_checkpoint, evaluate_pictures
+    from alphaflow_cli.model.find import is_checkpoint
 
     if is_checkpoint(request.checkpoint):
         return partial(evaluate_checkpoint, request)

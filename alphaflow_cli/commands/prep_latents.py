@@ -12,6 +12,10 @@ from alphaflow_cli.commands.common import (
     Destination,
     NumberWithin,
     WholeWithin,
+    begin,
+    check_source,
+    complete_path,
+    device_option,
     examples,
     share,
     tell,
@@ -32,7 +36,7 @@ EPILOG = examples(
 
 
 @click.command("prep-latents", epilog=EPILOG)
-@click.argument("source")
+@click.argument("source", shell_complete=complete_path)
 @click.option("--out", type=Destination(is_folder=True), help="The store. [default: latents/SOURCE-SIZE-AUTOENCODER]")
 @click.option("--size", type=WholeWithin(1, 8192), help="Side of the square picture. [default: 256; glyphs: 32]")
 @click.option(
@@ -53,6 +57,7 @@ EPILOG = examples(
     "--batch", type=WholeWithin(0, 65_536), default=0, help="Pictures encoded at once. [default: by the size]"
 )
 @click.option("--processes", type=PROCESSES, help="[default: one per GPU, else one]")
+@device_option
 @click.option("--limit", type=IMAGES, help="Take so many pictures, spread evenly over the source.")
 @click.option(
     "--bad",
@@ -87,6 +92,7 @@ def command(
     flips: bool,
     batch: int,
     processes: int | None,
+    device: str | None,
     limit: int | None,
     bad: Literal["stop", "skip"],
     precision: str,
@@ -103,6 +109,8 @@ def command(
         from alphaflow_cli.latents.prepare import verify
 
         return print_lines(verify(Path(source)))
+    check_source(source)
+    begin(f"prep-latents {source}")
     from alphaflow_cli.latents.encode import StoreRequest
     from alphaflow_cli.latents.plan import default_out
 
@@ -112,27 +120,27 @@ def command(
     max_pixels = round(max_megapixels * 1e6)
     request = StoreRequest(source, size, autoencoder, dtype, flips, batch, limit or 0, bad, precision, max_pixels, crop)
     make = estimate if only_estimate else prepare
-    return make(request, out or default_out(source, size, autoencoder, crop), processes)
+    return make(request, out or default_out(source, size, autoencoder, crop), processes, device)
 
 
-def estimate(request: "StoreRequest", store: Path, processes: int | None) -> None:
+def estimate(request: "StoreRequest", store: Path, processes: int | None, device: str | None) -> None:
     """Say what making the store would take."""
     from alphaflow_cli.latents.plan import plan_job
     from alphaflow_cli.latents.prepare import count_encoders, estimate_store
-    from alphaflow_cli.runtime.processes import Processes, device_of
+    from alphaflow_cli.runtime.processes import Processes, choose_device
 
-    count = count_encoders(request.autoencoder, processes)
-    job = plan_job(request, store, Processes(device_of(0), size=count))
-    print_lines(estimate_store(job, count))
+    several = Processes(choose_device(device), size=count_encoders(request.autoencoder, processes, device))
+    print_lines(estimate_store(plan_job(request, store, several), several))
 
 
-def prepare(request: "StoreRequest", store: Path, processes: int | None) -> None:
+def prepare(request: "StoreRequest", store: Path, processes: int | None, device: str | None) -> None:
     """Make the store here, or in N processes of which the first prints."""
     from alphaflow_cli.latents.prepare import count_encoders, describe_store, prepare_store
 
-    work, count = partial(prepare_store, request, store), partial(count_encoders, request.autoencoder)
+    work = partial(prepare_store, request, store)
+    count = partial(count_encoders, request.autoencoder, device=device)
     needs_gpu = request.autoencoder != "none"
-    share(work, lambda made: print_lines(describe_store(made)), processes, needs_gpu=needs_gpu, count=count)
+    share(work, lambda made: print_lines(describe_store(made)), processes, device, needs_gpu=needs_gpu, count=count)
 
 
 def print_lines(lines: list[str]) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from alphaflow_cli.commands.common import Destination, examples, print_table
+from alphaflow_cli.commands.common import Destination, begin, complete_path, examples, print_table
 
 EPILOG = examples(
     "alphaflow push",
@@ -37,13 +37,17 @@ def local_source(source: str, repo: str | None) -> Path:
 
     path = Path(source).expanduser()
     if not path.exists():
+        from alphaflow_cli.model.find import nearby
+
+        if slip := nearby(path):
+            raise click.UsageError(f"{source}: not here. Did you mean {slip}?")
         target = repo or (source if is_repository(source) else "")
         raise click.UsageError(f"{source}: not here; say the run: {f'alphaflow push runs/NAME {target}'.strip()}")
     return path
 
 
 @click.command(epilog=EPILOG)
-@click.argument("source", metavar="[RUN|CKPT]", required=False)
+@click.argument("source", metavar="[RUN|CKPT]", required=False, shell_complete=complete_path)
 @click.argument("repo", required=False, callback=check_repository)
 @click.option("--private", is_flag=True, help="Create the repository for your eyes only.")
 @click.option("--pr", "pull_request", is_flag=True, help="Open a pull request instead of committing.")
@@ -83,12 +87,14 @@ def command(
     Weights, config.json, recipe.yaml, a model card, results.json and a sample grid; no optimiser state, no path of this
     machine. Without arguments: the newest run, to <you>/<recipe name>. Interrupted, the same command goes on.
     """
+    if out is not None and not dry_run:
+        raise click.UsageError("--out goes with --dry-run.")
+    path = local_source(source, repo) if source else None
+    begin(f"push {source or 'the newest run'}")
     from alphaflow_cli.hub.push import Target, check_login, check_name, newest_run, open_publication, stage, upload
     from alphaflow_cli.runtime.progress import say
 
-    if out is not None and not dry_run:
-        raise click.UsageError("--out goes with --dry-run.")
-    path = local_source(source, repo) if source else newest_run()
+    path = path or newest_run()
     opened = open_publication(path, with_results=not without_results)
     if dry_run:
         folder = out or (path / "hub" if path.is_dir() else path.with_name(f"{path.stem}-hub"))

@@ -6,6 +6,7 @@ import click
 
 from alphaflow_cli.commands.common import (
     Destination,
+    complete_recipe,
     examples,
     json_option,
     print_json,
@@ -17,6 +18,8 @@ from alphaflow_cli.commands.common import (
 )
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.text import for_message
+
+GPU_DEVICES = ("nvidia*", "kfd", "dxg")  # in /dev: Nvidia, AMD, and either under Windows; seen without loading torch
 
 
 @click.group(epilog=examples("alphaflow recipe ls", "alphaflow recipe show b2 --set train.steps=100000"))
@@ -76,48 +79,56 @@ def show_command(recipe: str, sets: tuple[str, ...], as_json: bool) -> None:
 
 
 @command.command(epilog=examples("alphaflow recipe check b2", "alphaflow recipe check b2 cifar10 --json"))
-@click.argument("files", nargs=-1, required=True, metavar="FILE...")
+@click.argument("files", nargs=-1, required=True, metavar="FILE...", shell_complete=complete_recipe)
 @set_option
 @json_option
 @click.pass_context
 def check_command(ctx: click.Context, files: tuple[str, ...], sets: tuple[str, ...], as_json: bool) -> None:
     """Check recipes; every fault is listed with its file and line.
 
-    The exit code is 1 if any of them is at fault.
+    What a sound recipe would do in vain is said too (beware). The exit code is 1 if any of them is at fault.
     """
-    verdicts = [(file, _fault(file, sets)) for file in files]
+    verdicts = [(file, *_verdict(file, sets)) for file in files]
     if as_json:
-        print_json([{"file": file, "ok": not fault, "error": fault or None} for file, fault in verdicts])
-    else:
-        for file, fault in verdicts:
-            tell(f"error: {fault}" if fault else f"{file}: good", err=bool(fault))
-    if any(fault for _, fault in verdicts):
+        keys = ("file", "ok", "error", "warnings")
+        print_json(
+            [dict(zip(keys, (f, not fault, fault or None, doubts), strict=True)) for f, fault, doubts in verdicts]
+        )
+    for file, fault, doubts in () if as_json else verdicts:
+        tell(f"error: {fault}" if fault else f"{file}: good", err=bool(fault))
+        for doubt in doubts:
+            tell(f"  beware: {doubt}")
+    if any(fault for _, fault, _ in verdicts):
         ctx.exit(1)
 
 
-def _fault(file: str, sets: tuple[str, ...]) -> str:
+def _verdict(file: str, sets: tuple[str, ...]) -> tuple[str, list[str]]:
+    """What is wrong with a recipe, and what is allowed but might not be meant."""
     from alphaflow_cli.recipe import load_recipe
+    from alphaflow_cli.recipe.plan import warnings_of
 
+    on_cpu = not any(any(Path("/dev").glob(name)) for name in GPU_DEVICES)
     try:
-        load_recipe(file, sets)
+        return "", warnings_of(load_recipe(file, sets), on_cpu=on_cpu)
     except AlphaflowError as fault:
-        return for_message(str(fault))
-    return ""
+        return for_message(str(fault)), []
 
 
-@command.command(epilog=examples("alphaflow recipe plot b2 -o b2.png", "alphaflow recipe plot xl2-cfg -o xl2.svg"))
+@command.command(epilog=examples("alphaflow recipe plot b2", "alphaflow recipe plot xl2-cfg -o xl2.svg"))
 @recipe_argument
-@click.option("-o", "--out", type=Destination(), required=True, help="FILE.png or FILE.svg.")
+@click.option("-o", "--out", type=Destination(), help="FILE.png or FILE.svg. Default: the recipe's name, as PNG.")
 @set_option
-def plot(recipe: str, out: Path, sets: tuple[str, ...]) -> None:
+def plot(recipe: str, out: Path | None, sets: tuple[str, ...]) -> None:
     """Draw alpha and its phases, the share of r = t rows and the learning rate over the steps."""
     from alphaflow_cli.charts.draw import to_png, to_svg
     from alphaflow_cli.recipe import load_recipe
     from alphaflow_cli.train.curves import recipe_chart
 
+    loaded = load_recipe(recipe, sets)
+    out = out or Destination().convert(f"{loaded.name}.png", None, None)
     if out.suffix.lower() not in (".png", ".svg"):
         raise click.BadParameter(f"{str(out)!r} must end in .png or .svg", param_hint="-o")
-    chart = recipe_chart(load_recipe(recipe, sets))
+    chart = recipe_chart(loaded)
     write_new(out, to_svg(chart) if out.suffix.lower() == ".svg" else to_png(chart), overwrite=True)
     click.echo(out)
 

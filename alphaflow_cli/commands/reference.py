@@ -12,6 +12,10 @@ from alphaflow_cli.commands.common import (
     SIZE,
     Destination,
     WholeWithin,
+    begin,
+    check_source,
+    complete_path,
+    device_option,
     examples,
     json_option,
     print_json,
@@ -32,7 +36,7 @@ EXAMPLES = examples(
 
 
 @click.command(epilog=EXAMPLES)
-@click.argument("source")
+@click.argument("source", shell_complete=complete_path)
 @click.option("-o", "--out", "path", required=True, type=Destination(holds_weights=True), help="The file.")
 @metrics_option
 @click.option("--size", type=SIZE, help="Crop and resize to this side; else as they are.")
@@ -48,6 +52,7 @@ EXAMPLES = examples(
 )  # fmt: skip
 @batch_option
 @click.option("--processes", type=PROCESSES, help="Processes to share the work. Default: one per GPU.")
+@device_option
 @weights_option
 @click.option(
     "--work", type=Destination(is_folder=True, holds_weights=True), default=Path("evals"), show_default=True,
@@ -65,6 +70,7 @@ def command(
     keep: int,
     batch: int,
     processes: int | None,
+    device: str | None,
     weights: Weights,
     work: Path,
     as_json: bool,
@@ -76,10 +82,12 @@ def command(
     Without --metrics: every network whose weights are on this machine.
     """
     _check(path, size, crop)
+    check_source(source)
+    begin(f"reference {source}")
     from alphaflow_cli.evaluate.evaluate import ReferenceRequest, measure_reference
 
     request = ReferenceRequest(source, path, metrics, weights, work, size, limit, name, keep, batch, crop)
-    share(partial(measure_reference, request), lambda made: _print(*made, path, as_json=as_json), processes)
+    share(partial(measure_reference, request), lambda made: _print(*made, path, as_json=as_json), processes, device)
 
 
 def _check(path: Path, size: int | None, crop: str) -> None:

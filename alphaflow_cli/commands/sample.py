@@ -12,18 +12,21 @@ from alphaflow_cli.commands.common import (
     PROCESSES,
     Destination,
     autoencoder_option,
+    begin,
+    checkpoint_argument,
     decoder_option,
+    device_option,
     examples,
     share,
 )
 from alphaflow_cli.commands.walking import walk_options
-from alphaflow_cli.text import shorten
+from alphaflow_cli.text import counted, shorten
 
 if TYPE_CHECKING:
     from alphaflow_cli.sample.generator import DecoderChoice
 
 EXAMPLES = examples(
-    "alphaflow sample runs/quickstart --grid grid.png",
+    "alphaflow sample runs/quickstart",
     "alphaflow sample runs/quickstart --seeds 0-9 --classes 3,7 --nfe 2 --out pictures",
     "alphaflow sample runs/quickstart --nfe 1 --nfe 2 --nfe 4 --grid steps.png",
     "alphaflow sample runs/b2 --seeds 0-49999 --out samples.npz --processes 8",
@@ -85,7 +88,7 @@ class PicturesOut(click.ParamType):  # type: ignore[type-arg]
 
 
 @click.command("sample", epilog=EXAMPLES)
-@click.argument("checkpoint", metavar="CKPT")
+@checkpoint_argument("checkpoint", "CKPT")
 @click.option(
     "--seeds", callback=to_seeds, default="0-63", metavar="SEEDS", show_default=True, help="One picture per seed."
 )
@@ -94,11 +97,13 @@ class PicturesOut(click.ParamType):  # type: ignore[type-arg]
 @click.option("--weights", type=click.Choice(["ema", "raw"]), default="ema", show_default=True, help="Which weights.")
 @autoencoder_option
 @decoder_option
+@click.option("--compile", "compiled", is_flag=True, help="Compile the decoder: for 12,000 pictures and more on a GPU.")
 @click.option("--out", type=PicturesOut(), help="Folder for one PNG per picture, or FILE.npz for one array of all.")
-@click.option("--grid", type=Destination(), help="One PNG with all of them, at most the first 1,000.")
+@click.option("--grid", type=Destination(), help="One picture of all, at most the first 1,000: .png, .jpg or .webp.")
 @click.option("--latents", type=Destination(), help="The network's own latents as .npy (n, C, h, w).")
 @click.option("--batch", type=BATCH, default=64, show_default=True, help="Pictures at once.")
 @click.option("--processes", type=PROCESSES, help="Processes to share the work. Default: one per GPU.")
+@device_option
 def command(
     checkpoint: str,
     seeds: Seeds,
@@ -111,31 +116,40 @@ def command(
     weights: str,
     autoencoder: str,
     decoder: "DecoderChoice",
+    compiled: bool,
     out: Path | None,
     grid: Path | None,
     latents: Path | None,
     batch: int,
     processes: int | None,
+    device: str | None,
 ) -> None:
     """Draw pictures from CKPT: a file, a run folder, or a Hub id user/repo[@revision].
 
     The picture of a seed is the same whatever the batch, the order and the number of processes. Every picture is
-    written when it is there; running the same command again resumes.
+    written when it is there; running the same command again resumes. Without --out, --grid and --latents, a grid goes
+    into the run, or beside a checkpoint file that is in none.
     """
     if times is not None and nfe:
         raise click.UsageError("--times and --nfe exclude each other: the grid says how many steps there are.")
     if len(nfe) > 1 and (latents is not None or (out is not None and out.suffix == ".npz")):
         raise click.UsageError(f"{'--latents' if latents else '--out FILE.npz'} wants one --nfe.")
+    from alphaflow_cli.model.find import check_address, default_grid
+
+    check_address(checkpoint)
+    if not (out or grid or latents):
+        grid = Destination().convert(default_grid(checkpoint), None, None)
+    begin(f"sample {checkpoint}: {counted(len(seeds), 'picture')}")
     from alphaflow_cli.sample.plan import SampleRequest, check_request
     from alphaflow_cli.sample.write import sample_to_files
 
     request = SampleRequest(
         checkpoint=checkpoint, seeds=seeds, classes=classes, nfe=nfe or (1,), sampler=sampler, times=times,
         guidance=guidance, guidance_channels=guidance_channels, weights=weights, autoencoder=autoencoder,
-        decoder=decoder, out=out, grid=grid, latents=latents, batch=batch,
+        decoder=decoder, compiled=compiled, out=out, grid=grid, latents=latents, batch=batch,
     )  # fmt: skip
     check_request(request)
-    share(partial(sample_to_files, request), print_paths, processes)
+    share(partial(sample_to_files, request), print_paths, processes, device)
 
 
 def print_paths(paths: Sequence[Path]) -> None:

@@ -13,7 +13,10 @@ from alphaflow_cli.commands.common import (
     BATCH,
     PROCESSES,
     Destination,
+    begin,
     command_line,
+    complete_path,
+    device_option,
     examples,
     json_option,
     print_json,
@@ -21,12 +24,12 @@ from alphaflow_cli.commands.common import (
     set_option,
     tell,
 )
-from alphaflow_cli.errors import LostOutput
-from alphaflow_cli.recipe import load_recipe
+from alphaflow_cli.errors import AlphaflowError, LostOutput
 from alphaflow_cli.recipe.schema import Recipe
 
 if TYPE_CHECKING:
     from alphaflow_cli.train.start import TrainOptions
+    from alphaflow_cli.train.store import Resolved
 
 EXAMPLES = examples(
     "alphaflow train quickstart",
@@ -46,14 +49,25 @@ class MicroBatch(click.ParamType):  # type: ignore[type-arg]
 
 @click.command("train", epilog=EXAMPLES)
 @recipe_argument
-@click.option("--data", type=click.Path(path_type=Path), help="Latent store, instead of the recipe's data.store.")
 @click.option(
-    "--out", type=Destination(is_folder=True, holds_weights=True), help="Run folder. Default: runs/<recipe name>."
+    "--data", type=click.Path(path_type=Path), help="Latent store. A shipped recipe takes over what the data are."
+)
+@click.option(
+    "--out",
+    type=Destination(is_folder=True, holds_weights=True),
+    help="Run folder. Default: runs/<recipe name>, and -<store> on data of another shape.",
 )
 @set_option
 @click.option("--processes", type=PROCESSES, help="Processes to start on this machine. Default: one per GPU.")
+@device_option
 @click.option("--micro-batch", type=MicroBatch(), default="auto", help="Rows a process computes at once, or auto.")
-@click.option("--init-from", default="", metavar="CKPT", help="Begin with the weights of this checkpoint.")
+@click.option(
+    "--init-from",
+    default="",
+    metavar="CKPT",
+    shell_complete=complete_path,
+    help="Begin with the weights of this checkpoint.",
+)
 @click.option("--verify/--no-verify", default=True, help="Check the whole store before the first step (about 1 s/GB).")
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
 @click.option("--estimate", is_flag=True, help="Time a few steps of every phase, extrapolate, and stop.")
@@ -64,6 +78,7 @@ def command(
     out: Path | None,
     sets: tuple[str, ...],
     processes: int | None,
+    device: str | None,
     micro_batch: int,
     init_from: str,
     verify: bool,
@@ -75,20 +90,31 @@ def command(
 
     Inside torchrun, accelerate launch or Slurm it joins the processes that are there.
     """
-    loaded = load_recipe(recipe, sets)
-    folder = out or Path("runs") / loaded.name
+    from alphaflow_cli.train.store import resolve_run
+
+    resolved = resolve_run(recipe, sets, data=data, out=out)
+    loaded, folder = resolved.recipe, resolved.folder
     if dry_run or estimate:
-        show_plan(loaded, folder, processes, micro_batch, measured=estimate, as_json=as_json)
+        show_plan(resolved, processes, micro_batch, device, measured=estimate, as_json=as_json)
         return
+    if data is not None and not (data / "manifest.json").is_file():
+        raise AlphaflowError(
+            f"{data}: no latent store here (no manifest.json). Run: alphaflow prep-latents SOURCE --out {data}"
+        )
+    if init_from:
+        from alphaflow_cli.model.find import check_address
+
+        check_address(init_from)
+    begin(f"train {loaded.name} in {folder}")
     from alphaflow_cli.runtime.processes import run_shared
     from alphaflow_cli.train.start import TrainOptions, count_processes
 
-    options = TrainOptions(folder, data, micro_batch or None, init_from, verify)
+    options = TrainOptions(folder, data, micro_batch or None, init_from, verify, device, resolved.notes)
     code = run_shared(
         lambda: join(loaded, options),
         command_line(),
         requested=processes,
-        count=lambda requested: count_processes(loaded, requested),
+        count=lambda requested: count_processes(loaded, requested, device),
         prepared=prepared(loaded, options),
     )
     if code:
@@ -130,15 +156,20 @@ def finish(folder: Path) -> None:
 
 
 def show_plan(
-    recipe: Recipe, folder: Path, processes: int | None, micro_batch: int, *, measured: bool, as_json: bool
+    resolved: "Resolved", processes: int | None, micro_batch: int, device: str | None, *, measured: bool, as_json: bool
 ) -> None:
     """Print what the run would be: by arithmetic for --dry-run, by timed steps too for --estimate."""
     from alphaflow_cli.train.estimate import describe_run, estimate_training
+    from alphaflow_cli.train.start import doubts
 
-    document, lines = describe_run(recipe, folder, processes=processes or 1, micro_batch=micro_batch or None)
+    recipe = resolved.recipe
+    document, lines = describe_run(recipe, resolved.folder, processes=processes or 1, micro_batch=micro_batch or None)
+    more = [text for text in doubts(recipe, device=device) if text not in document["warnings"]]
+    document["warnings"] += more
+    lines = [*resolved.notes, *lines, *(f"beware: {text}" for text in more)]
     if measured:
-        times, more = estimate_training(recipe, micro_batch or None, processes or 1)
-        document, lines = document | {"estimate": times}, [*lines, *more]
+        times, texts = estimate_training(recipe, micro_batch or None, processes or 1, device)
+        document, lines = document | {"estimate": times}, [*lines, *texts]
     if as_json:
         print_json(document)
         return

@@ -1,4 +1,4 @@
-"""A finished latent store: open it, check it, read rows out of its shards, compare it with a recipe."""
+"""A finished latent store: open it, check it, read rows out of its shards."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass

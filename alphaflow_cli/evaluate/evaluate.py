@@ -7,7 +7,7 @@ called by every process that shares the work; the first one returns the result.
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -38,15 +38,16 @@ from alphaflow_cli.evaluate.reference import (
     load_reference,
     save_reference,
 )
-from alphaflow_cli.evaluate.results import NEEDS_MOMENTS, NETWORK, Evaluation, save_results
+from alphaflow_cli.evaluate.results import NEEDS_MOMENTS, NETWORK, Evaluation, Row, save_results
 from alphaflow_cli.evaluate.score import Measured, check_reference, score
-from alphaflow_cli.files import sha256_of, write_whole
+from alphaflow_cli.files import make_folder, sha256_of, write_whole
 from alphaflow_cli.model.find import run_folder
 from alphaflow_cli.nn.weights import FILES, missing_weights
 from alphaflow_cli.recipe.schema import Eval, LabelDraw, Metric
 from alphaflow_cli.runtime.lock import hold
 from alphaflow_cli.runtime.processes import Processes, check_same
-from alphaflow_cli.sample.generator import DecoderChoice, Generator, open_generator
+from alphaflow_cli.runtime.progress import say
+from alphaflow_cli.sample.generator import COMPILED_FROM, DecoderChoice, Generator, open_generator
 from alphaflow_cli.sample.walk import Walk, plan_walk
 
 FEWEST_PICTURES = 100  # pictures; below it nothing is printed that looks like a score
@@ -117,14 +118,14 @@ class Ruler:
         name = evaluation_id(source, self.extractors, self.chunk)
         return Pass(source, self.extractors, self.folder / name, self.chunk)
 
-    def measure(self, source: ImageSource, clock: Clock) -> tuple[Pass, dict[str, Moments]]:
+    def measure(self, source: ImageSource, clock: Clock, task: str) -> tuple[Pass, dict[str, Moments]]:
         """Pass over the pictures; the first process holds the folder that is filled for all.
 
         The moments can be summed up only when all chunks are there, so all processes end together.
         """
         work = self.start(source)
         with nullcontext() if self.processes.rank else hold(work.folder, "eval or reference"):
-            run_pass(work, self.processes, batch=self.batch, clock=clock)
+            run_pass(work, self.processes, batch=self.batch, clock=clock, task=task)
             return work, gather_moments(work, self.processes)
 
 
@@ -146,7 +147,7 @@ def evaluate(
     check_count(source)
     check_reference(metrics, reference, ruler.extractors, source.size)
     clock = Clock()
-    work, moments = ruler.measure(source, clock)
+    work, moments = ruler.measure(source, clock, source.task)
     if ruler.processes.rank:
         return None
     digest, copies = content_of(work)
@@ -179,7 +180,7 @@ def make_reference(
 ) -> tuple[Reference, list[str]] | None:
     """Measure real pictures and save the reference; it and warnings on the first process, None on the others."""
     check_count(source)
-    work, moments = ruler.measure(source, Clock())
+    work, moments = ruler.measure(source, Clock(), f"reference {source.count:,}")
     if ruler.processes.rank:
         return None
     save_reference(build_reference(work, moments, name=name, kept=kept), path)
@@ -229,18 +230,6 @@ def available_metrics(weights: dict[str, Path]) -> tuple[Metric, ...]:
     )
 
 
-def is_checkpoint(text: str) -> bool:
-    """Whether the text names a weights file, a run folder or a model on the Hub, and not a source of pictures."""
-    path = Path(text).expanduser()
-    if path.is_dir():
-        return (path / "model.safetensors").is_file() or (path / "checkpoints").is_dir()
-    if text.startswith("hf://"):
-        return not text.startswith("hf://datasets/")
-    if path.exists() or ":" in text:
-        return path.suffix == ".safetensors"
-    return path.suffix == ".safetensors" or (text.count("/") == 1 and not text.startswith((".", "/", "~")))
-
-
 def evaluate_checkpoint(request: EvalRequest, processes: Processes) -> Report | None:
     """Measure a checkpoint, once for every requested walk; the report on the first process, None on the others."""
     generator = open_generator(request.checkpoint, device=processes.device, decoder=request.decoder)
@@ -248,9 +237,7 @@ def evaluate_checkpoint(request: EvalRequest, processes: Processes) -> Report | 
     published = generator.recipe.eval
     walks = choose_walks(request, generator)
     count, draw = request.images or published.images, request.draw or published.draw
-    generator.expect(count)
-    if request.autoencoder:
-        generator.use_autoencoder(request.autoencoder)
+    generator.expect(count, compiled=count >= COMPILED_FROM, autoencoder=request.autoencoder)
     metrics, reference = request.metrics or published.metrics, request.reference or published.reference
     if not reference and set(metrics) != {"is"}:
         raise AlphaflowError(
@@ -282,10 +269,33 @@ def evaluate_all(
     folder: Path,
 ) -> list[Evaluation]:
     """Measure each set of pictures by one ruler; empty on all processes but the first."""
+    metrics, lacking = split_metrics(metrics, request.weights)
+    for line in lacking if processes.rank == 0 else ():
+        say(f"warning: {line}")
     ruler = Ruler(build_extractors(metrics, processes.device, request.weights), processes, folder, request.batch)
     compared = find_reference(reference, sources[0].size, ruler) if reference else None
+    real, images = (compared.facts.get("count") if compared else None), sources[0].count
+    if real and real < images and not processes.rank:
+        say(f"beware: {images:,} pictures are compared with {real:,} real ones, which decide the error: take more")
     measured = [evaluate(source, metrics, ruler, reference=compared) for source in sources]
-    return [evaluation for evaluation in measured if evaluation is not None]
+    done = [evaluation for evaluation in measured if evaluation is not None]
+    return [replace(evaluation, warnings=[*evaluation.warnings, *lacking]) for evaluation in done]
+
+
+def split_metrics(metrics: tuple[Metric, ...], weights: dict[str, Path]) -> tuple[tuple[Metric, ...], list[str]]:
+    """The metrics that can be measured here, and a line for each network whose weights are missing.
+
+    Where none can, all are given back: the weights' own error then says how to get them.
+    """
+    missing = {
+        NETWORK[metric]: missing_weights(FILES[NETWORK[metric]])
+        for metric in metrics
+        if NETWORK[metric] in FILES and NETWORK[metric] not in weights
+    }
+    here = tuple(metric for metric in metrics if not missing.get(NETWORK[metric]))
+    if not here:
+        return metrics, []
+    return here, [f"not measured: {line}" for line in missing.values() if line]
 
 
 def choose_walks(request: EvalRequest, generator: Generator) -> list[Walk]:
@@ -309,30 +319,43 @@ def write_evaluation(request: EvalRequest, evaluations: list[Evaluation], folder
         model = run / "model.safetensors"
         place = run if model.is_file() and sha256_of(model) == digest else place
     path = place / "results.json"
-    save_results(path, folder / "history.jsonl", evaluations)
+    kept = save_results(path, folder / "history.jsonl", evaluations)
+    most = max(row.count for each in evaluations for row in each.rows)
+    if any(row["count"] > most for each in kept for row in each["rows"]):  # their picture stays the run's
+        place = folder / evaluations[0].id
     chart = score_chart(evaluations, sweep=request.sweep_midpoint) if len(evaluations) > 1 else None
     if chart is None:
         return Report(evaluations, path, None)
     picture = place / ("midpoints.png" if request.sweep_midpoint else "scores.png")
+    make_folder(place)
     write_whole(picture, to_png(chart))
     return Report(evaluations, path, picture)
 
 
 def score_chart(evaluations: Sequence[Evaluation], *, sweep: bool) -> Chart | None:
     """Draw each distance against evaluations per picture, or against the midpoint; None where there is one point."""
-    curves: dict[str, list[tuple[float, float]]] = {}
+    curves: dict[str, list[tuple[float, Row]]] = {}
     for evaluation in evaluations:
         for row in evaluation.rows:
             if row.spread is None and row.reference is not None:
                 at = row.pictures["times"][1] if sweep else row.pictures["nfe"]
-                curves.setdefault(row.name, []).append((float(at), row.value))
+                curves.setdefault(row.name, []).append((float(at), row))
     longest = max((len(points) for points in curves.values()), default=0)
     if longest < 2:
         return None
-    panels = [
-        Panel(name, [Line(name, points, COLOURS[i % len(COLOURS)], markers=True)])
-        for i, (name, points) in enumerate(curves.items())
-    ]
-    ticks = sorted({x for points in curves.values() for x, _ in points})
+    panels = []
+    for i, (name, points) in enumerate(curves.items()):
+        better = "higher" if points[0][1].metric == "pr" else "lower"
+        line = Line(name, [(at, row.value) for at, row in points], COLOURS[i % len(COLOURS)], markers=True)
+        panels.append(Panel(f"{name}: {better} is better", [line]))
+    rows = [row for points in curves.values() for _, row in points]
+    ticks = sorted({at for points in curves.values() for at, _ in points})
     label = "midpoint of a two-step grid" if sweep else "network evaluations per picture"
-    return Chart(title="Scores", panels=panels, x_label=label, log_x=not sweep, x_ticks=ticks)
+    title = f"Scores of {rows[0].pictures.get('name') or 'the checkpoint'}"
+    return Chart(title, panels, label, subtitle=shared_protocol(rows), log_x=not sweep, x_ticks=ticks)
+
+
+def shared_protocol(rows: Sequence[Row]) -> str:
+    """The protocols of all rows, once each, without the walk that tells the rows apart."""
+    weights = [f"weights {str(row.pictures.get('checkpoint_sha256'))[:8]}" for row in rows]
+    return "; ".join(dict.fromkeys([*(row.protocol().partition(f": {row.label}")[0] for row in rows), *weights]))

@@ -3,6 +3,7 @@
     chunk c of the pictures  →  features-<first>-<last>.safetensors   (rank r of w does the chunks with c % w == r)
 
 A finished chunk is loaded, never computed again; the folder's name is a hash of everything that decides its content.
+While the device draws and measures a chunk, the one before is hashed and written in a thread beside it.
 There is no communication inside the loop: ranks may be uneven. Afterwards the moments, sums in float64, are added up
 over the ranks in a fixed order of networks. All ranks must see the same folder.
 """
@@ -11,7 +12,8 @@ import contextlib
 import hashlib
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,6 +28,7 @@ from alphaflow_cli.evaluate.features import Extractor
 from alphaflow_cli.evaluate.pictures import ImageSource
 from alphaflow_cli.evaluate.results import space_of
 from alphaflow_cli.files import make_folder, write_whole
+from alphaflow_cli.runtime.precision import exact_device
 from alphaflow_cli.runtime.processes import Processes, smaller_batch_if_full
 from alphaflow_cli.runtime.progress import Progress, say
 
@@ -80,7 +83,7 @@ def evaluation_id(source: ImageSource, extractors: Mapping[str, Extractor], chun
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def run_pass(work: Pass, processes: Processes, *, batch: int, clock: Clock) -> None:
+def run_pass(work: Pass, processes: Processes, *, batch: int, clock: Clock, task: str = "features") -> None:
     """Compute the chunks of this process that are not there yet; Ctrl-C keeps every finished chunk."""
     make_folder(work.folder)
     mine = work.chunks()[processes.rank :: processes.size]
@@ -92,32 +95,61 @@ def run_pass(work: Pass, processes: Processes, *, batch: int, clock: Clock) -> N
     try:
         with (
             contextlib.closing(work.source),
-            Progress("measure", total, unit="img", done=done, shown=processes.rank == 0) as bar,
+            Progress(task, total, unit="img", done=done, shown=processes.rank == 0) as bar,
+            ThreadPoolExecutor(1) as beside,
         ):
-            for first, stop in waiting:
-                features = _measure(work, (first, stop), processes.device, batch=batch, clock=clock)
-                _write(work.path(first, stop), features)
-                bar.advance(stop - first)
+            _measure_chunks(work, waiting, processes.device, bar, beside, batch=batch, clock=clock)
     except KeyboardInterrupt:
         say(f"interrupted; finished chunks are kept in {work.folder}: run the same command again to go on")
         raise
 
 
-def _measure(work: Pass, part: tuple[int, int], device: torch.device, *, batch: int, clock: Clock) -> dict[str, Tensor]:
+def _measure_chunks(
+    work: Pass,
+    waiting: Sequence[tuple[int, int]],
+    device: torch.device,
+    bar: Progress,
+    beside: ThreadPoolExecutor,
+    *,
+    batch: int,
+    clock: Clock,
+) -> None:
+    """Chunk after chunk; while one is drawn and measured, the one before is hashed and written beside it."""
+    writing: Future[int] | None = None
+    for part in waiting:
+        images, features = _measure(work, part, device, batch=batch, clock=clock)
+        if writing is not None:
+            bar.advance(writing.result())
+        writing = beside.submit(_finish, work, part, images, features)
+    if writing is not None:
+        bar.advance(writing.result())
+
+
+def _measure(
+    work: Pass, part: tuple[int, int], device: torch.device, *, batch: int, clock: Clock
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The pictures of a chunk and their features by network, on the host."""
     first, stop = part
     with clock.part("pictures"), smaller_batch_if_full(1):  # a chunk is drawn at once, whatever --batch is
         images = work.source.images(first, stop)
     assert len(images) == stop - first, images.shape
-    tensors = {"digests": _digests(images)}
+    features = {}
     for name in sorted(work.extractors):
         with clock.part(f"features {name}"), smaller_batch_if_full(batch):
-            rows = [work.extractors[name](few.to(device)).cpu() for few in torch.split(images, batch)]
-        tensors[name] = torch.cat(rows)
-        if not bool(torch.isfinite(tensors[name]).all()):
+            rows = [work.extractors[name](few.to(device)) for few in torch.split(images, batch)]
+            features[name] = torch.cat(rows).cpu()  # once: every copy waits for the device
+    return images.cpu(), features
+
+
+def _finish(work: Pass, part: tuple[int, int], images: Tensor, features: dict[str, Tensor]) -> int:
+    """Check, hash and write a measured chunk; the number of its pictures."""
+    for name, values in features.items():
+        if not bool(torch.isfinite(values).all()):
             raise AlphaflowError(
-                f"{name}: features of pictures {first}–{stop - 1} are not finite; the weights are broken"
+                f"{name}: features of pictures {part[0]}–{part[1] - 1} are not finite; the weights are broken"
             )
-    return tensors
+    _write(work.path(*part), {"digests": _digests(images), **features})
+    return len(images)
 
 
 def _write(path: Path, tensors: dict[str, Tensor]) -> None:
@@ -176,7 +208,7 @@ def gather_moments(work: Pass, processes: Processes) -> dict[str, Moments]:
         moments = Moments(work.extractors[name].dim)
         for first, stop in work.chunks()[processes.rank :: processes.size]:
             moments.update(load_part(work, name, first, stop))
-        moments.sums = processes.sum(moments.sums.to(processes.device)).cpu()
+        moments.sums = processes.sum(moments.sums.to(exact_device(processes.device))).cpu()
         if moments.count != work.source.count:
             raise AlphaflowError(f"{moments.count:,} of {work.source.count:,} pictures were counted; run it again")
         totals[name] = moments

@@ -44,6 +44,7 @@ class ImageSource:
     size: tuple[int, int]  # height and width, the same for all pictures
     label: str  # what the pictures are, in a few words for a row of a table
     seconds: dict[str, float]  # spent on pictures so far, by part; may be empty
+    task = "features"  # what is done with them, for the bar
 
     def images(self, start: int, stop: int) -> Tensor:
         """Pictures start … stop − 1 as uint8 (stop − start, 3, H, W)."""
@@ -206,6 +207,7 @@ class GeneratedImages(ImageSource):
         classes = generator.recipe.data.classes
         self._labels = LazyLabels(self._seeds, lambda places, seeds: draw_labels(seeds, classes, draw))
         self.label = f"{generator.recipe.name or 'checkpoint'}, {walk.nfe} NFE, {walk}"
+        self.task = f"{walk.nfe} NFE: sampling, features"
 
     def images(self, start: int, stop: int) -> Tensor:
         """The stream's pictures of this span, on the generator's device; what they took is added to `seconds`."""

@@ -18,9 +18,11 @@ import torch
 
 import alphaflow_cli
 from alphaflow_cli.documents import Anything, ListOf, Maybe, Number, Table, Text, Whole, read_json
+from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.evaluate.features import Extractor
 from alphaflow_cli.files import append, make_folder, write_whole
 from alphaflow_cli.recipe.schema import Metric
+from alphaflow_cli.runtime.progress import say
 from alphaflow_cli.text import for_markdown
 
 UNBIASED_FROM = 50_000  # pictures; the published figures are of that many
@@ -36,6 +38,7 @@ NETWORK: dict[Metric, str] = {
 TITLE: dict[Metric, str] = {"fid": "FID", "kid": "KID", "is": "IS", "fdd": "FDD", "fcd": "FCD", "fd-tiny": "FD-tiny"}
 NEEDS_FEATURES: tuple[Metric, ...] = ("kid", "pr")  # of single pictures of the reference
 NEEDS_MOMENTS: tuple[Metric, ...] = ("fid", "fdd", "fcd", "fd-tiny")  # the reference's mean and covariance
+MOST_KEPT = 900  # evaluations of one results.json; up to 1,000 are read again
 RESULTS_SCHEMA = "alphaflow-results/1"
 DIGITS = {"KID": 6, "precision": 4, "recall": 4, "density": 4, "coverage": 4}  # after the point; others: 4 significant
 
@@ -158,13 +161,54 @@ def notes(evaluation: Evaluation) -> dict[str, list[str]]:
     return names
 
 
-def document(evaluations: Sequence[Evaluation]) -> dict[str, Any]:
-    """The content of results.json: environment and evaluations."""
+def document(evaluations: Sequence[Evaluation], earlier: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
+    """The content of results.json: environment and evaluations, after those that it held before."""
     return {
         "schema": RESULTS_SCHEMA,
         "environment": environment(),
-        "evaluations": [each.as_dict() for each in evaluations],
+        "evaluations": [*earlier, *(each.as_dict() for each in evaluations)],
     }
+
+
+def still_true(path: Path, evaluations: Sequence[Evaluation]) -> list[dict[str, Any]]:
+    """The evaluations that results.json holds of the same weights, without those that are measured anew.
+
+    Each is kept with the environment in which it was measured. A file that cannot be read is replaced, and that is
+    said: what was measured now is worth more.
+    """
+    if not path.is_file():
+        return []
+    try:
+        there = read_results(path)
+    except AlphaflowError as fault:
+        say(f"{path}: written anew, because what it held cannot be read ({fault})")
+        return []
+    new = [asdict(row) for each in evaluations for row in each.rows]
+    done, digests = {_identity(row) for row in new}, {row["pictures"].get("checkpoint_sha256") for row in new}
+    kept = []
+    for each in there["evaluations"]:
+        same = {row["pictures"].get("checkpoint_sha256") for row in each["rows"]} <= digests
+        if same and not {_identity(row) for row in each["rows"]} <= done:
+            kept.append({"environment": there.get("environment", {}), **each})
+    return kept[-MOST_KEPT:]
+
+
+def _identity(row: dict[str, Any], *, counted: bool = True) -> str:
+    """What makes two numbers the same number; without `counted`, of however many pictures."""
+    pictures = {name: value for name, value in row["pictures"].items() if counted or name not in ("count", "seeds")}
+    name = row["name"] if counted else row["name"].rpartition("-")[0]
+    reference = (row.get("reference") or {}).get("sha256")
+    return json.dumps([name, row["metric"], row["space"], pictures, reference], sort_keys=True)
+
+
+def best_founded(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of the numbers that differ in nothing but how many pictures they were measured on, the one of most pictures."""
+    best: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        before = best.setdefault(_identity(row, counted=False), row)
+        if row["count"] >= before["count"]:
+            best[_identity(row, counted=False)] = row
+    return list(best.values())
 
 
 def read_results(path: Path, *, advice: str = "Move it away, or measure again: alphaflow eval.") -> dict[str, Any]:
@@ -178,12 +222,14 @@ def row_of(values: dict[str, Any]) -> Row:
     return Row(**{**values, "space": FeatureSpace(**values["space"]), "notes": tuple(values.get("notes", ()))})
 
 
-def save_results(path: Path, history: Path, evaluations: Sequence[Evaluation]) -> None:
-    """Write results.json anew, and add a line for each evaluation to the history."""
+def save_results(path: Path, history: Path, evaluations: Sequence[Evaluation]) -> list[dict[str, Any]]:
+    """Add the evaluations to results.json, and a line for each to the history; returns what was there and stays."""
     make_folder(path.parent)
-    write_whole(path, json.dumps(document(evaluations), indent=1, ensure_ascii=False) + "\n")
+    kept = still_true(path, evaluations)
+    write_whole(path, json.dumps(document(evaluations, kept), indent=1, ensure_ascii=False) + "\n")
     lines = "".join(json.dumps(each.as_dict(), ensure_ascii=False) + "\n" for each in evaluations)
     append(history, lines, kept=f"{path} is whole.")
+    return kept
 
 
 def markdown(evaluations: Sequence[Evaluation]) -> str:

@@ -25,7 +25,7 @@ from alphaflow_cli.evaluate.results import (
     space_of,
 )
 from alphaflow_cli.recipe.schema import Metric
-from alphaflow_cli.runtime.precision import true_float32
+from alphaflow_cli.runtime.precision import exact_device, true_float32
 
 FEWEST_FEATURES = 100  # single real features
 KID_SUBSETS, KID_SIZE = 100, 1000
@@ -127,7 +127,8 @@ def _inception_score(measured: Measured, metric: Metric) -> Iterator[Scored]:
 def _precision_recall(measured: Measured, metric: Metric) -> Iterator[Scored]:
     fake, real = _single_features(measured, metric)
     with true_float32():
-        shares = precision_recall(fake.to(measured.device), real.to(measured.device), NEIGHBOURS, block=BLOCK)
+        device = exact_device(measured.device)
+        shares = precision_recall(fake.to(device), real.to(device), NEIGHBOURS, block=BLOCK)
     for title in ("precision", "recall", "density", "coverage"):
         settings = {"neighbours": NEIGHBOURS, "single_real_pictures": len(real)}
         yield title, getattr(shares, title), None, settings

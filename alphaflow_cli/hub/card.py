@@ -11,13 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from alphaflow_cli.evaluate.results import row_of
+from alphaflow_cli.evaluate.results import best_founded, row_of
 from alphaflow_cli.model.checkpoint import CHECKPOINT_FORMAT
 from alphaflow_cli.recipe import Recipe, dump_recipe
 from alphaflow_cli.recipe.plan import effective_scale, has_null_label, is_guided, needs_many_steps
-from alphaflow_cli.text import code_span, for_markdown, for_terminal
+from alphaflow_cli.text import code_span, counted, for_markdown, for_terminal
 
 PAPER = "arXiv:2510.20771"
+MEANFLOW = "arXiv:2505.13447"
+PACKAGE = "https://pypi.org/project/alphaflow-cli/"
+FEW_CLASSES, MOST_CLASSES = 20, 2000  # names listed at once, and behind a fold
 CITATION = """\
 @article{zhang2025alphaflow,
   title   = {AlphaFlow: Understanding and Improving MeanFlow Models},
@@ -57,6 +60,7 @@ def model_card(facts: CardFacts) -> str:
         _metadata(facts),
         _what(facts),
         _usage(facts),
+        _classes(facts),
         _training(facts),
         _results(facts),
         _caveats(facts),
@@ -66,8 +70,8 @@ def model_card(facts: CardFacts) -> str:
 
 
 def result_rows(results: dict[str, Any] | None) -> list[dict[str, Any]]:
-    """Every number of a results.json, from all of its evaluations."""
-    return [row for each in (results or {}).get("evaluations", []) for row in each.get("rows", [])]
+    """The numbers of a results.json, from all of its evaluations: of each the best-founded one."""
+    return best_founded([row for each in (results or {}).get("evaluations", []) for row in each.get("rows", [])])
 
 
 def protocol(row: dict[str, Any]) -> str:
@@ -109,11 +113,11 @@ def _metadata(facts: CardFacts) -> str:
 
 def _what(facts: CardFacts) -> str:
     recipe, data = facts.recipe, facts.recipe.data
-    labels = f"{data.classes:,} classes" if data.classes else "no labels"
+    labels = counted(data.classes, "class", "classes") if data.classes else "no labels"
     space = (
         "pixels"
         if data.autoencoder == "none"
-        else f"latents {data.channels}x{data.latent_size}x{data.latent_size} of {for_markdown(data.autoencoder)}"
+        else f"latents {data.channels}x{data.latent_size}x{data.latent_size} of {_autoencoder(data.autoencoder)}"
     )
     nfe = recipe.sample.nfe
     evaluations = "one evaluation" if nfe == 1 else f"{nfe} evaluations"
@@ -122,11 +126,18 @@ def _what(facts: CardFacts) -> str:
         "",
         f"An image generator that needs {evaluations} of its network per picture: "
         f"{data.image_size} px, {labels}, {facts.parameters:,} parameters, working on {space}. "
-        f"It predicts the average velocity u(z, r, t) of [MeanFlow and α-Flow](https://arxiv.org/abs/{PAPER[6:]}); "
+        f"It predicts the average velocity u(z, r, t) of [MeanFlow](https://arxiv.org/abs/{MEANFLOW[6:]}) and "
+        f"[α-Flow](https://arxiv.org/abs/{PAPER[6:]}); "
         f"the weights are {_weights(facts.origin)}.",
     ]
     lines += ["", "![Samples](samples.png)", "", "Uncurated: consecutive seeds."]
     return "\n".join(lines)
+
+
+def _autoencoder(name: str) -> str:
+    """The autoencoder's name, as a link where it is one of the Hub's."""
+    known = re.fullmatch(r"[\w.-]+/[\w.-]+", name, re.ASCII)
+    return f"[{for_markdown(name)}](https://huggingface.co/{name})" if known else for_markdown(name)
 
 
 def _weights(origin: dict[str, Any]) -> str:
@@ -136,14 +147,14 @@ def _weights(origin: dict[str, Any]) -> str:
 
 
 def _usage(facts: CardFacts) -> str:
-    repo, sample, size = facts.repo, facts.recipe.sample, facts.recipe.data.image_size
-    classes = ", classes=[0, 1, 2, 3]" if facts.recipe.data.classes else ""
+    repo, sample = facts.repo, facts.recipe.sample
     return f"""\
 ## Sample
 
-With `alphaflow` installed (the program that wrote this card):
+With [alphaflow]({PACKAGE}), the program that wrote this card:
 
 ```bash
+pip install alphaflow-cli
 alphaflow sample {repo} --seeds 0-15 --nfe {sample.nfe} --grid samples.png
 alphaflow sample {repo} --seeds 0-15 --nfe {sample.nfe} --out pictures
 ```
@@ -152,11 +163,25 @@ alphaflow sample {repo} --seeds 0-15 --nfe {sample.nfe} --out pictures
 import alphaflow_cli
 
 model = alphaflow_cli.load("{repo}")
-images = model.sample(seeds=[0, 1, 2, 3]{classes}, nfe={sample.nfe})  # uint8 (4, 3, {size}, {size})
+pictures = model.sample(8, nfe={sample.nfe})  # classes=["…"] chooses; print(model) says what there is
+pictures.save("grid.png")
 ```
 
 The picture of a seed is the same on every machine up to rounding, whatever the batch. Pin a revision with
 `{repo}@COMMIT`."""
+
+
+def _classes(facts: CardFacts) -> str:
+    """The classes by number; of many, behind a fold; none where nobody knows their names."""
+    names = [str(name) for name in facts.origin.get("class_names") or []][: facts.recipe.data.classes]
+    if not names:
+        return ""
+    rest = f", and {len(names) - MOST_CLASSES:,} more" if len(names) > MOST_CLASSES else ""
+    listed = ", ".join(f"{i} {for_markdown(name)}" for i, name in enumerate(names[:MOST_CLASSES])) + rest
+    ways = 'Choose them by number or by name: `--classes 0`, `classes=[0]`, `--classes NAME`, `classes=["NAME"]`.'
+    if len(names) <= FEW_CLASSES:
+        return f"## Classes\n\n{listed}.\n\n{ways}"
+    return f"## Classes\n\n{ways}\n\n<details><summary>All {len(names):,} names</summary>\n\n{listed}.\n\n</details>"
 
 
 def _training(facts: CardFacts) -> str:
@@ -166,7 +191,7 @@ def _training(facts: CardFacts) -> str:
         lines += [_conversion(origin["converted"]), ""]
     else:
         seen = origin.get("images_seen")
-        lines += [f"`alphaflow train recipe.yaml`: {recipe.train.steps:,} steps of {recipe.train.batch:,} pictures"]
+        lines += [f"{_again(recipe)}: {recipe.train.steps:,} steps of {recipe.train.batch:,} pictures"]
         lines[-1] += f", {seen:,} seen" if isinstance(seen, int) else ""
         lines[-1] += f", from {code_span(recipe.data.source)}." if recipe.data.source else "."
         lines += [_objective(recipe), ""]
@@ -174,6 +199,11 @@ def _training(facts: CardFacts) -> str:
     lines += ["<details><summary>The whole recipe</summary>", "", *_fenced(dump_recipe(recipe), "yaml"), ""]
     lines += ["</details>"]
     return "\n".join(lines)
+
+
+def _again(recipe: Recipe) -> str:
+    """The command that trains the model again by the recipe that is published beside it."""
+    return "`alphaflow train recipe.yaml" + ("`" if recipe.data.source else " --data LATENTS` ([recipe](recipe.yaml))")
 
 
 def _fenced(text: str, kind: str) -> list[str]:

@@ -20,7 +20,7 @@ from alphaflow_cli.data.pictures import MAX_PIXELS, BadPicture, Fetch, Source, d
 from alphaflow_cli.data.writing import write_shard
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.nn.autoencoder import Autoencoder, load_autoencoder
-from alphaflow_cli.runtime.precision import encoder_precision
+from alphaflow_cli.runtime.precision import encoder_precision, exact_device
 from alphaflow_cli.runtime.processes import smaller_batch_if_full
 from alphaflow_cli.tensors import Array
 from alphaflow_cli.text import brief
@@ -219,7 +219,7 @@ def choose_precision(
 def _moments(encoder: Autoencoder, sample: Array, name: str, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     with encoder_precision(name, device):
         mean, std = encoder.encode(torch.from_numpy(sample).to(device).float() * 2 / 255 - 1)
-    return mean.double(), std.double()
+    return mean.to(exact_device(device)).double(), std.to(exact_device(device)).double()
 
 
 @contextmanager

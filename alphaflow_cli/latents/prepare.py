@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
 
+import torch
+
 from alphaflow_cli.data.manifest import plan_to_dict, read_manifest
 from alphaflow_cli.data.store import verify_store
 from alphaflow_cli.data.writing import finish_store, is_done
@@ -23,8 +25,9 @@ from alphaflow_cli.latents.encode import Job, StoreRequest, decoded_pictures, en
 from alphaflow_cli.latents.plan import plan_job
 from alphaflow_cli.nn.autoencoder import load_autoencoder
 from alphaflow_cli.runtime.lock import hold
-from alphaflow_cli.runtime.processes import Processes, device_of, processes_here
+from alphaflow_cli.runtime.processes import Processes, processes_here
 from alphaflow_cli.runtime.progress import Progress, duration, say, size
+from alphaflow_cli.text import counted
 
 FINISHED = ("images.json", "stats.safetensors", "manifest.json")  # beside the shards
 BEFORE_THE_PLAN = ("images.json", "classes.json")  # in the order of writing
@@ -56,9 +59,9 @@ def _is_finished(job: Job) -> bool:
     return not missing_shards(job) and all(is_there(job.out / name) for name in FINISHED)
 
 
-def count_encoders(autoencoder: str, requested: int | None) -> int:
+def count_encoders(autoencoder: str, requested: int | None, device: str | None = None) -> int:
     """One per GPU, else one. Pictures that stay pixels need no GPU, so any number may share that work."""
-    return requested if requested and autoencoder == "none" else processes_here(requested)
+    return requested if requested and autoencoder == "none" else processes_here(requested, device)
 
 
 def missing_shards(job: Job) -> list[int]:
@@ -125,12 +128,12 @@ def _work_shown(job: Job, processes: Processes, shown: bool) -> None:
 TRIAL_SECONDS = 3.0  # no batch of the trial begins later
 
 
-def estimate_store(job: Job, processes: int) -> list[str]:
+def estimate_store(job: Job, processes: Processes) -> list[str]:
     """Encode a few pictures spread over the source, throw them away, and multiply; the last line is its path."""
     missing = missing_shards(job)
     todo = sum(len(job.span(shard)) for shard in missing)
-    tried, seconds = _trial(job)
-    gpus = processes if device_of(0).type == "cuda" else 1  # on a CPU all processes share the same cores
+    tried, seconds = _trial(job, processes.device)
+    gpus = processes.size if processes.device.type == "cuda" else 1  # on a CPU all processes share the same cores
     rate = gpus * tried / seconds
     shape = "x".join(str(length) for length in job.plan.latent)
     return [
@@ -141,18 +144,18 @@ def estimate_store(job: Job, processes: int) -> list[str]:
     ]
 
 
-def _trial(job: Job) -> tuple[int, float]:
+def _trial(job: Job, device: torch.device) -> tuple[int, float]:
     """Pictures and seconds, after one to warm up; batches double until the time is over or they are full ones."""
-    encoder = load_autoencoder(job.request.autoencoder, device=device_of(0))
+    encoder = load_autoencoder(job.request.autoencoder, device=device)
     count = min(job.images, 4 * job.batch)
     lines = [number * job.images // count for number in range(count)]
     with closing(decoded_pictures(job, lines)) as stream:
         good = (picture.pixels for picture in stream if picture.pixels is not None)
         if first := list(itertools.islice(good, 1)):
-            encode_rows(encoder, job.plan, first, device_of(0))
+            encode_rows(encoder, job.plan, first, device)
         tried, batch, start = 0, 1, time.monotonic()
         while (group := list(itertools.islice(good, batch))) and time.monotonic() - start < TRIAL_SECONDS:
-            encode_rows(encoder, job.plan, group, device_of(0))
+            encode_rows(encoder, job.plan, group, device)
             tried, batch = tried + len(group), min(2 * batch, job.batch)
     return max(tried, 1), max(time.monotonic() - start, 1e-3)
 
@@ -162,7 +165,8 @@ def describe_store(store: Path) -> list[str]:
     manifest = read_manifest(store)
     plan, total = manifest.plan, sum(shard.bytes for shard in manifest.shards)
     shape = "x".join(str(length) for length in plan.latent)
-    lines = [f"{manifest.count:,} pictures, {plan.classes:,} classes, {plan.kind} {shape} {plan.dtype}, {size(total)}"]
+    pictures, classes = counted(manifest.count, "picture"), counted(plan.classes, "class", "classes")
+    lines = [f"{pictures}, {classes}, {plan.kind} {shape} {plan.dtype}, {size(total)}"]
     if plan.autoencoder.precision_error is not None:
         error = f"error {plan.autoencoder.precision_error:.3g} of the posterior std"
         lines.append(f"encoded in {plan.autoencoder.precision}: {error}")

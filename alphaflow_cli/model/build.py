@@ -1,17 +1,4 @@
-"""From a recipe to its network, and torch.compile for it, block by block.
-
-All blocks share one piece of code, so each form below is compiled once, not once per block:
-
-    graded, value alone       α > 0 without guidance   (B rows)
-    graded, others beside     α > 0 with guidance      (B rows, and those that guidance asks about)
-    graded, with tangents     α = 0                    (B rows, B' of them with a tangent)
-    no gradient               u⁻(z_s, r, s); guidance at α = 0  (their own numbers of rows)
-    math attention            the forward-mode reference only
-
-α never enters a block, so its schedule compiles nothing. Static shapes: a new number of rows is a new form, up to
-torch's limit of 8 for one piece of code; beyond it torch runs eagerly, and says so. The rest of the step stays eager:
-it is under 2% of the arithmetic, and double backward or torch.func.jvp cannot be traced anyway.
-"""
+"""From a recipe to its network."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -48,7 +35,7 @@ def build_network(recipe: Recipe, *, seed: int | None = None) -> DiT:
             second_time=model.second_time,
             gradient_checkpointing=recipe.train.gradient_checkpointing,
         )
-        if model.second_init == "xavier":
+        if model.second_init == "xavier" and not net.pos_embed.is_meta:
             for linear in linears(net.second_embed):
                 nn.init.xavier_uniform_(linear.weight)
     net.pos_embed.requires_grad_(model.positions == "trained")
@@ -71,12 +58,3 @@ class _NoInitialisation(TorchFunctionMode):
     ) -> Any:
         drawn = getattr(func, "__module__", None) == "torch.nn.init"
         return None if drawn else func(*args, **(kwargs or {}))
-
-
-def compile_blocks(net: DiT, backend: str = "inductor") -> DiT:
-    """Compile in place: names in the state dict stay what they are, and nothing is compiled before the first call."""
-    parts: list[nn.Module] = [*net.blocks, net.final]
-    for part in parts:
-        part.compile(dynamic=False, backend=backend)
-    net.compiled = True
-    return net

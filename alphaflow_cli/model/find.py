@@ -1,8 +1,15 @@
 """Where checkpoints lie: their names in a run folder, the newest of a run, the file that an address means."""
 
+import re
+from difflib import get_close_matches
+from itertools import islice
 from pathlib import Path
 
 from alphaflow_cli.errors import AlphaflowError
+from alphaflow_cli.files import is_there
+from alphaflow_cli.remote.address import Repo, parse_address
+
+MOST_LOOKED_AT, LIKENESS = 1000, 0.75  # names of a folder, and how alike two are before one is taken for a slip
 
 
 def step_name(step: int) -> str:
@@ -26,6 +33,70 @@ def checkpoint_folders(run: Path) -> list[Path]:
     return [path for path in saved_steps(run / "checkpoints") if path.is_dir()]
 
 
+def nearby(path: Path) -> str:
+    """A run or checkpoint here whose path is nearly this one, for a message; empty where there is none."""
+    folders = [path.parent]
+    if not path.parent.is_dir():
+        folders = [path.parent.with_name(name) for name in _alike(path.parent.name, path.parent.parent)]
+    elif path.parent == Path():
+        folders = [Path(), Path("runs")]
+    places = (folder / name for folder in folders for name in _alike(path.name, folder))
+    models = (place for place in places if place.suffix == ".safetensors" or (place / "recipe.yaml").is_file())
+    return str(next(models, ""))
+
+
+def _alike(name: str, folder: Path) -> list[str]:
+    """The names in a folder that this one may be a slip of, the likeliest first."""
+    try:
+        there = [entry.name for entry in islice(folder.iterdir(), MOST_LOOKED_AT)]
+    except OSError:
+        return []
+    return get_close_matches(name, there, cutoff=LIKENESS)
+
+
+def check_address(address: str) -> None:
+    """Refuse a path that leads nowhere, without loading anything; a slip is answered before the Hub is asked."""
+    place = parse_address(address)
+    if isinstance(place, Path) and is_there(place):
+        return
+    slip = "" if any(mark in address for mark in "@:") else nearby(Path(address).expanduser())
+    if slip:
+        hub = f" (A model of that name on the Hub: hf://{address})" if isinstance(place, Repo) else ""
+        raise AlphaflowError(f"{address}: no such run or checkpoint here. Did you mean {slip}?{hub}")
+    if isinstance(place, Path):
+        raise AlphaflowError(f"{address}: no such checkpoint. Give a run folder, a .safetensors file, or user/repo.")
+
+
+def check_run(run: Path) -> None:
+    """Refuse a folder that is no run, without loading anything."""
+    if not (run / "recipe.yaml").exists():
+        slip = nearby(run)
+        advice = f"Did you mean {slip}?" if slip else f"Make one: alphaflow train RECIPE --out {run}"
+        raise AlphaflowError(f"{run}: not a run folder (no recipe.yaml in it). {advice}")
+
+
+def is_checkpoint(text: str) -> bool:
+    """Whether the text names a weights file, a run folder or a model on the Hub, and not a source of pictures."""
+    path = Path(text).expanduser()
+    if path.is_dir():
+        return (path / "model.safetensors").is_file() or (path / "checkpoints").is_dir()
+    if text.startswith("hf://"):
+        return not text.startswith("hf://datasets/")
+    if path.exists() or ":" in text:
+        return path.suffix == ".safetensors"
+    return path.suffix == ".safetensors" or (text.count("/") == 1 and not text.startswith((".", "/", "~")))
+
+
+def default_grid(address: str) -> Path:
+    """Where a grid goes when nobody says where: into the run; beside a checkpoint file; else here."""
+    path = Path(address).expanduser()
+    if run := run_folder(address):
+        return run / "grid.png"
+    if path.exists():
+        return path / "grid.png" if path.is_dir() else path.with_name(f"{path.stem}-grid.png")
+    return Path(f"{re.split('[@:]', address.removeprefix('hf://'))[0].split('/')[-1]}-grid.png")
+
+
 def find_checkpoint(address: str, *, weights: str = "ema") -> Path:
     """A file, a run folder (its newest), or an address on the Hub."""
     path = Path(address).expanduser()
@@ -40,6 +111,7 @@ def find_checkpoint(address: str, *, weights: str = "ema") -> Path:
                 f"{path}: no checkpoint in this folder yet. Train one: alphaflow train RECIPE --out {path}"
             )
         return checkpoints[-1]
+    check_address(address)
     from alphaflow_cli.remote.download import resolve_checkpoint
 
     return resolve_checkpoint(address)

@@ -101,7 +101,9 @@ class Attention(nn.Module):
     def split(self, qkv: Tensor) -> tuple[Tensor, ...]:
         """Split (B, N, 3 D) into queries, keys and values, each (B, heads, N, D / heads)."""
         rows, tokens, width = qkv.shape
-        return qkv.view(rows, tokens, 3, self.heads, width // 3 // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
+        parts = qkv.view(rows, tokens, 3, self.heads, width // 3 // self.heads).unbind(2)
+        # cut, then turned: the other way round the backward pass would copy all of their gradients once more
+        return tuple(part.transpose(1, 2) for part in parts)
 
 
 class Modulation(nn.Module):

@@ -10,7 +10,7 @@ from functools import cache
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hints
 
-from alphaflow_cli.recipe.schema import Recipe, Schedule, StepOrShare
+from alphaflow_cli.recipe.schema import Compile, Recipe, Schedule, StepOrShare
 from alphaflow_cli.recipe.source import Faults, Items, Mapping, Scalar, Tree
 from alphaflow_cli.text import shorten
 
@@ -146,8 +146,9 @@ def _items(kinds: tuple[Any, ...], node: Tree, default: Any, path: str, reader: 
 def _wanted(kind: Any) -> str:
     if get_origin(kind) is Literal:
         return "one of " + ", ".join(get_args(kind))
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-    return names.get(kind, 'a step or a percentage of the run ("50%")')
+    names: dict[Any, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    names |= {Compile: "auto, true or false", StepOrShare: 'a step or a percentage of the run ("50%")'}
+    return names[kind]
 
 
 def _scalar(kind: Any, node: Scalar, default: Any, path: str, reader: Reader) -> Any:
@@ -160,7 +161,7 @@ def _scalar(kind: Any, node: Scalar, default: Any, path: str, reader: Reader) ->
         return default
     if get_origin(kind) is Literal:
         return _choice(kind, node, default, path, reader)
-    read = {int: _int, float: _float, bool: _bool, str: _text, StepOrShare: _step}[kind]
+    read = {int: _int, float: _float, bool: _bool, str: _text, Compile: _compile, StepOrShare: _step}[kind]
     problem, value = read(node)
     if problem:
         reader.bad(node, path, f"wants {_wanted(kind)}, got {node.text[:60]!r}{problem if problem != '-' else ''}")
@@ -212,6 +213,10 @@ def _bool(node: Scalar) -> tuple[str, Any]:
     if lowered in SWITCHES | {"true", "false"}:
         return f": write {'true' if lowered in ('yes', 'on', 'y', 'true') else 'false'}", None
     return "-", None
+
+
+def _compile(node: Scalar) -> tuple[str, Any]:
+    return ("", "auto") if node.text == "auto" else _bool(node)
 
 
 def _text(node: Scalar) -> tuple[str, Any]:

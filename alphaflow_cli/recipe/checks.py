@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from operator import attrgetter
 
-from alphaflow_cli.recipe.plan import is_guided
+from alphaflow_cli.recipe.plan import is_guided, schedules_of
 from alphaflow_cli.recipe.schema import MOST_NFE, Loss, Model, Recipe, Schedule, resolve_step
 from alphaflow_cli.recipe.source import Faults
 
@@ -76,7 +76,7 @@ def _bounds(recipe: Recipe) -> Iterator[Fault]:
         repeated = [value for value, count in Counter(values).items() if count > 1]
         if repeated:
             yield path, f"{path} names {sorted(repeated, key=str)[0]} twice"
-    for path, schedule in _schedules(recipe):
+    for path, schedule in schedules_of(recipe):
         ends = f"{path}.initial" if schedule.kind == "constant" else f"{path}.initial {path}.final"
         yield from _each(recipe, ends, lambda v: 0 <= v <= 1, "must lie between 0 and 1")
         yield from _each(recipe, f"{path}.gamma", lambda v: v > 0, "must be more than 0")
@@ -97,10 +97,6 @@ def _not_negative(step: float | str) -> bool:
     return isinstance(step, str) or step >= 0
 
 
-def _schedules(recipe: Recipe) -> tuple[tuple[str, Schedule], ...]:
-    return (("alpha", recipe.alpha), ("times.equal_share", recipe.times.equal_share))
-
-
 def _model(recipe: Recipe) -> Iterator[Fault]:
     model, data = recipe.model, recipe.data
     if model.dim % model.heads:
@@ -108,7 +104,9 @@ def _model(recipe: Recipe) -> Iterator[Fault]:
     if model.dim % 4:
         yield "model.dim", f"model.dim {model.dim} must be a multiple of 4: the positional table has four parts"
     if data.latent_size % model.patch:
-        yield "model.patch", f"model.patch {model.patch} does not divide data.latent_size {data.latent_size}"
+        fits = max(size for size in range(1, model.patch) if data.latent_size % size == 0)
+        what = f"model.patch {model.patch} does not divide data.latent_size {data.latent_size}"
+        yield "model.patch", f"{what}: set model.patch: {fits} (--set model.patch={fits})"
     if int(model.dim * model.mlp_ratio) < 1:
         yield "model.mlp_ratio", f"model.mlp_ratio {model.mlp_ratio} leaves the MLP no channel"
     if model.prediction == "data" and model.t_floor in (0, 1):
@@ -152,7 +150,7 @@ def _constants(recipe: Recipe) -> Iterator[Fault]:
 
 
 def _alpha(recipe: Recipe) -> Iterator[Fault]:
-    for path, schedule in _schedules(recipe):
+    for path, schedule in schedules_of(recipe):
         if schedule.kind != "constant":
             yield from _ends(path, schedule, recipe.train.steps)
 

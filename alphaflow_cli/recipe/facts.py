@@ -4,8 +4,9 @@ from dataclasses import asdict
 from typing import Any
 
 from alphaflow_cli.core.alpha import equal_rows
-from alphaflow_cli.recipe import plan
+from alphaflow_cli.recipe import plan, speed
 from alphaflow_cli.recipe.schema import Recipe, Schedule, resolve_step
+from alphaflow_cli.text import counted
 
 PHASE_WORDS = {
     "flow": ("α = 1", "trajectory flow matching"),
@@ -13,6 +14,9 @@ PHASE_WORDS = {
     "shortcut": ("0 < α < 1", "Shortcut, two more forwards per step"),
     "derivative": ("JVP", "α = 0, MeanFlow: a derivative per step"),
 }
+
+
+GPUS = (1, 8)  # H100s of one machine that the speed is shown for
 
 
 def facts(recipe: Recipe) -> dict[str, Any]:
@@ -41,6 +45,7 @@ def facts(recipe: Recipe) -> dict[str, Any]:
             "weights": 4 * plan.parameter_count(recipe),
             "latents_per_image": plan.latent_bytes(recipe),
         },
+        "speed": {f"{gpus} x H100": asdict(pace) for gpus in GPUS if (pace := speed.pace(recipe, gpus))},
         "warnings": plan.warnings_of(recipe),
     }
 
@@ -53,6 +58,7 @@ def lines(recipe: Recipe) -> list[tuple[str, str]]:
     rows += [("", text) for text in ([] if only_flow else _phases(recipe, f))]
     rows += [("r = t rows", _equal(recipe, f)), ("guidance", _guidance(recipe, f)), ("optimiser", _optimiser(recipe))]
     rows += [("memory", _memory(recipe, f)), ("disk", _disk(recipe, f))]
+    rows += [("speed", text) for text in _speed(recipe)]
     return rows + [("beware", text) for text in f["warnings"]]
 
 
@@ -75,7 +81,7 @@ def _latents(recipe: Recipe) -> str:
     d = recipe.data
     shape = f"{d.channels}×{d.latent_size}×{d.latent_size}"
     what = "pixels" if d.autoencoder == "none" else f"latents of {d.image_size} px by {d.autoencoder}"
-    return f"{shape} {what}, {f'{d.classes:,} classes' if d.classes else 'no labels'}"
+    return f"{shape} {what}, {counted(d.classes, 'class', 'classes') if d.classes else 'no labels'}"
 
 
 def _run(recipe: Recipe, f: dict[str, Any]) -> str:
@@ -148,3 +154,20 @@ def _disk(recipe: Recipe, f: dict[str, Any]) -> str:
     if recipe.data.classes == 1000:
         store += f" ({human(b['latents_per_image'] * plan.IMAGENET_TRAIN)} for ImageNet)"
     return f"weights {human(b['weights'])}; {kept}; {store}"
+
+
+def _speed(recipe: Recipe) -> list[str]:
+    """One line: the hours on one H100 from measured figures, and on eight by arithmetic."""
+    one, many = (speed.pace(recipe, gpus) for gpus in GPUS)
+    if one is None or many is None:
+        return []
+    source = "steps measured once there" if one.measured else "by arithmetic from measured steps of another network"
+    form = "compiled" if one.compiled else "not compiled"
+    return [
+        f"one H100, {form}: about {one.images_per_second:,.0f} images/s, {_hours(one.hours)} ({source}); "
+        f"{GPUS[1]} in one machine: {many.images_per_second:,.0f} images/s, {_hours(many.hours)} (arithmetic)"
+    ]
+
+
+def _hours(hours: float) -> str:
+    return f"{hours:.1f} h" if hours < 10 else f"{hours:,.0f} h"

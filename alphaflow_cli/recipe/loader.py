@@ -5,7 +5,7 @@ default is spelt out, so it means the same under the defaults of a later version
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from alphaflow_cli.recipe.build import build, suggest, with_value
 from alphaflow_cli.recipe.checks import check
 from alphaflow_cli.recipe.migrations import FORMAT_KEY, current_format, migrate
 from alphaflow_cli.recipe.schema import Recipe, Schedule
-from alphaflow_cli.recipe.source import MAX_INSIDE, MAX_LEVELS, Faults, Mapping, parse, parse_value, read_text
+from alphaflow_cli.recipe.source import MAX_INSIDE, MAX_LEVELS, Faults, Mapping, Tree, parse, parse_value, read_text
 from alphaflow_cli.text import for_terminal
 
 MAX_SETS = 1000  # the schema has about 100 values
@@ -51,20 +51,57 @@ def load_recipe(name_or_path: str, sets: Sequence[str] = ()) -> Recipe:
     return recipe_from_text(read_text(path), str(path), sets, name=path.stem)
 
 
+def load_for_data(
+    name_or_path: str, sets: Sequence[str], given: Callable[[Recipe], dict[str, Any]], giver: str
+) -> tuple[Recipe, list[tuple[str, Any, Any]]]:
+    """The recipe for other data than it was written for, and what they changed: (field, before, now).
+
+    `given` makes of the recipe as it stands the values that `giver` has, by dotted name. A shipped recipe yields to all
+    of them, a file where it says nothing; `--set` holds.
+    """
+    path = find_recipe(name_or_path)
+    where, faults, yields = str(path), Faults(), path in shipped().values()
+    tree = migrate(parse(read_text(path), where, faults), faults)
+    before, _ = build(_assigned(tree, sets, Faults()), Faults())
+    for field, value in given(before).items():
+        keys = field.split(".")
+        if yields or not _says(tree, keys):
+            new = parse_value(_value(value), giver, faults)
+            tree = tree if new is None else with_value(tree, keys, new, giver)
+    recipe = _checked(_assigned(tree, sets, faults), where, faults, name=path.stem)
+    return recipe, [row for row in diff_recipes(before, recipe) if row[0] != "name"]
+
+
+def _says(tree: Tree, keys: Sequence[str]) -> bool:
+    """Whether a tree has a value of its own there, or one at fault on the way."""
+    if not keys or not isinstance(tree, Mapping):
+        return True
+    return keys[0] in tree.items and _says(tree.items[keys[0]], keys[1:])
+
+
 def recipe_from_text(text: str, where: str, sets: Sequence[str] = (), *, name: str = "") -> Recipe:
     """A recipe from its text, as inside a checkpoint; `where` stands before the line in a fault."""
     if len(text) > MAX_INSIDE:
         raise AlphaflowError(f"{where}: larger than {MAX_INSIDE // 1024} KiB, so it is not a recipe")
-    if len(sets) > MAX_SETS:
-        raise AlphaflowError(f"{len(sets):,} times --set, and {MAX_SETS:,} is the most. Write them into a file")
     faults = Faults()
     tree = migrate(parse(text, where, faults), faults)
-    for assignment in sets:
-        tree = _assign(tree, assignment, faults)
+    return _checked(_assigned(tree, sets, faults), where, faults, name=name)
+
+
+def _checked(tree: Mapping, where: str, faults: Faults, *, name: str) -> Recipe:
     recipe, places = build(tree, faults)
     check(recipe, lambda path: _place(path, places, where), faults)
     faults.stop(where)
     return recipe if recipe.name else replace(recipe, name=name)
+
+
+def _assigned(tree: Mapping, sets: Sequence[str], faults: Faults) -> Mapping:
+    """The tree with every `--set` in it, one after another."""
+    if len(sets) > MAX_SETS:
+        raise AlphaflowError(f"{len(sets):,} times --set, and {MAX_SETS:,} is the most. Write them into a file")
+    for assignment in sets:
+        tree = _assign(tree, assignment, faults)
+    return tree
 
 
 def _assign(tree: Mapping, assignment: str, faults: Faults) -> Mapping:
@@ -125,6 +162,14 @@ def _value(value: Any) -> str:
     if isinstance(value, list):
         return "[" + ", ".join(_value(item) for item in value) + "]"
     return json.dumps(value, ensure_ascii=False)  # each JSON scalar is a YAML scalar of the same meaning
+
+
+def set_text(value: Any) -> str:
+    """Write a recipe's value as `--set` takes it."""
+    if isinstance(value, tuple):
+        return "[" + ", ".join(set_text(item) for item in value) + "]"
+    plain = {None: "null", True: "true", False: "false"} if value is None or isinstance(value, bool) else {}
+    return plain.get(value, str(value)) if plain else str(value) or '""'
 
 
 def flatten(recipe: Recipe) -> dict[str, Any]:

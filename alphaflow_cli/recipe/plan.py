@@ -22,6 +22,7 @@ KEPT_OUTSIDE = 13  # the same, outside the blocks, per token · dim
 KEPT_CHECKPOINT = 4  # the same, per block, with gradient_checkpointing: the block's fp32 input
 IMAGENET_TRAIN = 1_281_167  # pictures
 
+BF16_ON_CPU = "bf16 is up to eight times slower than fp32 on a CPU: --set train.precision=fp32"
 PhaseKind = Literal["flow", "between", "derivative"]
 
 
@@ -51,6 +52,11 @@ def value_at(schedule: Schedule, steps: int) -> Callable[[int], float]:
         )
 
     return at
+
+
+def schedules_of(recipe: Recipe) -> tuple[tuple[str, Schedule], ...]:
+    """The schedules of a recipe by the names of their fields."""
+    return (("alpha", recipe.alpha), ("times.equal_share", recipe.times.equal_share))
 
 
 def alpha_at(recipe: Recipe) -> Callable[[int], float]:
@@ -182,15 +188,41 @@ def kept_checkpoints(recipe: Recipe) -> int:
     return milestones + min(train.keep, -(-train.steps // train.save_every))
 
 
-def warnings_of(recipe: Recipe) -> list[str]:
-    """What is allowed, but might not be meant."""
+def warnings_of(recipe: Recipe, *, on_cpu: bool = False) -> list[str]:
+    """What is allowed, but might not be meant; `on_cpu`: of a run on a machine without a GPU."""
     warnings, steps = [], recipe.train.steps
     if recipe.optim.warmup_steps >= steps:
         reached = learning_rate_at(recipe)(steps - 1)
         warnings.append(f"the warm-up ({recipe.optim.warmup_steps:,} steps) outlasts the run: lr reaches {reached:.3g}")
     if recipe.alpha.unfinished:
         warnings.append(f"alpha ends the run at {alpha_at(recipe)(steps - 1):.4g}, not at {recipe.alpha.final:g}")
+    warnings += _skipped_phases(recipe)
     last = clamped(recipe.times.equal_share.final, recipe.times.equal_share.clamp)
     if recipe.times.equal_share.kind != "constant" and equal_rows(recipe.train.batch, last) == 0:
         warnings.append("equal_share ends with no r = t row at all")
+    ramped = recipe.ema.ramp * steps
+    warnings += [
+        f"the average of half-life {life:,g} steps outlasts the run of {steps:,}: ema.ramp shortens it to {ramped:,.3g}"
+        for life in recipe.ema.half_lives
+        if life >= steps
+    ]
+    embedded, _, count = recipe.eval.reference.partition(":")
+    if embedded and count.isdecimal() and int(count) < recipe.eval.images:
+        images = f"{recipe.eval.images:,} pictures"
+        warnings.append(f"eval compares {images} with the {int(count):,} of {recipe.eval.reference}: make it larger")
+    if on_cpu and recipe.train.precision == "bf16":
+        warnings.append(BF16_ON_CPU)
     return warnings
+
+
+def _skipped_phases(recipe: Recipe) -> list[str]:
+    """The kinds of target that a schedule of alpha passes through, and for which this run has no step."""
+    alpha, there = recipe.alpha, {phase.kind for phase in phases(recipe)}
+    if alpha.kind == "constant" or alpha.unfinished:
+        return []
+    between: list[PhaseKind] = [] if alpha.kind == "step" else ["between"]
+    ends = [phase_kind(clamped(value, alpha.clamp)) for value in (alpha.initial, alpha.final)]
+    words = {"flow": "α = 1", "between": "0 < α < 1", "derivative": "α = 0"}
+    missing = [words[kind] for kind in dict.fromkeys([ends[0], *between, ends[1]]) if kind not in there]
+    steps = f"{recipe.train.steps:,} step{'s' * (recipe.train.steps > 1)}"
+    return [f"none of the {steps} has {what}: alpha's schedule leaves that phase out" for what in missing]

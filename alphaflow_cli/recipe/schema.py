@@ -32,6 +32,7 @@ Metric = Literal["fid", "fdd", "fcd", "fd-tiny", "kid", "is", "pr"]
 Tracker = Literal["tensorboard", "wandb", "trackio"]
 Strategy = Literal["ddp", "fsdp2"]
 MOST_NFE = 10_000  # network evaluations per picture: ten times what the slowest published sampler takes
+Compile = bool | Literal["auto"]  # auto: where it pays (recipe/speed.py)
 StepOrShare = int | str  # an optimiser step, or a percentage of the run: "50%"
 
 
@@ -187,7 +188,7 @@ class Train:
     seed: int = 0  # of the weights, the data order, the noise, the times and the label dropout
     precision: Precision = "bf16"  # of the network's products; weights, targets and loss stay fp32. fp64: for proofs
     tf32: bool = False  # lets fp32 matrix products use TF32
-    compile: bool = False  # torch.compile, block by block
+    compile: Compile = "auto"  # torch.compile, block by block; auto: on a GPU, in a run so long that it pays
     gradient_checkpointing: bool = False  # recompute blocks in the backward pass: less memory, about 30% slower
     strategy: Strategy = "ddp"  # how several processes share the work
     save_every: int = 5_000  # steps between checkpoints

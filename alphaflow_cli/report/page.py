@@ -6,16 +6,18 @@ enough together for a page that can be mailed.
 
 import base64
 import io
+import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from PIL import Image
 
 from alphaflow_cli.charts.chart import Chart
-from alphaflow_cli.charts.draw import DARK_STYLE, to_svg
+from alphaflow_cli.charts.draw import DARK_STYLE, LEFT, RIGHT, axis_of_x, to_svg
 from alphaflow_cli.data.pictures import open_picture
 from alphaflow_cli.errors import blamed_on
 
@@ -53,12 +55,12 @@ class RunPage:
 def run_page(page: RunPage) -> str:
     """Write the whole HTML document."""
     sections = [
-        ("run", "The run", html_table(page.facts, style="facts")),
-        ("alpha", "Alpha and its phases", drawn(page.plan)),
-        ("curves", "Curves", _curves(page)),
-        ("conflict", "The conflict", _conflict(page)),
-        ("samples", "Samples over time", _samples(page)),
+        ("samples", "Samples", _samples(page)),
         ("scores", "Scores", _scores(page)),
+        ("curves", "Curves", _curves(page)),
+        ("alpha", "Alpha and its phases", drawn(page.plan)),
+        ("conflict", "The conflict", _conflict(page)),
+        ("run", "The run", html_table(page.facts, style="facts")),
         ("recipe", "Recipe", _recipe(page)),
         ("environment", "Environment", html_table(page.environment, style="facts")),
         ("reproduce", "How to reproduce", f"<pre>{escape(chr(10).join(page.commands))}</pre>"),
@@ -76,10 +78,30 @@ def run_page(page: RunPage) -> str:
 
 
 def drawn(chart: Chart) -> str:
-    """Draw a chart twice, for a wide and for a narrow window; the style sheet shows one of them."""
-    narrow = replace(chart, width=NARROW)
+    """Draw a chart twice, for a wide and for a narrow window; the style sheet shows one of them.
+
+    The values go along for the script, which shows those below the pointer.
+    """
+    narrow, values = replace(chart, width=NARROW), escape(json.dumps(values_of(chart), separators=(",", ":")))
     wide, small = (to_svg(each, in_page=True) for each in (chart, narrow))
-    return f'<div class="wide">{wide}</div><div class="narrow">{small}</div>'
+    pictures = f'<div class="wide">{wide}</div><div class="narrow">{small}</div>'
+    return f'<div class="chart" data-values="{values}">{pictures}</div>'
+
+
+def values_of(chart: Chart) -> dict[str, Any]:
+    """The lines of a chart with their values, and where on the picture they stand."""
+    axis = axis_of_x(chart)
+    lines = [
+        [f"{line.label} ({panel.title})" if line.label != panel.title else line.label, _finite(line.points)]
+        for panel in chart.panels
+        for line in panel.lines
+    ]
+    place = {"low": axis.low, "high": axis.high, "log": axis.log, "left": LEFT, "right": RIGHT}
+    return {"x": chart.x_label, **place, "lines": lines}
+
+
+def _finite(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    return [(x, float(f"{y:.4g}")) for x, y in points if math.isfinite(y)]
 
 
 def html_table(rows: TableRows, *, head: Sequence[str] = (), numbers: Sequence[int] = (), style: str = "") -> str:
@@ -103,8 +125,8 @@ def _curves(page: RunPage) -> str:
         return note("metrics.jsonl has no row yet.")
     caption = (
         "All losses are unweighted means over the rows since the last point: the weighted loss is near 1 by "
-        "construction. TC is L_TC at α = 0; before, it is that of α's own target, so it jumps there. "
-        "Shaded: the phases of α."
+        "construction. TFM and r = t have the same target from the first step to the last. The targets of l and TC "
+        "change with α, so their curves are cut where a phase ends: compare them within a phase only."
     )
     return drawn(page.curves) + note(caption)
 
@@ -149,8 +171,12 @@ def step_words(name: str) -> str:
 def _scores(page: RunPage) -> str:
     if not page.scores:
         return note("Not measured. Run: alphaflow eval RUN --reference REFERENCE")
-    caption = "Two numbers may be compared only where their protocols are the same."
-    return html_table(page.scores, head=("score", "NFE", "value", "protocol"), numbers=(1, 2)) + note(caption)
+    caption = (
+        "Of distances (FID, FDD, FCD, FD-tiny, KID) lower is better, of IS, precision, recall, density and coverage "
+        "higher. Two numbers may be compared only where their protocols are the same."
+    )
+    head = ("score", "NFE", "value", "protocol")
+    return html_table(page.scores, head=head, numbers=(1, 2), style="scores") + note(caption)
 
 
 def _recipe(page: RunPage) -> str:
@@ -215,11 +241,17 @@ p { margin: 0 0 10px; } .note { color: var(--soft); font-size: 14.5px; }
 svg { display: block; width: 100%; height: auto; } .narrow { display: none; }
 @media (max-width: 700px) { main { padding: 14px 10px 40px; } section { padding: 14px 12px; }
   .wide { display: none; } .narrow { display: block; } header h1 { font-size: 24px; } }
+.chart { position: relative; touch-action: pan-y; }
+.rule { position: absolute; top: 0; bottom: 0; width: 1px; background: var(--faint); pointer-events: none; }
+.values { position: absolute; top: 8px; z-index: 1; padding: 6px 10px; pointer-events: none; white-space: pre;
+  background: var(--paper); border: 1px solid var(--line); border-radius: 6px; font-size: 13px; max-width: 100%;
+  overflow: hidden; font-variant-numeric: tabular-nums; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-size: 14.5px; }
 th, td { text-align: left; vertical-align: top; padding: 5px 14px 5px 0; border-bottom: 1px solid var(--line); }
 th { color: var(--soft); font-weight: 600; } td.number, th.number { text-align: right; white-space: nowrap;
   font-variant-numeric: tabular-nums; }
+table.scores td:first-child { white-space: nowrap; }
 table.facts td:first-child { white-space: nowrap; color: var(--soft); width: 1%; }
 code, pre { font: 13.5px/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
 pre { background: var(--back); border: 1px solid var(--line); border-radius: 8px; padding: 12px; overflow-x: auto;
@@ -245,5 +277,40 @@ if (slider) {
   };
   slider.addEventListener("input", show);
   show();
+}
+
+for (const box of document.querySelectorAll(".chart")) {
+  const chart = JSON.parse(box.dataset.values);
+  const [rule, values] = ["rule", "values"].map((name) => {
+    const part = box.appendChild(document.createElement("div"));
+    part.className = name;
+    part.hidden = true;
+    return part;
+  });
+  const hide = () => { rule.hidden = values.hidden = true; };
+  const nearest = (points, x) => points.reduce(
+    (best, point) => (Math.abs(point[0] - x) < Math.abs(best[0] - x) ? point : best), points[0]);
+  const show = (event) => {
+    const picture = Array.from(box.querySelectorAll("svg")).find((svg) => svg.getClientRects().length);
+    const frame = picture.getBoundingClientRect(), outer = box.getBoundingClientRect();
+    const width = picture.viewBox.baseVal.width, scale = frame.width / width;
+    const room = (width - chart.left - chart.right) * scale, from = frame.left + chart.left * scale;
+    const share = (event.clientX - from) / room;
+    const lines = chart.lines.filter(([, points]) => points.length);
+    if (share < 0 || share > 1 || !lines.length) { hide(); return; }
+    const { low, high, log } = chart;
+    const pointed = log ? low * (high / low) ** share : low + share * (high - low);
+    const x = nearest(lines.flatMap(([, points]) => points), pointed)[0];
+    const rows = lines.map(([label, points]) => [label, nearest(points, x)]).filter(([, point]) => point[0] === x);
+    const head = `${chart.x} ${x.toLocaleString("en")}`;
+    values.textContent = [head, ...rows.map(([label, point]) => `${label}: ${point[1]}`)].join("\\n");
+    rule.hidden = values.hidden = false;
+    const at = (log ? Math.log(x / low) / Math.log(high / low) : (x - low) / (high - low)) * room + from - outer.left;
+    rule.style.left = `${at}px`;
+    values.style.left = `${Math.max(0, at < outer.width / 2 ? at + 12 : at - 12 - values.offsetWidth)}px`;
+  };
+  box.addEventListener("pointermove", show);
+  box.addEventListener("pointerdown", show);
+  box.addEventListener("pointerleave", hide);
 }
 """

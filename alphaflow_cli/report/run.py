@@ -3,6 +3,7 @@
 The page also shows what a reader types to make the run again.
 """
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from shlex import quote
@@ -13,29 +14,29 @@ from alphaflow_cli.charts import chart
 from alphaflow_cli.charts.chart import Chart
 from alphaflow_cli.documents import Anything, ListOf, Maybe, Number, Table, Text, Whole, check_shape, read_json
 from alphaflow_cli.errors import AlphaflowError, blamed_on
-from alphaflow_cli.evaluate.results import read_results, row_of, value_text
+from alphaflow_cli.evaluate.results import best_founded, read_results, row_of, value_text
 from alphaflow_cli.files import read_document, sha256_of, write_whole
 from alphaflow_cli.model.checkpoint import read_origin
+from alphaflow_cli.model.find import check_run
 from alphaflow_cli.recipe import diff_recipes, load_recipe, recipe_from_text, shipped
 from alphaflow_cli.recipe.facts import lines
+from alphaflow_cli.recipe.loader import set_text
 from alphaflow_cli.recipe.plan import phases
 from alphaflow_cli.recipe.schema import Recipe
 from alphaflow_cli.report.page import RunPage, embed, run_page, spread_over
 from alphaflow_cli.text import for_terminal
 from alphaflow_cli.train.curves import BANDS, recipe_chart
 from alphaflow_cli.train.journal import read_rows
+from alphaflow_cli.train.store import recipe_for
 
 JOURNAL_POINTS = 800  # of a curve; of more rows, evenly spread ones
 CURVES = {  # panel → (field, label, colour)
-    "losses": (
-        ("l", "l", chart.GREY),
-        ("l_tfm", "TFM", chart.BLUE),
-        ("l_tc", "TC", chart.RED),
-        ("v_loss", "r = t", chart.GREEN),
-    ),
+    "losses with one target throughout": (("l_tfm", "TFM", chart.BLUE), ("v_loss", "r = t", chart.GREEN)),
+    "losses whose target changes with α": (("l", "l", chart.GREY), ("l_tc", "TC", chart.RED)),
     "norm of the gradient": (("grad_norm", "norm", chart.PURPLE),),
     "seconds per step": (("seconds_per_step", "seconds", chart.ORANGE),),
 }
+CUT = {"l", "l_tc"}  # fields that may be compared within a phase only
 COSINE_LINES = (
     ("cos_tfm_tc", "TFM, TC", chart.RED),
     ("cos_tfm_fm", "TFM, FM'", chart.BLUE),
@@ -87,10 +88,7 @@ def write_report(run: Path, out: Path) -> Path:
 def page_of(run: Path) -> RunPage:
     """Read everything that the run folder has; the page names what it has not."""
     path = run / "recipe.yaml"
-    if not path.exists():
-        raise AlphaflowError(
-            f"{run}: not a run folder (no recipe.yaml in it). Make one: alphaflow train RECIPE --out {run}"
-        )
+    check_run(run)
     text = read_document(path)
     journal = run / "metrics.jsonl"
     recipe, rows = recipe_from_text(text, str(path)), read_rows(journal)
@@ -113,10 +111,10 @@ def page_of(run: Path) -> RunPage:
         samples=embed(sorted(path for path in (run / "samples").glob("step-*.png") if path.is_file())),
         scores=scores_of(run / "results.json", digest),
         compared_with=compared,
-        changes=[(name, shown(there), shown(here)) for name, there, here in changes],
+        changes=[(name, set_text(there), set_text(here)) for name, there, here in changes],
         recipe=text,
         environment=environment_of(origin, digest, rows),
-        commands=commands_of(recipe, run, changes, str(origin.get("init_from") or "")),
+        commands=commands_of(recipe, run, origin),
     )
 
 
@@ -142,9 +140,14 @@ def curves_of(recipe: Recipe, rows: Sequence[dict[str, Any]]) -> chart.Chart | N
     """Draw losses, gradient and speed over the steps; None before the first row."""
     if not rows:
         return None
+    cuts = [float(phase.until) for phase in phases(recipe)]
     panels = [
-        chart.Panel(title, [line(rows, *each) for each in each_of], height=190 if i == 0 else 120)
-        for i, (title, each_of) in enumerate(CURVES.items())
+        chart.Panel(
+            title,
+            [line(rows, *each, cuts=cuts if each[0] in CUT else ()) for each in each_of],
+            height=170 if "losses" in title else 120,
+        )
+        for title, each_of in CURVES.items()
     ]
     return over_steps(recipe, rows, "Losses, gradient and speed", panels)
 
@@ -158,10 +161,15 @@ def over_steps(
     return chart.Chart(title=title, panels=panels, x_label="step", bands=bands, x_range=(0, last))
 
 
-def line(rows: Sequence[dict[str, Any]], name: str, label: str, colour: str) -> chart.Line:
-    """Draw a field of the journal as a line; rows without it are left out."""
+def line(rows: Sequence[dict[str, Any]], name: str, label: str, colour: str, cuts: Sequence[float] = ()) -> chart.Line:
+    """Draw a field of the journal as a line; rows without it are left out. Nothing joins the two sides of a cut."""
     points = [(float(row["step"]), float(row[name])) for row in rows if row.get(name) is not None]
-    return chart.Line(label, spread_over(points, JOURNAL_POINTS), colour, markers=len(points) < 3)
+    shown = spread_over(points, JOURNAL_POINTS)
+    inner = [cut for cut in cuts if shown and shown[0][0] <= cut < shown[-1][0]]
+    gaps = [(cut, math.nan) for cut in inner]
+    return chart.Line(
+        label, sorted([*shown, *gaps], key=lambda at: (at[0], at[1] != at[1])), colour, markers=len(points) < 3
+    )
 
 
 def conflict_of(run: Path, recipe: Recipe, rows: Sequence[dict[str, Any]]) -> tuple[list[chart.Chart], Cells]:
@@ -199,35 +207,47 @@ def environment_of(origin: dict[str, Any], digest: str, rows: Sequence[dict[str,
     return entries + ([("device memory", f"{max(memory):.4g} GB")] if memory else [])
 
 
-def commands_of(recipe: Recipe, run: Path, changes: Sequence[tuple[str, Any, Any]], init_from: str) -> list[str]:
-    """The commands that make the run again; `changes`: (field, there, here) against the shipped recipe of its name."""
-    is_shipped, file = recipe.name in shipped(), f"{recipe.name or 'recipe'}.yaml"
-    sets = [f"--set {name}={quote(shown(here))}" for name, _, here in changes] if is_shipped else []
-    train = ["alphaflow train", recipe.name if is_shipped else quote(file), *sets]
-    train += [f"--init-from {quote(init_from)}"] if init_from else []
-    folder = quote(f"runs/{recipe.name or run.name}")
+def commands_of(recipe: Recipe, run: Path, origin: dict[str, Any]) -> list[str]:
+    """The commands that make the run again, from the pictures to the scores and this page."""
+    folder, data = quote(f"runs/{recipe.name or run.name}"), recipe.data
+    made_by = (origin.get("versions") or {}).get("alphaflow")
+    head = [f"# alphaflow {for_terminal(made_by)}: pip install alphaflow-cli"] if made_by else []
+    train, before = _train_command(recipe, folder)
+    train += f" --init-from {quote(str(origin['init_from']))}" if origin.get("init_from") else ""
     prepare = []
-    if not recipe.data.source:
-        flips = " --flips" if recipe.data.flips else ""
-        size, autoencoder = recipe.data.image_size, quote(recipe.data.autoencoder)
-        prepare = [f"alphaflow prep-latents SOURCE --size {size} --autoencoder {autoencoder}{flips} --out DIR"]
-        train.append("--data DIR")
+    if not data.source or data.store:
+        options = f"--size {data.image_size} --autoencoder {quote(data.autoencoder)}{' --flips' * data.flips}"
+        source = data.source or "SOURCE"
+        prepare = [f"alphaflow prep-latents {source} {options} --out {quote(data.store or 'DIR')}"]
     return [
-        *([] if is_shipped else [f"# save the recipe above as {for_terminal(file)}"]),
+        *head,
+        *before,
         *prepare,
-        " ".join(train),
+        train,
         f"alphaflow sample {folder} --grid grid.png",
-        f"alphaflow analyze {folder} --batches 100" + (" --data DIR" if prepare else ""),
+        f"alphaflow eval {folder} --reference {quote(recipe.eval.reference or 'SOURCE')}",
+        f"alphaflow analyze {folder} --batches 100" + (" --data DIR" if prepare and not data.store else ""),
         f"alphaflow report {folder}",
     ]
 
 
-def shown(value: Any) -> str:
-    """Write a recipe's value as `--set` takes it."""
-    if isinstance(value, tuple):
-        return "[" + ", ".join(shown(item) for item in value) + "]"
-    plain = {None: "null", True: "true", False: "false"} if value is None or isinstance(value, bool) else {}
-    return plain.get(value, str(value)) if plain else str(value) or '""'
+def _train_command(recipe: Recipe, folder: str) -> tuple[str, list[str]]:
+    """The command that trains the recipe, and what has to be done before it is typed."""
+    name, store = recipe.name, recipe.data.store
+    if name not in shipped():
+        file = f"{name or 'recipe'}.yaml"
+        data = "" if store or recipe.data.source else " --data DIR"
+        return f"alphaflow train {quote(file)}{data} --out {folder}", [
+            f"# save the recipe above as {for_terminal(file)}"
+        ]
+    base, data = load_recipe(name), "" if store or recipe.data.source else " --data DIR"
+    if store and store != base.data.store:
+        data = f" --data {quote(store)}"
+        if (Path(store) / "manifest.json").is_file():  # the recipe takes over from it what need not be said
+            base = recipe_for(name, (), Path(store))[0]
+    changes = [(field, here) for field, _, here in diff_recipes(base, recipe) if field not in ("name", "data.store")]
+    sets = "".join(f" --set {field}={quote(set_text(here))}" for field, here in changes)
+    return f"alphaflow train {name}{sets}{data} --out {folder}", []
 
 
 def analysis_of(run: Path) -> tuple[list[Chart], Cells]:
@@ -249,13 +269,14 @@ def analysis_of(run: Path) -> tuple[list[Chart], Cells]:
 
 
 def scores_of(path: Path, model: str) -> Cells:
-    """Name, NFE, value and protocol of every number; none where nothing was measured.
+    """Name, NFE, value and protocol of every number, the best-founded of each; none where nothing was measured.
 
     `model`: the sha256 of the run's model, or empty. A number of other weights than these says so.
     """
     if not path.is_file():
         return []
-    rows = [row_of(row) for evaluation in read_results(path)["evaluations"] for row in evaluation["rows"]]
+    measured = [row for evaluation in read_results(path)["evaluations"] for row in evaluation["rows"]]
+    rows = [row_of(row) for row in best_founded(measured)]
     rows.sort(key=lambda row: (row.name, row.pictures.get("nfe") or 0))
     table: Cells = []
     for row in rows:

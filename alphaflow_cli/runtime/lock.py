@@ -63,12 +63,16 @@ os.register_at_fork(after_in_child=_held.clear)
 
 @contextlib.contextmanager
 def hold(folder: Path, command: str, *, is_file: bool = False) -> Iterator[None]:
-    """Be the only writer of a folder, or a file; who holds it already is named in one line. Holding twice is once."""
+    """Be the only writer of a folder, or a file; who holds it already is named in one line. Holding twice is once.
+
+    A folder that was made for it, and in which nothing was written, is removed again.
+    """
     place = folder.absolute()
     if place in _held:
         yield
         return
     path = _lock_of(place, is_file)
+    made = [each for each in (path.parent, *path.parent.parents) if not each.exists()]
     token = _take(place, path, command)
     _held[place] = token
     stop = threading.Event()
@@ -81,6 +85,9 @@ def hold(folder: Path, command: str, *, is_file: bool = False) -> Iterator[None]
         beats.join(BUSY)  # else its last beat might count for the next owner
         del _held[place]
         _release(path, token)
+        with contextlib.suppress(OSError):  # not empty, or gone
+            for each in made:
+                each.rmdir()
 
 
 def _lock_of(place: Path, is_file: bool) -> Path:

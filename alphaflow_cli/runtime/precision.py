@@ -43,6 +43,16 @@ def encoder_precision(name: str, device: torch.device) -> Iterator[None]:
         yield
 
 
+def exact_device(device: torch.device) -> torch.device:
+    """Where float64 is computed for a device: there, but for Apple's GPUs, which have none, on the CPU."""
+    return torch.device("cpu") if device.type == "mps" else device
+
+
+def exact_dtype(device: torch.device) -> torch.dtype:
+    """The widest type of a device's numbers, for sums that stay there: float64, on Apple's GPUs float32."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def _modes() -> tuple[str, str]:
     """The present modes of products and convolutions, read by the newest names that this torch has."""
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn

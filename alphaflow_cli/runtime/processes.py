@@ -11,18 +11,20 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 from torch import Tensor, nn
 from torch import distributed as dist
-from torch.distributed.tensor import DTensor
 
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.runtime.launch import as_worker, check_processes, is_worker, launch, whole_number
-from alphaflow_cli.runtime.precision import set_tf32
+from alphaflow_cli.runtime.precision import exact_dtype, set_tf32
+from alphaflow_cli.text import counted
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from torch.distributed.tensor import DTensor
 
 
 @dataclass(frozen=True)
@@ -53,14 +55,15 @@ def smaller_batch_if_full(batch: int) -> Iterator[None]:
         ) from error
 
 
-def join_processes(*, needs_gpu: bool = True) -> Processes:
+def join_processes(*, needs_gpu: bool = True, device: str | None = None) -> Processes:
     """This process among all that were started together (torchrun, --processes), or alone.
 
     Work that needs no GPU may have more processes than there are; they meet on the CPU.
     """
-    if is_worker() and whole_number(os.environ, "WORLD_SIZE") > 1:
-        return join_world(allow_tf32=None, on_cpu=not needs_gpu)  # a single process starts without accelerate
-    return Processes(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    chosen = choose_device(device)
+    if is_worker() and whole_number(os.environ, "WORLD_SIZE") > 1:  # a single process starts without accelerate
+        return join_world(allow_tf32=None, device=device if needs_gpu else "cpu")
+    return Processes(chosen)
 
 
 def run_shared(
@@ -93,21 +96,50 @@ def check_same(processes: Processes, digest: str, what: str) -> None:
         raise AlphaflowError(f"{what}: was replaced while the processes read it. Run the same command again.")
 
 
-def device_of(rank: int) -> torch.device:
-    """The GPU of one of the processes that share work on this machine; the CPU where there is none."""
-    count = torch.cuda.device_count()
-    return torch.device("cuda", rank % count) if count else torch.device("cpu")
+def choose_device(name: str | torch.device | None, *, apple: bool = True) -> torch.device:
+    """The device of this name; without one a GPU where there is one. A device that is not here is refused.
+
+    Without `apple`, an Apple GPU is taken only when it is named.
+    """
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "mps" if apple and _has_mps() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise AlphaflowError(f"device {name!r}: there are cpu, cuda and mps.") from None
+    if device.type not in KINDS:
+        raise AlphaflowError(f"device {str(name)!r}: there are cpu, cuda and mps.")
+    if (device.type == "cuda" and not torch.cuda.is_available()) or (device.type == "mps" and not _has_mps()):
+        raise AlphaflowError(
+            f"device {name}: torch sees {KINDS[device.type]} on this machine. Leave it out to compute on what is here; "
+            "alphaflow doctor says what that is."
+        )
+    if device.index and device.index >= torch.cuda.device_count():
+        raise AlphaflowError(f"device {name}: this machine has {counted(torch.cuda.device_count(), 'GPU')}.")
+    return device
 
 
-def processes_here(requested: int | None) -> int:
+KINDS = {"cpu": "", "cuda": "no NVIDIA or AMD GPU", "mps": "no Apple GPU"}  # kind of device → what one misses
+
+
+def _has_mps() -> bool:
+    return torch.backends.mps.is_available()
+
+
+def processes_here(requested: int | None, device: str | None = None) -> int:
     """The number of --processes, else one per GPU; more than there are GPUs is refused, before anything starts."""
-    gpus = torch.cuda.device_count()
+    gpus = {"cpu": 0, "mps": 1}.get(device or "", torch.cuda.device_count())
     if requested and gpus and requested > gpus:
         raise AlphaflowError(
-            f"--processes {requested}: this machine has {gpus} GPU{'s' * (gpus > 1)}, and every process needs one of "
+            f"--processes {requested}: this machine has {counted(gpus, 'GPU')}, and every process needs one of "
             f"its own. Give --processes {gpus}, or leave it out."
         )
     return requested or max(1, gpus)
+
+
+def is_cut(value: Tensor) -> "TypeGuard[DTensor]":
+    """Whether FSDP2 cut the tensor over the processes: a DTensor, whose class takes a second to import."""
+    return hasattr(value, "placements")
 
 
 PATIENCE = timedelta(hours=2)  # one process may work so long while the others wait; a dead one is noticed at once
@@ -118,7 +150,7 @@ SAME = 1e-6  # relative difference of the processes' gradient checksums that rou
 class World(Processes):
     """This process among its equals."""
 
-    accelerator: Accelerator
+    accelerator: "Accelerator"
 
     @property
     def is_main(self) -> bool:
@@ -138,7 +170,7 @@ class World(Processes):
 
     def largest(self, value: float) -> float:
         """The largest value that any process has."""
-        highest = torch.tensor([value], dtype=torch.float64, device=self.device)
+        highest = torch.tensor([value], dtype=exact_dtype(self.device), device=self.device)
         if self.size > 1:
             dist.all_reduce(highest, dist.ReduceOp.MAX)
         return float(highest.item())
@@ -153,7 +185,7 @@ class World(Processes):
     def check_synchronised(self, net: nn.Module) -> None:
         """After a backward pass: every process must hold the same gradient, or its own part of it."""
         grads = [p.grad for p in net.parameters() if p.grad is not None]
-        if self.size == 1 or any(isinstance(grad, DTensor) for grad in grads):
+        if self.size == 1 or any(is_cut(grad) for grad in grads):
             return
         mine = torch.stack([grad.double().abs().sum() for grad in grads])
         sums = self.gather(mine)
@@ -165,13 +197,20 @@ class World(Processes):
 
 
 def join_world(
-    *, allow_tf32: bool | None = False, on_cpu: bool = False, trackers: Sequence[str] = (), folder: Path | None = None
+    *,
+    allow_tf32: bool | None = False,
+    device: str | None = None,
+    trackers: Sequence[str] = (),
+    folder: Path | None = None,
 ) -> World:
     """Join the processes that started us (torchrun, accelerate launch, Slurm or --processes), or be alone.
 
+    `device` None is a GPU where CUDA has one, else the CPU: Apple's GPUs train when asked only.
     `allow_tf32` None leaves TF32 as torch has it, so that N processes draw and measure what one does.
     """
-    on_cpu = on_cpu or not torch.cuda.is_available()
+    from accelerate import Accelerator, utils  # here: it takes a second, which a process on its own need not wait
+
+    on_cpu = device == "cpu" or (device is None and not torch.cuda.is_available())
     if on_cpu:
         os.environ["ACCELERATE_USE_CPU"] = "true"  # else N processes become N lonely first ones
     expected = whole_number(os.environ, "WORLD_SIZE", "1")
@@ -183,8 +222,10 @@ def join_world(
         mixed_precision="no",
         gradient_accumulation_steps=1,
         log_with=list(trackers) or None,
-        project_config=ProjectConfiguration(str(folder), str(folder / "trackers")) if folder else None,
-        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],  # else gradients exist twice
+        project_config=utils.ProjectConfiguration(str(folder), str(folder / "trackers")) if folder else None,
+        kwargs_handlers=[
+            utils.DistributedDataParallelKwargs(gradient_as_bucket_view=True)
+        ],  # else gradients exist twice
     )
     if accelerator.num_processes != expected:
         raise AlphaflowError(

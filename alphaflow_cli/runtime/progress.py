@@ -11,6 +11,7 @@ from tqdm import tqdm
 from alphaflow_cli.text import for_terminal
 
 LINE_EVERY = 10.0  # seconds between lines where stderr is not a terminal
+BAR = "{desc} {percentage:3.0f}%|{bar:10}| {n_fmt}/{total_fmt} {remaining} left{postfix}, {rate_fmt}"  # cut at its end
 
 
 def say(text: str) -> None:
@@ -37,21 +38,26 @@ class Progress:
         self._start, self._started_at, self._last = done, time.monotonic(), time.monotonic()
         self._shown = -1  # what was done when the last line was written
         self._lines = shown and not talks_to_terminal()
+        self._has_notes = False
         self._bar: tqdm[Any] | None = None
         if shown and not self._lines:
             self._bar = tqdm(
-                total=total, initial=done, desc=label, unit=f" {unit}", file=sys.stderr, dynamic_ncols=True
-            )
+                total=total, initial=done, desc=label, unit=f" {unit}", file=sys.stderr, dynamic_ncols=True,
+                bar_format=BAR,
+            )  # fmt: skip
 
     def advance(self, count: int, note: str = "") -> None:
-        """So much more is done; the note stands at the end of the line."""
+        """So much more is done; the note says what is so at this moment.
+
+        A line never shows the note of an earlier moment: where there are notes, it waits a little for the next one.
+        """
         self.done += count
-        self.note = note or self.note
+        self.note, self._has_notes = note, self._has_notes or bool(note)
         if self._bar is not None:
             if note:
                 self._bar.set_postfix_str(note, refresh=False)
             self._bar.update(count)
-        elif self._lines and time.monotonic() - self._last >= LINE_EVERY:
+        elif self._lines and time.monotonic() - self._last >= LINE_EVERY * (2 if self._has_notes and not note else 1):
             self._last = time.monotonic()
             self._say_line()
 

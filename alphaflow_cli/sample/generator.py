@@ -7,23 +7,22 @@ filled up with zeros: matrix products of odd sizes use other kernels, whose roun
 The decoder makes pictures of latents in one of two precisions:
 
     fp32    true float32: TF32, a GPU's default for convolutions, is switched off
-    bf16    bfloat16 in channels_last; on a GPU compiled from COMPILED_FROM pictures on, where torch.compile can
+    bf16    bfloat16; on a CPU and compiled in channels_last, which a GPU's eager kernels are slower with (measured)
 
-It sees groups of GROUP rows as the network does; a compiled decoder would need one form for each size otherwise.
+It is compiled where the verb wants it and torch.compile can: `eval` from COMPILED_FROM pictures on, `sample` when
+asked, since a compiled decoder rounds at other places. It sees groups of GROUP rows as the network does, of MANY where
+`eval` decodes many pictures eagerly on a GPU; a compiled decoder would need one form for each size otherwise.
 
 Everybody who draws (sample, eval, the grids of train and push, Python users) reads `Generator.stream`, batch by batch.
 """
 
-import os
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from importlib.util import find_spec
 from pathlib import Path
-from shutil import which
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -36,17 +35,21 @@ from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.files import changed, sha256_of, stamp_of
 from alphaflow_cli.model.build import DTYPES, build_network
 from alphaflow_cli.model.checkpoint import Checkpoint, check_autoencoder, load_checkpoint
+from alphaflow_cli.model.compiling import can_compile, compile_faults, keep_compiled_code, why_not
 from alphaflow_cli.model.find import find_checkpoint
 from alphaflow_cli.nn.autoencoder import Autoencoder, load_autoencoder
 from alphaflow_cli.recipe.plan import null_label
-from alphaflow_cli.runtime.precision import true_float32
+from alphaflow_cli.runtime.precision import exact_device, true_float32
+from alphaflow_cli.runtime.processes import choose_device
+from alphaflow_cli.runtime.progress import say
 from alphaflow_cli.sample.walk import LazyLabels, Walk
 
 DecoderPrecision = Literal["fp32", "bf16"]
 DecoderChoice = Literal["auto", "fp32", "bf16"]
 DECODER_DTYPES: dict[DecoderPrecision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 GROUP = 16
-COMPILED_FROM = 10_000  # pictures; an estimate, not measured: compiling takes about a minute, which must be won back
+MANY, MANY_FROM, MANY_MEMORY = 64, 1_000, 40e9  # rows, pictures, a GPU's bytes: 371 pictures/s, not 294 (one H100)
+COMPILED_FROM = 12_000  # pictures: 658 per second after 14 s of compiling, 371 per second without (one H100)
 
 
 @dataclass(frozen=True)
@@ -55,43 +58,45 @@ class Decoder:
 
     precision: DecoderPrecision
     compiled: bool = False
+    group: int = GROUP
     backend: Any = "inductor"  # of torch.compile
 
     def load(self, name: str, device: torch.device) -> Autoencoder:
         """The autoencoder of that name. Nothing is compiled before the first group."""
-        bf16 = self.precision == "bf16"
-        autoencoder = load_autoencoder(name, device=device, dtype=DECODER_DTYPES[self.precision], channels_last=bf16)
+        last = self.precision == "bf16" and (self.compiled or device.type != "cuda")
+        autoencoder = load_autoencoder(name, device=device, dtype=DECODER_DTYPES[self.precision], channels_last=last)
         if self.compiled and autoencoder.module is not None:
             warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools.lru_cache`")  # in diffusers
+            keep_compiled_code()
             part: Any = autoencoder.module.decoder
             part.compile(dynamic=False, backend=self.backend)  # in place: the weights keep their names
         return autoencoder
 
 
-def plan_decoder(choice: DecoderChoice, device: torch.device, *, pictures: int) -> Decoder:
+def plan_decoder(choice: DecoderChoice, device: torch.device, *, pictures: int, compiled: bool) -> Decoder:
     """Auto is bf16 on a GPU, fp32 on a CPU. `pictures`: of all processes, so that sharing them changes none."""
     if choice not in get_args(DecoderChoice):
         raise AlphaflowError(f"decoder {choice!r}: there are {', '.join(get_args(DecoderChoice))}")
     on_gpu = device.type == "cuda"
     if choice == "fp32" or (choice == "auto" and not on_gpu):
         return Decoder("fp32")
-    return Decoder("bf16", compiled=on_gpu and pictures >= COMPILED_FROM and can_compile())
+    if compiled and can_compile(device):
+        return Decoder("bf16", compiled=True)
+    return Decoder("bf16", group=MANY if on_gpu and pictures >= MANY_FROM and _is_large(device) else GROUP)
 
 
-def can_compile() -> bool:
-    """On a GPU, torch.compile writes Triton kernels and builds their launchers with a C compiler."""
-    compilers = (os.environ.get("CC", "cc"), "gcc", "clang")
-    return find_spec("triton") is not None and any(which(name) for name in compilers)
+def _is_large(device: torch.device) -> bool:
+    return bool(torch.cuda.get_device_properties(device).total_memory >= MANY_MEMORY)
 
 
-def decode_in_groups(autoencoder: Autoencoder, latents: Tensor) -> Tensor:
+def decode_in_groups(autoencoder: Autoencoder, latents: Tensor, group: int = GROUP) -> Tensor:
     """Raw latents (n, C, h, w) to float32 pixels (n, 3, H, W); whole groups."""
     count = len(latents)
-    spare = -count % GROUP if autoencoder.module is not None else 0
+    spare = -count % group if autoencoder.module is not None else 0
     rows = torch.cat([latents, latents.new_zeros((spare, *latents.shape[1:]))]) if spare else latents
     exact = autoencoder.dtype == torch.float32
     with true_float32() if exact else nullcontext():  # inside, TF32's old switches raise, and compilers may read them
-        return torch.cat([autoencoder.decode(part.float()) for part in torch.split(rows, GROUP)])[:count]
+        return torch.cat([autoencoder.decode(part.float()) for part in torch.split(rows, group)])[:count]
 
 
 def precision_text(network: str, decoder: DecoderPrecision | None) -> str:
@@ -132,10 +137,11 @@ class Generator:
         self.folder = Path()  # the checkpoint's: a converted or pulled one may have its autoencoder beside it
         self.digest = ""  # sha256 of the file that these weights were read from; empty while a run holds them
         self.recipe, self.origin, self.device = checkpoint.recipe, checkpoint.origin, device
-        self.mean, self.std = checkpoint.mean.to(device), checkpoint.std.to(device)
+        self.exact = exact_device(device)
+        self.mean, self.std = checkpoint.mean.to(self.exact), checkpoint.std.to(self.exact)
         self.net = net or load_network(checkpoint).to(device).eval()
         self.bf16 = self.recipe.train.precision == "bf16" and device.type == "cuda"
-        self.decoder = plan_decoder(decoder, device, pictures=0)
+        self.decoder = plan_decoder(decoder, device, pictures=0, compiled=False)
         record: dict[str, Any] = self.origin.get("autoencoder") or {}  # of the one that made the latents
         self._record = record if record.get("id") else {**record, "id": self.recipe.data.autoencoder}
         self.has_decoder = self._record["id"] != "none"  # the network makes latents, not pixels
@@ -174,17 +180,37 @@ class Generator:
         """The precision of the network and of the decoder, as the protocol says it."""
         trained = self.recipe.train.precision
         network = "fp32" if trained == "bf16" and not self.bf16 else trained
-        return precision_text(network, self.decoder.precision if self.has_decoder else None)
+        compiled = ", compiled" if self.decoder.compiled else ""
+        return precision_text(network, self.decoder.precision if self.has_decoder else None) + compiled
 
     def synchronise(self) -> None:
         """Wait for the device, so that a clock tells the truth."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
-    def expect(self, pictures: int) -> None:
-        """Get ready for so many pictures of all processes together: compiling the decoder has to pay."""
+    def expect(self, pictures: int, *, compiled: bool, autoencoder: str) -> None:
+        """Get ready for so many pictures of all processes together, with a compiled decoder where that can be.
+
+        `autoencoder`: another copy of the checkpoint's. Where compiling fails, a line says so, and nothing is compiled.
+        """
         assert "autoencoder" not in vars(self), "expect comes before the first picture"
-        self.decoder = plan_decoder(self.decoder.precision, self.device, pictures=pictures)
+        compiled = compiled and self.has_decoder
+        self.decoder = plan_decoder(self.decoder.precision, self.device, pictures=pictures, compiled=compiled)
+        if autoencoder:
+            self.use_autoencoder(autoencoder)
+        if not self.decoder.compiled:
+            return
+        began = time.monotonic()
+        try:
+            self.decode(torch.zeros((1, *self.shape), dtype=torch.float64, device=self.device))
+            self.synchronise()
+            say(f"compiled the decoder in {time.monotonic() - began:.0f} s; the code is kept in {keep_compiled_code()}")
+        except compile_faults() as error:
+            say(f"torch.compile failed, so the decoder runs eagerly: {why_not(error)}")
+            self.decoder = replace(self.decoder, compiled=False)
+            del self.autoencoder
+            if autoencoder:
+                self.use_autoencoder(autoencoder)
 
     def use_autoencoder(self, name: str) -> None:
         """Decode with this copy of the checkpoint's autoencoder."""
@@ -204,7 +230,7 @@ class Generator:
 
         def draw(dtype: torch.dtype) -> Tensor:
             rows = [torch.randn(self.shape, generator=g, dtype=dtype) for g in generators]
-            return torch.stack(rows + [torch.zeros(self.shape, dtype=dtype)] * spare).to(self.device)
+            return torch.stack(rows + [torch.zeros(self.shape, dtype=dtype)] * spare).to(self.exact)
 
         y = torch.tensor([*labels, *[0] * spare], device=self.device)
         net: Net = self._call
@@ -219,12 +245,14 @@ class Generator:
         """The network in its own precision; the state stays float64."""
         dtype = next(self.net.parameters()).dtype
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            u: Tensor = self.net(x.to(dtype), t.to(dtype), r.to(dtype), y)
-        return u
+            u: Tensor = self.net(*(value.to(dtype).to(self.device) for value in (x, t, r)), y)
+        return u.to(self.exact)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Normalised latents to uint8 pictures (n, 3, H, W); whole groups again, for the same reason."""
-        decoded = decode_in_groups(self.autoencoder, latents * self.std + self.mean)
+        decoded = decode_in_groups(
+            self.autoencoder, (latents * self.std + self.mean).float().to(self.device), self.decoder.group
+        )
         return pixels.to_uint8(decoded, self.recipe.data.pixels)
 
     def images(self, seeds: Sequence[int], labels: Sequence[int], walk: Walk) -> Tensor:
@@ -283,8 +311,7 @@ def open_generator(
     path, checkpoint, digest = read_hashed(address, weights)
     if weights == "raw" and checkpoint.origin.get("weights") != "raw":
         raise AlphaflowError(f"{address}: holds averaged weights only; --weights raw needs a run folder.")
-    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    generator = Generator(checkpoint, device=device, decoder=decoder)
+    generator = Generator(checkpoint, device=device or choose_device(None), decoder=decoder)
     if decoder != "auto" and not generator.has_decoder:
         raise AlphaflowError(f"--decoder {decoder}: this model makes pixels without a decoder; leave it out.")
     generator.folder, generator.digest = path.parent, digest

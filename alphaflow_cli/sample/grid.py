@@ -1,4 +1,4 @@
-"""Grids of pictures with a word above each column or beside each row: the only place that lays them out.
+"""Grids of pictures with a word above a column, beside a row or below a picture: the only place that lays them out.
 
 `grid_in_rows` shows pictures in reading order, `grid_by_walk` the same seeds by several walks below each other, and
 `grid_side_by_side` by several walks beside each other, a class per row.
@@ -12,22 +12,41 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from alphaflow_cli.data.pictures import open_picture
-from alphaflow_cli.errors import blamed_on
+from alphaflow_cli.errors import AlphaflowError, blamed_on
 
 GAP, INK, PAPER = 2, (26, 32, 44), (255, 255, 255)
+WORD = 16  # pixels for the name below a picture
+FORMS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}  # suffix of a grid's file → its form
 
 
-def grid_in_rows(pictures: Sequence[np.ndarray], columns: int, names: Sequence[str] = ()) -> bytes:
-    """In reading order; the columns have names where all pictures below bear them."""
+def grid_form(path: Path) -> str:
+    """The suffix of a grid's file, by which its form is known; any other than those of FORMS is refused."""
+    form = path.suffix.lower()
+    if form not in FORMS:
+        raise AlphaflowError(f"{path}: a grid is a picture. Give it a name that ends in {', '.join(FORMS)}.")
+    return form
+
+
+def even_columns(count: int, most: int) -> int:
+    """The number of columns, at most `most`, that fills every row; `most` where only narrow grids would be even."""
+    fitting = [columns for columns in range(most, most // 2, -1) if count % columns == 0]
+    return min(count, fitting[0] if fitting else most)
+
+
+def grid_in_rows(pictures: Sequence[np.ndarray], columns: int, names: Sequence[str] = (), form: str = ".png") -> bytes:
+    """In reading order: names stand above a column whose pictures all bear it, else below each picture."""
     rows = [pictures[i : i + columns] for i in range(0, len(pictures), columns)]
-    by_column = all(name == names[i % columns] for i, name in enumerate(names))
-    return grid_png(rows, column_names=names[:columns] if by_column else ())
+    if all(name == names[i % columns] for i, name in enumerate(names)):
+        return grid_png(rows, column_names=names[:columns], form=form)
+    return grid_png(rows, names=[names[i : i + columns] for i in range(0, len(names), columns)], form=form)
 
 
-def grid_by_walk(drawn: Sequence[tuple[str, Sequence[np.ndarray]]], columns: int, names: Sequence[str]) -> bytes:
+def grid_by_walk(
+    drawn: Sequence[tuple[str, Sequence[np.ndarray]]], columns: int, names: Sequence[str], form: str = ".png"
+) -> bytes:
     """A row for each walk, named by it, with the first pictures; the columns have their pictures' names."""
     rows = [pictures[:columns] for _, pictures in drawn]
-    return grid_png(rows, row_names=[name for name, _ in drawn], column_names=names[:columns])
+    return grid_png(rows, row_names=[name for name, _ in drawn], column_names=names[:columns], form=form)
 
 
 def grid_side_by_side(drawn: Sequence[tuple[str, Sequence[np.ndarray]]], rows: int, names: Sequence[str]) -> bytes:
@@ -38,28 +57,41 @@ def grid_side_by_side(drawn: Sequence[tuple[str, Sequence[np.ndarray]]], rows: i
 
 
 def grid_png(
-    rows: Sequence[Sequence[np.ndarray]], *, row_names: Sequence[str] = (), column_names: Sequence[str] = ()
+    rows: Sequence[Sequence[np.ndarray]],
+    *,
+    row_names: Sequence[str] = (),
+    column_names: Sequence[str] = (),
+    names: Sequence[Sequence[str]] = (),
+    form: str = ".png",
 ) -> bytes:
-    """PNG of rows of uint8 (H, W, 3) pictures; small ones are shown larger, without smoothing."""
+    """One picture of rows of uint8 (H, W, 3) pictures; small ones are shown larger, without smoothing.
+
+    `names` stand below each picture, `form` is the suffix of the file it is for.
+    """
     side = rows[0][0].shape[0]
     zoom = max(1, round(64 / side)) if side < 64 else 1
     cell = side * zoom
     font = ImageFont.load_default(max(11, min(16, cell // 4)))
+    small = ImageFont.load_default(11)
     left = int(max(font.getlength(name) for name in row_names)) + 12 if row_names else 0
     top = 20 if any(column_names) else 0
+    step = cell + GAP + (WORD if names else 0)  # from one row to the next
     width = left + max(len(row) for row in rows) * (cell + GAP) + GAP
-    canvas = Image.new("RGB", (width, top + len(rows) * (cell + GAP) + GAP), PAPER)
+    canvas = Image.new("RGB", (width, top + len(rows) * step + GAP), PAPER)
     draw = ImageDraw.Draw(canvas)
     for j, name in enumerate(column_names):
         draw.text((left + GAP + j * (cell + GAP) + cell // 2, 10), _fit(name, cell, font), INK, font, anchor="mm")
     for i, row in enumerate(rows):
-        y = top + GAP + i * (cell + GAP)
+        y = top + GAP + i * step
         if row_names:
             draw.text((left - 6, y + cell // 2), row_names[i], INK, font, anchor="rm")
         for j, picture in enumerate(row):
-            image = Image.fromarray(picture).resize((cell, cell), Image.Resampling.NEAREST)
-            canvas.paste(image, (left + GAP + j * (cell + GAP), y))
-    return png_bytes(canvas)
+            x = left + GAP + j * (cell + GAP)
+            canvas.paste(Image.fromarray(picture).resize((cell, cell), Image.Resampling.NEAREST), (x, y))
+            if names:
+                place = (x + cell // 2, y + cell + WORD // 2)
+                draw.text(place, _fit(names[i][j], cell, small), INK, small, anchor="mm")
+    return png_bytes(canvas, form)
 
 
 def picture_png(picture: np.ndarray) -> bytes:
@@ -73,10 +105,11 @@ def plain_png(path: Path) -> bytes:
         return png_bytes(image.convert("RGB"))
 
 
-def png_bytes(image: Image.Image) -> bytes:
-    """A picture in memory as the bytes of a PNG file."""
+def png_bytes(image: Image.Image, form: str = ".png") -> bytes:
+    """A picture in memory as the bytes of a file: PNG, or what the suffix `form` stands for."""
     out = io.BytesIO()
-    image.save(out, "PNG")
+    more = {} if form == ".png" else {"quality": 95}
+    image.save(out, FORMS[form], **more)
     return out.getvalue()
 
 

@@ -7,7 +7,9 @@ from pathlib import Path
 
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.runtime.processes import Processes, check_same
+from alphaflow_cli.runtime.progress import say
 from alphaflow_cli.sample.generator import GROUP, DecoderChoice, Generator, open_generator, spans_of
+from alphaflow_cli.sample.grid import grid_form
 from alphaflow_cli.sample.walk import LazyLabels, Walk, choose_labels, plan_walk
 
 Record = dict[str, str]  # what decides a picture's bytes: sha256 of the checkpoint, walk, precision, …
@@ -28,6 +30,7 @@ class SampleRequest:
     weights: str
     autoencoder: str
     decoder: DecoderChoice
+    compiled: bool
     out: Path | None  # a folder, or an .npz
     grid: Path | None
     latents: Path | None
@@ -62,7 +65,7 @@ class Plan:
             "checkpoint": generator.digest,
             "weights": str(generator.origin.get("weights", "ema")),
             "walk": "; ".join(walks),
-            "precision": generator.precision + (", compiled" if generator.decoder.compiled else ""),
+            "precision": generator.precision,
             "device": generator.device.type,
         }
 
@@ -74,6 +77,8 @@ def check_request(request: SampleRequest) -> None:
         raise AlphaflowError("nothing to write: give --grid FILE.png, --out DIR or FILE.npz, or --latents FILE.npy.")
     if len(set(targets)) < len(targets):
         raise AlphaflowError(f"{targets[-1]}: is named twice. Give --out, --grid and --latents a file each.")
+    if request.grid is not None:
+        grid_form(request.grid)
 
 
 def plan_sampling(request: SampleRequest, processes: Processes) -> Plan:
@@ -82,9 +87,11 @@ def plan_sampling(request: SampleRequest, processes: Processes) -> Plan:
         request.checkpoint, device=processes.device, weights=request.weights, decoder=request.decoder
     )
     check_same(processes, generator.digest, request.checkpoint)
-    generator.expect(len(request.seeds))
-    if request.autoencoder:
-        generator.use_autoencoder(request.autoencoder)
+    if request.compiled and not generator.has_decoder:
+        raise AlphaflowError("--compile: this model makes pixels without a decoder; leave it out.")
+    generator.expect(0, compiled=request.compiled, autoencoder=request.autoencoder)
+    if request.compiled and not generator.decoder.compiled and processes.rank == 0:
+        say("--compile: nothing is compiled; that takes a bf16 decoder, a GPU, Triton and a C compiler")
     plan = partial(plan_walk, generator.recipe, kind=request.sampler, times=request.times)
     walks = [plan(nfe=n, guidance=request.guidance, guidance_channels=request.guidance_channels) for n in request.nfe]
     batch = request.batch

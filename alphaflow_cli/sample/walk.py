@@ -141,8 +141,8 @@ def choose_labels(recipe: Recipe, seeds: Sequence[int], classes: str, names: Seq
     return LazyLabels(seeds, lambda places, some: [chosen[at % len(chosen)] for at in places])
 
 
-def find_class(text: str, names: Sequence[str], count: int) -> int:
-    """A class by its number, or by its name or one of its names."""
+def find_class(text: str, names: Sequence[str], count: int, *, where: str = "--classes") -> int:
+    """A class by its number, or by its name or one of its names; `where` is what an error names."""
     if text.isdecimal() and len(text) < 20 and int(text) < count:
         return int(text)
     matches = [i for i, name in enumerate(names) if text.lower() in (part.strip().lower() for part in name.split(","))]
@@ -150,5 +150,5 @@ def find_class(text: str, names: Sequence[str], count: int) -> int:
         return matches[0]
     known = ", ".join(names[:12]) + (", …" if len(names) > 12 else "")
     raise AlphaflowError(
-        f"--classes {shorten(text, 100)}: not a class of this model: 0 to {count - 1}" + (f", {known}" if names else "")
+        f"{where} {shorten(text, 100)}: not a class of this model: 0 to {count - 1}" + (f", {known}" if names else "")
     )

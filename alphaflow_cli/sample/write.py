@@ -31,7 +31,7 @@ from alphaflow_cli.runtime.lock import check_lock, hold
 from alphaflow_cli.runtime.processes import Processes, smaller_batch_if_full
 from alphaflow_cli.runtime.progress import Progress, say
 from alphaflow_cli.sample.generator import Drawn
-from alphaflow_cli.sample.grid import grid_by_walk, grid_in_rows, picture_png
+from alphaflow_cli.sample.grid import even_columns, grid_by_walk, grid_form, grid_in_rows, picture_png
 from alphaflow_cli.sample.plan import Plan, Record, SampleRequest, plan_sampling, summary
 from alphaflow_cli.text import shorten
 
@@ -100,7 +100,7 @@ def draw_missing(plan: Plan, sinks: "Sequence[PictureFolder | RowFile]", begun: 
     if done:
         say(f"{done:,} of {total:,} pictures were drawn before: going on")
     decoded = request.out is not None or request.grid is not None
-    with Progress("sample", total, unit="img", done=done, shown=processes.rank == 0) as bar:
+    with Progress("sampling", total, unit="img", done=done, shown=processes.rank == 0) as bar:
         for walk, span in islice(plan.spans(), processes.rank, None, processes.size):
             if is_done(walk, span):
                 continue
@@ -308,7 +308,7 @@ class NpzFile(RowFile):
 
 
 class GridFile(RowFile):
-    """The first pictures of each walk, kept until they become one PNG."""
+    """The first pictures of each walk, kept until they become one picture."""
 
     def goes_on(self, line: bytes) -> bool:
         """An unfinished grid is no great loss: another request begins its own."""
@@ -330,10 +330,11 @@ class GridFile(RowFile):
         if label_rows(generator.recipe):
             labels = self.plan.labels[: self.shown]
         names = [known[label] if label < len(known) else str(label) for label in labels]
+        form = grid_form(self.target)
         if len(walks) == 1:
-            return grid_in_rows(list(rows[0]), COLUMNS, names)
+            return grid_in_rows(list(rows[0]), even_columns(rows.shape[1], COLUMNS), names, form)
         drawn = [(f"{walk.nfe} NFE", list(each)) for walk, each in zip(walks, rows, strict=True)]
-        return grid_by_walk(drawn, 2 * COLUMNS, names)
+        return grid_by_walk(drawn, 2 * COLUMNS, names, form)
 
 
 def remove_leftovers(folder: Path, *patterns: str) -> None:

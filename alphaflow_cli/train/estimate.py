@@ -7,7 +7,7 @@ will run: the recipe's network, with compiled blocks where the recipe compiles t
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,66 +15,53 @@ from typing import Any
 import torch
 
 from alphaflow_cli.core.alpha import equal_rows
-from alphaflow_cli.model.build import DTYPES, build_network, compile_blocks
+from alphaflow_cli.model.build import DTYPES, build_network
+from alphaflow_cli.model.compiling import compile_blocks, compile_faults, forget_compiled, why_not
 from alphaflow_cli.recipe import diff_recipes, load_recipe, shipped
 from alphaflow_cli.recipe.facts import facts, human, lines
-from alphaflow_cli.recipe.plan import alpha_at, equal_share_at, null_label, phases
+from alphaflow_cli.recipe.plan import alpha_at, equal_share_at, phases
 from alphaflow_cli.recipe.schema import Recipe
 from alphaflow_cli.runtime.processes import World, join_world
 from alphaflow_cli.runtime.progress import duration, say
+from alphaflow_cli.train.compiling import choose_compile
 from alphaflow_cli.train.optimise import Optimiser
 from alphaflow_cli.train.parallel import largest_that_fits, split_batch
-from alphaflow_cli.train.step import Objective, Rows, training_step
+from alphaflow_cli.train.step import Objective, random_rows, training_step
 
 TIMED_STEPS = 5  # of which the median counts
 
 
-def random_rows(recipe: Recipe, count: int, n_equal: int, device: torch.device) -> Rows:
-    """Rows of the recipe's shapes with random content, for timing and memory only."""
-    data, dtype = recipe.data, DTYPES[recipe.train.precision]
-    shape = (data.channels, data.latent_size, data.latent_size)
-    x, noise = (torch.randn((count, *shape), device=device, dtype=dtype) for _ in range(2))
-    r = torch.full((count,), 0.25, device=device, dtype=dtype)
-    t = torch.full_like(r, 0.75)
-    r = torch.cat([t[:n_equal], r[n_equal:]])
-    y = torch.zeros(count, dtype=torch.int64, device=device)
-    return Rows(x=x, noise=noise, t=t, r=r, y=y.clamp(max=null_label(recipe)), uniforms=r, n_equal=n_equal)
-
-
-def micro_batch_that_fits(recipe: Recipe, world: World) -> int:
+def micro_batch_that_fits(recipe: Recipe, world: World, *, compiled: bool) -> int:
     """The rows of a micro-batch: halved until a step of every phase fits the GPU's memory; on a CPU, all of them."""
     rows = -(-recipe.train.batch // world.size)
-    if world.device.type == "cpu":
+    if world.device.type != "cuda":
         return rows
-    fits = _rows_that_fit(recipe, world.device, rows)
-    forget_compiled(recipe)
+    fits = _rows_that_fit(recipe, world.device, rows, compiled=compiled)
     torch.cuda.empty_cache()
     return -int(world.largest(-fits))  # the fewest that fit anywhere
 
 
-def _rows_that_fit(recipe: Recipe, device: torch.device, rows: int) -> int:
+def _rows_that_fit(recipe: Recipe, device: torch.device, rows: int, *, compiled: bool) -> int:
     """Try without compiled blocks first, then the rows that fitted with them."""
-    eager = replace(recipe, train=replace(recipe.train, compile=False))
-    fits = largest_that_fits(rows, Trial(eager, device).phases)
-    if recipe.train.compile:  # not at once: compiling takes a minute for each number of rows
-        fits = largest_that_fits(fits, lambda count: Trial(recipe, device).phases(count))
+    fits = largest_that_fits(rows, Trial(recipe, device, compiled=False).phases)
+    if not compiled:
+        return fits
+    try:  # not at once: compiling takes a minute for each number of rows
+        fits = largest_that_fits(fits, lambda count: Trial(recipe, device, compiled=True).phases(count))
+    except compile_faults():  # the run meets the same fault, says so, and goes on eagerly
+        pass
+    forget_compiled()
     return fits
-
-
-def forget_compiled(recipe: Recipe) -> None:
-    """Let the run begin with no compiled forms: torch would count those of a trial among the 8 that it allows."""
-    if recipe.train.compile:
-        torch.compiler.reset()
 
 
 class Trial:
     """A network and an optimiser for steps that are only measured; both are thrown away afterwards."""
 
-    def __init__(self, recipe: Recipe, device: torch.device) -> None:
+    def __init__(self, recipe: Recipe, device: torch.device, *, compiled: bool) -> None:
         self.recipe, self.device, self.objective = recipe, device, Objective.of(recipe)
         self.net = build_network(recipe).to(device, DTYPES[recipe.train.precision])
-        if recipe.train.compile:
-            forget_compiled(recipe)
+        if compiled:
+            forget_compiled()
             compile_blocks(self.net)
         self.optimiser = Optimiser(self.net, recipe)
 
@@ -106,10 +93,11 @@ class PhaseTime:
         return self.steps * self.seconds_per_step
 
 
-def measure_phases(recipe: Recipe, micro_batch: int, *, per_process: int) -> list[PhaseTime]:
+def measure_phases(
+    recipe: Recipe, micro_batch: int, *, per_process: int, device: torch.device, compiled: bool
+) -> list[PhaseTime]:
     """Time a few steps of every phase on this machine; the median counts."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    trial = Trial(recipe, device)
+    trial = Trial(recipe, device, compiled=compiled)
     turns = -(-per_process // micro_batch)
     times = []
     for phase in phases(recipe):
@@ -120,8 +108,20 @@ def measure_phases(recipe: Recipe, micro_batch: int, *, per_process: int) -> lis
         each = statistics.median(_timed(partial(trial.step, micro_batch, middle)) for _ in range(TIMED_STEPS)) * turns
         memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
         times.append(PhaseTime(phase.kind, phase.until - phase.first, each, memory))
-    forget_compiled(recipe)
+    if compiled:
+        forget_compiled()
     return times
+
+
+def _measure(
+    recipe: Recipe, rows: int, *, per_process: int, device: torch.device, compiled: bool
+) -> tuple[list[PhaseTime], bool]:
+    """The phases' times, and whether they are of compiled blocks; where compiling fails, eagerly, as the run would."""
+    try:
+        return measure_phases(recipe, rows, per_process=per_process, device=device, compiled=compiled), compiled
+    except compile_faults() as error:
+        say(f"torch.compile failed, so the steps are measured eagerly: {why_not(error)}")
+    return measure_phases(recipe, rows, per_process=per_process, device=device, compiled=False), False
 
 
 def _timed(work: Callable[[], None]) -> float:
@@ -157,18 +157,25 @@ def describe_run(
 
 
 def estimate_training(
-    recipe: Recipe, micro_batch: int | None, processes: int
+    recipe: Recipe, micro_batch: int | None, processes: int, device: str | None = None
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """Time the phases on this machine, in one process, and extrapolate; returns JSON objects and lines."""
-    world = join_world(allow_tf32=recipe.train.tf32)
+    world = join_world(allow_tf32=recipe.train.tf32, device=device)
     per_process = -(-recipe.train.batch // processes)
-    if recipe.train.compile:
-        say("compiling the blocks, as train.compile asks for: minutes on a CPU")
-    rows = min(micro_batch or micro_batch_that_fits(recipe, world), per_process)
-    measured = measure_phases(recipe, rows, per_process=per_process)
+    compiled = choose_compile(recipe, world, None, processes)
+    if compiled:
+        say("compiling the blocks: up to 20 s per phase on a GPU, minutes on a CPU")
+    rows = min(micro_batch or micro_batch_that_fits(recipe, world, compiled=compiled), per_process)
+    measured, compiled = _measure(recipe, rows, per_process=per_process, device=world.device, compiled=compiled)
     total = sum(phase.seconds for phase in measured)
     document = [
-        {"phase": p.kind, "steps": p.steps, "seconds_per_step": p.seconds_per_step, "memory_bytes": p.memory_bytes}
+        {
+            "phase": p.kind,
+            "steps": p.steps,
+            "seconds_per_step": p.seconds_per_step,
+            "memory_bytes": p.memory_bytes,
+            "compiled": compiled,
+        }
         for p in measured
     ]
     text = [
@@ -178,4 +185,5 @@ def estimate_training(
     ]
     seen = recipe.train.steps * recipe.train.batch
     text.append(f"together: {duration(total)} on this machine, {seen / max(total, 1e-9):,.0f} images/s")
+    text.append("compiled, as the run will be" if compiled else "not compiled, as the run will be")
     return document, text

@@ -8,9 +8,7 @@ clipped and non-finite gradients. The weighted loss is near 1 by construction: n
 Trackers (TensorBoard, Weights & Biases, trackio) get the same numbers through Accelerate, from the first process only.
 What they write lies in RUN/trackers. A resumed run goes on in the same W&B or trackio run: its id is kept there.
 
-Utilisation is estimated: the arithmetic a step needs, over the device's dense bf16 peak. Counted are the products of
-the blocks and the final layer, 2 operations per multiply-add, in units of one row's forward: 3 of a graded row (forward
-and backward), 1 of a row of an extra call, 1.05 of a riding tangent (the cost measured beside a plain step). What
+Utilisation is estimated: the arithmetic a step needs (recipe/speed.py), over the device's dense bf16 peak. What
 gradient checkpointing recomputes is not needed, so it is not counted. Guidance's rows differ from step to step: their
 mean is counted.
 """
@@ -32,17 +30,17 @@ from alphaflow_cli.core.objective import Terms, interval_bins
 from alphaflow_cli.core.times import sample_times
 from alphaflow_cli.errors import AlphaflowError, blamed_on
 from alphaflow_cli.files import append, check_regular, make_folder, read_document, write_whole
-from alphaflow_cli.recipe.plan import is_guided, phase_kind, tokens
+from alphaflow_cli.recipe import speed
 from alphaflow_cli.recipe.schema import Recipe
 from alphaflow_cli.runtime.lock import check_lock
+from alphaflow_cli.runtime.precision import exact_dtype
 from alphaflow_cli.runtime.processes import World
 from alphaflow_cli.runtime.progress import say
 from alphaflow_cli.train.optimise import COUNTERS
-from alphaflow_cli.train.step import ask, ask_all, time_laws
+from alphaflow_cli.train.step import ask, time_laws
 
 LOSS_BINS = 8  # equal bins of t − r in (0, 1]
 SUMS = ("later", "error", "trajectory", "consistency", "equal", "velocity")  # then LOSS_BINS sums and LOSS_BINS counts
-TANGENT = 1.05  # forwards of a row that a riding tangent costs
 TIME_DRAWS = 1 << 14  # draws of times, for the mean number of rows that guidance evaluates
 # NVIDIA's data sheets, dense bf16 with float32 accumulation, in FLOP/s; the first name found in the device's counts
 PEAKS = {
@@ -61,13 +59,13 @@ class Sums:
     """The losses, added up over rows and micro-batches on the device, until a row of the journal takes their means."""
 
     def __init__(self, device: torch.device) -> None:
-        self.values = torch.zeros(len(SUMS) + 2 * LOSS_BINS, dtype=torch.float64, device=device)
+        self.values = torch.zeros(len(SUMS) + 2 * LOSS_BINS, dtype=exact_dtype(device), device=device)
 
     def add(self, terms: Terms, t: Tensor, r: Tensor, n_equal: int) -> None:
         """Add the rows of one micro-batch."""
-        k, error = n_equal, terms.error.double()
+        k, error = n_equal, terms.error.to(self.values.dtype)
         sums, counts = interval_bins(t[k:], r[k:], error[k:], LOSS_BINS)
-        parts = [error[k:], terms.trajectory[k:].double(), terms.consistency[k:].double(), error[:k]]
+        parts = [error[k:], *(each[k:].to(error.dtype) for each in (terms.trajectory, terms.consistency)), error[:k]]
         later, trajectory, consistency, velocity = (part.sum() for part in parts)
         n_later, n_equal_rows = (error.new_full((), count) for count in (len(error) - k, k))  # no copy from the host
         head = torch.stack([n_later, later, trajectory, consistency, n_equal_rows, velocity])
@@ -184,11 +182,12 @@ def console_line(row: dict[str, Any]) -> str:
         value = row.get(name)
         return "–" if value is None else format(value, form)
 
-    parts = [f"α {row['alpha']:.3f}", f"l {shown('l')}", f"TFM {shown('l_tfm')}", f"TC {shown('l_tc')}"]
+    rate = f"{row['images_per_second']:,.0f} img/s"
+    parts = [f"α {row['alpha']:.3f}", f"l {shown('l')}", rate, f"TFM {shown('l_tfm')}", f"TC {shown('l_tc')}"]
     parts += [f"v {shown('v_loss')}", f"|g| {shown('grad_norm', '.3f')}", f"lr {row['lr']:.1e}"]
     if row["nonfinite"]:
         parts.append(f"NON-FINITE {row['nonfinite']}")
-    return "  ".join([*parts, f"{row['images_per_second']:,.0f} img/s"])
+    return "  ".join(parts)
 
 
 def check_trackers(recipe: Recipe) -> None:
@@ -197,7 +196,7 @@ def check_trackers(recipe: Recipe) -> None:
     if missing:
         raise AlphaflowError(
             f"train.trackers: {', '.join(missing)} cannot be imported. "
-            f"Run: pip install 'alphaflow[{','.join(missing)}]', or do without: --set train.trackers=[]"
+            f"Run: pip install 'alphaflow-cli[{','.join(missing)}]', or do without: --set train.trackers=[]"
         )
 
 
@@ -259,37 +258,22 @@ def peak_of(device_name: str, precision: str) -> float | None:
     return next((peak for name, peak in PEAKS.items() if name in device_name), None)
 
 
-def forward_flops(recipe: Recipe) -> float:
-    """Floating-point operations of one row's forward."""
-    model, n, d = recipe.model, tokens(recipe), recipe.model.dim
-    per_token = 2 * (4 + 2 * model.mlp_ratio) * d * d + 4 * n * d  # qkv, proj, MLP; q kᵀ and p v
-    modulations = 2 * (6 * model.depth + 2) * d * d
-    edges = 2 * 2 * n * d * model.patch**2 * recipe.data.channels
-    return model.depth * n * per_token + modulations + edges
+def mean_asked_rows(recipe: Recipe, n_equal: int, *, compiled: bool, tangent: bool = False) -> float:
+    """Rows that guidance and the tangent evaluate in a step, in the mean over TIME_DRAWS draws.
 
-
-def mean_guidance_rows(recipe: Recipe, n_equal: int, *, tangent: bool = False) -> float:
-    """Rows that guidance (and the tangent) evaluates in a step, in the mean over TIME_DRAWS draws; compiled blocks
-    always see all."""
+    Compiled blocks always see all that could be needed.
+    """
     batch, host = recipe.train.batch, torch.device("cpu")
-    if recipe.train.compile:
-        return float(len(ask_all(batch, n_equal, recipe.guidance, host, tangent=tangent).places))
+    if compiled or not (speed.is_guided_run(recipe) or tangent):
+        return float(speed.most_asked_rows(recipe, n_equal, tangent=tangent))
     generator, equal = torch.Generator().manual_seed(0), round(TIME_DRAWS * n_equal / batch)
     normals, uniforms = torch.randn((3, TIME_DRAWS), generator=generator), torch.rand(TIME_DRAWS, generator=generator)
     t, _ = sample_times(normals, equal, time_laws(recipe.times))
     return len(ask(t, uniforms, equal, recipe.guidance, host, tangent=tangent).places) * batch / TIME_DRAWS
 
 
-def step_flops(recipe: Recipe, alpha: float, n_equal: int) -> float:
-    """Floating-point operations of one step on the global batch."""
-    batch, mix = recipe.train.batch, recipe.guidance
-    later = batch - n_equal
-    units = 3.0 * batch
-    tangent = recipe.loss.tangent == "network" and phase_kind(alpha) != "flow"
-    if tangent or (recipe.data.classes and is_guided(mix.omega, mix.kappa)):
-        units += mean_guidance_rows(recipe, n_equal, tangent=tangent)
-    if phase_kind(alpha) == "between":
-        units += later * (2 if recipe.loss.velocity == "network" else 1)
-    elif phase_kind(alpha) == "derivative":
-        units += TANGENT * later
-    return units * forward_flops(recipe)
+def mean_step_flops(recipe: Recipe, alpha: float, n_equal: int, *, compiled: bool) -> float:
+    """Floating-point operations of one step on the global batch, in the mean over its draws."""
+    tangent = speed.asks_tangent(recipe, alpha)
+    extra_rows = mean_asked_rows(recipe, n_equal, compiled=compiled, tangent=tangent)
+    return speed.step_flops(recipe, alpha, n_equal, extra_rows)

@@ -33,7 +33,7 @@ from alphaflow_cli.recipe.plan import phase_kind
 from alphaflow_cli.runtime.launch import StopFlag
 from alphaflow_cli.runtime.progress import Progress, say
 from alphaflow_cli.train import conflict
-from alphaflow_cli.train.journal import Journal, Trackers, console_line, step_flops, take_counters
+from alphaflow_cli.train.journal import Journal, Trackers, console_line, mean_step_flops, take_counters
 from alphaflow_cli.train.optimise import COUNTERS
 from alphaflow_cli.train.parallel import split_batch
 from alphaflow_cli.train.run import Run, newest_for_all
@@ -108,7 +108,7 @@ def rows_at(run: Run, step: int, place: slice, *, noise: Tensor, times: Tensor, 
     t, r, uniforms = to_device(times, device)
     question = None  # compiled blocks: all rows that guidance could need, so that their number stays
     tangent = objective.has_tangent(run.alpha_at(step))
-    if (objective.is_guided or tangent) and not run.recipe.train.compile:
+    if (objective.is_guided or tangent) and not run.compiled:
         question = ask(times[0], times[2], n_equal, objective.guidance, device, tangent=tangent)
     return Rows(
         x=batch.latents.to(run.dtype),
@@ -138,7 +138,8 @@ def log_row(run: Run, journal: Journal) -> dict[str, Any]:
     values |= take_counters(run.optimiser.counters)
     if conflict.is_due(run):
         values["conflict"] = conflict.measure(run)
-    return journal.row(values, step=step, batch=batch, flops=step_flops(run.recipe, alpha, equal_rows(batch, share)))
+    flops = mean_step_flops(run.recipe, alpha, equal_rows(batch, share), compiled=run.compiled)
+    return journal.row(values, step=step, batch=batch, flops=flops)
 
 
 def within_memory(run: Run, gradients: Callable[[], None]) -> None:

@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from alphaflow_cli.core.ema import ema_beta, update_ema
 from alphaflow_cli.core.gradients import replace_nonfinite
 from alphaflow_cli.recipe.plan import learning_rate_at
 from alphaflow_cli.recipe.schema import Recipe
+from alphaflow_cli.runtime.precision import exact_dtype
+from alphaflow_cli.runtime.processes import is_cut
 from alphaflow_cli.train.parallel import local, part, whole
 
 COUNTERS = ("steps", "grad_norm", "clipped", "nonfinite", "streak")
@@ -44,7 +45,8 @@ class Optimiser:
             self.trained, lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay
         )
         self.emas = [[w.detach().clone() for w in self.weights] for _ in recipe.ema.half_lives]
-        self.counters = torch.zeros(len(COUNTERS), dtype=torch.float64, device=self.weights[0].device)
+        device = self.weights[0].device
+        self.counters = torch.zeros(len(COUNTERS), dtype=exact_dtype(device), device=device)
 
     def step(self, step: int) -> None:
         """Clip the gradients, step, and update the averages; the gradients must be ready and synchronised."""
@@ -100,10 +102,10 @@ class Optimiser:
 
     def _count(self, norm: Tensor, bad: Tensor) -> None:
         clip = self.recipe.optim.clip_norm
-        finite = torch.where(bad, 0.0, norm.double())
-        clipped = (finite > clip).double() if clip > 0 else torch.zeros_like(finite)
+        finite = torch.where(bad, 0.0, norm.to(self.counters.dtype))
+        clipped = (finite > clip).to(finite.dtype) if clip > 0 else torch.zeros_like(finite)
         streak = (self.counters[-1] + 1) * bad
-        self.counters[:-1] += torch.stack([(~bad).double(), finite, clipped, bad.double()])
+        self.counters[:-1] += torch.stack([(~bad).to(finite.dtype), finite, clipped, bad.to(finite.dtype)])
         self.counters[-1] = streak
 
     def tensors(self, *, keep: bool = True) -> dict[str, Tensor]:
@@ -156,4 +158,4 @@ class Optimiser:
 def _total_norm(grads: list[Tensor]) -> Tensor:
     """The norm of the whole gradient, over all processes where it is cut."""
     norm = torch.nn.utils.get_total_norm(grads, foreach=True)
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+    return norm.full_tensor() if is_cut(norm) else norm

@@ -16,15 +16,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor
 
 from alphaflow_cli.core.alpha import equal_rows
 from alphaflow_cli.core.times import rows_of
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.recipe.plan import equal_share_at
 from alphaflow_cli.recipe.schema import Recipe, Strategy
-from alphaflow_cli.runtime.processes import World
+from alphaflow_cli.runtime.processes import World, is_cut
+from alphaflow_cli.text import counted
 
 FSDP_TORCH = (2, 13)  # older: backward through a sharded module fails on CPUs or beside forward-mode derivatives
 
@@ -55,9 +54,13 @@ class Split:
         return rows_of(self.batch, n_equal=n_equal, parts=parts, part=turn * self.processes + rank)
 
     def __str__(self) -> str:
-        processes = "1 process" if self.processes == 1 else f"{self.processes} processes"
-        turns = "1 micro-batch" if self.accumulation == 1 else f"{self.accumulation} micro-batches"
-        return f"{processes} × {turns} of {self.micro_batch} rows = batch {self.batch}"
+        processes, turns = (
+            counted(self.processes, "process", "processes"),
+            counted(self.accumulation, "micro-batch", "micro-batches"),
+        )
+        uneven = self.micro_batch * self.processes * self.accumulation != self.batch
+        rows = f"{'at most ' if uneven else ''}{counted(self.micro_batch, 'row')}"
+        return f"{processes} × {turns} of {rows} = batch {self.batch}"
 
 
 def split_batch(batch: int, *, processes: int, micro_batch: int | None) -> Split:
@@ -114,6 +117,7 @@ def check_sharding(recipe: Recipe, split: Split, version: str = torch.__version_
 
 def shard_network(net: nn.Module, device: torch.device, processes: int) -> None:
     """Cut the parameters over the processes, in place; their names stay what they are."""
+    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh(device.type, (processes,))
@@ -126,7 +130,7 @@ def shard_network(net: nn.Module, device: torch.device, processes: int) -> None:
 @torch.no_grad()
 def local(value: Tensor) -> Tensor:
     """This process's part of a tensor that may be cut; it shares the tensor's memory."""
-    if not isinstance(value, DTensor):
+    if not is_cut(value):
         return value
     mine: Tensor = value.detach().to_local()  # type: ignore[attr-defined]
     return mine
@@ -135,8 +139,10 @@ def local(value: Tensor) -> Tensor:
 @torch.no_grad()
 def whole(parameter: Tensor, value: Tensor, *, keep: bool = True) -> Tensor:
     """Put a tensor that is cut like the parameter together, on the host; without `keep` the result is empty."""
-    if not isinstance(parameter, DTensor):
+    if not is_cut(parameter):
         return value.detach()
+    from torch.distributed.tensor import DTensor
+
     shape, stride = parameter.shape, parameter.stride()
     mesh, placements = parameter.device_mesh, parameter.placements
     cut = DTensor.from_local(value.detach(), mesh, placements, run_check=False, shape=shape, stride=stride)
@@ -146,7 +152,7 @@ def whole(parameter: Tensor, value: Tensor, *, keep: bool = True) -> Tensor:
 
 def part(parameter: Tensor, value: Tensor) -> Tensor:
     """Cut this process's part out of a whole tensor: FSDP2 cuts the first dimension as torch.chunk does."""
-    if not isinstance(parameter, DTensor):
+    if not is_cut(parameter):
         return value
     mesh = parameter.device_mesh
     chunks, rank = value.chunk(mesh.size(), dim=0), mesh.get_local_rank()

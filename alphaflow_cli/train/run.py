@@ -5,7 +5,7 @@
 """
 
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -18,8 +18,9 @@ from alphaflow_cli.core.draws import mix_seed
 from alphaflow_cli.data.batches import LatentStream
 from alphaflow_cli.data.store import class_names
 from alphaflow_cli.errors import AlphaflowError
-from alphaflow_cli.model.build import DTYPES, build_network, compile_blocks
+from alphaflow_cli.model.build import DTYPES, build_network
 from alphaflow_cli.model.checkpoint import Checkpoint, load_checkpoint
+from alphaflow_cli.model.compiling import compile_blocks
 from alphaflow_cli.model.find import find_checkpoint, step_of
 from alphaflow_cli.recipe import diff_recipes
 from alphaflow_cli.recipe.plan import alpha_at, equal_share_at
@@ -69,6 +70,11 @@ class Run:
         self.dtype = DTYPES[self.recipe.train.precision]
 
     @property
+    def compiled(self) -> bool:
+        """Whether the network's blocks are compiled."""
+        return bool(self.net.compiled)
+
+    @property
     def seed(self) -> int:
         """The seed of the draws: the recipe's, until a roll back wants other draws."""
         seed = self.recipe.train.seed
@@ -83,6 +89,7 @@ class Run:
             processes=self.world.size,
             store=self.stream.store.manifest.digest,
             init_from=self.init_from,
+            compiled=self.compiled if self.recipe.train.compile == "auto" else None,
         )
 
     def model(self, which: int = 0) -> Checkpoint:
@@ -188,10 +195,10 @@ def newest_for_all(folder: Path, world: World) -> Path | None:
     return state.state_file(folder, step) if step >= 0 else None
 
 
-def build_run(recipe: Recipe, folder: Path, *, world: World, stream: LatentStream, split: Split) -> Run:
+def build_run(recipe: Recipe, folder: Path, *, world: World, stream: LatentStream, split: Split, compiled: bool) -> Run:
     """Make the network, its wrapped form, the optimiser and the rest of a run at step 0."""
     net = build_network(recipe).to(world.device, DTYPES[recipe.train.precision])
-    if recipe.train.compile:
+    if compiled:
         compile_blocks(net)
     wrapped = wrap_network(net, world, recipe.train.strategy)
     return Run(
@@ -209,20 +216,34 @@ def build_run(recipe: Recipe, folder: Path, *, world: World, stream: LatentStrea
     )
 
 
-@torch.no_grad()
-def start_from(run: Run, address: str) -> list[str]:
-    """Begin with a checkpoint's weights, a label table of another size excepted; returns lines about what was taken."""
+def check_start(recipe: Recipe, address: str) -> None:
+    """Refuse a checkpoint that the run cannot begin with, before anything is made for it."""
     checkpoint = load_checkpoint(find_checkpoint(address))
-    ours = run.optimiser.parameters
+    with torch.device("meta"):  # shapes without memory
+        net = build_network(recipe)
+    _matched(checkpoint, dict(net.named_parameters()), address)
+
+
+def _matched(checkpoint: Checkpoint, ours: Mapping[str, torch.Tensor], address: str) -> list[str]:
+    """The names of the weights to take; only a label table may be of another size."""
     matched = [n for n, w in ours.items() if n in checkpoint.weights and checkpoint.weights[n].shape == w.shape]
     fresh = [name for name in ours if name not in matched]
-    left_out = [name for name in checkpoint.weights if name not in ours]
     misfits = [name for name in fresh if name in checkpoint.weights and name != "label_embed.weight"]
     if misfits or not matched:
         shapes = [f"{n}: {tuple(checkpoint.weights[n].shape)} there, {tuple(ours[n].shape)} here" for n in misfits[:4]]
         raise AlphaflowError(
             f"{address}: another architecture. " + "; ".join(shapes or ["no weight has a name we know"])
         )
+    return matched
+
+
+@torch.no_grad()
+def start_from(run: Run, address: str) -> list[str]:
+    """Begin with a checkpoint's weights, a label table of another size excepted; returns lines about what was taken."""
+    checkpoint, ours = load_checkpoint(find_checkpoint(address)), run.optimiser.parameters
+    matched = _matched(checkpoint, ours, address)
+    fresh = [name for name in ours if name not in matched]
+    left_out = [name for name in checkpoint.weights if name not in ours]
     run.optimiser.start_from({name: checkpoint.weights[name] for name in matched})
     run.init_from = address
     lines = [

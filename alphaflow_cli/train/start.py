@@ -14,25 +14,30 @@ from pathlib import Path
 import torch
 
 from alphaflow_cli.data.batches import LatentStream
-from alphaflow_cli.data.manifest import StorePlan, read_manifest
-from alphaflow_cli.data.store import Verify, open_store
+from alphaflow_cli.data.manifest import read_manifest
+from alphaflow_cli.data.store import Verify
 from alphaflow_cli.errors import AlphaflowError
-from alphaflow_cli.files import read_document, write_whole
+from alphaflow_cli.files import write_whole
 from alphaflow_cli.latents.encode import StoreRequest
 from alphaflow_cli.latents.prepare import prepare_store
-from alphaflow_cli.recipe import diff_recipes, dump_recipe, recipe_from_text
-from alphaflow_cli.recipe.schema import Data, Recipe
+from alphaflow_cli.model.find import saved_steps
+from alphaflow_cli.recipe import diff_recipes, dump_recipe
+from alphaflow_cli.recipe.plan import schedules_of, warnings_of
+from alphaflow_cli.recipe.schema import Recipe, Schedule, resolve_step
 from alphaflow_cli.runtime.launch import StopFlag, has_parent, is_worker
+from alphaflow_cli.runtime.lock import NAME as LOCK
 from alphaflow_cli.runtime.lock import hold
-from alphaflow_cli.runtime.processes import Processes, World, device_of, join_world, processes_here
+from alphaflow_cli.runtime.processes import Processes, World, choose_device, join_world, processes_here
 from alphaflow_cli.runtime.progress import say
 from alphaflow_cli.train import state
+from alphaflow_cli.train.compiling import choose_compile, compile_forms
 from alphaflow_cli.train.estimate import micro_batch_that_fits
 from alphaflow_cli.train.journal import Journal, Trackers, check_trackers, peak_of
 from alphaflow_cli.train.loop import train_steps
 from alphaflow_cli.train.parallel import Split, check_sharding, split_batch
-from alphaflow_cli.train.run import Run, build_run, newest_for_all, start_from
+from alphaflow_cli.train.run import Run, build_run, check_start, newest_for_all, start_from
 from alphaflow_cli.train.samples import SampleGrids
+from alphaflow_cli.train.store import check_store, recipe_of_run, store_of
 
 ADJUSTABLE = {  # what a run may change when it goes on: none of it changes what is learnt, beyond rounding
     "data.store",
@@ -51,57 +56,8 @@ class TrainOptions:
     micro_batch: int | None = None  # None: as many rows as fit
     init_from: str = ""
     verify: bool = True  # read the whole store against its checksums before the first step
-
-
-def store_of(recipe: Recipe, options: TrainOptions) -> Path:
-    """The folder where the recipe's latents are, or will be made; --data comes first."""
-    if options.data is not None:
-        return options.data
-    if recipe.data.store:
-        return Path(recipe.data.store)
-    if recipe.data.source:
-        return options.out / "latents"
-    raise AlphaflowError(
-        f"recipe {recipe.name}: no latents named. Make them: alphaflow prep-latents SOURCE --out DIR, "
-        "then give --data DIR (or data.store in the recipe)."
-    )
-
-
-def check_store(recipe: Recipe, store: Path) -> None:
-    """Refuse a store that the recipe was not written for, naming what each of the two says."""
-    faults = disagreements(open_store(store, "sizes").manifest.plan, recipe.data)
-    if faults:
-        listed = "\n".join(f"  {fault}" for fault in faults)
-        raise AlphaflowError(
-            f"{store}: not what recipe {recipe.name} wants:\n{listed}\nRun: alphaflow prep-latents again"
-        )
-
-
-def disagreements(plan: StorePlan, data: Data) -> list[str]:
-    """List what a recipe wants and the store is not; each line names both sides."""
-    both: dict[str, tuple[object, object]] = {
-        "image_size": (plan.image_size, data.image_size),
-        "channels": (plan.latent[0], data.channels),
-        "latent_size": (plan.latent[1], data.latent_size),
-    }
-    if autoencoder_key(plan.autoencoder.id) != autoencoder_key(data.autoencoder):
-        both = {"autoencoder": (plan.autoencoder.id, data.autoencoder)} | both
-    if data.classes:  # 0 trains without labels: any labels will do
-        both["classes"] = plan.classes, data.classes
-    if data.flips:  # a store with mirror images serves a recipe without
-        both["flips"] = plan.flips, data.flips
-    return [
-        f"{name}: the store has {has}, the recipe wants {wants}" for name, (has, wants) in both.items() if has != wants
-    ]
-
-
-def autoencoder_key(name: str) -> str:
-    """The part of an autoencoder's name by which two are taken for the same: the last one of an id, folder or file.
-
-    So a local copy of stabilityai/sd-vae-ft-ema is the same autoencoder.
-    """
-    last = Path(name.split("@")[0].rstrip("/")).name
-    return last.removesuffix(".pt").removesuffix(".safetensors").replace("_", "-").lower()
+    device: str | None = None  # cpu, cuda or mps; None: a GPU where CUDA has one
+    notes: tuple[str, ...] = ()  # what a new run says before it begins
 
 
 def check_folder(out: Path) -> None:
@@ -119,16 +75,38 @@ def check_folder(out: Path) -> None:
 
 def check_recipe(recipe: Recipe, out: Path) -> list[tuple[str, str, str]]:
     """Refuse to train another recipe in a run's folder; returns the changes that a run may make when it goes on."""
-    path = out / "recipe.yaml"
-    there = recipe_from_text(read_document(path), str(path)) if path.exists() else recipe
+    there = recipe_of_run(out) or recipe
     changes = [row for row in diff_recipes(there, recipe) if row[0] != "name"]
-    if any(field not in ADJUSTABLE for field, _, _ in changes):
+    others = {field for field, _, _ in changes} - ADJUSTABLE
+    if others == {"train.steps"} and recipe.train.steps > there.train.steps:
+        check_longer(there, recipe, out)
+    elif others:
         listed = "\n".join(f"  {field}: {old} there, {new} asked for" for field, old, new in changes)
         raise AlphaflowError(
-            f"{out}: holds a run of another recipe:\n{listed}\nResume it with its own recipe: alphaflow train {path} "
-            f"--out {out}, or choose another folder: --out RUN"
+            f"{out}: holds a run of another recipe:\n{listed}\nResume it with its own recipe: "
+            f"alphaflow train {out / 'recipe.yaml'} --out {out}, or choose another folder: --out RUN"
         )
     return changes
+
+
+def check_longer(there: Recipe, longer: Recipe, out: Path) -> None:
+    """Refuse more steps where a schedule in shares of the run would have gone another way from the first one on."""
+    moved = [path for path, here in schedules_of(longer) if ends_of(here, longer) != ends_of(here, there)]
+    moved += ["the learning rate"] if longer.optim.final_lr is not None else []
+    if moved:
+        raise AlphaflowError(
+            f"{out}: this run is planned for {there.train.steps:,} steps, and cannot be made longer: with "
+            f"{longer.train.steps:,} {' and '.join(moved)} would have gone another way from the first step on. "
+            f"Begin another run from its weights: add --init-from {out} --out RUN"
+        )
+
+
+def ends_of(schedule: Schedule, recipe: Recipe) -> tuple[int, ...]:
+    """The steps between which a schedule changes in a run; none for a constant one."""
+    if schedule.kind == "constant":
+        return ()
+    ends = (schedule.start,) if schedule.kind == "step" else (schedule.start, schedule.end)
+    return tuple(resolve_step(step, recipe.train.steps) for step in ends)
 
 
 def prepare_run(recipe: Recipe, options: TrainOptions) -> Path:
@@ -136,24 +114,50 @@ def prepare_run(recipe: Recipe, options: TrainOptions) -> Path:
     check_trackers(recipe)
     check_folder(options.out)
     changes = check_recipe(recipe, options.out)
-    store = store_of(recipe, options)
+    store = store_of(recipe, data=options.data, out=options.out)
     data = recipe.data
+    is_new = not saved_steps(options.out / "state", ".safetensors")
+    if options.init_from and is_new:
+        check_start(recipe, options.init_from)
     if data.source and options.data is None and not (store / "manifest.json").exists():
         say(f"preparing {data.source} in {store}")
         wanted = StoreRequest(data.source, data.image_size, data.autoencoder, flips=data.flips)
-        prepare_store(wanted, store, Processes(device_of(0)))
-    check_store(recipe, store)
-    path = options.out / "recipe.yaml"
+        prepare_store(wanted, store, Processes(choose_device(options.device, apple=False)))
+    check_store(recipe, store, options.out if recipe_of_run(options.out) else None)
+    for line in (
+        [*options.notes, *(f"beware: {text}" for text in doubts(recipe, store, options.device))] if is_new else ()
+    ):
+        say(line)
     for field, old, new in changes:
         say(f"{options.out}: {field} was {old}, and is {new} from here on")
-    if changes or not path.exists():
-        write_whole(path, dump_recipe(recipe))
     return store
 
 
-def count_processes(recipe: Recipe, requested: int | None) -> int:
+def doubts(recipe: Recipe, store: Path | None = None, device: str | None = None) -> list[str]:
+    """What a run does although it might not be meant: by its recipe, on this machine, with this many pictures."""
+    on_cpu = device == "cpu" or (device is None and not torch.cuda.is_available())
+    texts = warnings_of(recipe, on_cpu=on_cpu)
+    if store is None and recipe.data.store:
+        store = Path(recipe.data.store)
+    known = store is not None and not recipe.eval.reference and (store / "manifest.json").is_file()
+    images = read_manifest(store).count if known and store else recipe.eval.images
+    if images < recipe.eval.images:
+        texts.append(
+            f"alphaflow eval would draw {recipe.eval.images:,} pictures, and there are {images:,} to compare them "
+            f"with: --set eval.images={images}"
+        )
+    return texts
+
+
+def keep_recipe(recipe: Recipe, out: Path) -> None:
+    """Write the recipe into the run folder, where it is not there or was changed."""
+    if recipe_of_run(out) != recipe:
+        write_whole(out / "recipe.yaml", dump_recipe(recipe))
+
+
+def count_processes(recipe: Recipe, requested: int | None, device: str | None = None) -> int:
     """The number of processes requested, else one per GPU; more than the batch has rows are refused."""
-    count = processes_here(requested)
+    count = processes_here(requested, device)
     count_rows(recipe, count)
     return count
 
@@ -165,14 +169,17 @@ def count_rows(recipe: Recipe, processes: int) -> None:
 
 def train(recipe: Recipe, options: TrainOptions) -> int:
     """Train in this process (one of several, perhaps); 0 when finished, 130 or 143 when stopped and saved."""
-    world = join_world(allow_tf32=recipe.train.tf32, trackers=recipe.train.trackers, folder=options.out)
+    train, device = recipe.train, options.device
+    world = join_world(allow_tf32=train.tf32, device=device, trackers=train.trackers, folder=options.out)
     with one_owner(recipe, options, world):
         if world.is_main:
             state.sweep(options.out)
         world.wait()
         run = open_run(recipe, options, world)
         if world.is_main:
+            keep_recipe(recipe, options.out)  # not before: what was refused is no run
             say_where(run, options)
+        compile_forms(run)
         return train_run(run, open_journal(run))
 
 
@@ -192,7 +199,7 @@ def one_owner(recipe: Recipe, options: TrainOptions, world: World) -> Iterator[N
                 fault = error
         if world.agree(fault is not None):
             raise fault or SystemExit(1)  # one message is enough
-        if alone and not (options.out / "recipe.yaml").exists():
+        if alone and not (options.out / LOCK).exists():
             raise AlphaflowError(
                 f"{options.out}: process {world.rank} on {socket.gethostname()} does not see what process 0 wrote "
                 "there. All machines need the run folder and the latents on a shared file system."
@@ -202,15 +209,15 @@ def one_owner(recipe: Recipe, options: TrainOptions, world: World) -> Iterator[N
 
 def open_run(recipe: Recipe, options: TrainOptions, world: World) -> Run:
     """Make the run in memory, at the step where it was left; the first time with the weights of --init-from."""
-    store = store_of(recipe, options)
+    store = store_of(recipe, data=options.data, out=options.out)
     newest = newest_for_all(options.out, world)
     saved = state.read_facts(newest) if newest else None
     # the main process reads every byte against its checksum; the others trust it
     stream = open_stream(recipe, store, world, verify=options.verify and world.is_main)
     world.wait()
-    run = build_run(
-        recipe, options.out, world=world, stream=stream, split=choose_batch_split(recipe, options, world, saved)
-    )
+    compiled = choose_compile(recipe, world, saved.compiled if saved else None, world.size)
+    split = choose_batch_split(recipe, options, world, saved, compiled=compiled)
+    run = build_run(recipe, options.out, world=world, stream=stream, split=split, compiled=compiled)
     run.may_shrink = options.micro_batch is None
     if newest is not None:
         run.restore(newest)
@@ -266,13 +273,15 @@ def fits_on_device(store: Path, flips: bool, device: torch.device) -> bool:
     return manifest.count * manifest.plan.sample_bytes / halves <= torch.cuda.mem_get_info(device)[1] * RESIDENT_SHARE
 
 
-def choose_batch_split(recipe: Recipe, options: TrainOptions, world: World, saved: state.StateFacts | None) -> Split:
+def choose_batch_split(
+    recipe: Recipe, options: TrainOptions, world: World, saved: state.StateFacts | None, *, compiled: bool
+) -> Split:
     """Cut the batch by --micro-batch, else as the run was cut before, else so that it fits the memory."""
     batch, processes = recipe.train.batch, world.size
     if options.micro_batch is None and saved is not None and saved.processes == processes:
         chosen = Split(batch, processes, saved.accumulation)
     else:
-        micro_batch = options.micro_batch or micro_batch_that_fits(recipe, world)
+        micro_batch = options.micro_batch or micro_batch_that_fits(recipe, world, compiled=compiled)
         chosen = split_batch(batch, processes=processes, micro_batch=micro_batch)
     check_sharding(recipe, chosen)
     return chosen

@@ -12,6 +12,7 @@ import json
 import shutil
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -38,6 +39,7 @@ class StateFacts:
     processes: int
     store: str  # the latent store's digest
     init_from: str  # the checkpoint whose weights the run began with, if any
+    compiled: bool | None = None  # what train.compile: auto has decided; None where the recipe decides
 
 
 def state_file(run: Path, step: int) -> Path:
@@ -169,10 +171,11 @@ def read_facts(path: Path) -> StateFacts:
         written = json.loads(metadata.get("facts", ""))
     except (ValueError, RecursionError):
         written = None
-    known = fields(StateFacts)
-    if not isinstance(written, dict) or any(type(written.get(each.name)) is not each.type for each in known):
+    kinds = {each.name: (each.type,) for each in fields(StateFacts)} | {"compiled": (bool, type(None))}
+    if not isinstance(written, dict) or any(type(written.get(name)) not in kind for name, kind in kinds.items()):
         raise AlphaflowError(f"{path}: damaged: what it says of itself cannot be read.")
-    return StateFacts(**{each.name: written[each.name] for each in known})
+    values: dict[str, Any] = {name: written.get(name) for name in kinds}
+    return StateFacts(**values)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

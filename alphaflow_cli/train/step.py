@@ -39,6 +39,7 @@ from alphaflow_cli.core.objective import (
 )
 from alphaflow_cli.core.times import Draw, TimeLaws, mean_interval
 from alphaflow_cli.data.batches import to_device
+from alphaflow_cli.model.build import DTYPES
 from alphaflow_cli.recipe.plan import guided_times, is_guided, null_label
 from alphaflow_cli.recipe.schema import Guidance, Loss, Recipe, TimeDraw, Times
 
@@ -139,6 +140,18 @@ class StepResult:
     terms: Terms
     v_guided: Tensor
     target: Tensor
+
+
+def random_rows(recipe: Recipe, count: int, n_equal: int, device: torch.device) -> Rows:
+    """Rows of the recipe's shapes with random content, for timing and memory only."""
+    data, dtype = recipe.data, DTYPES[recipe.train.precision]
+    shape = (data.channels, data.latent_size, data.latent_size)
+    x, noise = (torch.randn((count, *shape), device=device, dtype=dtype) for _ in range(2))
+    r = torch.full((count,), 0.25, device=device, dtype=dtype)
+    t = torch.full_like(r, 0.75)
+    r = torch.cat([t[:n_equal], r[n_equal:]])
+    y = torch.zeros(count, dtype=torch.int64, device=device)
+    return Rows(x=x, noise=noise, t=t, r=r, y=y.clamp(max=null_label(recipe)), uniforms=r, n_equal=n_equal)
 
 
 def training_step(wrapped: nn.Module, bare: nn.Module, rows: Rows, *, alpha: float, objective: Objective) -> StepResult:

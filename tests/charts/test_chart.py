@@ -387,3 +387,12 @@ def test_values_for_which_there_is_no_room_are_left_out():
     near = Line("", [(1, 1.111), (1.01, 2.222), (50, 3.333)], markers=True)
     assert {"1.111", "3.333"} <= set(words(Chart("", [Panel("", [near])], "")))
     assert "2.222" not in words(Chart("", [Panel("", [near])], ""))
+
+
+def test_a_png_shows_no_empty_box_for_a_letter_that_its_font_lacks():
+    def named(name):
+        return to_png(Chart(name, [Panel(name, [Line(name, [(0, 1), (1, 2)]), Line("b", [(0, 2), (1, 1)])])], name))
+
+    assert named("猫 cat") == named("? cat")
+    assert named("α ≤ ∇") != named("? ? ?")
+    assert "猫 cat" in to_svg(Chart("猫 cat", [Panel("p", [Line("a", [(0, 1), (1, 2)])])], "x"))

@@ -19,7 +19,7 @@ USAGE = {
     "unknown option of the group": (["--verbose"], "No such option '--verbose'. Did you mean '--version'?"),
     "missing argument": (["recipe", "show"], "Missing argument 'RECIPE'"),
     "missing files": (["recipe", "check"], "Missing argument 'FILE...'"),
-    "missing option": (["recipe", "plot", "b2"], "Missing option '-o'"),
+    "missing option": (["convert", "x.pt"], "Missing option '-o'"),
     "missing value": (["recipe", "show", "b2", "--set"], "Option '--set' requires an argument"),
     "too many arguments": (["recipe", "show", "b2", "b4"], "unexpected extra argument"),
     "wrong ending": (["recipe", "plot", "b2", "-o", "b2.pdf"], "'b2.pdf' must end in .png or .svg"),
@@ -48,6 +48,31 @@ def test_a_wrong_command_line_shows_its_usage_and_exits_2(args, message, capsys)
     assert err.startswith("Usage: alphaflow")
     assert out == ""
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("args", [[], ["recipe"]])
+def test_a_command_without_a_verb_prints_its_help_once(args, capsys):
+    assert run(args) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("Usage: alphaflow")
+    assert err.count("Usage:") == err.count("Examples:") == err.count("Show this message") == 1
+    assert "error:" not in err
+
+
+@pytest.mark.parametrize("args", [["-h"], ["recipe", "-h"], ["recipe", "show", "-h"], ["doctor", "-h"]])
+def test_h_is_help(args, capsys):
+    assert run(args) == 0
+    short = capsys.readouterr().out
+    assert run([*args[:-1], "--help"]) == 0
+    assert short == capsys.readouterr().out
+
+
+def test_a_plot_is_named_after_its_recipe_unless_it_is_given_a_name(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run(["recipe", "plot", "quickstart"]) == 0
+    assert capsys.readouterr().out == "quickstart.png\n"
+    assert Path("quickstart.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(("args", "message"), FAULTS.values(), ids=FAULTS)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -74,6 +75,17 @@ def test_a_missing_package_and_a_broken_torch_are_problems():
     ]
 
 
+def test_a_cuda_build_on_a_machine_without_gpu_is_told_with_the_smaller_one():
+    devices = {"cuda": [], "mps": False, "built_for": "13.0", "error": ""}
+    here = {"packages": {"click": "8"}, "weights": [], "caches": [], "free_bytes": 10**12, "devices": devices}
+    here["hub"] = {"token": True, "offline": False}
+    remarks = doctor.problems(here)
+    assert remarks[0].startswith("no GPU: quickstart")
+    assert "torch is the build for CUDA 13.0, and sees no GPU" in remarks[1]
+    assert remarks[1].endswith("torch torchvision --index-url https://download.pytorch.org/whl/cpu")
+    assert len(doctor.problems({**here, "devices": {**devices, "built_for": ""}})) == 1
+
+
 def test_every_required_package_is_listed_with_its_version():
     listed = doctor.packages()
     assert {"torch", "click", "pyyaml", "timm", "torch-fidelity", "pillow"} <= set(listed)
@@ -96,7 +108,8 @@ def clone(tmp_path, *line, packages=True):
 
 def test_a_clone_that_is_not_installed_works_and_says_so(tmp_path):
     done = clone(tmp_path, "doctor")
-    assert (done.returncode, done.stderr) == (0, "")
+    assert done.returncode == 0
+    assert re.fullmatch(r"\S+ \S+ looking at this machine\n", done.stderr)
     assert "a clone here, not installed" in done.stdout
 
 

@@ -10,7 +10,7 @@ import click
 import pytest
 from places import ROOT
 
-from alphaflow_cli.cli import group, run
+from alphaflow_cli.cli import SETTINGS, group, run
 
 SNAPSHOTS = ROOT / "tests" / "help"
 WIDTH = 100
@@ -21,7 +21,8 @@ def pages():
     """Command path → help text, over the whole tree."""
 
     def walk(command, path, parent):
-        ctx = click.Context(command, info_name=path[-1], parent=parent, max_content_width=WIDTH, terminal_width=WIDTH)
+        width = {"max_content_width": WIDTH, "terminal_width": WIDTH}
+        ctx = click.Context(command, info_name=path[-1], parent=parent, **{**SETTINGS, **width})
         yield path, command.get_help(ctx) + "\n"
         if isinstance(command, click.Group):
             for name in command.list_commands(ctx):

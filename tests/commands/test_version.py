@@ -12,7 +12,7 @@ CLONE = """
 import importlib.metadata, sys
 found = importlib.metadata.Distribution.from_name
 def from_name(name):
-    if name == "alphaflow":
+    if name == "alphaflow-cli":
         raise importlib.metadata.PackageNotFoundError(name)
     return found(name)
 importlib.metadata.Distribution.from_name = from_name

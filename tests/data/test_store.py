@@ -9,23 +9,12 @@ import pytest
 from latent_stores import moments_store, random_moments
 from safetensors.numpy import load_file
 
-from alphaflow_cli.data.manifest import digest_of, read_manifest
+from alphaflow_cli.data.manifest import digest_of
 from alphaflow_cli.data.stats import Statistics, merge, statistics_of
 from alphaflow_cli.data.store import open_store, verify_store
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.files import write_pieces, write_whole
-from alphaflow_cli.recipe.schema import Data
 from alphaflow_cli.tensors import open_tensors, write_tensors
-from alphaflow_cli.train.start import disagreements
-
-RECIPE = {
-    "autoencoder": "stabilityai/sd-vae-ft-ema",
-    "image_size": 32,
-    "channels": 4,
-    "latent_size": 4,
-    "classes": 10,
-    "flips": False,
-}
 
 
 @pytest.fixture(scope="module")
@@ -184,29 +173,6 @@ def test_an_unfinished_store_says_how_far_it_is(store):
 
 def test_a_folder_that_is_no_store_says_what_to_run(tmp_path):
     refuse(tmp_path, "alphaflow prep-latents")
-
-
-def test_a_recipe_that_fits_has_no_disagreements(store):
-    plan = read_manifest(store).plan
-    assert disagreements(plan, Data(**RECIPE)) == []
-    assert disagreements(plan, Data(**{**RECIPE, "autoencoder": "models/sd-vae-ft-ema/", "classes": 0})) == []
-    assert disagreements(plan, Data(**{**RECIPE, "autoencoder": "weights/sd_vae_ft_ema.pt"})) == []
-
-
-@pytest.mark.parametrize(
-    ("field", "wanted", "has"),
-    [
-        ("autoencoder", "stabilityai/sd-vae-ft-mse", "stabilityai/sd-vae-ft-ema"),
-        ("image_size", 256, "32"),
-        ("channels", 16, "4"),
-        ("latent_size", 32, "4"),
-        ("classes", 1000, "10"),
-        ("flips", True, "False"),
-    ],
-)
-def test_every_disagreement_with_a_recipe_shows_both_sides(store, field, wanted, has):
-    lines = disagreements(read_manifest(store).plan, Data(**{**RECIPE, field: wanted}))
-    assert lines == [f"{field}: the store has {has}, the recipe wants {wanted}"]
 
 
 def test_statistics_follow_the_law_of_total_variance():

@@ -8,11 +8,16 @@ import numpy as np
 import pytest
 from new_process import alphaflow
 from PIL import Image
+from run_pages import score
 from small_models import pixel_checkpoint
 
 from alphaflow_cli import cli
+from alphaflow_cli.evaluate.evaluate import score_chart
+from alphaflow_cli.evaluate.results import Evaluation, read_results
+from alphaflow_cli.hub.card import result_rows
 from alphaflow_cli.model.checkpoint import load_checkpoint, save_checkpoint
 from alphaflow_cli.model.find import run_folder
+from alphaflow_cli.report.run import scores_of
 
 
 @pytest.fixture
@@ -63,6 +68,20 @@ def test_every_nfe_is_a_row_with_its_whole_protocol(run, real, capsys):
     assert len((run / "evals" / "history.jsonl").read_text().splitlines()) == 2
 
 
+def test_the_chart_of_scores_names_the_model_the_protocol_and_the_better_side():
+    two = [Evaluation("e", "ab", [score(nfe, value)], [], {}, 1) for nfe, value in ((1, 7.5), (2, 3.25))]
+    chart = score_chart(two, sweep=False)
+    assert chart.title == "Scores of quickstart"
+    protocol = "fd_haar192; reference glyphs (pictures, 2,000 pictures, abababab); 2,000 pictures"
+    assert chart.subtitle == f"{protocol}; weights cdcdcdcd"
+    assert [panel.title for panel in chart.panels] == ["FD-tiny-2k: lower is better"]
+
+
+def test_more_pictures_than_real_ones_are_pointed_out(run, real, capsys):
+    assert evaluate(run, real, "--nfe", "1", "--images", "130") == 0
+    assert "beware: 130 pictures are compared with 120 real ones" in capsys.readouterr().err
+
+
 def test_measured_pictures_are_the_sampled_ones(run, real, tmp_path):
     assert evaluate(run, real, "--nfe", "1") == 0
     direct = rows(run / "results.json")[0]["value"]
@@ -107,7 +126,7 @@ def test_the_protocol_says_how_many_channels_are_guided(run, real):
     assert row["pictures"]["times"] == [0.99, 0.0]
     assert "guidance 2 on 2 channels" in row["label"]
     assert evaluate(run, real, *options) == 0
-    assert "guidance_channels" not in rows(run / "results.json")[0]["pictures"]
+    assert "guidance_channels" not in rows(run / "results.json")[-1]["pictures"]
 
 
 def test_a_sweep_refuses_guidance_where_it_is_built_in(run, real, capsys):
@@ -135,6 +154,56 @@ def test_scores_of_an_older_checkpoint_do_not_replace_those_of_the_run(run, real
     assert beside.is_relative_to(run / "evals")
     assert (beside.parent / "scores.png").is_file()
     assert len((run / "evals" / "history.jsonl").read_text().splitlines()) == 3
+
+
+def test_a_small_evaluation_does_not_displace_a_larger_one(run, real, capsys):
+    assert evaluate(run, real, "--nfe", "1", "--nfe", "2") == 0
+    picture = (run / "scores.png").read_bytes()
+    small = ["--images", "100", "--nfe", "1", "--nfe", "2"]
+    assert evaluate(run, real, *small) == 0
+    assert evaluate(run, real, *small) == 0  # again: the same numbers stand once
+    assert sorted(row["name"] for row in rows(run / "results.json")) == ["FD-tiny-100"] * 2 + ["FD-tiny-110"] * 2
+    assert (run / "scores.png").read_bytes() == picture
+    shown = [row["name"] for row in result_rows(read_results(run / "results.json"))]
+    assert shown == ["FD-tiny-110"] * 2
+    assert [name for name, *_ in scores_of(run / "results.json", "")] == shown
+    assert all(each["environment"] for each in json.loads((run / "results.json").read_text())["evaluations"][:2])
+
+
+def test_numbers_of_weights_that_are_gone_do_not_stay(run, real):
+    assert evaluate(run, real, "--nfe", "1") == 0
+    model = load_checkpoint(run / "model.safetensors")
+    save_checkpoint(run / "model.safetensors", replace(model, origin={**model.origin, "step": 8}))
+    assert evaluate(run, real, "--nfe", "1", "--images", "100") == 0
+    assert [row["name"] for row in rows(run / "results.json")] == ["FD-tiny-100"]
+
+
+def test_results_that_cannot_be_read_are_replaced_and_that_is_said(run, real, capsys):
+    (run / "results.json").write_text("{")
+    assert evaluate(run, real, "--nfe", "1") == 0
+    assert "written anew, because what it held cannot be read" in capsys.readouterr().err
+    assert len(rows(run / "results.json")) == 1
+
+
+def test_a_metric_whose_weights_are_missing_does_not_stop_the_others(run, real, capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "empty"))
+    monkeypatch.delenv("ALPHAFLOW_WEIGHTS", raising=False)
+    assert evaluate(run, real, "--nfe", "1", "--metrics", "fid,kid,fd-tiny") == 0
+    out, err = capsys.readouterr()
+    assert [row["name"] for row in rows(run / "results.json")] == ["FD-tiny-110"]
+    assert "FD-tiny-110" in out
+    assert err.count("not measured: Inception-v3 of 2015-12-05") == 2  # at the beginning, and with the numbers
+    assert "curl -L" in err
+    assert evaluate(run, real, "--nfe", "1", "--metrics", "fid") == 1
+    assert "is not on this machine" in capsys.readouterr().err
+
+
+def test_every_part_of_an_evaluation_has_its_bar(run, real, capsys):
+    assert evaluate(run, real, "--nfe", "1") == 0
+    err = capsys.readouterr().err
+    assert (
+        err.index(f"eval {run}") < err.index("reference 120 120/120 img") < err.index("sampling, features 110/110 img")
+    )
 
 
 def test_the_newest_checkpoint_is_the_runs_whatever_it_is_called(run, real):

@@ -1,5 +1,6 @@
 """The golden vectors, read once: what the published system computes, in float64 (see tests/golden/README.md)."""
 
+import json
 from functools import cache
 from typing import Any
 
@@ -10,8 +11,11 @@ from torch import Tensor
 
 from alphaflow_cli.convert.shape import from_published
 from alphaflow_cli.nn.dit import DiT
+from alphaflow_cli.recipe.schema import Guidance, Loss
+from alphaflow_cli.train.step import Objective, Rows
 
 FOLDER = ROOT / "tests" / "golden"
+LOSS_META = json.loads((FOLDER / "loss_meta_f64.json").read_text())
 LABEL_ROWS = {"M": 11, "N": 10}  # M has a null row; in N "null" is row 9
 
 
@@ -46,3 +50,20 @@ def labels(y: Tensor, which: str) -> Tensor:
 
 def assert_close(actual: Tensor, expected: Tensor, tolerance: float = 1e-9) -> None:
     torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+
+
+def golden_case(case):
+    """Rows and objective of a golden loss case."""
+    meta = LOSS_META[case]
+    which = meta["model"]
+    pure, isclose = "t_pure_fm" if meta["pure_fm"] else "t", case.endswith("isclose")
+    t = tensor("loss_inputs.npz", "t_isclose" if isclose else pure)
+    r = t if meta["pure_fm"] else tensor("loss_inputs.npz", "r_isclose" if isclose else "r")
+    x, noise, uniforms = (tensor("loss_inputs.npz", name) for name in ("x", "noise", "label_rand"))
+    y = labels(torch.tensor(arrays("loss_inputs.npz")["label"]), which)
+    mix = Guidance(**meta["cfg_params"], label_dropout=meta["label_dropout"])
+    objective = Objective(
+        loss=Loss(clamp=meta["clamp_utgt"]), guidance=mix, y_null=LABEL_ROWS[which] - 1, has_labels=True, bf16=False
+    )
+    rows = Rows(x=x, noise=noise, t=t, r=r, y=y, uniforms=uniforms, n_equal=meta["n_fm"])
+    return which, meta, rows, objective

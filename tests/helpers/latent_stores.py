@@ -9,7 +9,7 @@ from alphaflow_cli.data.writing import finish_store, write_shard
 from alphaflow_cli.files import to_json, write_pieces
 from alphaflow_cli.latents.encode import StoreRequest
 from alphaflow_cli.latents.prepare import prepare_store
-from alphaflow_cli.runtime.processes import Processes, device_of
+from alphaflow_cli.runtime.processes import Processes, choose_device
 
 SD_VAE = AutoencoderRecord("stabilityai/sd-vae-ft-ema", "0" * 40, "1" * 64, 8, 0.18215, 0.0, "fp32", None)
 
@@ -58,4 +58,4 @@ def moments_store(path, count=100, **options):
 
 def prepare_latents(source, out, *, shown=True, **options):
     """A store of a source, made or gone on with by this process; returns its folder."""
-    return prepare_store(StoreRequest(source, **options), out, Processes(device_of(0)), shown=shown)
+    return prepare_store(StoreRequest(source, **options), out, Processes(choose_device(None)), shown=shown)

@@ -35,7 +35,7 @@ def journal_row(step):
 def score(nfe, value):
     space = FeatureSpace("fd_haar192", "", "as they are", 192)
     reference = {"name": "glyphs", "kind": "pictures", "count": 2000, "sha256": "ab" * 32}
-    pictures = {"kind": "checkpoint", "nfe": nfe, "checkpoint_sha256": "cd" * 32}
+    pictures = {"kind": "checkpoint", "name": "quickstart", "nfe": nfe, "checkpoint_sha256": "cd" * 32}
     return Row("FD-tiny-2k", value, None, "fd-tiny", space, 2000, pictures, f"quickstart, {nfe} NFE", reference)
 
 

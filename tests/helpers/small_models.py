@@ -32,12 +32,13 @@ def checkpoint_m(recipe: Recipe, weights: dict[str, torch.Tensor] | None = None)
     return Checkpoint(weights=state, recipe=recipe, mean=0 * one, std=one, origin=origin)
 
 
-def pixel_checkpoint(path: Path, side: int = 8) -> Path:
-    """A random pixel-space model, ten classes; every weight random, so that nothing is zero."""
+def pixel_checkpoint(path: Path, side: int = 8, classes: int = 10) -> Path:
+    """A random pixel-space model; every weight random, so that nothing is zero."""
     recipe = replace(
         recipe_m("fp32"),
         model=Model(dim=32, depth=2, heads=2, patch=2),
-        data=Data(autoencoder="none", image_size=side, channels=3, latent_size=side, classes=10, normalise="scale"),
+        data=Data("", "", "none", side, 3, side, classes, normalise="scale"),
+        guidance=Guidance(label_dropout=0.1 * (classes > 0)),
     )
     net = build_network(recipe)
     generator = torch.Generator().manual_seed(1)

@@ -16,6 +16,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from safetensors import safe_open
 from safetensors.torch import save_file
+from small_models import pixel_checkpoint
 from snapshots import published_snapshot, tiny_autoencoder
 
 import alphaflow_cli
@@ -94,8 +95,24 @@ def test_the_snippets_of_the_card_run(hub, finished, tmp_path, monkeypatch, caps
     assert len(list(Path("pictures").glob("*.png"))) == 16
     names = {}
     exec(python, names)
-    assert names["images"].shape == (4, 3, 16, 16)
-    assert names["images"].dtype == torch.uint8
+    assert names["pictures"].array.shape == (8, 16, 16, 3)
+    assert width("grid.png") > 100
+
+
+@pytest.mark.parametrize("classes", [0, 1, 3, 30])
+def test_the_card_names_as_many_classes_as_there_are_and_its_python_runs(classes, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = [f"kind {i}" for i in range(classes)]
+    path = pixel_checkpoint(tmp_path / "m.safetensors", classes=classes)
+    opened = load_checkpoint(path)
+    origin = opened.origin | {"class_names": names}
+    text = model_card(CardFacts(str(path), opened.recipe, origin, 1, None, "unknown"))
+    exec(re.search(r"```python\n(.*?)```", text, re.DOTALL)[1], found := {})
+    assert len(found["pictures"].images) == 8
+    assert ("## Classes" in text) == (classes > 0)
+    assert [name for name in names if name not in text] == []
+    assert ("<summary>All 30 names" in text) == (classes == 30)
+    assert "pip install alphaflow-cli" in text
 
 
 def test_results_of_other_weights_are_refused(finished, tmp_path):
@@ -202,7 +219,7 @@ def test_an_autoencoder_of_its_own_travels_along(hub, tmp_path):  # noqa: F811
     assert {"autoencoder/config.json", "autoencoder/diffusion_pytorch_model.safetensors"} <= set(hub.files("me/b2"))
     local = alphaflow_cli.load(tmp_path / "b2.safetensors").sample(seeds=[0, 1], classes=3)
     remote = alphaflow_cli.load("me/b2").sample(seeds=[0, 1], classes=3)
-    assert torch.equal(local, remote)
+    assert torch.equal(local.tensor, remote.tensor)
     card = hub.files("me/b2")["README.md"].decode()
     assert "Converted from `alphaflow-B-2.pt`" in card
     assert "b2 (the file's name)" in card
@@ -305,7 +322,7 @@ def test_foreign_words_stay_words_in_the_card(finished, words):
     row |= {"name": words, "label": words, "notes": [words], "settings": {words: words}}
     row["reference"] |= {"name": words, "sha256": words}
     row["space"] |= {"network": words, "weights_sha256": words}
-    for origin in (old.origin | {"versions": {words: words}}, {"converted": converted}):
+    for origin in (old.origin | {"versions": {words: words}, "class_names": [words]}, {"converted": converted}):
         card = model_card(CardFacts("me/tiny", recipe, origin, 9, results, "unknown"))
         head, body = card.split("\n---\n", 1)
         assert ModelCard(card).data.to_dict()["model-index"]
@@ -313,10 +330,12 @@ def test_foreign_words_stay_words_in_the_card(finished, words):
         outside = re.sub(r"(`{3,})yaml\n.*?\n\1\n|(`)[^`\n]*\2", "", body, flags=re.DOTALL)
         allowed = set(re.findall(r"<[^>]*>", model_card(plain).split("\n---\n", 1)[1]))
         assert set(re.findall(r"<[^>]*>", outside)) <= allowed
-        assert not re.search(r"(?<!\\)\]\((?!https://arxiv.org|samples.png|alpha.png)", outside)
+        assert not re.search(
+            r"(?<!\\)\]\((?!https://arxiv.org|https://pypi.org|samples.png|alpha.png|recipe.yaml)", outside
+        )
         heads = [line for line in outside.splitlines() if line.startswith("#")]
         assert [line for line in heads if line.startswith("# ")] == heads[:1]
-        assert len(heads) == 6
+        assert len(heads) == 6 + ("class_names" in origin)
         table = [line for line in outside.splitlines() if line.startswith("|")]
         assert len(table) == 3
         assert len(re.findall(r"(?<!\\)\|", table[2])) == 4

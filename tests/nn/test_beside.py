@@ -4,7 +4,7 @@ import pytest
 import torch
 from tangent_nets import CONFIGS, random_inputs, random_net, relative
 
-from alphaflow_cli.model.build import compile_blocks
+from alphaflow_cli.model.compiling import compile_blocks
 from alphaflow_cli.nn.dit import DiT
 from alphaflow_cli.nn.noise import NoiseDiT
 from alphaflow_cli.nn.tangent import Beside

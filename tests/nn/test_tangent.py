@@ -6,7 +6,7 @@ from golden_data import arrays, assert_close, labels, network, tensor
 from tangent_nets import CONFIGS, random_inputs, random_net, relative
 
 from alphaflow_cli.core.objective import jvp_derivative
-from alphaflow_cli.model.build import compile_blocks
+from alphaflow_cli.model.compiling import compile_blocks
 
 
 def forward_mode(net, z, t, r, y, v, first):

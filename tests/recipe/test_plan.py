@@ -1,12 +1,15 @@
 """What follows from a recipe, against published figures and brute force."""
 
 import itertools
+import json
 import sys
 
 import pytest
 
-from alphaflow_cli.recipe import load_recipe, plan, recipe_from_text, shipped
+from alphaflow_cli.cli import run
+from alphaflow_cli.recipe import load_recipe, plan, recipe_from_text, shipped, speed
 from alphaflow_cli.recipe.facts import facts, human, lines
+from alphaflow_cli.recipe.plan import warnings_of
 from alphaflow_cli.recipe.schema import resolve_step
 
 PARAMETERS = {
@@ -118,13 +121,44 @@ def saved_bytes(net, rows, precision):
 
 def test_a_warm_up_longer_than_the_run_is_pointed_out():
     recipe = load_recipe("b2", ["train.steps=1000"])
-    assert facts(recipe)["warnings"] == ["the warm-up (10,000 steps) outlasts the run: lr reaches 1e-05"]
+    assert facts(recipe)["warnings"][0] == "the warm-up (10,000 steps) outlasts the run: lr reaches 1e-05"
     assert ("beware", facts(recipe)["warnings"][0]) in lines(recipe)
 
 
 def test_an_unfinished_alpha_is_pointed_out():
     recipe = load_recipe("b2", ["alpha.end=800000", "alpha.unfinished=true"])
     assert any("alpha ends the run at 0.5, not at 0" in text for text in facts(recipe)["warnings"])
+
+
+@pytest.mark.parametrize(
+    ("sets", "doubt"),
+    [
+        (["train.steps=20"], "the warm-up (10,000 steps) outlasts the run: lr reaches 2e-07"),
+        (["train.steps=5000"], "the average of half-life 6,931 steps outlasts the run of 5,000: ema.ramp shortens it"),
+        (["train.steps=1"], "none of the 1 step has 0 < α < 1: alpha's schedule leaves that phase out"),
+        (["train.steps=1"], "none of the 1 step has α = 0: alpha's schedule leaves that phase out"),
+        (["train.steps=100", "alpha.kind=linear"], "none of the 100 steps has α = 0"),
+        (["eval.reference=glyphs:300"], "eval compares 50,000 pictures with the 300 of glyphs:300"),
+        ([], "bf16 is up to eight times slower than fp32 on a CPU: --set train.precision=fp32"),
+    ],
+)
+def test_what_would_be_useless_is_a_doubt(sets, doubt):
+    assert any(doubt in text for text in warnings_of(load_recipe("b2", sets), on_cpu=True))
+
+
+@pytest.mark.parametrize("name", sorted(shipped()))
+def test_no_shipped_recipe_is_in_doubt(name):
+    assert warnings_of(load_recipe(name)) == []
+
+
+def test_check_says_what_show_and_train_say(capsys):
+    sets = ["--set", "train.steps=1000", "--set", "train.precision=fp32"]
+    expected = warnings_of(load_recipe("b2", sets[1::2]))
+    assert run(["recipe", "check", "b2", *sets]) == 0
+    assert capsys.readouterr().out.splitlines() == ["b2: good", *(f"  beware: {text}" for text in expected)]
+    assert run(["recipe", "check", "b2", *sets, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == [{"file": "b2", "ok": True, "error": None, "warnings": expected}]
+    assert len(expected) == 2
 
 
 @pytest.mark.parametrize("name", shipped())
@@ -162,3 +196,39 @@ LABELS = {  # classes and dropout → rows, null label, whether there is one
 def test_the_null_label_is_the_last_row_where_labels_are_dropped(classes, dropout):
     recipe = recipe_from_text(f"data: {{classes: {classes}}}\nguidance: {{label_dropout: {dropout}}}", "r")
     assert (plan.label_rows(recipe), plan.null_label(recipe), plan.has_null_label(recipe)) == LABELS[classes, dropout]
+
+
+def test_one_class_is_a_class_and_none_is_no_label():
+    def shown(classes):
+        recipe = recipe_from_text(
+            "data: {autoencoder: none, channels: 3, latent_size: 256}", "x", (f"data.classes={classes}",)
+        )
+        return dict(lines(recipe))["latents"]
+
+    assert shown(1).endswith(", 1 class")
+    assert shown(1000).endswith(", 1,000 classes")
+    assert shown(0).endswith(", no labels")
+
+
+def test_the_pace_on_one_gpu_is_the_one_measured_in_the_trainer():
+    """b2-cfg, compiled, by phase: .159, .181 and .204 s per step of 256, once on an H100."""
+    recipe, measured = load_recipe("b2-cfg"), {"flow": 0.159, "between": 0.181, "derivative": 0.204}
+    seconds = sum((phase.until - phase.first) * measured[phase.kind] for phase in plan.phases(recipe))
+    found = speed.pace(recipe)
+    assert found.hours == pytest.approx(seconds / 3600, rel=0.03)
+    assert found.images_per_second == pytest.approx(recipe.train.steps * 256 / seconds, rel=0.03)
+    assert (found.compiled, found.measured) == (True, True)
+
+
+def test_the_pace_says_what_it_rests_on():
+    many, large = speed.pace(load_recipe("b2-cfg"), 8), speed.pace(load_recipe("l2-cfg"))
+    assert (many.measured, large.measured) == (False, False)
+    assert 6.5 < many.images_per_second / speed.pace(load_recipe("b2-cfg")).images_per_second < 8
+    assert not speed.pace(load_recipe("cifar10")).compiled  # the measured figure is not
+    assert speed.pace(load_recipe("quickstart")) is None
+    assert facts(load_recipe("quickstart"))["speed"] == {}
+    shown = dict(lines(load_recipe("b2-cfg")))["speed"]
+    assert shown.startswith(
+        "one H100, compiled: about 1,395 images/s, 61 h (steps measured once there); 8 in one machine:"
+    )
+    assert "by arithmetic from measured steps of another network" in dict(lines(load_recipe("l2-cfg")))["speed"]

@@ -22,7 +22,7 @@ BROKEN = {
     "key of another section": ("lr: 1e-4", "unknown key 'lr'. It belongs to 'optim': optim.lr"),
     "duplicate key": ("train:\n  steps: 3\n  steps: 4", "r.yaml:3: 'steps' stands twice; the first is at r.yaml:2"),
     "duplicate section": ("train: {steps: 3}\nema: {}\ntrain: {}", "r.yaml:3: 'train' stands twice"),
-    "no": ("train: {compile: no}", "train.compile wants true or false, got 'no': write false"),
+    "no": ("train: {compile: no}", "train.compile wants auto, true or false, got 'no': write false"),
     "on": ("train: {tf32: on}", "train.tf32 wants true or false, got 'on': write true"),
     "on as a key": ("train:\n  on: 3", "r.yaml:2: unknown key 'train.on'"),
     "no as text": ("data: {store: no}", "data.store wants text, got 'no': YAML reads that otherwise, write \"no\""),

@@ -2,14 +2,17 @@
 
 import base64
 import io
+import math
 import re
 import shlex
 import shutil
 import subprocess
+from pathlib import Path
 from urllib.parse import quote
 
 import numpy as np
 import pytest
+from latent_stores import moments_store
 from PIL import Image
 from run_pages import SETS, STEPS, Page, report, write_run
 
@@ -18,6 +21,8 @@ from alphaflow_cli.cli import run as cli
 from alphaflow_cli.recipe import dump_recipe, load_recipe
 from alphaflow_cli.recipe.plan import phases
 from alphaflow_cli.report.page import BUDGET, embed, spread_over
+from alphaflow_cli.report.run import commands_of, curves_of
+from alphaflow_cli.train.store import resolve_run
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +69,41 @@ def test_the_page_tells_the_run(page):
     )
     assert page.tags.count("img") == len(STEPS)
     assert page.tags.count("svg") == 2 * 3  # plan, curves, conflict, each wide and narrow
+
+
+def test_samples_come_first_then_scores_then_curves(page):
+    sections = ["samples", "scores", "curves", "alpha", "conflict", "run", "recipe", "environment", "reproduce"]
+    assert [each for each in page.ids if each in sections] == sections
+
+
+def test_a_loss_whose_target_changes_is_cut_where_a_phase_ends():
+    recipe = load_recipe("quickstart", ["train.steps=300", "alpha.kind=linear", "alpha.start=100", "alpha.end=200"])
+    cuts = [phase.until for phase in phases(recipe)][:-1]
+    rows = [{"step": step, "l": 1.0, "l_tfm": 1.0, "l_tc": 0.1, "v_loss": 0.5} for step in range(10, 301, 10)]
+    lines = {line.label: line for panel in curves_of(recipe, rows).panels for line in panel.lines}
+    assert len(cuts) == 2
+    for label in ("l", "TC"):
+        assert [at for at, value in lines[label].points if math.isnan(value)] == cuts
+    for label in ("TFM", "r = t"):
+        assert [at for at, value in lines[label].points if math.isnan(value)] == []
+
+
+def test_the_commands_lead_from_the_pictures_to_the_scores(page):
+    text = page.text[page.text.index("How to reproduce", page.text.index("Environment")) :]
+    commands = re.findall(r"alphaflow (\S+) (.*)", text)
+    assert [verb for verb, _ in commands][-5:] == ["train", "sample", "eval", "analyze", "report"]
+    assert ("eval", f"runs/quickstart --reference {load_recipe('quickstart').eval.reference}") in commands
+    assert "pip install alphaflow-cli" in text
+
+
+def test_a_run_on_data_of_ones_own_is_made_again_by_data_alone(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    moments_store(tmp_path / "mine")
+    recipe = resolve_run("quickstart", (), data=Path("mine"), out=None).recipe
+    commands = commands_of(recipe, tmp_path / "run", {})
+    assert "alphaflow train quickstart --data mine --out runs/quickstart" in commands
+    assert any(line.startswith("alphaflow prep-latents SOURCE --size 32 ") for line in commands)
+    assert "alphaflow eval runs/quickstart --reference SOURCE" in commands
 
 
 def test_scores_stand_in_the_order_of_nfe(page):
@@ -171,6 +211,28 @@ def test_in_a_real_browser_the_charts_follow_light_and_dark(run_folder, tmp_path
     light, dark = (found[key].split("|") for key in (False, True))
     assert light == [rgb(PAPER), rgb(GREY), rgb(BLUE), rgb(PAPER)]
     assert dark == [rgb(DARK[PAPER]), rgb(DARK[GREY]), rgb(DARK[BLUE]), rgb(DARK[PAPER])]
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on the PATH")
+def test_in_a_real_browser_the_values_below_the_pointer_are_shown(run_folder, tmp_path, capsys):
+    text = report(run_folder, capsys).read_text(encoding="utf-8")
+    probe = """<script>
+      const box = document.querySelector("#curves .chart"), frame = box.getBoundingClientRect();
+      const point = (share) => box.dispatchEvent(new PointerEvent("pointermove",
+        {clientX: frame.left + share * frame.width, clientY: frame.top + 50, bubbles: true}));
+      point(0.62);
+      const inside = box.querySelector(".values").textContent;
+      point(-1);
+      document.body.setAttribute("data-found", [inside, box.querySelector(".values").hidden].join("|"));
+    </script></body>"""
+    path = tmp_path / "probed.html"
+    path.write_text(text.replace("</body>", probe), encoding="utf-8")
+    found = re.search(r'data-found="([^"]*)"', browse("file://" + quote(str(path)), tmp_path))[1]
+    values, hidden = found.split("|")
+    assert hidden == "true"
+    assert values.splitlines()[0] == "step 200"
+    assert "TFM (losses with one target throughout): 0.5" in values
+    assert "seconds (seconds per step): 0.25" in values
 
 
 def rgb(colour):

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch
@@ -28,19 +29,22 @@ REFUSED = "error: --processes 2: this machine has 1 GPU, and every process needs
     [
         "train quickstart --out run",
         "eval glyphs:100 --metrics fd-tiny --reference glyphs:100",
-        "eval nowhere.safetensors",
-        "reference nowhere -o r.safetensors",
-        "analyze nowhere.safetensors",
-        "sample nowhere.safetensors --grid grid.png",
-        "prep-latents nowhere --size 32 --autoencoder some/autoencoder",
+        "eval model.safetensors",
+        "reference pictures -o r.safetensors",
+        "analyze model.safetensors",
+        "sample model.safetensors --grid grid.png",
+        "prep-latents pictures --size 32 --autoencoder some/autoencoder",
     ],
 )
 def test_more_processes_than_gpus_are_refused_before_anything_is_done(line, monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    there = [tmp_path / "model.safetensors", tmp_path / "pictures"]
+    there[0].touch()
+    there[1].mkdir()
     assert cli.run([*line.split(), "--processes", "2"]) == 1
-    assert capsys.readouterr().err.startswith(REFUSED)
-    assert list(tmp_path.iterdir()) == []
+    assert REFUSED in capsys.readouterr().err
+    assert sorted(tmp_path.iterdir()) == there
 
 
 def test_pixels_need_no_gpu_and_any_number_of_processes_may_share_them(monkeypatch):
@@ -122,6 +126,7 @@ def test_two_processes_of_torchrun_measure_one_reference(tmp_path):
 def test_processes_run_the_command_that_started_them_whatever_started_it(line, monkeypatch, tmp_path):
     started = []
     monkeypatch.chdir(tmp_path)
+    Path("c.safetensors").touch()
     monkeypatch.setattr(processes, "launch", lambda argv, count: started.append((list(argv), count)) or 0)
     assert cli.run(line) == 0
     assert started == [(line, 2)]
@@ -172,9 +177,10 @@ def test_every_long_verb_refuses_another_number_than_the_launchers(verb, tmp_pat
     for name, value in {"RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 29500}.items():
         monkeypatch.setenv(name, str(value))
     monkeypatch.setattr(processes, "as_worker", lambda work: pytest.fail("it began to work"))
+    Path("x.safetensors").touch()
     assert cli.run([verb, *LONG_VERBS[verb], "--processes", "3"]) == 1
     assert "error: --processes 3: a launcher has started 2 processes already" in capsys.readouterr().err
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["x.safetensors"]
 
 
 @pytest.mark.distributed

@@ -19,12 +19,45 @@ def test_piped_progress_is_dated_lines_with_rate_and_time_left(monkeypatch, caps
     monkeypatch.setattr(progress, "LINE_EVERY", 0.0)
     with Progress("encode", 100, unit="img", done=20) as bar:
         bar.advance(30, note="9.8 MB")
-        bar.advance(50)
+        bar.advance(50, note="19.6 MB")
     lines = capsys.readouterr().err.splitlines()
     assert re.fullmatch(
         r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d encode 50/100 img, [\d.]+ img/s, 0:\d\d left, 9\.8 MB", lines[0]
     )
-    assert re.search(r" encode 100/100 img, [\d.]+ img/s, 9\.8 MB$", lines[-1])
+    assert re.search(r" encode 100/100 img, [\d.]+ img/s, 19\.6 MB$", lines[-1])
+
+
+def test_a_line_never_shows_the_values_of_an_earlier_step(monkeypatch, capsys):
+    clock = iter(range(0, 1000, 4))
+    monkeypatch.setattr(progress.time, "monotonic", lambda: float(next(clock)))
+    with Progress("train", 40, unit="step") as bar:
+        for step in range(1, 41):
+            bar.advance(1)
+            if step % 5 == 0:
+                bar.advance(0, note=f"values of {step}")
+    lines = capsys.readouterr().err.splitlines()
+    for line in lines:
+        step, values = re.search(r"train (\d+)/40", line)[1], re.search(r"values of (\d+)", line)
+        assert values is None or values[1] == step
+    assert sum("values of" in line for line in lines) >= 4
+
+
+@pytest.mark.parametrize("note", ["", "α 0.000  l 1.6656  203 img/s  TFM 1.9022  TC -0.0037  v 1.8904  |g| 0.280"])
+def test_a_bar_fits_80_columns_and_keeps_what_matters(monkeypatch, note):
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("LINES", "24")
+    with Progress("sampling, features", 50_000, unit="img") as bar:
+        bar._bar.dynamic_ncols = None
+        bar._bar.ncols = 80
+        bar.advance(25_000, note=note)
+        shown = str(bar._bar)
+    assert len(shown) <= 80
+    assert "sampling, features  50%|" in shown
+    assert "25000/50000" in shown
+    assert " left" in shown
+    assert note[:10] in shown
 
 
 def test_the_last_line_stands_there_once_however_slow_the_machine_is(monkeypatch, capsys):

@@ -1,6 +1,7 @@
 """The decoder: bf16 in channels_last, compiled where it pays, in whole groups; and the words for it in a protocol."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,9 +11,9 @@ from tiny_autoencoders import tiny_dc, tiny_kl, tiny_taesd
 
 import alphaflow_cli
 from alphaflow_cli.errors import AlphaflowError
+from alphaflow_cli.model import compiling
 from alphaflow_cli.sample import generator as decoder
 from alphaflow_cli.sample.generator import (
-    COMPILED_FROM,
     Decoder,
     Generator,
     decode_in_groups,
@@ -47,29 +48,38 @@ def tf32_mode():
 
 
 @pytest.mark.parametrize(
-    ("asked", "device", "pictures", "expected"),
+    ("asked", "device", "compiled", "expected"),
     [
-        ("auto", CPU, 50_000, Decoder("fp32")),
-        ("fp32", GPU, 50_000, Decoder("fp32")),
-        ("bf16", CPU, 50_000, Decoder("bf16")),
-        ("auto", GPU, COMPILED_FROM - 1, Decoder("bf16")),
-        ("auto", GPU, COMPILED_FROM, Decoder("bf16", compiled=True)),
-        ("bf16", GPU, COMPILED_FROM, Decoder("bf16", compiled=True)),
+        ("auto", CPU, True, Decoder("fp32")),
+        ("fp32", GPU, True, Decoder("fp32")),
+        ("bf16", CPU, True, Decoder("bf16")),
+        ("auto", GPU, False, Decoder("bf16", group=64)),
+        ("auto", GPU, True, Decoder("bf16", compiled=True)),
+        ("bf16", GPU, True, Decoder("bf16", compiled=True)),
     ],
 )
-def test_a_gpu_decodes_in_bf16_and_compiles_where_it_pays(asked, device, pictures, expected, monkeypatch):
-    monkeypatch.setattr(decoder, "can_compile", lambda: True)
-    assert plan_decoder(asked, device, pictures=pictures) == expected
-    monkeypatch.setattr(decoder, "can_compile", lambda: False)
-    assert plan_decoder(asked, device, pictures=pictures) == replace(expected, compiled=False)
+def test_a_gpu_decodes_in_bf16_and_compiles_where_it_is_wanted(asked, device, compiled, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=80e9))
+    monkeypatch.setattr(decoder, "can_compile", lambda there: there.type == "cuda")
+    assert plan_decoder(asked, device, pictures=50_000, compiled=compiled) == expected
+    monkeypatch.setattr(decoder, "can_compile", lambda there: False)
+    eager = replace(expected, compiled=False, group=64 if expected.compiled else expected.group)
+    assert plan_decoder(asked, device, pictures=50_000, compiled=compiled) == eager
+    assert plan_decoder(asked, device, pictures=100, compiled=False).group == 16
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=16e9))
+    assert plan_decoder(asked, device, pictures=50_000, compiled=False).group == 16
 
 
 @pytest.mark.parametrize(("triton", "compiler", "can"), [(True, "gcc", True), (True, "", False), (False, "gcc", False)])
 def test_compiling_for_a_gpu_needs_triton_and_a_c_compiler(triton, compiler, can, monkeypatch):
     monkeypatch.delenv("CC", raising=False)
-    monkeypatch.setattr(decoder, "find_spec", lambda _: object() if triton else None)
-    monkeypatch.setattr(decoder, "which", lambda name: name if name == compiler else None)
-    assert decoder.can_compile() == can
+    monkeypatch.setattr(compiling, "find_spec", lambda _: object() if triton else None)
+    monkeypatch.setattr(compiling, "which", lambda name: name if name == compiler else None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    assert compiling.can_compile(GPU) == can
+    assert not compiling.can_compile(CPU)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (6, 1))
+    assert not compiling.can_compile(GPU)
 
 
 def test_bf16_means_weights_and_inputs_in_bf16_and_channels_last(folder):
@@ -128,7 +138,7 @@ def test_a_generator_decodes_by_its_plan(checkpoint):
         return graph.forward
 
     plain, compiled = (open_generator(checkpoint, device=CPU, decoder="bf16") for _ in range(2))
-    plain.expect(50_000)
+    plain.expect(50_000, compiled=True, autoencoder="")
     compiled.decoder = replace(compiled.decoder, compiled=True, backend=backend)
     walk = plan_walk(plain.recipe, nfe=1)
     torch._dynamo.reset()
@@ -136,6 +146,20 @@ def test_a_generator_decodes_by_its_plan(checkpoint):
     assert not forms
     assert torch.equal(compiled.images(seeds, labels, walk), expected)
     assert forms
+
+
+def test_where_compiling_fails_a_line_says_so_and_the_decoder_runs_eagerly(checkpoint, monkeypatch, capsys):
+    def broken(graph, inputs):
+        raise ValueError("no such machine\nand more")
+
+    plain, failing = (open_generator(checkpoint, device=CPU, decoder="bf16") for _ in range(2))
+    monkeypatch.setattr(decoder, "plan_decoder", lambda *_, **__: Decoder("bf16", compiled=True, backend=broken))
+    torch._dynamo.reset()
+    failing.expect(12_000, compiled=True, autoencoder="")
+    assert "torch.compile failed, so the decoder runs eagerly" in capsys.readouterr().err
+    assert failing.precision == "fp32 network, bf16 decoder"
+    walk = plan_walk(plain.recipe, nfe=1)
+    assert torch.equal(failing.images([1, 2], [0, 0], walk), plain.images([1, 2], [0, 0], walk))
 
 
 @pytest.mark.parametrize(

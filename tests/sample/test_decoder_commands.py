@@ -41,12 +41,23 @@ def test_both_commands_offer_every_choice():
         assert tuple(option.type.choices) == get_args(DecoderChoice)
 
 
-def test_both_commands_say_how_many_pictures_all_processes_will_decode(checkpoint, reference, tmp_path, monkeypatch):
+def test_eval_says_how_many_pictures_all_processes_will_decode(checkpoint, reference, tmp_path, monkeypatch):
+    """`sample` does not: the picture of a seed is the same among few and among many."""
     told = []
-    monkeypatch.setattr(Generator, "expect", lambda _, pictures: told.append(pictures))
+    monkeypatch.setattr(Generator, "expect", lambda _, pictures, **more: told.append((pictures, more["compiled"])))
     drawn(checkpoint, tmp_path / "p", "--batch", "4")
+    drawn(checkpoint, tmp_path / "c", "--compile")
     evaluation(checkpoint, reference, tmp_path / "e")
-    assert told == [21, 300]
+    assert told == [(0, False), (0, True), (300, False)]
+
+
+def test_sample_says_where_nothing_can_be_compiled(checkpoint, tmp_path, capsys):
+    plain = drawn(checkpoint, tmp_path / "p")
+    assert drawn(checkpoint, tmp_path / "c", "--compile") == plain
+    assert "--compile: nothing is compiled; that takes a bf16 decoder" in capsys.readouterr().err
+    pixels = str(pixel_checkpoint(tmp_path / "pixels.safetensors"))
+    assert cli.run(["sample", pixels, "--compile", "--grid", str(tmp_path / "g.png")]) == 1
+    assert "this model makes pixels without a decoder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("decoder", ["fp32", "bf16"])
@@ -63,7 +74,7 @@ def test_bf16_pictures_are_close_to_float32_and_not_the_same(folder, checkpoint,
     assert exact == drawn(checkpoint, tmp_path / "auto")
     assert exact != rough
     model, other = (alphaflow_cli.load(checkpoint, device="cpu", decoder=each) for each in ("fp32", "bf16"))
-    gap = (model.sample(range(21)).int() - other.sample(range(21)).int()).abs()
+    gap = (model.sample(21).tensor.int() - other.sample(21).tensor.int()).abs()
     assert 0 < gap.float().mean() < 2
     again = drawn(checkpoint, tmp_path / "own", "--decoder", "bf16", "--autoencoder", str(folder / "tiny-kl"))
     assert again == rough

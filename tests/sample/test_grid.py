@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from alphaflow_cli.sample.grid import grid_by_walk, grid_in_rows, grid_png, grid_side_by_side
+from alphaflow_cli.sample.grid import even_columns, grid_by_walk, grid_in_rows, grid_png, grid_side_by_side
 
 CELL = 64 + 2  # a picture of 16 px is shown four times as large
 
@@ -33,11 +33,27 @@ def test_rows_show_pictures_in_reading_order():
 
 def test_columns_are_named_where_all_their_pictures_bear_the_name():
     plain = grid_in_rows(pictures(4), 2)
-    assert grid_in_rows(pictures(4), 2, ["a", "b", "b", "a"]) == plain
+    below = [["a", "b"], ["b", "a"]]
+    assert grid_in_rows(pictures(4), 2, ["a", "b", "b", "a"]) == grid_png([pictures(2), pictures(2, 2)], names=below)
     assert grid_in_rows(pictures(4), 2, ["", "", "", ""]) == plain
     assert grid_in_rows(pictures(4), 2, ["a", "b", "a", "b"]) == grid_png(
         [pictures(2), pictures(2, 2)], column_names=["a", "b"]
     )
+
+
+@pytest.mark.parametrize(
+    ("count", "columns"), [(64, 8), (16, 8), (20, 10), (10, 10), (7, 7), (13, 10), (100, 10), (1, 1), (9, 9), (18, 9)]
+)
+def test_a_grid_is_even_where_it_can_be(count, columns):
+    assert even_columns(count, 10) == columns
+
+
+def test_names_that_differ_within_a_column_stand_below_their_pictures():
+    image = np.asarray(Image.open(io.BytesIO(grid_in_rows(pictures(4), 2, ["a", "b", "b", "a"]))))
+    assert image.shape[:2] == (2 * (CELL + 16) + 2, 2 * CELL + 2)
+    assert [int(image[2 + 82 * row + 32, 34, 0]) for row in range(2)] == [0, 2]
+    assert (image[66:82] < 128).any()
+    assert (image[148:] < 128).any()
 
 
 def test_walks_stand_below_each_other_with_the_same_seeds_above_each_other():

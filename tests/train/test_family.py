@@ -14,8 +14,9 @@ from alphaflow_cli.core import times
 from alphaflow_cli.core.alpha import equal_rows
 from alphaflow_cli.core.draws import step_draws
 from alphaflow_cli.core.objective import is_tie, short_first
-from alphaflow_cli.model.build import build_network, compile_blocks
+from alphaflow_cli.model.build import build_network
 from alphaflow_cli.model.checkpoint import load_checkpoint
+from alphaflow_cli.model.compiling import compile_blocks
 from alphaflow_cli.recipe import load_recipe
 from alphaflow_cli.runtime.processes import join_world
 from alphaflow_cli.train import start

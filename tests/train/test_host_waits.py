@@ -69,7 +69,8 @@ def run_of(recipe, store):
 def test_a_step_waits_for_nothing(gpu, store, tmp_path, monkeypatch, alpha, guided, compiled, velocity):
     """As in a compiled run means that guidance asks about every row."""
     mix = () if guided else ("guidance.omega=1", "guidance.kappa=0")
-    run = run_of(make_recipe(tmp_path, f"train.compile={str(compiled).lower()}", *mix), store)
+    run = run_of(make_recipe(tmp_path, *mix), store)
+    run.compiled = compiled
     run.objective = replace(run.objective, loss=replace(run.objective.loss, velocity=velocity))
     run.alpha_at, losses = lambda step: alpha, []
     monkeypatch.setattr(torch.Tensor, "backward", lambda loss: losses.append(loss))

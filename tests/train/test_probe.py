@@ -5,12 +5,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from other_device import other_device
-from train_helpers import CPU, make_recipe
+from train_helpers import CPU, fork, make_recipe
 
-from alphaflow_cli.model.build import compile_blocks
+from alphaflow_cli.model.compiling import compile_blocks
 from alphaflow_cli.train import estimate
-
-COMPILED = ("train.compile=true", "train.batch=16")
 
 
 @pytest.fixture
@@ -27,21 +25,27 @@ def compiled(monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # of dynamo itself
-@pytest.mark.parametrize("setting", ["true", "false"])
+@pytest.mark.parametrize("setting", [True, False])
 def test_an_estimate_compiles_what_the_run_compiles(compiled, tmp_path, setting):
-    recipe = make_recipe(tmp_path, f"train.compile={setting}")
-    measured = estimate.measure_phases(recipe, 8, per_process=16)
-    assert [phase.kind for phase in measured] == ["flow", "between", "derivative"]
-    assert all(phase.seconds_per_step > 0 for phase in measured)
-    assert [net.compiled for net in compiled] == ([True] if setting == "true" else [])
+    """In a process of its own: a compiled backward pass starts threads, beside which no later test could fork."""
+    recipe = make_recipe(tmp_path)
+
+    def check():
+        measured = estimate.measure_phases(recipe, 8, per_process=16, device=torch.device("cpu"), compiled=setting)
+        assert [phase.kind for phase in measured] == ["flow", "between", "derivative"]
+        assert all(phase.seconds_per_step > 0 for phase in measured)
+        assert [net.compiled for net in compiled] == ([True] if setting else [])
+
+    started = fork(check, tmp_path / "errors")
+    assert started.wait() == [0], started.said()
 
 
 def test_the_probe_of_memory_tries_compiled_blocks_on_what_fits_eagerly(monkeypatch, tmp_path):
     tried = []
 
     class Trial:
-        def __init__(self, recipe, device):
-            self.compiled = recipe.train.compile
+        def __init__(self, recipe, device, *, compiled):
+            self.compiled = compiled
 
         def phases(self, count):
             tried.append((self.compiled, count))
@@ -49,16 +53,16 @@ def test_the_probe_of_memory_tries_compiled_blocks_on_what_fits_eagerly(monkeypa
                 raise torch.OutOfMemoryError("full")
 
     monkeypatch.setattr(estimate, "Trial", Trial)
-    assert estimate._rows_that_fit(make_recipe(tmp_path, *COMPILED), CPU, 32) == 4
+    assert estimate._rows_that_fit(make_recipe(tmp_path), CPU, 32, compiled=True) == 4
     assert tried == [(False, 32), (False, 16), (False, 8), (True, 8), (True, 4)]
     tried.clear()
-    assert estimate._rows_that_fit(make_recipe(tmp_path), CPU, 32) == 8
+    assert estimate._rows_that_fit(make_recipe(tmp_path), CPU, 32, compiled=False) == 8
     assert tried == [(False, 32), (False, 16), (False, 8)]
 
 
 def test_a_trial_takes_the_shares_of_the_step_that_it_stands_for(monkeypatch, tmp_path):
     recipe = make_recipe(tmp_path, "times.equal_share={kind: linear, initial: 0.75, final: 0.25, start: 0, end: 20}")
-    trial, seen = estimate.Trial(recipe, CPU), []
+    trial, seen = estimate.Trial(recipe, CPU, compiled=False), []
     monkeypatch.setattr(trial, "step", lambda count, at: seen.append((count, at)))
     trial.phases(16)
     assert seen == [(16, 5), (16, 14), (16, 19)]
@@ -73,5 +77,5 @@ def test_a_trial_takes_the_shares_of_the_step_that_it_stands_for(monkeypatch, tm
 def test_on_a_gpu_the_rows_of_the_whole_batch_are_tried(monkeypatch, tmp_path):
     with other_device(monkeypatch) as device:
         world = SimpleNamespace(size=2, device=torch.device("cuda"), largest=lambda value: value)
-        assert estimate.micro_batch_that_fits(make_recipe(tmp_path), world) == 8
+        assert estimate.micro_batch_that_fits(make_recipe(tmp_path), world, compiled=False) == 8
     assert device.ran > 0

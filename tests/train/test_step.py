@@ -6,18 +6,17 @@ from dataclasses import replace
 
 import pytest
 import torch
-from golden_data import FOLDER, LABEL_ROWS, arrays, assert_close, labels, network, tensor
+from golden_data import FOLDER, LABEL_ROWS, LOSS_META, arrays, assert_close, golden_case, labels, network, tensor
 from reference_step import reference_step
 from workload import CLASSES, Size, asking, build, draw
 
 from alphaflow_cli.convert.shape import to_published
 from alphaflow_cli.core.alpha import schedule_value
-from alphaflow_cli.model.build import compile_blocks
+from alphaflow_cli.model.compiling import compile_blocks
 from alphaflow_cli.recipe.schema import Guidance, Loss
 from alphaflow_cli.train.step import Objective, Rows, ask, training_step
 
 TINY = Size(dim=32, depth=2, heads=4, latent=8)
-LOSS_META = json.loads((FOLDER / "loss_meta_f64.json").read_text())
 BOUNDARY_META = json.loads((FOLDER / "imf_boundary_meta.json").read_text())
 GUIDANCE = {
     "none": Guidance(),
@@ -125,23 +124,6 @@ def test_the_loss_curve_of_200_steps_is_the_published_ways_to_rounding():
 
 def test_fused_adam_and_the_step_are_bit_reproducible():
     assert torch.equal(curve(fast_step, 12), curve(fast_step, 12))
-
-
-def golden_case(case):
-    """Rows and objective of a golden loss case."""
-    meta = LOSS_META[case]
-    which = meta["model"]
-    pure, isclose = "t_pure_fm" if meta["pure_fm"] else "t", case.endswith("isclose")
-    t = tensor("loss_inputs.npz", "t_isclose" if isclose else pure)
-    r = t if meta["pure_fm"] else tensor("loss_inputs.npz", "r_isclose" if isclose else "r")
-    x, noise, uniforms = (tensor("loss_inputs.npz", name) for name in ("x", "noise", "label_rand"))
-    y = labels(torch.tensor(arrays("loss_inputs.npz")["label"]), which)
-    mix = Guidance(**meta["cfg_params"], label_dropout=meta["label_dropout"])
-    objective = Objective(
-        loss=Loss(clamp=meta["clamp_utgt"]), guidance=mix, y_null=LABEL_ROWS[which] - 1, has_labels=True, bf16=False
-    )
-    rows = Rows(x=x, noise=noise, t=t, r=r, y=y, uniforms=uniforms, n_equal=meta["n_fm"])
-    return which, meta, rows, objective
 
 
 @pytest.mark.parametrize("case", sorted(LOSS_META))

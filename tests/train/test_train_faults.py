@@ -170,12 +170,16 @@ def test_a_store_that_disagrees_is_refused_with_both_sides(store, tmp_path):
     recipe = make_recipe(tmp_path, "data.classes=7", "data.image_size=64", "data.latent_size=8")
     with pytest.raises(AlphaflowError) as fault:
         start.prepare_run(recipe, start.TrainOptions(tmp_path / "run", store))
-    for line in ("image_size: the store has 32, the recipe wants 64", "classes: the store has 10, the recipe wants 7"):
+    for line in (
+        "data.image_size: 32 in the store, 64 in the recipe",
+        "data.classes: 10 in the store, 7 in the recipe",
+    ):
         assert line in str(fault.value)
 
 
 def test_a_folder_of_another_recipe_is_refused_with_the_differences(store, tmp_path):
-    start.prepare_run(make_recipe(tmp_path), start.TrainOptions(tmp_path / "run", store))
+    (tmp_path / "run").mkdir()
+    start.keep_recipe(make_recipe(tmp_path), tmp_path / "run")
     with pytest.raises(AlphaflowError) as fault:
         start.prepare_run(
             make_recipe(tmp_path, "optim.lr=2e-3", "train.seed=4"), start.TrainOptions(tmp_path / "run", store)

@@ -14,7 +14,7 @@ from train_helpers import CPU, begin, make_recipe, make_store, train
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.model.build import build_network
 from alphaflow_cli.model.checkpoint import load_checkpoint
-from alphaflow_cli.recipe import load_recipe
+from alphaflow_cli.recipe import load_recipe, speed
 from alphaflow_cli.runtime.launch import StopFlag, check_processes, first_host, slurm_environment
 from alphaflow_cli.train import start
 from alphaflow_cli.train.estimate import random_rows
@@ -23,13 +23,12 @@ from alphaflow_cli.train.journal import (
     check_trackers,
     console_line,
     flat,
-    forward_flops,
-    mean_guidance_rows,
+    mean_asked_rows,
+    mean_step_flops,
     peak_of,
     read_rows,
-    step_flops,
 )
-from alphaflow_cli.train.parallel import Split, check_sharding
+from alphaflow_cli.train.parallel import Split, check_sharding, split_batch
 from alphaflow_cli.train.step import Objective, training_step
 
 
@@ -103,7 +102,7 @@ def test_a_missing_tracker_names_the_extra(tmp_path, monkeypatch):
     check_trackers(recipe)
     absent = replace(recipe, train=replace(recipe.train, trackers=("wandb",)))
     monkeypatch.setattr("alphaflow_cli.train.journal.find_spec", lambda name: None)
-    with pytest.raises(AlphaflowError, match=r"pip install 'alphaflow\[wandb\]'"):
+    with pytest.raises(AlphaflowError, match=r"pip install 'alphaflow-cli\[wandb\]'"):
         check_trackers(absent)
 
 
@@ -134,10 +133,10 @@ def test_numbers_are_flat():
 def test_the_formula_counts_what_the_dispatcher_counts(alpha, guided, tmp_path):
     guidance = () if guided else ("guidance.omega=1", "guidance.kappa=0")
     sizes = ("data.latent_size=16", "data.image_size=128", "model.dim=192", "model.heads=3")
-    recipe = make_recipe(tmp_path, *guidance, *sizes, "train.compile=true")  # then every row is asked
+    recipe = make_recipe(tmp_path, *guidance, *sizes)  # compiled, every row is asked
     net, rows, settings = build_network(recipe), random_rows(recipe, 16, 4, CPU), Objective.of(recipe)
     counted = count(lambda: training_step(net, net, rows, alpha=alpha, objective=settings).loss.backward()).flops
-    assert step_flops(recipe, alpha, 4) == pytest.approx(counted, rel=0.04)
+    assert mean_step_flops(recipe, alpha, 4, compiled=True) == pytest.approx(counted, rel=0.04)
 
 
 def test_guidance_asks_about_so_many_rows_in_the_mean(tmp_path):
@@ -146,8 +145,8 @@ def test_guidance_asks_about_so_many_rows_in_the_mean(tmp_path):
     recipe = make_recipe(tmp_path, *sets, "train.batch=256")
     equal, later = 0.9332, 0.9332**2  # Φ((ln 3 + .4) / 1)
     for n_equal, expected in ((0, later * 1.9), (128, (equal * 0.9 + later * 1.9) / 2), (256, equal * 0.9)):
-        assert mean_guidance_rows(recipe, n_equal) / 256 == pytest.approx(expected, rel=0.01)
-    assert mean_guidance_rows(replace(recipe, train=replace(recipe.train, compile=True)), 128) == 256 + 128
+        assert mean_asked_rows(recipe, n_equal, compiled=False) / 256 == pytest.approx(expected, rel=0.01)
+    assert mean_asked_rows(recipe, 128, compiled=True) == 256 + 128
 
 
 def test_the_peak_is_known_for_bf16_on_known_devices_only():
@@ -159,7 +158,7 @@ def test_the_peak_is_known_for_bf16_on_known_devices_only():
 
 def test_b4_needs_the_published_gigaflops():
     """5.6 per forward of DiT-B/4 at 256 px, multiply-adds counted once: arXiv:2212.09748, table 1."""
-    assert forward_flops(load_recipe("b4")) / 2e9 == pytest.approx(5.6, rel=0.02)
+    assert speed.forward_flops(load_recipe("b4")) / 2e9 == pytest.approx(5.6, rel=0.02)
 
 
 def test_the_journal_tells_the_share_of_the_peak(tmp_path):
@@ -280,3 +279,9 @@ def test_rows_that_a_kill_cut_off_are_dropped(tmp_path):
 
 def test_the_store_stays_on_the_host_without_a_gpu(store):
     assert not start.fits_on_device(store, False, CPU)
+
+
+def test_a_split_says_of_how_many_rows_its_micro_batches_are():
+    assert str(split_batch(8, processes=1, micro_batch=3)) == "1 process × 3 micro-batches of at most 3 rows = batch 8"
+    assert str(split_batch(8, processes=2, micro_batch=2)) == "2 processes × 2 micro-batches of 2 rows = batch 8"
+    assert str(split_batch(1, processes=1, micro_batch=None)) == "1 process × 1 micro-batch of 1 row = batch 1"

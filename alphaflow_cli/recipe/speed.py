@@ -1,0 +1,158 @@
+"""How fast a run is on one H100, and whether torch.compile pays: measured figures, and arithmetic from them. No torch.
+
+Measured once, on one H100 80 GB with torch 2.11 in bf16: B/2 with batch 256 and XL/2 with batch 96, compiled, as shares
+of the card's 989 TFLOP/s; DiT-S/2 on 32 px, not compiled. A network of another size is taken as the nearest of these.
+Nothing was measured on several GPUs: they share the rows, and then exchange the gradients over the link, which may
+take place beside the backward pass, but is counted in full.
+
+The arithmetic of a step, in units of one row's forward: 3 of a graded row (forward and backward), 1 of a row of an
+extra call, 1.05 of a riding tangent.
+"""
+
+from dataclasses import dataclass
+
+from alphaflow_cli.core.alpha import equal_rows
+from alphaflow_cli.recipe.plan import (
+    PhaseKind,
+    alpha_at,
+    equal_share_at,
+    is_guided,
+    parameter_count,
+    phase_kind,
+    phases,
+    tokens,
+)
+from alphaflow_cli.recipe.schema import Recipe
+
+TANGENT = 1.05  # forwards of a row that a riding tangent costs
+PEAK = 989e12  # FLOP/s of an H100 (SXM) in bf16, by its data sheet
+LINK = 450e9  # bytes/s in one direction between the H100s of one machine, by the same sheet
+TRAINER = 1.02  # what the trainer takes, over the bare step (measured)
+SAVED = 0.078 / 35.3e12  # seconds per FLOP that compiling saves: a step of B/2, .182 s before and .104 after (measured)
+SAVED_LAUNCHES = 0.0036  # seconds per step, at least: a tiny network's step, 10.4 ms before and 6.8 after (measured)
+COMPILING = 20.0  # seconds per phase at most (measured: 3 to 20)
+WORTH = 2  # times the cost that must be saved: the probe of memory compiles too, and a run may end early
+SMALL, LARGE = 60_000_000, 600_000_000  # parameters: below, S/2 is the nearest measured network; from there on, XL/2
+UTILISATION: dict[str, dict[tuple[PhaseKind, bool], float]] = {  # (phase, guided) → share of the peak
+    "B/2": {
+        ("flow", False): 0.34,
+        ("between", False): 0.35,
+        ("derivative", False): 0.30,
+        ("flow", True): 0.36,
+        ("between", True): 0.36,
+        ("derivative", True): 0.33,
+    },
+    "XL/2": {("flow", True): 0.40, ("derivative", True): 0.37},
+}
+NOT_COMPILED = 0.23  # the same of DiT-S/2, in every phase
+NETWORKS = {"B/2": (768, 12, 256), "XL/2": (1152, 28, 256), "S/2": (384, 12, 256)}  # channels, blocks, tokens
+
+
+def forward_flops(recipe: Recipe) -> float:
+    """Floating-point operations of one row's forward: the products of blocks and final layer, 2 per multiply-add."""
+    model, n, d = recipe.model, tokens(recipe), recipe.model.dim
+    per_token = 2 * (4 + 2 * model.mlp_ratio) * d * d + 4 * n * d  # qkv, proj, MLP; q kᵀ and p v
+    modulations = 2 * (6 * model.depth + 2) * d * d
+    edges = 2 * 2 * n * d * model.patch**2 * recipe.data.channels
+    return model.depth * n * per_token + modulations + edges
+
+
+def is_guided_run(recipe: Recipe) -> bool:
+    """Whether guidance is built in by training: then a step asks the network about more rows."""
+    return recipe.data.classes > 0 and is_guided(recipe.guidance.omega, recipe.guidance.kappa)
+
+
+def asks_tangent(recipe: Recipe, alpha: float) -> bool:
+    """Whether z moves along the network's own velocity at this α: then a step asks for it on every r < t row."""
+    return recipe.loss.tangent == "network" and phase_kind(alpha) != "flow"
+
+
+def most_asked_rows(recipe: Recipe, n_equal: int, *, tangent: bool) -> int:
+    """The rows that guidance and the tangent could need in a step: ∅ of all rows, y of the r < t rows.
+
+    Compiled blocks see them all.
+    """
+    mix, batch = recipe.guidance, recipe.train.batch
+    null = batch if abs(1.0 - mix.omega - mix.kappa) > 1e-12 else 0
+    return null + (batch - n_equal if mix.kappa != 0.0 or tangent else 0)
+
+
+def step_flops(recipe: Recipe, alpha: float, n_equal: int, extra_rows: float) -> float:
+    """Floating-point operations of one step on the global batch; `extra_rows` rows go to guidance and the tangent."""
+    batch, kind = recipe.train.batch, phase_kind(alpha)
+    later, units = batch - n_equal, 3.0 * batch
+    if is_guided_run(recipe) or asks_tangent(recipe, alpha):
+        units += extra_rows
+    if kind == "between":
+        units += later * (2 if recipe.loss.velocity == "network" else 1)
+    elif kind == "derivative":
+        units += TANGENT * later
+    return units * forward_flops(recipe)
+
+
+def phase_flops(recipe: Recipe) -> list[tuple[PhaseKind, int, float]]:
+    """Every phase with its steps, and the operations of a step in its middle, all of guidance's rows included."""
+    listed: list[tuple[PhaseKind, int, float]] = []
+    for phase in phases(recipe):
+        middle = (phase.first + phase.until) // 2
+        n_equal = equal_rows(recipe.train.batch, equal_share_at(recipe)(middle))
+        alpha = alpha_at(recipe)(middle)
+        extra_rows = most_asked_rows(recipe, n_equal, tangent=asks_tangent(recipe, alpha))
+        flops = step_flops(recipe, alpha, n_equal, extra_rows)
+        listed.append((phase.kind, phase.until - phase.first, flops))
+    return listed
+
+
+def compiling_pays(recipe: Recipe, processes: int) -> bool:
+    """Whether a run of these processes saves, on an H100, more than compiling takes; other GPUs save more per step.
+
+    Where the share of r = t rows follows a schedule, it does not: every new number of rows would be compiled anew.
+    """
+    share, steps = equal_share_at(recipe), recipe.train.steps
+    if recipe.train.precision == "fp64" or share(0) != share(steps - 1):
+        return False
+    listed = phase_flops(recipe)
+    saved = sum(count * max(flops / processes * SAVED, SAVED_LAUNCHES) for _, count, flops in listed)
+    return saved > WORTH * COMPILING * len(listed)
+
+
+def will_compile(recipe: Recipe, processes: int = 1) -> bool:
+    """Whether a run on GPUs that can compile does so: as the recipe says, or if it leaves that open, where it pays."""
+    choice = recipe.train.compile
+    return compiling_pays(recipe, processes) if choice == "auto" else choice
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How fast a run is on so many H100s of one machine."""
+
+    images_per_second: float
+    hours: float
+    compiled: bool
+    measured: bool  # whether the steps of this network were measured; otherwise the nearest one's utilisation is taken
+
+
+def pace(recipe: Recipe, gpus: int = 1) -> Pace | None:
+    """The pace of the whole run; None where nothing was measured that comes near (other precisions than bf16)."""
+    if recipe.train.precision != "bf16":
+        return None
+    size, guided = nearest_network(recipe), is_guided_run(recipe)
+    compiled = size in UTILISATION and will_compile(recipe, gpus)
+    exchange = 0.0 if gpus == 1 else 4 * parameter_count(recipe) * 2 * (gpus - 1) / gpus / LINK
+    seconds, measured = 0.0, _is_network(recipe, size) and gpus == 1 and (compiled or size == "S/2")
+    for kind, steps, flops in phase_flops(recipe):
+        share = UTILISATION[size].get((kind, guided)) if compiled else NOT_COMPILED
+        measured = measured and share is not None
+        share = share or min(UTILISATION[size].values())
+        seconds += steps * (flops / (share * PEAK) / gpus * TRAINER + exchange)
+    return Pace(recipe.train.steps * recipe.train.batch / seconds, seconds / 3600, compiled, measured)
+
+
+def nearest_network(recipe: Recipe) -> str:
+    """The measured network that comes nearest, by parameters."""
+    count = parameter_count(recipe)
+    return "S/2" if count < SMALL else "XL/2" if count >= LARGE else "B/2"
+
+
+def _is_network(recipe: Recipe, size: str) -> bool:
+    return (recipe.model.dim, recipe.model.depth, tokens(recipe)) == NETWORKS[size]

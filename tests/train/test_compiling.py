@@ -1,0 +1,127 @@
+"""Whether a run is compiled is decided once; all forms are compiled first; where that fails, it goes on eagerly."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from train_helpers import assert_same, make_recipe, make_store, train
+
+from alphaflow_cli.model.compiling import compile_blocks, keep_compiled_code
+from alphaflow_cli.model.find import step_of
+from alphaflow_cli.recipe import load_recipe
+from alphaflow_cli.recipe.speed import compiling_pays, will_compile
+from alphaflow_cli.train import compiling, loop, run, start, state
+
+PLAIN = ("guidance.omega=1", "guidance.kappa=0")  # compiled blocks see all of guidance's rows: other sums, other bits
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    return make_store(tmp_path_factory.mktemp("latents") / "store")
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A process with a GPU that can compile, or cannot."""
+    can = {"can": True}
+    monkeypatch.setattr(compiling, "can_compile", lambda device: device.type == "cuda" and can["can"])
+    world = SimpleNamespace(device=torch.device("cuda"), agree=lambda flag: flag, is_main=True)
+    return SimpleNamespace(world=world, can=can)
+
+
+def test_auto_compiles_long_runs_on_gpus_and_nothing_on_a_cpu(gpu):
+    cpu = SimpleNamespace(device=torch.device("cpu"), agree=lambda flag: flag, is_main=True)
+    long, short = load_recipe("b2-cfg"), load_recipe("quickstart")
+    assert (long.train.compile, short.train.compile) == ("auto", "auto")
+    assert compiling.choose_compile(long, gpu.world, None, 1)
+    assert not compiling.choose_compile(short, gpu.world, None, 1)
+    assert not compiling.choose_compile(long, cpu, None, 1)
+    gpu.can["can"] = False
+    assert not compiling.choose_compile(long, gpu.world, None, 1)
+    for word in (True, False):
+        said = load_recipe("b2-cfg", [f"train.compile={str(word).lower()}"])
+        assert compiling.choose_compile(said, cpu, None, 1) is will_compile(said) is word
+
+
+def test_a_resume_keeps_the_decision_whatever_the_rule_says_now(gpu, capsys):
+    long, short = load_recipe("b2-cfg"), load_recipe("quickstart")
+    assert not compiling.choose_compile(long, gpu.world, False, 1)
+    assert compiling.choose_compile(short, gpu.world, True, 1)
+    assert capsys.readouterr().err == ""
+    gpu.can["can"] = False
+    assert not compiling.choose_compile(short, gpu.world, True, 1)
+    assert "compiled so far, the run goes on eagerly" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("sets", "pays"),
+    [
+        (("train.steps=300",), False),
+        (("train.steps=3000",), True),
+        (("times.equal_share={kind: linear, initial: 0.25, final: 0.75, start: 0, end: 100%}",), False),
+        (("train.precision=fp64",), False),
+    ],
+)
+def test_compiling_pays_from_a_length_on(sets, pays):
+    recipe = load_recipe("b2", ["optim.warmup_steps=10", "alpha.unfinished=true", *sets])
+    assert compiling_pays(recipe, 1) == pays
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # of dynamo itself
+def test_all_forms_are_compiled_before_the_first_step_and_change_nothing(store, tmp_path, monkeypatch):
+    """In micro-batches of two sizes. The backend changes nothing, so the run must be the same, bit for bit."""
+    recipe = make_recipe(tmp_path, *PLAIN, "train.compile=true")
+    plain = train(make_recipe(tmp_path, *PLAIN), store, tmp_path / "plain", micro_batch=6)
+    forms, first = [], loop.one_step
+
+    def backend(graph, inputs):
+        forms.append(graph)
+        return graph.forward
+
+    def watched(run, step):
+        before = len(forms)
+        first(run, step)
+        assert len(forms) == before > 0, f"step {step} compiled something"
+
+    monkeypatch.setattr(run, "compile_blocks", lambda net: compile_blocks(net, backend=backend))
+    monkeypatch.setattr(loop, "one_step", watched)
+    assert_same(plain, train(recipe, store, tmp_path / "compiled", micro_batch=6))
+    text = "".join(path.read_text() for path in (tmp_path / "compiled-errors").glob("*.err"))
+    assert "compile " in text
+    assert "for the whole run; the code is kept in" in text
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=[pytest.mark.distributed, pytest.mark.slow])])
+def test_where_compiling_fails_one_line_says_so_and_the_run_goes_on(store, tmp_path, monkeypatch, processes):
+    def broken(graph, inputs):
+        raise ValueError("no such machine")
+
+    monkeypatch.setattr(run, "compile_blocks", lambda net: compile_blocks(net, backend=broken))
+    ours = train(make_recipe(tmp_path, "train.compile=true"), store, tmp_path / "ours", processes=processes)
+    monkeypatch.undo()
+    assert_same(train(make_recipe(tmp_path), store, tmp_path / "plain", processes=processes), ours)
+    text = "".join(path.read_text() for path in (tmp_path / "ours-errors").glob("*.err"))
+    assert text.count("torch.compile failed, so the run goes on eagerly: ") == processes
+
+
+def test_a_state_says_what_auto_decided_and_older_ones_say_nothing(store, tmp_path):
+    out = train(make_recipe(tmp_path), store, tmp_path / "run")
+    path = state.newest_state(out)
+    assert state.read_facts(path).compiled is False
+    assert step_of(path) == 20
+    older = train(make_recipe(tmp_path, "train.compile=false"), store, tmp_path / "older")
+    assert state.read_facts(state.newest_state(older)).compiled is None
+    assert [row[0] for row in start.check_recipe(make_recipe(tmp_path), older)] == ["train.compile"]
+
+
+def test_compiled_code_is_kept_among_the_users_caches(tmp_path, monkeypatch):
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert keep_compiled_code() == str(tmp_path / "alphaflow" / "compiled")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "elsewhere")
+    assert keep_compiled_code() == "elsewhere"
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert keep_compiled_code() == "torch's temporary folder"
