@@ -170,7 +170,7 @@ def _plain_cfg(template: Path) -> dict[str, Any]:
     try:
         plain: dict[str, Any] = _plain(cfg)
     except RecursionError as error:
-        raise AlphaflowError(f"{template}: its cfg is nested without end; no snapshot's is.") from error
+        raise AlphaflowError(f"{template}: its cfg is nested without end, as in no snapshot.") from error
     return plain
 
 

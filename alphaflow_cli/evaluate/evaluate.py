@@ -136,7 +136,7 @@ def build_extractors(
     names = sorted({NETWORK[metric] for metric in metrics})
     unused = sorted(weights.keys() - set(names))
     if unused:
-        raise AlphaflowError(f"--weights {unused[0]}=…: the metrics asked for use {', '.join(names)} only")
+        raise AlphaflowError(f"--weights {unused[0]}=…: the requested metrics use {', '.join(names)} only")
     return {name: build_extractor(name, device=device, weights=weights.get(name)) for name in names}
 
 

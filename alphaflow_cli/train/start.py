@@ -81,7 +81,7 @@ def check_recipe(recipe: Recipe, out: Path) -> list[tuple[str, str, str]]:
     if others == {"train.steps"} and recipe.train.steps > there.train.steps:
         check_longer(there, recipe, out)
     elif others:
-        listed = "\n".join(f"  {field}: {old} there, {new} asked for" for field, old, new in changes)
+        listed = "\n".join(f"  {field}: {old} there, {new} requested" for field, old, new in changes)
         raise AlphaflowError(
             f"{out}: holds a run of another recipe:\n{listed}\nResume it with its own recipe: "
             f"alphaflow train {out / 'recipe.yaml'} --out {out}, or choose another folder: --out RUN"

@@ -1,4 +1,4 @@
-"""Nothing in a training step makes the host wait for a GPU: the trainer's own, run on a GPU that is not there.
+"""Nothing in the trainer's step makes the host wait for a GPU. It runs on a simulated one (helpers/fake_gpu.py).
 
 One process, float32, a store in the GPU's memory. The backward pass is the library's own; test_cost.py counts its
 operators on the CPU.
