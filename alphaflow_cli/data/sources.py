@@ -10,13 +10,13 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Protocol
 
 from alphaflow_cli.data.archives import open_archive
 from alphaflow_cli.data.classes import SPLITS
-from alphaflow_cli.data.glyphs import GLYPHS, draw_glyph
+from alphaflow_cli.data.glyphs import GLYPHS, draw_glyph, draw_shape
 from alphaflow_cli.data.pictures import Fetch, is_picture
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.files import read_file
@@ -67,9 +67,9 @@ class Source(Protocol):
 
 
 def open_source(text: str) -> Source:
-    """List the pictures of a folder, a zip or tar file, hf://datasets/NAME, or glyphs:N; no picture is read."""
-    if text.startswith("glyphs:"):
-        return parse_glyphs(text)
+    """List the pictures of a folder, a zip or tar file, hf://datasets/NAME, or an embedded set; no picture is read."""
+    if is_embedded(text):
+        return parse_embedded(text)
     if text.startswith("hf://"):
         from alphaflow_cli.data.hub_images import open_hub  # the Hub's client, which other sources do not need
 
@@ -84,7 +84,7 @@ def open_source(text: str) -> Source:
         return open_folder(path)
     if is_file:
         return open_archive(path)
-    raise AlphaflowError(f"{brief(text)}: no such folder or archive. Others: hf://datasets/USER/NAME, glyphs:4000")
+    raise AlphaflowError(f"{brief(text)}: no such folder or archive. Others: hf://datasets/USER/NAME, shapes:4000")
 
 
 @dataclass(frozen=True)
@@ -121,26 +121,29 @@ class Folder:
         return None
 
 
-@dataclass(frozen=True)
-class Glyphs:
-    """The pictures that the program draws itself, to try things out without a data set."""
+DRAWERS = {"glyphs": draw_glyph, "shapes": draw_shape}  # of the embedded sets, by name
 
+
+@dataclass(frozen=True)
+class Embedded:
+    """Pictures that the program draws itself, to try things out without a data set."""
+
+    kind: str  # a key of DRAWERS
     count: int
-    kind: str = "glyphs"
     notes: list[str] = field(default_factory=list)
 
     @property
     def name(self) -> str:
-        return f"glyphs:{self.count}"
+        return f"{self.kind}:{self.count}"
 
-    @property
+    @cached_property
     def names(self) -> Sequence[str]:
         """Names such as disc/3 and heart/4: the glyph is the class."""
         return [f"{GLYPHS[index % len(GLYPHS)]}/{index}" for index in range(self.count)]
 
     def reading(self, lines: Sequence[int]) -> AbstractContextManager[Iterator[tuple[int, Fetch]]]:
         """Draw each picture when it is fetched."""
-        return nullcontext((line, partial(draw_glyph, line)) for line in lines)
+        return nullcontext((line, partial(DRAWERS[self.kind], line)) for line in lines)
 
     def facts(self) -> dict[str, Any]:
         return {}
@@ -227,12 +230,17 @@ def _read_below(root: Path, name: str) -> bytes:
         raise
 
 
-def parse_glyphs(text: str) -> Glyphs:
-    """Read `glyphs:N`, which names the first N pictures of the embedded set."""
-    count = text.removeprefix("glyphs:")
+def is_embedded(text: str) -> bool:
+    """Whether a source is written like an embedded set: shapes:4000, glyphs:4000."""
+    return text.partition(":")[0] in DRAWERS and ":" in text
+
+
+def parse_embedded(text: str) -> Embedded:
+    """Read `shapes:N` or `glyphs:N`, which names the first N pictures of an embedded set."""
+    kind, _, count = text.partition(":")
     if not (count.isascii() and count.isdigit() and len(count) < 20 and 0 < int(count) <= 10_000_000):
-        raise AlphaflowError(f"{brief(text)}: should be glyphs:N with N from 1 to 10,000,000")
-    return Glyphs(int(count))
+        raise AlphaflowError(f"{brief(text)}: should be {kind}:N with N from 1 to 10,000,000")
+    return Embedded(kind, int(count))
 
 
 def _is_folder(entry: "os.DirEntry[str]") -> bool:
