@@ -74,8 +74,8 @@ def weights() -> list[dict[str, Any]]:
 
     entries = []
     for wanted in FILES.values():
-        entry = {"what": wanted.title, "for": wanted.metrics, "present": missing_weights(wanted) is None}
-        entries.append({**entry, "get": wanted.url})
+        present = missing_weights(wanted) is None
+        entries.append({"what": wanted.title, "for": wanted.metrics, "present": present, "get": wanted.url})
     for name in AUTOENCODERS:
         config = cached_file(name, "config.json")
         present = config is not None and has_weights(config.parent)
@@ -119,7 +119,14 @@ def problems(report: dict[str, Any]) -> list[str]:
     ]
     if not report["packages"]:
         remarks.append("alphaflow is a clone here, not installed, so its packages are not listed: pip install .")
-    remarks += [_without_torch(report["devices"])] if report["devices"]["error"] else _of_devices(report)
+    devices = report["devices"]
+    if devices["error"]:
+        remarks.append(f"nothing that computes will work: {devices['error']}")
+    elif not devices["cuda"] and not devices["mps"]:
+        remarks.append(
+            "no GPU: quickstart and other small recipes train here, the ImageNet recipes are out of its reach"
+        )
+    remarks += [f"{c['name']} has no bf16: set train.precision=fp32" for c in devices["cuda"] if not c["bf16"]]
     for entry in report["weights"]:
         if not entry["present"] and entry["get"].startswith("https:"):
             remarks.append(f"{entry['for']} will not be measured: {entry['what']} is missing. Get {entry['get']}")
@@ -131,14 +138,3 @@ def problems(report: dict[str, Any]) -> list[str]:
     if not report["hub"]["token"]:
         remarks.append("push will not work without a Hugging Face token: run hf auth login")
     return remarks
-
-
-def _without_torch(devices: dict[str, Any]) -> str:
-    return f"nothing that computes will work: {devices['error']}"
-
-
-def _of_devices(report: dict[str, Any]) -> list[str]:
-    cards = report["devices"]["cuda"]
-    if not cards and not report["devices"]["mps"]:
-        return ["no GPU: quickstart and other small recipes train here, the ImageNet recipes are out of its reach"]
-    return [f"{card['name']} has no bf16: set train.precision=fp32" for card in cards if not card["bf16"]]

@@ -9,6 +9,7 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 import stat
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +25,8 @@ TORCH_WRITER = "inline_container"  # torch.save's writer names itself so in the 
 def write_whole(path: Path, content: str | bytes) -> None:
     """Write a small file; what stood there stays until it is whole and on the disk. Names in it may be no UTF-8."""
     try:
-        write_pieces(path, [content.encode(errors="backslashreplace") if isinstance(content, str) else content])
+        with _replacing(path) as temporary:
+            temporary.write_bytes(content.encode(errors="backslashreplace") if isinstance(content, str) else content)
     except OSError as error:
         raise _not_written(path, error.strerror or str(error)) from error
 
@@ -63,7 +65,12 @@ def write_by(path: Path, write: Callable[[Path], object]) -> None:
 
 @contextlib.contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
-    """Give a temporary name of this process beside `path`; the file takes the name when all went well."""
+    """Give a temporary name of this process beside `path`; the file takes the name when all went well.
+
+    Where a pipe or a device stands, nothing is written: root would put a file in the place of /dev/null.
+    """
+    if not path.is_dir():  # a folder is no file's to replace; the system says so itself
+        check_regular(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
@@ -102,13 +109,19 @@ def read_document(path: Path, *, largest: int = 10_000_000) -> str:
         raise AlphaflowError(f"{path}: is not text (byte {error.start} is not UTF-8). Move it away.") from error
 
 
-def append(path: Path, text: str) -> None:
-    """Add whole lines at the end in one write, so that those of two commands stand one after the other."""
+def append(path: Path, text: str, *, kept: str) -> None:
+    """Add whole lines at the end in one write, so that those of two commands stand one after the other.
+
+    `kept` says in the error what is not lost, and how to go on.
+    """
     check_regular(path)
-    with path.open("ab", buffering=0) as file:
-        data = text.encode()
-        if file.write(data) != len(data):
-            raise OSError(errno.ENOSPC, "the file did not take all its bytes; is the disk full?")
+    data = text.encode()
+    try:
+        with path.open("ab", buffering=0) as file:
+            if file.write(data) != len(data):
+                raise OSError(errno.ENOSPC, "the file did not take all its bytes; is the disk full?")
+    except OSError as error:
+        raise AlphaflowError(f"{path}: cannot be written: {error.strerror}. {kept}") from error
 
 
 def sync(path: Path) -> None:
@@ -159,6 +172,12 @@ def is_there(path: Path) -> bool:
     return True
 
 
+def free_bytes(folder: Path) -> int:
+    """The free bytes of the disk that holds, or will hold, a folder."""
+    existing = next(place for place in (folder.absolute(), *folder.absolute().parents) if is_there(place))
+    return shutil.disk_usage(existing).free
+
+
 def read_file(path: Path) -> bytes:
     """Read a whole regular file of sane size; a pipe or a device would block for ever."""
     with open(path, "rb", opener=_open_without_waiting) as file:
@@ -190,6 +209,12 @@ def sha256_of_all(paths: list[Path]) -> list[str]:
     """Compute the checksums of many files on every core (hashing releases the interpreter's lock)."""
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
         return list(pool.map(sha256_of, paths))
+
+
+def check_new(path: Path) -> None:
+    """Refuse a file that exists already, where none is ever overwritten."""
+    if path.exists():
+        raise AlphaflowError(f"{path}: exists already, and is not overwritten. Choose another name or remove it.")
 
 
 def make_folder(folder: Path) -> None:

@@ -19,7 +19,7 @@ from alphaflow_cli.evaluate.pictures import GeneratedImages
 from alphaflow_cli.evaluate.reference import Reference, Stats
 from alphaflow_cli.evaluate.results import space_of
 from alphaflow_cli.evaluate.score import Measured, score
-from alphaflow_cli.runtime.processes import Alone
+from alphaflow_cli.runtime.processes import Processes
 from alphaflow_cli.sample.generator import Generator, open_generator
 from alphaflow_cli.sample.walk import plan_walk
 
@@ -95,7 +95,7 @@ def evaluate(
     generator, clock = loaded.generator, Clock()
     walk = plan_walk(generator.recipe, nfe=options.nfe)
     source = GeneratedImages(generator, walk, count=images, draw="random")
-    alone = Alone(generator.device)
+    alone = Processes(generator.device)
     start, found = time.perf_counter(), {}
     work = Ruler(loaded.extractors, alone, folder, options.batch, options.chunk).start(source)
     with clock.part("pass"):

@@ -255,6 +255,26 @@ def test_no_public_name_stands_for_two_things():
     assert {name: files for name, files in places.items() if len(files) > 1 and name not in TWO_THINGS} == {}
 
 
+def assigned_twice(tree):
+    """The names of a module that two of its own statements give a value."""
+    seen, twice = set(), []
+    for node in tree.body:
+        targets = node.targets if isinstance(node, ast.Assign) else [node] if hasattr(node, "name") else []
+        targets = [node.target] if isinstance(node, ast.AnnAssign) else targets
+        for target in targets:
+            names = target.elts if isinstance(target, ast.Tuple) else [target]
+            for name in (getattr(each, "id", None) or getattr(each, "name", None) for each in names):
+                twice += [name] if name in seen else []
+                seen |= {name} - {None}
+    return twice
+
+
+def test_no_name_of_a_module_is_assigned_twice():
+    trees = {name_of(path): ast.parse(path.read_text(encoding="utf-8")) for path in MODULES}
+    assert [f"{name}: {twice}" for name, tree in trees.items() for twice in assigned_twice(tree)] == []
+    assert assigned_twice(ast.parse("A = 1\nB, A = 2, 3\ndef f(): ...\nf: int = 4\n")) == ["A", "f"]
+
+
 def test_a_name_says_what_the_thing_is():
     trees = {name_of(path): ast.parse(path.read_text(encoding="utf-8")) for path in MODULES}
     named = [f"{name}:{line}: {it}" for name, tree in trees.items() for line, it in names_in(tree) if it in UNSAID]

@@ -9,10 +9,9 @@ line is appended in one write, and the first process reads all of them in the or
 
 import hashlib
 import json
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -83,8 +82,7 @@ def write_analysis(made: Sequence[dict[str, Any]], out: Path) -> dict[str, Any]:
     """Write the document and the pictures of all checkpoints."""
     summaries = sorted(made, key=lambda each: int(each["step"] or 0))
     document: dict[str, Any] = {"schema": SCHEMA, "environment": environment(), "checkpoints": summaries}
-    text = json.dumps(document, indent=1, ensure_ascii=False) + "\n"
-    write_whole(out / "conflict.json", text)
+    write_whole(out / "conflict.json", json.dumps(document, indent=1, ensure_ascii=False) + "\n")
     document["pictures"] = [str(path) for path in write_charts(out, summaries)]
     return document
 
@@ -124,7 +122,10 @@ def analyze_one(address: str, request: AnalyzeRequest, out: Path, processes: Pro
     stream = recipe_stream(
         recipe, store, batch=request.batch, seed=request.seed, device=device, resident=False, verify="sizes"
     )
-    work = Work(generator, stream, request, objective_of(recipe, device), path, processes)
+    objective = Objective.of(recipe)
+    if device.type != "cuda":  # bf16 on a GPU only, where training in it is fast
+        objective = replace(objective, bf16=False)
+    work = Work(generator, stream, request, objective, path, processes)
     measure_missing(work)
     stream.close()
     if processes.rank:
@@ -146,12 +147,6 @@ def store_to_analyze(recipe: Recipe, request: AnalyzeRequest) -> Path:
         f"{request.address}: where are the latents it was trained on? Give --data DIR, made by alphaflow prep-latents "
         f"(the recipe says {recipe.data.store or recipe.data.source or 'nothing'!r})."
     )
-
-
-def objective_of(recipe: Recipe, device: torch.device) -> Objective:
-    """The objective of the training; bf16 on a GPU only, where training in it is fast."""
-    objective = Objective.of(recipe)
-    return objective if device.type == "cuda" else Objective(**{**vars(objective), "bf16": False})
 
 
 def describe_setting(generator: Generator, request: AnalyzeRequest, store: Path) -> dict[str, Any]:
@@ -192,7 +187,8 @@ def measure_missing(work: Work) -> None:
             with smaller_batch_if_full(work.request.batch):
                 row = measure_one(net, work, index)
             check_finite(work, row)
-            _append(work.path, {**row, "sha256": _checksum(row)})
+            line = json.dumps({**row, "sha256": _checksum(row)}, allow_nan=False) + "\n"
+            append(work.path, line, kept="Finished batches are kept; the same command goes on.")
             bar.advance(min(processes.size, wanted - bar.done))
         processes.wait()
         bar.advance(wanted - bar.done)
@@ -230,20 +226,13 @@ def check_finite(work: Work, row: dict[str, Any]) -> None:
             f"{where}: {work.request.batch - row['rows']} of {work.request.batch} rows never got r < t: the recipe's "
             "times are all but equal; raise times.std."
         )
-    if not all(math.isfinite(number) for number in numbers_in(row)):
+    try:
+        json.dumps(row, allow_nan=False)
+    except ValueError as error:
         raise AlphaflowError(
             f"{where}: a loss or a gradient is not finite, so the checkpoint has no conflict to measure: its weights "
             "are damaged, or the training diverged. Analyze an earlier one."
-        )
-
-
-def numbers_in(value: Any) -> Iterator[float]:
-    """Every number in a line, at any depth."""
-    if isinstance(value, dict | list):
-        for each in value.values() if isinstance(value, dict) else value:
-            yield from numbers_in(each)
-    elif isinstance(value, float | int):
-        yield value
+        ) from error
 
 
 def mend_lines(path: Path) -> None:
@@ -257,36 +246,24 @@ def mend_lines(path: Path) -> None:
 
 
 def read_lines(path: Path) -> dict[int, dict[str, Any]]:
-    """Whole lines by the batch they are of, the first of each."""
+    """Whole lines by the batch they are of, the first of each. One that a power cut or another writer damaged is none.
+
+    Former lines have no checksum.
+    """
     if not path.exists():
         return {}
     check_regular(path)
     rows: dict[int, dict[str, Any]] = {}
     for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
-        batch = _batch_of(line)
-        if batch is not None:
-            rows.setdefault(batch, json.loads(line))
+        try:
+            row = json.loads(line)
+            if row.get("sha256") in (None, _checksum(row)):
+                rows.setdefault(int(row["batch"]), row)
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
+            continue
     return rows
-
-
-def _batch_of(line: str) -> int | None:
-    """The batch of a line; None where a power cut or another writer damaged it. Former lines have no checksum."""
-    try:
-        row = json.loads(line)
-        return int(row["batch"]) if row.get("sha256") in (None, _checksum(row)) else None
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
-        return None
 
 
 def _checksum(row: dict[str, Any]) -> str:
     values = {name: value for name, value in row.items() if name != "sha256"}
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _append(path: Path, row: dict[str, Any]) -> None:
-    try:
-        append(path, json.dumps(row, allow_nan=False) + "\n")
-    except OSError as error:
-        raise AlphaflowError(
-            f"{path}: cannot be written: {error.strerror}. Finished batches are kept; the same command goes on."
-        ) from error

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from alphaflow_cli.charts.chart import BLUE, GREEN, ORANGE, RED, Bars, Chart, Line, Panel
+from alphaflow_cli.charts.chart import BLUE, GREEN, ORANGE, RED, Chart, Line, Panel
 from alphaflow_cli.charts.draw import to_png
 from alphaflow_cli.core.conflict import cosine
 from alphaflow_cli.files import write_whole
@@ -122,12 +122,10 @@ def write_charts(out: Path, summaries: Sequence[Summary]) -> list[Path]:
         charts["alpha"] = sizes_chart(summaries[-1])
     if len(summaries) > 1:
         charts["steps"] = steps_chart(summaries)
-    paths = []
+    paths = {name: out / f"conflict-{name}.png" for name in charts}
     for name, chart in charts.items():
-        path, picture = out / f"conflict-{name}.png", to_png(chart)
-        write_whole(path, picture)
-        paths.append(path)
-    return paths
+        write_whole(paths[name], to_png(chart))
+    return list(paths.values())
 
 
 def subtitle(summary: Summary) -> str:
@@ -182,21 +180,21 @@ def cosine_panels(points: CosinePoints, *, bars: bool = False) -> list[Panel]:
         measured = [(x, cosines[pair]) for x, cosines in points if cosines[pair]["p50"] is not None]
         medians = [(x, each["p50"]) for x, each in measured]
         spread = [(x, each["p5"], each["p95"]) for x, each in measured]
-        line = (
-            Bars("median", medians, colour, spread, "5% to 95%")
-            if bars
-            else Line("median", medians, colour, markers=True, spread=spread, spread_label="5% to 95%")
-        )
+        line = Line("median", medians, colour, bars, markers=not bars, spread=spread, spread_label="5% to 95%")
         panels.append(Panel(PAIR_NAMES[pair], [line], (-1.0, 1.0), height=150))
     return panels
 
 
 def sizes_chart(summary: Summary) -> Chart:
     """Draw the weighted gradient over α against MeanFlow's: its size and its direction."""
-    panels = [
-        _over_alpha(summary, "size", "relative size"),
-        _over_alpha(summary, "cosine", "cosine"),
-    ]
+    panels = []
+    for name, title in (("size", "relative size"), ("cosine", "cosine")):
+        lines = []
+        for kind, (label, colour) in SIZES.items():
+            entries = [entry for entry in summary["sizes"][kind] if entry[name]["p50"] is not None]
+            points = [(entry["alpha"] or LOWEST, entry[name]["p50"]) for entry in entries]
+            lines.append(Line(label, points, colour, markers=True))
+        panels.append(Panel(title, lines, height=190))
     return Chart(
         title="Gradient over α / at α = 0",
         subtitle=subtitle(summary),
@@ -205,12 +203,3 @@ def sizes_chart(summary: Summary) -> Chart:
         x_ticks=[LOWEST, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0],
         panels=panels,
     )
-
-
-def _over_alpha(summary: Summary, name: str, title: str) -> Panel:
-    lines = []
-    for kind, (label, colour) in SIZES.items():
-        entries = [entry for entry in summary["sizes"][kind] if entry[name]["p50"] is not None]
-        points = [(entry["alpha"] or LOWEST, entry[name]["p50"]) for entry in entries]
-        lines.append(Line(label, points, colour, markers=True))
-    return Panel(title, lines, height=190)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 BLUE, ORANGE, GREEN, RED, PURPLE, GREY = "#2b6cb0", "#c05621", "#2f855a", "#b83280", "#6b46c1", "#4a5568"
 INK, FAINT, GRID, PAPER = "#1a202c", "#718096", "#e2e8f0", "#ffffff"
+FEW = 9  # points of a lone curve that get their values written beside them
 SHADES = ("#ebf4ff", "#fffaf0", "#fff0f0")  # of bands: cool, warm, hot
 DARK = {  # each colour → the one that takes its place on a dark page; a chart uses no other colours
     BLUE: "#63a9ef",
@@ -29,26 +30,18 @@ DARK = {  # each colour → the one that takes its place on a dark page; a chart
 
 @dataclass(frozen=True)
 class Line:
-    """One curve. A value that is not finite, or not positive on a log axis, leaves a gap."""
+    """One curve, or one bar at each x, from zero. A value that is not finite, or not positive on a log axis, leaves a
+    gap.
+    """
 
     label: str
     points: Sequence[tuple[float, float]]
     colour: str = BLUE
+    bars: bool = False
     dashed: bool = False
     markers: bool = False  # a dot on each point
-    spread: Sequence[tuple[float, float, float]] = ()  # (x, low, high), shaded around the curve
-    spread_label: str = ""  # of the shaded part, in the legend
-
-
-@dataclass(frozen=True)
-class Bars:
-    """One bar at each x, from zero; `spread` draws a whisker from low to high over it."""
-
-    label: str
-    points: Sequence[tuple[float, float]]
-    colour: str = BLUE
-    spread: Sequence[tuple[float, float, float]] = ()  # (x, low, high)
-    spread_label: str = ""
+    spread: Sequence[tuple[float, float, float]] = ()  # (x, low, high), shaded around a curve, a whisker over a bar
+    spread_label: str = ""  # of the spread, in the legend
 
 
 @dataclass(frozen=True)
@@ -66,10 +59,17 @@ class Panel:
     """Curves or bars over one y axis; `y_range` None fits the data, else values outside are drawn at the edge."""
 
     title: str
-    lines: Sequence[Line | Bars]
+    lines: Sequence[Line]
     y_range: tuple[float, float] | None = None
     log_y: bool = False
     height: int = 170
+
+    @property
+    def shows_values(self) -> bool:
+        """Whether its points get their values written beside them: a lone curve with few dots, none of them cut off."""
+        if len(self.lines) != 1 or self.y_range is not None:
+            return False
+        return self.lines[0].markers and not self.lines[0].spread and len(self.lines[0].points) <= FEW
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """`alphaflow analyze`: the conflict between the objective's two halves, measured."""
 
-import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,11 @@ from alphaflow_cli.commands.common import (
     SEED,
     Destination,
     WholeWithin,
-    command_line,
     examples,
     json_option,
     print_json,
     print_table,
+    share,
     tell,
 )
 
@@ -60,20 +60,12 @@ def command(
     the same command again resumes; docs/understanding.md says how to read it.
     """
     from alphaflow_cli.analyze.analyze import AnalyzeRequest, analyze
-    from alphaflow_cli.runtime.processes import join_processes, run_shared
 
     request = AnalyzeRequest(
         address=address, data=data, out=out, batches=batches, batch=batch, seed=seed, weights=weights,
         all_checkpoints=all_checkpoints,
     )  # fmt: skip
-
-    def work() -> int:
-        if made := analyze(request, join_processes()):
-            show_analysis(*made, as_json=as_json)
-        return 0
-
-    if code := run_shared(work, command_line(), requested=processes):
-        sys.exit(code)
+    share(partial(analyze, request), lambda made: show_analysis(*made, as_json=as_json), processes)
 
 
 def show_analysis(document: dict[str, Any], folder: Path, *, as_json: bool) -> None:

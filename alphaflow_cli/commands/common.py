@@ -6,20 +6,26 @@ import math
 import os
 import re
 import stat
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 from click.shell_completion import CompletionItem
 
 from alphaflow_cli.errors import OF_A_PATH, AlphaflowError
+from alphaflow_cli.files import check_new, write_whole
 from alphaflow_cli.recipe.schema import MOST_NFE
 from alphaflow_cli.text import for_terminal
+
+if TYPE_CHECKING:
+    from alphaflow_cli.runtime.processes import Processes
 
 UNSAFE = r"[\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u2069\ud800-\udfff\ufeff]"  # JSON itself escapes what is below
 LONGEST = 100_000  # letters of one printed text
 Command = TypeVar("Command", bound=Callable[..., Any])
+Shown = TypeVar("Shown")
 
 
 class WholeWithin(click.ParamType):  # type: ignore[type-arg]
@@ -155,6 +161,27 @@ def decoder_option(function: Command) -> Command:
     return click.option("--decoder", type=choice, default="auto", show_default=True, help=help_text)(function)
 
 
+def share(
+    work: "Callable[[Processes], Shown | None]",
+    show: Callable[[Shown], object],
+    processes: int | None,
+    *,
+    needs_gpu: bool = True,
+    count: Callable[[int | None], int] | None = None,
+) -> None:
+    """Do a verb's work here, or in N processes. Where it gives a result, which is in the first, that is shown."""
+    from alphaflow_cli.runtime.processes import join_processes, run_shared
+
+    def run() -> int:
+        result = work(join_processes(needs_gpu=needs_gpu))
+        if result is not None:
+            show(result)
+        return 0
+
+    if code := run_shared(run, command_line(), requested=processes, count=count):
+        sys.exit(code)
+
+
 def command_line() -> Sequence[str]:
     """The arguments of the command that is running, to start more processes of it.
 
@@ -194,8 +221,6 @@ def print_table(rows: Sequence[tuple[str, ...]], *, head: tuple[str, ...] = ()) 
 
 def write_new(path: Path, content: str | bytes, *, overwrite: bool = False) -> None:
     """Write a whole file or nothing; the folder must exist, and a file that exists is kept unless `overwrite`."""
-    if path.exists() and not overwrite:
-        raise AlphaflowError(f"{path}: exists already, and is not overwritten. Choose another name or remove it")
-    from alphaflow_cli.files import write_whole
-
+    if not overwrite:
+        check_new(path)
     write_whole(path, content)

@@ -1,7 +1,7 @@
 """`alphaflow eval`: numbers with their protocol, of a checkpoint or of pictures."""
 
-import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,12 +12,12 @@ from alphaflow_cli.commands.common import (
     PROCESSES,
     Destination,
     autoencoder_option,
-    command_line,
     decoder_option,
     examples,
     json_option,
     print_json,
     print_table,
+    share,
     tell,
 )
 from alphaflow_cli.commands.measuring import Metrics, Weights, batch_option, metrics_option, weights_option
@@ -27,6 +27,7 @@ from alphaflow_cli.recipe.schema import LabelDraw
 if TYPE_CHECKING:
     from alphaflow_cli.evaluate.evaluate import EvalRequest, Report
     from alphaflow_cli.evaluate.results import Evaluation
+    from alphaflow_cli.runtime.processes import Processes
     from alphaflow_cli.sample.generator import DecoderChoice
 
 OF_CHECKPOINTS = "--nfe, --sampler, --times, --guidance, --draw, --autoencoder and --decoder"
@@ -83,7 +84,7 @@ def command(
     or shapes:N; pictures are measured as they are, never resized. Every number is printed with its protocol; running
     the same command again resumes.
     """
-    from alphaflow_cli.evaluate.evaluate import EvalRequest, is_checkpoint
+    from alphaflow_cli.evaluate.evaluate import EvalRequest
 
     if (markdown and as_json) or (times is not None and nfe) or (sweep_midpoint and (nfe or times)):
         raise click.UsageError("--markdown and --json exclude each other; so do --nfe, --times and --sweep-midpoint.")
@@ -92,28 +93,20 @@ def command(
         guidance_channels=guidance_channels, sweep_midpoint=sweep_midpoint, metrics=metrics, reference=reference,
         images=images, draw=draw, autoencoder=autoencoder, decoder=decoder, batch=batch, weights=weights, out=out,
     )  # fmt: skip
-    special = (nfe, times, guidance is not None, guidance_channels, sweep_midpoint, draw, autoencoder)
-    if not (of_checkpoint := is_checkpoint(subject)) and (any(special) or sampler != "auto" or decoder != "auto"):
-        raise click.UsageError(f"{subject} is a source of pictures: {OF_CHECKPOINTS} are for checkpoints.")
-    run_evaluation(request, processes, of_checkpoint, markdown=markdown, as_json=as_json)
+    special = any((nfe, times, guidance is not None, guidance_channels, sweep_midpoint, draw, autoencoder))
+    work = work_on(request, special or sampler != "auto" or decoder != "auto")
+    share(work, partial(show_report, markdown=markdown, as_json=as_json), processes)
 
 
-def run_evaluation(
-    request: "EvalRequest", processes: int | None, of_checkpoint: bool, *, markdown: bool, as_json: bool
-) -> None:
-    """Measure in this process, or in N of which the first prints."""
-    from alphaflow_cli.evaluate.evaluate import evaluate_checkpoint, evaluate_pictures
-    from alphaflow_cli.runtime.processes import join_processes, run_shared
+def work_on(request: "EvalRequest", special: bool) -> "Callable[[Processes], Report | None]":
+    """What measures the subject: a checkpoint, or pictures, for which `special` options of checkpoints are refused."""
+    from alphaflow_cli.evaluate.evaluate import evaluate_checkpoint, evaluate_pictures, is_checkpoint
 
-    def measure() -> int:
-        evaluate = evaluate_checkpoint if of_checkpoint else evaluate_pictures
-        report = evaluate(request, join_processes())
-        if report is not None:
-            show_report(report, markdown=markdown, as_json=as_json)
-        return 0
-
-    if code := run_shared(measure, command_line(), requested=processes):
-        sys.exit(code)
+    if is_checkpoint(request.checkpoint):
+        return partial(evaluate_checkpoint, request)
+    if special:
+        raise click.UsageError(f"{request.checkpoint} is a source of pictures: {OF_CHECKPOINTS} are for checkpoints.")
+    return partial(evaluate_pictures, request)
 
 
 def show_report(report: "Report", *, markdown: bool, as_json: bool) -> None:

@@ -1,6 +1,5 @@
 """`alphaflow prep-latents`: pictures in, a latent store out."""
 
-import sys
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -13,14 +12,14 @@ from alphaflow_cli.commands.common import (
     Destination,
     NumberWithin,
     WholeWithin,
-    command_line,
     examples,
+    share,
     tell,
 )
 from alphaflow_cli.recipe.schema import Data
 
 if TYPE_CHECKING:
-    from alphaflow_cli.latents.plan import StoreRequest
+    from alphaflow_cli.latents.encode import StoreRequest
 
 EMBEDDED_SIZE = 32  # the embedded sets are drawn at this size
 
@@ -97,7 +96,8 @@ def command(
 
         return print_lines(verify(Path(source)))
     from alphaflow_cli.data.sources import is_embedded
-    from alphaflow_cli.latents.plan import StoreRequest, default_out
+    from alphaflow_cli.latents.encode import StoreRequest
+    from alphaflow_cli.latents.plan import default_out
 
     embedded = is_embedded(source)
     size = size or (EMBEDDED_SIZE if embedded else Data.image_size)
@@ -110,29 +110,22 @@ def command(
 
 def estimate(request: "StoreRequest", store: Path, processes: int | None) -> None:
     """Say what making the store would take."""
-    from alphaflow_cli.latents.prepare import count_encoders, estimate_store, plan_job
-    from alphaflow_cli.runtime.processes import Alone, device_of
+    from alphaflow_cli.latents.plan import plan_job
+    from alphaflow_cli.latents.prepare import count_encoders, estimate_store
+    from alphaflow_cli.runtime.processes import Processes, device_of
 
     count = count_encoders(request.autoencoder, processes)
-    job, _ = plan_job(request, store, Alone(device_of(0), size=count))
-    print_lines(estimate_store(job, count).lines())
+    job = plan_job(request, store, Processes(device_of(0), size=count))
+    print_lines(estimate_store(job, count))
 
 
 def prepare(request: "StoreRequest", store: Path, processes: int | None) -> None:
     """Make the store here, or in N processes of which the first prints."""
     from alphaflow_cli.latents.prepare import count_encoders, describe_store, prepare_store
-    from alphaflow_cli.runtime.processes import join_processes, run_shared
 
-    def work() -> int:
-        joined = join_processes(needs_gpu=request.autoencoder != "none")
-        prepare_store(request, store, joined)
-        if joined.rank == 0:
-            print_lines(describe_store(store))
-        return 0
-
-    count = partial(count_encoders, request.autoencoder)
-    if code := run_shared(work, command_line(), requested=processes, count=count):
-        sys.exit(code)
+    work, count = partial(prepare_store, request, store), partial(count_encoders, request.autoencoder)
+    needs_gpu = request.autoencoder != "none"
+    share(work, lambda made: print_lines(describe_store(made)), processes, needs_gpu=needs_gpu, count=count)
 
 
 def print_lines(lines: list[str]) -> None:

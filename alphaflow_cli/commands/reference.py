@@ -1,6 +1,6 @@
 """`alphaflow reference`: statistics of real pictures, with their protocol inside."""
 
-import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,15 +12,15 @@ from alphaflow_cli.commands.common import (
     SIZE,
     Destination,
     WholeWithin,
-    command_line,
     examples,
     json_option,
     print_json,
     print_table,
+    share,
     tell,
 )
 from alphaflow_cli.commands.measuring import Metrics, Weights, batch_option, metrics_option, weights_option
-from alphaflow_cli.errors import AlphaflowError
+from alphaflow_cli.files import check_new
 
 if TYPE_CHECKING:
     from alphaflow_cli.evaluate.reference import Reference
@@ -72,22 +72,12 @@ def command(
     """
     if path.suffix != ".safetensors":
         raise click.UsageError(f"-o {path}: a reference is a .safetensors file")
-    if path.exists():
-        raise AlphaflowError(f"{path}: exists already, and is not overwritten. Choose another name or remove it")
+    check_new(path)
 
     from alphaflow_cli.evaluate.evaluate import ReferenceRequest, measure_reference
-    from alphaflow_cli.runtime.processes import join_processes, run_shared
 
     request = ReferenceRequest(source, path, metrics, weights, work, size, limit, name, keep, batch)
-
-    def measure() -> int:
-        made = measure_reference(request, join_processes())
-        if made is not None:
-            _print(*made, path, as_json=as_json)
-        return 0
-
-    if code := run_shared(measure, command_line(), requested=processes):
-        sys.exit(code)
+    share(partial(measure_reference, request), lambda made: _print(*made, path, as_json=as_json), processes)
 
 
 def _print(reference: "Reference", warnings: list[str], path: Path, *, as_json: bool) -> None:

@@ -1,7 +1,7 @@
 """`alphaflow sample`: pictures from a checkpoint."""
 
-import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
@@ -12,16 +12,15 @@ from alphaflow_cli.commands.common import (
     PROCESSES,
     Destination,
     autoencoder_option,
-    command_line,
     decoder_option,
     examples,
+    share,
 )
 from alphaflow_cli.commands.walking import walk_options
 from alphaflow_cli.text import shorten
 
 if TYPE_CHECKING:
     from alphaflow_cli.sample.generator import DecoderChoice
-    from alphaflow_cli.sample.write import SampleRequest
 
 EXAMPLES = examples(
     "alphaflow sample runs/quickstart --grid grid.png",
@@ -127,27 +126,19 @@ def command(
         raise click.UsageError("--times and --nfe exclude each other: the grid says how many steps there are.")
     if len(nfe) > 1 and (latents is not None or (out is not None and out.suffix == ".npz")):
         raise click.UsageError(f"{'--latents' if latents else '--out FILE.npz'} wants one --nfe.")
-    from alphaflow_cli.sample.write import SampleRequest
+    from alphaflow_cli.sample.plan import SampleRequest, check_request
+    from alphaflow_cli.sample.write import sample_to_files
 
     request = SampleRequest(
         checkpoint=checkpoint, seeds=seeds, classes=classes, nfe=nfe or (1,), sampler=sampler, times=times,
         guidance=guidance, guidance_channels=guidance_channels, weights=weights, autoencoder=autoencoder,
         decoder=decoder, out=out, grid=grid, latents=latents, batch=batch,
     )  # fmt: skip
-    draw(request, processes)
-
-
-def draw(request: "SampleRequest", processes: int | None) -> None:
-    """Draw here, or in N processes of which the first prints what was written."""
-    from alphaflow_cli.runtime.processes import join_processes, run_shared
-    from alphaflow_cli.sample.write import check_request, sample_to_files
-
     check_request(request)
+    share(partial(sample_to_files, request), print_paths, processes)
 
-    def work() -> int:
-        for path in sample_to_files(request, join_processes()):
-            click.echo(path)
-        return 0
 
-    if code := run_shared(work, command_line(), requested=processes):
-        sys.exit(code)
+def print_paths(paths: Sequence[Path]) -> None:
+    """Print what was written, one path a line."""
+    for path in paths:
+        click.echo(path)

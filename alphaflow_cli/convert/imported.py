@@ -7,15 +7,18 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from alphaflow_cli.convert.shape import NetworkShape
+from alphaflow_cli.convert.arguments import plain_arguments
+from alphaflow_cli.convert.shape import HEADS, NetworkShape
+from alphaflow_cli.convert.source import read_source
 from alphaflow_cli.errors import AlphaflowError
+from alphaflow_cli.files import check_new
 from alphaflow_cli.recipe import Recipe, dump_recipe, load_recipe, recipe_from_text
 
 Family = Literal["auto", "alphaflow", "sit", "dit", "repa", "meanflow", "fastgen"]
@@ -38,6 +41,27 @@ class ConvertOptions:
     autoencoder: str | None = None
     weights: Literal["ema", "raw"] = "ema"
 
+    def values_of(self, key: str) -> list[str]:
+        """What `--set` gives to a key; of several values the last counts."""
+        pairs = (text.partition("=") for text in self.sets)
+        return [value.strip() for name, _, value in pairs if name.strip() == key]
+
+    def number(self, key: str) -> float | None:
+        """The number that `--set` gives to a key which is needed before the recipe stands, such as model.heads.
+
+        None where there is none, or no number: the recipe's own check then speaks of it.
+        """
+        try:
+            value = float(self.values_of(key)[-1])
+        except (IndexError, ValueError):
+            return None
+        return value if math.isfinite(value) else None
+
+    @property
+    def names_guidance(self) -> bool:
+        """Whether the command line says with which guidance the network was trained."""
+        return bool(self.recipe) or any(text.startswith("guidance.") for text in self.sets)
+
 
 @dataclass(frozen=True)
 class Latents:
@@ -50,10 +74,83 @@ class Latents:
     inside: bool = False  # whether they stood in the file itself
 
 
+@dataclass(frozen=True)
+class ForeignFile:
+    """A foreign file while it is read: what is in it, what the command line says, what was filled in."""
+
+    tree: dict[str, Any]
+    path: Path
+    options: ConvertOptions
+    filled: dict[str, str] = field(default_factory=dict)  # facts that are not in it, and where they were taken from
+
+    @property
+    def name(self) -> str:
+        """How messages call the file."""
+        return self.path.name
+
+    @cached_property
+    def arguments(self) -> dict[str, Any]:
+        """The training arguments that were kept beside the weights."""
+        return plain_arguments(self.tree)
+
+    def pick(self, names: Mapping[str, tuple[str, ...]], tree: dict[str, Any] | None = None) -> tuple[object, str]:
+        """Choose the EMA or the raw table of a checkpoint, and say which it is.
+
+        Where the wanted one is missing and the other is there, the error names both.
+        """
+        tree, wanted = self.tree if tree is None else tree, self.options.weights
+        for key in names[wanted]:
+            if isinstance(tree.get(key), dict) and tree[key]:
+                return tree[key], wanted
+        other = "raw" if wanted == "ema" else "ema"
+        if any(isinstance(tree.get(key), dict) and tree[key] for key in names[other]):
+            raise AlphaflowError(
+                f"{self.name}: holds no {wanted} weights, only {other}. Convert those knowingly: --weights {other}"
+            )
+        reason = "--weights raw" if wanted == "raw" else "released tables are by custom"
+        self.filled["weights"] = f"{wanted} ({reason}; a bare table does not say)"
+        return tree, wanted
+
+    def heads(self, dim: int, stated: float | None = None) -> int:
+        """The number of attention heads: the file's, else that of --set or of the published network of this width."""
+        by_set = bool(self.options.values_of("model.heads"))
+        wanted = self.options.number("model.heads") if stated is None else stated
+        if wanted is None and dim not in HEADS:
+            raise AlphaflowError(
+                f"{self.name}: does not say how many attention heads it has, and {dim} channels are none of the "
+                f"published sizes ({', '.join(map(str, HEADS))}). Say it: --set model.heads=N"
+            )
+        heads = HEADS[dim] if wanted is None else int(wanted)
+        if heads < 1 or dim % heads or (wanted is not None and heads != wanted):
+            raise AlphaflowError(
+                f"{self.name}: {wanted} attention heads do not divide {dim} channels. --set model.heads=N"
+            )
+        if stated is None or by_set:
+            source = "--set model.heads" if by_set else f"of the published size with {dim} channels"
+            self.filled["heads"] = f"{heads} ({source})"
+        return heads
+
+    def base_recipe(self, default: str, published: str | None = None) -> Recipe:
+        """Load the recipe that the facts of the file are put into, and note which it is and why.
+
+        It is the one of the command line, else the published one that the file's name points to, else `default`.
+        """
+        name = self.options.recipe or published or default
+        reason = "--recipe" if self.options.recipe else "the file's name" if published else "no better knowledge"
+        self.filled["recipe"] = f"{name} ({reason}): everything that is not listed as said"
+        return load_recipe(name)
+
+    def scaled_latents(self, scale: float, reason: str) -> Latents:
+        """The statistics of --latents, else a scale that the family has by convention."""
+        latents = self.options.latents
+        return parse_latents(latents) if latents else scaled(scale, f"latent · {scale}{reason}")
+
+
 @dataclass
 class Imported:
     """One checkpoint of another system, translated to our names, with everything that is known about it."""
 
+    file: ForeignFile
     family: Family
     weights: dict[str, Tensor]  # ours
     which: str  # "ema" or "raw"
@@ -64,33 +161,20 @@ class Imported:
     autoencoder: dict[str, Tensor] = field(default_factory=dict)  # weights inside the file
     step: int | None = None
     stated: dict[str, Any] = field(default_factory=dict)  # facts that stood in the file
-    filled: dict[str, str] = field(default_factory=dict)  # facts that did not, and where they were taken from
     unread: tuple[str, ...] = ()  # what else the file says of the training, and nothing here has a place for
-
-
-def check_out(out: Path) -> None:
-    """Refuse a file to write that exists already, or whose folder does not."""
-    if not out.parent.is_dir():
-        raise AlphaflowError(f"{out.parent}: no such folder; make it first.")
-    if out.exists():
-        raise AlphaflowError(f"{out}: exists already, and is not overwritten. Choose another name or remove it.")
-
-
-def base_recipe(options: ConvertOptions, published: str | None, filled: dict[str, str], *, default: str) -> Recipe:
-    """Load the recipe that the facts of the file are put into, and note in `filled` which it is and why.
-
-    It is the one of the command line, else the published one that the file's name points to, else `default`.
-    """
-    name = options.recipe or published or default
-    reason = "--recipe" if options.recipe else "the file's name" if published else "no better knowledge"
-    filled["recipe"] = f"{name} ({reason}): everything that is not listed as said"
-    return load_recipe(name)
 
 
 def step_in_file(value: object) -> int | None:
     """Read a training step from a checkpoint; None for anything that cannot be one."""
     good = isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 10**12
     return value if isinstance(value, int) and good else None
+
+
+def check_out(out: Path) -> None:
+    """Refuse a file to write that exists already, or whose folder does not."""
+    if not out.parent.is_dir():
+        raise AlphaflowError(f"{out.parent}: no such folder; make it first.")
+    check_new(out)
 
 
 def with_facts(recipe: Recipe, facts: Mapping[str, Any]) -> Recipe:
@@ -102,11 +186,11 @@ def with_facts(recipe: Recipe, facts: Mapping[str, Any]) -> Recipe:
     return recipe
 
 
-def complete(foreign: Imported, options: ConvertOptions, out: Path) -> Recipe:
+def complete(foreign: Imported, out: Path) -> Recipe:
     """Put what the file says into the base recipe, then what the command line says, and check the whole."""
+    shape, base, options = foreign.shape, foreign.base, foreign.file.options
     _check_sets(options)
-    shape, base = foreign.shape, foreign.base
-    requested = number_set(options, "guidance.label_dropout")
+    requested = options.number("guidance.label_dropout")
     dropout = (base.guidance.label_dropout if requested is None else requested) if shape.label_rows else 0.0
     classes = max(shape.label_rows - (dropout > 0), 0)
     model = replace(
@@ -122,9 +206,9 @@ def complete(foreign: Imported, options: ConvertOptions, out: Path) -> Recipe:
         base.data,
         channels=shape.channels,
         latent_size=shape.latent_size,
-        image_size=shape.latent_size * _downscale(foreign, options),
+        image_size=shape.latent_size * _downscale(foreign),
         classes=classes,
-        autoencoder=_autoencoder(foreign, options, out),
+        autoencoder=_autoencoder(foreign, out),
         normalise=foreign.latents.normalise,
         scale=_scale(foreign)[0],
         shift=_scale(foreign)[1],
@@ -136,38 +220,14 @@ def complete(foreign: Imported, options: ConvertOptions, out: Path) -> Recipe:
     return recipe_from_text(dump_recipe(recipe), f"{out.name} (its recipe)", options.sets)
 
 
-def is_set(options: ConvertOptions, key: str) -> bool:
-    """Tell whether the command line sets this key by `--set`."""
-    return any(text.partition("=")[0].strip() == key for text in options.sets)
-
-
 def _check_sets(options: ConvertOptions) -> None:
     """Refuse `--set` of the normalisation: it belongs together with the statistics, and --latents sets both."""
     for key in ("data.scale", "data.shift", "data.normalise"):
-        if is_set(options, key):
+        if options.values_of(key):
             raise AlphaflowError(
                 f"--set {key}: would change the recipe and not the statistics stored with it. "
                 "Say it with --latents: scale:0.18215, meanflow, or a .safetensors file with mean and std."
             )
-
-
-def number_set(options: ConvertOptions, key: str) -> float | None:
-    """The number that `--set` gives to a key which is needed before the recipe stands, such as model.heads.
-
-    None where there is none, or no number: the recipe's own check then speaks of it.
-    """
-    values = [text.partition("=")[2].strip() for text in options.sets if text.partition("=")[0].strip() == key]
-    try:
-        value = float(values[-1]) if values else None
-    except ValueError:
-        return None
-    return value if value is not None and math.isfinite(value) else None
-
-
-def note_heads(heads: int, dim: int, options: ConvertOptions, filled: dict[str, str]) -> None:
-    """Note where the number of heads comes from, when the file does not say it."""
-    source = "--set model.heads" if is_set(options, "model.heads") else f"of the published size with {dim} channels"
-    filled["heads"] = f"{heads} ({source})"
 
 
 def _scale(foreign: Imported) -> tuple[float, float]:
@@ -176,21 +236,22 @@ def _scale(foreign: Imported) -> tuple[float, float]:
     return 1 / float(foreign.latents.std.flatten()[0]), float(foreign.latents.mean.flatten()[0])
 
 
-def _downscale(foreign: Imported, options: ConvertOptions) -> int:
+def _downscale(foreign: Imported) -> int:
     """Pixels per latent, by the autoencoder inside; without one 8, as of every Stable Diffusion autoencoder."""
-    if options.autoencoder == "none":
+    if foreign.file.options.autoencoder == "none":
         return 1
     levels = {name.split(".")[2] for name in foreign.autoencoder if name.startswith("encoder.down_blocks.")}
     return int(2 ** min(len(levels) - 1, 12)) if levels else 8  # beyond 12 no network is: refused where it is built
 
 
-def _autoencoder(foreign: Imported, options: ConvertOptions, out: Path) -> str:
-    if options.autoencoder:
-        foreign.filled["autoencoder"] = f"{options.autoencoder} (--autoencoder)"
-        return options.autoencoder
+def _autoencoder(foreign: Imported, out: Path) -> str:
+    named, filled = foreign.file.options.autoencoder, foreign.file.filled
+    if named:
+        filled["autoencoder"] = f"{named} (--autoencoder)"
+        return named
     if foreign.autoencoder:
         return autoencoder_folder(out).name
-    foreign.filled["autoencoder"] = f"{foreign.base.data.autoencoder} (the recipe's; --autoencoder names another)"
+    filled["autoencoder"] = f"{foreign.base.data.autoencoder} (the recipe's; --autoencoder names another)"
     return foreign.base.data.autoencoder
 
 
@@ -201,31 +262,6 @@ def autoencoder_folder(out: Path) -> Path:
 
 def _name(out: Path) -> str:
     return re.sub(r"[^A-Za-z0-9._+-]", "-", out.stem).lstrip("._+-") or "converted"
-
-
-def pick(
-    tree: dict[str, Any],
-    names: Mapping[str, tuple[str, ...]],
-    options: ConvertOptions,
-    where: str,
-    *,
-    filled: dict[str, str],
-) -> tuple[object, str]:
-    """Choose the EMA or the raw table of a checkpoint, and say which it is.
-
-    Where the wanted one is missing and the other is there, the error names both.
-    """
-    for key in names[options.weights]:
-        if isinstance(tree.get(key), dict) and tree[key]:
-            return tree[key], options.weights
-    other = "raw" if options.weights == "ema" else "ema"
-    if any(isinstance(tree.get(key), dict) and tree[key] for key in names[other]):
-        raise AlphaflowError(
-            f"{where}: holds no {options.weights} weights, only {other}. Convert those knowingly: --weights {other}"
-        )
-    reason = "--weights raw" if options.weights == "raw" else "released tables are by custom"
-    filled["weights"] = f"{options.weights} ({reason}; a bare table does not say)"
-    return tree, options.weights
 
 
 def scaled(scale: float, source: str) -> Latents:
@@ -261,14 +297,8 @@ def parse_latents(text: str) -> Latents:
 
 def _from_file(path: Path) -> Latents:
     """Read `mean` and `std` from a safetensors file, or `latents.mean` and `latents.std` as in ours."""
-    tensors: dict[str, Tensor] = {}
-    try:
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
-                if name.removeprefix("latents.") in ("mean", "std"):
-                    tensors[name.removeprefix("latents.")] = file.get_tensor(name)
-    except (OSError, SafetensorError) as error:
-        raise AlphaflowError(f"{path}: cannot be read as safetensors: {error}. {FORM}.") from error
+    named = {name.removeprefix("latents."): value for name, value in read_source(path).items()}
+    tensors: dict[str, Tensor] = {name: value for name, value in named.items() if name in ("mean", "std")}
     if tensors.keys() != {"mean", "std"}:
         raise AlphaflowError(f"{path}: holds no mean and std. {FORM}.")
     if not all(value.is_floating_point() for value in tensors.values()):

@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from alphaflow_cli.convert.arguments import plain_arguments
 from alphaflow_cli.convert.imported import (
     AUTOENCODER_FILE,
     ConvertOptions,
     Family,
+    ForeignFile,
     Imported,
     autoencoder_folder,
     check_out,
@@ -22,14 +22,14 @@ from alphaflow_cli.convert.imported import (
 )
 from alphaflow_cli.convert.meanflow import FASTGEN, fastgen_tables, read_fastgen, read_meanflow
 from alphaflow_cli.convert.published import looks_published, read_published
-from alphaflow_cli.convert.shape import check_weights_fit, finite
+from alphaflow_cli.convert.shape import finite
 from alphaflow_cli.convert.sit import SiTKind, add_second_embedder, looks_like_sit, read_sit, turn_time
 from alphaflow_cli.convert.source import bare_name, read_source
 from alphaflow_cli.convert.strangers import check_path, refuse_strangers, refuse_unknown
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.files import sha256_of, write_by, write_whole
 from alphaflow_cli.model.build import build_network
-from alphaflow_cli.model.checkpoint import Checkpoint, check_latents, save_checkpoint
+from alphaflow_cli.model.checkpoint import Checkpoint, check_latents, misfits, save_checkpoint
 from alphaflow_cli.nn.autoencoder import kl_config, load_autoencoder
 from alphaflow_cli.recipe import Recipe
 
@@ -55,17 +55,18 @@ def convert(source: Path, out: Path, options: ConvertOptions) -> Outcome:
     """Read a foreign checkpoint, translate it, check it against the network, and write ours."""
     check_out(out)
     foreign = _read(source, options)
-    recipe = complete(foreign, options, out)
+    recipe = complete(foreign, out)
     if foreign.family == "dit":
         recipe = replace(recipe, model=replace(recipe.model, prediction="noise"))
-    facts = foreign.stated if foreign.latents.inside else foreign.filled
+    filled = foreign.file.filled
+    facts = foreign.stated if foreign.latents.inside else filled
     facts["latents"] = foreign.latents.source
     check_latents(foreign.latents.mean, foreign.latents.std, recipe, foreign.latents.source)
     weights = _network_weights(foreign, recipe, source.name)
     folder = _write_autoencoder(foreign.autoencoder, out) if foreign.autoencoder else None
     origin = _origin(foreign, source, _autoencoder_record(folder, recipe))
     save_checkpoint(out, Checkpoint(weights, recipe, foreign.latents.mean, foreign.latents.std, origin))
-    return Outcome(out, foreign.family, foreign.which, recipe, foreign.stated, foreign.filled, foreign.unread, folder)
+    return Outcome(out, foreign.family, foreign.which, recipe, foreign.stated, filled, foreign.unread, folder)
 
 
 def _network_weights(foreign: Imported, recipe: Recipe, where: str) -> dict[str, Tensor]:
@@ -75,7 +76,8 @@ def _network_weights(foreign: Imported, recipe: Recipe, where: str) -> dict[str,
     missing second embedder is added.
     """
     one_embedder = foreign.family in FLOWS
-    check_weights_fit(foreign.weights, recipe, where, without=("second_embed.",) if one_embedder else ())
+    if differences := misfits(foreign.weights, recipe, without=("second_embed.",) if one_embedder else ()):
+        raise AlphaflowError(f"{where}: not the weights of the network it describes ({differences}).")
     weights = turn_time(foreign.weights) if foreign.family == "sit" else foreign.weights
     if one_embedder:
         weights = add_second_embedder(weights, build_network(recipe).state_dict())
@@ -86,8 +88,9 @@ def _read(source: Path, options: ConvertOptions) -> Imported:
     """Read the file by the family of --from, else by the one that its contents show. The two must not contradict."""
     check_path(source)
     tree = read_source(source)
-    refuse_strangers(tree, source, plain_arguments(tree))
-    evident = _family_by_content(tree)
+    file = ForeignFile(tree, source, options)
+    refuse_strangers(tree, source, file.arguments)
+    evident = _family_by_content(file)
     family = options.family if options.family != "auto" else evident or refuse_unknown(_names(tree), source)
     if evident and evident != family:
         raise AlphaflowError(
@@ -95,8 +98,8 @@ def _read(source: Path, options: ConvertOptions) -> Imported:
             f"Leave --from out, or say --from {evident}"
         )
     if family in FLOWS:
-        return read_sit(tree, source, options, cast(SiTKind, family))
-    return READERS[family](tree, source, options)
+        return read_sit(file, cast(SiTKind, family))
+    return READERS[family](file)
 
 
 def _names(tree: dict[str, Any]) -> dict[str, Any]:
@@ -105,16 +108,16 @@ def _names(tree: dict[str, Any]) -> dict[str, Any]:
     return {bare_name(name): value for name, value in table.items()}
 
 
-def _family_by_content(tree: dict[str, Any]) -> Family | None:
+def _family_by_content(file: ForeignFile) -> Family | None:
     """What the names, or the arguments kept beside them, can only be."""
-    names = _names(tree)
+    names = _names(file.tree)
     if looks_published(names):
         return "alphaflow"
-    if fastgen_tables(tree) or FASTGEN in names:
+    if fastgen_tables(file.tree) or FASTGEN in names:
         return "fastgen"
     if "r_embedder.mlp.0.weight" in names:
         return "meanflow"
-    return looks_like_sit(names, plain_arguments(tree))
+    return looks_like_sit(names, file.arguments)
 
 
 def _autoencoder_record(folder: Path | None, recipe: Recipe) -> dict[str, str]:
@@ -136,7 +139,7 @@ def _origin(foreign: Imported, source: Path, autoencoder: dict[str, str]) -> dic
         "file": source.name,
         "sha256": sha256_of(source),
         "said": foreign.stated,
-        "filled": foreign.filled,
+        "filled": foreign.file.filled,
         "unread": list(foreign.unread),
     }
     known = {"step": foreign.step} if foreign.step is not None else {}
@@ -155,7 +158,8 @@ def _write_autoencoder(weights: dict[str, Tensor], out: Path) -> Path:
     try:
         config = kl_config(weights)
     except (KeyError, ValueError, IndexError) as error:
-        raise AlphaflowError(f"{out.name}: the autoencoder in the snapshot lacks {error}.") from error
+        reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+        raise AlphaflowError(f"{out.name}: the autoencoder in the snapshot is no whole one ({reason}).") from error
     folder.mkdir(exist_ok=True)
     tensors = {name: value.detach().float().contiguous() for name, value in weights.items()}
     write_by(folder / AUTOENCODER_FILE, partial(save_file, tensors))

@@ -10,34 +10,24 @@ FastGen    t_embedder.proj_net, blocks.N.attention, …, and a logvar_linear tha
 
 import math
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from alphaflow_cli.convert.arguments import check_classes, number, plain_arguments, recipe_facts
+from alphaflow_cli.convert.arguments import number, recipe_facts
 from alphaflow_cli.convert.imported import (
     SD_SCALE,
     ZHUYU_SCALE,
-    ConvertOptions,
+    Family,
+    ForeignFile,
     Imported,
-    Latents,
-    base_recipe,
-    is_set,
-    note_heads,
-    number_set,
-    parse_latents,
-    pick,
-    scaled,
     step_in_file,
     with_facts,
 )
-from alphaflow_cli.convert.shape import heads_of, read_shape, to_our_names, without_variance
-from alphaflow_cli.convert.sit import DROPOUT, TABLES
+from alphaflow_cli.convert.sit import TABLES, check_straight, label_dropout, note_arguments, read_network
 from alphaflow_cli.convert.source import bare_name, state_dict
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.recipe import Recipe
-from alphaflow_cli.recipe.schema import Guidance
 
 MIX = {"omega": "cfg_omega", "kappa": "cfg_kappa", "t_min": "cfg_min_t", "t_max": "cfg_max_t"}
 STATED = ("path_type", *MIX.values(), "cfg_prob", "model", "num_classes")
@@ -53,33 +43,19 @@ FASTGEN_NAMES = {  # theirs → SiT's
 }
 
 
-def read_meanflow(tree: dict[str, Any], path: Path, options: ConvertOptions) -> Imported:
+def read_meanflow(file: ForeignFile) -> Imported:
     """Translate a checkpoint of zhuyu-cs/MeanFlow."""
-    filled: dict[str, str] = {}
-    table, which = pick(tree, TABLES, options, path.name, filled=filled)
-    arguments = plain_arguments(tree)
-    if arguments.get("path_type", "linear") != "linear":
-        raise AlphaflowError(
-            f"{path.name}: a meanflow with path_type {str(arguments['path_type'])[:60]!r}; only 'linear' is a velocity "
-            "on the straight path."
-        )
-    foreign = _imported(state_dict(table, path.name), which, path, options, filled)
-    facts, read = recipe_facts(arguments, path.name, meanflow=True)
-    base = with_facts(_meanflow_base(arguments, options, path, filled), facts)
-    if foreign.shape.label_rows:
-        check_classes(arguments, foreign.shape.label_rows, path.name)
-    steps = tree.get("steps")
-    return replace(
-        foreign,
-        family="meanflow",
-        base=base if foreign.shape.label_rows else replace(base, guidance=Guidance()),
-        latents=_latents(
-            options, ZHUYU_SCALE, "its trainer's scale since 28 May 2025, written so (before: --latents meanflow)"
-        ),
-        step=step_in_file(steps),
-        stated={key: value for key, value in arguments.items() if key in STATED or key in read},
-        unread=tuple(sorted(arguments.keys() - read - set(STATED))),
+    table, which = file.pick(TABLES)
+    check_straight(file, "meanflow", "path_type", "linear")
+    facts, read = recipe_facts(file.arguments, file.name, meanflow=True)
+    base = with_facts(_meanflow_base(file), facts)
+    foreign = _imported(file, "meanflow", which, state_dict(table, file.name), base)
+    foreign.latents = file.scaled_latents(
+        ZHUYU_SCALE, ": its trainer's scale since 28 May 2025, written so (before: --latents meanflow)"
     )
+    foreign.step = step_in_file(file.tree.get("steps"))
+    note_arguments(foreign, read | set(STATED))
+    return foreign
 
 
 def fastgen_tables(tree: dict[str, Any]) -> dict[str, Any]:
@@ -90,35 +66,29 @@ def fastgen_tables(tree: dict[str, Any]) -> dict[str, Any]:
     return tables if any(FASTGEN in map(bare_name, table) for table in tables.values()) else {}
 
 
-def read_fastgen(tree: dict[str, Any], path: Path, options: ConvertOptions) -> Imported:
+def read_fastgen(file: ForeignFile) -> Imported:
     """Translate a MeanFlow DiT of FastGen: net and its averages under `model`, or a bare table."""
-    filled: dict[str, str] = {}
-    tables = fastgen_tables(tree)
+    tables = fastgen_tables(file.tree)
     averages = sorted((k for k in tables if k.startswith("ema")), key=lambda k: (k != "ema", k != "ema_9999", k))
-    table, which = pick(tables or tree, {"ema": tuple(averages), "raw": ("net",)}, options, path.name, filled=filled)
+    table, which = file.pick({"ema": tuple(averages), "raw": ("net",)}, tables or file.tree)
     if which == "ema" and tables:
-        filled["weights"] = f"{averages[0]} (of {', '.join(averages)})"
-    state = {_sit_name(name): value for name, value in state_dict(table, path.name).items()}
+        file.filled["weights"] = f"{averages[0]} (of {', '.join(averages)})"
+    state = {_sit_name(name): value for name, value in state_dict(table, file.name).items()}
     if "t_embedder.mlp.0.weight" in state and "r_embedder.mlp.0.weight" not in state:
         raise AlphaflowError(
-            f"{path.name}: a FastGen DiT without r_embedder: no MeanFlow, and the file does not say whether its times "
+            f"{file.name}: a FastGen DiT without r_embedder: no MeanFlow, and the file does not say whether its times "
             "run to 1 or to 1000 and what it predicts. Only FastGen's MeanFlow DiTs are read."
         )
-    foreign = _imported(state, which, path, options, filled)
-    filled["times"] = "t unscaled, the second embedder fed t − r, as FastGen's MeanFlow configurations say (scale_t "
-    filled["times"] += "false, time_cond_type diff); --set model.second_time=r for abs; another scale is not read"
-    filled["labels"] = f"the last row is the null label, dropped with probability {DROPOUT}"
-    base = _meanflow_base({}, options, path, filled)
-    if not options.autoencoder:
-        base = replace(base, data=replace(base.data, autoencoder="stabilityai/sd-vae-ft-mse"))
-    step = tree.get("iteration")
-    return replace(
-        foreign,
-        family="fastgen",
-        base=base if foreign.shape.label_rows else replace(base, guidance=Guidance()),
-        latents=_latents(options, SD_SCALE, "the Stable Diffusion convention, which FastGen's SDVAE follows"),
-        step=step_in_file(step),
+    file.filled["times"] = (
+        "t unscaled, the second embedder fed t − r, as FastGen's MeanFlow configurations say (scale_t false, "
+        "time_cond_type diff); --set model.second_time=r for abs; another scale is not read"
     )
+    base = _meanflow_base(file)
+    base = replace(base, data=replace(base.data, autoencoder="stabilityai/sd-vae-ft-mse"))
+    foreign = _imported(file, "fastgen", which, state, base)
+    foreign.latents = file.scaled_latents(SD_SCALE, ": the Stable Diffusion convention, which FastGen's SDVAE follows")
+    foreign.step = step_in_file(file.tree.get("iteration"))
+    return foreign
 
 
 def _sit_name(name: str) -> str:
@@ -127,66 +97,41 @@ def _sit_name(name: str) -> str:
     return name
 
 
-def _imported(
-    state: dict[str, Tensor], which: str, path: Path, options: ConvertOptions, filled: dict[str, str]
-) -> Imported:
-    """Translate the network, which both systems share; the recipe and the latents are still to come."""
+def _imported(file: ForeignFile, family: Family, which: str, state: dict[str, Tensor], base: Recipe) -> Imported:
+    """Translate the network, which both systems share; what FastGen learns besides is dropped."""
     state = {name: value for name, value in state.items() if not name.startswith("logvar_linear.")}
-    weights = to_our_names(state, path.name, second="r_embedder.")
-    shape = read_shape(weights, path.name)
-    heads = heads_of(shape.dim, path.name, number_set(options, "model.heads"))
-    note_heads(heads, shape.dim, options, filled)
-    return Imported(
-        family="meanflow",
-        weights=without_variance(weights, shape, path.name),
-        which=which,
-        shape=shape,
-        heads=heads,
-        latents=scaled(1.0, ""),
-        base=Recipe(),
-        filled=filled,
-    )
+    return read_network(file, family, which, state, base=base, second="r_embedder.")
 
 
-def _meanflow_base(arguments: dict[str, Any], options: ConvertOptions, path: Path, filled: dict[str, str]) -> Recipe:
+def _meanflow_base(file: ForeignFile) -> Recipe:
     """The base recipe, with the guidance that the network was trained with.
 
     Guidance is baked into the weights: it comes from the file's arguments, else from --recipe or --set, else the file
     is refused.
     """
-    mix = _mix(arguments, options, path.name, filled)
-    answered = options.recipe or any(text.startswith("guidance.") for text in options.sets)
-    if not mix and not answered:
+    mix = _mix(file)
+    if not mix and not file.options.names_guidance:
         raise AlphaflowError(
-            f"{path.name}: does not say with which guidance it was trained. Say it: --recipe meanflow-xl2-cfg "
+            f"{file.name}: does not say with which guidance it was trained. Say it: --recipe meanflow-xl2-cfg "
             "(or another), or --set guidance.omega=… --set guidance.kappa=… (1 and 0: none)"
         )
-    base = base_recipe(options, None, filled, default="meanflow-b2")
-    share = number(arguments, "cfg_prob", path.name) if arguments.get("cfg_prob") else DROPOUT
-    if not 0 < share < 1:
-        raise AlphaflowError(f"{path.name}: its argument cfg_prob is {share:g}; a share of dropped labels is below 1.")
-    if not arguments.get("cfg_prob"):
-        filled["labels"] = f"the last row is the null label, dropped with probability {DROPOUT}"
-    guidance = replace(base.guidance, label_dropout=share)  # its null row is always there
+    base = file.base_recipe("meanflow-b2")
+    guidance = replace(base.guidance, label_dropout=label_dropout(file))  # its null row is always there
     return replace(base, guidance=replace(guidance, **mix))
 
 
-def _mix(arguments: dict[str, Any], options: ConvertOptions, where: str, filled: dict[str, str]) -> dict[str, float]:
+def _mix(file: ForeignFile) -> dict[str, float]:
     """Read omega, kappa and their times from the arguments. Where --set gives one, the file's does not matter."""
-    mix = {ours: number(arguments, theirs, where) for ours, theirs in MIX.items() if theirs in arguments}
+    mix = {ours: number(file.arguments, theirs, file.name) for ours, theirs in MIX.items() if theirs in file.arguments}
     if mix.get("t_max", 1.0) <= mix.get("t_min", 0.0):  # no time lies between: trained without guidance
-        filled["guidance"] = f"none: cfg_max_t {mix.get('t_max', 1.0):g} leaves no time for it; omega 1, kappa 0"
+        file.filled["guidance"] = f"none: cfg_max_t {mix.get('t_max', 1.0):g} leaves no time for it; omega 1, kappa 0"
         return {"omega": 1.0, "kappa": 0.0, "t_min": 0.0, "t_max": 1.0}
-    mix = {ours: value for ours, value in mix.items() if not is_set(options, f"guidance.{ours}")}
+    mix = {ours: value for ours, value in mix.items() if not file.options.values_of(f"guidance.{ours}")}
     for ours, value in mix.items():
         low, high = {"omega": (1e-12, math.inf), "kappa": (0.0, 1 - 1e-12)}.get(ours, (0.0, 1.0))
         if not low <= value <= high:
             raise AlphaflowError(
-                f"{where}: its argument {MIX[ours]} is {value:g}, which no guidance of ours has (omega above 0, kappa "
-                f"from 0 to below 1, times within [0, 1]). Say what was meant: --set guidance.{ours}=…"
+                f"{file.name}: its argument {MIX[ours]} is {value:g}, which no guidance of ours has (omega above 0, "
+                f"kappa from 0 to below 1, times within [0, 1]). Say what was meant: --set guidance.{ours}=…"
             )
     return mix
-
-
-def _latents(options: ConvertOptions, scale: float, why: str) -> Latents:
-    return parse_latents(options.latents) if options.latents else scaled(scale, f"latent · {scale}: {why}")

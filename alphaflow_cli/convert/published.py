@@ -1,25 +1,12 @@
 """The published α-Flow and MeanFlow snapshots: a `.pt` of net, ema and cfg with the autoencoder inside."""
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from alphaflow_cli.convert.imported import (
-    ConvertOptions,
-    Imported,
-    Latents,
-    base_recipe,
-    is_set,
-    note_heads,
-    number_set,
-    parse_latents,
-    pick,
-    statistics,
-    with_facts,
-)
-from alphaflow_cli.convert.shape import NetworkShape, heads_of, read_shape, to_our_names
+from alphaflow_cli.convert.imported import ForeignFile, Imported, Latents, parse_latents, statistics, with_facts
+from alphaflow_cli.convert.shape import NetworkShape, read_shape, to_our_names
 from alphaflow_cli.convert.snapshot_cfg import Training, check_against, read_training
 from alphaflow_cli.convert.source import in_brief, state_dict
 from alphaflow_cli.errors import AlphaflowError
@@ -44,34 +31,30 @@ def looks_published(table: dict[str, Tensor]) -> bool:
     return "model.noise_labels_next_embedder.mlp.0.weight" in table
 
 
-def read_published(tree: dict[str, Any], path: Path, options: ConvertOptions) -> Imported:
+def read_published(file: ForeignFile) -> Imported:
     """Translate a published snapshot: network, statistics, autoencoder, and what its cfg says of the training.
 
     The cfg is checked against the shapes of the weights.
     """
-    filled: dict[str, str] = {}
-    table, which = pick(tree, TABLES, options, path.name, filled=filled)
-    state = state_dict(table, path.name)
-    weights = to_our_names(_under(state, "model."), path.name, second=None)
-    shape = read_shape(weights, path.name)
-    stated = _configuration(tree.get("cfg"), shape, path.name)
-    training = read_training(tree, path.name)
-    base = _base(path, options, stated, training, filled, shape.label_rows)
-    heads = heads_of(shape.dim, path.name, stated.get("num_heads", number_set(options, "model.heads")))
-    if "num_heads" not in stated or is_set(options, "model.heads"):
-        note_heads(heads, shape.dim, options, filled)
+    table, which = file.pick(TABLES)
+    state = state_dict(table, file.name)
+    weights = to_our_names(_under(state, "model."), file.name, second=None)
+    shape = read_shape(weights, file.name)
+    stated = _configuration(file.tree.get("cfg"), shape, file.name)
+    training = read_training(file.tree, file.name)
+    base = _base(file, stated, training, shape.label_rows)
     return Imported(
-        family="alphaflow",
-        weights=weights,
-        which=which,
-        shape=shape,
-        heads=heads,
-        latents=_latents(state, options, path.name),
+        file,
+        "alphaflow",
+        weights,
+        which,
+        shape,
+        heads=file.heads(shape.dim, stated.get("num_heads")),
+        latents=_latents(file, state),
         base=base,
         autoencoder=_under(state, AUTOENCODER),
         step=training.step,
         stated=stated | training.read,
-        filled=filled,
         unread=tuple(training.unread),
     )
 
@@ -119,48 +102,45 @@ def _check(stated: dict[str, Any], shape: NetworkShape, where: str) -> None:
             raise AlphaflowError(f"{where}: its configuration says {key} {stated[key]}, its weights say {value:g}.")
 
 
-def _base(
-    path: Path, options: ConvertOptions, stated: dict[str, Any], training: Training, filled: dict[str, str], rows: int
-) -> Recipe:
+def _base(file: ForeignFile, stated: dict[str, Any], training: Training, rows: int) -> Recipe:
     """The recipe of the file's name or of the command line, checked against the file, with what the file says put in.
     Guidance is baked in: where the file does not say it, it is asked for, unless there is no null row."""
-    published = RECIPES.get(path.stem.lower())
-    answered = options.recipe or "guidance.omega" in training.facts
-    answered = answered or any(text.startswith("guidance.") for text in options.sets)
+    options, published = file.options, RECIPES.get(file.path.stem.lower())
+    answered = options.names_guidance or "guidance.omega" in training.facts
     if stated.get("label_dropout", 0) > 0 and not published and not answered:
         raise AlphaflowError(
-            f"{path.name}: was trained with guidance (it drops labels), but does not say which, and the name is none "
+            f"{file.name}: was trained with guidance (it drops labels), but does not say which, and the name is none "
             "of the released files'. Say it: --recipe b2-cfg (or another), or --set guidance.omega=… and kappa=…"
         )
     dropout = stated.get("label_dropout")
-    dropped = is_set(options, "guidance.label_dropout")
+    dropped = options.values_of("guidance.label_dropout")
     if rows and dropout is None and not (published or options.recipe or dropped):
         raise AlphaflowError(
-            f"{path.name}: has {rows} rows of labels, and no configuration that says what they are: {rows} classes, or "
+            f"{file.name}: has {rows} rows of labels, and no configuration that says what they are: {rows} classes, or "
             f"{rows - 1} and the null label of a guided model. Say it: --recipe b2 or b2-cfg (or another), or --set "
             "guidance.label_dropout=0 (all are classes) or 0.1 (the last is the null label; omega and kappa as well)"
         )
-    base = base_recipe(options, published, filled, default="b2")
+    base = file.base_recipe("b2", published)
     if options.recipe or published:
         named = f"--recipe {options.recipe}" if options.recipe else f"recipe {published}, which the file's name means,"
-        check_against(training, dropout, base, named, path.name)
+        check_against(training, dropout, base, named, file.name)
     base = with_facts(base, training.facts)
     if dropout is None:
-        null = (number_set(options, "guidance.label_dropout") if dropped else base.guidance.label_dropout) or 0.0
-        filled["labels"] = f"{rows} rows read as {max(rows - (null > 0), 0)} classes, label_dropout {null}"
+        null = (options.number("guidance.label_dropout") if dropped else base.guidance.label_dropout) or 0.0
+        file.filled["labels"] = f"{rows} rows read as {max(rows - (null > 0), 0)} classes, label_dropout {null}"
         return base
     return replace(base, guidance=replace(base.guidance, label_dropout=float(dropout)))
 
 
-def _latents(state: dict[str, Tensor], options: ConvertOptions, where: str) -> Latents:
+def _latents(file: ForeignFile, state: dict[str, Tensor]) -> Latents:
     """The latents' statistics. The file holds mean and VARIANCE, [1, C, h, w] in float64."""
-    if options.latents:
-        return parse_latents(options.latents)
+    if file.options.latents:
+        return parse_latents(file.options.latents)
     mean, variance, ready = (state.get(name) for name in STATISTICS)
     if mean is None or variance is None or (ready is not None and not bool((ready > 0).any())):
         raise AlphaflowError(
-            f"{where}: holds no latents' statistics (autoencoder_mean, autoencoder_var, filled in). "
+            f"{file.name}: holds no latents' statistics (autoencoder_mean, autoencoder_var, filled in). "
             "Give them: --latents FILE.safetensors with mean and std, or --latents scale:0.18215"
         )
-    latents = statistics(mean, variance.double().sqrt(), f"{where} (autoencoder_mean, autoencoder_var)")
+    latents = statistics(mean, variance.double().sqrt(), f"{file.name} (autoencoder_mean, autoencoder_var)")
     return replace(latents, inside=True)

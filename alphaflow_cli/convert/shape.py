@@ -10,8 +10,6 @@ import torch
 from torch import Tensor
 
 from alphaflow_cli.errors import AlphaflowError
-from alphaflow_cli.model.checkpoint import misfits
-from alphaflow_cli.recipe.schema import Recipe
 
 HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}  # of S, B, L, XL: the shapes do not tell
 PUBLISHED = {  # a name of ours begins so → the published system's
@@ -107,26 +105,6 @@ def read_shape(weights: dict[str, Tensor], where: str) -> NetworkShape:
         label_rows=rows,
         out=last // patch**2,
     )
-
-
-def heads_of(dim: int, where: str, stated: float | None) -> int:
-    """The number of attention heads: the one the file states, else that of the published network of this width."""
-    if stated is not None or dim in HEADS:
-        heads = HEADS[dim] if stated is None else int(stated)
-        if heads < 1 or dim % heads or (stated is not None and heads != stated):
-            raise AlphaflowError(f"{where}: {stated} attention heads do not divide {dim} channels. --set model.heads=N")
-        return heads
-    raise AlphaflowError(
-        f"{where}: does not say how many attention heads it has, and {dim} channels are none of the published sizes "
-        f"({', '.join(map(str, HEADS))}). Say it: --set model.heads=N"
-    )
-
-
-def check_weights_fit(weights: dict[str, Tensor], recipe: Recipe, where: str, *, without: tuple[str, ...]) -> None:
-    """Refuse weights that are not exactly those of the recipe's network, but for names that start with `without`."""
-    differences = misfits(weights, recipe, without=without)
-    if differences:
-        raise AlphaflowError(f"{where}: not the weights of the network it describes ({differences}).")
 
 
 def finite(weights: dict[str, Tensor], where: str) -> dict[str, Tensor]:

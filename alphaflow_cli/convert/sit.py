@@ -13,27 +13,14 @@ zero, so that u does not depend on r until it is trained to.
 """
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from alphaflow_cli.convert.arguments import check_classes, number, plain_arguments, recipe_facts
-from alphaflow_cli.convert.imported import (
-    SD_SCALE,
-    ConvertOptions,
-    Imported,
-    Latents,
-    note_heads,
-    number_set,
-    parse_latents,
-    pick,
-    scaled,
-    step_in_file,
-    with_facts,
-)
-from alphaflow_cli.convert.shape import heads_of, read_shape, to_our_names, without_variance
+from alphaflow_cli.convert.arguments import check_classes, number, recipe_facts
+from alphaflow_cli.convert.imported import SD_SCALE, Family, ForeignFile, Imported, scaled, step_in_file, with_facts
+from alphaflow_cli.convert.shape import read_shape, to_our_names, without_variance
 from alphaflow_cli.convert.source import state_dict
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.nn.layers import FREQUENCIES, frequencies
@@ -75,52 +62,72 @@ def looks_like_sit(table: dict[str, Any], arguments: dict[str, Any]) -> SiTKind 
     return MODELS.get(str(arguments.get("model"))[:3])
 
 
-def read_sit(tree: dict[str, Any], path: Path, options: ConvertOptions, kind: SiTKind) -> Imported:
+def read_sit(file: ForeignFile, kind: SiTKind) -> Imported:
     """Translate a SiT, DiT or REPA to our names; time and sign are turned later, when the network is known to fit."""
-    filled: dict[str, str] = {}
-    table, which = pick(tree, TABLES, options, path.name, filled=filled)
-    state = state_dict(table, path.name)
+    table, which = file.pick(TABLES)
+    for key, straight in STRAIGHT.get(kind, {}).items():  # a DiT has neither of these arguments
+        check_straight(file, kind, key, straight)
+    facts, read = recipe_facts(file.arguments, file.name, meanflow=False) if kind == "repa" else ({}, set())
+    state = state_dict(table, file.name)
     if kind == "repa":
         state = {name: value for name, value in state.items() if not name.startswith(PROJECTORS)}
-    weights = to_our_names(state, path.name, second=None)
-    shape = read_shape(weights, path.name)
-    arguments = plain_arguments(tree)
-    weights = without_variance(weights, shape, path.name)
-    _check_path(arguments, path.name, kind)
-    facts, read = recipe_facts(arguments, path.name, meanflow=False) if kind == "repa" else ({}, set())
-    heads = heads_of(shape.dim, path.name, number_set(options, "model.heads"))
-    note_heads(heads, shape.dim, options, filled)
-    if kind == "sit" and shape.out == shape.channels and "path_type" not in arguments:
-        filled["time"] = (
+    foreign = read_network(file, kind, which, state, base=with_facts(_flow_base(file, kind), facts))
+    if kind == "sit" and foreign.shape.out == foreign.shape.channels and "path_type" not in file.arguments:
+        file.filled["time"] = (
             "t = 0 is noise (--from sit); in a REPA, which learns no variance either, t = 1 is: --from repa"
         )
-    base = with_facts(_flow_base(kind, arguments, path.name, filled), facts)
+    foreign.latents = file.scaled_latents(SD_SCALE, ", the Stable Diffusion convention")
+    foreign.step = step_in_file(file.tree.get("steps", file.tree.get("train_steps")))
+    note_arguments(foreign, read | set(STATED))
+    return foreign
+
+
+def read_network(
+    file: ForeignFile, family: Family, which: str, state: dict[str, Tensor], *, base: Recipe, second: str | None = None
+) -> Imported:
+    """Translate the network, which SiT and its children share; `second` is how they spell a second time embedder."""
+    weights = to_our_names(state, file.name, second=second)
+    shape = read_shape(weights, file.name)
+    heads = file.heads(shape.dim)
+    weights = without_variance(weights, shape, file.name)
     if shape.label_rows:
-        check_classes(arguments, shape.label_rows, path.name)
-    steps = tree.get("steps", tree.get("train_steps"))
-    return Imported(
-        family=kind,
-        weights=weights,
-        which=which,
-        shape=shape,
-        heads=heads,
-        latents=_latents(options),
-        base=base if shape.label_rows else replace(base, guidance=Guidance()),
-        step=step_in_file(steps),
-        stated={key: value for key, value in arguments.items() if key in STATED or key in read},
-        filled=filled,
-        unread=tuple(sorted(arguments.keys() - read - set(STATED))),
-    )
+        check_classes(file.arguments, shape.label_rows, file.name)
+    else:
+        base = replace(base, guidance=Guidance())
+    return Imported(file, family, weights, which, shape, heads, scaled(1.0, ""), base)
 
 
-def _check_path(arguments: dict[str, Any], where: str, kind: SiTKind) -> None:
-    """Refuse a file that is no velocity on the straight path; a DiT has neither of these arguments."""
-    for key, straight in STRAIGHT.get(kind, {}).items():
-        if key in arguments and arguments[key] != straight:
-            raise AlphaflowError(
-                f"{where}: a {kind} with {key} {str(arguments[key])[:60]!r}; only {straight!r} is a velocity on the "
-                "straight path."
-            )
+def note_arguments(foreign: Imported, read: set[str]) -> None:
+    """List the training arguments that were read, and the names of those that nothing here has a place for."""
+    arguments = foreign.file.arguments
+    foreign.stated = {key: value for key, value in arguments.items() if key in read}
+    foreign.unread = tuple(sorted(arguments.keys() - read))
+
+
+def check_straight(file: ForeignFile, kind: str, key: str, straight: str) -> None:
+    """Refuse a file whose argument says that it is no velocity on the straight path."""
+    if file.arguments.get(key, straight) != straight:
+        raise AlphaflowError(
+            f"{file.name}: a {kind} with {key} {str(file.arguments[key])[:60]!r}; only {straight!r} is a velocity on "
+            "the straight path."
+        )
+
+
+def label_dropout(file: ForeignFile) -> float:
+    """The share of labels that were dropped, by the argument cfg_prob, else as in every released network."""
+    stated = file.arguments.get("cfg_prob")
+    dropout = number(file.arguments, "cfg_prob", file.name) if stated else DROPOUT
+    if not 0 < dropout < 1:
+        raise AlphaflowError(
+            f"{file.name}: its argument cfg_prob is {dropout:g}; a share of dropped labels is below 1."
+        )
+    if stated is None:
+        file.filled["labels"] = f"the last row is the null label, dropped with probability {DROPOUT}"
+    elif not stated:
+        file.filled["labels"] = (
+            "the last row is the null label, which was never trained (cfg_prob 0): do not guide with it"
+        )
+    return dropout
 
 
 def turn_time(weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -139,27 +146,14 @@ def add_second_embedder(weights: dict[str, Tensor], fresh: dict[str, Tensor]) ->
     return weights | {n: torch.zeros_like(v) if n.startswith("second_embed.mlp.2.") else v for n, v in added.items()}
 
 
-def _flow_base(kind: SiTKind, arguments: dict[str, Any], where: str, filled: dict[str, str]) -> Recipe:
+def _flow_base(file: ForeignFile, kind: SiTKind) -> Recipe:
     """The recipe of plain flow matching: uniform times, guidance only when sampling, many steps."""
-    filled["recipe"] = f"plain flow matching, as a {kind} trains; what is not listed as said is not known"
-    filled["sampler"] = "flow, 100 steps; 250 and guidance 1.5 to 4 are usual (sample --guidance)"
-    dropout = number(arguments, "cfg_prob", where) if arguments.get("cfg_prob") else DROPOUT
-    if not 0 < dropout < 1:
-        raise AlphaflowError(f"{where}: its argument cfg_prob is {dropout:g}; a share of dropped labels is below 1.")
-    if "cfg_prob" not in arguments:
-        filled["labels"] = f"the last row is the null label, dropped with probability {DROPOUT}"
-    elif not arguments["cfg_prob"]:
-        filled["labels"] = "the last row is the null label, which was never trained (cfg_prob 0): do not guide with it"
+    file.filled["recipe"] = f"plain flow matching, as a {kind} trains; what is not listed as said is not known"
+    file.filled["sampler"] = "flow, 100 steps; 250 and guidance 1.5 to 4 are usual (sample --guidance)"
     autoencoder = "stabilityai/sd-vae-ft-mse" if kind == "repa" else Data().autoencoder
     return Recipe(
         data=Data(autoencoder=autoencoder, scale=SD_SCALE, normalise="scale"),
         times=Times(law="uniform", equal_share=Schedule(initial=1.0, final=1.0, clamp=0.0)),
-        guidance=Guidance(label_dropout=dropout),
+        guidance=Guidance(label_dropout=label_dropout(file)),
         sample=Sample(sampler="flow", nfe=100, two_step_sampler="flow"),
     )
-
-
-def _latents(options: ConvertOptions) -> Latents:
-    if options.latents:
-        return parse_latents(options.latents)
-    return scaled(SD_SCALE, f"latent · {SD_SCALE}, the Stable Diffusion convention")

@@ -67,20 +67,20 @@ def read_training(tree: Mapping[str, Any], where: str) -> Training:
 
 def check_against(training: Training, dropout: float | None, recipe: Recipe, named: str, where: str) -> None:
     """Refuse a recipe, named on the command line or by the file's name, that contradicts the file."""
-    theirs = dict(training.facts)
-    for key in COMPARED:
-        ours = attrgetter(key)(recipe)
-        if key in theirs and not _same(key, theirs, ours, recipe):
-            stated, value = _in_words(theirs[key]), _in_words(ours)
-            raise AlphaflowError(
-                f"{where}: its configuration says {key} {stated}, {named} says {value}. One of the two is wrong: "
-                "name the recipe it was trained by, or none, and call the file something else."
-            )
-    if dropout is not None and (dropout > 0) != (recipe.guidance.label_dropout > 0):
+    theirs, ours = dict(training.facts), {key: attrgetter(key)(recipe) for key in COMPARED}
+    others = [
+        (key, _in_words(theirs[key]), _in_words(ours[key]))
+        for key in COMPARED
+        if key in theirs and not _same(key, theirs, ours[key], recipe)
+    ]
+    dropped = recipe.guidance.label_dropout
+    if dropout is not None and (dropout > 0) != (dropped > 0):
+        others.append(("label_dropout", f"{dropout:g}", f"{dropped:g}"))
+    if others:
+        key, stated, value = others[0]
         raise AlphaflowError(
-            f"{where}: its configuration says label_dropout {dropout:g}, {named} says "
-            f"{recipe.guidance.label_dropout:g}. One of the two is wrong: name the recipe it was trained by, or none, "
-            "and call the file something else."
+            f"{where}: its configuration says {key} {stated}, {named} says {value}. One of the two is wrong: "
+            "name the recipe it was trained by, or none, and call the file something else."
         )
 
 

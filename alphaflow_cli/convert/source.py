@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from alphaflow_cli.errors import AlphaflowError
@@ -81,8 +82,7 @@ def read_source(path: Path) -> dict[str, Any]:
 
 def _read_safetensors(path: Path) -> dict[str, Any]:
     try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
+        return dict(load_file(path))
     except (OSError, SafetensorError) as error:
         raise AlphaflowError(f"{path}: not a whole safetensors file: {error}. Nothing was converted.") from error
 

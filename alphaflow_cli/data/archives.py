@@ -23,12 +23,12 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from alphaflow_cli.data.pictures import Fetch, is_picture
+from alphaflow_cli.data.pictures import Fetch, Source, is_picture
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.files import MAX_BYTES, Stamp, changed, stamp_of
 from alphaflow_cli.text import brief
@@ -62,21 +62,13 @@ Entry = Place | Link
 NO_TARGET = Place(0, 0, fault="a link to what is not in the archive")
 
 
-@dataclass(frozen=True)
-class Archive:
+@dataclass(frozen=True, kw_only=True)
+class Archive(Source):
     """A zip or tar of pictures, listed once."""
 
     path: Path
-    names: Sequence[str]
     places: Mapping[str, Place]
-    notes: list[str]
-    kind: str
     stamp: Stamp  # of the file when it was listed
-    given_classes: bytes | None = None
-
-    @property
-    def name(self) -> str:
-        return self.path.name
 
     @contextmanager
     def reading(self, lines: Sequence[int]) -> Iterator[Iterator[tuple[int, Fetch]]]:
@@ -88,13 +80,6 @@ class Archive:
     def facts(self) -> dict[str, Any]:
         """The archive's size: the cheapest sign that its content is another one."""
         return {"bytes": self.stamp.size}
-
-    def classes_json(self) -> bytes | None:
-        """The bytes of the class list that lies in the fewest folders, if the archive has one."""
-        return self.given_classes
-
-    def class_order(self) -> Sequence[str] | None:
-        return None
 
     def place(self, line: int) -> Place:
         return self.places[self.names[line]]
@@ -333,7 +318,8 @@ class _Entries:
         names = sorted(places)
         if kind == "compressed tar":
             names = sorted(places, key=lambda name: (bool(places[name].fault), places[name].offset))
-        return Archive(path, names, places, notes, kind, stamp, self._class_list(path, kind, stamp))
+        archive = Archive(kind=kind, name=path.name, names=names, notes=notes, path=path, places=places, stamp=stamp)
+        return self._with_class_list(archive)
 
     def _pictures(self) -> tuple[dict[str, Place], list[str]]:
         folders = self._folders()
@@ -374,19 +360,20 @@ class _Entries:
                     folders.add(path)
         return folders - {""} | {"."}
 
-    def _class_list(self, path: Path, kind: str, stamp: Stamp) -> bytes | None:
+    def _with_class_list(self, archive: Archive) -> Archive:
+        """The archive with the class list that lies in the fewest folders, if it has one."""
         lists = [(name.count("/"), key, name) for key, (name, _) in self.files.items() if _is_class_list(name)]
         if not lists:
-            return None
+            return archive
         _, key, name = min(lists, key=lambda each: each[0])  # of several the first
-        alone = Archive(path, [name], {name: self._follow(key)[1]}, [], kind, stamp)
+        alone = replace(archive, names=[name], places={name: self._follow(key)[1]})
         try:
             with alone.reading([0]) as fetches:
                 data = next(fetches)[1]()
         except OSError as fault:
-            raise AlphaflowError(f"{path}: its {name} cannot be read ({fault})") from fault
+            raise AlphaflowError(f"{archive.path}: its {name} cannot be read ({fault})") from fault
         assert isinstance(data, bytes), name
-        return data
+        return replace(archive, given_classes=data)
 
 
 def _hidden(name: str) -> bool:

@@ -6,18 +6,20 @@ are sorted as numbers), unless the source has a classes.json.
 Where the shared folder holds the splits of a data set (train, val, test), train is taken.
 """
 
-import json
 import posixpath
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
+from alphaflow_cli.documents import Anything, ListOf, Table, Text, check_shape, parse_json, read_json
 from alphaflow_cli.errors import AlphaflowError
-from alphaflow_cli.text import for_terminal
+from alphaflow_cli.text import brief, for_terminal
 
 SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing", "eval"}
 AS_NUMBERS = "sorted as numbers"
+FORM = "It should be {folder: index} or a list of folders."
 _WNID = re.compile(r"n\d{8}")
 
 
@@ -111,45 +113,37 @@ def reordered(classes: Classes, store: Classes) -> Classes | None:
 
 def parse_classes(given: bytes, where: str) -> Classes:
     """Read a classes.json: a list of folders, {folder: index}, or {folder: {"index": i, "name": ...}}."""
-    try:
-        document = json.loads(given, object_pairs_hook=_without_repeats)
-        if isinstance(document, list):
-            rows = [(index, _text(folder), folder) for index, folder in enumerate(document)]
-        else:
-            rows = sorted(_row(folder, entry) for folder, entry in document.items())
-        if len({folder for _, folder, _ in rows}) < len(rows):
-            raise ValueError("a folder stands in it twice")
-    except (ValueError, AttributeError, KeyError, TypeError, RecursionError) as fault:
-        raise AlphaflowError(f"{where}: should be {{folder: index}} or a list of folders ({fault})") from fault
+    return _classes_of(parse_json(given, where, Anything(), advice=FORM), where)
+
+
+def read_class_file(path: Path) -> Classes:
+    """Read the classes.json that lies at a path, such as a store's."""
+    return _classes_of(read_json(path, Anything(), advice=FORM), str(path))
+
+
+def _classes_of(document: Any, where: str) -> Classes:
+    if isinstance(document, list):
+        check_shape(document, where, ListOf(Text()), advice=FORM)
+        rows = [(index, folder, folder) for index, folder in enumerate(document)]
+    else:
+        check_shape(document, where, Table(others=Anything()), advice=FORM)
+        rows = sorted(_row(folder, entry, where) for folder, entry in document.items())
+    if len({folder for _, folder, _ in rows}) < len(rows):
+        raise AlphaflowError(f"{where}: a folder stands in it twice. {FORM}")
     if [index for index, _, _ in rows] != list(range(len(rows))):
         raise AlphaflowError(f"{where}: the indices should be 0, 1, 2, … without gaps or repeats")
     return Classes([folder for _, folder, _ in rows], [name for _, _, name in rows], "in the order of classes.json")
 
 
-def _row(folder: str, entry: object) -> tuple[int, str, str]:
-    if isinstance(entry, Mapping):
-        return _index(entry["index"]), folder, _text(entry.get("name", folder))
-    return _index(entry), folder, folder
-
-
-def _index(value: object) -> int:
-    """Read a whole number, which may stand in quotes."""
-    if isinstance(value, bool) or not isinstance(value, int | str):
-        raise TypeError(f"an index is a whole number, not {json.dumps(value)[:40]}")
-    return int(value)
-
-
-def _text(value: object) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"a folder or a name is a text, not {json.dumps(value)[:40]}")
-    return value
-
-
-def _without_repeats(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    document = dict(pairs)
-    if len(document) < len(pairs):
-        raise ValueError("a key stands in it twice")
-    return document
+def _row(folder: str, entry: object, where: str) -> tuple[int, str, str]:
+    """Read index, folder and display name of one entry; the index may stand in quotes."""
+    given = entry if isinstance(entry, dict) else {"index": entry}
+    index, name = given.get("index"), given.get("name", folder)
+    if isinstance(index, bool) or not re.fullmatch(r"-?\d{1,9}", str(index)) or not isinstance(name, str):
+        raise AlphaflowError(
+            f"{where}: {brief(folder)!r} has no whole number for its index, or no text for its name. {FORM}"
+        )
+    return int(str(index)), folder, name
 
 
 def _are_numbers(folders: Collection[str]) -> bool:

@@ -7,15 +7,13 @@ them. The commit is looked up once and stands in the plan: a run that goes on re
 
 import re
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from alphaflow_cli.data.archives import Archive, open_archive
-from alphaflow_cli.data.pictures import Fetch, is_picture
+from alphaflow_cli.data.pictures import Source, is_picture
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.remote.cache import cache_folder
 from alphaflow_cli.remote.client import hub_api, session
@@ -27,36 +25,21 @@ REFUSED = (401, 403, 404)  # of one file: it is left out, or ends the run, as --
 TRIES, PAUSE = 4, 1.0  # of one picture, seconds before the second try; doubled each time
 
 
-@dataclass(frozen=True)
-class HubFiles:
+@dataclass(frozen=True, kw_only=True)
+class HubFiles(Source):
     """Picture files of one data set at one commit."""
 
     repo: str
     commit: str
-    names: Sequence[str]
     kind: str = "hub files"
-    notes: list[str] = field(default_factory=list)
-    given_classes: bytes | None = None
 
-    @property
-    def name(self) -> str:
-        """The address of the data set, without the commit."""
-        return f"hf://datasets/{self.repo}"
-
-    def reading(self, lines: Sequence[int]) -> AbstractContextManager[Iterator[tuple[int, Fetch]]]:
-        """Download each file when it is its turn, several at a time by the decoding threads."""
-        return nullcontext((line, partial(download, self.repo, self.commit, self.names[line])) for line in lines)
+    def fetch(self, line: int) -> bytes:
+        """Download a file when it is its turn, several at a time by the decoding threads."""
+        return download(self.repo, self.commit, self.names[line])
 
     def facts(self) -> dict[str, Any]:
         """The commit, which fixes every byte."""
         return {"revision": self.commit}
-
-    def classes_json(self) -> bytes | None:
-        """The bytes of the classes.json at the root of the repository, if there is one."""
-        return self.given_classes
-
-    def class_order(self) -> Sequence[str] | None:
-        return None
 
 
 def open_hub(text: str) -> HubFiles | Archive:
@@ -70,7 +53,7 @@ def open_hub(text: str) -> HubFiles | Archive:
     names = sorted(file for file in files if is_picture(file))
     if names:
         given = download(repo, commit, "classes.json") if "classes.json" in files else None
-        return HubFiles(repo, commit, names, given_classes=given)
+        return HubFiles(name=f"hf://datasets/{repo}", names=names, given_classes=given, repo=repo, commit=commit)
     archives = [file for file in files if file.lower().endswith(ARCHIVES)]
     if len(archives) == 1:
         return open_archive(_cached(repo, commit, archives[0]))
@@ -107,25 +90,17 @@ def download(repo: str, commit: str, file: str) -> bytes:
 
 def _list(repo: str, revision: str | None) -> tuple[str, list[str]]:
     """The commit that a revision means now, and all its files."""
-    where = f"hf://datasets/{repo}"
-    try:
-        with hub_faults(where):
-            info = hub_api().dataset_info(repo, revision=revision)
-            assert info.sha is not None, repo
-            return info.sha, hub_api().list_repo_files(repo, repo_type="dataset", revision=info.sha)
-    except HubFault as fault:
-        raise AlphaflowError(f"{where}: cannot be listed ({fault.why.rstrip('.')})") from fault
+    with hub_faults(f"hf://datasets/{repo}: cannot be listed"):
+        info = hub_api().dataset_info(repo, revision=revision)
+        assert info.sha is not None, repo
+        return info.sha, hub_api().list_repo_files(repo, repo_type="dataset", revision=info.sha)
 
 
 def _cached(repo: str, commit: str, file: str) -> Path:
     """Download an archive into the Hub's cache; a download that was cut off goes on, and one that is there stays."""
-    where = f"hf://datasets/{repo}"
-    try:
-        with hub_faults(where):
-            folder = cache_folder()
-            return Path(hub_api().hf_hub_download(repo, file, repo_type="dataset", revision=commit, cache_dir=folder))
-    except HubFault as fault:
-        raise AlphaflowError(f"{where}: {file} cannot be downloaded ({fault.why.rstrip('.')})") from fault
+    with hub_faults(f"hf://datasets/{repo}: {file} cannot be downloaded"):
+        folder = cache_folder()
+        return Path(hub_api().hf_hub_download(repo, file, repo_type="dataset", revision=commit, cache_dir=folder))
 
 
 def _about_parquet(files: Sequence[str]) -> str:

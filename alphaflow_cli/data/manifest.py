@@ -11,27 +11,69 @@ manifest.json    written last: plan + count, bad pictures, statistics, shards, d
 """
 
 import hashlib
-import json
-import math
-import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from types import UnionType
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import Any, Literal, TypeVar, get_args
 
+from alphaflow_cli.documents import (
+    Anything,
+    Flag,
+    ListOf,
+    Maybe,
+    Number,
+    Shape,
+    Table,
+    Text,
+    Whole,
+    check_shape,
+    read_json,
+)
 from alphaflow_cli.errors import AlphaflowError
-from alphaflow_cli.files import read_file, to_json
+from alphaflow_cli.files import MAX_BYTES, to_json
+from alphaflow_cli.text import brief
 
 AGAIN = "Remove it, or the whole store, and run the same prep-latents command again"
 FORMAT, VERSION = "alphaflow-latents", 1
 RowKind = Literal["moments", "mean", "pixels"]
-Part = TypeVar("Part", "StorePlan", "AutoencoderRecord", "Shard")
-DTYPES_ON_DISK = ("float16", "float32", "uint8")
-SHARD_FILE = re.compile(r"train-\d{5,9}\.safetensors")
+Part = TypeVar("Part", "StorePlan", "AutoencoderRecord", "Shard", "Manifest")
 STATISTICS_FILE = "stats.safetensors"
-STATISTICS = {"file": str, "sha256": str, "images": int, "subset_images": int}
-MOST = 1 << 40  # of anything that is counted in a plan
+MORE = Anything()  # keys that nobody reads
+COUNT = Whole(1, (1 << 40) - 1)
+SOURCE = Table({"images": COUNT, "list_sha256": Text()}, others=MORE)
+AUTOENCODER = Table(
+    {name: Text() for name in ("id", "revision", "weights_sha256", "precision")}
+    | {"downscale": Whole(), "scale": Number(), "shift": Number(), "precision_error": Maybe(Number())},
+    others=MORE,
+)
+PLAN = Table(
+    {
+        "source": SOURCE,
+        "latent": ListOf(COUNT, 3, 3),
+        "kind": Text(one_of=get_args(RowKind)),
+        "dtype": Text(one_of=("float16", "float32", "uint8")),
+        "flips": Flag(),
+        "autoencoder": AUTOENCODER,
+        "transform": Table(others=MORE),
+        **dict.fromkeys(("image_size", "classes", "shard_size"), COUNT),
+    },
+    others=MORE,
+)
+LONG = Text(1 << 20)  # of an archive, a member's name may have 65,535 letters
+BAD = ListOf(Table({"line": Whole(), "name": LONG, "why": LONG}, others=MORE), most=MAX_BYTES)
+SHARD = Table(
+    {name: Whole() for name in ("first", "lines", "count", "bytes")}
+    | {"file": Text(form=r"train-\d{5,9}\.safetensors"), "sha256": Text(), "bad": BAD},
+    others=MORE,
+)
+STATISTICS = Table(
+    {"file": Text(one_of=(STATISTICS_FILE,)), "sha256": Text(), "images": Whole(), "subset_images": Whole()},
+    others=MORE,
+)
+MANIFEST = Table(
+    {**PLAN.required, "count": COUNT, "bad": BAD, "statistics": STATISTICS, "shards": ListOf(SHARD), "digest": Text()},
+    others=MORE,
+)
 TRANSFORM = {  # a picture becomes the encoder's input like this, in this order; part of every plan
     "frame": "first",
     "orientation": "exif applied",
@@ -122,35 +164,33 @@ class Manifest:
     shards: list[Shard]
     digest: str
 
-    @property
-    def flips(self) -> bool:
-        """Whether mirror images can be drawn from this store."""
-        return self.plan.flips
-
 
 def plan_to_dict(plan: StorePlan) -> dict[str, Any]:
     """The content of plan.json."""
     return {"format": FORMAT, "version": VERSION, **asdict(plan), "latent": list(plan.latent)}
 
 
-def plan_from_dict(document: Mapping[str, Any], where: Path) -> StorePlan:
-    """Read a plan strictly: another format or version, or a missing field, is named."""
+def read_plan(path: Path) -> StorePlan:
+    """Read plan.json: what is being made, or was."""
+    return _plan_of(_read_document(path, PLAN))
+
+
+def _read_document(path: Path, shape: Shape) -> dict[str, Any]:
+    """Read plan.json or manifest.json: one of another format or version is named as that, before its shape."""
+    document: dict[str, Any] = read_store_json(path, Table(others=MORE))
     if document.get("format") != FORMAT or document.get("version") != VERSION:
         other = f"{document.get('format')} version {document.get('version')}"
-        raise AlphaflowError(f"{where}: format is {other}, this program reads {FORMAT} version {VERSION}")
-    plan = _build(StorePlan, document, where)
-    plan = replace(plan, autoencoder=_build(AutoencoderRecord, document["autoencoder"], where))
-    channels, height, width = plan.latent
-    plan = replace(plan, latent=(channels, height, width))
-    _check_fields(plan.source, {"images": int, "list_sha256": str}, where, "source.")
-    sizes = {"image_size": plan.image_size, "classes": plan.classes, "shard_size": plan.shard_size}
-    sizes |= {"source.images": plan.images} | {f"latent[{axis}]": length for axis, length in enumerate(plan.latent)}
-    for name, value in sizes.items():
-        if not 0 < value < MOST:
-            raise AlphaflowError(f"{where}: {name} is {value}, should be from 1 to {MOST - 1:,}. {AGAIN}")
-    if plan.dtype not in DTYPES_ON_DISK:
-        raise AlphaflowError(f"{where}: dtype is {plan.dtype!r}, should be {', '.join(DTYPES_ON_DISK)}. {AGAIN}")
-    return plan
+        raise AlphaflowError(f"{path}: format is {brief(other)}, this program reads {FORMAT} version {VERSION}")
+    check_shape(document, str(path), shape, advice=f"{AGAIN}.")
+    return document
+
+
+def _plan_of(document: Mapping[str, Any]) -> StorePlan:
+    channels, height, width = document["latent"]
+    plan = _build(StorePlan, document)
+    return replace(
+        plan, autoencoder=_build(AutoencoderRecord, document["autoencoder"]), latent=(channels, height, width)
+    )
 
 
 def manifest_to_bytes(plan: StorePlan, **parts: Any) -> bytes:
@@ -164,66 +204,37 @@ def digest_of(document: Mapping[str, Any]) -> str:
     return hashlib.sha256(to_json({k: v for k, v in document.items() if k != "digest"})).hexdigest()
 
 
-def read_store_file(path: Path) -> bytes:
-    """The bytes of a file of a store, or an error that names it and says what to do."""
-    try:
-        return read_file(path)
-    except OSError as fault:
-        raise AlphaflowError(f"{path}: cannot be read ({fault.strerror or fault}). {AGAIN}") from fault
-
-
-def read_store_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file of a store, or an error that names the file."""
-    try:
-        document = json.loads(read_store_file(path))
-    except (ValueError, RecursionError) as fault:
-        raise AlphaflowError(f"{path}: cannot be read as JSON ({fault}). {AGAIN}") from fault
-    if not isinstance(document, dict):
-        raise AlphaflowError(f"{path}: is not a JSON object. {AGAIN}")
-    return document
+def read_store_json(path: Path, shape: Shape) -> Any:
+    """Read a JSON file of a store; what is wrong with it is an error that names it and says what to do."""
+    return read_json(path, shape, limit=MAX_BYTES, advice=f"{AGAIN}.")
 
 
 def read_image_list(path: Path) -> list[tuple[str, int]]:
     """Read images.json: the name and the label of every picture."""
-    try:
-        rows = json.loads(read_store_file(path))
-        if not _fits(rows, list[list[Any]]) or not all(_fits(row, tuple[str, int]) for row in rows):
-            raise ValueError("should be [[name, label], …]")
-    except (ValueError, RecursionError) as fault:
-        raise AlphaflowError(f"{path}: not a list of pictures ({fault}). {AGAIN}") from fault
+    rows = read_store_json(path, ListOf(ListOf(Anything(), 2, 2), most=MAX_BYTES))
+    if not all(isinstance(name, str) and type(label) is int for name, label in rows):
+        raise AlphaflowError(f"{path}: should be [[name, label], …]. {AGAIN}")
     return [(name, label) for name, label in rows]
 
 
 def read_manifest(folder: Path) -> Manifest:
     """Parse manifest.json and check that nobody edited it, field by field against plan.json."""
     path = folder / "manifest.json"
-    document, plan_document = read_store_json(path), read_store_json(folder / "plan.json")
-    plan = plan_from_dict(document, path)
-    edited = differences(document, plan_document, "manifest.json", "plan.json")
+    document = _read_document(path, MANIFEST)
+    edited = differences(document, read_store_json(folder / "plan.json", Table(others=MORE)), path.name, "plan.json")
     if edited:
         raise AlphaflowError(f"{path}: was changed after it was written: {'; '.join(edited)}. {AGAIN}")
-    if document.get("digest") != digest_of(document):
+    if document["digest"] != digest_of(document):
         raise AlphaflowError(f"{path}: was changed after it was written (its digest differs). {AGAIN}")
-    body = {name: _field(document, name, path) for name in (f.name for f in fields(Manifest)) if name != "plan"}
-    _check_fields(body, {f.name: f.type for f in fields(Manifest) if f.name not in ("plan", "shards")}, path)
-    _check_fields(body, {"shards": list[dict[str, Any]]}, path)
-    _check_fields(body["statistics"], STATISTICS, path, "statistics.")
-    shards = [shard_from_dict(entry, path) for entry in body["shards"]]
-    if body["statistics"]["file"] != STATISTICS_FILE:
-        raise AlphaflowError(f"{path}: the statistics should be in {STATISTICS_FILE}. {AGAIN}")
-    if not body["count"] or body["count"] != sum(shard.count for shard in shards):
-        raise AlphaflowError(f"{path}: its shards have not the {body['count']:,} pictures that it counts. {AGAIN}")
-    return Manifest(**{**body, "plan": plan, "shards": shards})
+    shards = [_build(Shard, entry) for entry in document["shards"]]
+    if document["count"] != sum(shard.count for shard in shards):
+        raise AlphaflowError(f"{path}: its shards have not the {document['count']:,} pictures that it counts. {AGAIN}")
+    return _build(Manifest, {**document, "plan": _plan_of(document), "shards": shards})
 
 
-def shard_from_dict(document: Mapping[str, Any], where: Path) -> Shard:
-    """Read what a sidecar, or the manifest, says about a shard."""
-    shard = _build(Shard, document, where)
-    if not SHARD_FILE.fullmatch(shard.file):
-        raise AlphaflowError(f"{where}: {shard.file!r} is not the name of a shard. {AGAIN}")
-    for entry in shard.bad:
-        _check_fields(entry, {"line": int, "name": str, "why": str}, where, "bad.")
-    return shard
+def read_sidecar(path: Path) -> Shard:
+    """Read what the sidecar of a shard says about it."""
+    return _build(Shard, read_store_json(path, SHARD))
 
 
 def differences(one: Mapping[str, Any], other: Mapping[str, Any], left: str, right: str, prefix: str = "") -> list[str]:
@@ -238,42 +249,6 @@ def differences(one: Mapping[str, Any], other: Mapping[str, Any], left: str, rig
     return lines
 
 
-def _field(document: Mapping[str, Any], name: str, where: Path) -> Any:
-    if name not in document:
-        raise AlphaflowError(f"{where}: the field {name} is missing. {AGAIN}")
-    return document[name]
-
-
-def _build(kind: type[Part], document: Mapping[str, Any], where: Path) -> Part:
-    """Make a dataclass of the fields of a JSON object, each of the kind that the dataclass says."""
-    kinds = {f.name: f.type for f in fields(kind)}
-    _check_fields(document, kinds, where)
-    return kind(**{name: document[name] for name in kinds})
-
-
-def _check_fields(document: Mapping[str, Any], kinds: Mapping[str, Any], where: Path, prefix: str = "") -> None:
-    for name, kind in kinds.items():
-        value = _field(document, name, where)
-        if not _fits(value, kind):
-            shown = json.dumps(value)[:60]
-            raise AlphaflowError(f"{where}: the field {prefix}{name} is of the wrong kind: {shown}. {AGAIN}")
-
-
-def _fits(value: object, kind: Any) -> bool:
-    """Tell whether a value of JSON has a field's type: a bool is no number, and a number is no text."""
-    origin, parts = get_origin(kind), get_args(kind)
-    if origin is Literal:
-        return value in parts if isinstance(value, str) else False
-    if origin in (Union, UnionType):
-        return any(_fits(value, part) for part in parts)
-    if origin is tuple:
-        if not isinstance(value, list) or len(value) != len(parts):
-            return False
-        return all(_fits(one, part) for one, part in zip(value, parts, strict=True))
-    if origin is list:
-        return isinstance(value, list) and all(_fits(one, parts[0]) for one in value)
-    if origin in (dict, Mapping) or is_dataclass(kind):
-        return isinstance(value, dict)
-    if kind is float:
-        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return kind is Any or type(value) is kind
+def _build(kind: type[Part], document: Mapping[str, Any]) -> Part:
+    """Make a dataclass of the keys of a document that it has fields for; their shapes have been checked."""
+    return kind(**{f.name: document[f.name] for f in fields(kind)})

@@ -2,10 +2,13 @@
 
 import re
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
 from io import BytesIO
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -24,6 +27,37 @@ _JPEG, _PORTABLE = (".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".j2k"), (".ppm", 
 SUFFIXES = (*_JPEG, *_PORTABLE, ".png", ".apng", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".tga", ".avif")
 OBJECT_ADDRESS = re.compile(r"<[^<>]* at 0x[0-9a-fA-F]+>")  # of an object; it differs from run to run
 Fetch = Callable[[], bytes | Image.Image]  # a picture of a source, read or drawn when it is called
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """A list of pictures; picklable, because every process opens its own."""
+
+    kind: str  # for the manifest: folder, zip, tar, …
+    name: str  # without the machine's folders, because it goes into the manifest
+    names: Sequence[str]  # of all pictures, with / between folders
+    notes: list[str] = field(default_factory=list)  # what was left aside at the listing, in lines for people
+    given_classes: bytes | None = None
+
+    def reading(self, lines: Sequence[int]) -> AbstractContextManager[Iterator[tuple[int, Fetch]]]:
+        """Open the source for one pass over these pictures, in order; the fetches work until the context ends."""
+        return nullcontext((line, partial(self.fetch, line)) for line in lines)
+
+    def fetch(self, line: int) -> bytes | Image.Image:
+        """Read or draw one picture, where nothing has to be open for it."""
+        raise NotImplementedError
+
+    def facts(self) -> dict[str, Any]:
+        """Whatever identifies the content besides the names, such as a commit on the Hub."""
+        return {}
+
+    def classes_json(self) -> bytes | None:
+        """The bytes of the source's own class list, if it has one."""
+        return self.given_classes
+
+    def class_order(self) -> Sequence[str] | None:
+        """The folders in the order of their classes, where the source fixes it; None: sorted."""
+        return None
 
 
 class BadPicture(Exception):

@@ -7,63 +7,23 @@ raises OSError where the file is gone. Whoever reads holds the context until the
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
-from functools import cached_property, partial
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+
+from PIL import Image
 
 from alphaflow_cli.data.archives import open_archive
 from alphaflow_cli.data.classes import SPLITS
 from alphaflow_cli.data.glyphs import GLYPHS, draw_glyph, draw_shape
-from alphaflow_cli.data.pictures import Fetch, is_picture
+from alphaflow_cli.data.pictures import Source, is_picture
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.files import read_file
 from alphaflow_cli.text import brief
 
 Identity = tuple[int, int]  # of a folder: its device and inode
 MAX_WAYS = 1000  # see open_folder
-
-
-class Source(Protocol):
-    """A list of pictures; picklable, because every process opens its own."""
-
-    @property
-    def kind(self) -> str:
-        """What sort of source it is, for the manifest: folder, zip, tar, …"""
-        ...
-
-    @property
-    def name(self) -> str:
-        """A short name without the machine's folders, because it goes into the manifest."""
-        ...
-
-    @property
-    def names(self) -> Sequence[str]:
-        """The names of all pictures, with / between folders."""
-        ...
-
-    @property
-    def notes(self) -> list[str]:
-        """What was left aside at the listing, in lines for people."""
-        ...
-
-    def reading(self, lines: Sequence[int]) -> AbstractContextManager[Iterator[tuple[int, Fetch]]]:
-        """Open the source for one pass over these pictures, in order; the fetches work until the context ends."""
-        ...
-
-    def facts(self) -> dict[str, Any]:
-        """Whatever identifies the content besides the names, such as a commit on the Hub."""
-        ...
-
-    def classes_json(self) -> bytes | None:
-        """The bytes of the source's own class list, if it has one."""
-        ...
-
-    def class_order(self) -> Sequence[str] | None:
-        """The folders in the order of their classes, where the source fixes it; None: sorted."""
-        ...
+DRAWERS = {"glyphs": draw_glyph, "shapes": draw_shape}  # of the embedded sets, by name
 
 
 def open_source(text: str) -> Source:
@@ -87,27 +47,21 @@ def open_source(text: str) -> Source:
     raise AlphaflowError(f"{brief(text)}: no such folder or archive. Others: hf://datasets/USER/NAME, shapes:4000")
 
 
-@dataclass(frozen=True)
-class Folder:
+@dataclass(frozen=True, kw_only=True)
+class Folder(Source):
     """Pictures under a folder, at any depth."""
 
     root: Path
-    names: Sequence[str]
-    notes: list[str] = field(default_factory=list)
     kind: str = "folder"
 
-    @property
-    def name(self) -> str:
-        """The folder's own name; for a split such as train/, the name of the folder above stands before it."""
-        own, above = self.root.name, self.root.parent.name
-        return f"{above}/{own}" if own.lower() in SPLITS and above else own
-
-    def reading(self, lines: Sequence[int]) -> AbstractContextManager[Iterator[tuple[int, Fetch]]]:
-        """Open each file when it is fetched."""
-        return nullcontext((line, partial(_read_below, self.root, self.names[line])) for line in lines)
-
-    def facts(self) -> dict[str, Any]:
-        return {}
+    def fetch(self, line: int) -> bytes:
+        """Read a picture. One that is gone is a bad one; a folder that is gone (unmounted) is the end of the run."""
+        try:
+            return read_file(self.root / self.names[line])
+        except FileNotFoundError as fault:
+            if not self.root.is_dir():
+                raise AlphaflowError(f"{self.root}: the folder is gone") from fault
+            raise
 
     def classes_json(self) -> bytes | None:
         """The bytes of the classes.json in the folder, if there is one."""
@@ -117,42 +71,16 @@ class Folder:
         except OSError as fault:
             raise AlphaflowError(f"{path}: cannot be read ({fault.strerror or fault}). Mend or remove it") from fault
 
-    def class_order(self) -> Sequence[str] | None:
-        return None
 
+@dataclass(frozen=True, kw_only=True)
+class Embedded(Source):
+    """Pictures that the program draws itself, to try things out without a data set. Its kind is a key of DRAWERS."""
 
-DRAWERS = {"glyphs": draw_glyph, "shapes": draw_shape}  # of the embedded sets, by name
-
-
-@dataclass(frozen=True)
-class Embedded:
-    """Pictures that the program draws itself, to try things out without a data set."""
-
-    kind: str  # a key of DRAWERS
-    count: int
-    notes: list[str] = field(default_factory=list)
-
-    @property
-    def name(self) -> str:
-        return f"{self.kind}:{self.count}"
-
-    @cached_property
-    def names(self) -> Sequence[str]:
-        """Names such as disc/3 and heart/4: the glyph is the class."""
-        return [f"{GLYPHS[index % len(GLYPHS)]}/{index}" for index in range(self.count)]
-
-    def reading(self, lines: Sequence[int]) -> AbstractContextManager[Iterator[tuple[int, Fetch]]]:
-        """Draw each picture when it is fetched."""
-        return nullcontext((line, partial(DRAWERS[self.kind], line)) for line in lines)
-
-    def facts(self) -> dict[str, Any]:
-        return {}
-
-    def classes_json(self) -> bytes | None:
-        return None
+    def fetch(self, line: int) -> Image.Image:
+        return DRAWERS[self.kind](line)
 
     def class_order(self) -> Sequence[str] | None:
-        """The glyphs' own order: class i is glyph i."""
+        """The outlines' own order: class i is outline i."""
         return GLYPHS
 
 
@@ -197,7 +125,9 @@ def _walk(root: Path) -> Folder:
                 aside += 1
     notes = [f"{aside} other files left aside"] if aside else []
     notes += [f"{loops} links that lead back to their own folder not followed"] if loops else []
-    return Folder(root, sorted(names), notes)
+    above = root.parent.name
+    name = f"{above}/{root.name}" if root.name.lower() in SPLITS and above else root.name
+    return Folder(root=root, name=name, names=sorted(names), notes=notes)
 
 
 @dataclass(frozen=True)
@@ -220,27 +150,18 @@ def _entries(root: Path, below: str) -> "list[os.DirEntry[str]] | None":
         raise
 
 
-def _read_below(root: Path, name: str) -> bytes:
-    """Read a picture. One that is gone is a bad picture; a folder that is gone (unmounted) is the end of the run."""
-    try:
-        return read_file(root / name)
-    except FileNotFoundError as fault:
-        if not root.is_dir():
-            raise AlphaflowError(f"{root}: the folder is gone") from fault
-        raise
-
-
 def is_embedded(text: str) -> bool:
     """Whether a source is written like an embedded set: shapes:4000, glyphs:4000."""
-    return text.partition(":")[0] in DRAWERS and ":" in text
+    return ":" in text and text.partition(":")[0] in DRAWERS
 
 
 def parse_embedded(text: str) -> Embedded:
-    """Read `shapes:N` or `glyphs:N`, which names the first N pictures of an embedded set."""
+    """Read `shapes:N`, the first N pictures of an embedded set; their names (disc/3, heart/4) say the class."""
     kind, _, count = text.partition(":")
     if not (count.isascii() and count.isdigit() and len(count) < 20 and 0 < int(count) <= 10_000_000):
         raise AlphaflowError(f"{brief(text)}: should be {kind}:N with N from 1 to 10,000,000")
-    return Embedded(kind, int(count))
+    names = [f"{GLYPHS[index % len(GLYPHS)]}/{index}" for index in range(int(count))]
+    return Embedded(kind=kind, name=f"{kind}:{int(count)}", names=names)
 
 
 def _is_folder(entry: "os.DirEntry[str]") -> bool:

@@ -7,16 +7,14 @@ from typing import Literal
 
 import numpy as np
 
-from alphaflow_cli.data.classes import parse_classes
+from alphaflow_cli.data.classes import read_class_file
 from alphaflow_cli.data.manifest import (
     AGAIN,
     Manifest,
     Shard,
     StorePlan,
-    plan_from_dict,
     read_manifest,
-    read_store_file,
-    read_store_json,
+    read_plan,
 )
 from alphaflow_cli.data.stats import Statistics, read_statistics, statistics_of
 from alphaflow_cli.errors import AlphaflowError
@@ -120,7 +118,7 @@ def open_store(path: Path, verify: Verify) -> Store:
 
 def class_names(path: Path) -> list[str]:
     """The classes' display names by index, from a store's classes.json."""
-    return parse_classes(read_store_file(path / "classes.json"), str(path / "classes.json")).names
+    return read_class_file(path / "classes.json").names
 
 
 def verify_store(path: Path) -> list[str]:
@@ -131,53 +129,11 @@ def verify_store(path: Path) -> list[str]:
         return [str(fault)]
 
 
-def disagreements(
-    manifest: Manifest,
-    *,
-    autoencoder: str,
-    image_size: int,
-    channels: int,
-    latent_size: int,
-    classes: int,
-    flips: bool,
-) -> list[str]:
-    """List what a recipe wants and the store is not; each line names both sides."""
-    plan = manifest.plan
-    wanted: list[tuple[str, object, object]] = [
-        ("autoencoder", plan.autoencoder.id, autoencoder),
-        ("image_size", plan.image_size, image_size),
-        ("channels", plan.latent[0], channels),
-        ("latent_size", plan.latent[1], latent_size),
-    ]
-    if classes:  # 0 trains without labels: any labels will do
-        wanted.append(("classes", plan.classes, classes))
-    if flips:  # a store with mirror images serves a recipe without
-        wanted.append(("flips", plan.flips, flips))
-    return [
-        f"{name}: the store has {has}, the recipe wants {wants}" for name, has, wants in wanted if not _same(has, wants)
-    ]
-
-
-def autoencoder_key(name: str) -> str:
-    """The part of an autoencoder's name by which two are taken for the same: the last one of an id, folder or file.
-
-    So a local copy of stabilityai/sd-vae-ft-ema is the same autoencoder.
-    """
-    last = Path(name.split("@")[0].rstrip("/")).name
-    return last.removesuffix(".pt").removesuffix(".safetensors").replace("_", "-").lower()
-
-
-def _same(has: object, wants: object) -> bool:
-    if isinstance(has, str) and isinstance(wants, str):
-        return autoencoder_key(has) == autoencoder_key(wants)
-    return has == wants
-
-
 def _manifest_of(path: Path) -> Manifest:
     if is_there(path / "manifest.json"):
         return read_manifest(path)
     if is_there(path / "plan.json"):
-        plan = plan_from_dict(read_store_json(path / "plan.json"), path / "plan.json")
+        plan = read_plan(path / "plan.json")
         done = len(list(path.glob("train-*.json")))
         total = -(-plan.images // plan.shard_size)
         raise AlphaflowError(f"{path}: unfinished, {done} of {total} shards. Run the same prep-latents command again")

@@ -11,8 +11,7 @@ from alphaflow_cli.data.manifest import (
     Shard,
     StorePlan,
     manifest_to_bytes,
-    read_store_json,
-    shard_from_dict,
+    read_sidecar,
 )
 from alphaflow_cli.data.stats import (
     Statistics,
@@ -40,7 +39,7 @@ def is_done(out: Path, shard: int) -> bool:
     """Whether a shard is written: it has a sidecar, and the length that the sidecar says."""
     file = out / shard_name(shard)
     sidecar = file.with_suffix(".json")
-    return is_there(sidecar) and is_there(file) and file.stat().st_size == read_store_json(sidecar).get("bytes")
+    return is_there(sidecar) and is_there(file) and file.stat().st_size == read_sidecar(sidecar).bytes
 
 
 def write_shard(
@@ -88,7 +87,7 @@ def finish_store(out: Path, plan: StorePlan) -> None:
 
 def _read_sidecar(plan: StorePlan, number: int, path: Path) -> Shard:
     where = path.with_suffix(".json")
-    shard, first = shard_from_dict(read_store_json(where), where), number * plan.shard_size
+    shard, first = read_sidecar(where), number * plan.shard_size
     lines = min(plan.shard_size, plan.images - first)
     if (shard.file, shard.first, shard.lines) != (path.name, first, lines) or shard.count + len(shard.bad) != lines:
         raise AlphaflowError(f"{where}: not the sidecar of pictures {first} to {first + lines - 1}. {AGAIN}")

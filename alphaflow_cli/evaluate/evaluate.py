@@ -6,27 +6,25 @@ called by every process that shares the work; the first one returns the result.
 """
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from alphaflow_cli.charts.chart import BLUE, GREEN, ORANGE, RED, Chart, Line, Panel
 from alphaflow_cli.charts.draw import to_png
+from alphaflow_cli.core.frechet import Moments
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.evaluate.features import Extractor
 from alphaflow_cli.evaluate.measure import (
     CHUNK,
     Clock,
-    Content,
     Pass,
     content_of,
     evaluation_id,
     gather_moments,
-    rounded_seconds,
     run_pass,
 )
 from alphaflow_cli.evaluate.networks import build_extractor
@@ -117,9 +115,15 @@ class Ruler:
         name = evaluation_id(source, self.extractors, self.chunk)
         return Pass(source, self.extractors, self.folder / name, self.chunk)
 
-    def holds(self, work: Pass) -> AbstractContextManager[None]:
-        """Hold the pass's folder while it is filled; the first process holds it for all."""
-        return nullcontext() if self.processes.rank else hold(work.folder, "eval or reference")
+    def measure(self, source: ImageSource, clock: Clock) -> tuple[Pass, dict[str, Moments]]:
+        """Pass over the pictures; the first process holds the folder that is filled for all.
+
+        The moments can be summed up only when all chunks are there, so all processes end together.
+        """
+        work = self.start(source)
+        with nullcontext() if self.processes.rank else hold(work.folder, "eval or reference"):
+            run_pass(work, self.processes, batch=self.batch, clock=clock)
+            return work, gather_moments(work, self.processes)
 
 
 def build_extractors(
@@ -138,25 +142,23 @@ def evaluate(
 ) -> Evaluation | None:
     """Measure pictures: rows and warnings on the first process, None on the others."""
     check_count(source)
-    work, clock = ruler.start(source), Clock()
-    check_reference(metrics, reference, ruler.extractors, work)
-    with ruler.holds(work):
-        run_pass(work, ruler.processes, batch=ruler.batch, clock=clock)
-        moments = gather_moments(work, ruler.processes)  # also the moment when all chunks are there
+    check_reference(metrics, reference, ruler.extractors, source.size)
+    clock = Clock()
+    work, moments = ruler.measure(source, clock)
     if ruler.processes.rank:
         return None
-    content = content_of(work)
+    digest, copies = content_of(work)
     with clock.part("distances"):
         rows = score(Measured(work, moments, reference, ruler.processes.device), metrics)
-    warnings = _warnings(content, source, rows[0].notes if rows else ())
-    seconds = rounded_seconds({**source.seconds, **clock.seconds})
-    return Evaluation(work.folder.name, rows, content.sha256, warnings, seconds, ruler.processes.size)
+    warnings = _warnings(copies, source, rows[0].notes if rows else ())
+    seconds = {part: round(spent, 2) for part, spent in {**source.seconds, **clock.seconds}.items()}
+    return Evaluation(work.folder.name, digest, rows, warnings, seconds, ruler.processes.size)
 
 
-def _warnings(content: Content, source: ImageSource, notes: tuple[str, ...]) -> list[str]:
+def _warnings(copies: int, source: ImageSource, notes: tuple[str, ...]) -> list[str]:
     warnings = [note for note in notes if note.startswith("weights are not")]
-    if content.copies:
-        warnings.append(f"{content.copies:,} of {source.count:,} pictures are exact copies of others")
+    if copies:
+        warnings.append(f"{copies:,} of {source.count:,} pictures are exact copies of others")
     return warnings
 
 
@@ -175,15 +177,12 @@ def make_reference(
 ) -> tuple[Reference, list[str]] | None:
     """Measure real pictures and save the reference; it and warnings on the first process, None on the others."""
     check_count(source)
-    work = ruler.start(source)
-    with ruler.holds(work):
-        run_pass(work, ruler.processes, batch=ruler.batch, clock=Clock())
-        moments = gather_moments(work, ruler.processes)
+    work, moments = ruler.measure(source, Clock())
     if ruler.processes.rank:
         return None
-    content = content_of(work)
-    save_reference(build_reference(work, moments, content, name=name, kept=kept), path)
-    return load_reference(path), _warnings(content, source, ())
+    save_reference(build_reference(work, moments, name=name, kept=kept), path)
+    reference = load_reference(path)
+    return reference, _warnings(reference.facts["copies"], source, ())
 
 
 def find_reference(text: str, size: tuple[int, int], ruler: Ruler) -> Reference:
@@ -250,39 +249,41 @@ def evaluate_checkpoint(request: EvalRequest, processes: Processes) -> Report | 
     generator.expect(count)
     if request.autoencoder:
         generator.use_autoencoder(request.autoencoder)
-    metrics = request.metrics or published.metrics
-    folder = results_folder(request)
-    extractors = build_extractors(metrics, processes.device, request.weights)
-    ruler = Ruler(extractors, processes, folder, request.batch)
-    side, text = generator.recipe.data.image_size, request.reference or published.reference
-    if not text and set(metrics) != {"is"}:
+    metrics, reference = request.metrics or published.metrics, request.reference or published.reference
+    if not reference and set(metrics) != {"is"}:
         raise AlphaflowError(
             f"{request.checkpoint}: nothing to compare with. Give --reference FILE|SOURCE (alphaflow reference makes "
             "a file), or set eval.reference in the recipe."
         )
-    reference = find_reference(text, (side, side), ruler) if text else None
-    evaluations = []
-    for walk in walks:
-        source = GeneratedImages(generator, walk, count=count, draw=draw)
-        evaluation = evaluate(source, metrics, ruler, reference=reference)
-        if evaluation is not None:
-            evaluations.append(evaluation)
+    sources = [GeneratedImages(generator, walk, count=count, draw=draw) for walk in walks]
+    run = run_folder(request.checkpoint)
+    folder = request.out or (run / "evals" if run else Path("evals"))
+    evaluations = evaluate_all(request, processes, sources, metrics, reference, folder)
     return write_evaluation(request, evaluations, folder, generator.digest) if evaluations else None
 
 
 def evaluate_pictures(request: EvalRequest, processes: Processes) -> Report | None:
     """Measure pictures from anywhere; the report on the first process, None on the others."""
     source, folder = open_pictures(request.checkpoint, size=None, limit=request.images), request.out or Path("evals")
-    metrics = request.metrics or default_metrics(request.reference)
-    ruler = Ruler(build_extractors(metrics, processes.device, request.weights), processes, folder, request.batch)
     check_count(source)
-    reference = find_reference(request.reference, source.size, ruler) if request.reference else None
-    evaluation = evaluate(source, metrics, ruler, reference=reference)
-    if evaluation is None:
-        return None
-    path = folder / evaluation.id / "results.json"
-    save_results(path, folder / "history.jsonl", [evaluation])
-    return Report([evaluation], path, None)
+    metrics = request.metrics or default_metrics(request.reference)
+    evaluations = evaluate_all(request, processes, [source], metrics, request.reference, folder)
+    return write_evaluation(request, evaluations, folder, "") if evaluations else None
+
+
+def evaluate_all(
+    request: EvalRequest,
+    processes: Processes,
+    sources: Sequence[ImageSource],
+    metrics: tuple[Metric, ...],
+    reference: str | None,
+    folder: Path,
+) -> list[Evaluation]:
+    """Measure each set of pictures by one ruler; empty on all processes but the first."""
+    ruler = Ruler(build_extractors(metrics, processes.device, request.weights), processes, folder, request.batch)
+    compared = find_reference(reference, sources[0].size, ruler) if reference else None
+    measured = [evaluate(source, metrics, ruler, reference=compared) for source in sources]
+    return [evaluation for evaluation in measured if evaluation is not None]
 
 
 def choose_walks(request: EvalRequest, generator: Generator) -> list[Walk]:
@@ -292,38 +293,27 @@ def choose_walks(request: EvalRequest, generator: Generator) -> list[Walk]:
     if request.sweep_midpoint:
         kind = recipe.sample.two_step_sampler if request.sampler == "auto" else request.sampler
         return [plan(nfe=2, kind=kind, times=(1.0, middle, 0.0)) for middle in MIDPOINTS]
-    counts = request.nfe or recipe.eval.nfe
-    if request.times is not None:
-        counts = (1,)
+    counts = (request.nfe or recipe.eval.nfe) if request.times is None else (1,)
     return [plan(nfe=nfe, kind=request.sampler, times=request.times) for nfe in counts]
 
 
-def results_folder(request: EvalRequest) -> Path:
-    """The folder for unfinished work and the history: --out, else in the run, else evals."""
-    run = run_folder(request.checkpoint)
-    return request.out or (run / "evals" if run else Path("evals"))
-
-
 def write_evaluation(request: EvalRequest, evaluations: list[Evaluation], folder: Path, digest: str) -> Report:
-    """Write results.json, the history and the picture: in the run folder if its own model was measured, else beside."""
-    run = run_folder(request.checkpoint)
-    own = run is not None and request.out is None and is_model_of(run, digest)
-    place = run if run is not None and own else folder / evaluations[0].id
+    """Write results.json, the history and the picture: in the run folder if its own model was measured, else beside.
+
+    Its own model has this checksum still: numbers of other weights must not stand as the run's.
+    """
+    run, place = run_folder(request.checkpoint), folder / evaluations[0].id
+    if run is not None and request.out is None and digest:
+        model = run / "model.safetensors"
+        place = run if model.is_file() and sha256_of(model) == digest else place
     path = place / "results.json"
     save_results(path, folder / "history.jsonl", evaluations)
-    chart = score_chart(evaluations, sweep=request.sweep_midpoint)
+    chart = score_chart(evaluations, sweep=request.sweep_midpoint) if len(evaluations) > 1 else None
     if chart is None:
         return Report(evaluations, path, None)
     picture = place / ("midpoints.png" if request.sweep_midpoint else "scores.png")
-    data = to_png(chart)
-    write_whole(picture, data)
+    write_whole(picture, to_png(chart))
     return Report(evaluations, path, picture)
-
-
-def is_model_of(run: Path, digest: str) -> bool:
-    """Whether the run's newest model has this checksum: numbers of other weights must not stand as the run's own."""
-    model = run / "model.safetensors"
-    return model.is_file() and sha256_of(model) == digest
 
 
 def score_chart(evaluations: Sequence[Evaluation], *, sweep: bool) -> Chart | None:
@@ -332,8 +322,8 @@ def score_chart(evaluations: Sequence[Evaluation], *, sweep: bool) -> Chart | No
     for evaluation in evaluations:
         for row in evaluation.rows:
             if row.spread is None and row.reference is not None:
-                at = _midpoint(row.pictures) if sweep else float(row.pictures["nfe"])
-                curves.setdefault(row.name, []).append((at, row.value))
+                at = row.pictures["times"][1] if sweep else row.pictures["nfe"]
+                curves.setdefault(row.name, []).append((float(at), row.value))
     longest = max((len(points) for points in curves.values()), default=0)
     if longest < 2:
         return None
@@ -344,7 +334,3 @@ def score_chart(evaluations: Sequence[Evaluation], *, sweep: bool) -> Chart | No
     ticks = sorted({x for points in curves.values() for x, _ in points})
     label = "midpoint of a two-step grid" if sweep else "network evaluations per picture"
     return Chart(title="Scores", panels=panels, x_label=label, log_x=not sweep, x_ticks=ticks)
-
-
-def _midpoint(pictures: dict[str, Any]) -> float:
-    return float(pictures["times"][1])

@@ -120,18 +120,18 @@ def _measure(work: Pass, part: tuple[int, int], device: torch.device, *, batch: 
     return tensors
 
 
-def _digests(images: Tensor) -> Tensor:
-    """The sha256 of each picture's pixels (N, 32): it names the content and shows copies."""
-    flat = images.permute(0, 2, 3, 1).contiguous().cpu().numpy()
-    joined = b"".join(hashlib.sha256(picture.tobytes()).digest() for picture in flat)
-    return torch.frombuffer(bytearray(joined), dtype=torch.uint8).view(-1, DIGEST)
-
-
 def _write(path: Path, tensors: dict[str, Tensor]) -> None:
     try:
         write_whole(path, save(tensors))
     except AlphaflowError as fault:
         raise AlphaflowError(f"{fault} Make room and run the same command again; finished chunks are kept.") from fault
+
+
+def _digests(images: Tensor) -> Tensor:
+    """The sha256 of each picture's pixels (N, 32): it names the content and shows copies."""
+    flat = images.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+    joined = b"".join(hashlib.sha256(picture.tobytes()).digest() for picture in flat)
+    return torch.frombuffer(bytearray(joined), dtype=torch.uint8).view(-1, DIGEST)
 
 
 def _finished(work: Pass, first: int, stop: int) -> bool:
@@ -183,21 +183,8 @@ def gather_moments(work: Pass, processes: Processes) -> dict[str, Moments]:
     return totals
 
 
-@dataclass(frozen=True)
-class Content:
-    """What the pass saw: the pictures' common hash, and how many are copies."""
-
-    sha256: str  # of all pictures' hashes in order; does not depend on the container
-    copies: int  # pictures that equal an earlier one
-
-
-def content_of(work: Pass) -> Content:
-    """Hash the pictures of a finished pass, and count copies among them."""
+def content_of(work: Pass) -> tuple[str, int]:
+    """The common sha256 of the pictures of a finished pass, whatever held them, and how many equal an earlier one."""
     digests = load_all(work, "digests")
     distinct = len(torch.unique(digests, dim=0))
-    return Content(hashlib.sha256(digests.numpy().tobytes()).hexdigest(), len(digests) - distinct)
-
-
-def rounded_seconds(seconds: Mapping[str, float]) -> dict[str, float]:
-    """Round the seconds of each part, for results and for people."""
-    return {part: round(spent, 2) for part, spent in seconds.items()}
+    return hashlib.sha256(digests.numpy().tobytes()).hexdigest(), len(digests) - distinct

@@ -22,6 +22,7 @@ import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,28 +31,37 @@ from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.evaluate.features import Extractor, normalise, resize_bicubic
 from alphaflow_cli.evaluate.tiny import Tiny
 from alphaflow_cli.files import sha256_of
-from alphaflow_cli.nn.weights import CLIP, DINOV2, INCEPTION, check_real, find_weights, fit_weights, load_weights
+from alphaflow_cli.nn.weights import (
+    CLIP,
+    DINOV2,
+    INCEPTION,
+    WeightFile,
+    check_real,
+    find_weights,
+    fit_weights,
+    load_weights,
+)
 
 INCEPTION_TENSORS = 566  # entries of the published file
 HEAD = 64  # channels of an attention head of CLIP and of DINOv2, in all sizes
 PATCH, GRID = 14, 16  # DINOv2's patch in pixels, and its patches along the side
 VIT_SIDE = PATCH * GRID  # pixels that DINOv2 and CLIP look at
 OFFSET = 0.1  # added to the grid by DINOv2's official resampling
-DINOV2_LARGE, CLIP_LARGE = "dinov2-vit-l-14/cls", "clip-vit-l-14/embedding"
+LARGE = (1024, 24, PATCH)  # width, depth and patch of ViT-L/14
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # its own
 CLIP_RENAMED = (
     ("conv1", "patch_embed.proj"),
     ("positional_embedding", "pos_embed"),
     ("class_embedding", "cls_token"),
-    ("transformer.resblocks.", "blocks."),
+    (r"transformer\.resblocks\.", "blocks."),
     ("ln_pre", "norm_pre"),
     ("ln_post", "norm"),
     ("ln_", "norm"),
-    ("attn.in_proj_", "attn.qkv."),
-    ("attn.out_proj", "attn.proj"),
-    ("mlp.c_fc", "mlp.fc1"),
-    ("mlp.c_proj", "mlp.fc2"),
+    (r"attn\.in_proj_", "attn.qkv."),
+    (r"attn\.out_proj", "attn.proj"),
+    (r"mlp\.c_fc", "mlp.fc1"),
+    (r"mlp\.c_proj", "mlp.fc2"),
 )
 DINOV2_RENAMED = (
     (r"^dinov2\.", ""),
@@ -112,6 +122,28 @@ class Inception(Extractor):
         return features.to(last.device) @ last.T
 
 
+def build_vit(state: dict[str, Tensor], source: Path, **form: Any) -> tuple[Any, tuple[int, int, int]]:
+    """timm's vision transformer with these weights, and its size: width, depth, patch."""
+    from timm.models.vision_transformer import VisionTransformer
+
+    width, patch = state["cls_token"].shape[-1], state["patch_embed.proj.weight"].shape[-1]
+    depth = 1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks."))
+    size = {"patch_size": patch, "embed_dim": width, "depth": depth, "num_heads": width // HEAD}
+    net = VisionTransformer(img_size=VIT_SIDE, **size, **form)
+    fit_weights(net, state, source)
+    return net, (width, depth, patch)
+
+
+def load_vit(kind: "type[DinoV2 | Clip]", published: WeightFile, weights: Path | None) -> Extractor:
+    """Read the weights from the file given, else from the usual places; the metrics are defined for ViT-L/14 only."""
+    path = find_weights(published, weights)
+    extractor = kind(load_weights(path), sha256=sha256_of(path), source=path)
+    if "-vit-l-14/" not in extractor.id:
+        metric = published.metrics.upper()
+        raise AlphaflowError(f"{path}: holds {extractor.id}; {metric} is measured with ViT-L/14 (24 blocks of 1024)")
+    return extractor
+
+
 class DinoV2(Extractor):
     """DINOv2's network: the class token after the last norm."""
 
@@ -119,35 +151,12 @@ class DinoV2(Extractor):
     known = True  # no hash is published for any of the three files
 
     def __init__(self, state: dict[str, Tensor], *, sha256: str, source: Path) -> None:
-        from timm.models.vision_transformer import VisionTransformer
-
         super().__init__()
         state = dinov2_to_timm(state, source)
-        self.dim = state["cls_token"].shape[-1]
-        depth = 1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks."))
         state["pos_embed"] = resample_positions(state["pos_embed"])
-        self.net = VisionTransformer(
-            img_size=VIT_SIDE,
-            patch_size=PATCH,
-            embed_dim=self.dim,
-            depth=depth,
-            num_heads=self.dim // HEAD,
-            init_values=1.0,
-            num_classes=0,
-        )
-        fit_weights(self.net, state, source)
-        self.weights_sha256 = sha256
-        large = (self.dim, depth) == (1024, 24)
-        self.id = DINOV2_LARGE if large else f"dinov2-vit-{self.dim}x{depth}-14/cls"
-
-    @classmethod
-    def load(cls, weights: Path | None) -> "DinoV2":
-        """Read the weights from the file given, else from the usual places; FDD is defined for ViT-L/14 only."""
-        path = find_weights(DINOV2, weights)
-        extractor = cls(load_weights(path), sha256=sha256_of(path), source=path)
-        if extractor.id != DINOV2_LARGE:
-            raise AlphaflowError(f"{path}: holds {extractor.id}; FDD is measured with ViT-L/14 (24 blocks of 1024)")
-        return extractor
+        self.net, size = build_vit(state, source, init_values=1.0, num_classes=0)
+        self.dim, self.weights_sha256 = size[0], sha256
+        self.id = f"dinov2-vit-{'l' if size == LARGE else f'{size[0]}x{size[1]}'}-14/cls"
 
     def features(self, images: Tensor) -> Tensor:
         """The class token after the last norm, (N, dim)."""
@@ -171,23 +180,24 @@ def resample_positions(table: Tensor) -> Tensor:
 def dinov2_to_timm(state: dict[str, Tensor], source: Path) -> dict[str, Tensor]:
     """Turn the official, timm's or transformers' names of the weights into timm's."""
     if "embeddings.cls_token" in state or "dinov2.embeddings.cls_token" in state:
-        state = _from_transformers(state)
-    if "cls_token" not in state or "pos_embed" not in state:
+        state = _renamed(state, DINOV2_RENAMED)
+        for query in [key for key in state if ".attn.q." in key]:
+            parts = [state.pop(query.replace(".attn.q.", f".attn.{letter}.")) for letter in "qkv"]
+            state[query.replace(".attn.q.", ".attn.qkv.")] = torch.cat(parts)
+    if not {"cls_token", "pos_embed", "patch_embed.proj.weight"} <= state.keys():
         raise AlphaflowError(f"{source}: neither the official, timm's nor transformers' DINOv2 (no class token in it)")
     if "register_tokens" in state or "reg_token" in state:
         raise AlphaflowError(f"{source}: DINOv2 with registers; FDD is measured with the network without them")
     return {key: value.float() for key, value in state.items() if key != "mask_token"}
 
 
-def _from_transformers(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def _renamed(state: dict[str, Tensor], rules: tuple[tuple[str, str], ...]) -> dict[str, Tensor]:
+    """The tensors under the names that all rules together make of theirs."""
     renamed = {}
     for key, value in state.items():
-        for pattern, target in DINOV2_RENAMED:
+        for pattern, target in rules:
             key = re.sub(pattern, target, key)
         renamed[key] = value
-    for query in [key for key in renamed if ".attn.q." in key]:
-        parts = [renamed.pop(query.replace(".attn.q.", f".attn.{letter}.")) for letter in "qkv"]
-        renamed[query.replace(".attn.q.", ".attn.qkv.")] = torch.cat(parts)
     return renamed
 
 
@@ -198,38 +208,13 @@ class Clip(Extractor):
     known = True  # timm's copy has another hash and the same values
 
     def __init__(self, state: dict[str, Tensor], *, sha256: str, source: Path) -> None:
-        from timm.models.vision_transformer import VisionTransformer
-
         super().__init__()
         state = clip_to_timm(state, source)
-        width = state["cls_token"].shape[-1]
-        depth = 1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks."))
-        patch = state["patch_embed.proj.weight"].shape[-1]
-        self.dim = state["head.weight"].shape[0]
-        self.net = VisionTransformer(
-            img_size=VIT_SIDE,
-            patch_size=patch,
-            embed_dim=width,
-            depth=depth,
-            num_heads=width // HEAD,
-            num_classes=self.dim,
-            pre_norm=True,
-            norm_layer=partial(nn.LayerNorm, eps=1e-5),
-            act_layer="quick_gelu",  # as trained; timm's plain variant of these weights uses GELU
-        )
-        fit_weights(self.net, state, source)
-        self.weights_sha256 = sha256
-        large = (width, depth, patch) == (1024, 24, 14)
-        self.id = CLIP_LARGE if large else f"clip-vit-{width}x{depth}-{patch}/embedding"
-
-    @classmethod
-    def load(cls, weights: Path | None) -> "Clip":
-        """Read the weights from the file given, else from the usual places; FCD is measured with ViT-L/14 only."""
-        path = find_weights(CLIP, weights)
-        extractor = cls(load_weights(path), sha256=sha256_of(path), source=path)
-        if extractor.id != CLIP_LARGE:
-            raise AlphaflowError(f"{path}: holds {extractor.id}; FCD is measured with ViT-L/14 at 224 px")
-        return extractor
+        self.dim, self.weights_sha256 = state["head.weight"].shape[0], sha256
+        norm = partial(nn.LayerNorm, eps=1e-5)  # quick_gelu as trained; timm's plain variant of these weights uses GELU
+        form = {"num_classes": self.dim, "pre_norm": True, "norm_layer": norm, "act_layer": "quick_gelu"}
+        self.net, size = build_vit(state, source, **form)
+        self.id = f"clip-vit-{'l' if size == LARGE else f'{size[0]}x{size[1]}'}-{size[2]}/embedding"
 
     def features(self, images: Tensor) -> Tensor:
         """The image embedding (N, dim), its length as the network gives it."""
@@ -240,46 +225,29 @@ class Clip(Extractor):
 def clip_to_timm(state: dict[str, Tensor], source: Path) -> dict[str, Tensor]:
     """Turn OpenAI's or timm's names of the weights into timm's, in float32 (OpenAI's file is half precision)."""
     if "visual.class_embedding" in state:
-        state = _from_openai({key[7:]: value for key, value in state.items() if key.startswith("visual.")})
-    if "cls_token" not in state or "norm_pre.weight" not in state or "head.weight" not in state:
+        visual = {key[7:]: value for key, value in state.items() if key.startswith("visual.")}
+        state = _renamed(visual, CLIP_RENAMED)
+        state["cls_token"], state["pos_embed"] = state["cls_token"][None, None], state["pos_embed"][None]
+        state["head.weight"] = state.pop("proj").T
+    if not {"cls_token", "patch_embed.proj.weight", "norm_pre.weight", "head.weight"} <= state.keys():
         raise AlphaflowError(f"{source}: neither OpenAI's nor timm's CLIP image network")
     state = {key: value.float() for key, value in state.items()}
     state.setdefault("head.bias", torch.zeros(state["head.weight"].shape[0]))
     return state
 
 
-def _from_openai(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    renamed = {}
-    for key, value in state.items():
-        for old, new in CLIP_RENAMED:
-            key = key.replace(old, new)
-        renamed[key] = value
-    renamed["cls_token"] = renamed["cls_token"][None, None]
-    renamed["pos_embed"] = renamed["pos_embed"][None]
-    renamed["head.weight"] = renamed.pop("proj").T
-    return renamed
-
-
 def build_extractor(name: str, *, device: torch.device, weights: Path | None) -> Extractor:
     """Make the feature network of that name, frozen, on the device; its weights from the file given or from the
     usual places."""
-    if name not in BUILDERS:
-        raise AlphaflowError(f"no feature network called {name!r}; there are {', '.join(BUILDERS)}")
     extractor = BUILDERS[name](weights).requires_grad_(False).eval().to(device)
     if device.type == "cpu":  # convolutions are 1.3 times as fast; features move by 1e-4 of their size
         extractor = extractor.to(memory_format=torch.channels_last)
     return extractor
 
 
-def _tiny(weights: Path | None) -> Extractor:
-    if weights is not None:
-        raise AlphaflowError("the tiny features have no weights; leave out --weights tiny=…")
-    return Tiny()
-
-
 BUILDERS: dict[str, Callable[[Path | None], Extractor]] = {
     "inception": Inception.load,
-    "dinov2": DinoV2.load,
-    "clip": Clip.load,
-    "tiny": _tiny,
+    "dinov2": partial(load_vit, DinoV2, DINOV2),
+    "clip": partial(load_vit, Clip, CLIP),
+    "tiny": lambda weights: Tiny(),  # it has none
 }

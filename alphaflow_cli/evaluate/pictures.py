@@ -12,10 +12,9 @@ import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,9 +23,10 @@ from torch import Tensor
 
 from alphaflow_cli.data import archives, sources
 from alphaflow_cli.data.classes import choose_split
-from alphaflow_cli.data.pictures import MAX_PIXELS, BadPicture, Fetch, decode, decode_whole
+from alphaflow_cli.data.pictures import MAX_PIXELS, BadPicture, Fetch, Source, decode, decode_whole
 from alphaflow_cli.data.sources import open_source
 from alphaflow_cli.errors import DAMAGE, AlphaflowError
+from alphaflow_cli.files import is_there, stamp_of
 from alphaflow_cli.sample.generator import Generator
 from alphaflow_cli.sample.walk import LazyLabels, Walk, draw_labels
 from alphaflow_cli.text import brief
@@ -36,44 +36,32 @@ FIRST_SEED = 0  # published evaluations use seeds 0 … 49,999
 BROKEN = (EOFError, RuntimeError, OverflowError, MemoryError, struct.error, zipfile.BadZipFile, zlib.error)  # of zips
 
 
-class ImageSource(Protocol):
+class ImageSource:
     """Pictures 0 … count − 1, any range of them at any time."""
 
-    @property
-    def count(self) -> int:
-        """How many pictures there are."""
-        ...
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """Height and width, the same for all pictures."""
-        ...
-
-    @property
-    def label(self) -> str:
-        """What the pictures are, in a few words for a row of a table."""
-        ...
-
-    @property
-    def seconds(self) -> dict[str, float]:
-        """Seconds spent on pictures so far, by part; may be empty."""
-        ...
+    count: int
+    size: tuple[int, int]  # height and width, the same for all pictures
+    label: str  # what the pictures are, in a few words for a row of a table
+    seconds: dict[str, float]  # spent on pictures so far, by part; may be empty
 
     def images(self, start: int, stop: int) -> Tensor:
         """Pictures start … stop − 1 as uint8 (stop − start, 3, H, W)."""
-        ...
+        raise NotImplementedError
 
     def close(self) -> None:
         """Close what is open; it is opened again when the next picture is wanted."""
-        ...
 
     def describe(self) -> dict[str, Any]:
         """Everything that a protocol says about the pictures, as plain values."""
-        ...
+        raise NotImplementedError
+
+    def identity(self) -> Any:
+        """Plain values that change whenever the pictures may have changed; nothing is opened."""
+        return self.describe()
 
     def fingerprint(self) -> str:
-        """A hash that changes whenever the pictures may have changed; it names the folder of unfinished work."""
-        ...
+        """A hash of the identity; it names the folder of unfinished work."""
+        return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()
 
 
 def open_pictures(text: str, *, size: int | None, limit: int | None) -> ImageSource:
@@ -83,16 +71,17 @@ def open_pictures(text: str, *, size: int | None, limit: int | None) -> ImageSou
     return PictureFiles(open_source(text), size=size, limit=limit)
 
 
-class PictureFiles:
+class PictureFiles(ImageSource):
     """The pictures of a folder, a zip, a tar, a Hub dataset or an embedded set, sorted by name."""
 
-    def __init__(self, source: sources.Source, *, size: int | None, limit: int | None) -> None:
+    def __init__(self, source: Source, *, size: int | None, limit: int | None) -> None:
         """`size` None leaves them as they are, and they must be of one size."""
         self._source, self._size, self.seconds = source, size, dict[str, float]()
         lines: Sequence[int] = range(len(source.names))
-        self._prefix = ""
+        self.label = source.name  # and the split that is taken of it
         if size is not None:  # a reference is built from the training split, as latents are
-            lines, self._prefix = choose_split(source.names)
+            lines, prefix = choose_split(source.names)
+            self.label += f"/{prefix.rstrip('/')}" if prefix else ""
         self._lines, self._of = _spread(lines, limit), len(lines)
         self._open = ExitStack()  # holds the source open while it is walked through
         self._walk: Iterator[tuple[int, Fetch]] = iter(())
@@ -100,19 +89,8 @@ class PictureFiles:
         self.count = len(self._lines)
         if not self.count:
             raise AlphaflowError(f"{source.name}: there are no pictures in it")
-
-    @cached_property
-    def size(self) -> tuple[int, int]:
-        """Height and width of the first picture, which the others must share."""
-        if self._size is not None:
-            return self._size, self._size
-        height, width = self._read(0, 1)[0].shape[1:]
-        return int(height), int(width)
-
-    @property
-    def label(self) -> str:
-        """The source's name, and the split that was taken of it."""
-        return f"{self._source.name}{'/' + self._prefix.rstrip('/') if self._prefix else ''}"
+        height, width = (size, size) if size is not None else self._read(0, 1)[0].shape[1:]
+        self.size = int(height), int(width)
 
     def images(self, start: int, stop: int) -> Tensor:
         """Fetch and decode pictures in threads, in order; all must be of one size."""
@@ -156,22 +134,28 @@ class PictureFiles:
         facts = {"kind": self._source.kind, "name": self.label, "count": self.count, "of": self._of}
         return {**facts, "prepared": prepared, **self._source.facts()}
 
-    def fingerprint(self) -> str:
-        """Hash names, sizes and times of the files; nothing is opened."""
+    def identity(self) -> Any:
+        """Names, sizes and times of the files."""
         facts: list[Any] = [self.describe(), [self._source.names[line] for line in self._lines]]
         if isinstance(self._source, sources.Folder):
             facts += [_stamp(self._source.root / self._source.names[line]) for line in self._lines]
         elif isinstance(self._source, archives.Archive):
             facts.append(_stamp(self._source.path))
-        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+        return facts
 
 
-class PictureArray:
+class PictureArray(ImageSource):
     """Pictures of a .npz: its array `arr_0`, uint8 (N, H, W, 3), as ADM's evaluator takes them."""
 
     def __init__(self, path: Path, *, limit: int | None) -> None:
         self._path, self.seconds = path, dict[str, float]()
-        array = _arr_0(path)
+        try:
+            names, held = read_npz(path, ("arr_0",))
+            if "arr_0" not in held:
+                raise ValueError(f"it holds {', '.join(names) or 'nothing'}")
+        except ValueError as fault:
+            raise AlphaflowError(f"{path}: no array arr_0 of pictures in it ({fault})") from fault
+        array = held["arr_0"]
         if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] != 3:
             raise AlphaflowError(
                 f"{path}: arr_0 is {array.dtype} {array.shape}; pictures are uint8 (N, H, W, 3). Round them first."
@@ -182,9 +166,6 @@ class PictureArray:
         self.size = (int(array.shape[1]), int(array.shape[2]))
         self.label = path.name
 
-    def close(self) -> None:
-        """Do nothing: no file is kept open."""
-
     def images(self, start: int, stop: int) -> Tensor:
         """Some of the array's pictures, channels first."""
         return torch.from_numpy(np.ascontiguousarray(self._array[start:stop].transpose(0, 3, 1, 2)))
@@ -194,10 +175,9 @@ class PictureArray:
         prepared = "as they are"
         return {"kind": "npz", "name": self.label, "count": self.count, "of": self._of, "prepared": prepared}
 
-    def fingerprint(self) -> str:
-        """Hash the name, size and time of the file."""
-        facts = [self.describe(), _stamp(self._path)]
-        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    def identity(self) -> Any:
+        """The name, size and time of the file."""
+        return [self.describe(), _stamp(self._path)]
 
 
 def _spread(lines: Sequence[int], limit: int | None) -> Sequence[int]:
@@ -208,24 +188,11 @@ def _spread(lines: Sequence[int], limit: int | None) -> Sequence[int]:
 
 
 def _stamp(path: Path) -> list[Any]:
-    try:
-        status = path.stat()
-    except OSError:  # gone: whoever reads it says so
-        return [str(path.absolute())]
-    return [str(path.absolute()), status.st_size, status.st_mtime_ns]
+    there = [*vars(stamp_of(path)).values()] if is_there(path) else []  # gone: whoever reads it says so
+    return [str(path.absolute()), *there]
 
 
-def _arr_0(path: Path) -> Any:
-    try:
-        names, held = read_npz(path, ("arr_0",))
-        if "arr_0" not in held:
-            raise ValueError(f"it holds {', '.join(names) or 'nothing'}")
-    except ValueError as fault:
-        raise AlphaflowError(f"{path}: no array arr_0 of pictures in it ({fault})") from fault
-    return held["arr_0"]
-
-
-class GeneratedImages:
+class GeneratedImages(ImageSource):
     """The pictures that a checkpoint draws by one walk through time, picture i with seed i."""
 
     def __init__(self, generator: Generator, walk: Walk, *, count: int, draw: str) -> None:
@@ -236,11 +203,7 @@ class GeneratedImages:
         self._seeds = range(FIRST_SEED, FIRST_SEED + count)
         classes = generator.recipe.data.classes
         self._labels = LazyLabels(self._seeds, lambda places, seeds: draw_labels(seeds, classes, draw))
-
-    @property
-    def label(self) -> str:
-        """Recipe and walk: `quickstart, 1 NFE, trajectory on 1, 0`."""
-        return f"{self._generator.recipe.name or 'checkpoint'}, {self._walk.nfe} NFE, {self._walk}"
+        self.label = f"{generator.recipe.name or 'checkpoint'}, {walk.nfe} NFE, {walk}"
 
     def images(self, start: int, stop: int) -> Tensor:
         """The stream's pictures of this span, on the generator's device; what they took is added to `seconds`."""
@@ -249,9 +212,6 @@ class GeneratedImages:
             self.seconds[part] += spent
         assert drawn.images is not None
         return drawn.images
-
-    def close(self) -> None:
-        """Do nothing: no file is kept open."""
 
     def describe(self) -> dict[str, Any]:
         """Everything that decides the pictures, for the protocol: weights, walk, labels, seeds, precision."""
@@ -278,10 +238,6 @@ class GeneratedImages:
             "precision": self._generator.precision,
             "autoencoder": (origin.get("autoencoder") or {}).get("id"),
         }
-
-    def fingerprint(self) -> str:
-        """Hash everything that the pictures depend on."""
-        return hashlib.sha256(json.dumps(self.describe(), sort_keys=True).encode()).hexdigest()
 
 
 def read_npz(path: Path, wanted: Iterable[str]) -> tuple[list[str], dict[str, Any]]:

@@ -29,7 +29,7 @@ from alphaflow_cli.core.frechet import Moments, frechet_distance
 from alphaflow_cli.documents import Anything, ListOf, Maybe, Table, Text, Whole, parse_json
 from alphaflow_cli.errors import DAMAGE, AlphaflowError
 from alphaflow_cli.evaluate.features import Extractor
-from alphaflow_cli.evaluate.measure import Content, Pass, load_all
+from alphaflow_cli.evaluate.measure import Pass, content_of, load_all
 from alphaflow_cli.evaluate.networks import Inception
 from alphaflow_cli.evaluate.pictures import BROKEN, read_npz
 from alphaflow_cli.evaluate.results import SPACE, FeatureSpace, environment, space_of
@@ -68,16 +68,10 @@ class Reference:
     """Statistics by network's name, and the facts that say where they come from."""
 
     stats: dict[str, Stats]
-    facts: dict[str, Any]  # name, kind, count, size, prepared, sha256, …: printed with every number
-
-    @property
-    def count(self) -> int | None:
-        """How many pictures were measured for it, where the file states that."""
-        count: int | None = self.facts.get("count")
-        return count
+    facts: dict[str, Any]  # name, kind, count, size, prepared, sha256, …: printed with every number; None: not stated
 
 
-def build_reference(work: Pass, moments: dict[str, Moments], content: Content, *, name: str, kept: int) -> Reference:
+def build_reference(work: Pass, moments: dict[str, Moments], *, name: str, kept: int) -> Reference:
     """Make a reference of a finished pass, with the features of `kept` pictures drawn at random."""
     order = np.random.RandomState(DRAW_SEED).permutation(work.source.count)[:kept]
     chosen = torch.from_numpy(np.sort(order))
@@ -86,7 +80,7 @@ def build_reference(work: Pass, moments: dict[str, Moments], content: Content, *
         mean, cov = moments[key].finalise()
         features = load_all(work, key)[chosen] if kept else None
         stats[key] = Stats(space_of(work.extractors[key]), mean, cov, features)
-    described = work.source.describe()
+    described, (digest, copies) = work.source.describe(), content_of(work)
     facts = {
         "name": name or described["name"],
         "kind": described["kind"],
@@ -94,8 +88,8 @@ def build_reference(work: Pass, moments: dict[str, Moments], content: Content, *
         "size": list(work.source.size),
         "prepared": described["prepared"],
         "source": described,
-        "pictures_sha256": content.sha256,
-        "copies": content.copies,
+        "pictures_sha256": digest,
+        "copies": copies,
         "environment": environment(),
     }
     return Reference(stats, facts)
@@ -120,14 +114,7 @@ def load_reference(path: Path) -> Reference:
         raise AlphaflowError(f"{path}: no such reference; build one with: alphaflow reference SOURCE -o {path}")
     if path.suffix == ".safetensors":
         return _load_own(path)
-    foreign = read_foreign(path)
-    stats = {
-        each.name: Stats(FeatureSpace("", "", each.preprocessing, each.mean.numel()), each.mean, each.cov, None)
-        for each in foreign
-    }
-    facts = {"name": path.name, "kind": foreign[0].kind, "count": foreign[0].count, "size": None}
-    facts["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
-    return Reference(stats, {**facts, "prepared": "not stated"})
+    return read_foreign(path)
 
 
 def _load_own(path: Path) -> Reference:
@@ -149,17 +136,16 @@ def _load_own(path: Path) -> Reference:
 
 def _own_stats(space: FeatureSpace, tensors: dict[str, Tensor], key: str, path: Path) -> Stats:
     """One network's statistics; tensors of other sizes than its space has are refused."""
-    mean, cov, features = (tensors.get(f"{key}.{name}") for name in ("mean", "cov", "features"))
-    wanted = {"mean": (mean, (space.dim,)), "cov": (cov, (space.dim, space.dim))}
-    if features is not None:
-        wanted["features"] = (features, (len(features) if features.ndim else 0, space.dim))
-    for name, (tensor, shape) in wanted.items():
+    kept = tensors.get(f"{key}.features")
+    wanted: dict[str, tuple[int, ...]] = {"mean": (space.dim,), "cov": (space.dim, space.dim)}
+    if kept is not None:
+        wanted["features"] = (len(kept) if kept.ndim else 0, space.dim)
+    for name, shape in wanted.items():
+        tensor = tensors.get(f"{key}.{name}")
         if tensor is None or tuple(tensor.shape) != shape or not tensor.is_floating_point():
             there = "is missing" if tensor is None else f"is {tensor.dtype} of shape {tuple(tensor.shape)}"
             raise AlphaflowError(f"{path}: {key}.{name} {there}, shape {shape} is wanted. {REBUILD}")
-    assert mean is not None
-    assert cov is not None
-    return Stats(space, mean, cov, features)
+    return Stats(space, tensors[f"{key}.mean"], tensors[f"{key}.cov"], kept)
 
 
 def _content_sha256(header: dict[str, str], tensors: dict[str, Tensor]) -> str:
@@ -192,21 +178,19 @@ def check_fit(reference: Reference, key: str, extractor: Extractor, size: tuple[
     if reference.facts["size"] is None:
         unstated.append("resolution")
     elif tuple(reference.facts["size"]) != tuple(size):
+        there, here = (f"{height}×{width} px" for height, width in (reference.facts["size"], size))
         raise AlphaflowError(
-            f"{where}: resolutions differ.\n  reference: {_size_text(reference.facts['size'])}\n"
-            f"  here:      {_size_text(size)}\nBuild one: alphaflow reference SOURCE --size {size[0]} -o FILE"
+            f"{where}: resolutions differ.\n  reference: {there}\n  here:      {here}\n"
+            f"Build one: alphaflow reference SOURCE --size {size[0]} -o FILE"
         )
     return unstated
-
-
-def _size_text(size: tuple[int, int]) -> str:
-    return f"{size[0]}×{size[1]} px"
 
 
 def floor_of(reference: Reference, key: str, count: int) -> float | None:
     """The distance that `count` perfect samples would have: from halves of the kept features, scaled as 1/n + 1/m."""
     features = reference.stats[key].features
-    if features is None or reference.count is None or len(features) < 4:
+    measured = reference.facts.get("count")
+    if features is None or measured is None or len(features) < 4:
         return None
     half = len(features) // 2
     rng = np.random.RandomState(DRAW_SEED)
@@ -220,30 +204,24 @@ def floor_of(reference: Reference, key: str, count: int) -> float | None:
             sides += list(moments.finalise())
         distances.append(frechet_distance(*sides))
     per_picture = sum(distances) / FLOOR_SPLITS / (2 / half)
-    return per_picture * (1 / count + 1 / reference.count)
+    return float(per_picture * (1 / count + 1 / measured))
 
 
-@dataclass(frozen=True)
-class ForeignStats:
-    """Another system's moments of one feature space. Empty strings: the file does not state it."""
-
-    name: str  # of the extractor
-    mean: Tensor
-    cov: Tensor
-    preprocessing: str
-    count: int | None
-    kind: str
+Foreign = tuple[dict[str, Stats], str, int | None]  # statistics, kind of file, pictures measured where it is stated
 
 
-def read_foreign(path: Path) -> list[ForeignStats]:
-    """Read another system's file by its suffix and content: one or more feature spaces."""
+def read_foreign(path: Path) -> Reference:
+    """Read another system's file by its suffix and content: one or more feature spaces. Empty texts: not stated."""
     readers = {".npz": _read_npz, ".pkl": _read_pickle, ".pickle": _read_pickle, ".pt": _read_cache}
     if path.suffix not in readers:
         raise AlphaflowError(f"{path}: not a reference file (.safetensors, .npz, .pkl, .pt) and not pictures")
     try:
-        return readers[path.suffix](path)
+        stats, kind, count = readers[path.suffix](path)
     except (*DAMAGE, *BROKEN, pickle.UnpicklingError) as fault:
         raise AlphaflowError(f"{path}: cannot be read as reference statistics ({fault})") from fault
+    facts = {"name": path.name, "kind": kind, "count": count, "size": None}
+    facts |= {"sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "prepared": "not stated"}
+    return Reference(stats, facts)
 
 
 def holds_statistics(path: Path) -> bool:
@@ -254,43 +232,36 @@ def holds_statistics(path: Path) -> bool:
         raise AlphaflowError(f"{path}: not a readable .npz ({fault}). Make it, or fetch it, again") from fault
 
 
-def _read_npz(path: Path) -> list[ForeignStats]:
+def _read_npz(path: Path) -> Foreign:
     names, held = read_npz(path, ("ref_mu", "ref_sigma", "mu", "sigma"))
     if "ref_mu" in names:
-        return [_stats(held["ref_mu"], held["ref_sigma"], HALF_PIXEL, None, kind="MeanFlow npz")]
+        return _stats(held["ref_mu"], held["ref_sigma"], HALF_PIXEL), "MeanFlow npz", None
     if "mu" not in names or "sigma" not in names:
         raise ValueError(f"it holds {', '.join(sorted(names))}; mu and sigma, or ref_mu and ref_sigma, are due")
     kind = "ADM npz" if set(names) & {"mu_s", "sigma_s", "arr_0"} else "npz of mu, sigma (ADM, EDM)"
-    return [_stats(held["mu"], held["sigma"], TF1, None, kind=kind)]
+    return _stats(held["mu"], held["sigma"], TF1), kind, None
 
 
-def _read_pickle(path: Path) -> list[ForeignStats]:
+def _read_pickle(path: Path) -> Foreign:
     with path.open("rb") as file:
         held = _NumpyOnly(file).load()
     if not isinstance(held, dict):
         raise ValueError("it holds no dictionary")
-    if "raw_mean" in held:
-        return [_from_sums(held)]
-    count = int(held["num_images"]) if "num_images" in held else None
-    known = {"fid": TF1, "fd_dinov2": ""}
-    spaces = [
-        _stats(held[key]["mu"], held[key]["sigma"], known[key], count, kind="EDM2 pkl") for key in known if key in held
-    ]
-    if not spaces:
+    if "raw_mean" in held:  # Σf, Σf·fᵀ and N. Their covariance would be over N; ours is over N − 1
+        count = int(held["num_items"])
+        mean = np.asarray(held["raw_mean"], np.float64) / count
+        cov = (np.asarray(held["raw_cov"], np.float64) - count * np.outer(mean, mean)) / (count - 1)
+        return _stats(mean, cov, TF1 if mean.size == 2048 else ""), "α-Flow pkl", count
+    stats: dict[str, Stats] = {}
+    for key, preprocessing in (("fid", TF1), ("fd_dinov2", "")):
+        if key in held:
+            stats |= _stats(held[key]["mu"], held[key]["sigma"], preprocessing)
+    if not stats:
         raise ValueError(f"it holds {', '.join(map(str, held))}; fid, fd_dinov2 or raw_mean is due")
-    return spaces
+    return stats, "EDM2 pkl", int(held["num_images"]) if "num_images" in held else None
 
 
-def _from_sums(held: dict[str, Any]) -> ForeignStats:
-    """From Σf, Σf·fᵀ and N. Their covariance would be over N; ours is over N − 1."""
-    count = int(held["num_items"])
-    mean = np.asarray(held["raw_mean"], np.float64) / count
-    cov = (np.asarray(held["raw_cov"], np.float64) - count * np.outer(mean, mean)) / (count - 1)
-    preprocessing = TF1 if mean.size == 2048 else ""
-    return _stats(mean, cov, preprocessing, count, kind="α-Flow pkl")
-
-
-def _read_cache(path: Path) -> list[ForeignStats]:
+def _read_cache(path: Path) -> Foreign:
     rebuild: Any = np.zeros(0).__reduce__()[0]  # its module has moved between versions of numpy; files name either
     places = [(rebuild, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")]
     dtypes = [type(np.dtype(code)) for code in (np.float32, np.float64)]
@@ -298,18 +269,19 @@ def _read_cache(path: Path) -> list[ForeignStats]:
         held = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(held, dict) or "mu" not in held:
         raise ValueError("it is no cache of mu and sigma")
-    dino = "dinov2" in path.name
-    return [_stats(held["mu"], held["sigma"], TF1_DINO if dino else TF1, None, kind="torch-fidelity cache")]
+    preprocessing = TF1_DINO if "dinov2" in path.name else TF1
+    return _stats(held["mu"], held["sigma"], preprocessing), "torch-fidelity cache", None
 
 
-def _stats(mean: Any, cov: Any, preprocessing: str, count: int | None, *, kind: str) -> ForeignStats:
+def _stats(mean: Any, cov: Any, preprocessing: str) -> dict[str, Stats]:
+    """Moments under the name of the features that have this dimension."""
     mean, cov = torch.as_tensor(mean).double().flatten(), torch.as_tensor(cov).double()
     dim = mean.numel()
     if tuple(cov.shape) != (dim, dim):
         raise ValueError(f"mean of {dim} and covariance of {tuple(cov.shape)} do not fit")
     if dim not in BY_DIM:
         raise ValueError(f"features of dimension {dim}; known are {', '.join(map(str, BY_DIM))}")
-    return ForeignStats(BY_DIM[dim], mean, cov, preprocessing, count, kind)
+    return {BY_DIM[dim]: Stats(FeatureSpace("", "", preprocessing, dim), mean, cov, None)}
 
 
 class _NumpyOnly(pickle.Unpickler):

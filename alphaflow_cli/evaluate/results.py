@@ -18,7 +18,6 @@ import torch
 
 import alphaflow_cli
 from alphaflow_cli.documents import Anything, ListOf, Maybe, Number, Table, Text, Whole, read_json
-from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.evaluate.features import Extractor
 from alphaflow_cli.files import append, make_folder, write_whole
 from alphaflow_cli.recipe.schema import Metric
@@ -59,25 +58,8 @@ RESULT_ROW = Table(
     },
     {"settings": Table(others=Anything()), "notes": ListOf(Text(2000), most=100)},
 )
-RESULTS = Table(
-    {
-        "evaluations": ListOf(
-            Table(
-                {"rows": ListOf(RESULT_ROW, most=1000)},
-                {
-                    "id": Text(200),
-                    "measured": Text(100),
-                    "pictures_sha256": Text(64),
-                    "warnings": ListOf(Text(2000), most=1000),
-                    "seconds": Table(others=Number()),
-                    "processes": Whole(1),
-                },
-            ),
-            most=1000,
-        )
-    },
-    {"schema": Text(100), "environment": Table(others=Text(300))},
-)
+EVALUATION = Table({"rows": ListOf(RESULT_ROW, most=1000)}, others=Anything())
+RESULTS = Table({"evaluations": ListOf(EVALUATION, most=1000)}, others=Anything())  # only rows are read again
 
 
 @dataclass(frozen=True)
@@ -111,7 +93,9 @@ class Row:
         weights = f" {self.space.weights_sha256[:8]}" if self.space.weights_sha256 else ""
         parts = [f"{self.space.network}{weights}"]
         if self.reference is not None:
-            parts.append(f"reference {reference_text(self.reference)}")
+            count = f"{self.reference['count']:,} pictures" if self.reference.get("count") else "count not stated"
+            facts = f"{self.reference['kind']}, {count}, {self.reference['sha256'][:8]}"
+            parts.append(f"reference {self.reference['name']} ({facts})")
         parts.append(f"{self.count:,} pictures: {self.label}")
         parts += [f"{key.replace('_', ' ')} {value}" for key, value in self.settings.items()]
         return "; ".join(parts)
@@ -122,29 +106,15 @@ class Evaluation:
     """All numbers of one set of pictures, measured in one pass."""
 
     id: str
-    rows: Sequence[Row]
     pictures_sha256: str
+    rows: Sequence[Row]
     warnings: Sequence[str]
     seconds: dict[str, float]
     processes: int
 
     def as_dict(self) -> dict[str, Any]:
         """The evaluation as results.json and the history hold it, with the time at which this is called."""
-        return {
-            "id": self.id,
-            "measured": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "pictures_sha256": self.pictures_sha256,
-            "rows": [asdict(row) for row in self.rows],
-            "warnings": list(self.warnings),
-            "seconds": self.seconds,
-            "processes": self.processes,
-        }
-
-
-def reference_text(reference: dict[str, Any]) -> str:
-    """Write a reference's facts as `name (kind, 50,000 pictures, 1a2b3c4d)`."""
-    count = f"{reference['count']:,} pictures" if reference.get("count") else "count not stated"
-    return f"{reference['name']} ({reference['kind']}, {count}, {reference['sha256'][:8]})"
+        return {"id": self.id, "measured": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **asdict(self)}
 
 
 def space_of(extractor: Extractor) -> FeatureSpace:
@@ -156,12 +126,7 @@ def name_of(title: str, extractor: Extractor, count: int) -> str:
     """A number's name: FID-10k. With other weights than the published ones it is no FID: FD(weights 5a993ec0)-10k."""
     if not extractor.known:
         title = f"{'FD' if title == 'FID' else title}(weights {extractor.weights_sha256[:8]})"
-    return f"{title}-{count_name(count)}"
-
-
-def count_name(count: int) -> str:
-    """Write a number of pictures as it stands in a name: 50k, 2048."""
-    return f"{count // 1000}k" if count % 1000 == 0 else str(count)
+    return f"{title}-{count // 1000}k" if count % 1000 == 0 else f"{title}-{count}"
 
 
 def environment() -> dict[str, str]:
@@ -180,14 +145,8 @@ def value_text(row: Row) -> str:
     """Write a value with as many digits as mean something, and its spread: `12.34`, `0.001234 ± 0.0002`."""
     title = row.name.split("(")[0].split("-")[0]
     digits = DIGITS.get(title)
-    shown = f"{row.value:.{digits}f}" if digits else _significant(row.value)
-    if row.spread is None:
-        return shown
-    return f"{shown} ± {row.spread:.{digits}f}" if digits else f"{shown} ± {row.spread:.2g}"
-
-
-def _significant(value: float) -> str:
-    return f"{value:.1f}" if value >= 1000 else f"{value:.4g}"
+    form, spread = (f".{digits}f",) * 2 if digits else (".1f" if row.value >= 1000 else ".4g", ".2g")
+    return f"{row.value:{form}}" + ("" if row.spread is None else f" ± {row.spread:{spread}}")
 
 
 def notes(evaluation: Evaluation) -> dict[str, list[str]]:
@@ -222,13 +181,9 @@ def row_of(values: dict[str, Any]) -> Row:
 def save_results(path: Path, history: Path, evaluations: Sequence[Evaluation]) -> None:
     """Write results.json anew, and add a line for each evaluation to the history."""
     make_folder(path.parent)
-    text = json.dumps(document(evaluations), indent=1, ensure_ascii=False) + "\n"
-    write_whole(path, text)
+    write_whole(path, json.dumps(document(evaluations), indent=1, ensure_ascii=False) + "\n")
     lines = "".join(json.dumps(each.as_dict(), ensure_ascii=False) + "\n" for each in evaluations)
-    try:
-        append(history, lines)
-    except OSError as fault:
-        raise AlphaflowError(f"{history}: cannot be written ({fault.strerror}); {path} is whole") from fault
+    append(history, lines, kept=f"{path} is whole.")
 
 
 def markdown(evaluations: Sequence[Evaluation]) -> str:

@@ -34,6 +34,9 @@ NEIGHBOURS = 3
 BLOCK = 10_000  # rows of a distance matrix at a time
 
 
+Scored = tuple[str, float, float | None, dict[str, Any]]  # title, value, its spread, how it was computed
+
+
 @dataclass(frozen=True)
 class Measured:
     """A finished pass over the pictures, and the reference that they are compared with."""
@@ -45,7 +48,7 @@ class Measured:
 
 
 def check_reference(
-    metrics: tuple[Metric, ...], reference: Reference | None, extractors: dict[str, Extractor], work: Pass
+    metrics: tuple[Metric, ...], reference: Reference | None, extractors: dict[str, Extractor], size: tuple[int, int]
 ) -> None:
     """Refuse metrics that the reference cannot give, before the long pass over the pictures."""
     for metric in metrics:
@@ -53,7 +56,7 @@ def check_reference(
             continue
         if reference is None:
             raise AlphaflowError(f"{metric} compares with real pictures: add --reference FILE or --reference SOURCE")
-        check_fit(reference, NETWORK[metric], extractors[NETWORK[metric]], work.source.size)
+        check_fit(reference, NETWORK[metric], extractors[NETWORK[metric]], size)
         kept = reference.stats[NETWORK[metric]].features
         if metric in NEEDS_FEATURES and (kept is None or len(kept) < FEWEST_FEATURES):
             raise AlphaflowError(
@@ -64,30 +67,42 @@ def check_reference(
 
 def score(measured: Measured, metrics: tuple[Metric, ...]) -> list[Row]:
     """Compute the rows of every metric, in the order given."""
-    rows: list[Row] = []
+    work, rows = measured.work, []
     for metric in metrics:
-        rows += ROWS[metric](measured, metric)
+        extractor, notes = work.extractors[NETWORK[metric]], _notes(measured, metric)
+        reference = None if metric == "is" or measured.reference is None else measured.reference.facts
+        for title, value, spread, settings in NUMBERS.get(metric, _frechet)(measured, metric):
+            row = Row(
+                name=name_of(title, extractor, work.source.count),
+                value=value,
+                spread=spread,
+                metric=metric,
+                space=space_of(extractor),
+                count=work.source.count,
+                pictures=work.source.describe(),
+                label=work.source.label,
+                reference=reference,
+                settings=settings,
+                notes=notes,
+            )
+            rows.append(row)
     return rows
 
 
-def _frechet(measured: Measured, metric: Metric) -> list[Row]:
-    key = NETWORK[metric]
-    reference = _needed(measured)
+def _frechet(measured: Measured, metric: Metric) -> Iterator[Scored]:
+    key, reference = NETWORK[metric], measured.reference
+    assert reference is not None
     stats, moments = reference.stats[key], measured.moments[key]
     value = frechet_distance(*moments.finalise(), stats.mean, stats.cov)
-    settings: dict[str, Any] = {}
     floor = floor_of(reference, key, moments.count) if metric == "fd-tiny" else None
-    if floor:
-        settings["times_the_floor"] = round(value / floor, 2)
-    return [_row(measured, metric, TITLE[metric], value, settings=settings)]
+    yield TITLE[metric], value, None, {"times_the_floor": round(value / floor, 2)} if floor else {}
 
 
-def _kid(measured: Measured, metric: Metric) -> list[Row]:
-    fake, real = _both(measured, metric)
+def _kid(measured: Measured, metric: Metric) -> Iterator[Scored]:
+    fake, real = _single_features(measured, metric)
     size = min(KID_SIZE, len(fake), len(real))
     value, spread = kid(fake, real, _subsets(len(fake), len(real), size))
-    settings = {"subsets": KID_SUBSETS, "of": size, "single_real_pictures": len(real)}
-    return [_row(measured, metric, "KID", value, spread=spread, settings=settings)]
+    yield "KID", value, spread, {"subsets": KID_SUBSETS, "of": size, "single_real_pictures": len(real)}
 
 
 def _subsets(fakes: int, reals: int, size: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -97,7 +112,7 @@ def _subsets(fakes: int, reals: int, size: int) -> Iterator[tuple[Tensor, Tensor
         yield torch.from_numpy(chosen[0]), torch.from_numpy(chosen[1])
 
 
-def _inception_score(measured: Measured, metric: Metric) -> list[Row]:
+def _inception_score(measured: Measured, metric: Metric) -> Iterator[Scored]:
     features = load_all(measured.work, NETWORK[metric])
     order = torch.from_numpy(
         np.random.RandomState(DRAW_SEED).permutation(len(features))
@@ -106,73 +121,31 @@ def _inception_score(measured: Measured, metric: Metric) -> list[Row]:
     with true_float32():
         logits = torch.cat([extractor.logits(part).cpu() for part in torch.split(features[order], BLOCK)])
     value, spread = inception_score(logits, IS_SPLITS)
-    settings = {"splits": IS_SPLITS, "order": f"shuffled, seed {DRAW_SEED}"}
-    return [_row(measured, metric, "IS", value, spread=spread, settings=settings, compared=False)]
+    yield "IS", value, spread, {"splits": IS_SPLITS, "order": f"shuffled, seed {DRAW_SEED}"}
 
 
-def _precision_recall(measured: Measured, metric: Metric) -> list[Row]:
-    fake, real = _both(measured, metric)
+def _precision_recall(measured: Measured, metric: Metric) -> Iterator[Scored]:
+    fake, real = _single_features(measured, metric)
     with true_float32():
         shares = precision_recall(fake.to(measured.device), real.to(measured.device), NEIGHBOURS, block=BLOCK)
-    settings = {"neighbours": NEIGHBOURS, "single_real_pictures": len(real)}
-    return [
-        _row(measured, metric, title, value, settings=settings)
-        for title, value in (
-            ("precision", shares.precision),
-            ("recall", shares.recall),
-            ("density", shares.density),
-            ("coverage", shares.coverage),
-        )
-    ]
+    for title in ("precision", "recall", "density", "coverage"):
+        settings = {"neighbours": NEIGHBOURS, "single_real_pictures": len(real)}
+        yield title, getattr(shares, title), None, settings
 
 
-ROWS: dict[Metric, Callable[[Measured, Metric], list[Row]]] = {
-    "fid": _frechet,
-    "fdd": _frechet,
-    "fcd": _frechet,
-    "fd-tiny": _frechet,
+NUMBERS: dict[Metric, Callable[[Measured, Metric], Iterator[Scored]]] = {
     "kid": _kid,
     "is": _inception_score,
     "pr": _precision_recall,
-}
+}  # of the other metrics: a Fréchet distance
 
 
-def _both(measured: Measured, metric: Metric) -> tuple[Tensor, Tensor]:
-    real = _needed(measured).stats[NETWORK[metric]].features
+def _single_features(measured: Measured, metric: Metric) -> tuple[Tensor, Tensor]:
+    """The features of the measured pictures, and those of single pictures of the reference."""
+    assert measured.reference is not None
+    real = measured.reference.stats[NETWORK[metric]].features
     assert real is not None, metric
     return load_all(measured.work, NETWORK[metric]), real
-
-
-def _needed(measured: Measured) -> Reference:
-    assert measured.reference is not None
-    return measured.reference
-
-
-def _row(
-    measured: Measured,
-    metric: Metric,
-    title: str,
-    value: float,
-    *,
-    spread: float | None = None,
-    settings: dict[str, Any],
-    compared: bool = True,
-) -> Row:
-    key, source = NETWORK[metric], measured.work.source
-    extractor = measured.work.extractors[key]
-    return Row(
-        name=name_of(title, extractor, source.count),
-        value=value,
-        spread=spread,
-        metric=metric,
-        space=space_of(extractor),
-        count=source.count,
-        pictures=source.describe(),
-        label=source.label,
-        reference=measured.reference.facts if compared and measured.reference is not None else None,
-        settings=settings,
-        notes=_notes(measured, metric),
-    )
 
 
 def _notes(measured: Measured, metric: Metric) -> tuple[str, ...]:

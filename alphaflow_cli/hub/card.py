@@ -115,20 +115,18 @@ def _what(facts: CardFacts) -> str:
         if data.autoencoder == "none"
         else f"latents {data.channels}x{data.latent_size}x{data.latent_size} of {for_markdown(data.autoencoder)}"
     )
+    nfe = recipe.sample.nfe
+    evaluations = "one evaluation" if nfe == 1 else f"{nfe} evaluations"
     lines = [
         f"# {for_markdown(recipe.name)}",
         "",
-        f"An image generator that needs {_evaluations(recipe.sample.nfe)} of its network per picture: "
+        f"An image generator that needs {evaluations} of its network per picture: "
         f"{data.image_size} px, {labels}, {facts.parameters:,} parameters, working on {space}. "
         f"It predicts the average velocity u(z, r, t) of [MeanFlow and α-Flow](https://arxiv.org/abs/{PAPER[6:]}); "
         f"the weights are {_weights(facts.origin)}.",
     ]
     lines += ["", "![Samples](samples.png)", "", "Uncurated: consecutive seeds."]
     return "\n".join(lines)
-
-
-def _evaluations(nfe: int) -> str:
-    return "one evaluation" if nfe == 1 else f"{nfe} evaluations"
 
 
 def _weights(origin: dict[str, Any]) -> str:
@@ -138,7 +136,7 @@ def _weights(origin: dict[str, Any]) -> str:
 
 
 def _usage(facts: CardFacts) -> str:
-    repo, sample = facts.repo, facts.recipe.sample
+    repo, sample, size = facts.repo, facts.recipe.sample, facts.recipe.data.image_size
     classes = ", classes=[0, 1, 2, 3]" if facts.recipe.data.classes else ""
     return f"""\
 ## Sample
@@ -154,15 +152,11 @@ alphaflow sample {repo} --seeds 0-15 --nfe {sample.nfe} --out pictures
 import alphaflow_cli
 
 model = alphaflow_cli.load("{repo}")
-images = model.sample(seeds=[0, 1, 2, 3]{classes}, nfe={sample.nfe})  # uint8 (4, 3, {_size(facts)}, {_size(facts)})
+images = model.sample(seeds=[0, 1, 2, 3]{classes}, nfe={sample.nfe})  # uint8 (4, 3, {size}, {size})
 ```
 
 The picture of a seed is the same on every machine up to rounding, whatever the batch. Pin a revision with
 `{repo}@COMMIT`."""
-
-
-def _size(facts: CardFacts) -> int:
-    return facts.recipe.data.image_size
 
 
 def _training(facts: CardFacts) -> str:
@@ -241,19 +235,16 @@ def _caveats(facts: CardFacts) -> str:
 
 def _ending(facts: CardFacts) -> str:
     made = ", ".join(f"{name} {value}" for name, value in (facts.origin.get("versions") or {}).items())
+    licence = "the publisher has not named a licence" if facts.licence == "unknown" else facts.licence
     text = f"""\
 ## Licence and citation
 
-Weights: {_licence(facts.licence)}. The data and the autoencoder have terms of their own. The method:
+Weights: {licence}. The data and the autoencoder have terms of their own. The method:
 
 ```bibtex
 {CITATION}
 ```"""
     return text + (f"\n\nMade with {for_markdown(made)}." if made else "")
-
-
-def _licence(licence: str) -> str:
-    return "the publisher has not named a licence" if licence == "unknown" else licence
 
 
 def scrub(value: Any) -> Any:

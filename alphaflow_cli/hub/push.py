@@ -38,7 +38,7 @@ from alphaflow_cli.remote.download import (
     remove_stale,
 )
 from alphaflow_cli.remote.faults import NotThere, hub_faults
-from alphaflow_cli.sample.generator import best_device, open_generator, pictures
+from alphaflow_cli.sample.generator import open_generator, pictures
 from alphaflow_cli.sample.grid import grid_in_rows, plain_png
 from alphaflow_cli.sample.walk import plan_walk
 from alphaflow_cli.train.curves import recipe_chart
@@ -246,7 +246,7 @@ def _samples(source: Publication, model: Path) -> bytes:
         if drawn.exists():
             see_own(source.run, drawn)
             return plain_png(drawn)
-    generator = open_generator(str(model), device=best_device())
+    generator = open_generator(str(model))
     rows, columns = GRID
     seeds, classes = list(range(rows * columns)), recipe.data.classes
     labels = [seed % classes if classes else 0 for seed in seeds]

@@ -2,6 +2,7 @@
 
 import errno
 import itertools
+import json
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -13,9 +14,9 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from alphaflow_cli.data.classes import Classes
 from alphaflow_cli.data.manifest import StorePlan
-from alphaflow_cli.data.pictures import BadPicture, Fetch, decode
-from alphaflow_cli.data.sources import Source
+from alphaflow_cli.data.pictures import MAX_PIXELS, BadPicture, Fetch, Source, decode
 from alphaflow_cli.data.writing import write_shard
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.nn.autoencoder import Autoencoder, load_autoencoder
@@ -34,28 +35,61 @@ TOGETHER = 16  # pictures decoded by one call in another thread: small ones cost
 
 
 @dataclass(frozen=True)
-class Job:
-    """What every process of one preparation needs to know; it is picklable, to be sent to them."""
+class StoreRequest:
+    """What the command line of prep-latents asks for."""
+
+    source: str
+    size: int
+    autoencoder: str
+    dtype: str = "fp16"  # or fp32
+    flips: bool = False
+    batch: int = 0  # by the size
+    limit: int = 0  # all
+    bad: Bad = "stop"
+    precision: str = "auto"  # fp32, tf32, bf16
+    max_pixels: int = MAX_PIXELS
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The pictures of a store: lines of the source, their labels, the classes."""
 
     source: Source
+    lines: Sequence[int]
+    labels: Sequence[int]
+    classes: Classes
+
+    def to_bytes(self) -> bytes:
+        """The content of images.json: one picture per line."""
+        names = self.source.names
+        pairs = zip(self.lines, self.labels, strict=True)
+        return b"[\n" + b",\n".join(json.dumps([names[line], label]).encode() for line, label in pairs) + b"\n]\n"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every process of one preparation needs to know."""
+
+    request: StoreRequest
+    listing: Listing  # one picture per line of images.json
     out: Path
     plan: StorePlan
-    lines: Sequence[int]  # of the source, one per line of images.json
-    labels: Sequence[int]
-    autoencoder: str
     batch: int
-    bad: Bad
-    max_pixels: int
     threads: int  # that decode pictures in each process
+
+    @property
+    def images(self) -> int:
+        """How many pictures there are to encode, bad ones included."""
+        return len(self.listing.lines)
 
     def span(self, shard: int) -> range:
         """The lines of images.json that a shard covers."""
         size = self.plan.shard_size
-        return range(shard * size, min((shard + 1) * size, len(self.lines)))
+        return range(shard * size, min((shard + 1) * size, self.images))
 
     def picture_name(self, line: int) -> str:
         """The source's name of the picture on a line of images.json."""
-        return self.source.names[self.lines[line]]
+        return self.listing.source.names[self.listing.lines[line]]
 
 
 @dataclass(frozen=True)
@@ -69,7 +103,7 @@ class EncoderInput:
 
 def work(job: Job, shards: Sequence[int], device: torch.device, tell: Tell) -> None:
     """Make these shards; the source is walked through once, in order."""
-    encoder = load_autoencoder(job.autoencoder, device=device)
+    encoder = load_autoencoder(job.request.autoencoder, device=device)
     with closing(decoded_pictures(job, [line for shard in shards for line in job.span(shard)])) as stream:
         for shard in shards:
             encode_shard(job, shard, encoder, itertools.islice(stream, len(job.span(shard))), device=device, tell=tell)
@@ -97,11 +131,11 @@ def decoded_pictures(job: Job, lines: Sequence[int]) -> Generator[EncoderInput, 
     """
     pool = ThreadPoolExecutor(job.threads, "decode")
     pending: deque[Future[list[EncoderInput]]] = deque()
-    with job.source.reading([job.lines[line] for line in lines]) as fetches:
+    with job.listing.source.reading([job.listing.lines[line] for line in lines]) as fetches:
         pairs = ((line, fetch) for line, (_, fetch) in zip(lines, fetches, strict=True))
         try:
             while group := list(itertools.islice(pairs, TOGETHER)):
-                pending.append(pool.submit(_decode_all, group, job.plan.image_size, job.max_pixels))
+                pending.append(pool.submit(_decode_all, group, job.plan.image_size, job.request.max_pixels))
                 if len(pending) * TOGETHER > 2 * job.batch + TOGETHER * job.threads:
                     yield from pending.popleft().result()
             while pending:
@@ -225,7 +259,7 @@ class _Rows:
         if picture.pixels is not None:
             return True
         name = self.job.picture_name(picture.line)
-        if self.job.bad == "stop":
+        if self.job.request.bad == "stop":
             raise AlphaflowError(f"{name!r}: {picture.why}. Mend or remove it, or leave such pictures out: --bad skip")
         self.bad.append({"line": picture.line, "name": name, "why": picture.why})
         return False
@@ -236,7 +270,7 @@ class _Rows:
         for name, rows in encoded.items():
             self.tensors[name][place] = rows
         self.tensors["index"][place] = [picture.line for picture in group]
-        self.tensors["label"][place] = [self.job.labels[picture.line] for picture in group]
+        self.tensors["label"][place] = [self.job.listing.labels[picture.line] for picture in group]
         self.filled += len(group)
 
     def save(self, shard: int) -> None:

@@ -1,8 +1,7 @@
 """From the request of `prep-latents` to a plan: which pictures, which classes, which encoder, which shards."""
 
 import hashlib
-import json
-from collections.abc import Sequence
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,10 +9,9 @@ import torch
 
 from alphaflow_cli.data.classes import (
     AS_NUMBERS,
-    Classes,
     choose_split,
     folders_of,
-    parse_classes,
+    read_class_file,
     read_classes,
     reordered,
 )
@@ -23,38 +21,21 @@ from alphaflow_cli.data.manifest import (
     RowKind,
     StorePlan,
     differences,
-    plan_from_dict,
     plan_to_dict,
     read_image_list,
-    read_store_file,
-    read_store_json,
+    read_plan,
 )
-from alphaflow_cli.data.sources import Folder, Source, open_source
+from alphaflow_cli.data.sources import Folder, open_source
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.files import is_there
-from alphaflow_cli.latents.encode import Bad, Job, choose_precision, sample_pixels
+from alphaflow_cli.latents.encode import Job, Listing, StoreRequest, choose_precision, sample_pixels
 from alphaflow_cli.nn.autoencoder import Autoencoder, load_autoencoder, public_id
+from alphaflow_cli.runtime.processes import Processes
 
 SHARD_PICTURES, SHARD_BYTES = 8192, 512_000_000  # of one shard at most: it is held in memory until it is written
 SHARDS_WANTED, SHARD_LEAST = 16, 256  # small sets are cut, too, so that several processes have something to share
 SAMPLE = 16  # pictures that a lower precision is tried on
 STORED_DTYPES = {"fp16": "float16", "fp32": "float32"}
-
-
-@dataclass(frozen=True)
-class StoreRequest:
-    """What the command line of prep-latents asks for."""
-
-    source: str
-    size: int
-    autoencoder: str
-    dtype: str  # fp16, fp32
-    flips: bool
-    batch: int  # 0: by the size
-    limit: int  # 0: all
-    bad: Bad
-    precision: str  # auto, fp32, tf32, bf16
-    max_pixels: int
 
 
 @dataclass(frozen=True)
@@ -66,27 +47,11 @@ class Encoder:
     kind: RowKind
 
 
-@dataclass(frozen=True)
-class Listing:
-    """The pictures of a store: lines of the source, their labels, the classes."""
-
-    source: Source
-    lines: Sequence[int]
-    labels: Sequence[int]
-    classes: Classes
-
-    def to_bytes(self) -> bytes:
-        """The content of images.json: one picture per line."""
-        names = self.source.names
-        pairs = zip(self.lines, self.labels, strict=True)
-        return b"[\n" + b",\n".join(json.dumps([names[line], label]).encode() for line, label in pairs) + b"\n]\n"
-
-
-def make_job(request: StoreRequest, out: Path, *, threads: int, device: torch.device) -> tuple[Job, Listing]:
-    """List the source, look at the encoder, and refuse an `out` that holds another preparation."""
+def plan_job(request: StoreRequest, out: Path, processes: Processes) -> Job:
+    """List the source, look at the encoder, and refuse an `out` that holds another preparation; nothing is written."""
+    device, threads = processes.device, max(1, min(16, (os.cpu_count() or 1) // processes.size))
     listing = list_pictures(request)
-    old = read_store_json(out / "plan.json") if is_there(out / "plan.json") else None
-    before = plan_from_dict(old, out / "plan.json") if old else None
+    before = read_plan(out / "plan.json") if is_there(out / "plan.json") else None
     if before:
         listing = _as_begun(listing, out)
     if before and request.bad == "skip":
@@ -94,21 +59,9 @@ def make_job(request: StoreRequest, out: Path, *, threads: int, device: torch.de
     finished = is_there(out / "manifest.json")
     encoder = _encoder(request, listing, before, finished=finished, device=device)
     plan = _plan(request, listing, encoder)
-    if old and (lines := differences(plan_to_dict(plan), old, "this command", "the store")):
+    if before and (lines := differences(plan_to_dict(plan), plan_to_dict(before), "this command", "the store")):
         raise AlphaflowError(f"{out}: holds another preparation: {'; '.join(lines)}. Give another --out, or delete it")
-    job = Job(
-        source=listing.source,
-        out=out,
-        plan=plan,
-        lines=listing.lines,
-        labels=listing.labels,
-        autoencoder=request.autoencoder,
-        batch=request.batch or default_batch(request, device),
-        bad=request.bad,
-        max_pixels=request.max_pixels,
-        threads=threads,
-    )
-    return job, listing
+    return Job(request, listing, out, plan, request.batch or default_batch(request, device), threads)
 
 
 def list_pictures(request: StoreRequest) -> Listing:
@@ -155,7 +108,7 @@ def _as_begun(listing: Listing, out: Path) -> Listing:
     path = out / "classes.json"
     if listing.classes.order != AS_NUMBERS or not is_there(path):
         return listing
-    classes = reordered(listing.classes, parse_classes(read_store_file(path), str(path)))
+    classes = reordered(listing.classes, read_class_file(path))
     if classes is None:
         return listing
     number = {folder: index for index, folder in enumerate(classes.folders)}

@@ -9,25 +9,21 @@ And what there is to say about a store: what making it will take, what is in it,
 """
 
 import itertools
-import os
-import shutil
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
 from pathlib import Path
 
 from alphaflow_cli.data.manifest import plan_to_dict, read_manifest
-from alphaflow_cli.data.pictures import MAX_PIXELS
 from alphaflow_cli.data.store import verify_store
 from alphaflow_cli.data.writing import finish_store, is_done
 from alphaflow_cli.errors import AlphaflowError
-from alphaflow_cli.files import is_there, to_json, write_pieces
-from alphaflow_cli.latents.encode import Bad, Job, decoded_pictures, encode_rows, work, writing_to
-from alphaflow_cli.latents.plan import Listing, StoreRequest, make_job
+from alphaflow_cli.files import free_bytes, is_there, to_json, write_pieces
+from alphaflow_cli.latents.encode import Job, StoreRequest, decoded_pictures, encode_rows, work, writing_to
+from alphaflow_cli.latents.plan import plan_job
 from alphaflow_cli.nn.autoencoder import load_autoencoder
 from alphaflow_cli.runtime.lock import hold
-from alphaflow_cli.runtime.processes import Alone, Processes, device_of, processes_here
+from alphaflow_cli.runtime.processes import Processes, device_of, processes_here
 from alphaflow_cli.runtime.progress import Progress, duration, say, size
 
 FINISHED = ("images.json", "stats.safetensors", "manifest.json")  # beside the shards
@@ -35,51 +31,25 @@ BEFORE_THE_PLAN = ("images.json", "classes.json")  # in the order of writing
 SPARE = 64_000_000  # bytes that the disk should keep free beyond the store
 
 
-def prepare_latents(
-    source: str,
-    out: Path,
-    *,
-    size: int,
-    autoencoder: str,
-    dtype: str = "fp16",
-    flips: bool = False,
-    batch: int = 0,
-    limit: int = 0,
-    bad: Bad = "stop",
-    precision: str = "auto",
-    max_pixels: int = MAX_PIXELS,
-    shown: bool = True,
-) -> Path:
-    """Make the store in this process, or go on with it; returns its folder. 0 means: batch by size, no limit."""
-    request = StoreRequest(source, size, autoencoder, dtype, flips, batch, limit, bad, precision, max_pixels)
-    return prepare_store(request, out, Alone(device_of(0)), shown=shown)
-
-
-def prepare_store(request: StoreRequest, out: Path, processes: Processes, *, shown: bool = True) -> Path:
-    """Do this process's part of a store: the first one holds the folder, plans and finishes for all."""
+def prepare_store(request: StoreRequest, out: Path, processes: Processes, *, shown: bool = True) -> Path | None:
+    """Do this process's part of a store. The first one holds the folder, plans and finishes for all, and returns it."""
     first = processes.rank == 0
     with ExitStack() as held:
         if first:
-            job, listing = plan_job(request, out, processes)
+            job = plan_job(request, out, processes)
             if begin := not _is_finished(job):
                 check_room(out, bytes_needed(job, missing_shards(job)))
                 held.enter_context(writing_to(out))
                 held.enter_context(hold(out, "prep-latents"))
-                _begin(job, listing, shown)
+                _begin(job, shown)
         processes.wait()
         if not first:
-            job, begin = plan_job(request, out, processes)[0], False  # now the plan lies in the folder
+            job, begin = plan_job(request, out, processes), False  # now the plan lies in the folder
         _work_shown(job, processes, shown and begin)
         processes.wait()
         if begin:
             finish_store(out, job.plan)
-    return out
-
-
-def plan_job(request: StoreRequest, out: Path, processes: Processes) -> tuple[Job, Listing]:
-    """List the pictures and settle what is to be done; nothing is written."""
-    threads = max(1, min(16, (os.cpu_count() or 1) // processes.size))
-    return make_job(request, out, threads=threads, device=processes.device)
+    return out if first else None
 
 
 def _is_finished(job: Job) -> bool:
@@ -93,19 +63,13 @@ def count_encoders(autoencoder: str, requested: int | None) -> int:
 
 def missing_shards(job: Job) -> list[int]:
     """The shards without a sidecar, or whose file is not as long as the sidecar says."""
-    total = -(-len(job.lines) // job.plan.shard_size)
+    total = -(-job.images // job.plan.shard_size)
     return [shard for shard in range(total) if not is_done(job.out, shard)]
 
 
 def bytes_needed(job: Job, shards: Sequence[int]) -> int:
     """On disk for these shards; the list of pictures and the statistics are small change."""
     return sum(len(job.span(shard)) for shard in shards) * job.plan.sample_bytes
-
-
-def free_bytes(out: Path) -> int:
-    """On the disk that holds, or will hold, a folder."""
-    existing = next(folder for folder in (out.absolute(), *out.absolute().parents) if is_there(folder))
-    return shutil.disk_usage(existing).free
 
 
 def check_room(out: Path, needed: int) -> None:
@@ -117,9 +81,9 @@ def check_room(out: Path, needed: int) -> None:
         )
 
 
-def _begin(job: Job, listing: Listing, shown: bool) -> None:
+def _begin(job: Job, shown: bool) -> None:
     """The plan, before the first picture is read; left-overs of a kill go."""
-    out = job.out
+    out, listing = job.out, job.listing
     there = {entry.name for entry in out.iterdir() if entry.name[0] != "."}
     begun = there <= set(BEFORE_THE_PLAN) and "images.json" in there  # a kill came between these and the plan
     if there and "plan.json" not in there and not begun:
@@ -130,13 +94,13 @@ def _begin(job: Job, listing: Listing, shown: bool) -> None:
     write_pieces(out / "classes.json", [to_json(listing.classes.as_dict())])
     write_pieces(out / "plan.json", [to_json(plan_to_dict(job.plan))])
     if shown:
-        say(", ".join([f"{listing.source.name}: {len(job.lines)} pictures", *listing.source.notes]))
+        say(", ".join([f"{listing.source.name}: {job.images} pictures", *listing.source.notes]))
         say(listing.classes.summary())
 
 
 def _work_shown(job: Job, processes: Processes, shown: bool) -> None:
     """Make this process's shards; the first process shows the progress of all."""
-    total = len(job.lines)
+    total = job.images
     missing = missing_shards(job) if processes.rank == 0 else []
     done = total - sum(len(job.span(shard)) for shard in missing)
     with Progress("encode", total, unit="img", done=done, shown=shown) as bar:
@@ -145,7 +109,8 @@ def _work_shown(job: Job, processes: Processes, shown: bool) -> None:
             count = min(count * processes.size, total - bar.done)
             bar.advance(count, note=size((bar.done + count) * job.plan.sample_bytes))
 
-        mine = [shard for shard in share_of(job, processes) if not is_done(job.out, shard)]
+        shards = range(-(-total // job.plan.shard_size))[processes.rank :: processes.size]
+        mine = [shard for shard in shards if not is_done(job.out, shard)]
         try:
             if mine:
                 work(job, mine, processes.device, advance)
@@ -157,67 +122,30 @@ def _work_shown(job: Job, processes: Processes, shown: bool) -> None:
         advance(total)
 
 
-def share_of(job: Job, processes: Processes) -> range:
-    """Every N-th shard, beginning with the process's own number."""
-    return range(processes.rank, -(-len(job.lines) // job.plan.shard_size), processes.size)
-
-
 TRIAL_SECONDS = 3.0  # no batch of the trial begins later
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """Of the shards that are still missing."""
-
-    out: Path
-    images: int
-    todo: int
-    shards: int
-    latent: tuple[int, int, int]
-    bytes_needed: int
-    bytes_free: int
-    tried: int  # pictures decoded and encoded for the estimate
-    images_per_second: float
-    seconds: float
-
-    def lines(self) -> list[str]:
-        """For people; the last is the store's path."""
-        shape = "x".join(str(length) for length in self.latent)
-        rate = f"{self.images_per_second:.1f} pictures/s, tried on {self.tried}"
-        return [
-            f"pictures: {self.images:,}, {self.todo:,} to do in {self.shards:,} shards, latents {shape}",
-            f"disk: {size(self.bytes_needed)} needed, {size(self.bytes_free)} free",
-            f"time: {duration(self.seconds)} ({rate})",
-            str(self.out),
-        ]
-
-
-def estimate_store(job: Job, processes: int) -> Estimate:
-    """Encode a few pictures spread over the source, throw them away, and multiply."""
+def estimate_store(job: Job, processes: int) -> list[str]:
+    """Encode a few pictures spread over the source, throw them away, and multiply; the last line is its path."""
     missing = missing_shards(job)
     todo = sum(len(job.span(shard)) for shard in missing)
     tried, seconds = _trial(job)
     gpus = processes if device_of(0).type == "cuda" else 1  # on a CPU all processes share the same cores
     rate = gpus * tried / seconds
-    return Estimate(
-        out=job.out,
-        images=len(job.lines),
-        todo=todo,
-        shards=len(missing),
-        latent=job.plan.latent,
-        bytes_needed=bytes_needed(job, missing),
-        bytes_free=free_bytes(job.out),
-        tried=tried,
-        images_per_second=rate,
-        seconds=todo / rate,
-    )
+    shape = "x".join(str(length) for length in job.plan.latent)
+    return [
+        f"pictures: {job.images:,}, {todo:,} to do in {len(missing):,} shards, latents {shape}",
+        f"disk: {size(bytes_needed(job, missing))} needed, {size(free_bytes(job.out))} free",
+        f"time: {duration(todo / rate)} ({rate:.1f} pictures/s, tried on {tried})",
+        str(job.out),
+    ]
 
 
 def _trial(job: Job) -> tuple[int, float]:
     """Pictures and seconds, after one to warm up; batches double until the time is over or they are full ones."""
-    encoder = load_autoencoder(job.autoencoder, device=device_of(0))
-    count = min(len(job.lines), 4 * job.batch)
-    lines = [number * len(job.lines) // count for number in range(count)]
+    encoder = load_autoencoder(job.request.autoencoder, device=device_of(0))
+    count = min(job.images, 4 * job.batch)
+    lines = [number * job.images // count for number in range(count)]
     with closing(decoded_pictures(job, lines)) as stream:
         good = (picture.pixels for picture in stream if picture.pixels is not None)
         if first := list(itertools.islice(good, 1)):

@@ -21,7 +21,7 @@ from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.files import check_regular
 from alphaflow_cli.model.build import build_network
 from alphaflow_cli.nn.autoencoder import Autoencoder
-from alphaflow_cli.nn.weights import check_real
+from alphaflow_cli.nn.weights import check_real, unlike
 from alphaflow_cli.recipe import dump_recipe, recipe_from_text
 from alphaflow_cli.recipe.migrations import refuse_newer
 from alphaflow_cli.recipe.schema import Recipe
@@ -130,9 +130,9 @@ def _checkpoint(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]
     if not (torch.isfinite(mean).all() and torch.isfinite(std).all() and (std > 0).all()):
         raise AlphaflowError(f"{path}: the latents' normalisation in it is not finite and positive.")
     check_latents(mean, std, recipe, str(path))
-    checkpoint = Checkpoint(weights=weights, recipe=recipe, mean=mean, std=std, origin=origin)
-    check_shapes(checkpoint, str(path))
-    return checkpoint
+    if differences := misfits(weights, recipe):  # seen before a byte of the network is allocated
+        raise AlphaflowError(f"{path}: its weights are not those of its recipe's network ({differences}).")
+    return Checkpoint(weights=weights, recipe=recipe, mean=mean, std=std, origin=origin)
 
 
 def read_origin(text: str, path: Path) -> dict[str, Any]:
@@ -152,13 +152,6 @@ def check_latents(mean: Tensor, std: Tensor, recipe: Recipe, where: str) -> None
         )
 
 
-def check_shapes(checkpoint: Checkpoint, where: str) -> None:
-    """The weights are those of the recipe's network: seen before a byte of it is allocated."""
-    differences = misfits(checkpoint.weights, checkpoint.recipe)
-    if differences:
-        raise AlphaflowError(f"{where}: its weights are not those of its recipe's network ({differences}).")
-
-
 def misfits(weights: dict[str, Tensor], recipe: Recipe, *, without: tuple[str, ...] = ()) -> str:
     """How the weights differ from the recipe's network, which is built without memory; empty: not at all."""
     blocks = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
@@ -169,12 +162,8 @@ def misfits(weights: dict[str, Tensor], recipe: Recipe, *, without: tuple[str, .
             state = build_network(recipe).state_dict()
     except (RuntimeError, OverflowError) as error:
         return f"no network has such sizes: {str(error).splitlines()[0][:200]}"
-    wanted = {name: tuple(value.shape) for name, value in state.items() if not name.startswith(without)}
-    there = {name: tuple(value.shape) for name, value in weights.items()}
-    missing, extra = sorted(wanted.keys() - there.keys()), sorted(there.keys() - wanted.keys())
-    wrong = sorted(name for name in wanted.keys() & there.keys() if wanted[name] != there[name])
-    parts = {"missing": missing, "unknown": extra, "of another shape": wrong}
-    return "; ".join(f"{len(names)} {what}, such as {names[0]}" for what, names in parts.items() if names)
+    wanted = {name: value for name, value in state.items() if not name.startswith(without)}
+    return unlike(wanted, weights)
 
 
 def check_autoencoder(autoencoder: Autoencoder, record: dict[str, Any]) -> None:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from alphaflow_cli.documents import Anything, ListOf, Maybe, Number, Table, Text, Whole, read_json
 from alphaflow_cli.errors import DAMAGE, AlphaflowError
-from alphaflow_cli.nn.weights import check_real
+from alphaflow_cli.nn.weights import check_real, read_tree
 from alphaflow_cli.remote.address import Repo
 from alphaflow_cli.remote.cache import cache_folder, cached_file, is_offline
 from alphaflow_cli.remote.client import endpoint
@@ -107,20 +107,14 @@ def _encode_kl(module: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
     return mean, (0.5 * logvar.clamp(*LOGVAR)).exp()
 
 
-def _encode_tiny(module: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
-    mean = module.encode(pixels).latents
-    return mean, torch.zeros_like(mean)
-
-
-def _encode_dc(module: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
-    mean = module.encode(pixels).latent
+def _without_posterior(mean: Tensor) -> tuple[Tensor, Tensor]:
     return mean, torch.zeros_like(mean)
 
 
 ENCODE: dict[AutoencoderKind, Callable[[Any, Tensor], tuple[Tensor, Tensor]]] = {
     "kl": _encode_kl,
-    "tiny": _encode_tiny,
-    "dc": _encode_dc,
+    "tiny": lambda module, pixels: _without_posterior(module.encode(pixels).latents),
+    "dc": lambda module, pixels: _without_posterior(module.encode(pixels).latent),
 }
 
 
@@ -130,13 +124,8 @@ def load_autoencoder(
     device: torch.device,
     dtype: torch.dtype = torch.float32,
     channels_last: bool = False,
-    slicing: bool = False,
-    tiling: bool = False,
 ) -> Autoencoder:
-    """Load an autoencoder by name.
-
-    To save memory, `slicing` decodes picture by picture (exact), `tiling` in blended tiles (not exact).
-    """
+    """Load an autoencoder by name."""
     if name == "none":
         return Autoencoder("none", "", "", "none", 3, 1, 1.0, 0.0, None, torch.preserve_format)
     module, revision = _load_module(name)
@@ -144,10 +133,6 @@ def load_autoencoder(
     nn.Module.to(module, device, dtype)  # diffusers' own .to warns of modules that these models do not have
     nn.Module.to(module, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
     module.eval().requires_grad_(False)
-    if slicing:
-        module.enable_slicing()
-    if tiling:
-        module.enable_tiling()
     kind, config = CLASSES[type(module).__name__], module.config
     scale, shift = float(config.get("scaling_factor") or 1.0), float(config.get("shift_factor") or 0.0)
     channels = int(config["latent_channels"])
@@ -261,14 +246,8 @@ def _download(repo: Repo, config: str) -> Path:
 
 
 def read_weights(path: Path) -> Mapping[str, Any]:
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return dict(load_file(path))
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as fault:  # unpickling a broken or hostile file raises anything
-        raise AlphaflowError(f"{path}: cannot be read as weights ({type(fault).__name__}: {fault})") from fault
+    """The table of weights in a file, which may lie inside a training checkpoint."""
+    content = read_tree(path)
     for key in ("ema", "net", "state_dict", "model"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             return dict(content[key])

@@ -1,4 +1,4 @@
-"""The parts of the DiT that timm does not have in this form: embeddings of time and of patches, attention, modulation.
+"""The parts of the DiT: embeddings of time and of patches, attention, modulation.
 
 Each takes a plain value, or a `Dual`: a value with its derivative (nn/tangent.py). Where a line carries both, the plain
 operation stands above it.

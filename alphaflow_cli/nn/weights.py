@@ -5,7 +5,6 @@ worse than one clear line. Pickles are read with `weights_only=True`, so a file 
 """
 
 import os
-import pickle
 import warnings
 import zipfile
 from collections.abc import Mapping
@@ -13,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -119,21 +117,22 @@ def _how_to_get(wanted: WeightFile) -> str:
 
 
 def load_weights(path: Path) -> dict[str, Tensor]:
-    """Read the state dict of a safetensors file, a plain checkpoint or a TorchScript archive; no pickled code is
-    run.
-    """
-    try:
-        if path.suffix == ".safetensors":
-            state: object = load_file(path)
-        elif _is_torchscript(path):
-            state = _load_torchscript(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        raise AlphaflowError(f"{path}: not a readable weight file ({str(error).splitlines()[0]})") from error
+    """Read the state dict of a safetensors file, a plain checkpoint or a TorchScript archive."""
+    state = read_tree(path)
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise AlphaflowError(f"{path}: holds no plain table of weights")
     return state
+
+
+def read_tree(path: Path) -> object:
+    """Read whatever a file of weights holds: a table, or a tree with tables in it. No pickled code is run."""
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        return _load_torchscript(path) if _is_torchscript(path) else torch.load(path, "cpu", weights_only=True)
+    except Exception as error:  # unpickling a broken or hostile file raises anything
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise AlphaflowError(f"{path}: not a readable weight file ({reason})") from error
 
 
 def _is_torchscript(path: Path) -> bool:
@@ -160,16 +159,21 @@ def check_real(weights: Mapping[str, Tensor], where: object) -> None:
             raise AlphaflowError(f"{where}: {name} holds {kind} values, a weight is a floating-point number.")
 
 
+def unlike(wanted: Mapping[str, Tensor], there: Mapping[str, Tensor]) -> str:
+    """How two tables of weights differ in their names and shapes; empty where they do not."""
+    wrong = [name for name in wanted.keys() & there.keys() if wanted[name].shape != there[name].shape]
+    parts = {
+        "missing": sorted(wanted.keys() - there.keys()),
+        "unknown": sorted(there.keys() - wanted.keys()),
+        "of another shape": sorted(wrong),
+    }
+    return "; ".join(f"{len(names)} {what}, such as {names[0]}" for what, names in parts.items() if names)
+
+
 def fit_weights(net: torch.nn.Module, state: dict[str, Tensor], path: Path) -> None:
     """Load weights into a network strictly; a misfit names the file and the first keys on either side."""
-    wanted = {key: tuple(value.shape) for key, value in net.state_dict().items()}
-    there = {key: tuple(value.shape) for key, value in state.items()}
-    missing = sorted(wanted.keys() - there.keys())
-    extra = sorted(there.keys() - wanted.keys())
-    wrong = sorted(key for key in wanted.keys() & there.keys() if wanted[key] != there[key])
-    if missing or extra or wrong:
-        parts = {"missing": missing, "unknown": extra, "of another shape": wrong}
-        differences = "; ".join(f"{len(keys)} {what}, e.g. {keys[0]}" for what, keys in parts.items() if keys)
-        raise AlphaflowError(f"{path}: these are weights of another network ({differences})")
-    check_real({key: state[key] for key, value in net.state_dict().items() if value.is_floating_point()}, path)
+    wanted = net.state_dict()
+    if misfit := unlike(wanted, state):
+        raise AlphaflowError(f"{path}: these are weights of another network ({misfit})")
+    check_real({key: state[key] for key, value in wanted.items() if value.is_floating_point()}, path)
     net.load_state_dict(state)

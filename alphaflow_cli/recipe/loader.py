@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from alphaflow_cli.errors import AlphaflowError
+from alphaflow_cli.files import is_there
 from alphaflow_cli.recipe.build import build, suggest, with_value
 from alphaflow_cli.recipe.checks import check
 from alphaflow_cli.recipe.migrations import FORMAT_KEY, current_format, migrate
@@ -36,19 +37,12 @@ def find_recipe(name_or_path: str) -> Path:
     if name_or_path in known:
         return known[name_or_path]
     path = Path(name_or_path)
-    if name_or_path.endswith((".yaml", ".yml")) or len(path.parts) > 1 or _exists(path):
+    if name_or_path.endswith((".yaml", ".yml")) or len(path.parts) > 1 or is_there(path):
         return path
     raise AlphaflowError(
         f"{name_or_path!r} is neither a file nor a shipped recipe{suggest(name_or_path, known) or '.'} "
         "List them: alphaflow recipe ls"
     )
-
-
-def _exists(path: Path) -> bool:
-    try:
-        return path.exists()
-    except (OSError, ValueError):  # a name too long for the file system, or with a null byte
-        return False
 
 
 def load_recipe(name_or_path: str, sets: Sequence[str] = ()) -> Recipe:

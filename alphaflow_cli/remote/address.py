@@ -10,6 +10,7 @@ from pathlib import Path
 from urllib.parse import unquote
 
 from alphaflow_cli.errors import AlphaflowError
+from alphaflow_cli.files import is_there
 
 FILE_ENDINGS = (".safetensors", ".yaml", ".yml", ".pt", ".pth", ".ckpt", ".json", ".npz")
 PART = r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_-])?"  # a name on the Hub
@@ -43,17 +44,10 @@ def parse_address(text: str) -> Path | Repo:
     if text.startswith("hf://"):
         return _repo(LONG.fullmatch(text), text)
     path = Path(text).expanduser()
-    if _exists(path) or (text.endswith(FILE_ENDINGS) and ":" not in text):
+    if is_there(path) or (text.endswith(FILE_ENDINGS) and ":" not in text):
         return path
     match = SHORT.fullmatch(text)
     return _repo(match, text) if match else path
-
-
-def _exists(path: Path) -> bool:
-    try:
-        return path.exists()
-    except (OSError, ValueError):  # a name too long for the file system, or with a null byte
-        return False
 
 
 def _repo(match: re.Match[str] | None, text: str) -> Repo:

@@ -10,19 +10,18 @@ import importlib
 import json
 import os
 import re
-import shutil
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from functools import cache, partial
 from http.cookiejar import CookieJar, DefaultCookiePolicy
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urljoin, urlsplit
 
 from alphaflow_cli.documents import Anything, Table, Text, parse_json
 from alphaflow_cli.errors import AlphaflowError
+from alphaflow_cli.files import free_bytes
 from alphaflow_cli.remote.cache import cache_folder
 from alphaflow_cli.remote.faults import CHECKSUM, COMMIT, Distrusted, TooSlow, read_answer, shape_of
 from alphaflow_cli.text import for_terminal
@@ -243,7 +242,7 @@ def _see_head(response: Any) -> None:
     if headers.get("Content-Encoding", "identity") not in ("identity", "gzip", "deflate"):
         raise Distrusted(f"it answers {where} compressed, which nobody asked for")
     length = headers.get("Content-Length", "0")
-    free = shutil.disk_usage(_existing(cache_folder())).free
+    free = free_bytes(cache_folder())
     if not re.fullmatch(r"[0-9]{1,18}", length) or (response.request.method == "GET" and int(length) > free):
         raise Distrusted(f"it has a file of {for_terminal(length, limit=30)} bytes for us, there is room for {free:,}")
     for name, form in HEAD_NUMBERS:
@@ -264,10 +263,6 @@ def _see_location(response: Any) -> None:
             response.headers["Location"] = urlsplit(urljoin(str(response.request.url), location)).geturl()
         except ValueError as fault:
             raise Distrusted(f"it sends us to {for_terminal(location, limit=100)}, which is no address") from fault
-
-
-def _existing(folder: Path) -> Path:
-    return folder if folder.exists() else _existing(folder.parent)
 
 
 _pages: dict[str, int] = {}  # address of a next page → how many came before it

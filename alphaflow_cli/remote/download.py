@@ -8,16 +8,17 @@ pull. Any other is refused.
 """
 
 import contextlib
-import hashlib
 import re
 import shutil
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from alphaflow_cli.documents import Anything, Table, Text, read_json
 from alphaflow_cli.errors import AlphaflowError
+from alphaflow_cli.files import make_folder, sha256_of, write_by
 from alphaflow_cli.remote.address import Repo, parse_address
 from alphaflow_cli.remote.cache import cache_folder
 from alphaflow_cli.remote.client import hub_api
@@ -122,13 +123,8 @@ def _copy(folder: Path, out: Path) -> None:
     remove_stale(out, names)
     for name in sorted(names, key=lambda name: (name != CONFIG_FILE, name)):
         target = out / name
-        partial = target.with_name(f".{target.name}.part")
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(folder / name, partial)
-            partial.replace(target)
-        except OSError as fault:
-            raise AlphaflowError(f"{target}: cannot be written ({fault.strerror}).") from fault
+        make_folder(target.parent)
+        write_by(target, partial(shutil.copyfile, folder / name))
 
 
 @contextlib.contextmanager
@@ -212,18 +208,17 @@ def _others(repo: Repo, commit: str) -> str:
 
 def _is_whole(path: Path) -> bool:
     """The bytes against the checksum that names them in the cache; damaged ones are removed."""
+    from huggingface_hub.utils.sha import git_hash
+
     blob = path.resolve()
     expected = blob.name
     if re.fullmatch(r"[0-9a-f]{64}", expected):
-        digest = hashlib.sha256()
+        digest = sha256_of(blob)
     elif re.fullmatch(r"[0-9a-f]{40}", expected):
-        digest = hashlib.sha1(f"blob {blob.stat().st_size}\0".encode(), usedforsecurity=False)
+        digest = git_hash(blob.read_bytes())
     else:
         return True  # a cache without links keeps no checksum
-    with blob.open("rb") as file:
-        while piece := file.read(1 << 22):
-            digest.update(piece)
-    if digest.hexdigest() == expected:
+    if digest == expected:
         return True
     blob.unlink()
     path.unlink(missing_ok=True)

@@ -15,7 +15,7 @@ from typing import TypeVar
 from PIL import Image
 
 from alphaflow_cli.charts.chart import Chart
-from alphaflow_cli.charts.draw import DARK_STYLE, to_svg_element
+from alphaflow_cli.charts.draw import DARK_STYLE, to_svg
 from alphaflow_cli.data.pictures import open_picture
 from alphaflow_cli.errors import blamed_on
 
@@ -27,16 +27,6 @@ ATTEMPTS = ((1200, 82), (1000, 70), (800, 55), (640, 40))  # (largest width in p
 
 TableRows = Sequence[Sequence[str]]
 Item = TypeVar("Item")
-
-
-@dataclass(frozen=True)
-class Score:
-    """One number of the run and its protocol, as the page shows them."""
-
-    name: str
-    nfe: str
-    value: str
-    protocol: str
 
 
 @dataclass(frozen=True)
@@ -52,7 +42,7 @@ class RunPage:
     conflict: Sequence[Chart] = ()
     conflict_rows: TableRows = ()
     samples: Sequence[tuple[str, str]] = ()  # (step name, data address)
-    scores: Sequence[Score] = ()
+    scores: TableRows = ()  # (score, NFE, value, protocol)
     compared_with: str = ""
     changes: TableRows = ()  # (field, there, here)
     recipe: str = ""
@@ -88,7 +78,8 @@ def run_page(page: RunPage) -> str:
 def drawn(chart: Chart) -> str:
     """Draw a chart twice, for a wide and for a narrow window; the style sheet shows one of them."""
     narrow = replace(chart, width=NARROW)
-    return f'<div class="wide">{to_svg_element(chart)}</div><div class="narrow">{to_svg_element(narrow)}</div>'
+    wide, small = (to_svg(each, in_page=True) for each in (chart, narrow))
+    return f'<div class="wide">{wide}</div><div class="narrow">{small}</div>'
 
 
 def html_table(rows: TableRows, *, head: Sequence[str] = (), numbers: Sequence[int] = (), style: str = "") -> str:
@@ -126,12 +117,10 @@ def _conflict(page: RunPage) -> str:
         "consistency) and of the border case r = t (FM') on the same rows. Below zero, one half undoes the other. "
         "Gradient over α: the weighted gradient of the r < t rows against MeanFlow's, its size and its direction."
     )
-    rows = (
-        html_table(page.conflict_rows, head=("", "5%", "median", "95%"), numbers=(1, 2, 3))
-        if page.conflict_rows
-        else ""
-    )
-    return note(caption) + "".join(drawn(chart) for chart in page.conflict) + rows
+    shown = note(caption) + "".join(drawn(chart) for chart in page.conflict)
+    if page.conflict_rows:
+        shown += html_table(page.conflict_rows, head=("", "5%", "median", "95%"), numbers=(1, 2, 3))
+    return shown
 
 
 def _samples(page: RunPage) -> str:
@@ -160,9 +149,8 @@ def step_words(name: str) -> str:
 def _scores(page: RunPage) -> str:
     if not page.scores:
         return note("Not measured. Run: alphaflow eval RUN --reference REFERENCE")
-    rows = [(score.name, score.nfe, score.value, score.protocol) for score in page.scores]
     caption = "Two numbers may be compared only where their protocols are the same."
-    return html_table(rows, head=("score", "NFE", "value", "protocol"), numbers=(1, 2)) + note(caption)
+    return html_table(page.scores, head=("score", "NFE", "value", "protocol"), numbers=(1, 2)) + note(caption)
 
 
 def _recipe(page: RunPage) -> str:
@@ -184,7 +172,8 @@ def embed(paths: Sequence[Path], budget: int = BUDGET) -> list[tuple[str, str]]:
         room = budget // max(map(len, encoded), default=1)
         keep = spread_over(range(len(chosen)), max(1, room))
         chosen, encoded = [chosen[i] for i in keep], [encoded[i] for i in keep]
-    return [(path.stem, data_address(data)) for path, data in zip(chosen, encoded, strict=True)]
+    addresses = ("data:image/webp;base64," + base64.b64encode(data).decode() for data in encoded)
+    return [(path.stem, address) for path, address in zip(chosen, addresses, strict=True)]
 
 
 def spread_over(items: Sequence[Item], most: int) -> list[Item]:
@@ -204,11 +193,6 @@ def to_webp(path: Path, width: int, quality: int) -> bytes:
     out = io.BytesIO()
     picture.save(out, "WEBP", quality=quality, method=4)
     return out.getvalue()
-
-
-def data_address(data: bytes) -> str:
-    """Write an encoded picture as an address for <img src>."""
-    return "data:image/webp;base64," + base64.b64encode(data).decode()
 
 
 CSS = """

@@ -13,32 +13,29 @@ from alphaflow_cli.charts import chart
 from alphaflow_cli.charts.chart import Chart
 from alphaflow_cli.documents import Anything, ListOf, Maybe, Number, Table, Text, Whole, check_shape, read_json
 from alphaflow_cli.errors import AlphaflowError, blamed_on
-from alphaflow_cli.evaluate.results import Row, read_results, row_of, value_text
+from alphaflow_cli.evaluate.results import read_results, row_of, value_text
 from alphaflow_cli.files import read_document, sha256_of, write_whole
 from alphaflow_cli.model.checkpoint import read_origin
 from alphaflow_cli.recipe import diff_recipes, load_recipe, recipe_from_text, shipped
 from alphaflow_cli.recipe.facts import lines
 from alphaflow_cli.recipe.plan import phases
 from alphaflow_cli.recipe.schema import Recipe
-from alphaflow_cli.report.page import RunPage, Score, embed, run_page, spread_over
+from alphaflow_cli.report.page import RunPage, embed, run_page, spread_over
 from alphaflow_cli.text import for_terminal
 from alphaflow_cli.train.curves import BANDS, recipe_chart
 from alphaflow_cli.train.journal import read_rows
 
 JOURNAL_POINTS = 800  # of a curve; of more rows, evenly spread ones
-CURVES: tuple[tuple[str, tuple[tuple[str, str, str], ...]], ...] = (  # panel → (field, label, colour)
-    (
-        "losses",
-        (
-            ("l", "l", chart.GREY),
-            ("l_tfm", "TFM", chart.BLUE),
-            ("l_tc", "TC", chart.RED),
-            ("v_loss", "r = t", chart.GREEN),
-        ),
+CURVES = {  # panel → (field, label, colour)
+    "losses": (
+        ("l", "l", chart.GREY),
+        ("l_tfm", "TFM", chart.BLUE),
+        ("l_tc", "TC", chart.RED),
+        ("v_loss", "r = t", chart.GREEN),
     ),
-    ("norm of the gradient", (("grad_norm", "norm", chart.PURPLE),)),
-    ("seconds per step", (("seconds_per_step", "seconds", chart.ORANGE),)),
-)
+    "norm of the gradient": (("grad_norm", "norm", chart.PURPLE),),
+    "seconds per step": (("seconds_per_step", "seconds", chart.ORANGE),),
+}
 COSINE_LINES = (
     ("cos_tfm_tc", "TFM, TC", chart.RED),
     ("cos_tfm_fm", "TFM, FM'", chart.BLUE),
@@ -46,11 +43,11 @@ COSINE_LINES = (
 )
 NORMS = (("norm_tfm", "TFM", chart.BLUE), ("norm_tc", "TC", chart.RED), ("norm_fm", "FM'", chart.GREEN))
 NUMBER = Maybe(Number(-1e200, 1e200))  # more than any float32 squared; an axis can still be laid over it
-DRAWN = [name for _, fields in CURVES for name, _, _ in fields]
 JOURNAL_ROW = Table(
     {"step": Whole(0, 10**12), "images_seen": Whole(0)},
     {
-        **dict.fromkeys([*DRAWN, "seconds_per_step", "memory_gb"], NUMBER),
+        **{name: NUMBER for fields in CURVES.values() for name, _, _ in fields},
+        "memory_gb": NUMBER,
         "conflict": Maybe(
             Table(optional=dict.fromkeys((n for n, _, _ in COSINE_LINES + NORMS), NUMBER), others=Anything())
         ),
@@ -83,8 +80,7 @@ def write_report(run: Path, out: Path) -> Path:
     """Write the page of a run folder; returns its path."""
     if not out.name or out.is_dir():
         raise AlphaflowError(f"{out}: is a folder. Name the page's file, such as {out / 'report.html'}")
-    text = run_page(page_of(run))
-    write_whole(out, text)
+    write_whole(out, run_page(page_of(run)))
     return out
 
 
@@ -96,10 +92,14 @@ def page_of(run: Path) -> RunPage:
             f"{run}: not a run folder (no recipe.yaml in it). Make one: alphaflow train RECIPE --out {run}"
         )
     text = read_document(path)
-    recipe, rows = recipe_from_text(text, str(path)), checked_rows(run / "metrics.jsonl")
-    origin, digest = origin_of(run), weights_digest(run)
+    journal = run / "metrics.jsonl"
+    recipe, rows = recipe_from_text(text, str(path)), read_rows(journal)
+    for row in rows:
+        check_shape(row, f"{journal}: the row of step {row['step']}", JOURNAL_ROW)
+    model = run / "model.safetensors"
+    origin, digest = (origin_of(model), sha256_of(model)) if model.is_file() else ({}, "")
     compared, other = counterpart(recipe)
-    changes = [(name, shown(there), shown(here)) for name, there, here in diff_recipes(other, recipe) if name != "name"]
+    changes = [each for each in diff_recipes(other, recipe) if each[0] != "name"]
     conflict, percentiles = conflict_of(run, recipe, rows)
     return RunPage(
         name=recipe.name or run.name,
@@ -113,19 +113,11 @@ def page_of(run: Path) -> RunPage:
         samples=embed(sorted(path for path in (run / "samples").glob("step-*.png") if path.is_file())),
         scores=scores_of(run / "results.json", digest),
         compared_with=compared,
-        changes=changes,
+        changes=[(name, shown(there), shown(here)) for name, there, here in changes],
         recipe=text,
         environment=environment_of(origin, digest, rows),
-        commands=commands_of(recipe, run, diff_recipes(other, recipe), str(origin.get("init_from") or "")),
+        commands=commands_of(recipe, run, changes, str(origin.get("init_from") or "")),
     )
-
-
-def checked_rows(path: Path) -> list[dict[str, Any]]:
-    """Read the journal; a row whose drawn fields are no numbers is refused."""
-    rows = read_rows(path)
-    for row in rows:
-        check_shape(row, f"{path}: the row of step {row['step']}", JOURNAL_ROW)
-    return rows
 
 
 def status_of(recipe: Recipe, rows: Sequence[dict[str, Any]], origin: dict[str, Any]) -> str:
@@ -152,7 +144,7 @@ def curves_of(recipe: Recipe, rows: Sequence[dict[str, Any]]) -> chart.Chart | N
         return None
     panels = [
         chart.Panel(title, [line(rows, *each) for each in each_of], height=190 if i == 0 else 120)
-        for i, (title, each_of) in enumerate(CURVES)
+        for i, (title, each_of) in enumerate(CURVES.items())
     ]
     return over_steps(recipe, rows, "Losses, gradient and speed", panels)
 
@@ -184,22 +176,13 @@ def conflict_of(run: Path, recipe: Recipe, rows: Sequence[dict[str, Any]]) -> tu
     return charts + analysed, percentiles
 
 
-def origin_of(run: Path) -> dict[str, Any]:
-    """What the newest checkpoint records of itself; empty where there is none."""
+def origin_of(path: Path) -> dict[str, Any]:
+    """What a checkpoint records of itself."""
     from safetensors import SafetensorError, safe_open
 
-    path = run / "model.safetensors"
-    if not path.is_file():
-        return {}
     with blamed_on(path, "a checkpoint", SafetensorError), safe_open(str(path), framework="np") as file:
         text = (file.metadata() or {}).get("origin", "{}")
     return read_origin(text, path)
-
-
-def weights_digest(run: Path) -> str:
-    """The newest checkpoint's checksum; empty where there is none."""
-    path = run / "model.safetensors"
-    return sha256_of(path) if path.is_file() else ""
 
 
 def environment_of(origin: dict[str, Any], digest: str, rows: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
@@ -219,7 +202,7 @@ def environment_of(origin: dict[str, Any], digest: str, rows: Sequence[dict[str,
 def commands_of(recipe: Recipe, run: Path, changes: Sequence[tuple[str, Any, Any]], init_from: str) -> list[str]:
     """The commands that make the run again; `changes`: (field, there, here) against the shipped recipe of its name."""
     is_shipped, file = recipe.name in shipped(), f"{recipe.name or 'recipe'}.yaml"
-    sets = [f"--set {name}={quote(shown(here))}" for name, _, here in changes if name != "name"] if is_shipped else []
+    sets = [f"--set {name}={quote(shown(here))}" for name, _, here in changes] if is_shipped else []
     train = ["alphaflow train", recipe.name if is_shipped else quote(file), *sets]
     train += [f"--init-from {quote(init_from)}"] if init_from else []
     folder = quote(f"runs/{recipe.name or run.name}")
@@ -257,30 +240,27 @@ def analysis_of(run: Path) -> tuple[list[Chart], Cells]:
     charts = [steps_chart(summaries)] if len(summaries) > 1 else []
     charts.append(bins_chart(summaries[-1]))
     charts += [sizes_chart(summaries[-1])] if SIZES.keys() <= summaries[-1]["sizes"].keys() else []
-    return charts, [cells for summary in summaries for cells in cosine_cells(summary)]
-
-
-def cosine_cells(summary: dict[str, Any]) -> Cells:
-    """The percentiles of a checkpoint's cosines, a line of the table per pair."""
     table: Cells = []
-    for pair, values in summary["cosines"].items():
-        percentiles = ["none" if values[p] is None else f"{values[p]:+.3f}" for p in ("p5", "p50", "p95")]
-        table.append((f"step {summary['step']}, {PAIR_NAMES[pair]}", *percentiles))
-    return table
+    for summary in summaries:
+        for pair, values in summary["cosines"].items():
+            percentiles = ["none" if values[p] is None else f"{values[p]:+.3f}" for p in ("p5", "p50", "p95")]
+            table.append((f"step {summary['step']}, {PAIR_NAMES[pair]}", *percentiles))
+    return charts, table
 
 
-def scores_of(path: Path, model: str) -> list[Score]:
-    """Every number by name and NFE; none where nothing was measured. `model`: the run's model's sha256, or empty."""
+def scores_of(path: Path, model: str) -> Cells:
+    """Name, NFE, value and protocol of every number; none where nothing was measured.
+
+    `model`: the sha256 of the run's model, or empty. A number of other weights than these says so.
+    """
     if not path.is_file():
         return []
     rows = [row_of(row) for evaluation in read_results(path)["evaluations"] for row in evaluation["rows"]]
     rows.sort(key=lambda row: (row.name, row.pictures.get("nfe") or 0))
-    return [score_of(row, model) for row in rows]
-
-
-def score_of(row: Row, model: str) -> Score:
-    """A number with its protocol in one line; that of other weights than the run's model says so."""
-    digest = row.pictures.get("checkpoint_sha256") or ""
-    other = [f"of other weights (sha {digest[:8]})"] if model and digest and digest != model else []
-    protocol = "; ".join([*other, row.protocol(), *row.notes])
-    return Score(row.name, str(row.pictures.get("nfe", "")), value_text(row), protocol)
+    table: Cells = []
+    for row in rows:
+        digest = row.pictures.get("checkpoint_sha256") or ""
+        other = [f"of other weights (sha {digest[:8]})"] if model and digest and digest != model else []
+        protocol = "; ".join([*other, row.protocol(), *row.notes])
+        table.append((row.name, str(row.pictures.get("nfe", "")), value_text(row), protocol))
+    return table

@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -25,41 +25,20 @@ from alphaflow_cli.runtime.launch import as_worker, check_processes, is_worker, 
 from alphaflow_cli.runtime.precision import set_tf32
 
 
-class Processes(Protocol):
-    """This process among those that share the work: a World, or Alone."""
-
-    @property
-    def rank(self) -> int: ...
-
-    @property
-    def size(self) -> int: ...
-
-    @property
-    def device(self) -> torch.device: ...
-
-    def sum(self, values: Tensor) -> Tensor:
-        """Sum `values` over all processes, in place; every process gets the total."""
-        ...
-
-    def wait(self) -> None:
-        """Wait until all processes are here."""
-        ...
-
-
 @dataclass(frozen=True)
-class Alone:
-    """The one process of work that nobody shares."""
+class Processes:
+    """This process among those that share the work. As it stands here it is alone; a World is one of several."""
 
     device: torch.device
     rank: int = 0
     size: int = 1
 
     def sum(self, values: Tensor) -> Tensor:
-        """What one process has is the total."""
+        """Sum `values` over all processes, in place; every process gets the total."""
         return values
 
     def wait(self) -> None:
-        """Return at once: there is nobody to wait for."""
+        """Wait until all processes are here."""
 
 
 @contextmanager
@@ -81,7 +60,7 @@ def join_processes(*, needs_gpu: bool = True) -> Processes:
     """
     if is_worker() and whole_number(os.environ, "WORLD_SIZE") > 1:
         return join_world(allow_tf32=None, on_cpu=not needs_gpu)  # a single process starts without accelerate
-    return Alone(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    return Processes(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def run_shared(
@@ -135,30 +114,17 @@ PATIENCE = timedelta(hours=2)  # one process may work so long while the others w
 SAME = 1e-6  # relative difference of the processes' gradient checksums that rounding may cause
 
 
-@dataclass(frozen=True)
-class World:
+@dataclass(frozen=True, kw_only=True)
+class World(Processes):
     """This process among its equals."""
 
     accelerator: Accelerator
-
-    @property
-    def rank(self) -> int:
-        return int(self.accelerator.process_index)
-
-    @property
-    def size(self) -> int:
-        return int(self.accelerator.num_processes)
-
-    @property
-    def device(self) -> torch.device:
-        return torch.device(self.accelerator.device)
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
 
     def sum(self, values: Tensor) -> Tensor:
-        """Sum `values` over all processes, in place; every process gets the total."""
         if self.size > 1:
             dist.all_reduce(values)
         return values
@@ -182,7 +148,6 @@ class World:
         return bool(self.sum(torch.tensor([float(flag)], device=self.device)).item()) if self.size > 1 else flag
 
     def wait(self) -> None:
-        """Wait until all processes are here."""
         self.accelerator.wait_for_everyone()
 
     def check_synchronised(self, net: nn.Module) -> None:
@@ -228,7 +193,12 @@ def join_world(
         )
     if allow_tf32 is not None:
         set_tf32(allow_tf32)
-    world = World(accelerator)
+    world = World(
+        device=torch.device(accelerator.device),
+        rank=int(accelerator.process_index),
+        size=int(accelerator.num_processes),
+        accelerator=accelerator,
+    )
     _meet(world)
     return world
 

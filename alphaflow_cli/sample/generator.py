@@ -20,6 +20,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from shutil import which
@@ -37,10 +38,9 @@ from alphaflow_cli.model.build import DTYPES, build_network
 from alphaflow_cli.model.checkpoint import Checkpoint, check_autoencoder, load_checkpoint
 from alphaflow_cli.model.find import find_checkpoint
 from alphaflow_cli.nn.autoencoder import Autoencoder, load_autoencoder
-from alphaflow_cli.recipe.plan import label_rows, null_label
-from alphaflow_cli.recipe.schema import Recipe
+from alphaflow_cli.recipe.plan import null_label
 from alphaflow_cli.runtime.precision import true_float32
-from alphaflow_cli.sample.walk import Walk
+from alphaflow_cli.sample.walk import LazyLabels, Walk
 
 DecoderPrecision = Literal["fp32", "bf16"]
 DecoderChoice = Literal["auto", "fp32", "bf16"]
@@ -136,7 +136,9 @@ class Generator:
         self.net = net or load_network(checkpoint).to(device).eval()
         self.bf16 = self.recipe.train.precision == "bf16" and device.type == "cuda"
         self.decoder = plan_decoder(decoder, device, pictures=0)
-        self._autoencoder: Autoencoder | None = None
+        record: dict[str, Any] = self.origin.get("autoencoder") or {}  # of the one that made the latents
+        self._record = record if record.get("id") else {**record, "id": self.recipe.data.autoencoder}
+        self.has_decoder = self._record["id"] != "none"  # the network makes latents, not pixels
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -149,35 +151,23 @@ class Generator:
         """By index; empty where the checkpoint has none."""
         return [str(name) for name in self.origin.get("class_names") or []]
 
-    @property
+    @cached_property
     def autoencoder(self) -> Autoencoder:
-        """Loaded when the first picture is decoded."""
-        if self._autoencoder is None:
-            self.use_autoencoder(self._autoencoder_name())
-        assert self._autoencoder is not None
-        return self._autoencoder
-
-    def _autoencoder_name(self) -> str:
-        """Beside the checkpoint, else by its id; a store made with a local one knows its bare name only, so then the
-        recipe's. Whichever it is, its weights are checked against those that made the latents."""
-        record = self._record
+        """Loaded when the first picture is decoded: the one beside the checkpoint, else by its id; a store made with a
+        local one knows its bare name only, so then the recipe's."""
+        record, of_recipe = self._record, self.recipe.data.autoencoder
         name = f"{record['id']}@{record['revision']}" if record.get("revision") else str(record["id"])
         if (self.folder / name / "config.json").is_file():
-            return str(self.folder / name)
-        of_recipe = self.recipe.data.autoencoder
-        is_bare = "/" not in name and not Path(name).exists()
-        return of_recipe if is_bare and of_recipe != "none" and self.has_decoder else name
+            name = str(self.folder / name)
+        elif "/" not in name and not Path(name).exists() and of_recipe != "none" and self.has_decoder:
+            name = of_recipe
+        return self._load_autoencoder(name)
 
-    @property
-    def _record(self) -> dict[str, Any]:
-        """What the checkpoint says of the autoencoder that made the latents it was trained on."""
-        record: dict[str, Any] = self.origin.get("autoencoder") or {}
-        return record if record.get("id") else {**record, "id": self.recipe.data.autoencoder}
-
-    @property
-    def has_decoder(self) -> bool:
-        """Whether the network makes latents, not pixels."""
-        return bool(self._record.get("id") != "none")
+    def _load_autoencoder(self, name: str) -> Autoencoder:
+        """Whichever it is, its weights are checked against those that made the latents."""
+        autoencoder = self.decoder.load(name, self.device)
+        check_autoencoder(autoencoder, self._record)
+        return autoencoder
 
     @property
     def precision(self) -> str:
@@ -193,14 +183,12 @@ class Generator:
 
     def expect(self, pictures: int) -> None:
         """Get ready for so many pictures of all processes together: compiling the decoder has to pay."""
-        assert self._autoencoder is None, "expect comes before the first picture"
+        assert "autoencoder" not in vars(self), "expect comes before the first picture"
         self.decoder = plan_decoder(self.decoder.precision, self.device, pictures=pictures)
 
     def use_autoencoder(self, name: str) -> None:
         """Decode with this copy of the checkpoint's autoencoder."""
-        autoencoder = self.decoder.load(name, self.device)
-        check_autoencoder(autoencoder, self._record)
-        self._autoencoder = autoencoder
+        self.autoencoder = self._load_autoencoder(name)
 
     @torch.no_grad()
     def latents(self, seeds: Sequence[int], labels: Sequence[int], walk: Walk) -> Tensor:
@@ -246,7 +234,7 @@ class Generator:
     def stream(
         self,
         seeds: Sequence[int],
-        labels: Sequence[int],
+        labels: Sequence[int] | LazyLabels,
         walk: Walk,
         spans: Iterable[slice],
         *,
@@ -274,7 +262,7 @@ def spans_of(count: int, batch: int) -> Iterator[slice]:
 
 
 def pictures(
-    generator: Generator, seeds: Sequence[int], labels: Sequence[int], walk: Walk, *, batch: int
+    generator: Generator, seeds: Sequence[int], labels: Sequence[int] | LazyLabels, walk: Walk, *, batch: int
 ) -> Iterator[tuple[int, int, np.ndarray]]:
     """Seed, label and uint8 picture (H, W, 3), one after the other as they are drawn."""
     for drawn in generator.stream(seeds, labels, walk, spans_of(len(seeds), batch)):
@@ -282,28 +270,21 @@ def pictures(
 
 
 def load_network(checkpoint: Checkpoint) -> nn.Module:
-    """The recipe's network with the checkpoint's weights; a shape that does not fit is named."""
+    """The recipe's network with the checkpoint's weights."""
     net = build_network(checkpoint.recipe).to(DTYPES[checkpoint.recipe.train.precision])
-    try:
-        net.load_state_dict(checkpoint.weights)
-    except RuntimeError as error:
-        raise AlphaflowError(f"the checkpoint's weights do not fit its own recipe: {str(error)[:400]}") from error
+    net.load_state_dict(checkpoint.weights)
     return net
-
-
-def best_device() -> torch.device:
-    """A GPU where there is one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def open_generator(
     address: str, *, device: torch.device | None = None, weights: str = "ema", decoder: DecoderChoice = "auto"
 ) -> Generator:
-    """Load a checkpoint (a file, a run folder, an address on the Hub), ready to sample."""
+    """Load a checkpoint (a file, a run folder, an address on the Hub), ready to sample; on a GPU where there is one."""
     path, checkpoint, digest = read_hashed(address, weights)
     if weights == "raw" and checkpoint.origin.get("weights") != "raw":
         raise AlphaflowError(f"{address}: holds averaged weights only; --weights raw needs a run folder.")
-    generator = Generator(checkpoint, device=device or best_device(), decoder=decoder)
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    generator = Generator(checkpoint, device=device, decoder=decoder)
     if decoder != "auto" and not generator.has_decoder:
         raise AlphaflowError(f"--decoder {decoder}: this model makes pixels without a decoder; leave it out.")
     generator.folder, generator.digest = path.parent, digest
@@ -323,8 +304,3 @@ def read_hashed(address: str, weights: str) -> tuple[Path, Checkpoint, str]:
         if before == stamp_of(path):
             return path, checkpoint, digest
     raise changed(path)
-
-
-def has_labels(recipe: Recipe) -> bool:
-    """Whether samples have a class."""
-    return label_rows(recipe) > 0

@@ -45,7 +45,7 @@ def grid_png(
     zoom = max(1, round(64 / side)) if side < 64 else 1
     cell = side * zoom
     font = ImageFont.load_default(max(11, min(16, cell // 4)))
-    left = _widest(row_names, font)
+    left = int(max(font.getlength(name) for name in row_names)) + 12 if row_names else 0
     top = 20 if any(column_names) else 0
     width = left + max(len(row) for row in rows) * (cell + GAP) + GAP
     canvas = Image.new("RGB", (width, top + len(rows) * (cell + GAP) + GAP), PAPER)
@@ -78,10 +78,6 @@ def png_bytes(image: Image.Image) -> bytes:
     out = io.BytesIO()
     image.save(out, "PNG")
     return out.getvalue()
-
-
-def _widest(names: Sequence[str], font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> int:
-    return int(max(font.getlength(name) for name in names)) + 12 if names else 0
 
 
 def _fit(name: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:

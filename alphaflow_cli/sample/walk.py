@@ -3,14 +3,14 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import overload
 
 import numpy as np
 
 from alphaflow_cli.core import sampler
 from alphaflow_cli.errors import AlphaflowError
-from alphaflow_cli.recipe.plan import effective_scale, has_null_label, is_guided, needs_many_steps
+from alphaflow_cli.recipe.plan import effective_scale, has_null_label, is_guided, label_rows, needs_many_steps
 from alphaflow_cli.recipe.schema import MOST_NFE, Recipe
+from alphaflow_cli.text import shorten
 
 EARLIEST_START = 0.9  # of an own grid: noise for z at that time is wrong by (1 − t) x
 
@@ -119,21 +119,36 @@ def draw_labels(seeds: Sequence[int], classes: int, draw: str) -> list[int]:
     return [int(np.random.RandomState(seed % 2**32).choice(classes)) for seed in seeds]
 
 
-class LazyLabels(Sequence[int]):
-    """The label of each seed, worked out when it is read: a list of all would grow with the number of pictures."""
+class LazyLabels:
+    """The labels of a slice of the seeds, worked out when it is read: a list of all would grow with the pictures."""
 
     def __init__(self, seeds: Sequence[int], choose: Callable[[range, Sequence[int]], list[int]]) -> None:
         """`choose` makes the labels of some seeds, whose places among all seeds it is given too."""
         self._seeds, self._choose = seeds, choose
 
-    def __len__(self) -> int:
-        return len(self._seeds)
+    def __getitem__(self, span: slice) -> list[int]:
+        return self._choose(range(len(self._seeds))[span], self._seeds[span])
 
-    @overload
-    def __getitem__(self, place: int) -> int: ...
-    @overload
-    def __getitem__(self, place: slice) -> list[int]: ...
-    def __getitem__(self, place: int | slice) -> int | list[int]:
-        if isinstance(place, slice):
-            return self._choose(range(len(self._seeds))[place], self._seeds[place])
-        return self[range(len(self))[place] : range(len(self))[place] + 1][0]
+
+def choose_labels(recipe: Recipe, seeds: Sequence[int], classes: str, names: Sequence[str]) -> LazyLabels:
+    """The classes that --classes names, in turn, or one drawn per seed."""
+    count = recipe.data.classes
+    if not classes:
+        return LazyLabels(seeds, lambda places, some: draw_labels(some, count, "random"))
+    if label_rows(recipe) == 0:
+        raise AlphaflowError("--classes: this model was trained without labels.")
+    chosen = [find_class(part.strip(), names, count) for part in classes.split(",")]
+    return LazyLabels(seeds, lambda places, some: [chosen[at % len(chosen)] for at in places])
+
+
+def find_class(text: str, names: Sequence[str], count: int) -> int:
+    """A class by its number, or by its name or one of its names."""
+    if text.isdecimal() and len(text) < 20 and int(text) < count:
+        return int(text)
+    matches = [i for i, name in enumerate(names) if text.lower() in (part.strip().lower() for part in name.split(","))]
+    if len(matches) == 1:
+        return matches[0]
+    known = ", ".join(names[:12]) + (", …" if len(names) > 12 else "")
+    raise AlphaflowError(
+        f"--classes {shorten(text, 100)}: not a class of this model: 0 to {count - 1}" + (f", {known}" if names else "")
+    )

@@ -2,89 +2,45 @@
 
     batch b of the pictures  →  every sink that lacks them   (process r of w draws the batches with b % w == r)
 
-A batch that is there is not drawn again, so the same command goes on where it stopped; memory holds one batch.
+    DIR/seed-000012-class-3.png      written whole or not at all; the file that is there is the picture that is done
+    DIR/.sample.json                 what decides a picture's bytes: another request into the folder is refused
+    FILE.part                        rows at their final places, written in any order by any process
+    FILE.part.state                  one line that says what decides the rows, then a byte per row: 1 is done
+
+A batch that is there is not drawn again, so the same command goes on where it stopped. Nothing is held but the batch in
+hand: rows are read and written at their places, not mapped, for mapped pages would count as this process's memory.
 """
 
+import errno
+import glob
+import io
+import json
+import os
+import zipfile
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
-from functools import partial
+from contextlib import ExitStack, contextmanager
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
 from alphaflow_cli.errors import AlphaflowError
+from alphaflow_cli.files import read_document, sync, write_whole
+from alphaflow_cli.recipe.plan import label_rows
 from alphaflow_cli.runtime.lock import check_lock, hold
-from alphaflow_cli.runtime.processes import Processes, check_same, smaller_batch_if_full
+from alphaflow_cli.runtime.processes import Processes, smaller_batch_if_full
 from alphaflow_cli.runtime.progress import Progress, say
-from alphaflow_cli.sample.generator import GROUP, DecoderChoice, Generator, has_labels, open_generator
-from alphaflow_cli.sample.grid import grid_by_walk, grid_in_rows
-from alphaflow_cli.sample.sinks import GridFile, LatentsFile, NpzFile, PictureFolder, Record, Sink, Spans
-from alphaflow_cli.sample.walk import LazyLabels, Walk, draw_labels, plan_walk
+from alphaflow_cli.sample.generator import Drawn
+from alphaflow_cli.sample.grid import grid_by_walk, grid_in_rows, picture_png
+from alphaflow_cli.sample.plan import Plan, Record, SampleRequest, plan_sampling, summary
 from alphaflow_cli.text import shorten
 
 COLUMNS = 10  # of a grid
 MOST_SHOWN = 1000  # pictures of a grid, which is laid out in memory
-
-
-@dataclass(frozen=True)
-class SampleRequest:
-    """What the command line asks for."""
-
-    checkpoint: str
-    seeds: Sequence[int]
-    classes: str
-    nfe: Sequence[int]
-    sampler: str
-    times: Sequence[float] | None
-    guidance: float | None
-    guidance_channels: int | None
-    weights: str
-    autoencoder: str
-    decoder: DecoderChoice
-    out: Path | None  # a folder, or an .npz
-    grid: Path | None
-    latents: Path | None
-    batch: int
-
-    @property
-    def folder(self) -> Path | None:
-        """Where single pictures go, if they do."""
-        return None if self.out is None or self.out.suffix == ".npz" else self.out
-
-    @property
-    def files(self) -> list[Path]:
-        """Everything that is one file."""
-        array = self.out if self.folder is None else None
-        return [path for path in (self.latents, array, self.grid) if path is not None]
-
-    @property
-    def places(self) -> list[tuple[Path, bool]]:
-        """All that is written, and whether it is a file: nobody else may write there meanwhile."""
-        return [*([(self.folder, False)] if self.folder else []), *((file, True) for file in self.files)]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A request as its checkpoint makes it."""
-
-    request: SampleRequest
-    generator: Generator
-    walks: Sequence[Walk]
-    spans: Spans
-    processes: Processes
-
-
-def check_request(request: SampleRequest) -> None:
-    """What can be seen before anything is loaded."""
-    if request.folder is None and not request.files:
-        raise AlphaflowError("nothing to write: give --grid FILE.png, --out DIR or FILE.npz, or --latents FILE.npy.")
-    if len(set(request.files)) < len(request.files):
-        raise AlphaflowError(f"{request.files[0]}: is named twice. Give --out, --grid and --latents a file each.")
-    for path in request.files:
-        if not path.parent.is_dir():
-            raise AlphaflowError(f"{path}: the folder {path.parent} does not exist.")
+RECORD_FILE = ".sample.json"
+PIECE = 1 << 22  # bytes that are read at once
+MEMBER = "arr_0.npy"
+ZIP_HEADER = 30 + len(MEMBER) + 20  # bytes before an .npz's first array: the entry, its name, its sizes in 64 bits
 
 
 def sample_to_files(request: SampleRequest, processes: Processes) -> list[Path]:
@@ -92,15 +48,13 @@ def sample_to_files(request: SampleRequest, processes: Processes) -> list[Path]:
 
     The first process holds the places and says what there is to say; the others have nothing to return.
     """
-    check_request(request)
     plan = plan_sampling(request, processes)
-    sinks, first = make_sinks(plan), processes.rank == 0
+    sinks, first, begun = make_sinks(plan), processes.rank == 0, False
     with ExitStack() as held:
-        begun = False
         if first:
             say(summary(plan))
-            for place, is_file in request.places:
-                held.enter_context(hold(place, "sample", is_file=is_file))
+            for sink in sinks:
+                held.enter_context(hold(sink.target, "sample", is_file=sink.is_file))
             begun = True in [sink.begin() for sink in sinks]
         processes.wait()
         try:
@@ -112,143 +66,296 @@ def sample_to_files(request: SampleRequest, processes: Processes) -> list[Path]:
         if first:
             for sink in sinks:
                 sink.finish()
-    written = (request.latents, request.out, request.grid)
-    return [path for path in written if path is not None] if first else []
+    return [sink.target for sink in sinks] if first else []
 
 
-def plan_sampling(request: SampleRequest, processes: Processes) -> Plan:
-    """Load the checkpoint and settle what follows from it."""
-    generator = open_generator(
-        request.checkpoint, device=processes.device, weights=request.weights, decoder=request.decoder
-    )
-    check_same(processes, generator.digest, request.checkpoint)
-    generator.expect(len(request.seeds))
-    if request.autoencoder:
-        generator.use_autoencoder(request.autoencoder)
-    plan = partial(plan_walk, generator.recipe, kind=request.sampler, times=request.times)
-    walks = [plan(nfe=n, guidance=request.guidance, guidance_channels=request.guidance_channels) for n in request.nfe]
-    batch = request.batch
-    if processes.device.type == "cpu":  # where batches change no bit, a few pictures are shared out too
-        groups = -(-len(request.seeds) // (GROUP * processes.size))
-        batch = min(batch, GROUP * groups)
-    spans = Spans(request.seeds, choose_labels(request, generator), walks=len(walks), batch=batch)
-    return Plan(request, generator, walks, spans, processes)
-
-
-def summary(plan: Plan) -> str:
-    """What will be drawn, by which weights."""
-    origin = plan.generator.origin
-    what = f"{len(plan.request.seeds):,} pictures by {'; '.join(str(walk) for walk in plan.walks)}"
-    return f"{what}; {origin.get('weights', 'ema')} weights of step {origin.get('step', 'unknown')}"
-
-
-def choose_labels(request: SampleRequest, generator: Generator) -> LazyLabels:
-    """The named classes in turn, or one drawn per seed."""
-    count = generator.recipe.data.classes
-    if not request.classes:
-        return LazyLabels(request.seeds, lambda places, seeds: draw_labels(seeds, count, "random"))
-    if not has_labels(generator.recipe):
-        raise AlphaflowError("--classes: this model was trained without labels.")
-    chosen = [find_class(part.strip(), generator.class_names, count) for part in request.classes.split(",")]
-    return LazyLabels(request.seeds, lambda places, seeds: [chosen[at % len(chosen)] for at in places])
-
-
-def find_class(text: str, names: Sequence[str], count: int) -> int:
-    """A class by its number, or by its name or one of its names."""
-    if text.isdecimal() and len(text) < 20 and int(text) < count:
-        return int(text)
-    matches = [i for i, name in enumerate(names) if text.lower() in (part.strip().lower() for part in name.split(","))]
-    if len(matches) == 1:
-        return matches[0]
-    known = ", ".join(names[:12]) + (", …" if len(names) > 12 else "")
-    raise AlphaflowError(
-        f"--classes {shorten(text, 100)}: not a class of this model: 0 to {count - 1}" + (f", {known}" if names else "")
-    )
-
-
-def record_of(plan: Plan) -> Record:
-    """What decides the bytes of a seed's picture."""
-    generator = plan.generator
-    walks = [
-        f"{walk.sampler} on {', '.join(map(repr, walk.grid))}, guidance {walk.guidance!r}"
-        + (f" on {walk.guidance_channels} channels" if walk.guidance_channels else "")
-        for walk in plan.walks
-    ]
-    return {
-        "checkpoint": generator.digest,
-        "weights": str(generator.origin.get("weights", "ema")),
-        "walk": "; ".join(walks),
-        "precision": generator.precision + (", compiled" if generator.decoder.compiled else ""),
-        "device": generator.device.type,
-    }
-
-
-def make_sinks(plan: Plan) -> list[Sink]:
-    """Everything that is to be written. A file of rows must also know whose rows they are; a picture's name says it."""
-    request, count, side = plan.request, len(plan.request.seeds), plan.generator.recipe.data.image_size
-    record = record_of(plan)
-    of_rows = {**record, "seeds": f"{count:,}: {request.seeds}", "classes": request.classes or "drawn per seed"}
-    sinks: list[Sink] = []
-    if request.latents is not None:
-        sinks.append(LatentsFile(request.latents, of_rows, (count, *plan.generator.shape), "<f8"))
-    if request.folder is not None:
-        sinks.append(PictureFolder(request.folder, record, partial(picture_name, plan), plan.spans))
+def make_sinks(plan: Plan) -> "list[PictureFolder | RowFile]":
+    """Everything that is to be written, each process with its own view of it."""
+    request, side = plan.request, plan.generator.recipe.data.image_size
+    sinks: list[PictureFolder | RowFile] = []
+    if request.latents is not None:  # the network's own, normalised
+        sinks.append(RowFile(plan, request.latents, plan.generator.shape, "<f8"))
+    if request.out is not None and request.out.suffix == ".npz":
+        sinks.append(NpzFile(plan, request.out, (side, side, 3)))
     elif request.out is not None:
-        sinks.append(NpzFile(request.out, of_rows, (count, side, side, 3), "|u1"))
+        sinks.append(PictureFolder(plan, request.out))
     if request.grid is not None:
+        count = len(request.seeds)
         shown = min(count, MOST_SHOWN if len(plan.walks) == 1 else 2 * COLUMNS)
         if len(plan.walks) == 1 and shown < count and plan.processes.rank == 0:
             say(f"{request.grid}: shows the first {shown:,} of {count:,} pictures")
-        shape = (shown * len(plan.walks), side, side, 3)
-        sinks.append(GridFile(request.grid, of_rows, shape, shown=shown, compose=partial(compose_grid, plan)))
+        sinks.append(GridFile(plan, request.grid, (side, side, 3), shown=shown))
     return sinks
 
 
-def picture_name(plan: Plan, walk: int, seed: int, label: int) -> str:
-    """seed-000012-class-3.png; the NFE in front where there are several."""
-    name = f"seed-{seed:06d}" + (f"-class-{label}" if has_labels(plan.generator.recipe) else "")
-    return f"nfe-{plan.walks[walk].nfe}-{name}.png" if len(plan.walks) > 1 else f"{name}.png"
-
-
-def compose_grid(plan: Plan, pictures: np.ndarray) -> bytes:
-    """One walk: pictures in reading order. Several: the same seeds in rows, a walk per row."""
-    rows = pictures.reshape(len(plan.walks), -1, *pictures.shape[1:])
-    known, labels = plan.generator.class_names, plan.spans.labels[: rows.shape[1]]
-    names = [known[label] if label < len(known) else str(label) for label in labels]
-    shown = names if has_labels(plan.generator.recipe) else [""] * len(names)
-    if len(plan.walks) == 1:
-        return grid_in_rows(list(rows[0]), COLUMNS, shown)
-    drawn = [(f"{walk.nfe} NFE", list(each)) for walk, each in zip(plan.walks, rows, strict=True)]
-    return grid_by_walk(drawn, 2 * COLUMNS, shown)
-
-
-def draw_missing(plan: Plan, sinks: Sequence[Sink], begun: bool) -> None:
+def draw_missing(plan: Plan, sinks: "Sequence[PictureFolder | RowFile]", begun: bool) -> None:
     """Draw this process's batches that a sink lacks; the first process shows the progress of all."""
     request, processes = plan.request, plan.processes
+
+    def is_done(walk: int, span: slice) -> bool:
+        return all(sink.has(walk, span) for sink in sinks)
+
     total = len(request.seeds) * len(plan.walks)
-    done = sum(span.stop - span.start for walk, span in plan.spans if _is_done(sinks, walk, span)) if begun else 0
+    done = sum(span.stop - span.start for walk, span in plan.spans() if is_done(walk, span)) if begun else 0
     if done:
         say(f"{done:,} of {total:,} pictures were drawn before: going on")
     decoded = request.out is not None or request.grid is not None
     with Progress("sample", total, unit="img", done=done, shown=processes.rank == 0) as bar:
-        for number, walk in enumerate(plan.walks):
+        for walk, span in islice(plan.spans(), processes.rank, None, processes.size):
+            if is_done(walk, span):
+                continue
             with smaller_batch_if_full(request.batch):
-                labels, mine = plan.spans.labels, _missing_spans(plan, sinks, number)
-                for drawn in plan.generator.stream(request.seeds, labels, walk, mine, decoded=decoded):
-                    for place, is_file in request.places:
-                        check_lock(place, is_file=is_file)
-                    for sink in sinks:
-                        sink.put(number, drawn)
-                    bar.advance(min(len(drawn.seeds) * processes.size, total - bar.done))
+                stream = plan.generator.stream(request.seeds, plan.labels, plan.walks[walk], [span], decoded=decoded)
+                (drawn,) = stream
+            for sink in sinks:
+                check_lock(sink.target, is_file=sink.is_file)
+                sink.put(walk, drawn)
+            bar.advance(min(len(drawn.seeds) * processes.size, total - bar.done))
         processes.wait()
         bar.advance(total - bar.done)
 
 
-def _missing_spans(plan: Plan, sinks: Sequence[Sink], number: int) -> Iterator[slice]:
-    """This process's batches of a walk that are not whole in every sink."""
-    shares = islice(plan.spans, plan.processes.rank, None, plan.processes.size)
-    return (span for walk, span in shares if walk == number and not _is_done(sinks, walk, span))
+def check_record(text: str, wanted: Record, target: Path, advice: str) -> None:
+    """Refuse to mix pictures of two requests; what differs is named."""
+    try:
+        there = json.loads(text)
+    except (ValueError, RecursionError):
+        there = None
+    if not isinstance(there, dict) or not all(isinstance(value, str) for value in there.values()):
+        there = {"record": "damaged"}
+    names = [name for name in wanted | there if wanted.get(name) != there.get(name)]
+    if names:
+        differing = "; ".join(
+            f"{name} {shorten(there.get(name, 'unknown'), 80)} there, {shorten(wanted.get(name, 'unknown'), 80)} here"
+            for name in names
+        )
+        raise AlphaflowError(f"{target}: holds pictures of another request ({differing}). {advice}")
 
 
-def _is_done(sinks: Sequence[Sink], walk: int, span: slice) -> bool:
-    return all(sink.has(walk, span) for sink in sinks)
+class PictureFolder:
+    """PNG files in a folder, with the seed and the label in their names; each is written whole or not at all."""
+
+    is_file = False
+
+    def __init__(self, plan: Plan, target: Path) -> None:
+        self.plan, self.target, self.record = plan, target, plan.record()
+
+    def begin(self) -> bool:
+        """Read the record, or write it; pictures of before there was one are not taken for this request's.
+
+        Returns whether anything may be there. The first process calls this alone.
+        """
+        path = self.target / RECORD_FILE
+        remove_leftovers(self.target, ".seed-*", ".nfe-*", f".{RECORD_FILE}.*")
+        if path.exists():
+            advice = "Name another --out, or remove that folder."
+            check_record(read_document(path), self.record, self.target, advice)
+            return True
+        self.target.mkdir(parents=True, exist_ok=True)
+        if next(self.target.glob("*.png"), None) is not None:
+            for walk, span in self.plan.spans():
+                for file in self._files(walk, span):
+                    file.unlink(missing_ok=True)
+        write_whole(path, json.dumps(self.record, indent=1) + "\n")
+        return False
+
+    def _files(self, walk: int, span: slice) -> Iterator[Path]:
+        """DIR/seed-000012-class-3.png; the NFE in front where there are several walks."""
+        plan = self.plan
+        front = f"nfe-{plan.walks[walk].nfe}-" if len(plan.walks) > 1 else ""
+        for seed, label in zip(plan.request.seeds[span], plan.labels[span], strict=True):
+            name = f"{front}seed-{seed:06d}" + (f"-class-{label}" if label_rows(plan.generator.recipe) else "")
+            yield self.target / f"{name}.png"
+
+    def has(self, walk: int, span: slice) -> bool:
+        """Whether every file of the span is there."""
+        return all(file.exists() for file in self._files(walk, span))
+
+    def put(self, walk: int, drawn: Drawn) -> None:
+        """Write each picture that is not there yet."""
+        for file, picture in zip(self._files(walk, drawn.span), drawn.arrays(), strict=True):
+            if not file.exists():
+                write_whole(file, picture_png(picture))
+
+    def finish(self) -> None:
+        """Nothing is left to do: the record stays, so that another request is told apart."""
+
+
+class RowFile:
+    """Rows of one shape and type at their final places in FILE.part; as it stands, an .npy file.
+
+    A file of rows must know whose rows they are: the seeds and classes are part of its record.
+    """
+
+    is_file = True
+    before = 0  # bytes that stand before numpy's own header
+
+    def __init__(
+        self, plan: Plan, target: Path, row: tuple[int, ...], dtype: str = "|u1", *, shown: int | None = None
+    ) -> None:
+        """The first `shown` pictures of each walk have a row; None: all of them."""
+        request, self.plan, self.target, self.dtype = plan.request, plan, target, np.dtype(dtype)
+        count = len(request.seeds)
+        self.shown = count if shown is None else shown
+        self.shape = (self.shown * len(plan.walks), *row)
+        self.part = target.with_name(f"{target.name}.part")
+        self.state = target.with_name(f"{target.name}.part.state")
+        self.row = int(np.prod(row)) * self.dtype.itemsize
+        header = io.BytesIO()
+        np.lib.format.write_array_header_1_0(header, {"descr": dtype, "fortran_order": False, "shape": self.shape})
+        self.header = bytes(self.before) + header.getvalue()
+        seeds, classes = f"{count:,}: {request.seeds}", request.classes or "drawn per seed"
+        self.record = {**plan.record(), "seeds": seeds, "classes": classes}
+        self.line = json.dumps(self.record).encode() + b"\n"
+
+    @property
+    def end(self) -> int:
+        """Where the last row ends."""
+        return len(self.header) + self.shape[0] * self.row
+
+    def _rows(self, walk: int, span: slice) -> range:
+        """The rows that a span of a walk fills."""
+        stop = min(span.stop, self.shown)
+        return range(walk * self.shown + min(span.start, stop), walk * self.shown + stop)
+
+    def begin(self) -> bool:
+        """Go on with the unfinished file, or begin one of full length: a disk that is too small shows at once."""
+        remove_leftovers(self.target.parent, f".{glob.escape(self.target.name)}.*")
+        with self._writing():
+            if self.state.exists() and self.part.exists() and self.part.stat().st_size >= self.end:
+                with self.state.open("rb") as file:
+                    line = file.readline(100_000)
+                if self.goes_on(line):
+                    return True
+            self.state.unlink(missing_ok=True)
+            with self.part.open("wb") as file:
+                reserve(file.fileno(), self.end)
+                file.write(self.header)
+                file.flush()
+                os.fsync(file.fileno())
+            write_whole(self.state, self.line)
+        return False
+
+    def goes_on(self, line: bytes) -> bool:
+        """Whether the unfinished file is of this request; another's is refused, for it may be hours of work."""
+        advice = f"Name another file, or remove {self.part.name}."
+        check_record(line.decode(errors="replace"), self.record, self.part, advice)
+        return True
+
+    def has(self, walk: int, span: slice) -> bool:
+        """Whether the marks of all rows of the span are set."""
+        rows = self._rows(walk, span)
+        with self.state.open("rb", buffering=0) as file:
+            return os.pread(file.fileno(), len(rows), len(self.line) + rows.start) == b"\1" * len(rows)
+
+    def put(self, walk: int, drawn: Drawn) -> None:
+        """Write the rows, sync them, and only then mark them as done."""
+        rows = self._rows(walk, drawn.span)
+        if not rows:
+            return
+        batch = drawn.latents.cpu().numpy() if self.dtype.kind == "f" else drawn.arrays()
+        content = np.ascontiguousarray(batch[: len(rows)], self.dtype)
+        with self._writing():
+            with self.part.open("r+b", buffering=0) as file:
+                write_at(file.fileno(), content.tobytes(), len(self.header) + rows.start * self.row)
+                os.fsync(file.fileno())
+            with self.state.open("r+b", buffering=0) as file:
+                write_at(file.fileno(), b"\1" * len(rows), len(self.line) + rows.start)
+
+    def finish(self) -> None:
+        """Give the file its name, and forget the marks."""
+        with self._writing():
+            sync(self.part)
+            self.part.replace(self.target)
+            sync(self.target.parent)
+            self.state.unlink()
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise AlphaflowError(
+                f"{self.target}: cannot be written ({error.strerror or error}). What is drawn is kept in "
+                f"{self.part.name}; the same command goes on there."
+            ) from error
+
+
+class NpzFile(RowFile):
+    """Pictures as the one array `arr_0` of an .npz, uint8 (n, H, W, 3), as other evaluators read them."""
+
+    before = ZIP_HEADER
+
+    def finish(self) -> None:
+        """Walk over the array once for its checksum, and write what a zip has around it.
+
+        zipfile writes every byte where it stands already, so that a kill leaves rows as they were.
+        """
+        with (
+            self._writing(),
+            self.part.open("rb") as rows,
+            self.part.open("r+b") as file,
+            zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive,
+        ):
+            rows.seek(self.before)
+            with archive.open(zipfile.ZipInfo(MEMBER), "w", force_zip64=True) as member:
+                assert file.tell() == self.before, file.tell()
+                while piece := rows.read(min(PIECE, self.end - rows.tell())):
+                    member.write(piece)
+            archive.close()
+            file.truncate()
+        super().finish()
+
+
+class GridFile(RowFile):
+    """The first pictures of each walk, kept until they become one PNG."""
+
+    def goes_on(self, line: bytes) -> bool:
+        """An unfinished grid is no great loss: another request begins its own."""
+        return line == self.line
+
+    def finish(self) -> None:
+        """Lay the pictures out, and forget them."""
+        with self.part.open("rb") as file:
+            file.seek(len(self.header))
+            pictures = np.frombuffer(file.read(self.end - len(self.header)), np.uint8).reshape(self.shape)
+        write_whole(self.target, self.compose(pictures))
+        self.part.unlink()
+        self.state.unlink()
+
+    def compose(self, pictures: np.ndarray) -> bytes:
+        """One walk: pictures in reading order. Several: the same seeds in rows, a walk per row."""
+        generator, walks = self.plan.generator, self.plan.walks
+        rows, known, labels = pictures.reshape(len(walks), -1, *self.shape[1:]), generator.class_names, []
+        if label_rows(generator.recipe):
+            labels = self.plan.labels[: self.shown]
+        names = [known[label] if label < len(known) else str(label) for label in labels]
+        if len(walks) == 1:
+            return grid_in_rows(list(rows[0]), COLUMNS, names)
+        drawn = [(f"{walk.nfe} NFE", list(each)) for walk, each in zip(walks, rows, strict=True)]
+        return grid_by_walk(drawn, 2 * COLUMNS, names)
+
+
+def remove_leftovers(folder: Path, *patterns: str) -> None:
+    """Remove what a kill left of files that were being written under temporary names; the place is held by us."""
+    for pattern in patterns:
+        for left in folder.glob(f"{pattern}.tmp"):
+            left.unlink(missing_ok=True)
+
+
+def reserve(file: int, size: int) -> None:
+    """Give a file its full length, with room on the disk where the file system can promise it."""
+    try:
+        os.posix_fallocate(file, 0, size)
+    except (AttributeError, OSError) as error:  # not every system has it, nor every file system
+        if isinstance(error, OSError) and error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+            raise
+        os.ftruncate(file, size)
+
+
+def write_at(file: int, content: bytes, place: int) -> None:
+    """Write all of it at a place; a full disk takes a part at first, and then says why."""
+    view = memoryview(content)
+    while view:
+        count = os.pwrite(file, view, place)
+        view, place = view[count:], place + count

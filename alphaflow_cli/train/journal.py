@@ -144,13 +144,7 @@ class Journal:
 
     def _append(self, line: str) -> None:
         check_lock(self.path.parent)
-        try:
-            append(self.path, line)
-        except OSError as error:
-            raise AlphaflowError(
-                f"{self.path}: cannot be written: {error.strerror}. The last checkpoint is kept; the same command "
-                "resumes."
-            ) from error
+        append(self.path, line, kept="The last checkpoint is kept; the same command resumes.")
 
 
 def _without_nan(value: Any) -> Any:

@@ -14,16 +14,17 @@ from pathlib import Path
 import torch
 
 from alphaflow_cli.data.batches import LatentStream
-from alphaflow_cli.data.manifest import read_manifest
-from alphaflow_cli.data.store import Verify, disagreements, open_store
+from alphaflow_cli.data.manifest import StorePlan, read_manifest
+from alphaflow_cli.data.store import Verify, open_store
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.files import read_document, write_whole
-from alphaflow_cli.latents.prepare import prepare_latents
+from alphaflow_cli.latents.encode import StoreRequest
+from alphaflow_cli.latents.prepare import prepare_store
 from alphaflow_cli.recipe import diff_recipes, dump_recipe, recipe_from_text
-from alphaflow_cli.recipe.schema import Recipe
+from alphaflow_cli.recipe.schema import Data, Recipe
 from alphaflow_cli.runtime.launch import StopFlag, has_parent, is_worker
 from alphaflow_cli.runtime.lock import hold
-from alphaflow_cli.runtime.processes import World, join_world, processes_here
+from alphaflow_cli.runtime.processes import Processes, World, device_of, join_world, processes_here
 from alphaflow_cli.runtime.progress import say
 from alphaflow_cli.train import state
 from alphaflow_cli.train.estimate import micro_batch_that_fits
@@ -68,21 +69,39 @@ def store_of(recipe: Recipe, options: TrainOptions) -> Path:
 
 def check_store(recipe: Recipe, store: Path) -> None:
     """Refuse a store that the recipe was not written for, naming what each of the two says."""
-    data = recipe.data
-    faults = disagreements(
-        open_store(store, "sizes").manifest,
-        autoencoder=data.autoencoder,
-        image_size=data.image_size,
-        channels=data.channels,
-        latent_size=data.latent_size,
-        classes=data.classes,
-        flips=data.flips,
-    )
+    faults = disagreements(open_store(store, "sizes").manifest.plan, recipe.data)
     if faults:
         listed = "\n".join(f"  {fault}" for fault in faults)
         raise AlphaflowError(
             f"{store}: not what recipe {recipe.name} wants:\n{listed}\nRun: alphaflow prep-latents again"
         )
+
+
+def disagreements(plan: StorePlan, data: Data) -> list[str]:
+    """List what a recipe wants and the store is not; each line names both sides."""
+    both: dict[str, tuple[object, object]] = {
+        "image_size": (plan.image_size, data.image_size),
+        "channels": (plan.latent[0], data.channels),
+        "latent_size": (plan.latent[1], data.latent_size),
+    }
+    if autoencoder_key(plan.autoencoder.id) != autoencoder_key(data.autoencoder):
+        both = {"autoencoder": (plan.autoencoder.id, data.autoencoder)} | both
+    if data.classes:  # 0 trains without labels: any labels will do
+        both["classes"] = plan.classes, data.classes
+    if data.flips:  # a store with mirror images serves a recipe without
+        both["flips"] = plan.flips, data.flips
+    return [
+        f"{name}: the store has {has}, the recipe wants {wants}" for name, (has, wants) in both.items() if has != wants
+    ]
+
+
+def autoencoder_key(name: str) -> str:
+    """The part of an autoencoder's name by which two are taken for the same: the last one of an id, folder or file.
+
+    So a local copy of stabilityai/sd-vae-ft-ema is the same autoencoder.
+    """
+    last = Path(name.split("@")[0].rstrip("/")).name
+    return last.removesuffix(".pt").removesuffix(".safetensors").replace("_", "-").lower()
 
 
 def check_folder(out: Path) -> None:
@@ -121,7 +140,8 @@ def prepare_run(recipe: Recipe, options: TrainOptions) -> Path:
     data = recipe.data
     if data.source and options.data is None and not (store / "manifest.json").exists():
         say(f"preparing {data.source} in {store}")
-        prepare_latents(data.source, store, size=data.image_size, autoencoder=data.autoencoder, flips=data.flips)
+        wanted = StoreRequest(data.source, data.image_size, data.autoencoder, flips=data.flips)
+        prepare_store(wanted, store, Processes(device_of(0)))
     check_store(recipe, store)
     path = options.out / "recipe.yaml"
     for field, old, new in changes:

@@ -12,7 +12,7 @@ from alphaflow_cli.evaluate.pictures import GeneratedImages, open_pictures
 from alphaflow_cli.evaluate.reference import load_reference
 from alphaflow_cli.evaluate.results import save_results
 from alphaflow_cli.files import sha256_of
-from alphaflow_cli.runtime.processes import Alone
+from alphaflow_cli.runtime.processes import Processes
 from alphaflow_cli.sample.generator import open_generator
 from alphaflow_cli.sample.walk import plan_walk
 
@@ -39,7 +39,7 @@ def evaluate_run(run: Path, reference: Path, out: Path, *, images: int) -> None:
 def tiny_ruler(out: Path) -> Ruler:
     """FD-tiny's features need no weights."""
     return Ruler(
-        build_extractors(("fd-tiny",), torch.device("cpu"), {}), Alone(torch.device("cpu")), out / "evals", 250
+        build_extractors(("fd-tiny",), torch.device("cpu"), {}), Processes(torch.device("cpu")), out / "evals", 250
     )
 
 

@@ -26,13 +26,12 @@ from alphaflow_cli.charts.chart import (
     RED,
     SHADES,
     Band,
-    Bars,
     Chart,
     Line,
     Panel,
     show_number,
 )
-from alphaflow_cli.charts.draw import DARK_STYLE, to_png, to_svg, to_svg_element
+from alphaflow_cli.charts.draw import DARK_STYLE, to_png, to_svg
 from alphaflow_cli.recipe import load_recipe, shipped
 from alphaflow_cli.train.curves import recipe_chart
 
@@ -57,8 +56,7 @@ def score_chart(values=(43.2, 17.34, 8.2, 3.8)):
 
 def conflict_chart(*, bars):
     medians, spread = [(i, 0.9 - i / 4) for i in range(8)], [(i, 0.8 - i / 4, 1 - i / 4) for i in range(8)]
-    make = {True: Bars, False: Line}[bars]
-    line = make("median", medians, RED, spread=spread, spread_label="5% to 95%")
+    line = Line("median", medians, RED, bars, spread=spread, spread_label="5% to 95%")
     title = "Cosines between gradients by block"
     return Chart(title, [Panel(f"cos(TFM, {x})", [line], (-1, 1)) for x in ("TC", "FM'")], "block", "a run, step 90")
 
@@ -96,7 +94,7 @@ def pixels(chart):
 
 def texts(chart):
     """(words, x, y, size, bold, anchor) of every text in the SVG."""
-    for node in ET.fromstring(to_svg_element(chart)).iter(f"{SVG}text"):
+    for node in ET.fromstring(to_svg(chart, in_page=True)).iter(f"{SVG}text"):
         style = dict(part.split(": ") for part in node.get("style").split("; "))
         size = float(style["font-size"].removesuffix("px"))
         bold = style.get("font-weight") == "700"
@@ -121,7 +119,7 @@ def box(text):
 
 def dots(chart):
     """Where the dots of a curve stand, in the order of its points."""
-    uses = ET.fromstring(to_svg_element(chart)).iter(f"{SVG}use")
+    uses = ET.fromstring(to_svg(chart, in_page=True)).iter(f"{SVG}use")
     return [(float(use.get("x")), float(use.get("y"))) for use in uses]
 
 
@@ -157,7 +155,7 @@ def test_svg_loads_nothing_and_runs_nothing():
 
 
 def test_two_charts_in_one_page_have_no_name_in_common():
-    both = [to_svg_element(nfe_chart(width=width)) for width in WIDTHS]
+    both = [to_svg(nfe_chart(width=width), in_page=True) for width in WIDTHS]
     first, second = (set(re.findall(r' id="([^"]*)"', text)) for text in both)
     assert first
     assert second
@@ -201,7 +199,7 @@ def test_png_dashes_leave_gaps():
 
 
 def test_bars_stand_on_zero_and_reach_their_values():
-    bars = Bars("", [(0, 0.5), (1, -0.5)], "#ff0000", spread=[(0, 0.25, 0.75), (1, -0.6, -0.4)])
+    bars = Line("", [(0, 0.5), (1, -0.5)], "#ff0000", bars=True, spread=[(0, 0.25, 0.75), (1, -0.6, -0.4)])
     image = pixels(Chart("t", [Panel("p", [bars], (-1, 1), height=200)], "x"))
     red = np.argwhere((image == [255, 0, 0]).all(-1))
     up, down = (red[(red[:, 1] < 960) == side] for side in (True, False))
@@ -223,7 +221,7 @@ def test_a_spread_is_shaded_around_its_curve():
 @pytest.mark.parametrize("width", WIDTHS)
 def test_words_lie_in_the_picture_and_none_over_another(name, width):
     chart = replace(CHARTS[name](), width=width)
-    height = float(ET.fromstring(to_svg_element(chart)).get("height"))
+    height = float(ET.fromstring(to_svg(chart, in_page=True)).get("height"))
     boxes = [(text[0], *box(text)) for text in texts(chart) if text[0].strip()]
     for word, left, top, right, bottom in boxes:
         assert left >= 0, word
@@ -318,10 +316,10 @@ def test_any_name_is_drawn_as_it_stands(name):
 )
 @pytest.mark.parametrize("log_y", [False, True])
 def test_thin_and_broken_data_are_drawn_as_far_as_they_go(points, log_y):
-    kinds = Line("l", points), Line("l", points, markers=True), Bars("l", points)
+    kinds = Line("l", points), Line("l", points, markers=True), Line("l", points, bars=True)
     charts = [Chart("t", [Panel("p", [line], log_y=log_y)], "x") for line in kinds]
     for chart in charts:
-        assert not re.search(r"\b(nan|inf)\b", to_svg_element(chart))
+        assert not re.search(r"\b(nan|inf)\b", to_svg(chart, in_page=True))
         assert len(set(y_numbers(chart))) == len(y_numbers(chart))
     assert to_png(replace(charts[0], panels=[chart.panels[0] for chart in charts])).startswith(b"\x89PNG")
 
@@ -362,7 +360,7 @@ def test_colours_stand_out_from_what_lies_behind_them(dark):
 
 @pytest.mark.parametrize("name", CHARTS)
 def test_every_colour_of_a_chart_has_its_dark_form(name):
-    used = re.findall(r"(fill|stroke): (#\w+)", to_svg_element(CHARTS[name]()))
+    used = re.findall(r"(fill|stroke): (#\w+)", to_svg(CHARTS[name](), in_page=True))
     assert {colour for _, colour in used} <= set(DARK)
     assert all(
         f'[style*="{kind}: {colour}"] {{ {kind}: {DARK[colour]} !important; }}' in DARK_STYLE for kind, colour in used

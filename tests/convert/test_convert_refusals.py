@@ -216,12 +216,23 @@ def test_statistics_that_are_not_there_are_asked_for_however_it_is_written(tmp_p
         converted(tmp_path, tree)
 
 
-def test_an_autoencoder_of_odd_names_and_shapes_is_named(tmp_path):
-    for names in ({f"encoder.down_blocks.{i}.x": torch.zeros(1) for i in range(20_000)},
-                  {"encoder.down_blocks.0.resnets.0.conv1.weight": torch.zeros(())}):  # fmt: skip
-        tree = published_snapshot()
-        tree["ema"] |= {f"autoencoder.model.model.{name}": value for name, value in names.items()}
-        with pytest.raises(
-            AlphaflowError, match=r"the autoencoder in the snapshot lacks|does not divide|data.image_size must be"
-        ):
-            converted(tmp_path, tree)
+ODD_AUTOENCODERS = {
+    "20,000 levels": (
+        {f"encoder.down_blocks.{i}.x": torch.zeros(1) for i in range(20_000)},
+        "ours.safetensors (its recipe):16: data.image_size must be 8,192 or less, got 32768",
+    ),
+    "a layer without a shape": (
+        {"encoder.down_blocks.0.resnets.0.conv1.weight": torch.zeros(())},
+        "ours.safetensors: the autoencoder in the snapshot is no whole one (tuple index out of range).",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", ODD_AUTOENCODERS)
+def test_an_autoencoder_of_odd_names_and_shapes_is_named(tmp_path, what):
+    names, message = ODD_AUTOENCODERS[what]
+    tree = published_snapshot()
+    tree["ema"] |= {f"autoencoder.model.model.{name}": value for name, value in names.items()}
+    with pytest.raises(AlphaflowError) as error:
+        converted(tmp_path, tree)
+    assert str(error.value) == message

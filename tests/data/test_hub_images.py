@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from awkward_pictures import encoded, gradient
 from huggingface_hub import constants
+from latent_stores import prepare_latents
 from safetensors.numpy import load_file
 
 from alphaflow_cli.data import hub_images
 from alphaflow_cli.data.sources import open_source
 from alphaflow_cli.data.store import verify_store
 from alphaflow_cli.errors import AlphaflowError
-from alphaflow_cli.latents.prepare import prepare_latents
 
 COMMIT = "c" * 40
 PICTURE = encoded(gradient(size=(8, 8)), "PNG")

@@ -1,6 +1,7 @@
 """The latent store: what is written is what is read, and whatever was touched since is named."""
 
 import json
+import os
 import shutil
 
 import numpy as np
@@ -10,10 +11,12 @@ from safetensors.numpy import load_file
 
 from alphaflow_cli.data.manifest import digest_of, read_manifest
 from alphaflow_cli.data.stats import Statistics, merge, statistics_of
-from alphaflow_cli.data.store import disagreements, open_store, verify_store
+from alphaflow_cli.data.store import open_store, verify_store
 from alphaflow_cli.errors import AlphaflowError
-from alphaflow_cli.files import write_pieces
+from alphaflow_cli.files import write_pieces, write_whole
+from alphaflow_cli.recipe.schema import Data
 from alphaflow_cli.tensors import open_tensors, write_tensors
+from alphaflow_cli.train.start import disagreements
 
 RECIPE = {
     "autoencoder": "stabilityai/sd-vae-ft-ema",
@@ -81,6 +84,15 @@ def test_a_write_that_fails_keeps_the_old_file_and_leaves_nothing_behind(tmp_pat
     with pytest.raises(OSError, match="No space"):
         write_pieces(tmp_path / "a", pieces())
     assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [("a", b"old")]
+
+
+def test_a_pipe_or_a_device_is_not_replaced_by_a_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for write in (lambda path: write_pieces(path, [b"new"]), lambda path: write_whole(path, b"new")):
+        with pytest.raises(AlphaflowError, match="pipe: is a folder, a pipe or a device, not a file"):
+            write(tmp_path / "pipe")
+    assert [file.name for file in tmp_path.iterdir()] == ["pipe"]
+    assert (tmp_path / "pipe").is_fifo()
 
 
 def test_files_have_the_users_mode(tmp_path):
@@ -161,7 +173,7 @@ def test_a_manifest_of_a_later_version_is_refused_by_version(store):
 def test_a_missing_field_is_named(store):
     document = edit(store / "manifest.json", lambda d: d.pop("shards"))
     edit(store / "manifest.json", lambda d: d.update(digest=digest_of(document)))
-    refuse(store, "shards is missing")
+    refuse(store, "shards: is missing")
 
 
 def test_an_unfinished_store_says_how_far_it_is(store):
@@ -175,10 +187,10 @@ def test_a_folder_that_is_no_store_says_what_to_run(tmp_path):
 
 
 def test_a_recipe_that_fits_has_no_disagreements(store):
-    manifest = read_manifest(store)
-    assert disagreements(manifest, **RECIPE) == []
-    assert disagreements(manifest, **{**RECIPE, "autoencoder": "models/sd-vae-ft-ema/", "classes": 0}) == []
-    assert disagreements(manifest, **{**RECIPE, "autoencoder": "weights/sd_vae_ft_ema.pt"}) == []
+    plan = read_manifest(store).plan
+    assert disagreements(plan, Data(**RECIPE)) == []
+    assert disagreements(plan, Data(**{**RECIPE, "autoencoder": "models/sd-vae-ft-ema/", "classes": 0})) == []
+    assert disagreements(plan, Data(**{**RECIPE, "autoencoder": "weights/sd_vae_ft_ema.pt"})) == []
 
 
 @pytest.mark.parametrize(
@@ -193,7 +205,7 @@ def test_a_recipe_that_fits_has_no_disagreements(store):
     ],
 )
 def test_every_disagreement_with_a_recipe_shows_both_sides(store, field, wanted, has):
-    lines = disagreements(read_manifest(store), **{**RECIPE, field: wanted})
+    lines = disagreements(read_manifest(store).plan, Data(**{**RECIPE, field: wanted}))
     assert lines == [f"{field}: the store has {has}, the recipe wants {wanted}"]
 
 

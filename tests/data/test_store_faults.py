@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from latent_stores import moments_store
+from latent_stores import moments_store, prepare_latents
 from train_helpers import begin, make_recipe, make_store, saved_step, wait_for_step
 
 from alphaflow_cli.cli import run
@@ -99,8 +99,6 @@ def test_a_manifest_with_any_value_of_another_shape_opens_or_is_one_line(store):
 
 
 def test_a_plan_or_a_sidecar_with_any_value_of_another_shape_is_one_line(made, tmp_path):
-    from alphaflow_cli.latents.prepare import prepare_latents
-
     def prepare():
         prepare_latents("glyphs:40", out, size=32, autoencoder="none", shown=False, bad="skip")
 

@@ -20,7 +20,7 @@ from alphaflow_cli.evaluate.reference import Reference, Stats
 from alphaflow_cli.evaluate.results import space_of
 from alphaflow_cli.evaluate.score import Measured
 from alphaflow_cli.evaluate.tiny import Tiny
-from alphaflow_cli.runtime.processes import Alone
+from alphaflow_cli.runtime.processes import Processes
 
 CPU = torch.device("cpu")
 
@@ -49,7 +49,7 @@ class Held:
 
 def finished(folder: Path, images: Tensor, extractors: dict[str, Extractor], *, chunk: int = 250) -> Pass:
     work = Pass(Held(images), extractors, folder, chunk)
-    run_pass(work, Alone(CPU), batch=16, clock=Clock())
+    run_pass(work, Processes(CPU), batch=16, clock=Clock())
     return work
 
 
@@ -78,12 +78,12 @@ def both_rulers(folder: Path, fake: Tensor, real: Tensor, monkeypatch: pytest.Mo
     )  # fmt: skip
     extractors = {"inception": build_extractor("inception", device=CPU, weights=None)}
     works = {name: finished(folder / name, images, extractors) for name, images in (("f", fake), ("r", real))}
-    mean, cov = gather_moments(works["r"], Alone(CPU))["inception"].finalise()
+    mean, cov = gather_moments(works["r"], Processes(CPU))["inception"].finalise()
     stats = Stats(space_of(extractors["inception"]), mean, cov, load_all(works["r"], "inception"))
     reference = Reference({"inception": stats}, {"name": "r", "kind": "memory", "size": None, "sha256": "0" * 64})
     monkeypatch.setattr(score, "KID_SIZE", size)
     monkeypatch.setattr(score, "IS_SPLITS", splits)
-    measured = Measured(works["f"], gather_moments(works["f"], Alone(CPU)), reference, CPU)
+    measured = Measured(works["f"], gather_moments(works["f"], Processes(CPU)), reference, CPU)
     rows = score.score(measured, ("fid", "kid", "is", "pr"))
     return theirs, {row.name.split("(")[0].split("-")[0]: row for row in rows}
 
@@ -124,7 +124,7 @@ def test_on_cifar10_all_four_equal_torch_fidelitys_own_run(tmp_path: Path, monke
 
 
 def moments_of(work: Pass) -> Tensor:
-    return gather_moments(work, Alone(CPU))["tiny"].sums
+    return gather_moments(work, Processes(CPU))["tiny"].sums
 
 
 def test_a_second_run_reads_no_picture_and_a_missing_chunk_is_the_only_one_made_again(tmp_path: Path) -> None:
@@ -163,7 +163,7 @@ def test_an_interruption_keeps_the_finished_chunks(tmp_path: Path, capsys: pytes
     images = ruler.pictures(60)
     work = Pass(Stopped(images), {"tiny": Tiny()}, tmp_path, 20)
     with pytest.raises(KeyboardInterrupt):
-        run_pass(work, Alone(CPU), batch=8, clock=Clock())
+        run_pass(work, Processes(CPU), batch=8, clock=Clock())
     assert "run the same command again" in capsys.readouterr().err
     again = finished(tmp_path, images, {"tiny": Tiny()}, chunk=20)
     assert isinstance(again.source, Held)
@@ -178,7 +178,7 @@ def test_ranks_share_the_chunks_and_their_moments_add_up(tmp_path: Path, world: 
     seen, sums = [], torch.zeros(193, 193, dtype=torch.float64)
     for rank in range(world):
         work = Pass(Held(images), {"tiny": Tiny()}, shared, 25)
-        run_pass(work, Alone(CPU, rank=rank, size=world), batch=16, clock=Clock())
+        run_pass(work, Processes(CPU, rank=rank, size=world), batch=16, clock=Clock())
         assert isinstance(work.source, Held)
         assert work.source.asked == work.chunks()[rank::world]
         seen += work.source.asked
@@ -214,10 +214,10 @@ def test_other_pictures_weights_or_chunks_get_another_folder() -> None:
 def test_copies_are_counted_and_the_content_has_one_hash(tmp_path: Path) -> None:
     images = ruler.pictures(30)
     twice = torch.cat([images, images[:7]])
-    content = content_of(finished(tmp_path / "a", twice, {"tiny": Tiny()}, chunk=10))
-    assert content.copies == 7
-    assert content.sha256 == content_of(finished(tmp_path / "b", twice, {"tiny": Tiny()}, chunk=37)).sha256
-    assert content.sha256 != content_of(finished(tmp_path / "c", twice.flip(0), {"tiny": Tiny()})).sha256
+    digest, copies = content_of(finished(tmp_path / "a", twice, {"tiny": Tiny()}, chunk=10))
+    assert copies == 7
+    assert digest == content_of(finished(tmp_path / "b", twice, {"tiny": Tiny()}, chunk=37))[0]
+    assert digest != content_of(finished(tmp_path / "c", twice.flip(0), {"tiny": Tiny()}))[0]
 
 
 def test_features_that_are_not_finite_stop_the_pass(tmp_path: Path) -> None:
@@ -234,7 +234,7 @@ def test_features_that_are_not_finite_stop_the_pass(tmp_path: Path) -> None:
 
 
 def measure_tiny(folder: Path, fake: Tensor, real: Tensor) -> tuple[float, tuple[str, ...], Any]:
-    ruler_ = Ruler({"tiny": Tiny()}, Alone(CPU), folder, batch=64)
+    ruler_ = Ruler({"tiny": Tiny()}, Processes(CPU), folder, batch=64)
     made = make_reference(Held(real, "real"), ruler_, folder / "r.safetensors", name="", kept=10_000)
     assert made is not None
     found = evaluate(Held(fake, "fake"), ("fd-tiny",), ruler_, reference=made[0])

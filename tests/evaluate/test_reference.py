@@ -27,14 +27,14 @@ from alphaflow_cli.evaluate.reference import (
     save_reference,
 )
 from alphaflow_cli.evaluate.tiny import Tiny
-from alphaflow_cli.runtime.processes import Alone
+from alphaflow_cli.runtime.processes import Processes
 
 FEATURES = np.random.RandomState(0).randn(300, 2048).astype(np.float64)
 MU, SIGMA = FEATURES.mean(0), np.cov(FEATURES, rowvar=False)
 
 
 def build(folder: Path, source: str, *, size: int | None = None, kept: int = 10_000) -> Reference:
-    ruler_ = Ruler({"tiny": Tiny()}, Alone(torch.device("cpu")), folder / "work", batch=64)
+    ruler_ = Ruler({"tiny": Tiny()}, Processes(torch.device("cpu")), folder / "work", batch=64)
     made = make_reference(
         open_pictures(source, size=size, limit=None), ruler_, folder / "r.safetensors", name="", kept=kept
     )
@@ -83,12 +83,12 @@ def test_adm_edm_and_meanflow_npz_are_told_apart(tmp_path: Path) -> None:
     np.savez(tmp_path / "adm.npz", mu=MU, sigma=SIGMA, mu_s=MU[:3], sigma_s=SIGMA[:3, :3])
     np.savez(tmp_path / "edm.npz", mu=MU, sigma=SIGMA)
     np.savez(tmp_path / "jax.npz", ref_mu=MU, ref_sigma=SIGMA)
-    (adm,), (edm,), (jax,) = (read_foreign(tmp_path / name) for name in ("adm.npz", "edm.npz", "jax.npz"))
-    assert (adm.kind, edm.kind) == ("ADM npz", "npz of mu, sigma (ADM, EDM)")
-    assert adm.preprocessing == edm.preprocessing == TF1
-    assert jax.preprocessing == HALF_PIXEL != TF1
+    read = [read_foreign(tmp_path / name) for name in ("adm.npz", "edm.npz", "jax.npz")]
+    assert [each.facts["kind"] for each in read] == ["ADM npz", "npz of mu, sigma (ADM, EDM)", "MeanFlow npz"]
+    adm, edm, jax = (each.stats["inception"] for each in read)
+    assert adm.space.preprocessing == edm.space.preprocessing == TF1
+    assert jax.space.preprocessing == HALF_PIXEL != TF1
     for each in (adm, edm, jax):
-        assert each.name == "inception"
         np.testing.assert_array_equal(each.mean, MU)
         np.testing.assert_array_equal(each.cov, SIGMA)
 
@@ -97,9 +97,9 @@ def test_adm_edm_and_meanflow_npz_are_told_apart(tmp_path: Path) -> None:
 def test_edm2_pickles_are_read(tmp_path: Path, protocol: int) -> None:
     held = {"fid": {"mu": MU, "sigma": SIGMA}, "fd_dinov2": {"mu": MU[:1024], "sigma": SIGMA[:1024, :1024]}}
     (tmp_path / "edm2.pkl").write_bytes(pickle.dumps({**held, "num_images": 1_281_167}, protocol=protocol))
-    fid, dino = read_foreign(tmp_path / "edm2.pkl")
-    assert (fid.name, dino.name, fid.count) == ("inception", "dinov2", 1_281_167)
-    np.testing.assert_array_equal(dino.cov, SIGMA[:1024, :1024])
+    found = read_foreign(tmp_path / "edm2.pkl")
+    assert (list(found.stats), found.facts["count"]) == (["inception", "dinov2"], 1_281_167)
+    np.testing.assert_array_equal(found.stats["dinov2"].cov, SIGMA[:1024, :1024])
 
 
 def test_alphaflow_pickles_of_sums_become_a_covariance_over_n_minus_one(
@@ -113,20 +113,21 @@ def test_alphaflow_pickles_of_sums_become_a_covariance_over_n_minus_one(
     sums = easy(raw_mean=FEATURES.sum(0), raw_cov=FEATURES.T @ FEATURES, num_items=300, num_features=2048)
     (tmp_path / "stats.pkl").write_bytes(pickle.dumps(sums))
     monkeypatch.undo()
-    (found,) = read_foreign(tmp_path / "stats.pkl")
-    assert found.count == 300
-    np.testing.assert_allclose(found.mean, MU, atol=1e-14)
-    np.testing.assert_allclose(found.cov, SIGMA, atol=1e-12)
+    found = read_foreign(tmp_path / "stats.pkl")
+    assert found.facts["count"] == 300
+    np.testing.assert_allclose(found.stats["inception"].mean, MU, atol=1e-14)
+    np.testing.assert_allclose(found.stats["inception"].cov, SIGMA, atol=1e-12)
 
 
 def test_torch_fidelitys_cache_is_read_and_its_dinov2_is_not_taken_for_fdd(tmp_path: Path) -> None:
     name = "cifar10-train-inception-v3-compat-stat-fid-2048.pt"
     torch.save({"mu": MU.astype(np.float32), "sigma": SIGMA}, tmp_path / name)
     torch.save({"mu": MU[:1024], "sigma": SIGMA[:1024, :1024]}, tmp_path / "x-dinov2-vit-l-14-stat-fid-dinov2.pt")
-    (found,) = read_foreign(tmp_path / name)
+    found = read_foreign(tmp_path / name).stats["inception"]
     np.testing.assert_allclose(found.mean, MU, atol=1e-7)
-    assert found.preprocessing == TF1
-    assert read_foreign(tmp_path / "x-dinov2-vit-l-14-stat-fid-dinov2.pt")[0].preprocessing == TF1_DINO
+    assert found.space.preprocessing == TF1
+    other = read_foreign(tmp_path / "x-dinov2-vit-l-14-stat-fid-dinov2.pt").stats["dinov2"]
+    assert other.space.preprocessing == TF1_DINO
 
 
 class Evil:

@@ -7,6 +7,9 @@ import numpy as np
 from alphaflow_cli.data.manifest import TRANSFORM, AutoencoderRecord, StorePlan, plan_to_dict
 from alphaflow_cli.data.writing import finish_store, write_shard
 from alphaflow_cli.files import to_json, write_pieces
+from alphaflow_cli.latents.encode import StoreRequest
+from alphaflow_cli.latents.prepare import prepare_store
+from alphaflow_cli.runtime.processes import Processes, device_of
 
 SD_VAE = AutoencoderRecord("stabilityai/sd-vae-ft-ema", "0" * 40, "1" * 64, 8, 0.18215, 0.0, "fp32", None)
 
@@ -51,3 +54,8 @@ def random_moments(count, *, channels=4, side=4, seed=0, dtype=np.float16):
 def moments_store(path, count=100, **options):
     """A store of random moments; labels 0 … 9 in turn."""
     return write_store(path, {"moments": random_moments(count)}, np.arange(count) % 10, **options)
+
+
+def prepare_latents(source, out, *, shown=True, **options):
+    """A store of a source, made or gone on with by this process; returns its folder."""
+    return prepare_store(StoreRequest(source, **options), out, Processes(device_of(0)), shown=shown)

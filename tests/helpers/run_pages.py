@@ -47,7 +47,7 @@ def write_run(folder):
     for step in STEPS:
         picture = np.full((32, 32, 3), step % 256, np.uint8)
         (folder / "samples" / f"step-{step:08d}.png").write_bytes(grid_png([[picture] * 4] * 2))
-    evaluation = Evaluation("e", [score(2, 3.25), score(1, 7.5)], "ef" * 32, [], {}, 1)
+    evaluation = Evaluation("e", "ef" * 32, [score(2, 3.25), score(1, 7.5)], [], {}, 1)
     (folder / "results.json").write_text(json.dumps(document([evaluation])))
     one = torch.ones(3, 1, 1, dtype=torch.float64)
     origin = {

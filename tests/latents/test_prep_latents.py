@@ -11,6 +11,7 @@ import pytest
 import torch
 from awkward_pictures import GOOD, encoded, gradient, write_awkward
 from click.testing import CliRunner
+from latent_stores import prepare_latents
 from new_process import alphaflow
 from PIL import Image
 from safetensors.numpy import load_file
@@ -20,9 +21,10 @@ from alphaflow_cli.cli import run
 from alphaflow_cli.data.manifest import read_manifest
 from alphaflow_cli.data.store import open_store, verify_store
 from alphaflow_cli.errors import AlphaflowError
+from alphaflow_cli.files import free_bytes
 from alphaflow_cli.latents.encode import choose_precision
 from alphaflow_cli.latents.plan import default_out, shard_size
-from alphaflow_cli.latents.prepare import check_room, free_bytes, prepare_latents
+from alphaflow_cli.latents.prepare import check_room
 from alphaflow_cli.nn.autoencoder import load_autoencoder
 from alphaflow_cli.runtime.precision import encoder_precision
 

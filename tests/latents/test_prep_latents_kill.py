@@ -5,11 +5,11 @@ import signal
 import time
 
 import pytest
+from latent_stores import prepare_latents
 from new_process import Command
 
 from alphaflow_cli.data.store import verify_store
 from alphaflow_cli.errors import AlphaflowError
-from alphaflow_cli.latents.prepare import prepare_latents
 
 PICTURES = 12_000
 

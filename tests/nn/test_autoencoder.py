@@ -120,27 +120,21 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path):
             return Path.touch, (tmp_path / "executed",)
 
     torch.save({"a": Touch()}, tmp_path / "evil.pt")
-    with pytest.raises(AlphaflowError, match=r"evil\.pt: cannot be read as weights"):
+    with pytest.raises(AlphaflowError, match=r"evil\.pt: not a readable weight file"):
         load(tmp_path / "evil.pt")
     assert not (tmp_path / "executed").exists()
 
 
-def test_slices_are_exact_and_bfloat16_is_close(made, pixels):
+def test_another_layout_is_exact_and_bfloat16_is_close(made, pixels):
     folder, _ = made["kl"]
     exact = load(folder)
     latents = exact.encode(pixels)[0]
     reference = exact.decode(latents)
-    sliced = load(folder, slicing=True, channels_last=True).decode(latents)
-    torch.testing.assert_close(sliced, reference, atol=1e-4, rtol=1e-4)
+    other_layout = load(folder, channels_last=True).decode(latents)
+    torch.testing.assert_close(other_layout, reference, atol=1e-4, rtol=1e-4)
     rough = load(folder, dtype=torch.bfloat16).decode(latents)
     assert rough.dtype == torch.float32
     assert (rough - reference).abs().mean() < 0.05 * reference.abs().mean()
-
-
-@pytest.mark.parametrize("kind", MAKERS)
-def test_tiles_keep_the_shape(made, kind):
-    found = load(made[kind][0], tiling=True)
-    assert found.decode(torch.zeros(1, 4, 32, 32)).shape == (1, 3, 32 * found.downscale, 32 * found.downscale)
 
 
 def test_gradients_stay_out(made, pixels):

@@ -28,7 +28,7 @@ def folder(tmp_path):
 
 
 def rows_text(row):
-    return json.dumps(document([Evaluation("e", row, "ef" * 32, [], {}, 1)]))
+    return json.dumps(document([Evaluation("e", "ef" * 32, row, [], {}, 1)]))
 
 
 WITHOUT_SPACE = re.sub(r'"space": \{[^}]*\}, ', "", rows_text([score(1, 7.5)]))

@@ -7,7 +7,6 @@ import subprocess
 import sys
 import time
 from datetime import timedelta
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -56,7 +55,7 @@ def test_two_processes_of_one_gpu_are_refused_when_they_join(monkeypatch):
         raise dist.DistBackendError("NCCL error: Duplicate GPU detected : rank 0 and rank 1 both on CUDA device 1000")
 
     monkeypatch.setattr(dist, "all_reduce", exchange)
-    together = processes.World(SimpleNamespace(num_processes=2, device="cpu"))
+    together = processes.World(device=torch.device("cpu"), size=2, accelerator=None)
     with pytest.raises(AlphaflowError, match="2 processes were started, but two of them have the same GPU"):
         processes._meet(together)
 

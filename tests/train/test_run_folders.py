@@ -9,13 +9,13 @@ import signal
 
 import pytest
 import torch
+from latent_stores import prepare_latents
 from safetensors import safe_open
 from safetensors.torch import save_file
 from train_helpers import assert_same, begin, left_behind, make_recipe, make_store, row_values, train
 
 from alphaflow_cli.cli import run as cli
 from alphaflow_cli.errors import AlphaflowError
-from alphaflow_cli.latents.prepare import prepare_latents
 from alphaflow_cli.model.checkpoint import load_checkpoint, save_checkpoint
 from alphaflow_cli.nn.weights import fit_weights
 from alphaflow_cli.tensors import SEAL
