@@ -28,6 +28,8 @@ CPU = torch.device("cpu")
 class Held:
     """Pictures in memory; counts what was asked for."""
 
+    task = "features"
+
     def __init__(self, images: Tensor, name: str = "held") -> None:
         self.seconds: dict[str, float] = {}
         self.held, self.label, self.asked = images, name, list[tuple[int, int]]()

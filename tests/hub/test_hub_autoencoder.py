@@ -51,10 +51,10 @@ def test_an_autoencoder_of_any_form_goes_along(hub, project, capsys, monkeypatch
     files = hub.files("me/tiny")
     assert {path for path in files if path.startswith("autoencoder/")} == PACKAGED
     assert str(project).encode() not in b"".join(files.values())
-    local = alphaflow_cli.load("runs/tiny/model.safetensors").sample(seeds=[0, 1], classes=3)
+    local = alphaflow_cli.load("runs/tiny/model.safetensors").sample(seeds=[0, 1], classes=3).tensor
     (project / "elsewhere").mkdir()
     monkeypatch.chdir(project / "elsewhere")
-    assert torch.equal(alphaflow_cli.load("me/tiny").sample(seeds=[0, 1], classes=3), local)
+    assert torch.equal(alphaflow_cli.load("me/tiny").sample(seeds=[0, 1], classes=3).tensor, local)
 
 
 def test_one_that_is_not_found_is_said_before_anything_is_made(hub, project, capsys):  # noqa: F811

@@ -40,8 +40,8 @@ def test_a_pushed_run_sampled_from_the_hub_gives_the_same_pictures(hub, finished
     assert code == 0, out.err
     assert out.out.splitlines()[-1] == f"{hub.url}/me/tiny"
     assert set(hub.files("me/tiny")) - {".gitattributes"} == LAYOUT
-    local = alphaflow_cli.load(finished).sample(seeds=range(6), nfe=2)
-    remote = alphaflow_cli.load("me/tiny").sample(seeds=range(6), nfe=2)
+    local = alphaflow_cli.load(finished).sample(seeds=range(6), nfe=2).tensor
+    remote = alphaflow_cli.load("me/tiny").sample(seeds=range(6), nfe=2).tensor
     assert torch.equal(local, remote)
     assert local.float().std() > 10  # pictures, not a flat grey
 

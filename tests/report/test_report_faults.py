@@ -56,7 +56,7 @@ def test_a_damaged_file_is_one_line_that_names_it(folder, capsys, name, data):
     assert cli(["report", str(folder)]) == 1
     said = capsys.readouterr().err
     assert str(path) in said
-    assert len(said.splitlines()) == 1
+    assert len(said.splitlines()) == 2  # the line that says what begins, and the error
     assert not (folder / "report.html").exists()
 
 
@@ -167,7 +167,7 @@ def one_line_or_a_page(folder, capsys, name):
     """The report of a folder whose file was changed: a page, or one line that names the file."""
     code, err = cli(["report", str(folder)]), capsys.readouterr().err
     assert code in (0, 1)
-    assert len(err.splitlines()) == code
+    assert len(err.splitlines()) == 1 + code  # the line that says what begins, and the error
     assert code == 0 or name in err
     assert all(line.isprintable() for line in err.splitlines())
     if code == 0:
@@ -221,7 +221,7 @@ def test_an_origin_that_is_no_json_is_one_line(folder, capsys, text):
     write_origin(folder, None, text)
     assert cli(["report", str(folder)]) == 1
     assert cli(["sample", str(folder), "--grid", str(folder / "g.png")]) == 1
-    said = capsys.readouterr().err.splitlines()
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(said) == 2
     assert all("(its origin): " in line for line in said)
 
