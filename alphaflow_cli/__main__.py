@@ -7,7 +7,7 @@ from typing import NoReturn
 
 
 def leave(signum: int, frame: FrameType | None) -> NoReturn:
-    """Nothing is made yet, and nothing has to be put away."""
+    """End the process at once: nothing has been made yet, so nothing has to be cleaned up."""
     os.write(2, b"error: interrupted\n")
     os._exit(130)
 

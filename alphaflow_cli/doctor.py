@@ -59,7 +59,7 @@ def _version(name: str) -> str | None:
 
 
 def devices() -> dict[str, Any]:
-    """What torch can compute on; `error` says why it cannot even be asked."""
+    """What torch can compute on; `error` says why torch cannot be imported."""
     present: dict[str, Any] = {"cpu_cores": os.cpu_count(), "cuda": [], "mps": False, "built_for": "", "error": ""}
     try:
         import torch  # slow, and the one import that a broken installation fails on

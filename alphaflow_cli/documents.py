@@ -107,7 +107,7 @@ def read_json(path: Path, shape: Shape, *, limit: int = MAX_BYTES, advice: str =
 def parse_json(data: bytes | str, where: str, shape: Shape, *, limit: int = MAX_BYTES, advice: str = ADVICE) -> Any:
     """Parse a document's bytes or text, and check that it has the shape; `where` stands before a fault."""
     if len(data) > limit:
-        raise AlphaflowError(f"{where}: larger than {limit:,} bytes, so it is not what it should be. {advice}")
+        raise AlphaflowError(f"{where}: larger than {limit:,} bytes, so it is not the file that belongs here. {advice}")
     try:
         text = data.decode("utf-8-sig") if isinstance(data, bytes) else data
         value = json.loads(
@@ -118,7 +118,7 @@ def parse_json(data: bytes | str, where: str, shape: Shape, *, limit: int = MAX_
     except UnicodeDecodeError as fault:
         raise AlphaflowError(f"{where}: not UTF-8 text, so it is not JSON. {advice}") from fault
     except RecursionError:
-        raise AlphaflowError(f"{where}: more than {MAX_DEPTH} levels inside each other. {advice}") from None
+        raise AlphaflowError(f"{where}: nested more than {MAX_DEPTH} levels deep. {advice}") from None
     except ValueError as fault:
         raise AlphaflowError(f"{where}: not whole JSON ({for_terminal(fault, limit=200)}). {advice}") from fault
     check_shape(value, where, shape, advice=advice)
@@ -182,11 +182,11 @@ def _plain_fault(value: Any, shape: Text | Number | Whole | Flag | ListOf) -> st
     if not fits[type(shape)]:
         return f"{NAMES[type(shape)]} is wanted, this is {_kind(value)}"
     if isinstance(shape, Text) and len(value) > shape.most:
-        return f"{len(value):,} letters, at most {shape.most:,} are wanted"
+        return f"{len(value):,} letters are too many; at most {shape.most:,} are allowed"
     if isinstance(shape, Text) and shape.one_of and value not in shape.one_of:
-        return f"'{for_terminal(value, limit=40)}' is none of {', '.join(shape.one_of)}"
+        return f"'{for_terminal(value, limit=40)}' is not one of {', '.join(shape.one_of)}"
     if isinstance(shape, Text) and shape.form and not re.fullmatch(shape.form, value):
-        return f"'{for_terminal(value, limit=60)}' has not the form that is wanted"
+        return f"'{for_terminal(value, limit=60)}' does not have the required form"
     if isinstance(shape, (Number, Whole)) and not shape.low <= value <= shape.high:
         return f"{value:g} is not between {shape.low:g} and {shape.high:g}"
     return ""

@@ -84,7 +84,7 @@ def fault_of_the_user(error: BaseException) -> str:
         return _of_text(error)
     if isinstance(error, RecursionError):
         last = traceback.extract_tb(error.__traceback__)[-1:]
-        deep = "a document that is read here is nested too deeply, so it is none of ours. --debug shows where."
+        deep = "a document that is read here is nested too deeply, so alphaflow did not write it. --debug shows where."
         return deep if any(PARSERS.search(frame.filename) for frame in last) else ""
     torchs = type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator: can't allocate" in str(error)
     if isinstance(error, MemoryError) or torchs:
@@ -120,5 +120,5 @@ def _of_text(error: UnicodeError) -> str:
     for frame, _ in traceback.walk_tb(error.__traceback__):
         read = frame.f_locals.get("self")
         if frame.f_code.co_name == "read_text" and isinstance(read, Path):
-            return f"{read}: not UTF-8 text, so it is damaged or none of ours. Move it away."
+            return f"{read}: not UTF-8 text, so it is damaged, or alphaflow did not write it. Move it away."
     return ""

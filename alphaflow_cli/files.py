@@ -100,7 +100,7 @@ def read_document(path: Path, *, largest: int = 10_000_000) -> str:
     try:
         if path.stat().st_size > largest:
             raise AlphaflowError(
-                f"{path}: has more than {largest:,} bytes, it cannot be what it should be. Move it away."
+                f"{path}: has more than {largest:,} bytes, so it is not the file that belongs here. Move it away."
             )
         return path.read_text(encoding="utf-8")
     except OSError as error:

@@ -1,4 +1,4 @@
-"""How fast the latent stream is: shuffled batches of a synthetic store, cold and warm, beside a plain read of it.
+"""Measure how fast latents are read: shuffled batches of a synthetic store, cold and warm, beside a plain read.
 
     python benchmarks/bench_data.py --gigabytes 2 --folder /fast/disk
     python benchmarks/bench_data.py --gigabytes 20 --folder /fast/disk --device cuda
@@ -38,7 +38,7 @@ GATHERED, WARMED = 1000, 2000  # first steps of the gather and of the warm batch
 
 @dataclass(frozen=True)
 class Speed:
-    """Of one variant in one round."""
+    """How fast one variant was in one round."""
 
     wall: float  # samples per second
     cpu: float  # samples per second of CPU time
@@ -74,7 +74,7 @@ def shards(path: Path) -> list[Path]:
 
 
 def drop(path: Path) -> None:
-    """Out of the page cache."""
+    """Drop the files from the page cache, so that the next read comes from the disk."""
     for file in shards(path):
         handle = os.open(file, os.O_RDONLY)
         os.fsync(handle)
@@ -83,7 +83,7 @@ def drop(path: Path) -> None:
 
 
 def cached_share(files: Iterable[Path]) -> float:
-    """Of the files' pages, those in the page cache."""
+    """Give the share of the files' pages that are in the page cache."""
     held = total = 0
     libc = ctypes.CDLL(None, use_errno=True)
     for file in files:
@@ -99,7 +99,7 @@ def cached_share(files: Iterable[Path]) -> float:
 
 
 def read_all(path: Path) -> None:
-    """Every byte, in order."""
+    """Read every byte of the files in order."""
     buffer = bytearray(1 << 24)
     for file in shards(path):
         with file.open("rb", buffering=0) as handle:
@@ -122,7 +122,7 @@ class Bench:
         ]
 
     def rounds(self, kept: int) -> list[Round]:
-        """The order rotates, round 0 is dropped."""
+        """Run all rounds; the order rotates, and round 0 is dropped."""
         table = []
         for turn in range(kept + 1):
             at = turn % len(self.groups)
@@ -130,7 +130,7 @@ class Bench:
         return table[1:]
 
     def reading(self) -> Round:
-        """The plain read that the stream is held against."""
+        """Read the shards from start to end, as the yardstick for the batches."""
         drop(self.path)
         found = {}
         for name in ("cold", "warm"):
@@ -138,20 +138,20 @@ class Bench:
         return found
 
     def opening(self) -> Round:
-        """With every checksum."""
+        """Open the store and verify every checksum."""
         read_all(self.path)
         return {"open with checksums, warm": self.speed(lambda: self.stream(verify="full").close(), self.count)}
 
     def batches(self) -> Round:
-        """One after the other."""
+        """Ask for batches one after the other."""
         return self.cold_and_warm("batches", prefetch=False)
 
     def batches_ahead(self) -> Round:
-        """One read ahead by a thread."""
+        """Ask for batches while a thread reads one ahead."""
         return self.cold_and_warm("batches, one ahead", prefetch=True)
 
     def cold_and_warm(self, name: str, *, prefetch: bool) -> Round:
-        """Whole batches; without reading ahead also the gather from the shards alone."""
+        """Time whole batches; without reading ahead, also the gather from the shards alone."""
         with closing(self.stream(prefetch=prefetch)) as stream:
             drop(self.path)
             found = {f"{name}, cold": self.over_steps(lambda step: stream.batch_at(step, slice(None)), 0)}
@@ -163,12 +163,12 @@ class Bench:
         return found
 
     def resident(self) -> Round:
-        """From the device's own memory."""
+        """Take batches from a store that lies in the device's memory."""
         with closing(self.stream(resident=True)) as stream:
             return {"resident": self.over_steps(lambda step: stream.batch_at(step, slice(None)), 0)}
 
     def over_steps(self, batch: Callable[[int], object], first: int) -> Speed:
-        """Of so many steps from `first` on."""
+        """Time the batches of `self.steps` steps, from step `first` on."""
 
         def work() -> None:
             for step in range(first, first + self.steps):
@@ -177,7 +177,7 @@ class Bench:
         return self.speed(work, self.batch * self.steps)
 
     def speed(self, work: Callable[[], object], samples: int) -> Speed:
-        """Between two moments at which the device has nothing to do."""
+        """Take the time between two moments at which the device has finished its work."""
         cached = cached_share(shards(self.path))
         self.synchronise()
         start, cpu = time.perf_counter(), time.process_time()
@@ -186,25 +186,25 @@ class Bench:
         return Speed(samples / (time.perf_counter() - start), samples / (time.process_time() - cpu), cached)
 
     def synchronise(self) -> None:
-        """Wait for the device, so that a clock tells the truth."""
+        """Wait for the device, so that the clock counts its work."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
     def stream(self, **changes: object) -> LatentStream:
-        """As in a training run, but for the checksums."""
+        """Open the batches as a training run does, but without the checksums."""
         options: dict[str, object] = {"batch": self.batch, "seed": 0, "posterior": "sample", "flips": False}
         options |= {"normalise": "position", "scale": 1.0, "shift": 0.0, "stats_images": 0, "verify": "sizes"}
         return LatentStream(self.path, **{**options, "device": self.device, **changes})  # type: ignore[arg-type]
 
 
 def spread(values: Iterable[float]) -> dict[str, float]:
-    """Median, smallest and largest."""
+    """Give the median, the smallest and the largest value."""
     found = list(values)
     return {"median": statistics.median(found), "min": min(found), "max": max(found)}
 
 
 def figures(table: list[Round]) -> dict[str, object]:
-    """Per variant, over the rounds."""
+    """Summarise each variant over the rounds."""
     names = sorted(table[0])
     return {
         "samples_per_second": {name: spread(each[name].wall for each in table) for name in names},
@@ -214,7 +214,7 @@ def figures(table: list[Round]) -> dict[str, object]:
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    """One JSON line."""
+    """Measure, and print one JSON line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gigabytes", type=float, default=2.0, help="of the store, which is kept for the next time")
     parser.add_argument("--folder", type=Path, default=Path("bench-data"))

@@ -37,7 +37,7 @@ BATCH = 250  # pictures at a time through an extractor
 
 
 def read(options: argparse.Namespace) -> tuple[Tensor, Tensor]:
-    """Pictures to decode, and others; uint8 (n, 3, H, W)."""
+    """Load pictures to decode and other ones to compare with: uint8 (n, 3, H, W)."""
     source = open_pictures(options.pictures, size=options.size, limit=options.images + options.others)
     if source.count <= options.images:
         raise SystemExit(f"{source.label}: {source.count} pictures; more than --images {options.images} are needed")
@@ -48,7 +48,7 @@ def read(options: argparse.Namespace) -> tuple[Tensor, Tensor]:
 
 
 def encode(autoencoder: Autoencoder, pictures: Tensor, device: torch.device) -> Tensor:
-    """Posterior means, float32."""
+    """Encode pictures to their posterior means, float32."""
     parts = torch.split(pictures, GROUP)
     return torch.cat([autoencoder.encode(from_uint8(part.to(device)))[0] for part in parts])
 
@@ -74,7 +74,7 @@ def decode_all(
 
 
 def difference(one: Tensor, other: Tensor) -> dict[str, float | int | None]:
-    """Of two sets of bytes; PSNR in dB over the whole set, None where they are equal."""
+    """Compare two sets of bytes; PSNR is in dB over the whole set, None where they are equal."""
     gap = (one.int() - other.int()).abs()
     error = float(gap.double().square().mean())
     return {
@@ -87,7 +87,7 @@ def difference(one: Tensor, other: Tensor) -> dict[str, float | int | None]:
 def distances(
     extractor: Extractor, sets: dict[str, Tensor], others: Tensor, device: torch.device
 ) -> dict[str, float | dict[str, float]]:
-    """Fréchet distance of each set to pictures that are in none, and of the decoded sets to the float32 one."""
+    """Measure how far each set is from other pictures, and each decoded set from the float32 one (Fréchet)."""
 
     def measure(pictures: Tensor) -> tuple[Tensor, Tensor]:
         return moments(torch.cat([extractor(part.to(device)).cpu() for part in torch.split(pictures, BATCH)]))
@@ -104,13 +104,13 @@ def distances(
 
 
 def figures(options: argparse.Namespace, pictures: Tensor, others: Tensor, name: str) -> dict[str, object]:
-    """Everything about one autoencoder."""
+    """Decode, time and compare everything for one autoencoder."""
     device = torch.device(options.device)
     variants = PLAIN | (COMPILED if options.compile else {})
     loaded = {variant: decoder.load(name, device) for variant, decoder in variants.items()}
     exact = loaded["fp32"]
     made, table = decode_all(loaded, encode(exact, pictures, device), options)
-    extractors = build_extractors(("fd-tiny", "fid") if options.fid else ("fd-tiny",), device, {})
+    extractors = build_extractors(("fd-tiny", "fid") if options.fid else ("fd-tiny",), device, {})[0]
     sets = {"pictures": pictures, **made}
     assert exact.module is not None, name
     weights: list[Tensor] = list(exact.module.decoder.parameters())  # type: ignore[union-attr,operator]
@@ -128,7 +128,7 @@ def figures(options: argparse.Namespace, pictures: Tensor, others: Tensor, name:
 
 
 def arguments(words: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pictures", metavar="PICTURES", help="as `alphaflow reference` takes them")
     parser.add_argument("--autoencoder", default="", help="folder or Hub id; default: train a small one")
@@ -146,7 +146,7 @@ def arguments(words: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    """One JSON line."""
+    """Measure, and print one JSON line."""
     options = arguments(words)
     torch.set_num_threads(options.threads)
     missing = missing_weights(FILES["inception"]) if options.fid else None

@@ -41,7 +41,7 @@ SIDE = 32  # pixels of the pictures that features are compared on
 
 
 def compare_features(options: argparse.Namespace) -> dict[str, object]:
-    """Times, ratios, and how far the features differ."""
+    """Measure the times, their ratios, and how far the features differ."""
     device, side = torch.device(options.device), options.pictures // options.blocks
     networks = feature_networks(options.weights, device)
     shape = ((options.blocks + 1) * side, 3, SIDE, SIDE)
@@ -72,7 +72,7 @@ def compare_features(options: argparse.Namespace) -> dict[str, object]:
 
 
 def feature_networks(weights: Path, device: torch.device) -> dict[str, Callable[[Tensor], Tensor]]:
-    """Each from uint8 pictures to features."""
+    """Give each way from uint8 pictures to features, by name."""
     theirs = FeatureExtractorInceptionV3("x", ["2048"], feature_extractor_weights_path=str(weights)).to(device)
 
     @torch.inference_mode()
@@ -93,7 +93,7 @@ def feature_networks(weights: Path, device: torch.device) -> dict[str, Callable[
 
 
 def gap(ours: Tensor, theirs: Tensor) -> float:
-    """Largest difference of a feature, over the mean size of one."""
+    """Give the largest difference of a feature, divided by the mean size of a feature."""
     return float((ours - theirs).abs().max() / theirs.abs().mean())
 
 
@@ -101,7 +101,7 @@ JOBS = {"features": compare_features, "parts": time_parts}
 
 
 def arguments(words: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Read the command line."""
     shared = argparse.ArgumentParser(add_help=False)
     shared.add_argument("--batch", type=int, default=64, help="pictures at a time through a feature network")
     shared.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
@@ -130,7 +130,7 @@ def arguments(words: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    """One JSON line."""
+    """Measure, and print one JSON line."""
     options = arguments(words)
     torch.set_num_threads(options.threads)
     clock = "wall" if options.job == "parts" or options.device == "cuda" else "CPU"

@@ -32,17 +32,17 @@ def read(folder: Path, per_class: slice) -> Tensor:
 
 
 def to_bytes(x: Tensor) -> Tensor:
-    """Float 0–255 to uint8 by rounding."""
+    """Round floats of 0–255 to uint8."""
     return x.round().clamp(0, 255).byte()
 
 
 def noise(sigma: float) -> Callable[[Tensor], Tensor]:
-    """Gaussian pixel noise."""
+    """Add Gaussian noise to the pixels."""
     return lambda x: to_bytes(x + sigma * torch.randn(x.shape, generator=torch.Generator().manual_seed(1)))
 
 
 def blur(sigma: float) -> Callable[[Tensor], Tensor]:
-    """Gaussian blur."""
+    """Blur with a Gaussian."""
     offsets = torch.arange(-6, 7).float()
     line = torch.softmax(-(offsets**2) / (2 * sigma**2), dim=0)
     kernel = torch.outer(line, line).expand(3, 1, 13, 13)
@@ -51,7 +51,7 @@ def blur(sigma: float) -> Callable[[Tensor], Tensor]:
 
 
 def pca(kept: int) -> Callable[[Tensor], Tensor]:
-    """Projection on the leading principal components of the set."""
+    """Project the pictures on the leading principal components of the set."""
 
     def degrade(x: Tensor) -> Tensor:
         flat = x.flatten(1).float()
@@ -63,7 +63,7 @@ def pca(kept: int) -> Callable[[Tensor], Tensor]:
 
 
 def jpeg(quality: int) -> Callable[[Tensor], Tensor]:
-    """A round trip through JPEG."""
+    """Save as JPEG and read again."""
 
     def once(picture: Tensor) -> Tensor:
         buffer = io.BytesIO()
@@ -74,17 +74,17 @@ def jpeg(quality: int) -> Callable[[Tensor], Tensor]:
 
 
 def unique(count: int) -> Callable[[Tensor], Tensor]:
-    """Only so many different pictures."""
+    """Repeat a few pictures, so that the set has only that many different ones."""
     return lambda x: x[torch.arange(len(x)) % count]
 
 
 def ghost(share: float) -> Callable[[Tensor], Tensor]:
-    """Every picture mixed with another."""
+    """Mix every picture with another one."""
     return lambda x: to_bytes((1 - share) * x.float() + share * x.float().roll(7, 0))
 
 
 def shuffle(patch: int) -> Callable[[Tensor], Tensor]:
-    """Patches of each picture in another order."""
+    """Shuffle the patches of each picture."""
 
     def degrade(x: Tensor) -> Tensor:
         n = 32 // patch
@@ -96,14 +96,14 @@ def shuffle(patch: int) -> Callable[[Tensor], Tensor]:
 
 
 def grid(height: int) -> Callable[[Tensor], Tensor]:
-    """Every fourth row and column brighter, as a decoder's artefact."""
+    """Make every fourth row and column brighter, like an artefact of a decoder."""
     mask = torch.zeros(32, 32)
     mask[::4] = mask[:, ::4] = 1
     return lambda x: to_bytes(x + height * mask)
 
 
 def saturation(factor: float) -> Callable[[Tensor], Tensor]:
-    """Colours pulled to their mean or away from it."""
+    """Pull the colours towards their mean, or away from it."""
     return lambda x: to_bytes(x.float().mean(1, keepdim=True) * (1 - factor) + factor * x)
 
 
@@ -137,7 +137,7 @@ def unique_classes(kept: int) -> Callable[[Tensor], Tensor]:
 
 
 def moments(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and covariance."""
+    """Give the mean and the covariance of the pictures' features."""
     sums = Moments(features.shape[1])
     sums.update(features)
     return sums.finalise()

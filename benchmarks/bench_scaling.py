@@ -65,7 +65,7 @@ def in_one_process(axis: str, values: Sequence[int], rounds: int) -> dict[int, d
 
 
 def batch_of(axis: str, value: int) -> int:
-    """Rows of a step."""
+    """Measure against the rows of a step."""
     return value if axis == "batch" else BATCH
 
 
@@ -120,7 +120,7 @@ def one_process(rank: int, processes: int, rounds: int, folder: str) -> None:
 
 
 def chart(axis: str, found: dict[int, dict[str, dict[str, float]]]) -> str:
-    """Two panels: speed and memory."""
+    """Draw speed and memory in two panels."""
 
     def lines(key: str) -> list[Line]:
         named = (("fm", "flow matching", ORANGE), ("alpha_zero", "α = 0, share .25", BLUE))
@@ -138,7 +138,7 @@ def chart(axis: str, found: dict[int, dict[str, dict[str, float]]]) -> str:
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    """A JSON line per axis, and a picture per axis."""
+    """Measure each axis, and make a JSON line and a picture of it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--axis", choices=[*POINTS, "all"], default="all")
     parser.add_argument("--rounds", type=int, default=7)

@@ -1,4 +1,4 @@
-"""How long the command line takes to start. Promise: --help and a recipe error in under 0.3 s.
+"""Measure how long the command line takes to start. --help and a recipe error should take under 0.3 s.
 
     python benchmarks/bench_start.py --rounds 7
 
@@ -35,7 +35,7 @@ def commands(broken: Path) -> dict[str, tuple[list[str], int]]:
 
 
 def seconds(command: list[str], code: int) -> float:
-    """Of one fresh process."""
+    """Time one fresh process."""
     start = time.perf_counter()
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     took = time.perf_counter() - start
@@ -44,7 +44,7 @@ def seconds(command: list[str], code: int) -> float:
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    """One JSON line."""
+    """Measure, and print one JSON line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7, help="kept rounds")
     options = parser.parse_args(words)

@@ -4,7 +4,7 @@
     python benchmarks/bench_step.py --size small --all
     python benchmarks/bench_step.py --size XL/2 --device cuda --bf16 --compile --batch 64 --all
 
-Each round runs every variant once on the same batch, in rotated order; round 0 is dropped; what is told is the median
+Each round runs every variant once on the same batch, in rotated order; round 0 is dropped; the report is the median
 of the per-round ratios, with the smallest and the largest. On the CPU a time is the process's own CPU time, so that
 other people's jobs count less; on a GPU it is wall time between two synchronisations. FLOPs, operators and peak bytes
 are counted, not timed. "fm" is the plain flow-matching step (all rows r = t), the unit of every cost.
@@ -31,12 +31,12 @@ Work = Callable[[], object]
 
 
 def ours(net: nn.Module, rows: Rows, alpha: float, settings: Objective) -> Tensor:
-    """The step of the trainer."""
+    """Take the step as the trainer does."""
     return training_step(net, net, rows, alpha=alpha, objective=settings).loss
 
 
 def reference(net: nn.Module, rows: Rows, alpha: float, settings: Objective) -> Tensor:
-    """The published way."""
+    """Take the step as the published system does."""
     return reference_step(net, rows, alpha=alpha, objective=settings)
 
 
@@ -50,7 +50,7 @@ VARIANTS = {"fm": fm, "ours": ours, "reference": reference}
 
 
 def work_of(name: str, net: nn.Module, rows: Rows, alpha: float, settings: Objective) -> Work:
-    """Forward and backward, into gradient buffers that stay."""
+    """Run forward and backward; the gradient buffers stay from call to call."""
 
     def work() -> None:
         net.zero_grad(set_to_none=False)
@@ -60,7 +60,7 @@ def work_of(name: str, net: nn.Module, rows: Rows, alpha: float, settings: Objec
 
 
 def seconds(work: Work, device: str) -> float:
-    """Of one call."""
+    """Time one call."""
     if device == "cuda":
         torch.cuda.synchronize()
         start = time.perf_counter()
@@ -73,7 +73,7 @@ def seconds(work: Work, device: str) -> float:
 
 
 def paired(works: dict[str, Callable[[int], Work]], rounds: int, device: str) -> list[dict[str, float]]:
-    """Times per round; the order rotates, the batch is the round's, round 0 is dropped."""
+    """Time every variant per round: the order rotates, each round has its batch, and round 0 is dropped."""
     names = list(works)
     table = []
     for turn in range(rounds + 1):
@@ -83,7 +83,7 @@ def paired(works: dict[str, Callable[[int], Work]], rounds: int, device: str) ->
 
 
 def ratio(table: list[dict[str, float]], above: str, below: str) -> dict[str, float]:
-    """Median, smallest and largest of the per-round ratios."""
+    """Give the median, the smallest and the largest of the per-round ratios."""
     values = [times[above] / times[below] for times in table]
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
@@ -124,7 +124,7 @@ def cell(options: argparse.Namespace, *, alpha: float, share: float, guided: boo
 
 
 def speed(table: list[dict[str, float]], name: str, costs: dict[str, Cost], options: argparse.Namespace) -> object:
-    """Images per second, and the share of the device's peak that the step's useful FLOPs reach."""
+    """Give images per second, and the share of the device's peak that the step's useful FLOPs reach."""
     middle = statistics.median(times[name] for times in table)
     useful = min(costs["ours"].flops, costs[name.split()[0]].flops)  # what the reference does twice is not useful
     told: dict[str, float] = {"seconds": middle, "images_per_second": options.batch / middle}
@@ -136,14 +136,14 @@ def speed(table: list[dict[str, float]], name: str, costs: dict[str, Cost], opti
 
 
 def cells(options: argparse.Namespace) -> list[tuple[float, float, bool]]:
-    """(α, share, guided): the one asked for, or the whole table."""
+    """List (α, share, guided): the requested row, or the whole table."""
     if not options.all:
         return [(options.alpha, options.share, options.guided)]
     return [(a, share, guided) for guided in (False, True) for a in (1.0, 0.5, 0.0) for share in (0.25, 0.5, 0.75)]
 
 
 def arguments(words: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=sorted(SIZES), default="small")
     parser.add_argument("--batch", type=int, default=8)
@@ -163,7 +163,7 @@ def arguments(words: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    """A JSON line per cell."""
+    """Measure each row of the table, and print a JSON line for it."""
     options = arguments(words)
     torch.set_num_threads(options.threads)
     setup = {"size": options.size, "batch": options.batch, "rounds": options.rounds, "bf16": options.bf16}

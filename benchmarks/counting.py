@@ -16,7 +16,7 @@ WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonze
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one call."""
+    """What one call costs."""
 
     flops: int  # of matrix products, attention and convolutions, forward and backward
     operators: int  # that reach the dispatcher
@@ -24,7 +24,7 @@ class Cost:
     peak_bytes: int  # highest sum of live allocations, above what was live before
 
     def over(self, other: "Cost") -> dict[str, float]:
-        """Ratios."""
+        """Divide each cost by that of another piece of work."""
         return {
             "flops": self.flops / other.flops,
             "operators": self.operators / other.operators,

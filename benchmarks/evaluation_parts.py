@@ -74,7 +74,7 @@ def load(folder: Path, options: argparse.Namespace) -> Loaded:
     generator.expect(options.images, compiled=options.images >= COMPILED_FROM, autoencoder="")
     assert generator.autoencoder.module is not None, options.autoencoder
     weights = {"inception": folder / INCEPTION} if "fid" in options.metrics else {}
-    extractors = build_extractors(tuple(options.metrics), device, weights)
+    extractors = build_extractors(tuple(options.metrics), device, weights)[0]
     generator.synchronise()
     return Loaded(generator, extractors, random_reference(extractors))
 
@@ -125,7 +125,7 @@ def disjoint(clock: Mapping[str, float], source: Mapping[str, float]) -> dict[st
 
 
 def told(generator: Generator, options: argparse.Namespace) -> dict[str, object]:
-    """What was evaluated."""
+    """Describe what was evaluated."""
     asked = ("size", "images", "nfe", "autoencoder", "batch", "chunk", "warm_up")
     module = generator.autoencoder.module
     assert module is not None, options.autoencoder
@@ -144,5 +144,5 @@ def told(generator: Generator, options: argparse.Namespace) -> dict[str, object]
 
 
 def count(weights: Iterable[Tensor]) -> int:
-    """Numbers in them."""
+    """Count the numbers in a network's tensors."""
     return sum(weight.numel() for weight in weights)

@@ -1,4 +1,4 @@
-"""How many one-step samples of a quickstart run are recognised as the class they were asked for.
+"""Measure how many one-step samples of a quickstart run are recognised as the requested class.
 
     python benchmarks/quickstart_classes.py runs/quickstart
 
@@ -54,7 +54,7 @@ def train_classifier(images: Tensor, labels: Tensor) -> nn.Sequential:
 
 @torch.no_grad()
 def share(net: nn.Sequential, images: Tensor, labels: Tensor) -> float:
-    """Share of pictures labelled as asked."""
+    """Give the share of pictures that the classifier labels as requested."""
     found = torch.cat([net(to_input(part)).argmax(1) for part in images.split(250)])
     return float((found == labels).double().mean())
 

@@ -37,7 +37,7 @@ def build_sd_vae() -> nn.Module:
 
 
 def save_sd_vae(folder: Path) -> None:
-    """As a folder."""
+    """Write the autoencoder as a folder."""
     torch.manual_seed(0)
     build_sd_vae().save_pretrained(folder)  # type: ignore[operator]
 

@@ -13,7 +13,7 @@ BATCH, RATE, KL_WEIGHT = 32, 2e-3, 1e-6  # the weight is that of latent diffusio
 
 
 def build_small(seed: int) -> nn.Module:
-    """Untrained."""
+    """Build the autoencoder, untrained."""
     torch.manual_seed(seed)
     model: nn.Module = AutoencoderKL(
         block_out_channels=CHANNELS,

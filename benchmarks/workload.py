@@ -23,7 +23,7 @@ class Size:
 
     @property
     def tokens(self) -> int:
-        """Of one row."""
+        """The number of tokens of one row."""
         return (self.latent // self.patch) ** 2
 
 
@@ -92,5 +92,5 @@ def objective(*, guided: bool, bf16: bool) -> Objective:
 
 
 def flow_matching(rows: Rows) -> Rows:
-    """The same rows, all with r = t: the unit that costs are told in."""
+    """Give the same rows, all with r = t: the unit in which costs are given."""
     return replace(rows, r=rows.t, n_equal=len(rows.t))

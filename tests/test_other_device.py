@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from other_device import GPU, other_device
+from other_device import GPU, Elsewhere, other_device
 from PIL import Image
 from ruler import random_inception
 from snapshots import published_snapshot
@@ -25,11 +25,13 @@ from workers import wants_gpu
 import alphaflow_cli
 from alphaflow_cli.analyze import analyze
 from alphaflow_cli.cli import run
+from alphaflow_cli.errors import AlphaflowError
+from alphaflow_cli.evaluate import measure, score
 from alphaflow_cli.evaluate.features import Extractor
 from alphaflow_cli.evaluate.networks import BUILDERS
-from alphaflow_cli.runtime import processes
-from alphaflow_cli.sample import plan
-from alphaflow_cli.train import conflict, loop
+from alphaflow_cli.runtime import precision, processes
+from alphaflow_cli.sample import generator, plan
+from alphaflow_cli.train import conflict, journal, loop, optimise
 
 TINY = (
     "model.dim=32", "model.depth=1", "model.heads=2", "data.source=glyphs:100",
@@ -125,6 +127,59 @@ def test_other_recipes_train_and_sample_too(device, tmp_path, sets):
     short = ("train.steps=6", "alpha.start=1", "alpha.end=5", "train.conflict_every=0", "train.sample_every=6")
     assert train_run("run", *short, *sets, options=["--micro-batch", "6"]) == 0
     assert run(["sample", "run", "--seeds", "0-2", "--nfe", "2", "--weights", "raw", "--latents", "l.npy"]) == 0
+
+
+def test_a_device_without_float64_trains_samples_and_is_measured(device, monkeypatch):
+    """As Apple's GPUs are: what needs the width is computed on the CPU, and sums that stay there are float32."""
+    wide = []
+    make = Elsewhere.__new__
+
+    def narrow(cls, value):
+        wide.extend([value.shape] * (value.dtype == torch.float64))
+        return make(cls, value)
+
+    monkeypatch.setattr(Elsewhere, "__new__", staticmethod(narrow))
+    for module in (generator, measure, score):
+        monkeypatch.setattr(module, "exact_device", lambda device: torch.device("cpu"))
+    for module in (journal, optimise, processes):
+        monkeypatch.setattr(module, "exact_dtype", lambda device: torch.float32)
+    torch.ones(1, dtype=torch.float64, device=GPU)
+    assert wide.pop() == (1,)
+    assert train_run("run", "train.conflict_every=0", "train.steps=6", "alpha.start=1", "alpha.end=4") == 0
+    assert run(["sample", "run", "--seeds", "0-2", "--nfe", "2", "--sampler", "consistency", "--grid", "g.png"]) == 0
+    assert run(["eval", "run", "--nfe", "1", "--metrics", "fd-tiny", "--images", "100"]) == 0
+    assert wide == []
+
+
+def test_apples_gpus_are_taken_for_sampling_and_train_when_asked(monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert processes.choose_device(None).type == "mps"
+    assert processes.choose_device(None, apple=False).type == "cpu"
+    assert processes.choose_device("mps").type == "mps"
+    assert precision.exact_device(torch.device("mps")).type == "cpu"
+    assert precision.exact_dtype(torch.device("mps")) == torch.float32
+    with pytest.raises(AlphaflowError, match="this machine has 1 GPU, and every process needs one of its own"):
+        processes.processes_here(2, "mps")
+
+
+def test_the_cpu_is_taken_where_it_is_named_though_there_is_a_gpu(trained, monkeypatch):
+    assert run(["sample", str(trained), "--seeds", "0-2", "--latents", "here.npy"]) == 0
+    with other_device(monkeypatch) as device:
+        line = ["--device", "cpu", "--processes", "1"]
+        assert run(["sample", str(trained), "--seeds", "0-2", "--latents", "named.npy", *line]) == 0
+        assert (
+            train_run(
+                "run",
+                "train.conflict_every=0",
+                "train.steps=6",
+                "alpha.start=1",
+                "alpha.end=4",
+                options=["--device", "cpu"],
+            )
+            == 0
+        )
+        assert device.ran == 0
+    assert Path("here.npy").read_bytes() == Path("named.npy").read_bytes()
 
 
 def test_a_gradient_that_is_not_finite_rolls_a_run_back(device, tmp_path, monkeypatch, capsys):

@@ -171,7 +171,7 @@ def describe_setting(generator: Generator, request: AnalyzeRequest, store: Path)
 
 
 def measure_missing(work: Work) -> None:
-    """Measure this process's share of the batches that no whole line is of: a kill cut it short, or it is new."""
+    """Measure this process's share of the batches that have no whole line in the file yet."""
     processes, wanted = work.processes, work.request.batches
     first = processes.rank == 0
     if first:
@@ -237,7 +237,7 @@ def check_finite(work: Work, row: dict[str, Any]) -> None:
 
 
 def mend_lines(path: Path) -> None:
-    """Cut the file behind its last whole line, so that the next one begins a line of its own."""
+    """Cut off a half-written last line, so that the next line begins cleanly."""
     if path.exists():
         check_regular(path)
         text = path.read_text(encoding="utf-8", errors="replace")
@@ -247,7 +247,7 @@ def mend_lines(path: Path) -> None:
 
 
 def read_lines(path: Path) -> dict[int, dict[str, Any]]:
-    """Whole lines by the batch they are of, the first of each. One that a power cut or another writer damaged is none.
+    """Read the whole lines by batch; of several the first counts. A line that was damaged is left out.
 
     Former lines have no checksum.
     """

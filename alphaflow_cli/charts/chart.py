@@ -4,8 +4,9 @@ Callers describe a chart with these classes; `draw.py` turns it into PNG or SVG.
 caller may build charts at no cost. All sizes are in pixels of the page.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 BLUE, ORANGE, GREEN, RED, PURPLE, GREY = "#2b6cb0", "#c05621", "#2f855a", "#b83280", "#6b46c1", "#4a5568"
 INK, FAINT, GRID, PAPER = "#1a202c", "#718096", "#e2e8f0", "#ffffff"
@@ -26,6 +27,15 @@ DARK = {  # each colour → the one that takes its place on a dark page; a chart
     SHADES[1]: "#2c2617",
     SHADES[2]: "#331d22",
 }
+DARK_STYLE = (  # for a style sheet: matplotlib writes every colour as a style, in which it can be found
+    "@media (prefers-color-scheme: dark) {"
+    + "".join(
+        f'\n  svg [style*="{kind}: {light}"] {{ {kind}: {dark} !important; }}'
+        for light, dark in DARK.items()
+        for kind in ("fill", "stroke")
+    )
+    + "\n}"
+)
 
 
 @dataclass(frozen=True)
@@ -99,3 +109,19 @@ def show_number(value: float, digits: int = 4) -> str:
         mantissa, exponent = f"{value:.{digits - 2}e}".split("e")
         return f"{float(mantissa):.{digits}g}e{int(exponent)}"
     return f"{value:.{digits}g}"
+
+
+def clean(text: str) -> str:
+    """Replace characters that no picture can show and no XML may hold by spaces."""
+    return "".join(letter if letter.isprintable() else " " for letter in text)
+
+
+def with_letters(part: Any, change: Callable[[str], str]) -> Any:
+    """A copy of a chart, or of a part of it, with every letter of its words changed; points are left as they are."""
+    if isinstance(part, str):
+        return "".join(change(letter) for letter in clean(part))
+    if isinstance(part, (list, tuple)) and part and isinstance(part[0], (str, Panel, Line, Band)):
+        return type(part)(with_letters(each, change) for each in part)
+    if isinstance(part, (Chart, Panel, Line, Band)):
+        return replace(part, **{each.name: with_letters(getattr(part, each.name), change) for each in fields(part)})
+    return part

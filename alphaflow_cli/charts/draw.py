@@ -9,13 +9,26 @@ import logging
 import math
 import re
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from alphaflow_cli.charts.chart import DARK, FAINT, GREY, GRID, INK, PAPER, Band, Chart, Line, Panel, show_number
+from alphaflow_cli.charts.chart import (
+    DARK_STYLE,
+    FAINT,
+    GREY,
+    GRID,
+    INK,
+    PAPER,
+    Chart,
+    Line,
+    Panel,
+    clean,
+    show_number,
+    with_letters,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -61,16 +74,6 @@ LOOK: dict[Any, Any] = {  # matplotlib's settings while a chart is drawn; one of
     "legend.borderaxespad": 0,
 }
 
-DARK_STYLE = (  # for a style sheet: matplotlib writes every colour as a style, in which it can be found
-    "@media (prefers-color-scheme: dark) {"
-    + "".join(
-        f'\n  svg [style*="{kind}: {light}"] {{ {kind}: {dark} !important; }}'
-        for light, dark in DARK.items()
-        for kind in ("fill", "stroke")
-    )
-    + "\n}"
-)
-
 
 def to_png(chart: Chart) -> bytes:
     """Draw the chart in its light form as a PNG that is twice as wide as the chart, in pixels.
@@ -81,7 +84,7 @@ def to_png(chart: Chart) -> bytes:
         from matplotlib.font_manager import FontProperties, findfont, get_font
 
         out, font = io.BytesIO(), get_font(findfont(FontProperties()))
-        shown = _with_letters(chart, lambda letter: letter if font.get_char_index(ord(letter)) else "?")
+        shown = with_letters(chart, lambda letter: letter if font.get_char_index(ord(letter)) else "?")
         _figure(shown).savefig(out, format="png", dpi=72 * SCALE, metadata={"Software": None})
     return out.getvalue()
 
@@ -110,17 +113,6 @@ def to_svg(chart: Chart, *, in_page: bool = False) -> str:
     return (
         f'<svg {names} {size} role="img"{attributes}><title>{escape(clean(chart.title))}</title>{style}{body}</svg>\n'
     )
-
-
-def _with_letters(part: Any, change: Callable[[str], str]) -> Any:
-    """A copy of a chart, or of a part of it, with every letter of its words changed; points are left as they are."""
-    if isinstance(part, str):
-        return "".join(change(letter) for letter in clean(part))
-    if isinstance(part, (list, tuple)) and part and isinstance(part[0], (str, Panel, Line, Band)):
-        return type(part)(_with_letters(each, change) for each in part)
-    if isinstance(part, (Chart, Panel, Line, Band)):
-        return replace(part, **{each.name: _with_letters(getattr(part, each.name), change) for each in fields(part)})
-    return part
 
 
 @contextmanager
@@ -268,11 +260,6 @@ def _draw_values(axes: "Axes", points: CurvePoints) -> None:
             place = (start - across, place[1])
             axes.annotate(show_number(y), (x, y), place, textcoords="offset points", va=side, bbox=box, zorder=2)
             taken = start + width + 6
-
-
-def clean(text: str) -> str:
-    """Replace characters that no picture can show and no XML may hold by spaces."""
-    return "".join(letter if letter.isprintable() else " " for letter in text)
 
 
 def width_of(text: str, size: float, *, bold: bool = False) -> float:

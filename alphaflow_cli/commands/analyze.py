@@ -13,6 +13,7 @@ from alphaflow_cli.commands.common import (
     Destination,
     WholeWithin,
     begin,
+    check_checkpoint,
     checkpoint_argument,
     device_option,
     examples,
@@ -35,12 +36,16 @@ NAMES = {"tfm": "∇L_TFM", "tc": "∇L_TC", "fm": "∇L_FM'", "mean_flow": "∇
 @checkpoint_argument("address", "CKPT|RUN")
 @click.option("--data", type=click.Path(path_type=Path), help="Latent store. Default: the recipe's, or RUN/latents.")
 @click.option(
-    "--batches", type=WholeWithin(1, 1_000_000), default=100, show_default=True, help="More of them later go on."
+    "--batches",
+    type=WholeWithin(1, 1_000_000),
+    default=100,
+    show_default=True,
+    help="Batches to measure. Give more later to go on.",
 )
 @click.option("--batch", type=BATCH, default=64, show_default=True, help="Rows of a batch, all r < t.")
-@click.option("--seed", type=SEED, default=0, show_default=True, help="Of the rows, their noise and their times.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Seed of rows, noise and times.")
 @click.option("--weights", type=click.Choice(["ema", "raw"]), default="ema", show_default=True, help="Which weights.")
-@click.option("--all-checkpoints", is_flag=True, help="Every checkpoint that the run kept, not the newest alone.")
+@click.option("--all-checkpoints", is_flag=True, help="Analyze every checkpoint that the run kept.")
 @click.option("--processes", type=PROCESSES, help="Processes to share the work. Default: one per GPU.")
 @device_option
 @click.option("--out", type=Destination(is_folder=True), help="Folder for numbers and pictures. Default: RUN/analysis.")
@@ -64,9 +69,7 @@ def command(
     percentiles, their sizes, per block and per range of t - r; and the weighted gradient's size over alpha. Running
     the same command again resumes; docs/understanding.md says how to read it.
     """
-    from alphaflow_cli.model.find import check_address
-
-    check_address(address)
+    check_checkpoint(address)
     begin(f"analyze {address}")
     from alphaflow_cli.analyze.analyze import AnalyzeRequest, analyze
 

@@ -30,7 +30,7 @@ Shown = TypeVar("Shown")
 
 
 class WholeWithin(click.ParamType):  # type: ignore[type-arg]
-    """A whole number within bounds. Only a value that passes them is told what they are: the help stays short."""
+    """A whole number within bounds. The bounds are named only when a value exceeds them, so the help stays short."""
 
     name = "integer"
 
@@ -76,7 +76,7 @@ GUIDANCE = NumberWithin(-1000, 1000)
 
 
 class Destination(click.Path):
-    """A path that will be written. Where it could not be, it is refused before the work, not after hours of it."""
+    """A path that will be written. If it cannot be, it is refused before the work begins, not after hours of it."""
 
     def __init__(self, *, is_folder: bool = False, may_be_folder: bool = False, holds_weights: bool = False) -> None:
         super().__init__(path_type=Path, file_okay=not is_folder, dir_okay=is_folder or may_be_folder)
@@ -141,7 +141,7 @@ def recipe_argument(function: Command) -> Command:
 
 def set_option(function: Command) -> Command:
     """Add `--set a.b=value`, which may be repeated; the command receives the tuple `sets`."""
-    help_text = "Change one value of the recipe (again for another); checked as if it stood in the file."
+    help_text = "Change one value of the recipe, by the rules of the file. May be repeated."
     return click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help=help_text)(function)
 
 
@@ -151,7 +151,7 @@ def json_option(function: Command) -> Command:
 
 def autoencoder_option(function: Command) -> Command:
     """Add `--autoencoder ID|DIR`, which `sample` and `eval` decode with."""
-    help_text = "Decode with this one: a folder or Hub id. Default: the checkpoint's."
+    help_text = "Decode with this autoencoder: a folder or Hub id. Default: the checkpoint's."
     return click.option("--autoencoder", default="", shell_complete=complete_path, help=help_text)(function)
 
 
@@ -184,6 +184,13 @@ def check_source(text: str) -> None:
         raise AlphaflowError(f"{brief(text)}: no such folder or archive. Others: hf://datasets/USER/NAME, glyphs:4000")
 
 
+def check_checkpoint(address: str) -> None:
+    """Refuse a run or a checkpoint that is not there, before anything is loaded."""
+    from alphaflow_cli.model.find import check_address
+
+    check_address(address)
+
+
 def begin(what: str) -> None:
     """Say at once what begins, before the libraries that do it are loaded; of many processes one says it."""
     from alphaflow_cli.runtime.launch import has_parent
@@ -202,7 +209,7 @@ def share(
     needs_gpu: bool = True,
     count: Callable[[int | None], int] | None = None,
 ) -> None:
-    """Do a verb's work here, or in N processes. Where it gives a result, which is in the first, that is shown."""
+    """Do a verb's work here or in N processes, and show the result, which the first process has."""
     from alphaflow_cli.runtime.processes import join_processes, processes_here, run_shared
 
     def run() -> int:

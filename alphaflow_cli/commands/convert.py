@@ -81,8 +81,7 @@ def command(
     or REPA, or a PyTorch MeanFlow of zhuyu-cs or FastGen. Nothing in it is executed. What SRC does not say (guidance,
     the latents' statistics, the sampler) is taken from the published recipe or asked for, and recorded as such in FILE.
     """
-    if ":" not in source and not is_there(Path(source).expanduser()):
-        raise AlphaflowError(f"{source}: no such file. Give a .pt or .safetensors checkpoint.")
+    check_there(source)
     begin(f"convert {source}")
     from alphaflow_cli.convert import ConvertOptions, convert
     from alphaflow_cli.hub import resolve_file
@@ -103,6 +102,12 @@ def command(
         weights="raw" if weights == "raw" else "ema",
     )
     _report(convert(resolve_file(source), out, options), as_json)
+
+
+def check_there(source: str) -> None:
+    """Refuse a file that is not there, before anything is loaded."""
+    if ":" not in source and not is_there(Path(source).expanduser()):
+        raise AlphaflowError(f"{source}: no such file. Give a .pt or .safetensors checkpoint.")
 
 
 def _export(source: Path, out: Path, autoencoder: str | None, template: str | None) -> None:

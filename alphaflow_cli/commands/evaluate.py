@@ -55,8 +55,10 @@ EXAMPLES = examples(
     shell_complete=complete_path,
     help="Reference statistics, or the real pictures themselves.",
 )
-@click.option("--images", type=IMAGES, help="So many pictures. Default: the recipe's; all of IMAGES.")
-@click.option("--draw", type=click.Choice(["random", "balanced"]), help="Labels of a checkpoint's pictures.")
+@click.option("--images", type=IMAGES, help="Number of pictures. Default: the recipe's; for IMAGES, all.")
+@click.option(
+    "--draw", type=click.Choice(["random", "balanced"]), help="How the labels of generated pictures are drawn."
+)
 @autoencoder_option
 @decoder_option
 @batch_option
@@ -107,9 +109,7 @@ def command(
         guidance_channels=guidance_channels, sweep_midpoint=sweep_midpoint, metrics=metrics, reference=reference,
         images=images, draw=draw, autoencoder=autoencoder, decoder=decoder, batch=batch, weights=weights, out=out,
     )  # fmt: skip
-    special = any((nfe, times, guidance is not None, guidance_channels, sweep_midpoint, draw, autoencoder))
-    work = work_on(request, special or sampler != "auto" or decoder != "auto")
-    share(work, partial(show_report, markdown=markdown, as_json=as_json), processes, device)
+    share(work_on(request), partial(show_report, markdown=markdown, as_json=as_json), processes, device)
 
 
 def check_subject(subject: str) -> None:
@@ -119,14 +119,16 @@ def check_subject(subject: str) -> None:
     (check_address if is_checkpoint(subject) else check_source)(subject)
 
 
-def work_on(request: "EvalRequest", special: bool) -> "Callable[[Processes], Report | None]":
-    """What measures the subject: a checkpoint, or pictures, for which `special` options of checkpoints are refused."""
+def work_on(request: "EvalRequest") -> "Callable[[Processes], Report | None]":
+    """Choose how to measure the subject: as a checkpoint, or as pictures, which refuse the options of checkpoints."""
     from alphaflow_cli.evaluate.evaluate import evaluate_checkpoint, evaluate_pictures
     from alphaflow_cli.model.find import is_checkpoint
 
     if is_checkpoint(request.checkpoint):
         return partial(evaluate_checkpoint, request)
-    if special:
+    steps = (request.nfe, request.times, request.sweep_midpoint, request.guidance is not None)
+    of_checkpoints = any((*steps, request.guidance_channels, request.draw, request.autoencoder))
+    if of_checkpoints or request.sampler != "auto" or request.decoder != "auto":
         raise click.UsageError(f"{request.checkpoint} is a source of pictures: {OF_CHECKPOINTS} are for checkpoints.")
     return partial(evaluate_pictures, request)
 

@@ -16,13 +16,13 @@ NETWORKS = ("inception", "dinov2", "clip")
 def metrics_option(function: Command) -> Command:
     """Add `--metrics fid,fdd`; the command receives a tuple, which is empty where the option was left out."""
     names = ", ".join(get_args(Metric))
-    option = click.option("--metrics", callback=_parse_metrics, metavar="NAME,...", help=f"Of {names}.")
+    option = click.option("--metrics", callback=_parse_metrics, metavar="NAME,...", help=f"Any of {names}.")
     return option(function)
 
 
 def weights_option(function: Command) -> Command:
     """Add `--weights inception=FILE`, which may be repeated; the command receives a table of files by network."""
-    text = "Weights of a feature network where they are in no usual place; again for another."
+    text = "Weights of a feature network that are not in a usual place. May be repeated."
     return click.option("--weights", multiple=True, callback=_parse_weights, metavar="NETWORK=FILE", help=text)(
         function
     )
@@ -30,7 +30,7 @@ def weights_option(function: Command) -> Command:
 
 def batch_option(function: Command) -> Command:
     """Add `--batch N`, the number of pictures that a feature network sees at once."""
-    text = "Pictures at a time through a network; changes no number."
+    text = "Pictures that a feature network sees at once. Changes no number."
     return click.option("--batch", type=BATCH, default=64, show_default=True, help=text)(function)
 
 

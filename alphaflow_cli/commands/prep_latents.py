@@ -42,7 +42,10 @@ EPILOG = examples(
 @click.option(
     "--autoencoder",
     metavar="ID|DIR|FILE|none",
-    help=f"By Hub id, folder or weights file; none stores pixels. [default: {Data.autoencoder}; glyphs: none]",
+    help=f"Hub id, folder or weights file; none stores pixels. [default: {Data.autoencoder}; glyphs: none]",
+)
+@click.option(
+    "--dtype", type=click.Choice(["fp16", "fp32"]), default="fp16", show_default=True, help="Of latents on disk."
 )
 @click.option(
     "--crop",
@@ -51,36 +54,35 @@ EPILOG = examples(
     show_default=True,
     help="square: the largest centred square, by Lanczos; adm: halved by box, short side by bicubic, then the square.",
 )
-@click.option("--dtype", type=click.Choice(["fp16", "fp32"]), default="fp16", show_default=True, help="On disk.")
 @click.option("--flips", is_flag=True, help="Store the mirror images' latents, too (twice the disk).")
 @click.option(
     "--batch", type=WholeWithin(0, 65_536), default=0, help="Pictures encoded at once. [default: by the size]"
 )
 @click.option("--processes", type=PROCESSES, help="[default: one per GPU, else one]")
 @device_option
-@click.option("--limit", type=IMAGES, help="Take so many pictures, spread evenly over the source.")
+@click.option("--limit", type=IMAGES, help="Take only this many pictures, spread evenly over the source.")
 @click.option(
     "--bad",
     type=click.Choice(["stop", "skip"]),
     default="stop",
     show_default=True,
-    help="A file that is no whole picture ends the run, or is left out and counted.",
+    help="What to do with a file that is not a whole picture: end the run, or leave it out and count it.",
 )
 @click.option(
     "--precision",
     type=click.Choice(["auto", "fp32", "tf32", "bf16"]),
     default="auto",
     show_default=True,
-    help="Of the encoder. auto: on a GPU the fastest whose measured error is small, else fp32.",
+    help="Precision of the encoder. auto: on a GPU the fastest with a small measured error, otherwise fp32.",
 )
 @click.option(
     "--max-megapixels",
     type=NumberWithin(0, 100_000, open_below=True),
     default=200.0,
     show_default=True,
-    help="A larger picture is taken for a bomb.",
+    help="A larger picture counts as bad.",
 )
-@click.option("--estimate", "only_estimate", is_flag=True, help="Say disk and time, write nothing.")
+@click.option("--estimate", "only_estimate", is_flag=True, help="Show disk and time; write nothing.")
 @click.option("--verify", "only_verify", is_flag=True, help="SOURCE is a store: read every byte against its checksum.")
 def command(
     source: str,
@@ -124,7 +126,7 @@ def command(
 
 
 def estimate(request: "StoreRequest", store: Path, processes: int | None, device: str | None) -> None:
-    """Say what making the store would take."""
+    """Print the disk and the time that making the store would take."""
     from alphaflow_cli.latents.plan import plan_job
     from alphaflow_cli.latents.prepare import count_encoders, estimate_store
     from alphaflow_cli.runtime.processes import Processes, choose_device
@@ -144,6 +146,6 @@ def prepare(request: "StoreRequest", store: Path, processes: int | None, device:
 
 
 def print_lines(lines: list[str]) -> None:
-    """Print what there is to say of a store, its path last."""
+    """Print the facts about a store; the last line is its path."""
     for line in lines:
         tell(line)

@@ -16,7 +16,7 @@ EPILOG = examples(
 
 
 def check_licence(_context: click.Context, _parameter: click.Parameter, value: str) -> str:
-    """Refuse a text that has not the form of the Hub's licence ids."""
+    """Refuse a text that does not look like one of the Hub's licence ids."""
     if not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", value):
         raise click.BadParameter(f"{value!r} is no id the Hub knows; they look like apache-2.0, cc-by-nc-4.0 or other.")
     return value
@@ -49,7 +49,7 @@ def local_source(source: str, repo: str | None) -> Path:
 @click.command(epilog=EPILOG)
 @click.argument("source", metavar="[RUN|CKPT]", required=False, shell_complete=complete_path)
 @click.argument("repo", required=False, callback=check_repository)
-@click.option("--private", is_flag=True, help="Create the repository for your eyes only.")
+@click.option("--private", is_flag=True, help="Create a private repository.")
 @click.option("--pr", "pull_request", is_flag=True, help="Open a pull request instead of committing.")
 @click.option("--dry-run", is_flag=True, help="Write the folder and list it; nothing is sent.")
 @click.option(
@@ -63,12 +63,12 @@ def local_source(source: str, repo: str | None) -> Path:
     default="unknown",
     show_default=True,
     callback=check_licence,
-    help="Of the weights, in the Hub's spelling.",
+    help="Licence of the weights, as the Hub spells it.",
 )
 @click.option(
     "--autoencoder",
     type=click.Path(exists=True, path_type=Path),
-    help="The model's own autoencoder, a folder or a weights file, where it is not found beside it.",
+    help="The model's own autoencoder, if it is not beside the weights: a folder or a weights file.",
 )
 @click.option("--without-results", is_flag=True, help="Leave results.json out.")
 def command(

@@ -39,16 +39,16 @@ EXAMPLES = examples(
 @click.argument("source", shell_complete=complete_path)
 @click.option("-o", "--out", "path", required=True, type=Destination(holds_weights=True), help="The file.")
 @metrics_option
-@click.option("--size", type=SIZE, help="Crop and resize to this side; else as they are.")
+@click.option("--size", type=SIZE, help="Crop and resize to this side. Default: leave the pictures as they are.")
 @click.option(
     "--crop", type=click.Choice(["square", "adm"]), default="square", show_default=True,
     help="With --size: the largest centred square by Lanczos, or ADM's way; as prep-latents.",
 )  # fmt: skip
-@click.option("--images", "limit", type=IMAGES, help="Only so many pictures, taken evenly.")
-@click.option("--name", default="", help="How the reference is called in every row; the source's name otherwise.")
+@click.option("--images", "limit", type=IMAGES, help="Take only this many pictures, spread evenly over the source.")
+@click.option("--name", default="", help="Name of the reference in every row. Default: the source's name.")
 @click.option(
     "--keep", type=WholeWithin(0, 1_000_000), default=10_000, show_default=True,
-    help="Single features kept, for KID, precision and recall.",
+    help="Features of single pictures to keep, for KID, precision and recall.",
 )  # fmt: skip
 @batch_option
 @click.option("--processes", type=PROCESSES, help="Processes to share the work. Default: one per GPU.")
@@ -77,7 +77,7 @@ def command(
 ) -> None:
     """Measure real pictures once, for eval to compare with.
 
-    Kept are mean, covariance and some single features. SOURCE is a folder, a zip, a tar, a .npz with arr_0,
+    It keeps mean, covariance and some single features. SOURCE is a folder, a zip, a tar, a .npz with arr_0,
     hf://datasets/NAME, or glyphs:N. Where a source holds splits and --size is given, the training split is taken.
     Without --metrics: every network whose weights are on this machine.
     """

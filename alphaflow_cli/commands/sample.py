@@ -13,6 +13,7 @@ from alphaflow_cli.commands.common import (
     Destination,
     autoencoder_option,
     begin,
+    check_checkpoint,
     checkpoint_argument,
     decoder_option,
     device_option,
@@ -130,15 +131,9 @@ def command(
     written when it is there; running the same command again resumes. Without --out, --grid and --latents, a grid goes
     into the run, or beside a checkpoint file that is in none.
     """
-    if times is not None and nfe:
-        raise click.UsageError("--times and --nfe exclude each other: the grid says how many steps there are.")
-    if len(nfe) > 1 and (latents is not None or (out is not None and out.suffix == ".npz")):
-        raise click.UsageError(f"{'--latents' if latents else '--out FILE.npz'} wants one --nfe.")
-    from alphaflow_cli.model.find import check_address, default_grid
-
-    check_address(checkpoint)
-    if not (out or grid or latents):
-        grid = Destination().convert(default_grid(checkpoint), None, None)
+    check_steps(nfe, times, one=latents or (out if out is not None and out.suffix == ".npz" else None))
+    check_checkpoint(checkpoint)
+    grid = grid if out or grid or latents else grid_beside(checkpoint)
     begin(f"sample {checkpoint}: {counted(len(seeds), 'picture')}")
     from alphaflow_cli.sample.plan import SampleRequest, check_request
     from alphaflow_cli.sample.write import sample_to_files
@@ -150,6 +145,21 @@ def command(
     )  # fmt: skip
     check_request(request)
     share(partial(sample_to_files, request), print_paths, processes, device)
+
+
+def grid_beside(checkpoint: str) -> Path:
+    """Where a grid goes that was given no place: into the run, or beside the checkpoint."""
+    from alphaflow_cli.model.find import default_grid
+
+    return Destination().convert(default_grid(checkpoint), None, None)
+
+
+def check_steps(nfe: tuple[int, ...], times: list[float] | None, *, one: Path | None) -> None:
+    """Refuse two ways to say the steps, and several numbers of steps for `one` file that holds a single array."""
+    if times is not None and nfe:
+        raise click.UsageError("--times and --nfe exclude each other: the grid says how many steps there are.")
+    if len(nfe) > 1 and one is not None:
+        raise click.UsageError(f"{'--out FILE.npz' if one.suffix == '.npz' else '--latents'} wants one --nfe.")
 
 
 def print_paths(paths: Sequence[Path]) -> None:

@@ -14,6 +14,7 @@ from alphaflow_cli.commands.common import (
     PROCESSES,
     Destination,
     begin,
+    check_checkpoint,
     command_line,
     complete_path,
     device_option,
@@ -93,33 +94,35 @@ def command(
     from alphaflow_cli.train.store import resolve_run
 
     resolved = resolve_run(recipe, sets, data=data, out=out)
-    loaded, folder = resolved.recipe, resolved.folder
     if dry_run or estimate:
         show_plan(resolved, processes, micro_batch, device, measured=estimate, as_json=as_json)
         return
-    if data is not None and not (data / "manifest.json").is_file():
+    check_inputs(data, init_from)
+    begin(f"train {resolved.recipe.name} in {resolved.folder}")
+    from alphaflow_cli.runtime.processes import run_shared
+    from alphaflow_cli.train.start import TrainOptions, count_processes
+
+    options = TrainOptions(resolved.folder, data, micro_batch or None, init_from, verify, device, resolved.notes)
+    code = run_shared(
+        lambda: join(resolved.recipe, options),
+        command_line(),
+        requested=processes,
+        count=lambda requested: count_processes(resolved.recipe, requested, device),
+        prepared=prepared(resolved.recipe, options),
+    )
+    if code:
+        sys.exit(code)
+    finish(resolved.folder)
+
+
+def check_inputs(data: Path | None, init_from: str) -> None:
+    """Refuse a store or a checkpoint that is not there, before anything is loaded."""
+    if data is not None and not any((data / name).is_file() for name in ("manifest.json", "plan.json")):
         raise AlphaflowError(
             f"{data}: no latent store here (no manifest.json). Run: alphaflow prep-latents SOURCE --out {data}"
         )
     if init_from:
-        from alphaflow_cli.model.find import check_address
-
-        check_address(init_from)
-    begin(f"train {loaded.name} in {folder}")
-    from alphaflow_cli.runtime.processes import run_shared
-    from alphaflow_cli.train.start import TrainOptions, count_processes
-
-    options = TrainOptions(folder, data, micro_batch or None, init_from, verify, device, resolved.notes)
-    code = run_shared(
-        lambda: join(loaded, options),
-        command_line(),
-        requested=processes,
-        count=lambda requested: count_processes(loaded, requested, device),
-        prepared=prepared(loaded, options),
-    )
-    if code:
-        sys.exit(code)
-    finish(folder)
+        check_checkpoint(init_from)
 
 
 def join(recipe: Recipe, options: "TrainOptions") -> int:

@@ -42,15 +42,15 @@ def walk_options(*, nfe: str) -> Callable[[Command], Command]:
             "--times",
             callback=to_times,
             metavar="TIMES",
-            help="Own grid, such as 1,0.55,0; instead of --nfe. It may begin at 0.9 or above, as other systems do: "
-            "the noise then stands for z at that time.",
+            help="A grid of your own, such as 1,0.55,0, instead of --nfe. It may begin at 0.9 or above, as in other "
+            "systems: the noise then stands for z at that time.",
         ),
-        click.option("--guidance", type=GUIDANCE, help="At sampling, for models trained without guidance."),
+        click.option("--guidance", type=GUIDANCE, help="Guidance at sampling, for models trained without it."),
         click.option(
             "--guidance-channels",
             type=WholeWithin(1, 4096),
             metavar="N",
-            help="Guide the first N channels only: 3 is DiT's way. Default: all.",
+            help="Guide only the first N channels, as DiT does with 3. Default: all.",
         ),
     ]
 

@@ -1,6 +1,7 @@
 """The way back: a checkpoint of ours becomes a `.pt` of the published form (`convert --to alphaflow`)."""
 
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,11 @@ from alphaflow_cli.recipe import Recipe
 from alphaflow_cli.recipe.schema import Schedule, resolve_step
 from alphaflow_cli.runtime.progress import say
 
+NO_PLACE = (  # what a recipe says of the training, and a published cfg cannot
+    *("guidance.fade_from", "guidance.dropped", "times.second", "times.equal", "times.gap", "loss.tangent"),
+    *("loss.power", "loss.later", "loss.short_first", "model.positions", "optim.kind", "ema.every"),
+)
+
 
 def export(source: Path, out: Path, *, autoencoder: str = "", template: Path | None = None) -> Path:
     """Write a checkpoint of ours as a published snapshot, and say on stderr what is not in it.
@@ -31,6 +37,8 @@ def export(source: Path, out: Path, *, autoencoder: str = "", template: Path | N
     checkpoint = load_checkpoint(source)
     _check_form(source, checkpoint.recipe)
     cfg = _published_cfg(checkpoint.recipe, template)
+    if lost := [name for name in NO_PLACE if attrgetter(name)(checkpoint.recipe) != attrgetter(name)(Recipe())]:
+        say(f"its cfg has no place for {', '.join(lost)}: who trains on from it does not learn of them")
     inside = _autoencoder(checkpoint, source, autoencoder)
     order = network_shapes(checkpoint.recipe)  # safetensors sorts the names
     state = _state({name: checkpoint.weights[name] for name in order}, checkpoint, inside)
@@ -162,7 +170,7 @@ def _plain_cfg(template: Path) -> dict[str, Any]:
     try:
         plain: dict[str, Any] = _plain(cfg)
     except RecursionError as error:
-        raise AlphaflowError(f"{template}: its cfg is nested without end; no snapshot's is.") from error
+        raise AlphaflowError(f"{template}: its cfg is nested without end, as in no snapshot.") from error
     return plain
 
 

@@ -107,7 +107,7 @@ class ForeignFile:
             raise AlphaflowError(
                 f"{self.name}: holds no {wanted} weights, only {other}. Convert those knowingly: --weights {other}"
             )
-        reason = "--weights raw" if wanted == "raw" else "released tables are by custom"
+        reason = "--weights raw" if wanted == "raw" else "released tables usually hold these"
         self.filled["weights"] = f"{wanted} ({reason}; a bare table does not say)"
         return tree, wanted
 
@@ -137,7 +137,7 @@ class ForeignFile:
         """
         name = self.options.recipe or published or default
         reason = "--recipe" if self.options.recipe else "the file's name" if published else "no better knowledge"
-        self.filled["recipe"] = f"{name} ({reason}): everything that is not listed as said"
+        self.filled["recipe"] = f"{name} ({reason}): everything that the file does not say"
         return load_recipe(name)
 
     def scaled_latents(self, scale: float, reason: str) -> Latents:

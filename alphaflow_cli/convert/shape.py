@@ -120,7 +120,9 @@ def without_variance(weights: dict[str, Tensor], shape: NetworkShape, where: str
     if shape.out == shape.channels:
         return weights
     if shape.out != 2 * shape.channels:
-        raise AlphaflowError(f"{where}: {shape.channels} channels in and {shape.out} out; wanted as many, or twice.")
+        raise AlphaflowError(
+            f"{where}: {shape.channels} channels in and {shape.out} out; they must be as many, or twice."
+        )
     kept = {}
     for name in ("final.linear.weight", "final.linear.bias"):
         value = weights.get(name, torch.zeros(0))

@@ -148,7 +148,7 @@ def add_second_embedder(weights: dict[str, Tensor], fresh: dict[str, Tensor]) ->
 
 def _flow_base(file: ForeignFile, kind: SiTKind) -> Recipe:
     """The recipe of plain flow matching: uniform times, guidance only when sampling, many steps."""
-    file.filled["recipe"] = f"plain flow matching, as a {kind} trains; what is not listed as said is not known"
+    file.filled["recipe"] = f"plain flow matching, as a {kind} trains; what the file does not say is unknown"
     file.filled["sampler"] = "flow, 100 steps; 250 and guidance 1.5 to 4 are usual (sample --guidance)"
     autoencoder = "stabilityai/sd-vae-ft-mse" if kind == "repa" else Data().autoencoder
     return Recipe(

@@ -75,7 +75,7 @@ class Moments:
     def update(self, features: Tensor) -> None:
         """Add features (N, D) to the sums."""
         if features.ndim != 2 or features.shape[1] != self.dim:
-            raise AlphaflowError(f"features of shape {tuple(features.shape)} where (N, {self.dim}) is due")
+            raise AlphaflowError(f"features have the shape {tuple(features.shape)}, but should have (N, {self.dim})")
         if not bool(torch.isfinite(features).all()):
             raise AlphaflowError("features have values that are not finite")
         rows = features.to(self.sums.device, torch.float64)

@@ -151,7 +151,7 @@ def _from_stream(archive: Archive, file: BinaryIO, lines: Sequence[int]) -> Iter
 
 
 def _fetched(fetch: Callable[[], bytes]) -> Fetch:
-    """Fetch now, because the stream goes on; the bytes, or the fault, are handed out later."""
+    """Fetch at once, because the stream moves on; the caller gets the bytes, or the fault, later."""
     try:
         data = fetch()
     except OSError as fault:

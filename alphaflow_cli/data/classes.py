@@ -129,7 +129,7 @@ def _classes_of(document: Any, where: str) -> Classes:
         check_shape(document, where, Table(others=Anything()), advice=FORM)
         rows = sorted(_row(folder, entry, where) for folder, entry in document.items())
     if len({folder for _, folder, _ in rows}) < len(rows):
-        raise AlphaflowError(f"{where}: a folder stands in it twice. {FORM}")
+        raise AlphaflowError(f"{where}: a folder is named twice. {FORM}")
     if [index for index, _, _ in rows] != list(range(len(rows))):
         raise AlphaflowError(f"{where}: the indices should be 0, 1, 2, … without gaps or repeats")
     return Classes([folder for _, folder, _ in rows], [name for _, _, name in rows], "in the order of classes.json")
@@ -141,7 +141,7 @@ def _row(folder: str, entry: object, where: str) -> tuple[int, str, str]:
     index, name = given.get("index"), given.get("name", folder)
     if isinstance(index, bool) or not re.fullmatch(r"-?\d{1,9}", str(index)) or not isinstance(name, str):
         raise AlphaflowError(
-            f"{where}: {brief(folder)!r} has no whole number for its index, or no text for its name. {FORM}"
+            f"{where}: {brief(folder)!r} needs a whole number as its index, and a text as its name. {FORM}"
         )
     return int(str(index)), folder, name
 

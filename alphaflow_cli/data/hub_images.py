@@ -46,7 +46,7 @@ def open_hub(text: str) -> HubFiles | Archive:
     """List the pictures of a data set on the Hub: its files, or those in its one archive, which is downloaded."""
     match = ADDRESS.match(text)
     if match is None:
-        raise AlphaflowError(f"{text}: should be hf://datasets/USER/NAME, with @REVISION or :SPLIT behind it at most")
+        raise AlphaflowError(f"{text}: should be hf://datasets/USER/NAME, then perhaps @REVISION and :SPLIT")
     repo, split = match["repo"], match["split"] or ""
     commit, files = _list(repo, match["revision"])
     files = [file for file in files if not split or split in re.split(r"[/._-]", file) or file == "classes.json"]
@@ -59,7 +59,9 @@ def open_hub(text: str) -> HubFiles | Archive:
         return open_archive(_cached(repo, commit, archives[0]))
     if archives:
         shown = ", ".join(archives[:5])
-        raise AlphaflowError(f"{text}: holds {len(archives)} archives ({shown}); choose one by :SPLIT or download it")
+        raise AlphaflowError(
+            f"{text}: holds {len(archives)} archives ({shown}); choose one with :SPLIT, or download one"
+        )
     raise AlphaflowError(f"{text}: no pictures and no zip or tar archive in it{_about_parquet(files)}")
 
 
@@ -76,7 +78,7 @@ def download(repo: str, commit: str, file: str) -> bytes:
                 if answer.status_code not in REFUSED:
                     hf_raise_for_status(answer)
                 if answer.headers.get("Content-Type", "").startswith("text/html"):
-                    raise Distrusted("a web page came instead (does a login page of this network stand between?)")
+                    raise Distrusted("a web page came instead (does this network show a login page?)")
         except HubFault:
             if attempt == TRIES - 1:
                 raise

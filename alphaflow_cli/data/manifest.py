@@ -242,7 +242,9 @@ def read_manifest(folder: Path) -> Manifest:
         raise AlphaflowError(f"{path}: was changed after it was written (its digest differs). {AGAIN}")
     shards = [_build(Shard, entry) for entry in document["shards"]]
     if document["count"] != sum(shard.count for shard in shards):
-        raise AlphaflowError(f"{path}: its shards have not the {document['count']:,} pictures that it counts. {AGAIN}")
+        raise AlphaflowError(
+            f"{path}: its shards do not hold the {document['count']:,} pictures that it counts. {AGAIN}"
+        )
     return _build(Manifest, {**document, "plan": _plan_of(document), "shards": shards})
 
 

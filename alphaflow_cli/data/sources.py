@@ -141,7 +141,7 @@ class _Below:
 
 
 def _entries(root: Path, below: str) -> "list[os.DirEntry[str]] | None":
-    """The entries of a folder, sorted; None for a folder of the file system's own repairs, which only root may read."""
+    """The entries of a folder, sorted; None for lost+found, which only root may read."""
     try:
         with os.scandir(root / below) as entries:
             return sorted(entries, key=lambda entry: entry.name)

@@ -68,7 +68,7 @@ def finish_store(out: Path, plan: StorePlan) -> None:
     sidecars = [_read_sidecar(plan, number, path) for number, path in enumerate(paths)]
     count, bad = sum(shard.count for shard in sidecars), [entry for shard in sidecars for entry in shard.bad]
     if not count:
-        raise AlphaflowError(f"{out}: not one good picture; the first, {bad[0]['name']!r}: {bad[0]['why']}")
+        raise AlphaflowError(f"{out}: no picture can be read; the first, {bad[0]['name']!r}: {bad[0]['why']}")
     stats = _statistics(out, plan, sidecars)
     content = {key: value for name, part in stats.items() for key, value in statistics_tensors(part, name).items()}
     _, digest = write_tensors(out / STATISTICS_FILE, content, METADATA)

@@ -42,7 +42,7 @@ from alphaflow_cli.evaluate.results import NEEDS_MOMENTS, NETWORK, Evaluation, R
 from alphaflow_cli.evaluate.score import Measured, check_reference, score
 from alphaflow_cli.files import make_folder, sha256_of, write_whole
 from alphaflow_cli.model.find import run_folder
-from alphaflow_cli.nn.weights import FILES, missing_weights
+from alphaflow_cli.nn.weights import FILES, MissingWeights, missing_weights
 from alphaflow_cli.recipe.schema import Eval, LabelDraw, Metric
 from alphaflow_cli.runtime.lock import hold
 from alphaflow_cli.runtime.processes import Processes, check_same
@@ -131,13 +131,25 @@ class Ruler:
 
 def build_extractors(
     metrics: tuple[Metric, ...], device: torch.device, weights: dict[str, Path]
-) -> dict[str, Extractor]:
-    """Make the networks that the metrics need, by their names."""
+) -> tuple[dict[str, Extractor], list[str]]:
+    """Make the networks that the metrics need, by their names, and a line for each whose weights are missing.
+
+    Where the weights of all are missing, the error says how to get them.
+    """
     names = sorted({NETWORK[metric] for metric in metrics})
     unused = sorted(weights.keys() - set(names))
     if unused:
-        raise AlphaflowError(f"--weights {unused[0]}=…: the metrics asked for use {', '.join(names)} only")
-    return {name: build_extractor(name, device=device, weights=weights.get(name)) for name in names}
+        raise AlphaflowError(f"--weights {unused[0]}=…: the requested metrics use {', '.join(names)} only")
+    extractors: dict[str, Extractor] = {}
+    faults: list[MissingWeights] = []
+    for name in names:
+        try:
+            extractors[name] = build_extractor(name, device=device, weights=weights.get(name))
+        except MissingWeights as fault:
+            faults.append(fault)
+    if faults and not extractors:
+        raise faults[0]
+    return extractors, [f"not measured: {fault}" for fault in faults]
 
 
 def evaluate(
@@ -168,9 +180,10 @@ def _warnings(copies: int, source: ImageSource, notes: tuple[str, ...]) -> list[
 def measure_reference(request: ReferenceRequest, processes: Processes) -> tuple[Reference, list[str]] | None:
     """Measure the requested pictures and save the reference, as `make_reference` does."""
     pictures = open_pictures(request.source, size=request.size, limit=request.limit, crop=request.crop)
-    extractors = build_extractors(
-        request.metrics or available_metrics(request.weights), processes.device, request.weights
-    )
+    metrics = request.metrics or available_metrics(request.weights)
+    extractors, lacking = build_extractors(metrics, processes.device, request.weights)
+    if lacking:  # a reference must have all that it was asked for
+        raise AlphaflowError(lacking[0].removeprefix("not measured: "))
     ruler = Ruler(extractors, processes, request.work, request.batch)
     return make_reference(pictures, ruler, request.path, name=request.name, kept=request.kept)
 
@@ -269,10 +282,11 @@ def evaluate_all(
     folder: Path,
 ) -> list[Evaluation]:
     """Measure each set of pictures by one ruler; empty on all processes but the first."""
-    metrics, lacking = split_metrics(metrics, request.weights)
+    extractors, lacking = build_extractors(metrics, processes.device, request.weights)
     for line in lacking if processes.rank == 0 else ():
         say(f"warning: {line}")
-    ruler = Ruler(build_extractors(metrics, processes.device, request.weights), processes, folder, request.batch)
+    metrics = tuple(metric for metric in metrics if NETWORK[metric] in extractors)
+    ruler = Ruler(extractors, processes, folder, request.batch)
     compared = find_reference(reference, sources[0].size, ruler) if reference else None
     real, images = (compared.facts.get("count") if compared else None), sources[0].count
     if real and real < images and not processes.rank:
@@ -280,22 +294,6 @@ def evaluate_all(
     measured = [evaluate(source, metrics, ruler, reference=compared) for source in sources]
     done = [evaluation for evaluation in measured if evaluation is not None]
     return [replace(evaluation, warnings=[*evaluation.warnings, *lacking]) for evaluation in done]
-
-
-def split_metrics(metrics: tuple[Metric, ...], weights: dict[str, Path]) -> tuple[tuple[Metric, ...], list[str]]:
-    """The metrics that can be measured here, and a line for each network whose weights are missing.
-
-    Where none can, all are given back: the weights' own error then says how to get them.
-    """
-    missing = {
-        NETWORK[metric]: missing_weights(FILES[NETWORK[metric]])
-        for metric in metrics
-        if NETWORK[metric] in FILES and NETWORK[metric] not in weights
-    }
-    here = tuple(metric for metric in metrics if not missing.get(NETWORK[metric]))
-    if not here:
-        return metrics, []
-    return here, [f"not measured: {line}" for line in missing.values() if line]
 
 
 def choose_walks(request: EvalRequest, generator: Generator) -> list[Walk]:

@@ -178,7 +178,7 @@ def _finished(work: Pass, first: int, stop: int) -> bool:
     except (SafetensorError, OSError):
         shapes = {}
     if shapes != wanted:
-        say(f"{path.name} is not whole: measured again")
+        say(f"{path.name} is not complete, so it is measured again")
         return False
     return True
 
@@ -210,7 +210,9 @@ def gather_moments(work: Pass, processes: Processes) -> dict[str, Moments]:
             moments.update(load_part(work, name, first, stop))
         moments.sums = processes.sum(moments.sums.to(exact_device(processes.device))).cpu()
         if moments.count != work.source.count:
-            raise AlphaflowError(f"{moments.count:,} of {work.source.count:,} pictures were counted; run it again")
+            raise AlphaflowError(
+                f"{moments.count:,} of {work.source.count:,} pictures were counted; run the same command again"
+            )
         totals[name] = moments
     return totals
 

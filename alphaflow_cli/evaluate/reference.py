@@ -126,7 +126,7 @@ def _load_own(path: Path) -> Reference:
         raise AlphaflowError(f"{path}: not a whole safetensors file ({fault})") from fault
     if header.get("format") != REFERENCE_FORMAT:
         raise AlphaflowError(
-            f"{path}: not a reference ({header.get('format', 'no format')}; {REFERENCE_FORMAT} is due)"
+            f"{path}: not a reference ({header.get('format', 'no format')}; {REFERENCE_FORMAT} is needed)"
         )
     spaces = parse_json(header.get("spaces", ""), f"{path} (its spaces)", SPACES, advice=REBUILD)
     facts = parse_json(header.get("facts", ""), f"{path} (its facts)", FACTS, advice=REBUILD)
@@ -237,7 +237,7 @@ def _read_npz(path: Path) -> Foreign:
     if "ref_mu" in names:
         return _stats(held["ref_mu"], held["ref_sigma"], HALF_PIXEL), "MeanFlow npz", None
     if "mu" not in names or "sigma" not in names:
-        raise ValueError(f"it holds {', '.join(sorted(names))}; mu and sigma, or ref_mu and ref_sigma, are due")
+        raise ValueError(f"it holds {', '.join(sorted(names))}; mu and sigma, or ref_mu and ref_sigma, are needed")
     kind = "ADM npz" if set(names) & {"mu_s", "sigma_s", "arr_0"} else "npz of mu, sigma (ADM, EDM)"
     return _stats(held["mu"], held["sigma"], TF1), kind, None
 
@@ -257,7 +257,7 @@ def _read_pickle(path: Path) -> Foreign:
         if key in held:
             stats |= _stats(held[key]["mu"], held[key]["sigma"], preprocessing)
     if not stats:
-        raise ValueError(f"it holds {', '.join(map(str, held))}; fid, fd_dinov2 or raw_mean is due")
+        raise ValueError(f"it holds {', '.join(map(str, held))}; fid, fd_dinov2 or raw_mean is needed")
     return stats, "EDM2 pkl", int(held["num_images"]) if "num_images" in held else None
 
 
@@ -278,7 +278,7 @@ def _stats(mean: Any, cov: Any, preprocessing: str) -> dict[str, Stats]:
     mean, cov = torch.as_tensor(mean).double().flatten(), torch.as_tensor(cov).double()
     dim = mean.numel()
     if tuple(cov.shape) != (dim, dim):
-        raise ValueError(f"mean of {dim} and covariance of {tuple(cov.shape)} do not fit")
+        raise ValueError(f"a mean of {dim} numbers does not fit a covariance of {tuple(cov.shape)}")
     if dim not in BY_DIM:
         raise ValueError(f"features of dimension {dim}; known are {', '.join(map(str, BY_DIM))}")
     return {BY_DIM[dim]: Stats(FeatureSpace("", "", preprocessing, dim), mean, cov, None)}
@@ -298,5 +298,7 @@ class _NumpyOnly(pickle.Unpickler):
         if module.startswith("dnnlib") and name == "EasyDict":
             return dict
         if (module, name) not in self.ALLOWED:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which a file of statistics has no need of")
+            raise pickle.UnpicklingError(
+                f"it wants to import {module}.{name}, which a file of statistics does not need"
+            )
         return super().find_class(module.replace("numpy.core", "numpy._core") if NEW_NUMPY else module, name)

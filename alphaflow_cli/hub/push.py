@@ -113,7 +113,7 @@ def stage(
     if folder.resolve() == source.path.parent.resolve():
         raise AlphaflowError(f"{folder}: the weights to publish lie there. Give another folder.")
     if not is_repository(repo):  # made of the recipe's name, perhaps
-        raise AlphaflowError(f"{repo}: not a name the Hub takes. Give one: alphaflow push RUN user/name")
+        raise AlphaflowError(f"{repo}: the Hub does not accept this name. Give another: alphaflow push RUN user/name")
     decoder = local_autoencoder(source, autoencoder)
     prepare_folder(folder)
     remove_stale(folder)
@@ -153,7 +153,7 @@ def _write_model(source: Publication, clean: Checkpoint, model: Path) -> str:
 
 
 def _is_bare(source: Publication) -> bool:
-    """Whether the file holds nothing but what was read of it: no other metadata or tensor, no comment in the recipe."""
+    """Whether the file holds only what we read from it: no other metadata or tensor, no comment in the recipe."""
     with safe_open(source.path, framework="pt") as file:
         metadata, names = file.metadata() or {}, set(file.keys())
     wanted = {f"net.{name}" for name in source.checkpoint.weights} | {"latents.mean", "latents.std"}
@@ -188,7 +188,7 @@ def _autoencoder_record(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def local_autoencoder(source: Publication, given: Path | None) -> Path | None:
-    """The autoencoder that has to go along: the one given, else beside the checkpoint, else on this machine.
+    """Find the autoencoder to publish: the one given, else beside the checkpoint, else on this machine.
 
     None where it is on the Hub, or where there is none.
     """
@@ -203,8 +203,8 @@ def local_autoencoder(source: Publication, given: Path | None) -> Path | None:
     here = given or next((place for place in places if place.is_file() or (place / CONFIG_FILE).is_file()), None)
     if here is None and not on_hub:
         raise AlphaflowError(
-            f"{source.path}: its latents are of the autoencoder {Path(name).name}, which is none of the Hub's and not "
-            "found here. It has to go along: --autoencoder DIR (or its weights file)."
+            f"{source.path}: its latents were made by the autoencoder {Path(name).name}, which is not on the Hub and "
+            "was not found here. Publish it too: --autoencoder DIR (or its weights file)."
         )
     return here
 
@@ -232,7 +232,7 @@ def _results(run: Path, checkpoint: Path, ours: str) -> dict[str, Any] | None:
         theirs = str((row.get("pictures") or {}).get("checkpoint_sha256") or "")
         if theirs != ours:
             raise AlphaflowError(
-                f"{path}: {row.get('name')} was measured on other weights ({theirs[:12] or 'not said which'}) than "
+                f"{path}: {row.get('name')} was measured on other weights ({theirs[:12] or 'unknown'}) than "
                 f"{checkpoint.name} holds ({ours[:12]}). Measure again: alphaflow eval {run}; or push --without-results"
             )
     return results if rows else None

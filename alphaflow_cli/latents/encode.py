@@ -36,7 +36,7 @@ TOGETHER = 16  # pictures decoded by one call in another thread: small ones cost
 
 @dataclass(frozen=True)
 class StoreRequest:
-    """What the command line of prep-latents asks for."""
+    """What the command line of prep-latents requests."""
 
     source: str
     size: int
@@ -233,8 +233,8 @@ def writing_to(out: Path) -> Iterator[None]:
     except OSError as fault:
         if fault.errno in NO_ROOM:
             raise AlphaflowError(
-                f"{out}: no room left ({fault.strerror}). Finished shards are kept: free some, run the same command "
-                "again"
+                f"{out}: no room left ({fault.strerror}). Finished shards are kept. Free some room, and run "
+                "the same command again"
             ) from fault
         if fault.errno != errno.EIO and not Path(str(fault.filename)).is_relative_to(out):
             raise

@@ -71,26 +71,26 @@ def missing_shards(job: Job) -> list[int]:
 
 
 def bytes_needed(job: Job, shards: Sequence[int]) -> int:
-    """On disk for these shards; the list of pictures and the statistics are small change."""
+    """The bytes that these shards take on disk; the list of pictures and the statistics are too small to count."""
     return sum(len(job.span(shard)) for shard in shards) * job.plan.sample_bytes
 
 
 def check_room(out: Path, needed: int) -> None:
-    """Refuse before anything is written."""
+    """Refuse a disk that is too small, before anything is written."""
     free = free_bytes(out)
     if needed + SPARE > free:
         raise AlphaflowError(
-            f"{out}: needs {size(needed + SPARE)}, {size(free)} are free. Give another --out, or free some"
+            f"{out}: needs {size(needed + SPARE)}, {size(free)} are free. Give another --out, or free some room"
         )
 
 
 def _begin(job: Job, shown: bool) -> None:
-    """The plan, before the first picture is read; left-overs of a kill go."""
+    """Write the plan before the first picture is read, and remove what a kill left behind."""
     out, listing = job.out, job.listing
     there = {entry.name for entry in out.iterdir() if entry.name[0] != "."}
     begun = there <= set(BEFORE_THE_PLAN) and "images.json" in there  # a kill came between these and the plan
     if there and "plan.json" not in there and not begun:
-        raise AlphaflowError(f"{out}: holds files that are no latent store; give an empty or new --out")
+        raise AlphaflowError(f"{out}: holds files that belong to no latent store; give a new or an empty --out")
     for left in out.glob(".*.tmp"):
         left.unlink(missing_ok=True)  # a worker that outlives its killed parent renames its own
     write_pieces(out / "images.json", [listing.to_bytes()])
@@ -129,7 +129,7 @@ TRIAL_SECONDS = 3.0  # no batch of the trial begins later
 
 
 def estimate_store(job: Job, processes: Processes) -> list[str]:
-    """Encode a few pictures spread over the source, throw them away, and multiply; the last line is its path."""
+    """Encode a few pictures spread over the source, and estimate from their time; the last line is the path."""
     missing = missing_shards(job)
     todo = sum(len(job.span(shard)) for shard in missing)
     tried, seconds = _trial(job, processes.device)
@@ -179,7 +179,7 @@ def describe_store(store: Path) -> list[str]:
 
 
 def verify(store: Path) -> list[str]:
-    """Every byte against its checksum; what is in the store, or all its faults at once."""
+    """Check every byte against its checksum; give what is in the store, or raise all its faults at once."""
     faults = verify_store(store)
     if faults:
         raise AlphaflowError("\n".join(faults))

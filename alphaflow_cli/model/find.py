@@ -23,7 +23,7 @@ def step_of(path: Path) -> int:
 
 
 def saved_steps(folder: Path, suffix: str = "") -> list[Path]:
-    """What we saved in this folder, by step. A copy that somebody made (`step-00000100 (1)`) is not ours to touch."""
+    """What we saved in this folder, by step. Copies that somebody made (`step-00000100 (1)`) are left alone."""
     named = [path for path in folder.glob(f"step-*{suffix}") if path.stem[5:].isdecimal() and path.suffix == suffix]
     return sorted((path for path in named if path.stem == step_name(step_of(path))), key=step_of)
 

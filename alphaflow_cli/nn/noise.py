@@ -9,8 +9,8 @@ are the same picture up to a factor where the ratio of noise to data agrees:
 The embedding of t is fed the index i(t), linear between two times t_i. Beyond t_999 = 0.9937 there is no index: i and
 the factor 1/(1−t) keep their last value. Rows, channels and the riding tangent are those of nn/dit.py.
 
-Near t_999 one float32 step of t is 1/1000 of an index, and an angle near 999 is off by 6e-5 in float32. Therefore an
-index that t cannot tell from a whole one is whole, and angles are taken in float64.
+Near t_999 one float32 step of t is 1/1000 of an index, and an angle near 999 is off by 6e-5 in float32. So where
+t is within rounding of a discrete time, the index is that whole number, and angles are taken in float64.
 """
 
 import torch
@@ -36,7 +36,7 @@ def discrete_times(device: torch.device) -> Tensor:
 def discrete_index(t: Tensor) -> tuple[Tensor, Tensor]:
     """The index i(t) that the embedding is fed, and di/dt: (B,) float64 each.
 
-    i is whole where t cannot tell it from a whole number, and constant beyond the first and the last time.
+    i is a whole number where t is within rounding of a discrete time, and constant beyond the first and the last time.
     """
     times, at = discrete_times(t.device), t.double()
     below = (torch.searchsorted(times, at.detach().contiguous(), right=True) - 1).clamp(0, DISCRETE_TIMES - 2)

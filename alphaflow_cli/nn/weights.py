@@ -19,6 +19,10 @@ from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.remote.cache import cached_file
 
 
+class MissingWeights(AlphaflowError):
+    """A network's weights are in none of the usual places: what does not need them can still be measured."""
+
+
 @dataclass(frozen=True)
 class WeightFile:
     """One published set of weights and the names its file goes by."""
@@ -84,7 +88,7 @@ def find_weights(wanted: WeightFile, given: Path | None) -> Path:
     for path in _candidates(wanted, given):
         if path.is_file():
             return path
-    raise AlphaflowError(_how_to_get(wanted))
+    raise MissingWeights(_how_to_get(wanted))
 
 
 def missing_weights(wanted: WeightFile) -> str | None:

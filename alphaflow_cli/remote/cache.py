@@ -17,7 +17,7 @@ def cache_folder() -> Path:
 
 
 def is_offline() -> bool:
-    """Whether HF_HUB_OFFLINE forbids to ask the Hub; `0`, `false` and the like do not."""
+    """Whether HF_HUB_OFFLINE forbids requests to the Hub; `0`, `false` and the like do not."""
     from huggingface_hub import constants
 
     return bool(constants.HF_HUB_OFFLINE)

@@ -54,7 +54,9 @@ def hub_api() -> "HfApi":
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
     if any(not "!" <= letter <= "~" for letter in get_token() or ""):
-        raise AlphaflowError("the token holds a character no token has: copy it anew into HF_TOKEN, or: hf auth login")
+        raise AlphaflowError(
+            "the token holds a character that no token has. Copy it again into HF_TOKEN, or: hf auth login"
+        )
     if not sys.stderr.isatty():
         disable_progress_bars()
     session()
@@ -62,7 +64,7 @@ def hub_api() -> "HfApi":
 
 
 def session() -> Any:
-    """The HTTP client of the whole process; an environment that it cannot be made from is one line."""
+    """Make the HTTP client of the whole process; an unusable environment is reported in one line."""
     from huggingface_hub import get_session
 
     _origin(endpoint())
@@ -130,7 +132,7 @@ def _install() -> None:
     client_base: Any = library.Client
 
     class Client(client_base):  # type: ignore[misc]
-        """Sends nothing and believes nothing without looking."""
+        """Checks every request before it is sent, and every answer before it is used."""
 
         def send(self, request: Any, *, stream: bool = False, **options: Any) -> Any:
             fetch = partial(_fetch, partial(super().send, request, stream=True, **options), stream)
@@ -194,7 +196,7 @@ class Limits:
         self.most, self.what, self.has_length, self.until = most, what, has_length, float("inf")
 
     def watch(self, pieces: Any) -> Iterator[bytes]:
-        """The pieces, as long as they come fast enough and do not become too many."""
+        """Yield the pieces, as long as they come fast enough and are not too many."""
         count, since, before = 0, time.monotonic(), 0
         inner = iter(pieces)
         step = partial(next, inner, None)
@@ -214,14 +216,14 @@ def _limits(response: Any) -> Limits:
     what = f"the answer to {_shown(response.request.url)}"
     length = response.headers.get("Content-Length", "")
     if response.headers.get("Content-Encoding", "identity") != "identity":
-        return Limits(PACKED, f"{what} is compressed, which nobody asked for, and", has_length=False)
+        return Limits(PACKED, f"{what} is compressed, although we did not ask for that, and", has_length=False)
     if not re.fullmatch(r"[0-9]{1,18}", length):
         return Limits(LONGEST_ANSWER, what, has_length=False)
     return Limits(float("inf"), what, has_length=True)
 
 
 def _see_request(request: Any) -> None:
-    """Before anything is sent, redirects included: the token goes to the endpoint only, and nothing goes elsewhere."""
+    """Check a request before it is sent, redirects included: the token goes to the endpoint only."""
     url, ours = request.url, _origin(endpoint())
     if url.scheme not in DEFAULT_PORTS:
         raise Distrusted(f"it sends us to {_shown(url)}, which is no web address")
@@ -232,7 +234,7 @@ def _see_request(request: Any) -> None:
 
 
 def _see_head(response: Any) -> None:
-    """Whatever of an answer's head becomes a file's name, an address, a size, a wait or a printed line."""
+    """Check every value of an answer's head that we use: names of files, addresses, sizes, waits, printed lines."""
     headers, where = response.headers, _shown(response.request.url)
     for name, form in (("X-Repo-Commit", COMMIT), ("ETag", CHECKSUM), ("X-Linked-Etag", CHECKSUM)):
         value = headers.get(name)
@@ -240,11 +242,11 @@ def _see_head(response: Any) -> None:
         if checked and value is not None and not re.fullmatch(form, value.removeprefix("W/").strip('"')):
             raise Distrusted(f"it names a file {name} {for_terminal(value, limit=60)}, which is no checksum")
     if headers.get("Content-Encoding", "identity") not in ("identity", "gzip", "deflate"):
-        raise Distrusted(f"it answers {where} compressed, which nobody asked for")
+        raise Distrusted(f"it answers {where} compressed, although we did not ask for that")
     length = headers.get("Content-Length", "0")
     free = free_bytes(cache_folder())
     if not re.fullmatch(r"[0-9]{1,18}", length) or (response.request.method == "GET" and int(length) > free):
-        raise Distrusted(f"it has a file of {for_terminal(length, limit=30)} bytes for us, there is room for {free:,}")
+        raise Distrusted(f"it sends {for_terminal(length, limit=30)} bytes, but only {free:,} are free")
     for name, form in HEAD_NUMBERS:
         match = re.fullmatch(form, headers.get(name, ""))
         if match is None or (name in ("Retry-After", "RateLimit") and int(match[0].rpartition("=")[2]) > WAIT):
@@ -269,20 +271,20 @@ _pages: dict[str, int] = {}  # address of a next page → how many came before i
 
 
 def _see_next(request: Any, answer: Any) -> None:
-    """A listing ends, and stays on its host."""
+    """Check that a listing ends, and stays on its host."""
     following = answer.links.get("next", {}).get("url")
     before = _pages.pop(str(request.url), 0)
     if following:
         target = request.url.join(following)
         if (target.scheme, target.host, target.port) != (request.url.scheme, request.url.host, request.url.port):
-            raise Distrusted(f"its listing goes on at {_shown(target)}")
+            raise Distrusted(f"its list continues at {_shown(target)}")
         if before >= PAGES:
             raise Distrusted(f"its listing has more than {PAGES:,} pages")
         _pages[str(target)] = before + 1
 
 
 def _checked(library: Any, request: Any, answer: Any) -> Any:
-    """The answer, reduced to what is read of it; one of another shape is told by what it is."""
+    """Reduce the answer to what we read from it; an answer of another shape is refused by name."""
     shape = shape_of(request.method, request.url.path)
     if shape is None:
         return answer
@@ -290,12 +292,12 @@ def _checked(library: Any, request: Any, answer: Any) -> Any:
     try:
         value = read_answer(answer.content, shape, limit=LONGEST_ANSWER)
     except ValueError as fault:
-        page = " (a web page: does a login page of this network stand between?)"
+        page = " (a web page: does this network show a login page?)"
         is_page = answer.content.lstrip()[:1] == b"<"
         raise Distrusted(f"{_shown(request.url)}: {fault}{page if is_page else ''}") from fault
     for group, name in (("files", "path"), ("objects", "oid")):
         if group in value and {each[name] for each in value[group]} != _asked_about(request, group, name):
-            raise Distrusted(f"{_shown(request.url)}: it answers about other {group} than it was asked about")
+            raise Distrusted(f"{_shown(request.url)}: it answers about other {group} than the request named")
     kept = {name: value for name, value in answer.headers.items() if name.lower() in ("link", "x-repo-commit")}
     content = json.dumps(value).encode()  # half a letter in a text stays escaped
     return library.Response(answer.status_code, headers=kept, content=content, request=answer.request)
@@ -306,12 +308,12 @@ def _asked_about(request: Any, group: str, name: str) -> set[str]:
 
 
 def _is_taken(request: Any, answer: Any) -> bool:
-    """A repository that exists already is refused with its address, which is read as if it had just been made."""
+    """Read the address of a repository that exists already, as if it had just been made."""
     return bool(answer.status_code == 409 and request.url.path.endswith("/api/repos/create"))
 
 
 def _refusal(library: Any, answer: Any) -> Any:
-    """An answer of 400 and above: its head, and of its body the one sentence that the Hub puts there."""
+    """Keep of an answer of 400 and above its head, and the one sentence that the Hub puts into the body."""
     try:
         sentence = parse_json(answer.content, "", ERROR, limit=PACKED, advice="")["error"]
     except AlphaflowError:
@@ -323,6 +325,6 @@ def _refusal(library: Any, answer: Any) -> Any:
 
 
 def _shown(address: Any) -> str:
-    """Without a password or a query, which may hold a key."""
+    """Show an address without its password and its query, which may hold a key."""
     parts = urlsplit(str(address))
     return for_terminal(f"{parts.scheme}://{parts.hostname or ''}{parts.path}", limit=160)

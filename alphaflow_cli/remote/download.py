@@ -38,22 +38,22 @@ NOT_ALWAYS = ("results.json", f"{AUTOENCODER}/*")  # removed where the new versi
 
 
 def prepare_folder(folder: Path, *, also: Iterable[str] = ()) -> None:
-    """Make it. One that holds something else is refused; `also` names files that may be there beside ours."""
+    """Make the folder. One that holds something else is refused; `also` names files that may be there beside ours."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         names = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
     except OSError as fault:
-        raise AlphaflowError(f"{folder}: cannot be made a folder ({fault.strerror}). Give another.") from fault
+        raise AlphaflowError(f"{folder}: this folder cannot be made ({fault.strerror}). Give another.") from fault
     foreign = sorted(names - {*OURS, *also})
     if names and (foreign or not is_published(folder / CONFIG_FILE)):
         raise AlphaflowError(
-            f"{folder}: holds {', '.join((foreign or sorted(names))[:3])}, not only what a push or pull wrote. "
+            f"{folder}: holds {', '.join((foreign or sorted(names))[:3])}, so not only push or pull wrote here. "
             "Nothing was overwritten; give a new or an empty folder."
         )
 
 
 def remove_stale(folder: Path, kept: Iterable[str] = ()) -> None:
-    """Results and an autoencoder of an earlier version go; `kept` names those that the new one has."""
+    """Remove results and an autoencoder of an earlier version; `kept` names those that the new one has."""
     left = set(kept)
     for path in [path for pattern in NOT_ALWAYS for path in folder.glob(pattern)]:
         if path.is_file() and path.relative_to(folder).as_posix() not in left:
@@ -79,7 +79,7 @@ class Pulled:
 
 
 def resolve_checkpoint(address: str) -> Path:
-    """The checkpoint's file: a path as it is, a repository's weights from the cache or the Hub; the commit is said."""
+    """Find the checkpoint's file: a path, or a repository's weights from the cache or the Hub; prints the commit."""
     place = parse_address(address)
     if isinstance(place, Path):
         return place
@@ -118,7 +118,7 @@ def pull(address: str, out: Path | None) -> Pulled:
 
 
 def _copy(folder: Path, out: Path) -> None:
-    """config.json first: by it a copy that broke off is known as one."""
+    """Copy config.json first: it marks a copy that broke off as one of ours."""
     names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
     remove_stale(out, names)
     for name in sorted(names, key=lambda name: (name != CONFIG_FILE, name)):
@@ -129,7 +129,7 @@ def _copy(folder: Path, out: Path) -> None:
 
 @contextlib.contextmanager
 def _perhaps_a_path(address: str) -> Iterator[None]:
-    """user/repo may be the misspelt path of a run: then that comes first."""
+    """Say first that no such folder is here: user/repo may be the misspelt path of a run."""
     try:
         yield
     except (NotThere, NoConnection) as fault:
@@ -152,7 +152,7 @@ def fetch(repo: Repo, patterns: list[str], *, wanted: str) -> Pulled:
 
 
 def _download(repo: Repo, patterns: list[str]) -> Path:
-    """The commit the Hub names; where it does not answer, what the cache has, and that is said. A refusal is one."""
+    """Ask the Hub for the commit; if it does not answer, take what the cache has and say so. A refusal is an error."""
     try:
         with hub_faults(str(repo)):
             commit = _commit(repo)
@@ -169,7 +169,7 @@ def _download(repo: Repo, patterns: list[str]) -> Path:
 
 
 def _commit(repo: Repo) -> str | None:
-    """What the Hub says the revision is; None where HF_HUB_OFFLINE forbids to ask."""
+    """Ask the Hub what the revision is; None where HF_HUB_OFFLINE forbids requests."""
     from huggingface_hub.errors import OfflineModeIsEnabled
 
     try:
@@ -207,7 +207,7 @@ def _others(repo: Repo, commit: str) -> str:
 
 
 def _is_whole(path: Path) -> bool:
-    """The bytes against the checksum that names them in the cache; damaged ones are removed."""
+    """Compare the bytes with the checksum that names them in the cache; remove damaged files."""
     from huggingface_hub.utils.sha import git_hash
 
     blob = path.resolve()

@@ -117,7 +117,9 @@ def hub_faults(what: str, *, sending: bool = False) -> Iterator[None]:
     except TooSlow as fault:
         raise NoConnection(what, f"the connection to the Hub is too slow: {fault}. {again}.") from fault
     except Distrusted as fault:
-        raise HubFault(what, f"not how the Hub answers: {fault}. Look at HF_ENDPOINT and the network.") from fault
+        raise HubFault(
+            what, f"this answer does not come from a Hub: {fault}. Check HF_ENDPOINT and the network."
+        ) from fault
     except errors.LocalTokenNotFoundError as fault:
         raise HubFault(what, f"not logged in to the Hub. {LOGIN}.") from fault
     except errors.HfHubHTTPError as fault:
@@ -125,7 +127,7 @@ def hub_faults(what: str, *, sending: bool = False) -> Iterator[None]:
     except (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError) as fault:
         raise _not_cached(what, fault, again) from fault
     except errors.HFValidationError as fault:
-        raise HubFault(what, f"not a name the Hub takes ({str(fault).splitlines()[0]}).") from fault
+        raise HubFault(what, f"the Hub does not accept this name ({str(fault).splitlines()[0]}).") from fault
     except (network, ConnectionError, TimeoutError) as fault:
         raise NoConnection(what, f"the connection to the Hub broke ({_one_line(fault)}). {again}.") from fault
     except OSError as fault:
@@ -156,7 +158,7 @@ def _status(fault: Exception) -> int | None:
 
 
 def _answer(fault: Exception, again: str) -> str:
-    """By kind, then by status."""
+    """Say why the Hub refused: by the kind of its error, then by the status."""
     from huggingface_hub import errors
 
     status = _status(fault)
@@ -208,12 +210,12 @@ def _one_line(fault: BaseException) -> str:
 
 
 def shape_of(method: str, path: str) -> Shape | None:
-    """What a request is answered with; None: nothing that is read here."""
+    """The shape of the answer to a request; None: nothing in it is read here."""
     return next((shape for verb, end, shape in ANSWERS if verb == method and re.fullmatch(f".*{end}", path)), None)
 
 
 def read_answer(data: bytes, shape: Shape, *, limit: int) -> Any:
-    """The answer's known parts; what is wrong with it is the reason of a ValueError."""
+    """Read the known parts of an answer; a ValueError says what is wrong with it."""
     try:
         value = parse_json(data, "", shape, limit=limit, advice="")
     except AlphaflowError as fault:
@@ -222,7 +224,7 @@ def read_answer(data: bytes, shape: Shape, *, limit: int) -> Any:
 
 
 def known_parts(value: Any, shape: Shape) -> Any:
-    """Without the keys that the shape does not name."""
+    """Drop the keys that the shape does not name."""
     if isinstance(shape, Maybe):
         return None if value is None else known_parts(value, shape.shape)
     if isinstance(shape, ListOf):

@@ -16,8 +16,8 @@ from typing import Any, TypeVar
 
 from PIL import Image
 
-from alphaflow_cli.charts.chart import Chart
-from alphaflow_cli.charts.draw import DARK_STYLE, LEFT, RIGHT, axis_of_x, to_svg
+from alphaflow_cli.charts.chart import DARK_STYLE, Chart
+from alphaflow_cli.charts.draw import LEFT, RIGHT, axis_of_x, to_svg
 from alphaflow_cli.data.pictures import open_picture
 from alphaflow_cli.errors import blamed_on
 

@@ -86,7 +86,7 @@ def write_report(run: Path, out: Path) -> Path:
 
 
 def page_of(run: Path) -> RunPage:
-    """Read everything that the run folder has; the page names what it has not."""
+    """Read everything that the run folder has; the page names what is missing."""
     path = run / "recipe.yaml"
     check_run(run)
     text = read_document(path)

@@ -48,7 +48,7 @@ def is_worker() -> bool:
 
 
 def check_launcher(there: Mapping[str, str]) -> None:
-    """torch would take a half set environment for processes to wait for, and a word in it for a fault of its own."""
+    """Refuse a half set environment: torch would wait for processes that never come, or fail in its own words."""
     numbers = {name: whole_number(there, name) for name in RANKS if name in there}
     if "RANK" not in numbers and "LOCAL_RANK" not in numbers and numbers.get("WORLD_SIZE", 1) < 2:
         return
@@ -68,12 +68,12 @@ def check_launcher(there: Mapping[str, str]) -> None:
 
 
 def has_parent() -> bool:
-    """Started by --processes: the parent has checked everything, and tells of faults."""
+    """Whether --processes started us: then the parent has checked everything, and reports faults."""
     return ERRORS in os.environ
 
 
 def check_processes(requested: int | None) -> None:
-    """--processes inside another launcher must be that launcher's number."""
+    """Refuse a --processes inside another launcher that differs from that launcher's number."""
     joined = whole_number(os.environ, "WORLD_SIZE")
     if requested is not None and requested != joined and not has_parent():
         raise AlphaflowError(
@@ -118,7 +118,7 @@ def launch(argv: Sequence[str], processes: int) -> int:
 
 
 def check_loopback(processes: int) -> None:
-    """The processes meet at 127.0.0.1; where that cannot be reached they would wait for ever."""
+    """Check that 127.0.0.1 can be reached: the processes meet there, and would wait for ever."""
     try:
         with socket.create_server(("127.0.0.1", 0)) as server:
             socket.create_connection(server.getsockname(), timeout=LOOPBACK_SECONDS).close()
@@ -153,8 +153,8 @@ def _report(errors: Path, codes: dict[int, int]) -> int:
     if stopped and all(code in (0, -15, 130, 143) for code in codes.values()):
         return stopped.pop()
     raise AlphaflowError(
-        f"processes ended with exit codes {codes}, and none of them left word why, beyond what may stand above. "
-        "The same command resumes; --processes 1 shows a fault where it arises."
+        f"processes ended with exit codes {codes}, and none of them said why; look at the lines above. "
+        "The same command resumes; --processes 1 shows where a fault arises."
     )
 
 
@@ -191,7 +191,7 @@ def _write_error(text: str) -> None:
 
 
 def _tell(error: BaseException) -> None:
-    """To the parent by a file; without one, on stderr."""
+    """Report the failure to the parent by a file, or without a parent on stderr."""
     rank, line = os.environ.get("RANK", "0"), fault_of_the_user(error)
     message, user_fault = line or str(error), bool(line)
     record = {
@@ -258,7 +258,7 @@ PORTS = range(20_000, 60_000)
 
 
 def slurm_environment(there: Mapping[str, str]) -> dict[str, str]:
-    """What torch wants to know of a task of a job step; empty outside one, and where a launcher has said it already."""
+    """The variables that torch needs in a Slurm task; empty outside one, and where a launcher has set them already."""
     # of the step: a batch script is none, whatever the job has
     tasks = whole_number(there, "SLURM_STEP_NUM_TASKS", "1")
     if "RANK" in there or tasks < 2 or "SLURM_PROCID" not in there:

@@ -53,7 +53,7 @@ class Owner:
         return bool(self.machine) and (self.host, self.machine) == (socket.gethostname(), this_machine())
 
     def is_alive(self) -> bool:
-        """Of a process of this machine: whether it still runs."""
+        """Whether the process still runs; only for one of this machine."""
         return started_at(self.pid) == self.started
 
 
@@ -63,7 +63,7 @@ os.register_at_fork(after_in_child=_held.clear)
 
 @contextlib.contextmanager
 def hold(folder: Path, command: str, *, is_file: bool = False) -> Iterator[None]:
-    """Be the only writer of a folder, or a file; who holds it already is named in one line. Holding twice is once.
+    """Be the only writer of a folder or a file; one line names another holder. Holding it twice is the same as once.
 
     A folder that was made for it, and in which nothing was written, is removed again.
     """
@@ -96,7 +96,7 @@ def _lock_of(place: Path, is_file: bool) -> Path:
 
 
 def check_lock(folder: Path, *, is_file: bool = False) -> None:
-    """Before a save: the lock is still ours. Somebody else took it where this process stood still for too long."""
+    """Check before a save that the lock is still ours: it is not, if this process stood still for too long."""
     token = _held.get(folder.absolute())
     owner = _read(_lock_of(folder, is_file)) if token else None
     if owner is not None and owner.token != token:
@@ -107,12 +107,12 @@ def check_lock(folder: Path, *, is_file: bool = False) -> None:
 
 
 def hand_on(folder: Path) -> dict[str, str]:
-    """For the environment of our workers: the first of them may take this lock from us."""
+    """Make the variable by which the first of our workers may take this lock from us."""
     return {HANDED_ON: _held.get(folder.absolute(), "")}
 
 
 def _take(folder: Path, path: Path, command: str) -> str:
-    """Write our name into the lock, or raise with the name that stands there."""
+    """Write our name into the lock, or raise an error with the name that stands there."""
     token = secrets.token_hex(8)
     since = time.strftime("%Y-%m-%d %H:%M:%S")
     me = Owner(token, command, os.getpid(), started_at(os.getpid()), socket.gethostname(), this_machine(), since)
@@ -122,7 +122,7 @@ def _take(folder: Path, path: Path, command: str) -> str:
             there = _owner_in(os.pread(file, 10_000, 0))
             if there is not None and there.token != os.environ.get(HANDED_ON):
                 _refuse_living(folder, path, there, file)
-                say(f"{folder}: going on after process {there.pid} on {there.host} ({there.command}), which is gone")
+                say(f"{folder}: process {there.pid} on {there.host} ({there.command}) is gone; this command takes over")
             _write(file, me)
     except OSError as error:
         raise AlphaflowError(f"{folder}: cannot be written ({error.strerror}). Name another folder.") from error
@@ -130,7 +130,7 @@ def _take(folder: Path, path: Path, command: str) -> str:
 
 
 def _refuse_living(folder: Path, path: Path, there: Owner, file: int) -> None:
-    """The line for the second of two commands, unless the first is gone."""
+    """Refuse the second of two commands, unless the first is gone."""
     if there.is_here():
         alive, wait = there.is_alive(), f"Wait for it, end it (kill {there.pid})"
     else:
@@ -147,7 +147,7 @@ def _refuse_living(folder: Path, path: Path, there: Owner, file: int) -> None:
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[int]:
-    """The lock's file, read and written by nobody else for a moment."""
+    """Open the lock's file, so that nobody else reads or writes it meanwhile."""
     until = time.monotonic() + BUSY
     while True:
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW, 0o644)
@@ -181,7 +181,7 @@ def _is(path: Path, file: int) -> bool:
 
 
 def _quiet_seconds(folder: Path, file: int) -> float:
-    """Since the owner's last beat, by the clock of the file system: those of two machines differ."""
+    """Seconds since the owner's last beat, by the file system's clock: the clocks of two machines differ."""
     probe = folder / f"{NAME}.{secrets.token_hex(4)}.tmp"
     try:
         probe.touch()
@@ -214,7 +214,7 @@ def _read(path: Path) -> Owner | None:
 
 
 def _beat(path: Path, token: str, stop: threading.Event) -> None:
-    """A sign of life, until the lock is released or somebody else's."""
+    """Give a sign of life every BEAT seconds, until the lock is released or belongs to somebody else."""
     while not stop.wait(BEAT):
         owner = _read(path)
         if owner is not None and owner.token != token:
@@ -241,7 +241,7 @@ def started_at(pid: int) -> str:
 
 
 def this_machine() -> str:
-    """The running system and the table that process numbers are of; empty where the system does not tell."""
+    """Name the running system and its table of process numbers; empty where the system does not say."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         return f"{boot} {Path('/proc/self/ns/pid').readlink()}"

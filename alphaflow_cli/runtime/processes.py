@@ -45,7 +45,7 @@ class Processes:
 
 @contextmanager
 def smaller_batch_if_full(batch: int) -> Iterator[None]:
-    """Inside, a GPU that runs out of memory is one line that names --batch."""
+    """Turn a GPU that runs out of memory into one line that names --batch."""
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -89,7 +89,7 @@ def run_shared(
 
 
 def check_same(processes: Processes, digest: str, what: str) -> None:
-    """All processes must have read the same bytes: a run that still trains may replace its checkpoint in between."""
+    """Check that all processes read the same bytes: a run that still trains may replace its checkpoint in between."""
     number = int(digest[:12], 16)  # 48 bits: the sum over a thousand processes fits int64
     total = processes.sum(torch.tensor([number], device=processes.device)).item()
     if total != number * processes.size:
@@ -183,7 +183,7 @@ class World(Processes):
         self.accelerator.wait_for_everyone()
 
     def check_synchronised(self, net: nn.Module) -> None:
-        """After a backward pass: every process must hold the same gradient, or its own part of it."""
+        """Check after a backward pass that every process holds the same gradient, or its own part of it."""
         grads = [p.grad for p in net.parameters() if p.grad is not None]
         if self.size == 1 or any(is_cut(grad) for grad in grads):
             return
@@ -208,8 +208,6 @@ def join_world(
     `device` None is a GPU where CUDA has one, else the CPU: Apple's GPUs train when asked only.
     `allow_tf32` None leaves TF32 as torch has it, so that N processes draw and measure what one does.
     """
-    from accelerate import Accelerator, utils  # here: it takes a second, which a process on its own need not wait
-
     on_cpu = device == "cpu" or (device is None and not torch.cuda.is_available())
     if on_cpu:
         os.environ["ACCELERATE_USE_CPU"] = "true"  # else N processes become N lonely first ones
@@ -217,16 +215,7 @@ def join_world(
     # Precision, accumulation and sharding are ours; the environment must not switch them on behind our back.
     for name in ("GRADIENT_ACCUMULATION_STEPS", "DYNAMO_BACKEND", "USE_FSDP", "USE_DEEPSPEED", "USE_MEGATRON_LM"):
         os.environ.pop(f"ACCELERATE_{name}", None)
-    accelerator = Accelerator(
-        cpu=on_cpu,
-        mixed_precision="no",
-        gradient_accumulation_steps=1,
-        log_with=list(trackers) or None,
-        project_config=utils.ProjectConfiguration(str(folder), str(folder / "trackers")) if folder else None,
-        kwargs_handlers=[
-            utils.DistributedDataParallelKwargs(gradient_as_bucket_view=True)
-        ],  # else gradients exist twice
-    )
+    accelerator = _accelerator(on_cpu, trackers, folder)
     if accelerator.num_processes != expected:
         raise AlphaflowError(
             f"{expected} processes were started but only {accelerator.num_processes} joined. "
@@ -242,6 +231,22 @@ def join_world(
     )
     _meet(world)
     return world
+
+
+def _accelerator(on_cpu: bool, trackers: Sequence[str], folder: Path | None) -> "Accelerator":
+    """Make Accelerate's object with its own precision and accumulation switched off."""
+    from accelerate import Accelerator, utils  # here: it takes a second, which a process on its own need not wait
+
+    return Accelerator(
+        cpu=on_cpu,
+        mixed_precision="no",
+        gradient_accumulation_steps=1,
+        log_with=list(trackers) or None,
+        project_config=utils.ProjectConfiguration(str(folder), str(folder / "trackers")) if folder else None,
+        kwargs_handlers=[
+            utils.DistributedDataParallelKwargs(gradient_as_bucket_view=True)
+        ],  # else gradients exist twice
+    )
 
 
 def _meet(world: World) -> None:

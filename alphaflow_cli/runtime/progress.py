@@ -47,7 +47,7 @@ class Progress:
             )  # fmt: skip
 
     def advance(self, count: int, note: str = "") -> None:
-        """So much more is done; the note says what is so at this moment.
+        """Add to what is done; the note stands at the end of the line, and says what is so at this moment.
 
         A line never shows the note of an earlier moment: where there are notes, it waits a little for the next one.
         """

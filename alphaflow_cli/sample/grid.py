@@ -34,7 +34,7 @@ def even_columns(count: int, most: int) -> int:
 
 
 def grid_in_rows(pictures: Sequence[np.ndarray], columns: int, names: Sequence[str] = (), form: str = ".png") -> bytes:
-    """In reading order: names stand above a column whose pictures all bear it, else below each picture."""
+    """Lay pictures out in reading order; a name stands above a column whose pictures share it, else below each."""
     rows = [pictures[i : i + columns] for i in range(0, len(pictures), columns)]
     if all(name == names[i % columns] for i, name in enumerate(names)):
         return grid_png(rows, column_names=names[:columns], form=form)
@@ -44,7 +44,7 @@ def grid_in_rows(pictures: Sequence[np.ndarray], columns: int, names: Sequence[s
 def grid_by_walk(
     drawn: Sequence[tuple[str, Sequence[np.ndarray]]], columns: int, names: Sequence[str], form: str = ".png"
 ) -> bytes:
-    """A row for each walk, named by it, with the first pictures; the columns have their pictures' names."""
+    """Lay out one row for each walk, named by it; the columns have the names of their pictures."""
     rows = [pictures[:columns] for _, pictures in drawn]
     return grid_png(rows, row_names=[name for name, _ in drawn], column_names=names[:columns], form=form)
 
@@ -114,7 +114,7 @@ def png_bytes(image: Image.Image, form: str = ".png") -> bytes:
 
 
 def _fit(name: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
-    """As much of the name as fits."""
+    """Shorten a name to what fits."""
     while len(name) > 1 and font.getlength(name) > width:
         name = name[:-2] + "…"
     return name

@@ -17,7 +17,7 @@ Record = dict[str, str]  # what decides a picture's bytes: sha256 of the checkpo
 
 @dataclass(frozen=True)
 class SampleRequest:
-    """What the command line asks for."""
+    """What the command line requests."""
 
     checkpoint: str
     seeds: Sequence[int]
@@ -71,7 +71,7 @@ class Plan:
 
 
 def check_request(request: SampleRequest) -> None:
-    """What can be seen before anything is loaded."""
+    """Check what can be checked before anything is loaded."""
     targets = [path for path in (request.out, request.grid, request.latents) if path is not None]
     if not targets:
         raise AlphaflowError("nothing to write: give --grid FILE.png, --out DIR or FILE.npz, or --latents FILE.npy.")

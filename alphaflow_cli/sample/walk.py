@@ -75,13 +75,13 @@ def _plan_steps(recipe: Recipe, nfe: int, kind: str, times: Sequence[float] | No
 
 
 def _check_grid(times: Sequence[float]) -> None:
-    """From 1, or from a little below where another system begins, down to 0; a start of 0.5 is a forgotten 1."""
+    """Check that a grid falls from 1, or a little below as in other systems, to 0; a start of 0.5 is a forgotten 1."""
     falls = all(a > b for a, b in pairwise(times))
     if len(times) < 2 or not EARLIEST_START <= times[0] <= 1.0 or times[-1] != 0.0 or not falls:
         shown = ",".join(f"{t:g}" for t in times[:8]) + (",…" if len(times) > 8 else "")
         raise AlphaflowError(
-            f"--times {shown}: a grid falls from 1 to 0, such as 1,0.55,0; it may begin between "
-            f"{EARLIEST_START:g} and 1, where the noise then stands for z."
+            f"--times {shown}: a grid falls from 1 to 0, such as 1,0.55,0; "
+            f"it may begin between {EARLIEST_START:g} and 1."
         )
 
 

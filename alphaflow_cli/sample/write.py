@@ -141,7 +141,7 @@ class PictureFolder:
         self.plan, self.target, self.record = plan, target, plan.record()
 
     def begin(self) -> bool:
-        """Read the record, or write it; pictures of before there was one are not taken for this request's.
+        """Read the record, or write it; pictures without a record do not count as this request's.
 
         Returns whether anything may be there. The first process calls this alone.
         """
@@ -178,7 +178,7 @@ class PictureFolder:
                 write_whole(file, picture_png(picture))
 
     def finish(self) -> None:
-        """Nothing is left to do: the record stays, so that another request is told apart."""
+        """Keep the record, so that another request is recognised; nothing else is left to do."""
 
 
 class RowFile:
@@ -311,7 +311,7 @@ class GridFile(RowFile):
     """The first pictures of each walk, kept until they become one picture."""
 
     def goes_on(self, line: bytes) -> bool:
-        """An unfinished grid is no great loss: another request begins its own."""
+        """Begin anew: an unfinished grid is no great loss."""
         return line == self.line
 
     def finish(self) -> None:

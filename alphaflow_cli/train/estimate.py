@@ -19,6 +19,7 @@ from alphaflow_cli.model.build import DTYPES, build_network
 from alphaflow_cli.model.compiling import compile_blocks, compile_faults, forget_compiled, why_not
 from alphaflow_cli.recipe import diff_recipes, load_recipe, shipped
 from alphaflow_cli.recipe.facts import facts, human, lines
+from alphaflow_cli.recipe.loader import set_text
 from alphaflow_cli.recipe.plan import alpha_at, equal_share_at, phases
 from alphaflow_cli.recipe.schema import Recipe
 from alphaflow_cli.runtime.processes import World, join_world
@@ -152,7 +153,8 @@ def describe_run(
     text.append(f"{'split'.ljust(width)}  {cut}")
     text.append(f"{'folder'.ljust(width)}  {folder}{', resumes' if (folder / 'state').exists() else ''}")
     for field, old, new in changes:
-        text.append(f"{'changed'.ljust(width)}  {field}: {old} in the shipped {recipe.name}, {new} here")
+        both = f"{set_text(old)} in the shipped {recipe.name}, {set_text(new)} here"
+        text.append(f"{'changed'.ljust(width)}  {field}: {both}")
     return document, text
 
 

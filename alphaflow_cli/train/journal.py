@@ -122,7 +122,7 @@ class Journal:
         text = "".join(f"{line}\n" for line, at in zip(lines, steps, strict=True) if at is not None and at <= step)
         damaged = sum(at is None for at in steps[:-1])  # the last one was cut off by a kill, perhaps
         if damaged:
-            say(f"{self.path}: {damaged:,} lines were no rows of a journal, and are left out")
+            say(f"{self.path}: {damaged:,} lines were not rows of a journal, and are left out")
         write_whole(self.path, text)
 
     def row(self, values: dict[str, Any], *, step: int, batch: int, flops: float = 0.0) -> dict[str, Any]:

@@ -259,7 +259,7 @@ def start_from(run: Run, address: str) -> list[str]:
 def _other_meanings(theirs: Recipe, ours: Recipe) -> list[str]:
     """Settings that give the same weights another meaning there than here."""
     return [
-        f"beware: {field}: {there} there, {here} here; training has to bridge it"
+        f"beware: {field}: {there} in the checkpoint, {here} in this run; training has to adapt"
         for field, there, here in diff_recipes(theirs, ours)
         if field.startswith(SAME_MEANING)
     ]

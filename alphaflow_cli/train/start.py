@@ -81,7 +81,7 @@ def check_recipe(recipe: Recipe, out: Path) -> list[tuple[str, str, str]]:
     if others == {"train.steps"} and recipe.train.steps > there.train.steps:
         check_longer(there, recipe, out)
     elif others:
-        listed = "\n".join(f"  {field}: {old} there, {new} asked for" for field, old, new in changes)
+        listed = "\n".join(f"  {field}: {old} there, {new} requested" for field, old, new in changes)
         raise AlphaflowError(
             f"{out}: holds a run of another recipe:\n{listed}\nResume it with its own recipe: "
             f"alphaflow train {out / 'recipe.yaml'} --out {out}, or choose another folder: --out RUN"
@@ -123,7 +123,8 @@ def prepare_run(recipe: Recipe, options: TrainOptions) -> Path:
         say(f"preparing {data.source} in {store}")
         wanted = StoreRequest(data.source, data.image_size, data.autoencoder, flips=data.flips)
         prepare_store(wanted, store, Processes(choose_device(options.device, apple=False)))
-    check_store(recipe, store, options.out if recipe_of_run(options.out) else None)
+    begun = options.out if recipe_of_run(options.out) else None
+    check_store(recipe, store, begun, given=options.data is not None)
     for line in (
         [*options.notes, *(f"beware: {text}" for text in doubts(recipe, store, options.device))] if is_new else ()
     ):

@@ -146,8 +146,8 @@ def check_state(path: Path) -> None:
         former = (file.metadata() or {}).get("format") == WITHOUT_CHECKSUM
     if former and not sealed:
         if facts.step != step_of(path):
-            raise AlphaflowError(f"{path}: damaged: it says that it is of step {facts.step:,}.")
-        say(f"{path}: an earlier version saved it without a checksum, so it is taken as it is; later saves have one")
+            raise AlphaflowError(f"{path}: damaged: by the facts stored in it, it belongs to step {facts.step:,}.")
+        say(f"{path}: an earlier version saved it without a checksum, so its bytes cannot be checked")
     elif not (sealed and seal_holds(path)):
         raise AlphaflowError(f"{path}: damaged: its bytes changed since it was written (checksum).")
 

@@ -139,8 +139,11 @@ def store_of(recipe: Recipe, *, data: Path | None, out: Path) -> Path:
     )
 
 
-def check_store(recipe: Recipe, store: Path, run: Path | None = None) -> None:
-    """Refuse a store that contradicts the recipe, with the lines to change; `run`: its folder, once begun."""
+def check_store(recipe: Recipe, store: Path, run: Path | None = None, *, given: bool = True) -> None:
+    """Refuse a store that contradicts the recipe, with the lines to change; `run`: its folder, once begun.
+
+    `given`: whether the store was given by --data, to which a shipped recipe yields.
+    """
     from alphaflow_cli.data.store import open_store  # torch comes with it
 
     clashes = disagreements(open_store(store, "sizes").manifest.plan, recipe)
@@ -152,15 +155,15 @@ def check_store(recipe: Recipe, store: Path, run: Path | None = None) -> None:
             f"{run}: was begun with other data than {store} has:{listed}\nTake another folder: --out RUN"
         )
     if clashes:
-        advice = _advice(recipe, store, clashes)
+        advice = _advice(recipe, store, clashes, given=given)
         raise AlphaflowError(f"{store}: not what recipe {recipe.name} says:{listed}\n{advice}.")
 
 
-def _advice(recipe: Recipe, store: Path, clashes: list[tuple[str, Any, Any]]) -> str:
+def _advice(recipe: Recipe, store: Path, clashes: list[tuple[str, Any, Any]], *, given: bool) -> str:
     """What to change where recipe and store clash; preparing again only where it would help."""
     sets = " ".join(f"--set {field}={quote(set_text(there))}" for field, there, _ in clashes)
     advice = f"Say in the recipe what the store says: {sets}"
-    if recipe.name in shipped() and str(store) == recipe.data.store:
+    if recipe.name in shipped() and not given:
         advice += f", or give the store by --data {quote(str(store))}: the recipe takes all of it over"
     if all(field in PREPARED for field, _, _ in clashes):
         options = [PREPARED[field].format(quote(str(here))) for field, _, here in clashes if PREPARED[field]]

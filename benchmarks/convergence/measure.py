@@ -39,7 +39,7 @@ def evaluate_run(run: Path, reference: Path, out: Path, *, images: int) -> None:
 def tiny_ruler(out: Path) -> Ruler:
     """FD-tiny's features need no weights."""
     return Ruler(
-        build_extractors(("fd-tiny",), torch.device("cpu"), {}), Processes(torch.device("cpu")), out / "evals", 250
+        build_extractors(("fd-tiny",), torch.device("cpu"), {})[0], Processes(torch.device("cpu")), out / "evals", 250
     )
 
 

@@ -26,7 +26,7 @@ LIMITS = """## What it does not support
 def write_results(
     done: Sequence[Job], failed: dict[str, str], jobs: int, conflicts: Sequence[dict[str, Any]], how: argparse.Namespace
 ) -> None:
-    """RESULTS.md and results.png."""
+    """Write RESULTS.md and results.png."""
     runs = [read_run(job) for job in done]
     commits = sorted({commit for job in done for commit in commits_of(job)})
     told = conflict_lines(conflicts, NAMES) + training_lines(done, NAMES)
@@ -38,7 +38,7 @@ def write_results(
 
 
 def commits_of(job: Job) -> list[str]:
-    """Of the program, each time that the run was begun or resumed."""
+    """The program's commits, one for each time that a run was begun or resumed."""
     path = job.folder.with_suffix(".commits")
     return path.read_text(encoding="utf-8").split() if path.is_file() else ["unknown"]
 
@@ -46,7 +46,7 @@ def commits_of(job: Job) -> list[str]:
 def conditions(
     runs: Sequence[Run], failed: dict[str, str], jobs: int, commits: Sequence[str], how: argparse.Namespace
 ) -> list[str]:
-    """Data, network, score, machine."""
+    """Write the conditions: data, network, score, machine."""
     recipe = load_recipe(str(Path(__file__).parent / "recipes" / "alphaflow-25.yaml"))
     m, name = recipe.model, how.reference_name
     return [
@@ -70,7 +70,7 @@ def document(
     commits: Sequence[str],
     how: argparse.Namespace,
 ) -> str:
-    """The whole page."""
+    """Write the whole page."""
     judged = [f"- {what}, {nfe} NFE: {verdict(runs, a, b, nfe)}" for a, b, what in PAIRS for nfe in (1, 2)]
     lines = [
         "# The family at equal budget",

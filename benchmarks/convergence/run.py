@@ -52,7 +52,7 @@ UNTOLD = ("pictures", "out", "results", "minutes")  # options that change no num
 
 @dataclass(frozen=True)
 class Job:
-    """One run."""
+    """One run: a member with its seed."""
 
     member: str
     seed: int
@@ -82,7 +82,7 @@ def prepare_store(pictures: Path, store: Path) -> None:
 
 
 def sets_of(job: Job, steps: int) -> list[str]:
-    """What differs from the member's recipe."""
+    """Give the settings that differ from the member's recipe."""
     return [f"train.steps={steps}", f"train.seed={job.seed}"]
 
 
@@ -114,7 +114,7 @@ def start(job: Job, store: Path, steps: int) -> subprocess.Popen[bytes]:
 
 
 def train_all(jobs: list[Job], store: Path, *, steps: int, at_once: int, deadline: float) -> dict[str, str]:
-    """So many at a time; at the deadline the running ones are told to save and stop. Returns what failed, and why."""
+    """Run this many at a time; at the deadline those still running save and stop. Returns what failed, and why."""
     waiting, running = [job for job in jobs if not is_done(job, steps)], dict[str, subprocess.Popen[bytes]]()
     failed = {}
     try:
@@ -167,7 +167,7 @@ def measure_all(
 
 
 def size(rows: int, options: argparse.Namespace) -> dict[str, int]:
-    """Batches of so many rows; the same number of rows in all."""
+    """Choose how many batches of this many rows to analyze, so that all analyses have equally many rows."""
     return {"rows": rows, "batches": max(1, options.batches * TOLD_ROWS[0] // rows)}
 
 

@@ -99,7 +99,7 @@ class Run:
 
 
 def read_run(job: Job) -> Run:
-    """From metrics.jsonl and results.json."""
+    """Read a run's numbers from metrics.jsonl and results.json."""
     rows = [json.loads(line) for line in (job.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     results = json.loads((job.folder / "results.json").read_text(encoding="utf-8"))["evaluations"]
     scores = {row["pictures"]["nfe"]: row["value"] for each in results for row in each["rows"]}
@@ -116,7 +116,7 @@ def told(values: Sequence[float]) -> str:
 
 
 def table(runs: Sequence[Run]) -> list[str]:
-    """One line per member."""
+    """Make the table, one line per member."""
     lines = [
         "| member | seeds | FD-tiny, 1 NFE | 2 NFE | 4 NFE | velocity loss | images seen | seconds per run |",
         "|---|---|---|---|---|---|---|---|",

@@ -80,3 +80,13 @@ def test_guidance_at_sampling_is_refused_where_it_is_built_in(tmp_path, capsys):
     model = str(tmp_path / "ours.safetensors")
     assert run(["sample", model, "--guidance", "2", "--seeds", "0-1", "--out", str(tmp_path / "pictures")]) == 1
     assert "guidance 3 is built into these weights" in capsys.readouterr().err
+
+
+def test_the_way_back_says_what_the_published_form_cannot(tmp_path, capsys):
+    _, checkpoint, _ = converted(tmp_path, tree_of())
+    assert run(["convert", str(tmp_path / "ours.safetensors"), "--to", "alphaflow", "-o", str(tmp_path / "b.pt")]) == 0
+    err = capsys.readouterr().err
+    for name in ("guidance.fade_from", "guidance.dropped", "times.gap", "loss.later", "model.positions"):
+        assert name in err
+    back = torch.load(tmp_path / "b.pt", weights_only=True)["ema"]
+    assert torch.equal(back["model.pos_embed"], checkpoint.weights["pos_embed"])

@@ -120,7 +120,7 @@ def test_the_count_is_in_the_name_and_the_bias_is_noted(capsys: pytest.CaptureFi
         ("eval samples --metrics fd-tiny", 1, "--reference FILE or --reference SOURCE"),
         ("eval samples --metrics fdi --reference glyphs:200", 2, "'fdi' is not one of fid, fdd"),
         ("eval samples --metrics fd-tiny --weights tiny=x --reference glyphs:200", 2, "NETWORK=FILE"),
-        ("eval samples --metrics fd-tiny --weights clip=x --reference glyphs:200", 1, "the metrics asked for use tiny"),
+        ("eval samples --metrics fd-tiny --weights clip=x --reference glyphs:200", 1, "the requested metrics use tiny"),
         ("eval glyphs:10 --metrics fd-tiny --reference glyphs:200", 1, "10 pictures; a score needs at least 100"),
         ("eval nowhere --metrics fd-tiny --reference glyphs:200", 1, "nowhere"),
         ("eval samples --metrics fd-tiny --reference nowhere.npz", 1, "nowhere.npz"),

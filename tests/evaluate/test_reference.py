@@ -157,7 +157,7 @@ def test_files_that_are_no_reference_say_what_they_hold(tmp_path: Path) -> None:
     with pytest.raises(AlphaflowError, match="it holds weights"):
         load_reference(tmp_path / "other.npz")
     np.savez(tmp_path / "misfit.npz", mu=MU, sigma=SIGMA[:5, :5])
-    with pytest.raises(AlphaflowError, match="do not fit"):
+    with pytest.raises(AlphaflowError, match="does not fit"):
         load_reference(tmp_path / "misfit.npz")
     (tmp_path / "cut.pkl").write_bytes(pickle.dumps({"fid": {"mu": MU}})[:-40])
     with pytest.raises(AlphaflowError, match=r"cut\.pkl"):

@@ -8,10 +8,10 @@ def once(draw):
     """`draw`, which remembers what it drew."""
     drawn = {}
 
-    def draw_once(chart):
-        key = repr(chart)
+    def draw_once(chart, **options):
+        key = repr((chart, options))
         if key not in drawn:
-            drawn[key] = draw(chart)
+            drawn[key] = draw(chart, **options)
         return drawn[key]
 
     return draw_once

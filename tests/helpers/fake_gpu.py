@@ -1,4 +1,4 @@
-"""A GPU that is not there: its tensors have shapes but no values, the host's are real; and a watch for what waits.
+"""A simulated GPU, to see where the host waits: its tensors have shapes but no values, those of the host are real.
 
 A real GPU's host waits for values (.item(), a boolean index: here there are none, so these raise), for any copy from
 the device, and for a copy to it that is not asynchronous, whole and from pinned memory: also for the hidden one of a
@@ -58,7 +58,7 @@ class FakeGpu(TorchDispatchMode):
 
 
 class HostGenerator(torch.Generator):
-    """Wherever its numbers are wanted."""
+    """Draw on the host, whatever device is requested: the simulated GPU has no values."""
 
     def __new__(cls, device=None):
         return super().__new__(cls)
@@ -66,7 +66,7 @@ class HostGenerator(torch.Generator):
 
 @contextmanager
 def fake_gpu(monkeypatch):
-    """Inside, GPU is a device; yields its watch."""
+    """Make GPU a device inside the block; yields what was counted."""
     torch.ones(1, requires_grad=True).sum().backward()  # autograd counts the devices once: before there is this one
     monkeypatch.setattr(torch, "Generator", HostGenerator)
     if not torch.cuda.is_available():

@@ -75,7 +75,7 @@ def test_a_token_with_a_strange_character_is_one_clear_line(hub, project_run, ca
     monkeypatch.setenv("HF_TOKEN", token)
     code, said = alphaflow(*args, capsys=capsys)
     assert code == 1
-    assert "the token holds a character no token has" in said
+    assert "the token holds a character that no token has" in said
     assert hub.requests == []
 
 
@@ -84,7 +84,7 @@ def test_a_recipes_name_that_the_hub_does_not_take_is_refused(hub, project_run, 
     write_checkpoint(project_run / "model.safetensors", sets=["name=b2+x"])
     code, said = alphaflow("push", "runs/tiny", "--without-results", *dry, capsys=capsys)
     assert code == 1
-    assert "b2+x: not a name the Hub takes" in said
+    assert "b2+x: the Hub does not accept this name" in said
     assert not (project_run / "hub").exists()
 
 

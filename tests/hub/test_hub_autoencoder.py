@@ -61,7 +61,7 @@ def test_one_that_is_not_found_is_said_before_anything_is_made(hub, project, cap
     write_run("lost")
     code, said = alphaflow("push", "runs/tiny", capsys=capsys)
     assert code == 1
-    assert "autoencoder lost, which is none of the Hub's and not found here" in said
+    assert "autoencoder lost, which is not on the Hub and was not found here" in said
     assert "me/tiny" not in hub.repos
     code, said = alphaflow("push", "runs/tiny", "--autoencoder", "bin", capsys=capsys)
     assert code == 0, said

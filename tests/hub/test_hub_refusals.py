@@ -88,7 +88,7 @@ def test_a_pull_does_not_write_into_a_run(hub, project_run, capsys):  # noqa: F8
     before = (project_run / "model.safetensors").read_bytes()
     code, said = alphaflow("pull", "me/tiny", "-o", "runs/tiny", capsys=capsys)
     assert code == 1
-    assert "holds model.safetensors, not only what a push or pull wrote" in said
+    assert "holds model.safetensors, so not only push or pull wrote here" in said
     assert (project_run / "model.safetensors").read_bytes() == before
     assert [path.name for path in project_run.iterdir()] == ["model.safetensors"]
 

@@ -279,7 +279,7 @@ def test_files_removed_between_two_runs_are_counted_as_bad(tmp_path):
 def test_a_source_without_one_good_picture_says_so(tmp_path):
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "a.png").write_bytes(b"")
-    with pytest.raises(AlphaflowError, match=r"not one good picture; the first, 'a\.png': an empty file"):
+    with pytest.raises(AlphaflowError, match=r"no picture can be read; the first, 'a\.png': an empty file"):
         prepare(tmp_path / "set", tmp_path / "s", bad="skip")
 
 

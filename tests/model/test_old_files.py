@@ -94,4 +94,4 @@ def test_an_old_run_refuses_another_recipe_and_names_only_what_differs(old_run, 
     other = ["--set", "optim.lr=0.1", "--out", str(old_run)]
     assert run(["train", str(old_run / "recipe.yaml"), *other]) == 1
     differences = [line for line in capsys.readouterr().err.splitlines() if line.startswith("  ")]
-    assert differences == ["  optim.lr: 0.005 there, 0.1 asked for"]
+    assert differences == ["  optim.lr: 0.005 there, 0.1 requested"]

@@ -146,7 +146,7 @@ def test_gradients_stay_out(made, pixels):
     ("content", "words"),
     [
         ({}, "config.json is missing"),
-        ({"config.json": '{"_class_name": "UNet"}'}, ".UNet. is none of AutoencoderKL"),
+        ({"config.json": '{"_class_name": "UNet"}'}, ".UNet. is not one of AutoencoderKL"),
     ],
 )
 def test_a_folder_without_an_autoencoder_is_named(tmp_path, content, words):

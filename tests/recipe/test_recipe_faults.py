@@ -25,7 +25,10 @@ BROKEN = {
     "no": ("train: {compile: no}", "train.compile wants auto, true or false, got 'no': write false"),
     "on": ("train: {tf32: on}", "train.tf32 wants true or false, got 'on': write true"),
     "on as a key": ("train:\n  on: 3", "r.yaml:2: unknown key 'train.on'"),
-    "no as text": ("data: {store: no}", "data.store wants text, got 'no': YAML reads that otherwise, write \"no\""),
+    "no as text": (
+        "data: {store: no}",
+        "data.store wants text, got 'no': YAML reads that as something else: write \"no\"",
+    ),
     "exponent for a count": ("train: {steps: 1e5}", "train.steps wants a whole number, got '1e5': write 100000"),
     "fraction for a count": ("train: {batch: 2.5}", "train.batch wants a whole number, got '2.5'"),
     "octal": ("train: {batch: 010}", "leading zeros mean octal"),

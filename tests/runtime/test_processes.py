@@ -150,7 +150,7 @@ def test_a_cause_comes_before_a_crash_and_a_crash_before_an_echo(tmp_path):
 
 
 def test_processes_that_leave_no_word_are_no_success_and_no_signal(tmp_path):
-    with pytest.raises(AlphaflowError, match=r"exit codes \{0: 1, 1: 143\}, and none of them left word why"):
+    with pytest.raises(AlphaflowError, match=r"exit codes \{0: 1, 1: 143\}, and none of them said why"):
         launch._report(tmp_path, {0: 1, 1: 143})
     assert launch._report(tmp_path, {0: 143, 1: -15}) == 143
 

@@ -1,4 +1,4 @@
-"""Nothing in a training step makes the host wait for a GPU: the trainer's own, run on a GPU that is not there.
+"""Nothing in the trainer's step makes the host wait for a GPU. It runs on a simulated one (helpers/fake_gpu.py).
 
 One process, float32, a store in the GPU's memory. The backward pass is the library's own; test_cost.py counts its
 operators on the CPU.
@@ -13,7 +13,7 @@ import pytest
 import torch
 from fake_gpu import GPU, TORCH, fake_gpu
 from latent_stores import random_moments, write_store
-from train_helpers import make_recipe
+from train_helpers import MEMBERS, make_recipe
 
 from alphaflow_cli.data.batches import LatentStream, to_device
 from alphaflow_cli.model.build import build_network
@@ -81,6 +81,17 @@ def test_a_step_waits_for_nothing(gpu, store, tmp_path, monkeypatch, alpha, guid
     assert [loss.device for loss in losses] == [GPU, GPU]
     assert all(loss.requires_grad for loss in losses)
     assert gpu.on_device - before > 200
+
+
+@pytest.mark.parametrize(("member", "alpha"), [("soflow", 0.4), ("boundary", 0.4), ("boundary", 0.0)])
+def test_a_step_of_a_member_waits_for_nothing(gpu, store, tmp_path, monkeypatch, member, alpha):
+    run = run_of(make_recipe(tmp_path, *MEMBERS[member]), store)
+    run.alpha_at, losses = lambda step: alpha, []
+    monkeypatch.setattr(torch.Tensor, "backward", lambda loss: losses.append(loss))
+    gpu.found.clear()
+    gradients(run, 3)
+    assert gpu.found == []
+    assert [loss.device for loss in losses] == [GPU, GPU]
 
 
 @pytest.mark.parametrize("policy", ["skip", "replace"])

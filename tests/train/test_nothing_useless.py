@@ -36,7 +36,7 @@ def test_a_refused_checkpoint_to_begin_with_leaves_nothing(store, tmp_path, caps
     pixel_checkpoint(tmp_path / "other.safetensors")
     refused = {
         "tiny.yaml --init-from other.safetensors": "another architecture",
-        "quickstart --init-from nothing.safetensors": "no such checkpoint",  # before its pictures are drawn
+        "quickstart --init-from nothing.safetensors": "no such run or checkpoint",  # before its pictures are drawn
     }
     for words, reason in refused.items():
         data = f"--data {store}" if "tiny" in words else ""

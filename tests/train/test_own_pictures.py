@@ -66,9 +66,9 @@ def write(text):
     return "own.yaml"
 
 
-def refusal(recipe, store):
+def refusal(recipe, store, **more):
     with pytest.raises(AlphaflowError) as fault:
-        check_store(recipe, Path(store))
+        check_store(recipe, Path(store), **more)
     return str(fault.value)
 
 
@@ -111,6 +111,7 @@ def test_what_set_says_holds_and_a_clash_names_the_line_to_change(here):
     assert "data.classes: 3 in the store, 10 in the recipe" in text
     assert "--set data.classes=3" in text
     assert "prep-latents" not in text  # which would not help
+    assert "--data" not in text  # it was given
 
 
 def test_a_file_of_ones_own_holds_in_what_it_says_and_yields_in_the_rest(here):
@@ -134,7 +135,7 @@ def test_a_clash_that_preparing_again_mends_names_that_command_too(here):
 
 
 def test_a_store_in_a_shipped_recipe_is_not_data_until_it_is_given(here):
-    text = refusal(resolved("b2", "data.store=mine", data=None).recipe, "mine")
+    text = refusal(resolved("b2", "data.store=mine", data=None).recipe, "mine", given=False)
     assert "give the store by --data mine" in text
     assert "prep-latents" not in text
 

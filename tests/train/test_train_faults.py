@@ -184,8 +184,8 @@ def test_a_folder_of_another_recipe_is_refused_with_the_differences(store, tmp_p
         start.prepare_run(
             make_recipe(tmp_path, "optim.lr=2e-3", "train.seed=4"), start.TrainOptions(tmp_path / "run", store)
         )
-    assert "optim.lr: 0.001 there, 0.002 asked for" in str(fault.value)
-    assert "train.seed: 0 there, 4 asked for" in str(fault.value)
+    assert "optim.lr: 0.001 there, 0.002 requested" in str(fault.value)
+    assert "train.seed: 0 there, 4 requested" in str(fault.value)
 
 
 def test_a_run_may_go_on_with_another_journal_and_strategy(store, tmp_path):
