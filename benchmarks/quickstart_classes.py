@@ -2,8 +2,9 @@
 
     python benchmarks/quickstart_classes.py runs/quickstart
 
-A small convolutional network is trained on real glyphs that the run never saw, tested on others, and then labels the
-samples. One JSON line; `real` is its share on real glyphs, the ceiling of what a generator can reach by this ruler.
+A small convolutional network is trained on pictures of the run's embedded set that the run never saw, tested on others,
+and then labels the samples. One JSON line; `real` is its share on real pictures, the ceiling of what a generator can
+reach by this ruler. A ruler below CEILING is refused.
 """
 
 import sys
@@ -15,17 +16,19 @@ from record import record
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from alphaflow_cli.data.glyphs import GLYPHS, draw_glyph
+from alphaflow_cli.data.glyphs import GLYPHS
+from alphaflow_cli.data.sources import DRAWERS
 from alphaflow_cli.sample.generator import open_generator
 from alphaflow_cli.sample.walk import draw_labels, plan_walk
 
-FIRST_UNSEEN = 1_000_000  # glyph indices far beyond any quickstart's training set
+FIRST_UNSEEN = 1_000_000  # picture numbers far beyond any quickstart's training set
 TRAIN, TEST, SAMPLES, STEPS, BATCH = 6_000, 2_000, 2_000, 600, 64
+CEILING = 0.99
 
 
-def real_glyphs(first: int, count: int, side: int) -> tuple[Tensor, Tensor]:
+def real_pictures(kind: str, first: int, count: int, side: int) -> tuple[Tensor, Tensor]:
     """uint8 (n, 3, side, side) and labels; made smaller as prep-latents does it."""
-    drawn = (draw_glyph(first + i).resize((side, side), Image.Resampling.LANCZOS) for i in range(count))
+    drawn = (DRAWERS[kind](first + i).resize((side, side), Image.Resampling.LANCZOS) for i in range(count))
     pictures = np.stack([np.asarray(picture) for picture in drawn])
     return torch.from_numpy(pictures).permute(0, 3, 1, 2), torch.arange(first, first + count) % len(GLYPHS)
 
@@ -63,8 +66,10 @@ def main() -> None:
     torch.manual_seed(0)
     generator = open_generator(sys.argv[1])
     side = generator.recipe.data.image_size
-    net = train_classifier(*real_glyphs(FIRST_UNSEEN, TRAIN, side))
-    shares = {"real": share(net, *real_glyphs(2 * FIRST_UNSEEN, TEST, side))}
+    kind = generator.recipe.data.source.partition(":")[0]
+    net = train_classifier(*real_pictures(kind, FIRST_UNSEEN, TRAIN, side))
+    shares = {"real": share(net, *real_pictures(kind, 2 * FIRST_UNSEEN, TEST, side))}
+    assert shares["real"] >= CEILING, shares
     seeds = list(range(SAMPLES))
     labels = draw_labels(seeds, len(GLYPHS), "balanced")
     for nfe in (1, 2):

@@ -39,7 +39,7 @@ OF_CHECKPOINTS = "--nfe, --sampler, --times, --guidance, --draw, --autoencoder a
 EXAMPLES = examples(
     "alphaflow eval runs/quickstart --nfe 1 --nfe 2",
     "alphaflow eval runs/b2 --metrics fid,fdd --reference imagenet.safetensors --processes 8",
-    "alphaflow eval glyphs:300 --metrics fd-tiny --reference glyphs:1000",
+    "alphaflow eval shapes:300 --metrics fd-tiny --reference shapes:1000",
     "alphaflow eval samples.npz --metrics fid,kid,is --reference cifar10.safetensors --json",
 )
 
@@ -95,7 +95,7 @@ def command(
     """Measure a checkpoint or pictures: FID, FDD, FCD, FD-tiny, KID, IS, precision and recall.
 
     CKPT is a file, a run folder, or a Hub id. IMAGES is a folder, a zip, a tar, a .npz with arr_0, hf://datasets/NAME,
-    or glyphs:N; pictures are measured as they are, never resized. Every number is printed with its protocol; running
+    or shapes:N; pictures are measured as they are, never resized. Every number is printed with its protocol; running
     the same command again resumes.
     """
     if (markdown and as_json) or (times is not None and nfe) or (sweep_midpoint and (nfe or times)):

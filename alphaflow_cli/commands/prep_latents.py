@@ -25,24 +25,24 @@ from alphaflow_cli.recipe.schema import Data
 if TYPE_CHECKING:
     from alphaflow_cli.latents.encode import StoreRequest
 
-GLYPH_SIZE = 32  # the embedded set is drawn at this size
+EMBEDDED_SIZE = 32  # the embedded sets are drawn at this size
 
 EPILOG = examples(
     "alphaflow prep-latents imagenet/ --out latents/imagenet",
     "alphaflow prep-latents photos.zip --size 64 --autoencoder none",
-    "alphaflow prep-latents glyphs:4000 --out latents/glyphs",
-    "alphaflow prep-latents --verify latents/glyphs",
+    "alphaflow prep-latents shapes:4000 --out latents/shapes",
+    "alphaflow prep-latents --verify latents/shapes",
 )
 
 
 @click.command("prep-latents", epilog=EPILOG)
 @click.argument("source", shell_complete=complete_path)
 @click.option("--out", type=Destination(is_folder=True), help="The store. [default: latents/SOURCE-SIZE-AUTOENCODER]")
-@click.option("--size", type=WholeWithin(1, 8192), help="Side of the square picture. [default: 256; glyphs: 32]")
+@click.option("--size", type=WholeWithin(1, 8192), help="Side of the square picture. [default: 256; embedded: 32]")
 @click.option(
     "--autoencoder",
     metavar="ID|DIR|FILE|none",
-    help=f"Hub id, folder or weights file; none stores pixels. [default: {Data.autoencoder}; glyphs: none]",
+    help=f"Hub id, folder or weights file; none stores pixels. [default: {Data.autoencoder}; embedded: none]",
 )
 @click.option(
     "--dtype", type=click.Choice(["fp16", "fp32"]), default="fp16", show_default=True, help="Of latents on disk."
@@ -104,8 +104,8 @@ def command(
 ) -> None:
     """Turn pictures into a latent store. Running it again resumes.
 
-    SOURCE is a folder with one folder per class (any depth), a zip or tar of one, hf://datasets/USER/NAME, or glyphs:N
-    (the embedded set). Pictures directly in the folder are one class.
+    SOURCE is a folder with one folder per class (any depth), a zip or tar of one, hf://datasets/USER/NAME, or an
+    embedded set: shapes:N or glyphs:N. Pictures directly in the folder are one class.
     """
     if only_verify:
         from alphaflow_cli.latents.prepare import verify
@@ -113,12 +113,13 @@ def command(
         return print_lines(verify(Path(source)))
     check_source(source)
     begin(f"prep-latents {source}")
+    from alphaflow_cli.data.sources import is_embedded
     from alphaflow_cli.latents.encode import StoreRequest
     from alphaflow_cli.latents.plan import default_out
 
-    glyphs = source.startswith("glyphs:")
-    size = size or (GLYPH_SIZE if glyphs else Data.image_size)
-    autoencoder = autoencoder or ("none" if glyphs else Data.autoencoder)
+    embedded = is_embedded(source)
+    size = size or (EMBEDDED_SIZE if embedded else Data.image_size)
+    autoencoder = autoencoder or ("none" if embedded else Data.autoencoder)
     max_pixels = round(max_megapixels * 1e6)
     request = StoreRequest(source, size, autoencoder, dtype, flips, batch, limit or 0, bad, precision, max_pixels, crop)
     make = estimate if only_estimate else prepare

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from alphaflow_cli.evaluate.reference import Reference
 
 EXAMPLES = examples(
-    "alphaflow reference glyphs:1000 --metrics fd-tiny -o glyphs.safetensors",
+    "alphaflow reference shapes:1000 --metrics fd-tiny -o shapes.safetensors",
     "alphaflow reference imagenet/train --size 256 --metrics fid,fdd -o imagenet256-train.safetensors",
 )
 
@@ -78,7 +78,7 @@ def command(
     """Measure real pictures once, for eval to compare with.
 
     It keeps mean, covariance and some single features. SOURCE is a folder, a zip, a tar, a .npz with arr_0,
-    hf://datasets/NAME, or glyphs:N. Where a source holds splits and --size is given, the training split is taken.
+    hf://datasets/NAME, or shapes:N. Where a source holds splits and --size is given, the training split is taken.
     Without --metrics: every network whose weights are on this machine.
     """
     _check(path, size, crop)

@@ -1,7 +1,11 @@
-"""The embedded picture set: ten glyphs, drawn. Picture i depends on i alone and shows class i % 10.
+"""The two embedded picture sets, drawn by the program. Picture i depends on i alone and shows class i % 10.
 
-A bright glyph on a darker ground of another hue; place, angle, size and colours vary. Drawn at four times the size and
-averaged down. It needs no download, so every command can be tried at once.
+Both show the same ten outlines, and need no download, so every command can be tried at once:
+
+    shapes:N   a strongly coloured shape on a pale ground; it varies a little in place, angle and size, freely in hue
+    glyphs:N   a bright shape on a dark ground; it varies much in place, angle and size, which is harder to learn
+
+Each is drawn several times as large and averaged down.
 """
 
 import colorsys
@@ -13,15 +17,16 @@ from PIL import Image, ImageDraw
 
 from alphaflow_cli.core.draws import mix_seed
 
-SIZE, FINE = 32, 4  # pixels; drawn this much finer
+SIZE, FINE, FINER = 32, 4, 8  # pixels; glyphs and shapes are drawn this much finer
 GLYPHS = ("arrow", "crescent", "cross", "disc", "heart", "hourglass", "ring", "square", "star", "triangle")  # sorted
 Point = tuple[float, float]
 Outline = list[Point]
+Colour = tuple[int, int, int]
 Placement = Callable[[Outline], Outline]
 
 
 def draw_glyph(index: int) -> Image.Image:
-    """Draw picture number `index` of the embedded set, 32 × 32 RGB."""
+    """Draw picture number `index` of glyphs:N, 32 × 32 RGB."""
     rng = random.Random(mix_seed(index))
     hue = rng.random()
     ground = _rgb(hue, rng.uniform(0.3, 0.8), rng.uniform(0.08, 0.38))
@@ -31,13 +36,29 @@ def draw_glyph(index: int) -> Image.Image:
     room = SIZE * FINE / 2 - radius
     centre = (SIZE * FINE / 2 + rng.uniform(-room, room), SIZE * FINE / 2 + rng.uniform(-room, room))
     place = _placed(centre, radius, math.radians(rng.uniform(-30, 30)))
+    return _draw(index, image, place, ink, ground)
+
+
+def draw_shape(index: int) -> Image.Image:
+    """Draw picture number `index` of shapes:N, 32 × 32 RGB."""
+    rng = random.Random(mix_seed(index))
+    hue = rng.random()
+    ground = _rgb(hue, rng.uniform(0.06, 0.3), rng.uniform(0.9, 1.0))
+    ink = _rgb(hue + rng.uniform(0.2, 0.8), rng.uniform(0.6, 0.95), rng.uniform(0.45, 0.85))
+    image = Image.new("RGB", (SIZE * FINER, SIZE * FINER), ground)
+    radius = rng.uniform(10.5, 13.0) * FINER
+    centre = ((SIZE / 2 + rng.uniform(-1.5, 1.5)) * FINER, (SIZE / 2 + rng.uniform(-1.5, 1.5)) * FINER)
+    return _draw(index, image, _placed(centre, radius, math.radians(rng.uniform(-10, 10))), ink, ground)
+
+
+def _draw(index: int, image: Image.Image, place: Placement, ink: Colour, ground: Colour) -> Image.Image:
     pen = ImageDraw.Draw(image)
     for outline, filled in SHAPES[GLYPHS[index % len(GLYPHS)]]():
         pen.polygon(place(outline), fill=ink if filled else ground)
     return image.resize((SIZE, SIZE), Image.Resampling.BOX)
 
 
-def _rgb(hue: float, saturation: float, value: float) -> tuple[int, int, int]:
+def _rgb(hue: float, saturation: float, value: float) -> Colour:
     red, green, blue = colorsys.hsv_to_rgb(hue % 1.0, saturation, value)
     return round(255 * red), round(255 * green), round(255 * blue)
 

@@ -15,7 +15,7 @@ from PIL import Image
 
 from alphaflow_cli.data.archives import open_archive
 from alphaflow_cli.data.classes import SPLITS
-from alphaflow_cli.data.glyphs import GLYPHS, draw_glyph
+from alphaflow_cli.data.glyphs import GLYPHS, draw_glyph, draw_shape
 from alphaflow_cli.data.pictures import Source, is_picture
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.files import read_file
@@ -23,12 +23,13 @@ from alphaflow_cli.text import brief
 
 Identity = tuple[int, int]  # of a folder: its device and inode
 MAX_WAYS = 1000  # see open_folder
+DRAWERS = {"glyphs": draw_glyph, "shapes": draw_shape}  # of the embedded sets, by name
 
 
 def open_source(text: str) -> Source:
-    """List the pictures of a folder, a zip or tar file, hf://datasets/NAME, or glyphs:N; no picture is read."""
-    if text.startswith("glyphs:"):
-        return parse_glyphs(text)
+    """List the pictures of a folder, a zip or tar file, hf://datasets/NAME, or an embedded set; no picture is read."""
+    if is_embedded(text):
+        return parse_embedded(text)
     if text.startswith("hf://"):
         from alphaflow_cli.data.hub_images import open_hub  # the Hub's client, which other sources do not need
 
@@ -43,7 +44,7 @@ def open_source(text: str) -> Source:
         return open_folder(path)
     if is_file:
         return open_archive(path)
-    raise AlphaflowError(f"{brief(text)}: no such folder or archive. Others: hf://datasets/USER/NAME, glyphs:4000")
+    raise AlphaflowError(f"{brief(text)}: no such folder or archive. Others: hf://datasets/USER/NAME, shapes:4000")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,16 +73,14 @@ class Folder(Source):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Glyphs(Source):
-    """The pictures that the program draws itself, to try things out without a data set."""
-
-    kind: str = "glyphs"
+class Embedded(Source):
+    """Pictures that the program draws itself, to try things out without a data set. Its kind is a key of DRAWERS."""
 
     def fetch(self, line: int) -> Image.Image:
-        return draw_glyph(line)
+        return DRAWERS[self.kind](line)
 
     def class_order(self) -> Sequence[str] | None:
-        """The glyphs' own order: class i is glyph i."""
+        """The outlines' own order: class i is outline i."""
         return GLYPHS
 
 
@@ -151,13 +150,18 @@ def _entries(root: Path, below: str) -> "list[os.DirEntry[str]] | None":
         raise
 
 
-def parse_glyphs(text: str) -> Glyphs:
-    """Read `glyphs:N`, the first N pictures of the embedded set; their names (disc/3, heart/4) say the class."""
-    count = text.removeprefix("glyphs:")
+def is_embedded(text: str) -> bool:
+    """Whether a source is written like an embedded set: shapes:4000, glyphs:4000."""
+    return ":" in text and text.partition(":")[0] in DRAWERS
+
+
+def parse_embedded(text: str) -> Embedded:
+    """Read `shapes:N`, the first N pictures of an embedded set; their names (disc/3, heart/4) say the class."""
+    kind, _, count = text.partition(":")
     if not (count.isascii() and count.isdigit() and len(count) < 20 and 0 < int(count) <= 10_000_000):
-        raise AlphaflowError(f"{brief(text)}: should be glyphs:N with N from 1 to 10,000,000")
+        raise AlphaflowError(f"{brief(text)}: should be {kind}:N with N from 1 to 10,000,000")
     names = [f"{GLYPHS[index % len(GLYPHS)]}/{index}" for index in range(int(count))]
-    return Glyphs(name=f"glyphs:{int(count)}", names=names)
+    return Embedded(kind=kind, name=f"{kind}:{int(count)}", names=names)
 
 
 def _is_folder(entry: "os.DirEntry[str]") -> bool:

@@ -67,14 +67,14 @@ class ImageSource:
 
 
 def open_pictures(text: str, *, size: int | None, limit: int | None, crop: Crop = "square") -> ImageSource:
-    """Open what a user may point at: a folder, zip, tar, hf://…, glyphs:N, or a .npz of pictures."""
+    """Open what a user may point at: a folder, zip, tar, hf://…, shapes:N, or a .npz of pictures."""
     if text.endswith(".npz"):
         return PictureArray(Path(text), limit=limit)
     return PictureFiles(open_source(text), size=size, limit=limit, crop=crop)
 
 
 class PictureFiles(ImageSource):
-    """The pictures of a folder, a zip, a tar, a Hub dataset or the embedded set, sorted by name."""
+    """The pictures of a folder, a zip, a tar, a Hub dataset or an embedded set, sorted by name."""
 
     def __init__(self, source: Source, *, size: int | None, limit: int | None, crop: Crop = "square") -> None:
         """`size` None leaves them as they are, and they must be of one size; `crop` says how they become square."""

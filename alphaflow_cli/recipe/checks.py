@@ -130,8 +130,8 @@ def _data(recipe: Recipe) -> Iterator[Fault]:
         yield "data.latent_size", f"data.latent_size {data.latent_size} does not divide {data.image_size} pixels"
     if data.normalise != "scale" and (data.scale, data.shift) != (1.0, 0.0):
         yield "data.scale", f"data.scale and data.shift act with normalise: scale only, not {data.normalise}"
-    if data.source and not re.fullmatch(r"glyphs:[1-9][0-9]*", data.source):
-        yield "data.source", f"data.source {data.source!r} is no embedded set: the form is glyphs:4000"
+    if data.source and not re.fullmatch(r"(glyphs|shapes):[1-9][0-9]*", data.source):
+        yield "data.source", f"data.source {data.source!r} is no embedded set: the form is shapes:4000"
 
 
 def _constants(recipe: Recipe) -> Iterator[Fault]:

@@ -74,7 +74,7 @@ class Data:
     """What the latents are. `train` refuses a store that says otherwise."""
 
     store: str = ""  # folder made by prep-latents; empty: latents/<source or recipe name>. --data overrides it
-    source: str = ""  # an embedded set ("glyphs:4000") that train prepares itself when the store is missing
+    source: str = ""  # an embedded set ("shapes:4000") that train prepares itself when the store is missing
     autoencoder: str = "stabilityai/sd-vae-ft-ema"  # Hub id or folder; "none" trains on pixels
     image_size: int = 256  # pixels, side of the square picture
     channels: int = 4  # of a latent (3 for pixels)

@@ -19,7 +19,8 @@ from alphaflow_cli.recipe.loader import flatten, load_for_data, set_text
 from alphaflow_cli.recipe.schema import Recipe
 
 SHAPE = tuple(f"data.{name}" for name in ("autoencoder", "image_size", "channels", "latent_size", "classes"))
-YIELDING = (*SHAPE, "data.flips", "data.source", "data.normalise", "data.scale", "data.shift", "eval.reference")
+CONTENT = tuple(f"data.{name}" for name in ("flips", "source", "normalise", "scale", "shift"))
+YIELDING = (*SHAPE, *CONTENT, "model.patch", "eval.reference")
 PREPARED = {  # field → the option of prep-latents that decides it in a store; two follow from the others
     "data.autoencoder": "--autoencoder {}",
     "data.image_size": "--size {}",
@@ -113,11 +114,20 @@ def described(plan: StorePlan, before: Recipe) -> dict[str, Any]:
         fields |= {"data.scale": plan.autoencoder.scale, "data.shift": plan.autoencoder.shift}
     elif before.data.normalise == "position" and plan.kind == "pixels":
         fields["data.normalise"] = "channel"  # a pixel that is white in every picture has no deviation of its own
+    if fields["data.latent_size"] % before.model.patch:
+        fields["model.patch"] = fitting_patch(fields["data.latent_size"], before)
     values = flatten(before)
     others = source != before.data.source if embedded or before.data.source else False
     if others or any(fields[field] != values[field] for field in SHAPE):
         fields["eval.reference"] = ""  # of other pictures
     return fields
+
+
+def fitting_patch(side: int, recipe: Recipe) -> int:
+    """The patch that divides a side into tokens whose number comes nearest to the recipe's own."""
+    tokens = recipe.data.latent_size / recipe.model.patch
+    divisors = (patch for patch in range(1, side + 1) if side % patch == 0)
+    return min(divisors, key=lambda patch: abs(side / patch - tokens))
 
 
 def facts_of(plan: StorePlan) -> dict[str, Any]:

@@ -185,7 +185,7 @@ def test_a_truncated_archive_is_named(tmp_path, form):
 
 
 def test_what_is_not_there_lists_what_could_be():
-    with pytest.raises(AlphaflowError, match="glyphs:4000"):
+    with pytest.raises(AlphaflowError, match="shapes:4000"):
         open_source("nowhere/at/all")
 
 

@@ -3,6 +3,7 @@
     old/model.safetensors   a finished checkpoint at step 60 (16 channels, one block, glyphs:40)
     old/seed-….png          four of its pictures, as the first version sampled them
     old/run.tar.gz          the same run at step 9, ended by SIGTERM: recipe, latents, checkpoint and state
+    old/quickstart.yaml     the first quickstart, on glyphs:4000; runs of it carry it, and its numbers are compared with
 
 When a change of the recipe or the checkpoint's form makes a test here fail, add a migration (recipe/migrations.py,
 OLDER in model/checkpoint.py). Never make these files anew, and never remove them.
@@ -19,6 +20,7 @@ from safetensors.torch import load_file
 
 from alphaflow_cli.cli import run
 from alphaflow_cli.model.checkpoint import load_checkpoint, save_checkpoint
+from alphaflow_cli.recipe import load_recipe
 
 OLD = Path(__file__).parent / "old"
 MODEL = OLD / "model.safetensors"
@@ -95,3 +97,9 @@ def test_an_old_run_refuses_another_recipe_and_names_only_what_differs(old_run, 
     assert run(["train", str(old_run / "recipe.yaml"), *other]) == 1
     differences = [line for line in capsys.readouterr().err.splitlines() if line.startswith("  ")]
     assert differences == ["  optim.lr: 0.005 there, 0.1 requested"]
+
+
+def test_the_first_quickstart_is_still_a_recipe():
+    recipe = load_recipe(str(OLD / "quickstart.yaml"))
+    assert (recipe.name, recipe.data.source, recipe.data.image_size) == ("quickstart", "glyphs:4000", 16)
+    assert (recipe.train.steps, recipe.train.batch, recipe.guidance.kappa) == (2_600, 32, 0.75)

@@ -71,7 +71,7 @@ BROKEN = {
     "pixels of latent size": ("data: {autoencoder: none, channels: 3}", "data.latent_size must be 256"),
     "pixels with 4 channels": ("data: {autoencoder: none, latent_size: 256}", "data.channels must be 3, got 4"),
     "scale without its rule": ("data: {scale: 0.18215}", "act with normalise: scale only"),
-    "embedded set": ("data: {source: cats}", "'cats' is no embedded set: the form is glyphs:4000"),
+    "embedded set": ("data: {source: cats}", "'cats' is no embedded set: the form is shapes:4000"),
     "shortcut at alpha 1": ("loss: {velocity: network}", "needs alpha strictly between 0 and 1, it reaches 1"),
     "shortcut at alpha 0": ("alpha: 0\nloss: {velocity: network}", "strictly between 0 and 1, it reaches 0"),
     "gap with alpha 0": ("alpha: 0\ntimes: {gap: 1e-4}", "keeps s away from t, but alpha reaches 0"),

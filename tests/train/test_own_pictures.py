@@ -160,6 +160,13 @@ def test_a_patch_that_does_not_fit_names_one_that_does(here):
         resolved("quickstart", "model.patch=3")
 
 
+def test_a_patch_that_does_not_fit_yields_to_one_with_as_many_tokens(here):
+    run = resolved("quickstart")  # 24 px in patches of 6: 4 × 4 tokens; the store has 20 px
+    assert run.recipe.model.patch == 5
+    assert "model.patch: 5" in run.notes[0]
+    assert resolved("b2").recipe.model.patch == 2  # which divides 20
+
+
 def test_data_of_the_recipes_own_kind_change_nothing_that_was_not_said(here):
     run = resolved(write(dump_recipe(resolved("b2", data="latents").recipe)), data="latents")
     assert run.notes == ()
