@@ -44,7 +44,7 @@ class DeviceOptimiser(Optimiser):
     def set_numbers(self, step: int) -> None:
         """Write the numbers of a step; no copy waits."""
         ema = self.recipe.ema
-        moves = [1.0 - ema_beta(step, half_life=life, ramp=ema.ramp) for life in ema.half_lives]
+        moves = [1.0 - ema_beta(step, half_life=life, ramp=ema.ramp, every=ema.every) for life in ema.half_lives]
         self.rate.copy_(to_device(torch.tensor(self.rate_at(step), dtype=self.rate.dtype), self.rate.device))
         self.moves.copy_(to_device(torch.tensor(moves, dtype=self.moves.dtype), self.moves.device))
 
