@@ -223,7 +223,7 @@ def test_train_begins_with_other_weights_and_estimates(device, trained, tmp_path
 
 def test_analyze_measures_every_checkpoint_and_another_store(device, trained):
     assert run(["analyze", str(trained), "--all-checkpoints", "--batches", "1", "--batch", "8"]) == 0
-    assert run(["prep-latents", "glyphs:60", "--size", "16", "--out", "other"]) == 0
+    assert run(["prep-latents", "glyphs:60", "--size", "24", "--out", "other"]) == 0
     assert run(["analyze", str(trained), "--data", "other", "--batches", "1", "--batch", "8", "--out", "o"]) == 0
 
 
@@ -258,7 +258,7 @@ class Small(Extractor):
 def measured(trained, capsys, *, weights=()):
     """Name → value of every metric, of the run against 100 glyphs."""
     metrics = "fid,kid,is,pr,fd-tiny"
-    line = ["reference", "glyphs:100", "--size", "16", "--metrics", "fid,fd-tiny", "-o", "r.safetensors"]
+    line = ["reference", "glyphs:100", "--size", "24", "--metrics", "fid,fd-tiny", "-o", "r.safetensors"]
     assert run([*line, *weights]) == 0
     capsys.readouterr()
     line = ["eval", str(trained), "--nfe", "1", "--reference", "r.safetensors", "--metrics", metrics, *weights]

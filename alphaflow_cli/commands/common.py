@@ -16,7 +16,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from alphaflow_cli.errors import OF_A_PATH, AlphaflowError
-from alphaflow_cli.files import check_new, is_there, write_whole
+from alphaflow_cli.files import check_new, write_whole
 from alphaflow_cli.recipe.schema import MOST_NFE
 from alphaflow_cli.text import brief, for_terminal
 
@@ -180,8 +180,15 @@ def checkpoint_argument(name: str, metavar: str) -> Callable[[Command], Command]
 
 def check_source(text: str) -> None:
     """Refuse a source of pictures that is a path and leads nowhere, before anything is loaded."""
-    if ":" not in text and not is_there(Path(text).expanduser()):
-        raise AlphaflowError(f"{brief(text)}: no such folder or archive. Others: hf://datasets/USER/NAME, glyphs:4000")
+    try:
+        if ":" not in text:
+            Path(text).expanduser().stat()
+    except (FileNotFoundError, NotADirectoryError):
+        raise AlphaflowError(
+            f"{brief(text)}: no such folder or archive. Others: hf://datasets/USER/NAME, shapes:4000"
+        ) from None
+    except (OSError, ValueError, RuntimeError):  # opening it says why
+        pass
 
 
 def check_checkpoint(address: str) -> None:
@@ -197,7 +204,7 @@ def begin(what: str) -> None:
     from alphaflow_cli.runtime.progress import say
 
     if os.environ.get("RANK", "0") == "0" and not has_parent():
-        say(what)
+        say(brief(what))
 
 
 def share(

@@ -81,7 +81,7 @@ def test_the_line_on_the_command_line_is_one_and_the_exit_code_1(tmp_path, capsy
     saved(tmp_path / "x.pt", {"net": shell()})
     assert run(["convert", "x.pt", "-o", "out.safetensors"]) == 1
     err = capsys.readouterr().err
-    assert len(err.strip().splitlines()) == 1
+    assert len(err.strip().splitlines()) == 2  # the first says what begins
     assert "system" in err
     assert "nothing in it was executed" in err
 

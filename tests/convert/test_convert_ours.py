@@ -194,7 +194,7 @@ def test_what_has_no_published_form_is_refused_in_one_line(ours, tmp_path, capsy
         tmp_path / "odd.safetensors", replace(checkpoint, recipe=recipe, weights=weights, mean=0 * one, std=one)
     )
     assert run(["convert", str(tmp_path / "odd.safetensors"), "--to", "alphaflow", "-o", str(tmp_path / "b.pt")]) == 1
-    (line,) = capsys.readouterr().err.splitlines()
+    _, line = capsys.readouterr().err.splitlines()  # the first says what begins
     assert message in line
 
 

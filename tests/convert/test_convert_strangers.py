@@ -69,7 +69,7 @@ def test_a_folder_is_named_for_what_it_is(tmp_path, capsys, what):
     for name in names:
         (tmp_path / "theirs" / name).write_bytes(b"x")
     assert run(["convert", str(tmp_path / "theirs"), "-o", str(tmp_path / "o.safetensors")]) == 1
-    (line,) = capsys.readouterr().err.splitlines()
+    _, line = capsys.readouterr().err.splitlines()  # the first says what begins
     assert message in line
 
 

@@ -139,7 +139,7 @@ def test_a_zip_in_a_data_set_is_downloaded_once_and_read(hub):
 
 
 def test_several_archives_need_a_split(hub):
-    with pytest.raises(AlphaflowError, match=r"holds 2 archives .* choose one by :SPLIT"):
+    with pytest.raises(AlphaflowError, match=r"holds 2 archives .* choose one with :SPLIT"):
         open_source("hf://datasets/user/two")
     assert list(open_source("hf://datasets/user/two:train").names) == ["a/0.png"]
 

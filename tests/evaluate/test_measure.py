@@ -151,7 +151,7 @@ def test_a_cut_chunk_is_measured_again_and_said(tmp_path: Path, capsys: pytest.C
     again = finished(tmp_path, images, {"tiny": Tiny()}, chunk=20)
     assert isinstance(again.source, Held)
     assert again.source.asked == [(20, 40)]
-    assert "not whole: measured again" in capsys.readouterr().err
+    assert "is not complete, so it is measured again" in capsys.readouterr().err
     assert torch.equal(moments_of(again), before)
 
 

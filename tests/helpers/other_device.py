@@ -16,6 +16,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+with torch.device("cpu"):
+    torch.empty(0)  # torch lists once what makes tensors: before anything of it is replaced here
+
 GPU = torch.device("cuda", 0)
 BYTES = 8 * 2**30  # of its memory
 COPIES = ("_to_copy", "copy_", "_foreach_copy_", "set_")

@@ -127,7 +127,7 @@ def test_results_of_other_weights_are_refused(finished, tmp_path):
 def test_results_that_do_not_say_whose_they_are_are_refused(finished, tmp_path):
     results = results_of("")
     (finished / "results.json").write_text(json.dumps(results))
-    with pytest.raises(AlphaflowError, match="not said which"):
+    with pytest.raises(AlphaflowError, match=r"was measured on other weights \(unknown\) than model.safetensors holds"):
         staged(finished, tmp_path)
 
 

@@ -121,7 +121,7 @@ def test_two_processes_write_what_one_writes(model, whole, tmp_path, form):
     started = fork(lambda: sample(model, *line, "--out", out), tmp_path / "two", 2)
     assert started.wait() == [0, 0], started.said()
     assert content(out) == whole[form]
-    assert started.said().count(f"sample {COUNT}/{COUNT} img") == 1, "the first process shows the progress of all"
+    assert started.said().count(f"sampling {COUNT}/{COUNT} img") == 1, "the first process shows the progress of all"
     two = grid.read_bytes(), latents.read_bytes()
     assert sample(model, *line) == 0
     assert two == (grid.read_bytes(), latents.read_bytes())
