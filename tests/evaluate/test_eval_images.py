@@ -229,5 +229,5 @@ def test_two_processes_make_the_reference_that_one_makes() -> None:
 def test_the_example_on_the_embedded_pictures_runs(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert alphaflow(f"{verb} --help") == 0
     lines = capsys.readouterr().out.partition("Examples:")[2].split("alphaflow ")
-    assert alphaflow(next(line for line in lines if "glyphs:" in line)) == 0
+    assert alphaflow(next(line for line in lines if "shapes:" in line)) == 0
     assert Path(capsys.readouterr().out.splitlines()[-1]).is_file()

@@ -33,7 +33,8 @@ NEAR = 0.01  # Euclidean distance of all weights; between step 9 and step 60 it 
 @pytest.fixture
 def old_run(tmp_path):
     with tarfile.open(OLD / "run.tar.gz") as archive:
-        archive.extractall(tmp_path, filter="data")
+        known = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}  # Python has it from 3.10.12, 3.11.4 on
+        archive.extractall(tmp_path, **known)
     return tmp_path / "run"
 
 
