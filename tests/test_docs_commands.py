@@ -41,6 +41,7 @@ ELSEWHERE = {
     "srun": "cluster",
     "alphaflow train b2 --data": "GPU",
     "alphaflow train b2-cfg --data": "GPU",
+    "alphaflow train cifar10 --data": "GPU",
     "alphaflow sample runs/b2 --seeds 0-49999": "GPU",
     "alphaflow train b2 --set train.conflict_every": "GPU",
     "alphaflow train xl2-cfg": "GPU",
