@@ -94,10 +94,10 @@ def command(
     from alphaflow_cli.train.store import resolve_run
 
     resolved = resolve_run(recipe, sets, data=data, out=out)
+    check_inputs(data, init_from)
     if dry_run or estimate:
         show_plan(resolved, processes, micro_batch, device, measured=estimate, as_json=as_json)
         return
-    check_inputs(data, init_from)
     begin(f"train {resolved.recipe.name} in {resolved.folder}")
     from alphaflow_cli.runtime.processes import run_shared
     from alphaflow_cli.train.start import TrainOptions, count_processes
@@ -164,8 +164,11 @@ def show_plan(
     """Print what the run would be: by arithmetic for --dry-run, by timed steps too for --estimate."""
     from alphaflow_cli.train.estimate import describe_run, estimate_training
     from alphaflow_cli.train.start import doubts
+    from alphaflow_cli.train.store import check_store
 
     recipe = resolved.recipe
+    if recipe.data.store and (Path(recipe.data.store) / "manifest.json").is_file():
+        check_store(recipe, Path(recipe.data.store))
     document, lines = describe_run(recipe, resolved.folder, processes=processes or 1, micro_batch=micro_batch or None)
     more = [text for text in doubts(recipe, device=device) if text not in document["warnings"]]
     document["warnings"] += more

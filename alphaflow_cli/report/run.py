@@ -114,7 +114,7 @@ def page_of(run: Path) -> RunPage:
         changes=[(name, set_text(there), set_text(here)) for name, there, here in changes],
         recipe=text,
         environment=environment_of(origin, digest, rows),
-        commands=commands_of(recipe, run, origin),
+        commands=commands_of(recipe, run, origin, images=measured_images(run / "results.json")),
     )
 
 
@@ -207,9 +207,10 @@ def environment_of(origin: dict[str, Any], digest: str, rows: Sequence[dict[str,
     return entries + ([("device memory", f"{max(memory):.4g} GB")] if memory else [])
 
 
-def commands_of(recipe: Recipe, run: Path, origin: dict[str, Any]) -> list[str]:
+def commands_of(recipe: Recipe, run: Path, origin: dict[str, Any], *, images: int = 0) -> list[str]:
     """The commands that make the run again, from the pictures to the scores and this page."""
-    folder, data = quote(f"runs/{recipe.name or run.name}"), recipe.data
+    folder, data = quote(f"runs/{run.resolve().name or recipe.name}"), recipe.data
+    count = f" --images {images}" if images not in (0, recipe.eval.images) else ""
     made_by = (origin.get("versions") or {}).get("alphaflow")
     head = [f"# alphaflow {for_terminal(made_by)}: pip install alphaflow-cli"] if made_by else []
     train, before = _train_command(recipe, folder)
@@ -225,7 +226,7 @@ def commands_of(recipe: Recipe, run: Path, origin: dict[str, Any]) -> list[str]:
         *prepare,
         train,
         f"alphaflow sample {folder} --grid grid.png",
-        f"alphaflow eval {folder} --reference {quote(recipe.eval.reference or 'SOURCE')}",
+        f"alphaflow eval {folder} --reference {quote(recipe.eval.reference or 'SOURCE')}{count}",
         f"alphaflow analyze {folder} --batches 100" + (" --data DIR" if prepare and not data.store else ""),
         f"alphaflow report {folder}",
     ]
@@ -266,6 +267,13 @@ def analysis_of(run: Path) -> tuple[list[Chart], Cells]:
             percentiles = ["none" if values[p] is None else f"{values[p]:+.3f}" for p in ("p5", "p50", "p95")]
             table.append((f"step {summary['step']}, {PAIR_NAMES[pair]}", *percentiles))
     return charts, table
+
+
+def measured_images(path: Path) -> int:
+    """How many pictures the largest evaluation has measured; 0 where there is none."""
+    if not path.is_file():
+        return 0
+    return max((row["count"] for each in read_results(path)["evaluations"] for row in each["rows"]), default=0)
 
 
 def scores_of(path: Path, model: str) -> Cells:

@@ -45,7 +45,7 @@ def resolve_run(name: str, sets: Sequence[str], *, data: Path | None, out: Path 
     A shipped recipe on data of another shape is a run of its own, named after both.
     """
     if data is not None:
-        check_is_store(data)
+        check_is_store(data, name)
     if data is None or not is_there(data / "manifest.json"):
         recipe = load_recipe(name, sets)
         folder = out or Path("runs") / recipe.name
@@ -60,13 +60,14 @@ def resolve_run(name: str, sets: Sequence[str], *, data: Path | None, out: Path 
     return Resolved(with_store(recipe, data), folder, notes)
 
 
-def check_is_store(data: Path) -> None:
+def check_is_store(data: Path, name: str) -> None:
     """Refuse pictures where their latents are due, with the command that makes them; other faults show up later."""
     if is_there(data) and not any(is_there(data / f"{name}.json") for name in ("manifest", "plan")):
-        made = quote(f"latents/{data.stem}")
+        made, wanted = quote(f"latents/{data.stem}"), load_recipe(name).data
+        pixels = f" --size {wanted.image_size} --autoencoder none" if wanted.autoencoder == "none" else ""
         raise AlphaflowError(
             f"{data}: no latent store. If these are pictures, make one of them: "
-            f"alphaflow prep-latents {quote(str(data))} --out {made}, then train with --data {made}"
+            f"alphaflow prep-latents {quote(str(data))}{pixels} --out {made}, then train with --data {made}"
         )
 
 

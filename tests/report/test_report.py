@@ -100,10 +100,10 @@ def test_a_run_on_data_of_ones_own_is_made_again_by_data_alone(tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     moments_store(tmp_path / "mine")
     recipe = resolve_run("quickstart", (), data=Path("mine"), out=None).recipe
-    commands = commands_of(recipe, tmp_path / "run", {})
-    assert "alphaflow train quickstart --data mine --out runs/quickstart" in commands
+    commands = commands_of(recipe, tmp_path / "run", {}, images=300)
+    assert "alphaflow train quickstart --data mine --out runs/run" in commands
     assert any(line.startswith("alphaflow prep-latents SOURCE --size 32 ") for line in commands)
-    assert "alphaflow eval runs/quickstart --reference SOURCE" in commands
+    assert "alphaflow eval runs/run --reference SOURCE --images 300" in commands
 
 
 def test_scores_stand_in_the_order_of_nfe(page):
