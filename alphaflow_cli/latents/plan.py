@@ -36,6 +36,7 @@ from alphaflow_cli.runtime.processes import Processes
 SHARD_PICTURES, SHARD_BYTES = 8192, 512_000_000  # of one shard at most: it is held in memory until it is written
 SHARDS_WANTED, SHARD_LEAST = 16, 256  # small sets are cut, too, so that several processes have something to share
 SAMPLE = 16  # pictures that a lower precision is tried on
+UNNAMED = ("kl", "tiny", "dc")  # kinds of autoencoder that older stores do not name
 STORED_DTYPES = {"fp16": "float16", "fp32": "float32"}
 
 
@@ -143,6 +144,10 @@ def _encoder(
     model = load_autoencoder(request.autoencoder, device=device)
     if request.size % model.downscale:
         raise AlphaflowError(f"--size {request.size}: {model.id} needs a multiple of {model.downscale}")
+    if model.side not in (None, request.size):
+        raise AlphaflowError(
+            f"--size {request.size}: {model.id} makes pictures of {model.side} px only. Give --size {model.side}"
+        )
     side = request.size // model.downscale
     chosen, error = _precision(request, listing, model, before, device)
     record = AutoencoderRecord(
@@ -154,6 +159,9 @@ def _encoder(
         shift=model.shift,
         precision=chosen,
         precision_error=error,
+        kind=None if model.kind in UNNAMED else model.kind,
+        channel_mean=model.statistics[0] if model.statistics else None,
+        channel_std=model.statistics[1] if model.statistics else None,
     )
     return Encoder(record, (model.channels, side, side), "moments" if model.has_posterior else "mean")
 

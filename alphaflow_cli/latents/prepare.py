@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from alphaflow_cli.data.manifest import plan_to_dict, read_manifest
+from alphaflow_cli.data.manifest import BEWARE, plan_to_dict, read_manifest
 from alphaflow_cli.data.store import verify_store
 from alphaflow_cli.data.writing import finish_store, is_done
 from alphaflow_cli.errors import AlphaflowError
@@ -99,6 +99,8 @@ def _begin(job: Job, shown: bool) -> None:
     if shown:
         say(", ".join([f"{listing.source.name}: {job.images} pictures", *listing.source.notes]))
         say(listing.classes.summary())
+        if beware := BEWARE.get(job.plan.autoencoder.kind or ""):
+            say(f"beware: {beware}")
 
 
 def _work_shown(job: Job, processes: Processes, shown: bool) -> None:

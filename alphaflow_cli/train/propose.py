@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from alphaflow_cli.data.manifest import Manifest, StorePlan, read_manifest
+from alphaflow_cli.data.manifest import BEWARE, Manifest, StorePlan, read_manifest
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.files import is_there
 from alphaflow_cli.recipe import load_recipe, recipe_from_text
@@ -136,7 +136,12 @@ def _of_store(store: Path, plan: StorePlan, count: int, like: Recipe) -> Choices
     per_side = side // patch
     choices["model.patch"] = (patch, f"{per_side}×{per_side} = {per_side**2} tokens; {_tokens(like)} in {like.name}")
     normalise = fields.get("data.normalise", like.data.normalise)
-    if normalise == "position" and count < STATED_FROM:
+    record = plan.autoencoder
+    if record.channel_mean and record.channel_std:
+        normalise, why = "channel", "by the mean and std per channel that the autoencoder states"
+        stated: Choices = {"data.channel_mean": (record.channel_mean, ""), "data.channel_std": (record.channel_std, "")}
+        choices |= {"data.normalise": (normalise, why), "data.scale": (1.0, ""), "data.shift": (0.0, ""), **stated}
+    elif normalise == "position" and count < STATED_FROM:
         why = f"per position wants {STATED_FROM:,} pictures, here are {count:,}"
         choices["data.normalise"] = ("channel", why)
     if normalise != "scale" and like.data.normalise == "scale":
@@ -280,6 +285,8 @@ def _notes(request: RecipeRequest, plan: StorePlan, count: int, recipe: Recipe) 
         notes.append(
             f"pixels of {plan.image_size} px: an autoencoder makes better pictures (prep-latents without none)"
         )
+    if beware := BEWARE.get(plan.autoencoder.kind or ""):
+        notes.append(beware)
     if request.hours is not None and request.memory is not None and not request.has_gpu:
         notes.append("the hours are those of an H100; on the machine that trains, add --estimate to the train command")
     return notes
