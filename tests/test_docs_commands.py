@@ -49,6 +49,7 @@ ELSEWHERE = {
     "alphaflow eval samples/ --reference imagenet256": "another system's file: the weights of Inception and DINOv2",
     "alphaflow eval alphaflow-": "GPU, and another system's file: the weights of Inception and DINOv2",
     "alphaflow eval admnet": "another system's file",
+    "alphaflow import-latents vae-sd/": "another system's latents; test_import_latents.py writes and reads each form",
     "alphaflow convert SiT": "another system's file",
     "alphaflow convert SoFlow": "another system's file",
     "alphaflow sample soflow-b2": "another system's file",

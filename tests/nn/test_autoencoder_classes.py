@@ -8,11 +8,11 @@ from importlib.util import find_spec
 import pytest
 import tiny_autoencoders as tiny
 import torch
-from test_autoencoder import load
 
 from alphaflow_cli.cli import run as cli
 from alphaflow_cli.data.manifest import read_manifest
 from alphaflow_cli.errors import AlphaflowError
+from alphaflow_cli.nn.autoencoder import load_autoencoder
 from alphaflow_cli.nn.autoencoder_classes import CLASSES
 from alphaflow_cli.recipe import load_recipe
 
@@ -51,6 +51,10 @@ def made(tmp_path_factory):
 @pytest.fixture
 def pixels():
     return torch.rand((3, 3, 64, 64), generator=torch.Generator().manual_seed(1)) * 2 - 1
+
+
+def load(folder, **options):
+    return load_autoencoder(str(folder), device=torch.device("cpu"), **options)
 
 
 def test_every_class_has_a_tiny_one():
