@@ -190,9 +190,13 @@ class Manifest:
 
 def plan_to_dict(plan: StorePlan) -> dict[str, Any]:
     """The content of plan.json."""
-    content = {"format": FORMAT, "version": VERSION, **asdict(plan), "latent": list(plan.latent)}
-    record = {key: value for key, value in content["autoencoder"].items() if value is not None or key not in STATED}
-    return {**content, "autoencoder": record}
+    record = record_to_dict(plan.autoencoder)
+    return {"format": FORMAT, "version": VERSION, **asdict(plan), "latent": list(plan.latent), "autoencoder": record}
+
+
+def record_to_dict(record: AutoencoderRecord) -> dict[str, Any]:
+    """What is recorded of an autoencoder; what it does not state is left out, as in older stores."""
+    return {key: value for key, value in asdict(record).items() if value is not None or key not in STATED}
 
 
 def read_plan(path: Path) -> StorePlan:

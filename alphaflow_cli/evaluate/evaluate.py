@@ -29,7 +29,7 @@ from alphaflow_cli.evaluate.measure import (
     run_pass,
 )
 from alphaflow_cli.evaluate.networks import build_extractor
-from alphaflow_cli.evaluate.pictures import GeneratedImages, ImageSource, open_pictures
+from alphaflow_cli.evaluate.pictures import GeneratedImages, ImageSource, crop_of, open_pictures
 from alphaflow_cli.evaluate.reference import (
     KEPT_FEATURES,
     Reference,
@@ -158,6 +158,7 @@ def evaluate(
     """Measure pictures: rows and warnings on the first process, None on the others."""
     check_count(source)
     check_reference(metrics, reference, ruler.extractors, source.size)
+    check_crop(reference, source)
     clock = Clock()
     work, moments = ruler.measure(source, clock, source.task)
     if ruler.processes.rank:
@@ -201,14 +202,25 @@ def make_reference(
     return reference, _warnings(reference.facts["copies"], source, ())
 
 
-def find_reference(text: str, size: tuple[int, int], ruler: Ruler) -> Reference:
+def check_crop(reference: Reference | None, source: ImageSource) -> None:
+    """Refuse real pictures that were cropped by another rule than those that the model has learnt from."""
+    there = crop_of(str(reference.facts["prepared"])) if reference else None
+    if reference and there and source.crop and there != source.crop:
+        raise AlphaflowError(
+            f"{reference.facts['name']}: its pictures became square by --crop {there}, those that the model has learnt "
+            f"from by --crop {source.crop}. Build one: alphaflow reference SOURCE --size {source.size[0]} "
+            f"--crop {source.crop} -o FILE"
+        )
+
+
+def find_reference(text: str, size: tuple[int, int], ruler: Ruler, crop: Crop | None = None) -> Reference:
     """Read a file of statistics, or measure the source of pictures once and keep what was measured beside the work."""
     path = Path(text)
     if path.suffix in (".safetensors", ".pkl", ".pickle", ".pt") or (path.suffix == ".npz" and holds_statistics(path)):
         return load_reference(path)
     if size[0] != size[1]:
         raise AlphaflowError(f"{text}: pictures of {size[0]}×{size[1]} px are not square; build the reference by hand")
-    source = open_pictures(text, size=size[0], limit=None)
+    source = open_pictures(text, size=size[0], limit=None, crop=crop or "square")
     kept = ruler.folder / f"reference-{ruler.start(source).folder.name}.safetensors"
     if not kept.is_file():
         make_reference(source, ruler, kept, name="")
@@ -287,7 +299,7 @@ def evaluate_all(
         say(f"warning: {line}")
     metrics = tuple(metric for metric in metrics if NETWORK[metric] in extractors)
     ruler = Ruler(extractors, processes, folder, request.batch)
-    compared = find_reference(reference, sources[0].size, ruler) if reference else None
+    compared = find_reference(reference, sources[0].size, ruler, sources[0].crop) if reference else None
     real, images = (compared.facts.get("count") if compared else None), sources[0].count
     if real and real < images and not processes.rank:
         say(f"beware: {images:,} pictures are compared with {real:,} real ones, which decide the error: take more")

@@ -29,12 +29,13 @@ from alphaflow_cli.data.writing import finish_store, is_done, write_shard
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.files import is_there, to_json, write_pieces
 from alphaflow_cli.latents.encode import writing_to
-from alphaflow_cli.latents.foreign import ForeignLatents, RawRows, Second, described_count, open_foreign
+from alphaflow_cli.latents.foreign import ForeignLatents, Second, described_count, open_foreign
 from alphaflow_cli.latents.plan import STORED_DTYPES, UNNAMED, shard_size
 from alphaflow_cli.latents.prepare import check_room
 from alphaflow_cli.nn.autoencoder import load_autoencoder, public_id
 from alphaflow_cli.runtime.lock import hold
 from alphaflow_cli.runtime.progress import Progress, say, size
+from alphaflow_cli.tensors import Array
 from alphaflow_cli.text import brief, counted
 
 
@@ -178,10 +179,10 @@ def _write(out: Path, plan: StorePlan, shard: int, foreign: ForeignLatents, span
     write_shard(out, plan, shard, content, [])
 
 
-def _stored(values: RawRows | np.ndarray, plan: StorePlan, foreign: ForeignLatents, span: range) -> np.ndarray:
-    """RawRows in the precision of the store; what is not finite there, and a std below 0, are refused with their row."""
+def _stored(values: Array, plan: StorePlan, foreign: ForeignLatents, span: range) -> Array:
+    """Rows in the precision of the store; what is not finite there, and a std below 0, are refused with their row."""
     with np.errstate(over="ignore"):
-        rows = np.asarray(values).astype(plan.dtype)
+        rows = values.astype(plan.dtype)
     bad = ~np.isfinite(rows).reshape(len(rows), -1).all(1)
     if bad.any():
         name = foreign.names[span.start + int(np.argmax(bad))]

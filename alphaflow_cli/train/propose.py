@@ -132,6 +132,7 @@ def _of_store(store: Path, plan: StorePlan, count: int, like: Recipe) -> Choices
     }
     choices = {key: (value, reasons.get(key, "")) for key, value in fields.items()}
     choices["data.store"] = (str(store), "--data gives another one")
+    choices["data.crop"] = (plan.crop, "of the store; references are made with the same --crop")
     patch = fields.get("model.patch", like.model.patch)
     per_side = side // patch
     choices["model.patch"] = (patch, f"{per_side}×{per_side} = {per_side**2} tokens; {_tokens(like)} in {like.name}")

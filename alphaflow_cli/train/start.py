@@ -41,6 +41,7 @@ from alphaflow_cli.train.store import check_store, recipe_of_run, store_of
 
 ADJUSTABLE = {  # what a run may change when it goes on: none of it changes what is learnt, beyond rounding
     "data.store",
+    "data.crop",  # it is compared with the store and read by nothing else
     *(f"train.{name}" for name in ("strategy", "compile", "gradient_checkpointing", "tf32", "trackers", "keep")),
     *(f"train.{name}_every" for name in ("save", "milestone", "log", "sample")),
 }

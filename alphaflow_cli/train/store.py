@@ -20,13 +20,14 @@ from alphaflow_cli.recipe.schema import Recipe
 
 SHAPE = tuple(f"data.{name}" for name in ("autoencoder", "image_size", "channels", "latent_size", "classes"))
 CONTENT = tuple(f"data.{name}" for name in ("flips", "source", "normalise", "scale", "shift"))
-YIELDING = (*SHAPE, *CONTENT, "model.patch", "eval.reference")
+YIELDING = (*SHAPE, *CONTENT, "data.crop", "model.patch", "eval.reference")
 PREPARED = {  # field → the option of prep-latents that decides it in a store; two follow from the others
     "data.autoencoder": "--autoencoder {}",
     "data.image_size": "--size {}",
     "data.channels": "",
     "data.latent_size": "",
     "data.flips": "--flips",
+    "data.crop": "--crop {}",
 }
 
 
@@ -118,6 +119,8 @@ def described(plan: StorePlan, before: Recipe) -> dict[str, Any]:
     if fields["data.latent_size"] % before.model.patch:
         fields["model.patch"] = fitting_patch(fields["data.latent_size"], before)
     values = flatten(before)
+    if before.data.crop is None:  # either will do, and so it stays
+        del fields["data.crop"]
     others = source != before.data.source if embedded or before.data.source else False
     if others or any(fields[field] != values[field] for field in SHAPE):
         fields["eval.reference"] = ""  # of other pictures
@@ -135,7 +138,7 @@ def facts_of(plan: StorePlan) -> dict[str, Any]:
     """What a store is, under the names that a recipe has for it."""
     channels, side, _ = plan.latent
     values = (plan.autoencoder.id, plan.image_size, channels, side, plan.classes)
-    return {**dict(zip(SHAPE, values, strict=True)), "data.flips": plan.flips}
+    return {**dict(zip(SHAPE, values, strict=True)), "data.flips": plan.flips, "data.crop": plan.crop}
 
 
 def store_of(recipe: Recipe, *, data: Path | None, out: Path) -> Path:
@@ -190,6 +193,8 @@ def disagreements(plan: StorePlan, recipe: Recipe) -> list[tuple[str, Any, Any]]
         free.add("data.classes")  # it trains without labels: any labels will do
     if not recipe.data.flips:
         free.add("data.flips")  # a store with mirror images serves a recipe without
+    if recipe.data.crop is None:
+        free.add("data.crop")
     facts = facts_of(plan)
     return [
         (field, facts[field], wanted[field])
