@@ -6,7 +6,7 @@ called by every process that shares the work; the first one returns the result.
 """
 
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -44,8 +44,9 @@ from alphaflow_cli.files import make_folder, sha256_of, write_whole
 from alphaflow_cli.model.find import run_folder
 from alphaflow_cli.nn.weights import FILES, MissingWeights, missing_weights
 from alphaflow_cli.recipe.schema import Eval, LabelDraw, Metric
+from alphaflow_cli.runtime.lock import NAME as LOCK
 from alphaflow_cli.runtime.lock import hold
-from alphaflow_cli.runtime.processes import Processes, check_same
+from alphaflow_cli.runtime.processes import Processes, all_or_none, check_same, check_seen
 from alphaflow_cli.runtime.progress import say
 from alphaflow_cli.sample.generator import COMPILED_FROM, DecoderChoice, Generator, open_generator
 from alphaflow_cli.sample.walk import Walk, plan_walk
@@ -123,8 +124,12 @@ class Ruler:
 
         The moments can be summed up only when all chunks are there, so all processes end together.
         """
-        work = self.start(source)
-        with nullcontext() if self.processes.rank else hold(work.folder, "eval or reference"):
+        work, processes = self.start(source), self.processes
+        needed = "this folder, and the pictures under one path,"
+        with ExitStack() as held:
+            mine = hold(work.folder, "eval or reference") if not processes.rank else nullcontext()
+            all_or_none(processes, lambda: held.enter_context(mine))
+            all_or_none(processes, lambda: check_seen(work.folder / LOCK, processes, needed))
             run_pass(work, self.processes, batch=self.batch, clock=clock, task=task)
             return work, gather_moments(work, self.processes)
 
