@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from latent_stores import prepare_latents
-from new_process import Command
+from new_process import Command, forget_joined
 
 from alphaflow_cli.cli import run as cli
 from alphaflow_cli.evaluate.reference import load_reference
@@ -31,7 +31,10 @@ def tasks(line, folders):
     """The command as two tasks of Slurm, each in its folder; exit codes and streams."""
     task = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "localhost"}
     task |= {"SLURM_STEP_TASKS_PER_NODE": "1(x2)", "SLURM_LOCALID": "0", "MASTER_PORT": str(free_port())}
-    started = [Command(line, cwd=folder, env={**task, "SLURM_PROCID": str(i)}) for i, folder in enumerate(folders)]
+    started = [
+        Command(line, cwd=folder, env={**task, "SLURM_PROCID": str(i)}, first=forget_joined)
+        for i, folder in enumerate(folders)
+    ]
     ends = [each.communicate(timeout=120) for each in started]
     return [each.returncode for each in started], [out for out, _ in ends], [err for _, err in ends]
 
