@@ -128,7 +128,7 @@ def _of_store(store: Path, plan: StorePlan, count: int, like: Recipe) -> Choices
         "data.latent_size": "its side",
         "data.classes": "of the store",
         "data.flips": "the store has mirror images" if plan.flips else "the store has no mirror images",
-        "data.autoencoder": "pixels, no autoencoder" if plan.kind == "pixels" else "that made the latents",
+        "data.autoencoder": _about(fields["data.autoencoder"]),
     }
     choices = {key: (value, reasons.get(key, "")) for key, value in fields.items()}
     choices["data.store"] = (str(store), "--data gives another one")
@@ -150,6 +150,13 @@ def _of_store(store: Path, plan: StorePlan, count: int, like: Recipe) -> Choices
     if plan.classes < 2:
         choices |= _without_labels(like)
     return choices
+
+
+def _about(autoencoder: str) -> str:
+    if autoencoder == "none":
+        return "pixels, no autoencoder"
+    local = "; a local one: write its folder here, or give --autoencoder to sample and eval"
+    return "that made the latents" + ("" if "/" in autoencoder else local)
 
 
 def _tokens(recipe: Recipe) -> str:

@@ -19,7 +19,8 @@ from alphaflow_cli.recipe.loader import flatten, load_for_data, set_text
 from alphaflow_cli.recipe.schema import Recipe
 
 SHAPE = tuple(f"data.{name}" for name in ("autoencoder", "image_size", "channels", "latent_size", "classes"))
-CONTENT = tuple(f"data.{name}" for name in ("flips", "source", "normalise", "scale", "shift"))
+CONSTANTS = ("data.channel_mean", "data.channel_std")
+CONTENT = (*(f"data.{name}" for name in ("flips", "source", "normalise", "scale", "shift")), *CONSTANTS)
 YIELDING = (*SHAPE, *CONTENT, "data.crop", "model.patch", "eval.reference")
 PREPARED = {  # field → the option of prep-latents that decides it in a store; two follow from the others
     "data.autoencoder": "--autoencoder {}",
@@ -112,6 +113,8 @@ def described(plan: StorePlan, before: Recipe) -> dict[str, Any]:
     fields = {**facts_of(plan), "data.source": embedded}
     if _same(plan.autoencoder.id, before.data.autoencoder):
         fields["data.autoencoder"] = before.data.autoencoder  # as it is spelt: it may be a folder
+    elif before.data.channel_mean or before.data.channel_std:
+        fields |= dict.fromkeys(CONSTANTS)  # of other latents: estimated on the store instead
     elif before.data.normalise == "scale":
         fields |= {"data.scale": plan.autoencoder.scale, "data.shift": plan.autoencoder.shift}
     elif before.data.normalise == "position" and plan.kind == "pixels":
