@@ -14,6 +14,7 @@ import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from alphaflow_cli.data.manifest import BEWARE, Manifest, StorePlan, read_manifest
@@ -302,15 +303,19 @@ def _notes(request: RecipeRequest, plan: StorePlan, count: int, recipe: Recipe) 
 
 def _header(request: RecipeRequest, name: str, why: str, recipe: Recipe, manifest: Manifest) -> str:
     """What the file is, the commands, and where its numbers come from."""
-    stem, store, pictures = request.out.stem, for_terminal(request.store), counted(manifest.count, "picture")
+    stem, store, pictures = (
+        for_terminal(request.out.stem),
+        for_terminal(request.store),
+        counted(manifest.count, "picture"),
+    )
     hours = f"{request.hours:g} h requested" if request.hours is not None else "add --estimate to the train command"
     images = recipe.train.steps * recipe.train.batch
     lines = [
         f"The recipe {for_terminal(name)} ({why}), made to fit {store}: {pictures} of {manifest.plan.image_size} px",
         "",
-        f"  alphaflow train {for_terminal(request.out)}",
-        f"  alphaflow sample runs/{stem} --grid {stem}.png",
-        f"  alphaflow eval runs/{stem} --reference PICTURES",
+        f"  alphaflow train {quote(for_terminal(request.out))}",
+        f"  alphaflow sample {quote(f'runs/{stem}')} --grid {quote(f'{stem}.png')}",
+        f"  alphaflow eval {quote(f'runs/{stem}')} --reference PICTURES",
         "",
         f"Hardware and hours: not measured; {hours}",
         "Expected FID: not measured.",

@@ -232,3 +232,21 @@ def test_what_cannot_be_is_one_line(line, tmp_path, monkeypatch, capsys):
     assert FAULTS[line] in error
     assert "Traceback" not in error
     assert sorted(path.name for path in tmp_path.iterdir()) == ["begun", "mine", "photos", "there.yaml"]
+
+
+@pytest.mark.parametrize("name", ["my latents: #1", "-dash", 'it\'s "x"', "ümläut"])
+def test_a_store_of_any_name_makes_a_file_that_loads(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    pixels(tmp_path / name, 20, 8, 2)
+    assert cli(["recipe", "new", f"./{name}"]) == 0
+    assert load_recipe(f"./{name}.yaml").data.store == str(Path(name))
+    assert cli(["train", f"./{name}.yaml", "--dry-run"]) == 0, capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["two\nlines", "a\x1b[31m"])
+def test_a_name_that_no_recipe_can_hold_is_one_line(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    pixels(tmp_path / name, 20, 8, 2)
+    assert cli(["recipe", "new", f"./{name}", "-o", "mine.yaml"]) == 1
+    assert "data.store wants text" in capsys.readouterr().err
+    assert not Path("mine.yaml").exists()
