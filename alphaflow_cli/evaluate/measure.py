@@ -99,8 +99,9 @@ def run_pass(work: Pass, processes: Processes, *, batch: int, clock: Clock, task
             ThreadPoolExecutor(1) as beside,
         ):
             _measure_chunks(work, waiting, processes.device, bar, beside, batch=batch, clock=clock)
-    except KeyboardInterrupt:
-        say(f"interrupted; finished chunks are kept in {work.folder}: run the same command again to go on")
+    except (KeyboardInterrupt, SystemExit):  # Ctrl-C, SIGTERM
+        if processes.rank == 0:
+            say(f"interrupted; finished chunks are kept in {work.folder}: run the same command again to go on")
         raise
 
 

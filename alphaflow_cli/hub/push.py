@@ -62,8 +62,8 @@ class Publication:
 
     @property
     def name(self) -> str:
-        """The repository's name where none is given."""
-        return self.checkpoint.recipe.name or self.path.stem
+        """The repository's name where none is given: the run's, for several runs may be of one recipe."""
+        return self.run.resolve().name if self.run else self.checkpoint.recipe.name or self.path.stem
 
     @property
     def title(self) -> str:

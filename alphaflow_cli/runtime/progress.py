@@ -68,10 +68,11 @@ class Progress:
             say(self.line())
 
     def line(self) -> str:
-        """`encode 3200/50000 img, 412.0 img/s, 1:53 left, 9.8 MB`."""
+        """`encode 3200/50000 img, 412.0 img/s, 1:53 left, 9.8 MB`; where all was done before, there is no speed."""
         seconds = max(time.monotonic() - self._started_at, 1e-9)
         rate = (self.done - self._start) / seconds
-        parts = [f"{self.label} {self.done}/{self.total} {self.unit}", f"{rate:.1f} {self.unit}/s"]
+        parts = [f"{self.label} {self.done}/{self.total} {self.unit}"]
+        parts += [f"{rate:.1f} {self.unit}/s"] if rate > 0 else []
         if rate > 0 and self.done < self.total:
             parts.append(f"{duration((self.total - self.done) / rate)} left")
         return ", ".join([*parts, self.note] if self.note else parts)
