@@ -215,8 +215,9 @@ def _draw_bands(axes: "Axes", chart: Chart, head: "Head") -> None:
         axes.axvspan(first, last, 0, 1 + head.strip / height, color=band.colour, linewidth=0, zorder=0)
         whole, room = clean(band.label), width * (last - first) / (high - low)
         short = whole.partition(":")[0]
-        names = {whole: 8, short: 8, short.replace(" ", ""): 2} if head.strip else {}  # name → what is left free
-        fitting = [name for name, free in names.items() if width_of(name, SMALL) + free <= room]
+        free = {whole: 8, short: 8, short.replace(" ", ""): -4}  # beside a name
+        names = free if head.strip else {}
+        fitting = [name for name in names if width_of(name, SMALL) + free[name] <= room]
         if fitting:
             middle = (first + last) / 2
             axes.text(middle, 1 + 6 / height, fitting[0], ha="center", transform=axes.get_xaxis_transform())

@@ -64,7 +64,7 @@ def run_page(page: RunPage) -> str:
         ("run", "The run", html_table(page.facts, style="facts")),
         ("recipe", "Recipe", _recipe(page)),
         ("environment", "Environment", html_table(page.environment, style="facts")),
-        ("reproduce", "How to reproduce", f'<pre class="commands">{escape(chr(10).join(page.commands))}</pre>'),
+        ("reproduce", "How to reproduce", _commands(page)),
     ]
     links = "".join(f'<a href="#{key}">{escape(title)}</a>' for key, title, _ in sections)
     body = "".join(f'<section id="{key}"><h2>{escape(title)}</h2>{inner}</section>' for key, title, inner in sections)
@@ -185,6 +185,11 @@ def _command(page: RunPage, verb: str) -> str:
     return next((line for line in page.commands if line.startswith(f"alphaflow {verb} ")), f"alphaflow {verb} RUN")
 
 
+def _commands(page: RunPage) -> str:
+    """The commands below each other; the end of a long one is indented."""
+    return "<pre>{}</pre>".format("\n".join(f"<span>{escape(line)}</span>" for line in page.commands))
+
+
 def _recipe(page: RunPage) -> str:
     whole = f"<details><summary>The whole recipe, defaults included</summary><pre>{escape(page.recipe)}</pre></details>"
     if not page.changes:
@@ -258,16 +263,16 @@ svg { display: block; width: 100%; height: auto; } .narrow { display: none; }
   overflow: hidden; font-variant-numeric: tabular-nums; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-size: 14.5px; }
-th, td { text-align: left; vertical-align: top; padding: 5px 14px 5px 0; border-bottom: 1px solid var(--line);
-  overflow-wrap: anywhere; }
+th, td { text-align: left; vertical-align: top; padding: 5px 14px 5px 0; border-bottom: 1px solid var(--line); }
 th { color: var(--soft); font-weight: 600; } td.number, th.number { text-align: right; white-space: nowrap;
   font-variant-numeric: tabular-nums; }
 table.scores td:first-child { white-space: nowrap; }
+table.facts td { overflow-wrap: anywhere; }
 table.facts td:first-child { white-space: nowrap; color: var(--soft); width: 1%; }
 code, pre { font: 13.5px/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
 pre { background: var(--back); border: 1px solid var(--line); border-radius: 8px; padding: 12px; margin: 0 0 10px;
   white-space: pre-wrap; overflow-wrap: anywhere; }
-pre.commands { padding-left: 32px; text-indent: -20px; }
+pre span { display: inline-block; width: 100%; padding-left: 20px; text-indent: -20px; }
 summary { cursor: pointer; color: var(--accent); margin: 8px 0; }
 .slider { display: flex; gap: 14px; align-items: center; margin: 0 0 12px; }
 .slider input { flex: 1; min-width: 0; accent-color: var(--accent); height: 28px; }
