@@ -92,7 +92,7 @@ def run_pass(work: Pass, processes: Processes, *, batch: int, clock: Clock, task
     total = sum(stop - first for first, stop in mine)
     done = total - sum(stop - first for first, stop in waiting)
     if done and processes.rank == 0:
-        say(f"{done:,} of {total:,} pictures were measured before: going on")
+        say(f"{done:,} of {total:,} pictures were measured before{': going on' if waiting else ''}")
     try:
         with (
             contextlib.closing(work.source),
