@@ -9,6 +9,7 @@ import json
 import struct
 import zipfile
 import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -38,7 +39,7 @@ WAYS: dict[Crop, str] = {"square": "centre crop, Lanczos", "adm": "halved by box
 BROKEN = (EOFError, RuntimeError, OverflowError, MemoryError, struct.error, zipfile.BadZipFile, zlib.error)  # of zips
 
 
-class ImageSource:
+class ImageSource(ABC):
     """Pictures 0 … count − 1, any range of them at any time."""
 
     count: int
@@ -48,16 +49,16 @@ class ImageSource:
     crop: Crop | None = None  # by which the pictures that a model has learnt from became square, where that is known
     task = "features"  # what is done with them, for the bar
 
+    @abstractmethod
     def images(self, start: int, stop: int) -> Tensor:
         """Pictures start … stop − 1 as uint8 (stop − start, 3, H, W)."""
-        raise NotImplementedError
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 (most sources have nothing open)
         """Close what is open; it is opened again when the next picture is wanted."""
 
+    @abstractmethod
     def describe(self) -> dict[str, Any]:
         """Everything that a protocol says about the pictures, as plain values."""
-        raise NotImplementedError
 
     def identity(self) -> Any:
         """Plain values that change whenever the pictures may have changed; nothing is opened."""
