@@ -28,6 +28,7 @@ from alphaflow_cli.recipe.plan import (
     IMAGENET_TRAIN,
     activation_bytes,
     is_guided,
+    parameter_count,
     schedules_of,
     state_bytes,
     tokens,
@@ -45,6 +46,7 @@ LEAST_BATCH, BATCHES_AN_EPOCH = 32, 8
 TENTH = 10  # of the run is the warm-up at most, and the half-life of an average
 FEW_PICTURES = 10_000  # below, single pictures are repeated (docs/your-own-pictures.md)
 STATED_FROM = 2_048  # pictures that a mean and std of every position want, as published
+LARGE_ON_A_CPU = 10_000_000  # parameters; quickstart has 1.5 million
 SMALL_PIXELS = 64  # px, up to which recipes for pixels are meant
 USABLE, ROWS_WANTED = 0.9, 8  # of a GPU's memory; rows at once below which blocks are computed twice instead
 WIDTH = 118  # of a comment
@@ -294,6 +296,9 @@ def _notes(request: RecipeRequest, plan: StorePlan, count: int, recipe: Recipe) 
         notes.append(
             f"pixels of {plan.image_size} px: an autoencoder makes better pictures (prep-latents without none)"
         )
+    if not request.has_gpu and request.memory is None and parameter_count(recipe) > LARGE_ON_A_CPU:
+        large = f"{parameter_count(recipe):,} parameters are many for a machine without a GPU"
+        notes.append(f"{large}: add --estimate to the train command first, or begin with --like quickstart")
     if beware := BEWARE.get(plan.autoencoder.kind or ""):
         notes.append(beware)
     if request.hours is not None and request.memory is not None and not request.has_gpu:

@@ -147,6 +147,12 @@ def test_a_gpu_too_small_for_the_rows_computes_blocks_twice_and_one_too_small_fo
         proposal(store, like="xl2-cfg", memory=12e9)
 
 
+def test_a_large_network_without_a_gpu_is_remarked(tmp_path):
+    store = latents(tmp_path / "mine", 40, 1)
+    for options, expected in (({}, True), ({"has_gpu": True}, False), ({"memory": 24e9}, False)):
+        assert any("without a GPU" in note for note in proposal(store, like="b2", **options).notes) is expected
+
+
 def test_absolute_steps_of_a_schedule_become_shares(tmp_path):
     own = tmp_path / "own.yaml"
     own.write_text("alpha: {kind: linear, start: 1000, end: 3000}\ntrain: {steps: 4000, batch: 16}\nname: other\n")
