@@ -114,6 +114,17 @@ def tokens(recipe: Recipe) -> int:
     return int(recipe.data.latent_size // recipe.model.patch) ** 2
 
 
+def prefix_tokens(recipe: Recipe) -> dict[str, int]:
+    """How many tokens stand before the patches for each input, in their order; empty with adaLN."""
+    model, counts = recipe.model, recipe.model.tokens
+    if model.conditioning == "adaln":
+        return {}
+    inputs = {"label": counts.label} if label_rows(recipe) else {}
+    inputs |= {"scale": counts.scale} if "scale" in model.inputs else {}
+    inputs |= {"low": counts.interval, "high": counts.interval} if "interval" in model.inputs else {}
+    return inputs | {"time": counts.time}
+
+
 def has_null_label(recipe: Recipe) -> bool:
     """Whether the network learns what "no label" means: guidance at sampling needs it."""
     return recipe.data.classes > 0 and recipe.guidance.label_dropout > 0

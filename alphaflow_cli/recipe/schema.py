@@ -13,6 +13,9 @@ TimeOrder = Literal["minmax", "min", "r_in_t_range"]
 SecondTime = Literal["t-r", "r"]
 Prediction = Literal["velocity", "noise", "data"]
 Positions = Literal["trained", "fixed"]
+GuideInput = Literal["scale", "interval"]
+Conditioning = Literal["adaln", "tokens"]
+BlockKind = Literal["dit", "modern"]
 SecondInit = Literal["normal", "xavier"]
 Normalise = Literal["position", "channel", "scale"]
 Posterior = Literal["sample", "mean"]
@@ -55,6 +58,16 @@ class Schedule:
 
 
 @dataclass(frozen=True)
+class Tokens:
+    """How many tokens stand before the patches for each input that the network has."""
+
+    label: int = 8
+    scale: int = 4  # the guidance scale
+    interval: int = 2  # each of the two ends of the guidance interval
+    time: int = 4  # t - r
+
+
+@dataclass(frozen=True)
 class Model:
     """The DiT. Sizes: S 384/12/6, B 768/12/12, L 1024/24/16, XL 1152/28/16 (dim/depth/heads)."""
 
@@ -71,6 +84,13 @@ class Model:
     t_floor: float = 0.05  # only with prediction: data
     positions: Positions = "trained"  # the positional table of sines and cosines: trained (published), or as it is
     second_init: SecondInit = "normal"  # the second time embedder's first weights: N(0, 0.02) (published), or xavier
+    velocity_head: int | None = None  # a second output, the velocity: so many last blocks of its own and a final layer
+    #                                   (improved MeanFlow: 8); 0 = the final layer only; null = none
+    inputs: tuple[GuideInput, ...] = ()  # what the network is given of guidance: its scale, its interval of times
+    conditioning: Conditioning = "adaln"  # how it is given its inputs: they modulate every block, or stand before the
+    #                                       patches as tokens; t itself is then left out, only t - r is given
+    tokens: Tokens = field(default_factory=Tokens)  # only with conditioning: tokens
+    block: BlockKind = "dit"  # modern: RMSNorm, also on queries and keys, rotary positions, SwiGLU, no biases
 
 
 @dataclass(frozen=True)
