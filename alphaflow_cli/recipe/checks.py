@@ -16,8 +16,9 @@ from alphaflow_cli.recipe.schema import MOST_NFE, Loss, Model, Recipe, Schedule,
 from alphaflow_cli.recipe.source import Faults
 
 AT_LEAST = {  # field: smallest value
-    1: "guidance.scale_max sample.scale model.dim model.depth model.heads model.patch data.image_size data.channels data.latent_size train.steps "
-    "ema.every train.batch train.save_every train.keep train.log_every optim.nonfinite_limit sample.nfe eval.images",
+    1: "model.dim model.depth model.heads model.patch data.image_size data.channels data.latent_size train.steps "
+    "guidance.scale_max sample.scale ema.every train.batch train.save_every train.keep train.log_every "
+    "optim.nonfinite_limit sample.nfe eval.images",
     0: "data.classes data.stats_images optim.warmup_steps optim.weight_decay optim.clip_norm loss.clamp loss.c "
     "ema.ramp train.seed train.milestone_every train.sample_every train.conflict_every",
 }

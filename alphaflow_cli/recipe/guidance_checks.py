@@ -117,8 +117,8 @@ def _drop(recipe: Recipe) -> Iterator[Fault]:
     elif mix.drop == "equal" and mix.label_dropout >= share:
         yield (
             "guidance.drop",
-            f"guidance.drop equal takes all labels that are dropped from r = t rows: label_dropout {mix.label_dropout:g} "
-            f"must be less than their share {share:g} (times.equal_share)",
+            f"guidance.drop equal drops labels of r = t rows only: label_dropout {mix.label_dropout:g} must be less "
+            f"than their share {share:g} (times.equal_share)",
         )
 
 

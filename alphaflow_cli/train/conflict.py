@@ -100,7 +100,15 @@ class Later:
 
     def take(self, index: Tensor) -> "Later":
         """Choose some of the rows by their indices."""
-        return Later(*(values if values is None else values[index] for values in vars(self).values()))
+        return Later(
+            self.z_t[index],
+            self.v_guided[index],
+            self.t[index],
+            self.r[index],
+            self.y[index],
+            self.du[index],
+            None if self.guide is None else self.guide[index],
+        )
 
 
 class Measurement(TypedDict):
