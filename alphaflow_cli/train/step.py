@@ -99,9 +99,9 @@ class Rows:
     y: Tensor
     uniforms: Tensor
     n_equal: int
-    guide: Tensor | None = None  # (rows, 3) scale, t_lo and t_hi of each row, where the network is told of them
     question: Question | None = None  # which rows guidance needs; None: all that it could need
     factor: Tensor | None = None  # what each row's loss is multiplied by; None: by 1
+    guide: Tensor | None = None  # (rows, 3) scale, t_lo and t_hi of each row, where the network is told of them
 
 
 @dataclass(frozen=True)

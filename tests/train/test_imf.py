@@ -66,7 +66,8 @@ class Case:
         drawn = row_draws(t, r, draws, self.k, self.recipe.guidance)
         mix, self.guide = self.recipe.guidance, guide_of(drawn)
         question = ask(t, drawn[2], self.k, mix, t.device, guide=self.guide, tangent=True)
-        self.rows = Rows(x, noise, t, r, self.label, drawn[2], self.k, self.guide, None if every_row else question)
+        some = None if every_row else question
+        self.rows = Rows(x, noise, t, r, self.label, drawn[2], self.k, some, guide=self.guide)
         self.net, self.question = net or network(self.recipe), question
         self.objective, self.calls = Objective.of(self.recipe), []
 
