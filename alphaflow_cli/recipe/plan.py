@@ -148,16 +148,30 @@ def needs_many_steps(recipe: Recipe) -> bool:
 
 
 def parameter_count(recipe: Recipe) -> int:
-    """Parameters of the network, the positional table included."""
+    """Parameters of the network, the positional table and the velocity's blocks included."""
     model, dim = recipe.model, recipe.model.dim
-    patch_values = model.patch**2 * recipe.data.channels
-    hidden = int(dim * model.mlp_ratio)
-    embed = _linear(patch_values, dim) + tokens(recipe) * dim + label_rows(recipe) * dim
-    times = 2 * (_linear(TIME_FEATURES, dim) + _linear(dim, dim))
-    block = _linear(dim, 3 * dim) + _linear(dim, dim) + _linear(dim, hidden) + _linear(hidden, dim)
-    block += _linear(dim, 6 * dim) + (4 * (dim // model.heads) if model.qk_norm else 0)
-    final = _linear(dim, 2 * dim) + _linear(dim, patch_values)
-    return embed + times + model.depth * block + final
+    patch_values, adaln = model.patch**2 * recipe.data.channels, model.conditioning == "adaln"
+    embed = _linear(patch_values, dim) + label_rows(recipe) * dim + sum(prefix_tokens(recipe).values()) * dim
+    embed += tokens(recipe) * dim if model.block == "dit" else 0
+    embedders = (2 if adaln else 1) + ("scale" in model.inputs) + 2 * ("interval" in model.inputs)
+    embed += embedders * (_linear(TIME_FEATURES, dim) + _linear(dim, dim))
+    final = _linear(dim, patch_values) + (_linear(dim, 2 * dim) if adaln else dim)
+    head = 0 if model.velocity_head is None else final + model.velocity_head * _block_parameters(recipe)
+    return embed + model.depth * _block_parameters(recipe) + final + head
+
+
+def _block_parameters(recipe: Recipe) -> int:
+    model, dim, hidden = recipe.model, recipe.model.dim, hidden_channels(recipe)
+    block = _linear(dim, 6 * dim) if model.conditioning == "adaln" else 4 * dim  # or two norms and two gates
+    if model.block == "modern":
+        return block + 4 * dim * dim + 3 * dim * hidden + 2 * (dim // model.heads)
+    block += _linear(dim, 3 * dim) + _linear(dim, dim) + _linear(dim, hidden) + _linear(hidden, dim)
+    return block + (4 * (dim // model.heads) if model.qk_norm else 0)
+
+
+def hidden_channels(recipe: Recipe) -> int:
+    """Channels inside a block's MLP."""
+    return int(recipe.model.dim * recipe.model.mlp_ratio)
 
 
 def _linear(inputs: int, outputs: int) -> int:
