@@ -13,11 +13,14 @@ from alphaflow_cli.core.rates import learning_rate
 from alphaflow_cli.recipe.schema import Guidance, Recipe, Schedule, resolve_step
 
 TIME_FEATURES = 256  # sines and cosines that a time embedder is fed
-KEPT_BYTES = {
-    "bf16": (32, 4),
-    "fp32": (48, 8),
-    "fp64": (96, 16),
-}  # per token · block · dim: (apart from the MLP, per unit of mlp_ratio)
+KEPT_BYTES = {  # per token · block · dim: (apart from the MLP, per unit of mlp_ratio)
+    ("dit", "bf16"): (32, 4),
+    ("dit", "fp32"): (48, 8),
+    ("dit", "fp64"): (96, 16),
+    ("modern", "bf16"): (54, 8),
+    ("modern", "fp32"): (68, 16),
+    ("modern", "fp64"): (136, 32),
+}
 KEPT_OUTSIDE = 13  # the same, outside the blocks, per token · dim
 KEPT_CHECKPOINT = 4  # the same, per block, with gradient_checkpointing: the block's fp32 input
 IMAGENET_TRAIN = 1_281_167  # pictures
@@ -98,7 +101,13 @@ def phases(recipe: Recipe) -> list[Phase]:
 
 
 def tokens(recipe: Recipe) -> int:
+    """The patches of one picture, each of which is a token."""
     return int(recipe.data.latent_size // recipe.model.patch) ** 2
+
+
+def all_tokens(recipe: Recipe) -> int:
+    """The tokens of one row inside the blocks: the patches, and those before them."""
+    return tokens(recipe) + sum(prefix_tokens(recipe).values())
 
 
 def prefix_tokens(recipe: Recipe) -> dict[str, int]:
@@ -188,10 +197,10 @@ def state_bytes(recipe: Recipe) -> int:
 def activation_bytes(recipe: Recipe) -> int:
     """Kept for the backward pass, for one row of the batch."""
     model = recipe.model
-    base, per_ratio = KEPT_BYTES[recipe.train.precision]
-    block = base + per_ratio * model.mlp_ratio
-    inside = block + KEPT_CHECKPOINT * model.depth if recipe.train.gradient_checkpointing else block * model.depth
-    return int((inside + KEPT_OUTSIDE) * tokens(recipe) * model.dim)
+    base, per_ratio = KEPT_BYTES[model.block, recipe.train.precision]
+    block, blocks = base + per_ratio * model.mlp_ratio, model.depth + (model.velocity_head or 0)
+    inside = block + KEPT_CHECKPOINT * blocks if recipe.train.gradient_checkpointing else block * blocks
+    return int((inside + KEPT_OUTSIDE) * all_tokens(recipe) * model.dim)
 
 
 def latent_bytes(recipe: Recipe) -> int:
