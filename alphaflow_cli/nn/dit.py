@@ -201,7 +201,8 @@ class DiT(nn.Module):
         """
         rows = 0 if tangent is None else len(tangent)
         assert tangent is None or (0 < rows == len(z) - first and beside is None), (rows, len(z), first)
-        assert heads == "u" or (heads == "velocity" and tangent is None) or self.velocity_final is not None, heads
+        assert heads != "both" or self.velocity_final is not None, "both heads of a network that has one"
+        assert heads != "velocity" or tangent is None, "the velocity carries no tangent"
         x: Stream
         c: Stream | None
         x, c = self.embed(z, t, r, y, guide, tangent)

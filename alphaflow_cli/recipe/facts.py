@@ -74,7 +74,19 @@ def human(count: float) -> str:
 def _network(recipe: Recipe, f: dict[str, Any]) -> str:
     m = recipe.model
     size = f"DiT dim {m.dim}, depth {m.depth}, heads {m.heads}, patch {m.patch}"
-    return f"{size}: {f['parameters']:,} parameters, {f['tokens']:,} tokens per image"
+    parts = [size, *_rungs(recipe)]
+    return f"{', '.join(parts)}: {f['parameters']:,} parameters, {f['tokens']:,} tokens per image"
+
+
+def _rungs(recipe: Recipe) -> list[str]:
+    """What the network has beyond the published DiT, in words."""
+    m, words = recipe.model, {"scale": "guidance scale", "interval": "guidance interval"}
+    rungs = ["modern blocks"] if m.block == "modern" else []
+    rungs += [f"inputs as {sum(plan.prefix_tokens(recipe).values())} more tokens"] if m.conditioning == "tokens" else []
+    rungs += [f"given the {' and the '.join(words[name] for name in m.inputs)}"] if m.inputs else []
+    if m.velocity_head is not None:
+        rungs.append(f"a velocity head with {counted(m.velocity_head, 'block')} of its own")
+    return rungs
 
 
 def _latents(recipe: Recipe) -> str:

@@ -13,11 +13,14 @@ from alphaflow_cli.core.rates import learning_rate
 from alphaflow_cli.recipe.schema import Guidance, Recipe, Schedule, resolve_step
 
 TIME_FEATURES = 256  # sines and cosines that a time embedder is fed
-KEPT_BYTES = {
-    "bf16": (32, 4),
-    "fp32": (48, 8),
-    "fp64": (96, 16),
-}  # per token · block · dim: (apart from the MLP, per unit of mlp_ratio)
+KEPT_BYTES = {  # per token · block · dim: (apart from the MLP, per unit of mlp_ratio)
+    ("dit", "bf16"): (32, 4),
+    ("dit", "fp32"): (48, 8),
+    ("dit", "fp64"): (96, 16),
+    ("modern", "bf16"): (54, 8),
+    ("modern", "fp32"): (68, 16),
+    ("modern", "fp64"): (136, 32),
+}
 KEPT_OUTSIDE = 13  # the same, outside the blocks, per token · dim
 KEPT_CHECKPOINT = 4  # the same, per block, with gradient_checkpointing: the block's fp32 input
 IMAGENET_TRAIN = 1_281_167  # pictures
@@ -111,7 +114,13 @@ def phases(recipe: Recipe) -> list[Phase]:
 
 
 def tokens(recipe: Recipe) -> int:
+    """The patches of one picture, each of which is a token."""
     return int(recipe.data.latent_size // recipe.model.patch) ** 2
+
+
+def all_tokens(recipe: Recipe) -> int:
+    """The tokens of one row inside the blocks: the patches, and those before them."""
+    return tokens(recipe) + sum(prefix_tokens(recipe).values())
 
 
 def prefix_tokens(recipe: Recipe) -> dict[str, int]:
@@ -177,16 +186,30 @@ def needs_many_steps(recipe: Recipe) -> bool:
 
 
 def parameter_count(recipe: Recipe) -> int:
-    """Parameters of the network, the positional table included."""
+    """Parameters of the network, the positional table and the velocity's blocks included."""
     model, dim = recipe.model, recipe.model.dim
-    patch_values = model.patch**2 * recipe.data.channels
-    hidden = int(dim * model.mlp_ratio)
-    embed = _linear(patch_values, dim) + tokens(recipe) * dim + label_rows(recipe) * dim
-    times = 2 * (_linear(TIME_FEATURES, dim) + _linear(dim, dim))
-    block = _linear(dim, 3 * dim) + _linear(dim, dim) + _linear(dim, hidden) + _linear(hidden, dim)
-    block += _linear(dim, 6 * dim) + (4 * (dim // model.heads) if model.qk_norm else 0)
-    final = _linear(dim, 2 * dim) + _linear(dim, patch_values)
-    return embed + times + model.depth * block + final
+    patch_values, adaln = model.patch**2 * recipe.data.channels, model.conditioning == "adaln"
+    embed = _linear(patch_values, dim) + label_rows(recipe) * dim + sum(prefix_tokens(recipe).values()) * dim
+    embed += tokens(recipe) * dim if model.block == "dit" else 0
+    embedders = (2 if adaln else 1) + ("scale" in model.inputs) + 2 * ("interval" in model.inputs)
+    embed += embedders * (_linear(TIME_FEATURES, dim) + _linear(dim, dim))
+    final = _linear(dim, patch_values) + (_linear(dim, 2 * dim) if adaln else dim)
+    head = 0 if model.velocity_head is None else final + model.velocity_head * _block_parameters(recipe)
+    return embed + model.depth * _block_parameters(recipe) + final + head
+
+
+def _block_parameters(recipe: Recipe) -> int:
+    model, dim, hidden = recipe.model, recipe.model.dim, hidden_channels(recipe)
+    block = _linear(dim, 6 * dim) if model.conditioning == "adaln" else 4 * dim  # or two norms and two gates
+    if model.block == "modern":
+        return block + 4 * dim * dim + 3 * dim * hidden + 2 * (dim // model.heads)
+    block += _linear(dim, 3 * dim) + _linear(dim, dim) + _linear(dim, hidden) + _linear(hidden, dim)
+    return block + (4 * (dim // model.heads) if model.qk_norm else 0)
+
+
+def hidden_channels(recipe: Recipe) -> int:
+    """Channels inside a block's MLP."""
+    return int(recipe.model.dim * recipe.model.mlp_ratio)
 
 
 def _linear(inputs: int, outputs: int) -> int:
@@ -203,10 +226,10 @@ def state_bytes(recipe: Recipe) -> int:
 def activation_bytes(recipe: Recipe) -> int:
     """Kept for the backward pass, for one row of the batch."""
     model = recipe.model
-    base, per_ratio = KEPT_BYTES[recipe.train.precision]
-    block = base + per_ratio * model.mlp_ratio
-    inside = block + KEPT_CHECKPOINT * model.depth if recipe.train.gradient_checkpointing else block * model.depth
-    return int((inside + KEPT_OUTSIDE) * tokens(recipe) * model.dim)
+    base, per_ratio = KEPT_BYTES[model.block, recipe.train.precision]
+    block, blocks = base + per_ratio * model.mlp_ratio, model.depth + (model.velocity_head or 0)
+    inside = block + KEPT_CHECKPOINT * blocks if recipe.train.gradient_checkpointing else block * blocks
+    return int((inside + KEPT_OUTSIDE) * all_tokens(recipe) * model.dim)
 
 
 def latent_bytes(recipe: Recipe) -> int:
