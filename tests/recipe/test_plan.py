@@ -130,8 +130,11 @@ LADDER = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("extra", LADDER)
-@pytest.mark.parametrize("labels", ["classes: 0", "classes: 7"])
+@pytest.mark.parametrize(
+    ("extra", "labels"),
+    [*((extra, "classes: 7") for extra in LADDER), *((e, "classes: 0") for e in LADDER[3:]),
+     (f", {MODERN}", "classes: 0")],
+)  # fmt: skip
 def test_the_parameter_count_of_every_rung_is_that_of_the_built_network(extra, labels):
     from alphaflow_cli.model.build import build_network
 
