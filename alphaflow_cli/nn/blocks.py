@@ -35,9 +35,9 @@ class Block(nn.Module):
     def __init__(self, dim: int, heads: int, hidden: int, *, qk_norm: bool, design: Design) -> None:
         super().__init__()
         modern = design.block == "modern"
-        self.norm1 = normalise(dim, design)
+        self.norm1 = token_norm(dim, design)
         self.attn = ModernAttention(dim, heads) if modern else Attention(dim, heads, qk_norm=qk_norm)
-        self.norm2 = normalise(dim, design)
+        self.norm2 = token_norm(dim, design)
         self.mlp = SwiGlu(dim, hidden) if modern else Mlp(dim, hidden)
         self.modulation = Gates(dim) if design.prefix else Modulation(dim, 6)
 
@@ -61,7 +61,7 @@ class Final(nn.Module):
 
     def __init__(self, dim: int, out: int, *, design: Design) -> None:
         super().__init__()
-        self.norm = normalise(dim, design)
+        self.norm = token_norm(dim, design)
         self.linear = nn.Linear(dim, out)
         self.modulation = None if design.prefix else Modulation(dim, 2)
 
@@ -77,7 +77,7 @@ class Final(nn.Module):
         return out
 
 
-def normalise(dim: int, design: Design) -> nn.Module:
+def token_norm(dim: int, design: Design) -> nn.Module:
     """The layer that normalises tokens; it has learned scales where no modulation scales them."""
     learned = bool(design.prefix)
     if design.block == "modern":

@@ -39,7 +39,7 @@ from alphaflow_cli.nn.tangent import (
     Stream,
     add,
     each,
-    join,
+    join_tokens,
     moving,
     part_of,
     recomputed,
@@ -49,7 +49,7 @@ from alphaflow_cli.nn.tokens import Prefix
 
 Attend = Literal["fused", "math"]
 Heads = Literal["u", "velocity", "both"]
-Place = tuple[Tensor, Tensor, Tensor | None]  # z, t and the tangent of some rows
+Spot = tuple[Tensor, Tensor, Tensor | None]  # z, t and the tangent of some rows
 Output = Tensor | Dual | Beside | tuple[Tensor, ...]
 
 
@@ -194,10 +194,9 @@ class DiT(nn.Module):
     ) -> Output:
         """The average velocity u of every row; of the `heads` "both" (u, v̂), of "velocity" v̂, or u without a head.
 
-        `guide` (B, 3) has the columns w, low, high, of which a network takes those of its inputs.
-        With the `tangent` dz of the rows `first:` du comes last: it is the derivative along (dz, dt, dr) =
-        (tangent, 1, 0) on those rows. With other rows `beside` their velocity, without gradient, comes last: v̂ where
-        there is such a head, else u.
+        `guide` (B, 3) has the columns w, low, high, of which a network takes those of its inputs. With the `tangent` dz
+        of the rows `first:` du comes last: the derivative along (dz, dt, dr) = (tangent, 1, 0) on those rows. With
+        other rows `beside` their velocity comes last, without gradient: v̂ where there is such a head, else u.
         """
         rows = 0 if tangent is None else len(tangent)
         assert tangent is None or (0 < rows == len(z) - first and beside is None), (rows, len(z), first)
@@ -210,12 +209,17 @@ class DiT(nn.Module):
             with torch.no_grad():
                 other_x, other_c = self.embed(*beside)
             x, c = _put_beside(x, other_x), None if c is None else _put_beside(c, other_c)
-        where = (attend, *self.turns(x))
-        shared, here = len(self.blocks) - len(self.velocity_blocks), (z, t, tangent)
-        there = None if beside is None else (beside[0], beside[1], None)
+        here, there = (z, t, tangent), None if beside is None else (beside[0], beside[1], None)
+        return self.ends(x, c, heads, (attend, *self.turns(x)), here, there)
+
+    def ends(
+        self, x: Stream, c: Stream | None, heads: Heads, where: tuple[Any, ...], here: Spot, there: Spot | None
+    ) -> Output:
+        """From the first tokens to what the heads give."""
         # The blocks work on the tokens one after the other, and the last layer's patches are put together.
         #   for block in blocks: x = block(x, c)
         #   u = unpatchify(final(x, c))
+        shared = len(self.blocks) - len(self.velocity_blocks)
         own = list(self.blocks)[shared:]
         x = self.run(list(self.blocks)[:shared], x, c, where)
         if self.velocity_final is None:
@@ -227,7 +231,7 @@ class DiT(nn.Module):
         if heads != "velocity":
             u = self.end(own, self.final, _without(Beside, x), _without(Beside, c), where, here, there)
         if heads != "u":
-            v = velocity(_without(Dual, x), _without(Dual, c), where, (z, t, None), there)
+            v = velocity(_without(Dual, x), _without(Dual, c), where, (*here[:2], None), there)
         elif there is not None:
             assert isinstance(x, Beside)
             with torch.no_grad():
@@ -251,8 +255,8 @@ class DiT(nn.Module):
         x: Stream,
         c: Stream | None,
         where: tuple[Any, ...],
-        here: Place,
-        there: Place | None,
+        here: Spot,
+        there: Spot | None,
     ) -> Stream:
         """One end of the network: blocks of its own, the last layer without the prefix, read at the rows' z and t."""
         x = self.run(blocks, x, c, where)
@@ -281,7 +285,7 @@ class DiT(nn.Module):
         x = self.patches(self.enter(z, t, tangent))
         # With a prefix: x = [prefix_tokens(t, r, y, guide), patches(z)], and c is None
         if self.prefix is not None:
-            return join([self.prefix_tokens(self.prefix, t, r, y, guide, rows), x]), None
+            return join_tokens([self.prefix_tokens(self.prefix, t, r, y, guide, rows), x]), None
         # x = patches(z), c = silu(condition(t, r, y, guide))
         return x, through(self.activation, self.condition(t, r, y, guide, rows))
 

@@ -103,7 +103,7 @@ def add(a: Tensor | Dual, b: Tensor | Dual) -> Tensor | Dual:
     return Dual(value, sum(tangents[1:], tangents[0])) if tangents else value
 
 
-def join(parts: Sequence[Tensor | Dual]) -> Tensor | Dual:
+def join_tokens(parts: Sequence[Tensor | Dual]) -> Tensor | Dual:
     """Put tokens (B, n, D) of several kinds one after the other; those that stand still get a tangent of zeros."""
     value = torch.cat([part.value if isinstance(part, Dual) else part for part in parts], 1)
     rows = next((len(part.tangent) for part in parts if isinstance(part, Dual)), 0)

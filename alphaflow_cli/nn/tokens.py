@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from alphaflow_cli.nn.tangent import Dual, add, each, join
+from alphaflow_cli.nn.tangent import Dual, add, each, join_tokens
 
 
 class Prefix(nn.Module):
@@ -27,7 +27,9 @@ class Prefix(nn.Module):
         """The tokens (B, n, D) of the inputs' embeddings (B, D)."""
         assert len(embeddings) == len(self.counts), (len(embeddings), self.counts)
         # Each embedding is repeated for its tokens, and their vectors are added.   out = repeat(embeddings) + table
-        return add(join([_repeat(one, count) for one, count in zip(embeddings, self.counts, strict=True)]), self.table)
+        return add(
+            join_tokens([_repeat(one, count) for one, count in zip(embeddings, self.counts, strict=True)]), self.table
+        )
 
 
 def _repeat(embedding: Tensor | Dual, count: int) -> Tensor | Dual:

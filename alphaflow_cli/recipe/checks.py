@@ -12,18 +12,19 @@ from operator import attrgetter
 
 from alphaflow_cli.recipe.guidance_checks import Fault, check_guidance
 from alphaflow_cli.recipe.plan import ends_of, schedules_of
-from alphaflow_cli.recipe.schema import MOST_NFE, Loss, Model, Recipe, Schedule, TimeDraw, resolve_step
+from alphaflow_cli.recipe.schema import MOST_NFE, Loss, Model, Recipe, Schedule, TimeDraw, Tokens, resolve_step
 from alphaflow_cli.recipe.source import Faults
 
 AT_LEAST = {  # field: smallest value
     1: "model.dim model.depth model.heads model.patch data.image_size data.channels data.latent_size train.steps "
-    "guidance.scale_max sample.scale ema.every train.batch train.save_every train.keep train.log_every "
-    "optim.nonfinite_limit sample.nfe eval.images",
-    0: "data.classes data.stats_images optim.warmup_steps optim.weight_decay optim.clip_norm loss.clamp loss.c "
-    "guidance.scale_beta ema.ramp train.seed train.milestone_every train.sample_every train.conflict_every",
+    "model.tokens.label model.tokens.scale model.tokens.interval model.tokens.time guidance.scale_max sample.scale "
+    "ema.every train.batch train.save_every train.keep train.log_every optim.nonfinite_limit sample.nfe eval.images",
+    0: "model.velocity_head data.classes data.stats_images optim.warmup_steps optim.weight_decay optim.clip_norm "
+    "loss.clamp loss.c guidance.scale_beta ema.ramp train.seed train.milestone_every train.sample_every "
+    "train.conflict_every",
 }
 AT_MOST = {  # field: largest value, far beyond use: what passes it is a slip of the hand that would fill the memory
-    1_000: "model.mlp_ratio",
+    1_000: "model.mlp_ratio model.tokens.label model.tokens.scale model.tokens.interval model.tokens.time",
     8_192: "model.patch data.image_size data.latent_size data.channels",
     MOST_NFE: "model.depth sample.nfe",
     65_536: "model.dim model.heads",
@@ -37,7 +38,7 @@ POSITIVE = (
 )
 SHARES = "model.t_floor guidance.t_min guidance.t_max guidance.fade_from"  # within [0, 1]
 BELOW_ONE = "guidance.label_dropout guidance.kappa times.gap"  # within [0, 1)
-NO_REPEATS = "ema.half_lives train.trackers eval.metrics eval.nfe"
+NO_REPEATS = "model.inputs ema.half_lives train.trackers eval.metrics eval.nfe"
 
 
 def check(recipe: Recipe, place: Callable[[str], str], faults: Faults) -> None:
@@ -47,6 +48,8 @@ def check(recipe: Recipe, place: Callable[[str], str], faults: Faults) -> None:
     if not faults.listed:  # contradictions are between sound values; a default standing in would make up some
         for rule in (
             _model,
+            _rungs,
+            _tokens,
             _data,
             _constants,
             _alpha,
@@ -101,7 +104,7 @@ def _model(recipe: Recipe) -> Iterator[Fault]:
     model, data = recipe.model, recipe.data
     if model.dim % model.heads:
         yield "model.heads", f"model.heads {model.heads} does not divide model.dim {model.dim}"
-    if model.dim % 4:
+    if model.dim % 4 and model.block == "dit":
         yield "model.dim", f"model.dim {model.dim} must be a multiple of 4: the positional table has four parts"
     if data.latent_size % model.patch:
         fits = max(size for size in range(1, model.patch) if data.latent_size % size == 0)
@@ -115,6 +118,54 @@ def _model(recipe: Recipe) -> Iterator[Fault]:
         yield "model.t_floor", f"model.t_floor acts with prediction: data only, not {model.prediction}: leave it out"
     if recipe.name and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]*", recipe.name):
         yield "name", f"name {recipe.name!r} names folders: use letters, digits, dot, dash, plus and underscore"
+
+
+def _rungs(recipe: Recipe) -> Iterator[Fault]:
+    """The rungs of improved MeanFlow's ladder, where they lack what they stand on, or another key says it already."""
+    model = recipe.model
+    if model.velocity_head is not None and model.velocity_head > model.depth:
+        yield (
+            "model.velocity_head",
+            f"model.velocity_head {model.velocity_head} is more than model.depth {model.depth}: it says how many of "
+            "the last blocks are there twice",
+        )
+    if "interval" in model.inputs and "scale" not in model.inputs:
+        yield (
+            "model.inputs",
+            "model.inputs interval says at which times the guidance scale acts: write inputs: [scale, interval]",
+        )
+    if model.inputs and recipe.data.classes == 0:
+        yield "model.inputs", "model.inputs is about guidance, which needs labels, and data.classes is 0: leave it out"
+    if model.block == "modern" and model.qk_norm:
+        yield "model.qk_norm", "model.qk_norm: block modern has a norm of queries and keys already: leave it out"
+    if model.block == "modern" and model.positions == "fixed":
+        yield "model.positions", "model.positions is about the table of positions, and block modern has none"
+    if model.block == "modern" and model.dim % model.heads == 0 and model.dim // model.heads % 2:
+        yield (
+            "model.heads",
+            f"model.heads {model.heads} gives each head {model.dim // model.heads} channels, and block modern turns "
+            "them in pairs: choose heads that leave an even number",
+        )
+
+
+def _tokens(recipe: Recipe) -> Iterator[Fault]:
+    model, plain = recipe.model, Tokens()
+    if model.conditioning == "adaln":
+        if model.tokens != plain:
+            yield "model.tokens", "model.tokens counts the tokens of conditioning: tokens, not of adaln: leave it out"
+        return
+    if model.second_time != "t-r":
+        yield (
+            "model.second_time",
+            f"model.second_time {model.second_time}: with conditioning: tokens the network is given t - r only",
+        )
+    if model.prediction == "noise":
+        yield "model.conditioning", "model.conditioning tokens leaves t out, and prediction: noise needs it: use adaln"
+    there = {"label": recipe.data.classes > 0, **{name: name in model.inputs for name in ("scale", "interval")}}
+    for name, is_input in there.items():
+        if not is_input and getattr(model.tokens, name) != getattr(plain, name):
+            what = "data.classes is 0" if name == "label" else f"model.inputs has no {name}"
+            yield f"model.tokens.{name}", f"model.tokens.{name} counts tokens of an input that is not there: {what}"
 
 
 def _data(recipe: Recipe) -> Iterator[Fault]:

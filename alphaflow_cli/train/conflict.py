@@ -184,7 +184,7 @@ def _gradient(net: nn.Module, loss: Callable[[], Tensor]) -> tuple[float, Gradie
 def group_of(name: str) -> str:
     """The group of a tensor: `blocks.3.attn.qkv.weight` → `blocks.3`; `final.linear.weight` → `final`."""
     parts = name.split(".")
-    return ".".join(parts[:2]) if parts[0] == "blocks" else parts[0]
+    return ".".join(parts[:2]) if parts[0] in ("blocks", "velocity_blocks") else parts[0]
 
 
 def grouped(values: dict[str, float]) -> dict[str, float]:
