@@ -39,7 +39,7 @@ def golden_net(inputs):
 
 
 def guide(rows, scale, low=0.0, high=1.0):
-    return torch.tensor([scale, low, high]).double().repeat(len(rows.t), 1)
+    return torch.tensor([scale, low, high], dtype=torch.float64).repeat(len(rows.t), 1)
 
 
 def objective_of(mix, *, has_head=False, **loss):
