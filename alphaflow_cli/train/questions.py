@@ -40,8 +40,8 @@ class Question:
         t_here, n = t[self.places], self.n_null
         labels = torch.cat([torch.full_like(self.places[:n], y_null), y[self.places[n:]]])
         if guide is not None:
-            own = guide[self.places[n:]]
-            guide = torch.cat([own.new_tensor([1.0, 0.0, 1.0]).expand(n, 3), own])
+            one = torch.ones_like(t_here[:n])
+            guide = torch.cat([torch.stack([one, 0.0 * one, one], 1), guide[self.places[n:]]])
         return z_t[self.places], t_here, t_here, labels, guide
 
 
