@@ -7,7 +7,8 @@ import torch
 from alphaflow_cli.nn.blocks import PUBLISHED, Design
 from alphaflow_cli.nn.dit import DiT
 from alphaflow_cli.recipe.schema import Guidance, Loss
-from alphaflow_cli.train.step import Objective, Rows, ask
+from alphaflow_cli.train.questions import ask
+from alphaflow_cli.train.step import Objective, Rows
 
 
 @dataclass(frozen=True)

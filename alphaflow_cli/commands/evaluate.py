@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from alphaflow_cli.runtime.processes import Processes
     from alphaflow_cli.sample.generator import DecoderChoice
 
-OF_CHECKPOINTS = "--nfe, --sampler, --times, --guidance, --draw, --autoencoder and --decoder"
+OF_CHECKPOINTS = "--nfe, --sampler, --times, --guidance, --interval, --draw, --autoencoder and --decoder"
 EXAMPLES = examples(
     "alphaflow eval runs/quickstart --nfe 1 --nfe 2",
     "alphaflow eval runs/b2 --metrics fid,fdd --reference imagenet.safetensors --processes 8",
@@ -77,6 +77,7 @@ def command(
     times: list[float] | None,
     guidance: float | None,
     guidance_channels: int | None,
+    interval: tuple[float, float] | None,
     sweep_midpoint: bool,
     metrics: Metrics,
     reference: str | None,
@@ -106,8 +107,9 @@ def command(
 
     request = EvalRequest(
         checkpoint=subject, nfe=nfe, sampler=sampler, times=times, guidance=guidance,
-        guidance_channels=guidance_channels, sweep_midpoint=sweep_midpoint, metrics=metrics, reference=reference,
-        images=images, draw=draw, autoencoder=autoencoder, decoder=decoder, batch=batch, weights=weights, out=out,
+        guidance_channels=guidance_channels, interval=interval, sweep_midpoint=sweep_midpoint, metrics=metrics,
+        reference=reference, images=images, draw=draw, autoencoder=autoencoder, decoder=decoder, batch=batch,
+        weights=weights, out=out,
     )  # fmt: skip
     share(work_on(request), partial(show_report, markdown=markdown, as_json=as_json), processes, device)
 
@@ -127,7 +129,7 @@ def work_on(request: "EvalRequest") -> "Callable[[Processes], Report | None]":
     if is_checkpoint(request.checkpoint):
         return partial(evaluate_checkpoint, request)
     steps = (request.nfe, request.times, request.sweep_midpoint, request.guidance is not None)
-    of_checkpoints = any((*steps, request.guidance_channels, request.draw, request.autoencoder))
+    of_checkpoints = any((*steps, request.guidance_channels, request.interval, request.draw, request.autoencoder))
     if of_checkpoints or request.sampler != "auto" or request.decoder != "auto":
         raise click.UsageError(f"{request.checkpoint} is a source of pictures: {OF_CHECKPOINTS} are for checkpoints.")
     return partial(evaluate_pictures, request)

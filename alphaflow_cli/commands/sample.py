@@ -114,6 +114,7 @@ def command(
     times: list[float] | None,
     guidance: float | None,
     guidance_channels: int | None,
+    interval: tuple[float, float] | None,
     weights: str,
     autoencoder: str,
     decoder: "DecoderChoice",
@@ -140,8 +141,8 @@ def command(
 
     request = SampleRequest(
         checkpoint=checkpoint, seeds=seeds, classes=classes, nfe=nfe or (1,), sampler=sampler, times=times,
-        guidance=guidance, guidance_channels=guidance_channels, weights=weights, autoencoder=autoencoder,
-        decoder=decoder, compiled=compiled, out=out, grid=grid, latents=latents, batch=batch,
+        guidance=guidance, guidance_channels=guidance_channels, interval=interval, weights=weights,
+        autoencoder=autoencoder, decoder=decoder, compiled=compiled, out=out, grid=grid, latents=latents, batch=batch,
     )  # fmt: skip
     check_request(request)
     share(partial(sample_to_files, request), print_paths, processes, device)

@@ -10,15 +10,15 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from operator import attrgetter
 
-from alphaflow_cli.recipe.plan import is_guided, schedules_of
-from alphaflow_cli.recipe.schema import MOST_NFE, Loss, Model, Recipe, Schedule, Tokens, resolve_step
+from alphaflow_cli.recipe.guidance_checks import Fault, check_guidance
+from alphaflow_cli.recipe.plan import ends_of, schedules_of
+from alphaflow_cli.recipe.schema import MOST_NFE, Loss, Model, Recipe, Schedule, TimeDraw, Tokens, resolve_step
 from alphaflow_cli.recipe.source import Faults
-
-Fault = tuple[str, str]
 
 AT_LEAST = {  # field: smallest value
     1: "model.dim model.depth model.heads model.patch data.image_size data.channels data.latent_size train.steps "
     "ema.every train.batch train.save_every train.keep train.log_every optim.nonfinite_limit sample.nfe eval.images "
+    "guidance.scale_max sample.scale "
     "model.tokens.label model.tokens.scale model.tokens.interval model.tokens.time",
     0: "model.velocity_head data.classes data.stats_images optim.warmup_steps optim.weight_decay optim.clip_norm "
     "loss.clamp loss.c ema.ramp train.seed train.milestone_every train.sample_every train.conflict_every",
@@ -34,7 +34,7 @@ AT_MOST = {  # field: largest value, far beyond use: what passes it is a slip of
 }
 POSITIVE = (
     "model.mlp_ratio data.scale times.std times.second.std times.equal.std guidance.omega guidance.fade_rate optim.lr "
-    "optim.eps loss.power loss.later sample.guidance"
+    "optim.eps loss.power loss.later sample.guidance guidance.scale_beta"
 )
 SHARES = "model.t_floor guidance.t_min guidance.t_max guidance.fade_from"  # within [0, 1]
 BELOW_ONE = "guidance.label_dropout guidance.kappa times.gap"  # within [0, 1)
@@ -55,8 +55,8 @@ def check(recipe: Recipe, place: Callable[[str], str], faults: Faults) -> None:
             _alpha,
             _equal_share,
             _gap,
-            _guidance,
-            _fading,
+            _equal_draw,
+            check_guidance,
             _loss,
             _optim,
             _sample,
@@ -233,61 +233,26 @@ def _equal_share(recipe: Recipe) -> Iterator[Fault]:
         yield path, f"{path} 1 leaves no row with r < t, so alpha would do nothing: write alpha: 1, or a smaller share"
 
 
+def _equal_draw(recipe: Recipe) -> Iterator[Fault]:
+    times = recipe.times
+    if times.equal_draw == "max" and times.equal != TimeDraw():
+        yield (
+            "times.equal",
+            "times.equal is the law of a draw of its own, with equal_draw max there is none: choose one",
+        )
+    if times.equal_draw == "max" and times.order == "r_in_t_range":
+        yield (
+            "times.equal_draw",
+            "times.equal_draw max wants two draws of times, order r_in_t_range has a time and a share: write own",
+        )
+
+
 def _gap(recipe: Recipe) -> Iterator[Fault]:
-    if recipe.times.gap > 0 and any(value < recipe.alpha.clamp or value == 0 for value in _ends_of(recipe.alpha)):
+    if recipe.times.gap > 0 and any(value < recipe.alpha.clamp or value == 0 for value in ends_of(recipe.alpha)):
         yield (
             "times.gap",
             f"times.gap {recipe.times.gap:g} keeps s away from t, but alpha reaches 0, where s is t: write gap: 0, or "
             "an alpha that stays above 0 with clamp: 0",
-        )
-
-
-def _ends_of(schedule: Schedule) -> tuple[float, ...]:
-    return (schedule.initial,) if schedule.kind == "constant" else (schedule.initial, schedule.final)
-
-
-def _fading(recipe: Recipe) -> Iterator[Fault]:
-    """Keys that change how guidance acts, where there is none, or where another key says the opposite."""
-    guidance = recipe.guidance
-    active = is_guided(guidance.omega, guidance.kappa)
-    if guidance.fade_from is not None and not active:
-        yield "guidance.fade_from", "guidance.fade_from without guidance (omega 1, kappa 0) does nothing: leave it out"
-    elif guidance.fade_from is not None and (guidance.t_min, guidance.t_max) != (0.0, 1.0):
-        yield (
-            "guidance.fade_from",
-            f"guidance.fade_from fades guidance out towards t = 1, the interval ({guidance.t_min:g}, "
-            f"{guidance.t_max:g}) cuts it off: write t_min: 0 and t_max: 1, or leave fade_from out",
-        )
-    if guidance.dropped == "plain" and not (active and guidance.label_dropout > 0):
-        yield (
-            "guidance.dropped",
-            "guidance.dropped plain says what rows without label learn instead of the guided velocity: without "
-            "label_dropout, or without guidance (omega 1, kappa 0), it does nothing",
-        )
-
-
-def _guidance(recipe: Recipe) -> Iterator[Fault]:
-    guidance, labels = recipe.guidance, recipe.data.classes > 0
-    active = is_guided(guidance.omega, guidance.kappa)
-    if guidance.t_min >= guidance.t_max:
-        yield "guidance.t_min", f"guidance.t_min {guidance.t_min} is not below guidance.t_max {guidance.t_max}"
-    if not labels and guidance.label_dropout > 0:
-        yield "guidance.label_dropout", "guidance.label_dropout without labels (data.classes is 0): write 0"
-    if not labels and active:
-        yield "guidance.omega", "guidance without labels (data.classes is 0): write omega: 1 and kappa: 0"
-    null_share = 1 - guidance.omega - guidance.kappa
-    if labels and active and abs(null_share) > 1e-9 and guidance.label_dropout == 0:
-        yield (
-            "guidance.label_dropout",
-            f"guidance needs the null label (1 - omega - kappa = {null_share:g}), which only label_dropout trains: "
-            "published is 0.1",
-        )
-    if recipe.sample.guidance != 1 and active:
-        yield "sample.guidance", "guidance is built in by training (omega, kappa): sample.guidance must be 1"
-    elif recipe.sample.guidance != 1 and guidance.label_dropout == 0:
-        yield (
-            "sample.guidance",
-            "sample.guidance needs a network that knows the null label: guidance.label_dropout is 0",
         )
 
 
@@ -306,10 +271,10 @@ def _loss(recipe: Recipe) -> Iterator[Fault]:
         )
     share = recipe.times.equal_share
     for name in ("later", "short_first", "tangent"):
-        if min(_ends_of(share)) == 1 and getattr(recipe.loss, name) != getattr(Loss(), name):
+        if min(ends_of(share)) == 1 and getattr(recipe.loss, name) != getattr(Loss(), name):
             yield f"loss.{name}", f"loss.{name} is about r < t rows, and times.equal_share 1 leaves none: leave it out"
     alpha = recipe.alpha
-    for value in _ends_of(alpha) if recipe.loss.velocity == "network" else ():
+    for value in ends_of(alpha) if recipe.loss.velocity == "network" else ():
         if value < alpha.clamp or value > 1 - alpha.clamp or value in (0, 1):
             yield (
                 "loss.velocity",
@@ -322,6 +287,8 @@ def _optim(recipe: Recipe) -> Iterator[Fault]:
     optim = recipe.optim
     if not all(0 <= beta < 1 for beta in optim.betas):
         yield "optim.betas", f"optim.betas must be 0 or more and less than 1, got {list(optim.betas)}"
+    if optim.warmup_from == "zero" and optim.warmup_steps == 0:
+        yield "optim.warmup_from", "optim.warmup_from zero without warm-up (warmup_steps 0) does nothing: leave it out"
     if optim.final_lr is not None and not 0 <= optim.final_lr <= optim.lr:
         yield "optim.final_lr", f"optim.final_lr must lie between 0 and optim.lr, got {optim.final_lr}"
     if not recipe.ema.half_lives or any(steps <= 0 for steps in recipe.ema.half_lives):

@@ -26,6 +26,7 @@ KEPT_CHECKPOINT = 4  # the same, per block, with gradient_checkpointing: the blo
 IMAGENET_TRAIN = 1_281_167  # pictures
 
 BF16_ON_CPU = "bf16 is up to eight times slower than fp32 on a CPU: --set train.precision=fp32"
+EVERY_TIME = (-1.0, 2.0)  # an interval whose ends no time reaches
 PhaseKind = Literal["flow", "between", "derivative"]
 
 
@@ -62,6 +63,11 @@ def schedules_of(recipe: Recipe) -> tuple[tuple[str, Schedule], ...]:
     return (("alpha", recipe.alpha), ("times.equal_share", recipe.times.equal_share))
 
 
+def ends_of(schedule: Schedule) -> tuple[float, ...]:
+    """The values a schedule begins and ends with, as they are written; one where it is constant."""
+    return (schedule.initial,) if schedule.kind == "constant" else (schedule.initial, schedule.final)
+
+
 def alpha_at(recipe: Recipe) -> Callable[[int], float]:
     return value_at(recipe.alpha, recipe.train.steps)
 
@@ -74,7 +80,14 @@ def learning_rate_at(recipe: Recipe) -> Callable[[int], float]:
     optim, steps = recipe.optim, recipe.train.steps
 
     def at(step: int) -> float:
-        return learning_rate(step, lr=optim.lr, final_lr=optim.final_lr, warmup_steps=optim.warmup_steps, steps=steps)
+        return learning_rate(
+            step,
+            lr=optim.lr,
+            final_lr=optim.final_lr,
+            warmup_steps=optim.warmup_steps,
+            warmup_from=optim.warmup_from,
+            steps=steps,
+        )
 
     return at
 
@@ -141,9 +154,25 @@ def is_guided(omega: float, kappa: float) -> bool:
     return (omega, kappa) != (1.0, 0.0)
 
 
+def draws_scale(recipe: Recipe) -> bool:
+    """Whether each row of a batch draws a guidance scale, which the network is told: then sampling chooses it."""
+    return recipe.guidance.scale == "drawn"
+
+
+def needs_velocities(mix: Guidance) -> tuple[bool, bool]:
+    """Whether ṽ needs the network's own velocities for y, and for ∅; rounding noise of a weight counts as zero."""
+    drawn = mix.scale == "drawn"
+    return drawn or mix.kappa != 0.0, drawn or abs(1.0 - mix.omega - mix.kappa) >= 1e-12
+
+
 def guided_times(mix: Guidance) -> tuple[float, float]:
-    """The times between which guidance and label dropout act, both ends left out: all times where guidance fades."""
-    return (mix.t_min, mix.t_max) if mix.fade_from is None else (-1.0, 2.0)
+    """The times between which guidance acts, both ends left out: all times where guidance fades."""
+    return (mix.t_min, mix.t_max) if mix.fade_from is None else EVERY_TIME
+
+
+def dropout_times(mix: Guidance) -> tuple[float, float]:
+    """The times between which labels are dropped: those of guidance, or all where it has no one interval."""
+    return EVERY_TIME if mix.drop == "equal" or mix.interval == "drawn" else guided_times(mix)
 
 
 def effective_scale(omega: float, kappa: float) -> float:

@@ -23,6 +23,10 @@ PixelRule = Literal["truncate", "round"]
 Velocity = Literal["data", "network"]
 Tangent = Literal["data", "network"]
 Dropped = Literal["guided", "plain"]
+EqualDraw = Literal["own", "max"]
+FixedOrDrawn = Literal["fixed", "drawn"]
+DropRule = Literal["interval", "equal"]
+WarmupFrom = Literal["step", "zero"]
 OptimiserKind = Literal["adam", "radam"]
 Weight = Literal["adaptive", "converging", "none"]
 Reduction = Literal["mean", "sum"]
@@ -135,6 +139,8 @@ class Times:
     )
     second: TimeDraw = field(default_factory=TimeDraw)  # the second draw of an r < t row
     equal: TimeDraw = field(default_factory=TimeDraw)  # the draw of an r = t row
+    equal_draw: EqualDraw = "own"  # t of an r = t row: a draw of its own (published), or the max of the two draws of an
+    #                                r < t row (improved MeanFlow)
     gap: float = 0.0  # r < t rows keep t ≥ gap, r ≤ t - gap and s ≤ t - gap (SoFlow: 1e-4); 0 = off
 
 
@@ -151,6 +157,14 @@ class Guidance:
     fade_from: float | None = None  # instead of an interval: above this t the null velocity's weight fades to 0 at
     #                                 t = 1, kappa stays and omega takes up the rest; null = no fade
     fade_rate: float = 0.025  # k of what is left, 1 - exp(-k τ / (1 - τ)), τ = (1 - t) / (1 - fade_from)
+    scale: FixedOrDrawn = "fixed"  # fixed: by omega and kappa; drawn: a scale w for each row, told to the network
+    #                                (model.inputs has scale): omega 1, kappa 1 - 1/w on that row
+    scale_max: float = 8.0  # only with scale: drawn; w lies in [1, scale_max] with the density w^-scale_beta
+    scale_beta: float = 1.0
+    interval: FixedOrDrawn = "fixed"  # fixed: t_min < t < t_max; drawn: t_lo ≤ t ≤ t_hi, drawn for each r < t row from
+    #                                   [0, 1/2] and [1/2, 1] and told to the network (model.inputs has t_lo and t_hi)
+    drop: DropRule = "interval"  # which labels are dropped: of all rows inside the interval (published); or, as often
+    #                              in all, of r = t rows only, at label_dropout / equal_share (improved MeanFlow)
 
 
 @dataclass(frozen=True)
@@ -180,7 +194,8 @@ class Optim:
     kind: OptimiserKind = "adam"  # adam, or radam (rectified; on a GPU the host waits for each of its steps)
     lr: float = 1e-4  # after the warm-up
     final_lr: float | None = None  # cosine decay to this at the last step; null = constant
-    warmup_steps: int = 10_000  # linear, from lr / warmup_steps
+    warmup_steps: int = 10_000  # linear, from the rate that warmup_from says
+    warmup_from: WarmupFrom = "step"  # of the first step: lr / warmup_steps (published), or zero (improved MeanFlow)
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     weight_decay: float = 0.0  # decoupled (AdamW) when > 0
@@ -230,6 +245,8 @@ class Sample:
     two_step_sampler: Sampler = "trajectory"  # the published setting at 2 NFE
     two_step_times: tuple[float, float, float] = (1.0, 0.5, 0.0)
     guidance: float = 1.0  # at sampling; must stay 1 where guidance was built in by training
+    scale: float | None = None  # what a network is told that takes the guidance scale as an input; null = 1, unguided
+    interval: tuple[float, float] | None = None  # the same of t_lo and t_hi; null = [0, 1]
 
 
 @dataclass(frozen=True)

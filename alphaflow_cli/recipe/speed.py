@@ -18,7 +18,7 @@ from alphaflow_cli.recipe.plan import (
     alpha_at,
     equal_share_at,
     hidden_channels,
-    is_guided,
+    needs_velocities,
     parameter_count,
     phase_kind,
     phases,
@@ -83,8 +83,8 @@ def _final_flops(recipe: Recipe) -> float:
 
 
 def is_guided_run(recipe: Recipe) -> bool:
-    """Whether guidance is built in by training: then a step asks the network about more rows."""
-    return recipe.data.classes > 0 and is_guided(recipe.guidance.omega, recipe.guidance.kappa)
+    """Whether guidance takes part in training: then a step asks the network about more rows."""
+    return recipe.data.classes > 0 and any(needs_velocities(recipe.guidance))
 
 
 def asks_tangent(recipe: Recipe, alpha: float) -> bool:
@@ -97,9 +97,8 @@ def most_asked_rows(recipe: Recipe, n_equal: int, *, tangent: bool) -> int:
 
     Compiled blocks see them all.
     """
-    mix, batch = recipe.guidance, recipe.train.batch
-    null = batch if abs(1.0 - mix.omega - mix.kappa) > 1e-12 else 0
-    return null + (batch - n_equal if mix.kappa != 0.0 or tangent else 0)
+    batch, (own, null) = recipe.train.batch, needs_velocities(recipe.guidance)
+    return batch * null + (batch - n_equal) * (own or tangent)
 
 
 def step_flops(recipe: Recipe, alpha: float, n_equal: int, extra_rows: float) -> float:

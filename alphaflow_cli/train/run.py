@@ -210,7 +210,7 @@ def build_run(recipe: Recipe, folder: Path, *, world: World, stream: LatentStrea
         net=net,
         wrapped=wrapped,
         optimiser=Optimiser(net, recipe),
-        sums=Sums(world.device),
+        sums=Sums(world.device, has_head=recipe.model.velocity_head is not None),
         objective=Objective.of(recipe),
         class_names=class_names(stream.store.path),
     )

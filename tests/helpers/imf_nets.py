@@ -11,6 +11,7 @@ from alphaflow_cli.recipe import Recipe
 from alphaflow_cli.recipe.loader import recipe_from_text
 
 LADDER = "inputs: [scale, interval], conditioning: tokens, block: modern, mlp_ratio: 2.6667"
+DRAWN = "{label_dropout: 0.1, scale: drawn, interval: drawn}"
 SIZES = {"B": (768, 12, 12), "M": (768, 24, 12), "L": (1024, 32, 16), "XL": (1024, 48, 16)}  # dim, depth, heads
 TRAINED = {"B": 145_596_960, "M": 230_570_016, "L": 509_752_352, "XL": 711_113_760}
 AT_INFERENCE = {"B": 88_948_256, "M": 173_921_312, "L": 409_071_648, "XL": 610_433_056}  # v's last layer included
@@ -22,7 +23,7 @@ def recipe_a(precision: str = "fp64") -> Recipe:
     return recipe_from_text(
         f"model: {{dim: 40, depth: 4, heads: 4, patch: 2, velocity_head: 2, {LADDER}}}\n"
         "data: {image_size: 64, latent_size: 8, channels: 4, classes: 10}\n"
-        f"guidance: {{label_dropout: 0.1}}\ntrain: {{precision: {precision}}}\n",
+        f"guidance: {DRAWN}\ntrain: {{precision: {precision}}}\n",
         "net A",
     )
 
@@ -46,7 +47,6 @@ def recipe_of(size: str, *, velocity_head: int | None) -> Recipe:
     dim, depth, heads = SIZES[size]
     head = "null" if velocity_head is None else velocity_head
     return recipe_from_text(
-        f"model: {{dim: {dim}, depth: {depth}, heads: {heads}, velocity_head: {head}, {LADDER}}}\n"
-        "guidance: {label_dropout: 0.1}\n",
+        f"model: {{dim: {dim}, depth: {depth}, heads: {heads}, velocity_head: {head}, {LADDER}}}\nguidance: {DRAWN}\n",
         size,
     )

@@ -123,6 +123,12 @@ def saved_bytes(net, rows, precision):
     return sum(size for size, _ in kept.values())
 
 
+def drawn(extra):
+    """What the network is given of guidance must be drawn."""
+    names = [name for name in ("scale", "interval") if name in extra.partition("inputs: [")[2].partition("]")[0]]
+    return f"\nguidance: {{label_dropout: 0.1, {', '.join(f'{name}: drawn' for name in names)}}}" if names else ""
+
+
 LADDER = (
     f", {MODERN}, inputs: [scale, interval], velocity_head: 2", ", inputs: [scale], velocity_head: 0",
     ", conditioning: tokens, inputs: [interval, scale], tokens: {label: 3, scale: 2, interval: 1, time: 1}",
@@ -138,8 +144,11 @@ LADDER = (
 def test_the_parameter_count_of_every_rung_is_that_of_the_built_network(extra, labels):
     from alphaflow_cli.model.build import build_network
 
+    if labels == "classes: 0":  # nothing to guide
+        extra = extra.replace(", inputs: [scale, interval]", "").replace(", inputs: [scale]", "")
+        extra = extra.replace(", inputs: [interval, scale]", "")
     text = f"model: {{dim: 32, depth: 3, heads: 4{extra}}}\ndata: {{{labels}, latent_size: 8, image_size: 64}}"
-    recipe = recipe_from_text(text, "r")
+    recipe = recipe_from_text(text + drawn(extra), "r")
     assert plan.parameter_count(recipe) == sum(p.numel() for p in build_network(recipe).parameters())
 
 
@@ -152,7 +161,7 @@ def test_the_counted_forward_of_every_rung_is_what_the_dispatcher_counts(extra):
     from alphaflow_cli.recipe.speed import forward_flops, velocity_flops
 
     text = f"model: {{dim: 192, depth: 4, heads: 3{extra}}}\ndata: {{latent_size: 16, image_size: 128}}"
-    recipe = recipe_from_text(text, "r")
+    recipe = recipe_from_text(text + drawn(extra), "r")
     net, z, t = build_network(recipe), torch.randn(4, 4, 16, 16), torch.rand(4)
     guide = torch.ones(4, 3) if net.inputs else None
     heads = {"u": forward_flops(recipe), "both": forward_flops(recipe) + velocity_flops(recipe)}
@@ -164,6 +173,7 @@ def test_the_counted_forward_of_every_rung_is_what_the_dispatcher_counts(extra):
 
 def test_the_plan_says_what_a_network_has_beyond_the_published_one():
     sets = ["model.block=modern", "model.conditioning=tokens", "model.inputs=[scale, interval]"]
+    sets += ["guidance.scale=drawn", "guidance.interval=drawn", "guidance.kappa=0"]
     recipe = load_recipe("b2-cfg", [*sets, "model.velocity_head=8"])
     network = dict(lines(recipe))["network"]
     assert "modern blocks, inputs as 20 more tokens, given the guidance scale and the guidance interval" in network

@@ -23,7 +23,8 @@ from alphaflow_cli.train import start
 from alphaflow_cli.train.estimate import random_rows
 from alphaflow_cli.train.loop import one_step
 from alphaflow_cli.train.optimise import Optimiser
-from alphaflow_cli.train.step import Objective, ask, time_laws, training_step
+from alphaflow_cli.train.questions import ask
+from alphaflow_cli.train.step import Objective, time_laws, training_step
 
 TOY = (
     "model.dim=32", "model.depth=2", "model.heads=2", "model.patch=2", "data.image_size=32", "data.channels=4",
@@ -102,7 +103,7 @@ class OldRun:
         question = None
         if (mix.omega, mix.kappa) != (1.0, 0.0):
             question = ask(t, uniforms, k, mix, torch.device("cpu"))
-            asked = question.inputs(z_t, t, y, self.y_null)
+            asked = question.inputs(z_t, t, y, self.y_null)[:4]
         if alpha == 0.0:
             velocities = self.quietly(*asked) if question else None
             v_later = self.guided(v[k:], question, velocities, t[k:], None, k)
@@ -209,7 +210,7 @@ def test_a_run_multiplies_each_rows_loss_by_that_weight(store, tmp_path):
     laws = time_laws(recipe.times)
     t, r = times.sample_times(draws.normals, 4, laws)
     stacked = torch.stack([t, r, draws.uniforms]).double()
-    rows = rows_at(run, 0, slice(None), noise=draws.noise, times=stacked, n_equal=4)
+    rows = rows_at(run, 0, slice(None), noise=draws.noise, drawn=stacked, n_equal=4)
     factor = (1 - (rows.t - rows.r)) / (1 - times.mean_interval(laws))
     factor[:4] = 1.0
     torch.testing.assert_close(rows.factor, factor)

@@ -134,7 +134,7 @@ def test_asking_about_the_needed_rows_only_changes_no_gradient(alpha, store, tmp
     draws = step_draws(0, 5, batch=16, shape=run.stream.shape, device=run.world.device)
     t, r = sample_times(draws.normals, n_equal, time_laws(recipe.times))
     times = torch.stack([t, r, draws.uniforms]).double()
-    rows = rows_at(run, 5, slice(None), noise=draws.noise, times=times, n_equal=n_equal)
+    rows = rows_at(run, 5, slice(None), noise=draws.noise, drawn=times, n_equal=n_equal)
     assert 0 < len(rows.question.places) < 16, "of 16 + 12"
     some, every = (
         torch.autograd.grad(
