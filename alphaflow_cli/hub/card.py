@@ -7,7 +7,7 @@ published: paths become their last part, addresses lose their passwords, whereve
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -324,7 +324,7 @@ def _without_password(match: re.Match[str]) -> str:
 def config_json(recipe: Recipe, origin: dict[str, Any], parameters: int) -> str:
     """Write config.json of a published model."""
     data, mix = recipe.data, recipe.guidance
-    model = {name: getattr(recipe.model, name) for name in recipe.model.__dataclass_fields__}
+    model = asdict(recipe.model)
     content = {
         "model_type": "alphaflow",
         "format": CHECKPOINT_FORMAT,
