@@ -17,11 +17,11 @@ from alphaflow_cli.recipe.source import Faults
 
 AT_LEAST = {  # field: smallest value
     1: "model.dim model.depth model.heads model.patch data.image_size data.channels data.latent_size train.steps "
-    "ema.every train.batch train.save_every train.keep train.log_every optim.nonfinite_limit sample.nfe eval.images "
-    "guidance.scale_max sample.scale "
-    "model.tokens.label model.tokens.scale model.tokens.interval model.tokens.time",
+    "model.tokens.label model.tokens.scale model.tokens.interval model.tokens.time guidance.scale_max sample.scale "
+    "ema.every train.batch train.save_every train.keep train.log_every optim.nonfinite_limit sample.nfe eval.images",
     0: "model.velocity_head data.classes data.stats_images optim.warmup_steps optim.weight_decay optim.clip_norm "
-    "loss.clamp loss.c ema.ramp train.seed train.milestone_every train.sample_every train.conflict_every",
+    "loss.clamp loss.c guidance.scale_beta ema.ramp train.seed train.milestone_every train.sample_every "
+    "train.conflict_every",
 }
 AT_MOST = {  # field: largest value, far beyond use: what passes it is a slip of the hand that would fill the memory
     1_000: "model.mlp_ratio model.tokens.label model.tokens.scale model.tokens.interval model.tokens.time",
@@ -34,7 +34,7 @@ AT_MOST = {  # field: largest value, far beyond use: what passes it is a slip of
 }
 POSITIVE = (
     "model.mlp_ratio data.scale times.std times.second.std times.equal.std guidance.omega guidance.fade_rate optim.lr "
-    "optim.eps loss.power loss.later sample.guidance guidance.scale_beta"
+    "optim.eps loss.power loss.later sample.guidance"
 )
 SHARES = "model.t_floor guidance.t_min guidance.t_max guidance.fade_from"  # within [0, 1]
 BELOW_ONE = "guidance.label_dropout guidance.kappa times.gap"  # within [0, 1)
@@ -268,6 +268,12 @@ def _loss(recipe: Recipe) -> Iterator[Fault]:
         yield (
             "loss.tangent",
             "loss.tangent network says along what z moves, loss.velocity network replaces ṽ there already: choose one",
+        )
+    if recipe.model.velocity_head is not None and recipe.loss.velocity == "network":
+        yield (
+            "model.velocity_head",
+            "model.velocity_head gives the network's velocity at (t, t), loss.velocity network takes that at (s, t) "
+            "from u: leave one out",
         )
     share = recipe.times.equal_share
     for name in ("later", "short_first", "tangent"):

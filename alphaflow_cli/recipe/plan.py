@@ -264,8 +264,9 @@ def warnings_of(recipe: Recipe, *, on_cpu: bool = False) -> list[str]:
     if recipe.times.equal_share.kind != "constant" and equal_rows(recipe.train.batch, last) == 0:
         warnings.append("equal_share ends with no r = t row at all")
     ramped = recipe.ema.ramp * steps
+    what = f"ema.ramp shortens it to {ramped:,.3g}" if ramped else "much of it stays what the run began with"
     warnings += [
-        f"the average of half-life {life:,g} steps outlasts the run of {steps:,}: ema.ramp shortens it to {ramped:,.3g}"
+        f"the average of half-life {life:,g} steps outlasts the run of {steps:,}: {what}"
         for life in recipe.ema.half_lives
         if life >= steps
     ]

@@ -20,7 +20,8 @@ from alphaflow_cli.recipe.schema import Recipe
 
 SHAPE = tuple(f"data.{name}" for name in ("autoencoder", "image_size", "channels", "latent_size", "classes"))
 CONTENT = tuple(f"data.{name}" for name in ("flips", "source", "normalise", "scale", "shift"))
-YIELDING = (*SHAPE, *CONTENT, "model.patch", "eval.reference")
+GIVEN = ("data.channel_mean", "data.channel_std")  # numbers that belong to the latents of one autoencoder
+YIELDING = (*SHAPE, *CONTENT, *GIVEN, "model.patch", "eval.reference")
 PREPARED = {  # field → the option of prep-latents that decides it in a store; two follow from the others
     "data.autoencoder": "--autoencoder {}",
     "data.image_size": "--size {}",
@@ -115,6 +116,8 @@ def described(plan: StorePlan, before: Recipe) -> dict[str, Any]:
         fields |= {"data.scale": plan.autoencoder.scale, "data.shift": plan.autoencoder.shift}
     elif before.data.normalise == "position" and plan.kind == "pixels":
         fields["data.normalise"] = "channel"  # a pixel that is white in every picture has no deviation of its own
+    if fields["data.autoencoder"] != before.data.autoencoder and before.data.channel_mean is not None:
+        fields |= dict.fromkeys(GIVEN)
     if fields["data.latent_size"] % before.model.patch:
         fields["model.patch"] = fitting_patch(fields["data.latent_size"], before)
     values = flatten(before)

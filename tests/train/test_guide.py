@@ -39,7 +39,7 @@ def golden_net(inputs):
 
 
 def guide(rows, scale, low=0.0, high=1.0):
-    return torch.tensor([scale, low, high]).double().repeat(len(rows.t), 1)
+    return torch.tensor([scale, low, high], dtype=torch.float64).repeat(len(rows.t), 1)
 
 
 def objective_of(mix, *, has_head=False, **loss):
@@ -74,7 +74,9 @@ def test_a_scale_of_2_on_every_row_that_is_not_heeded_is_the_published_kappa_of_
     _, meta, rows, fixed = golden_case(case)
     plain, net = golden_net(("scale", "interval") if interval == "drawn" else ("scale",))
     mix = replace(fixed.guidance, omega=1.0, kappa=0.0, scale="drawn", interval=interval)
-    told = replace(rows, guide=guide(rows, 2.0, 1e-9, 1 - 1e-9))  # drawn ends are inside, those of (0, 1) are not
+    # drawn ends are inside, those of (0, 1) are not; with a drawn interval labels are dropped at t = 0 as well
+    rows = replace(rows, uniforms=torch.where(rows.t > 0, rows.uniforms, 1.0))
+    told = replace(rows, guide=guide(rows, 2.0, 1e-9, 1 - 1e-9))
     names = [name for name, _ in plain.named_parameters()]
     expected, theirs = gradients(plain, rows, meta["alpha"], fixed)
     result, ours = gradients(net, told, meta["alpha"], replace(fixed, guidance=mix), names)
