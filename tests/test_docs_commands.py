@@ -53,6 +53,8 @@ ELSEWHERE = {
     "alphaflow convert SoFlow": "another system's file",
     "alphaflow sample soflow-b2": "another system's file",
     "alphaflow convert hf://snap-research": "Hub",
+    "alphaflow convert hf://Lyy0725": "Hub",
+    "alphaflow sample imf-xl2": "another system's file",
     "python benchmarks/gpu.py": "GPU; test_gpu_benchmark.py runs it at toy size",
     "python benchmarks/bench_ruler.py": "another system's file",
     "python benchmarks/bench_scaling.py": "an idle machine for minutes; test_benchmarks.py runs it in small",

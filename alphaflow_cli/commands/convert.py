@@ -41,7 +41,7 @@ ONLY_FROM_SRC = (
 @click.option(
     "--from",
     "family",
-    type=click.Choice(["auto", "alphaflow", "sit", "dit", "repa", "meanflow", "fastgen", "soflow"]),
+    type=click.Choice(["auto", "alphaflow", "sit", "dit", "repa", "meanflow", "fastgen", "soflow", "imf"]),
     default="auto",
     help="What SRC is. SiT, DiT and REPA cannot always be told apart by their files.",
 )
@@ -78,8 +78,9 @@ def command(
     """Convert a checkpoint of another system to ours.
 
     SRC is a .pt or .safetensors file (or hf://user/repo/file.pt): a published α-Flow or MeanFlow snapshot, a SiT, DiT
-    or REPA, or a PyTorch MeanFlow of zhuyu-cs or FastGen. Nothing in it is executed. What SRC does not say (guidance,
-    the latents' statistics, the sampler) is taken from the published recipe or asked for, and recorded as such in FILE.
+    or REPA, a SoFlow, an improved MeanFlow (also FD-Loss's), or a PyTorch MeanFlow of zhuyu-cs or FastGen. Nothing in
+    it is executed. What SRC does not say (guidance, the latents' statistics, the sampler) is taken from the published
+    recipe or asked for, and recorded as such in FILE.
     """
     check_there(source)
     begin(f"convert {source}")

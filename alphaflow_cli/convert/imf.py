@@ -9,10 +9,30 @@ Ours has queries, keys and values in one layer, and w1, w3 of the SwiGLU in one;
 """
 
 import re
+from dataclasses import replace
+from itertools import takewhile
 
 import torch
 from torch import Tensor
 
+from alphaflow_cli.convert.imported import (
+    MEANFLOW_MEAN,
+    MEANFLOW_STD,
+    ForeignFile,
+    Imported,
+    Latents,
+    parse_latents,
+    per_channel,
+)
+from alphaflow_cli.convert.shape import NetworkShape
+from alphaflow_cli.convert.source import state_dict
+from alphaflow_cli.errors import AlphaflowError
+from alphaflow_cli.recipe import Recipe
+
+TABLES = {"ema": ("model_ema",), "raw": ("model",)}  # FD-Loss
+SIGN = "cfg_t_start_embedder."  # begins names that nobody else has
+RECIPES = {(768, 12): "imf-b2", (768, 24): "imf-m2", (1024, 32): "imf-l2", (1024, 48): "imf-xl2"}  # (dim, depth)
+LATENT_SIZE = 32  # of every released network; positions are turned, so the weights do not say it
 PLAIN = {  # ours → theirs, of what lies outside the blocks
     "patch_embed.proj": "x_embedder.proj",
     "label_embed": "y_embedder.embedding_table",
@@ -26,6 +46,8 @@ PLAIN = {  # ours → theirs, of what lies outside the blocks
     "second_embed.mlp.2": "h_embedder.mlp.2",
 }
 WITHOUT_BIAS = ("label_embed",)
+TOKENS = [8, 4, 2, 2, 4]  # of each input
+STACKS = ("shared_blocks", "u_heads", "v_heads")
 PREFIX = ("class_tokens", "omega_tokens", "t_min_tokens", "t_max_tokens", "time_tokens")
 BLOCK = {  # inside a block; a table of ours that is several of theirs, one below the other, has their names in order
     "norm1.weight": ("norm1.weight",),
@@ -77,7 +99,7 @@ def to_imf(weights: dict[str, Tensor], names: dict[str, tuple[str, ...]]) -> dic
     apart: dict[str, Tensor] = {}
     for ours, theirs in names.items():
         value = weights[ours]
-        sizes = [8, 4, 2, 2, 4] if theirs == PREFIX else [len(value) // len(theirs)] * len(theirs)
+        sizes = TOKENS if theirs == PREFIX else [len(value) // len(theirs)] * len(theirs)
         apart |= dict(zip(theirs, torch.split(value, sizes), strict=True))
     return apart
 
@@ -88,3 +110,89 @@ def from_imf(weights: dict[str, Tensor], names: dict[str, tuple[str, ...]]) -> d
         ours: weights[theirs[0]] if len(theirs) == 1 else torch.cat([weights[name] for name in theirs])
         for ours, theirs in names.items()
     }
+
+
+def looks_imf(table: dict[str, Tensor]) -> bool:
+    """Tell whether a table is improved MeanFlow's network: it embeds the ends of the guidance interval."""
+    return any(name.removeprefix("net.").startswith(SIGN) for name in table)
+
+
+def read_imf(file: ForeignFile) -> Imported:
+    """Translate a released iMF, or one of FD-Loss."""
+    table, which = file.pick(TABLES)
+    theirs = bare_names(state_dict(table, file.name))
+    shape, velocity = _shape(theirs, file.name)
+    shared, own = (_blocks(theirs, stack) for stack in ("shared_blocks", "u_heads"))
+    names = imf_names(shared, own, velocity=velocity)
+    idle = {name for name in theirs if velocity is None and name.startswith("v_final_layer.")}
+    strange = sorted(theirs.keys() - idle - {part for parts in names.values() for part in parts})
+    missing = sorted({part for parts in names.values() for part in parts} - theirs.keys())
+    if strange or missing:
+        what = f"has {strange[0]!r}, which no iMF has" if strange else f"lacks {missing[0]!r}"
+        raise AlphaflowError(f"{file.name}: not the weights of an improved MeanFlow: it {what}.")
+    heads = shape.dim // len(theirs["shared_blocks.0.attn.q_norm.weight"])
+    foreign = Imported(file, "imf", from_imf(theirs, names), which, shape, heads, _latents(file), _base(file, shape))
+    foreign.base = replace(foreign.base, model=replace(foreign.base.model, velocity_head=velocity))
+    foreign.unread = tuple(sorted(idle))
+    return foreign
+
+
+def _blocks(theirs: dict[str, Tensor], stack: str) -> int:
+    """How many blocks a stack has, as far as it has no gap."""
+    there = {name.split(".")[1] for name in theirs if name.startswith(f"{stack}.")}
+    return sum(1 for _ in takewhile(lambda i: str(i) in there, range(len(there))))
+
+
+def _shape(theirs: dict[str, Tensor], where: str) -> tuple[NetworkShape, int | None]:
+    """The network's sizes, and the number of blocks of the velocity's own; None where the file has none."""
+    stacks = {stack: _blocks(theirs, stack) for stack in STACKS}
+    try:
+        dim, channels, patch, _ = theirs["x_embedder.proj.weight"].shape
+        hidden, rows = (len(theirs[n]) for n in ("shared_blocks.0.mlp.w1.weight", "y_embedder.embedding_table.weight"))
+        last, norm = len(theirs["u_final_layer.linear.weight"]), len(theirs["shared_blocks.0.attn.q_norm.weight"])
+        tokens = [len(theirs[name]) for name in PREFIX]
+    except (KeyError, ValueError, TypeError) as error:
+        raise AlphaflowError(f"{where}: no whole improved MeanFlow ({error}).") from error
+    if 0 in (dim, channels, patch, norm) or dim % norm or last != patch**2 * channels or tokens != TOKENS:
+        raise AlphaflowError(
+            f"{where}: no improved MeanFlow has {dim} channels in heads of {norm}, patches of {patch}x{patch} with "
+            f"{channels} channels in and {last} numbers out, and {tokens} tokens before them."
+        )
+    shape = NetworkShape(
+        dim=dim,
+        depth=stacks["shared_blocks"] + stacks["u_heads"],
+        patch=patch,
+        channels=channels,
+        latent_size=LATENT_SIZE,
+        mlp_ratio=8 / 3 if int(dim * 8 / 3) == hidden else (hidden + 0.25) / dim,  # times dim, cut to whole channels
+        qk_norm=False,
+        label_rows=rows,
+        out=channels,
+    )
+    return shape, stacks["v_heads"] or None
+
+
+def _latents(file: ForeignFile) -> Latents:
+    """The constants that all released networks were trained with, unless the command line gives others."""
+    if file.options.latents:
+        return parse_latents(file.options.latents)
+    return per_channel(MEANFLOW_MEAN, MEANFLOW_STD, "per channel, (latent − mean) / std: iMF's constants")
+
+
+def _base(file: ForeignFile, shape: NetworkShape) -> Recipe:
+    """The recipe of the published network of this size, which says with which scale and interval it is sampled."""
+    published = RECIPES.get((shape.dim, shape.depth))
+    base = file.base_recipe("imf-b2", published)
+    file.filled["recipe"] = file.filled["recipe"].replace("the file's name", "the network's size")
+    options = file.options
+    given = [name for name in ("scale", "interval") if options.values_of(f"sample.{name}")]
+    if not (published or options.recipe or len(given) == 2):
+        raise AlphaflowError(
+            f"{file.name}: a network of none of the published sizes, and the file does not say with which guidance it "
+            "is sampled. Say it: --set sample.scale=8 --set sample.interval=[0.4,0.65], or --recipe imf-b2"
+        )
+    for name in {"scale", "interval"} - set(given):
+        file.filled[f"sampling {name}"] = f"{getattr(base.sample, name)}: that of {base.name}"
+    if not options.values_of("data.latent_size"):
+        file.filled["latents' side"] = f"{LATENT_SIZE}, as of every released network"
+    return base
