@@ -129,6 +129,7 @@ class StepResult:
     """The weighted loss, summed over the rows, and what is logged or compared of each row."""
 
     loss: Tensor  # () with gradient
+    head_loss: Tensor | float  # () what a velocity head adds to it
     terms: Terms
     v_guided: Tensor
     target: Tensor
@@ -325,11 +326,13 @@ def _loss(
     )
     weight = weight if rows.factor is None else weight * rows.factor
     total, terms = (weight * error).sum(), loss_terms(u, target, v_guided, made.v_hat)
+    head_loss: Tensor | float = 0.0
     if made.v_hat is not None:  # on every row the same loss, whatever α
         error = squared_error(made.v_hat, v_guided, loss.reduction)
         weight = loss_weight(error, len(error), alpha=0.0, kind=loss.weight, c=loss.c, power=loss.power, later=1.0)
-        total = total + (weight * error).sum()
-    return StepResult(loss=total, terms=terms, v_guided=v_guided, target=target)
+        head_loss = (weight * error).sum()
+        total = total + head_loss
+    return StepResult(loss=total, head_loss=head_loss, terms=terms, v_guided=v_guided, target=target)
 
 
 def row_factor(t: Tensor, r: Tensor, n_equal: int, objective: Objective, *, progress: float) -> Tensor | None:
