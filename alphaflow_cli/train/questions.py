@@ -41,7 +41,9 @@ class Question:
         labels = torch.cat([torch.full_like(self.places[:n], y_null), y[self.places[n:]]])
         if guide is not None:
             own = guide[self.places[n:]]
-            guide = torch.cat([own.new_tensor([1.0, 0.0, 1.0]).expand(n, 3), own])
+            null = torch.ones_like(guide[self.places[:n]])
+            null[:, 1] = 0.0  # w = 1 on [0, 1], made on the device: a list would be waited for
+            guide = torch.cat([null, own])
         return z_t[self.places], t_here, t_here, labels, guide
 
 

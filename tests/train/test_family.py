@@ -279,7 +279,18 @@ def test_given_constants_normalise_the_latents_and_travel_with_the_weights(store
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # of dynamo itself
 @pytest.mark.slow
-@pytest.mark.parametrize(("member", "alpha"), [("soflow", 0.3), ("boundary", 0.3), ("boundary", 0.0)])
+@pytest.mark.parametrize(
+    ("member", "alpha"),
+    [
+        ("soflow", 0.3),
+        ("boundary", 0.3),
+        ("boundary", 0.0),
+        ("imf", 1.0),
+        ("imf", 0.3),
+        ("imf", 0.0),
+        ("a rung", 0.0),
+    ],
+)
 def test_compiled_blocks_give_the_gradients_of_plain_ones(member, alpha, tmp_path):
     recipe = make_recipe(tmp_path, *MEMBERS[member])
     found = []
