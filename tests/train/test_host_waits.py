@@ -59,7 +59,8 @@ def run_of(recipe, store):
         recipe=recipe, net=net, wrapped=net, objective=Objective.of(recipe), seed=0,
         stream=resident(store, flips=False),
         world=SimpleNamespace(device=GPU, rank=0, size=1, accelerator=accelerator), split=Split(16, 1, 2),
-        sums=Sums(GPU, has_head=recipe.model.velocity_head is not None), dtype=torch.float32, equal_share_at=lambda step: 0.25, compiled=False,
+        sums=Sums(GPU, has_head=recipe.model.velocity_head is not None), dtype=torch.float32,
+        equal_share_at=lambda step: 0.25, compiled=False,
     )  # fmt: skip
 
 
