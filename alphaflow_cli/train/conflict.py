@@ -203,10 +203,12 @@ def sizes_over_alpha(
 def _sizes(
     net: nn.Module, rows: Rows, objective: Objective, alphas: Sequence[float]
 ) -> Iterator[dict[str, float | None]]:
+    def loss(alpha: float) -> Tensor:
+        result = training_step(net, net, rows, alpha=alpha, objective=objective)
+        return (result.loss - result.head_loss) / len(rows.t)  # the head's is the same at every α
+
     def gradient(alpha: float) -> Gradient:
-        return _gradient(
-            net, lambda: training_step(net, net, rows, alpha=alpha, objective=objective).loss / len(rows.t)
-        )[1]
+        return _gradient(net, lambda: loss(alpha))[1]
 
     mean_flow = gradient(0.0)
     length = _dot(mean_flow, mean_flow) ** 0.5

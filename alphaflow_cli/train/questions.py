@@ -40,10 +40,8 @@ class Question:
         t_here, n = t[self.places], self.n_null
         labels = torch.cat([torch.full_like(self.places[:n], y_null), y[self.places[n:]]])
         if guide is not None:
-            own = guide[self.places[n:]]
-            null = torch.ones_like(guide[self.places[:n]])
-            null[:, 1] = 0.0  # w = 1 on [0, 1], made on the device: a list would be waited for
-            guide = torch.cat([null, own])
+            one = torch.ones_like(t_here[:n])
+            guide = torch.cat([torch.stack([one, 0.0 * one, one], 1), guide[self.places[n:]]])
         return z_t[self.places], t_here, t_here, labels, guide
 
 

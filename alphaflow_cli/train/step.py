@@ -15,7 +15,7 @@ A network with a velocity head gives v̂ beside u, from the same graded forward.
 learns ṽ on every row: l_u and l_v, each with a weight of its own, are added.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -63,6 +63,7 @@ class Objective:
     gap: float = 0.0  # the least t − s
     mean_interval: float = 0.0  # E[t − r] of r < t rows, where loss.short_first needs it
     has_head: bool = False  # whether the network gives v̂ beside u
+    precise_below: float = 0.0  # the α below which, but for 0, rounding to bf16 eats the gradient
 
     @staticmethod
     def of(recipe: Recipe) -> "Objective":
@@ -76,12 +77,17 @@ class Objective:
             gap=recipe.times.gap,
             mean_interval=mean_interval(time_laws(recipe.times)) if recipe.loss.short_first else 0.0,
             has_head=recipe.model.velocity_head is not None,
+            precise_below=recipe.train.precise_below,
         )
 
     @property
     def is_guided(self) -> bool:
         """Whether guidance moves the velocity anywhere: ṽ ≠ v."""
         return self.has_labels and any(needs_velocities(self.guidance))
+
+    def at(self, alpha: float) -> "Objective":
+        """The same, without bf16 where α is small: there the target is u and α times a difference of two answers."""
+        return replace(self, bf16=False) if self.bf16 and 0.0 < alpha < self.precise_below else self
 
     def has_tangent(self, alpha: float) -> bool:
         """Whether z moves along the network's own velocity at this α, which then must be asked of every r < t row."""
@@ -123,6 +129,7 @@ class StepResult:
     """The weighted loss, summed over the rows, and what is logged or compared of each row."""
 
     loss: Tensor  # () with gradient
+    head_loss: Tensor | float  # () what a velocity head adds to it
     terms: Terms
     v_guided: Tensor
     target: Tensor
@@ -161,6 +168,7 @@ def random_rows(recipe: Recipe, count: int, n_equal: int, device: torch.device) 
 
 def training_step(wrapped: nn.Module, bare: nn.Module, rows: Rows, *, alpha: float, objective: Objective) -> StepResult:
     """The loss of the rows, summed: divide it by the rows of the whole step, then call backward."""
+    objective = objective.at(alpha)
     k, v, y = rows.n_equal, path.velocity(rows.x, rows.noise), _labels(rows, objective)
     z_t = path.interpolate(rows.x, rows.noise, rows.t)
     question, ratio = _question(rows, objective, alpha), row_alpha(alpha, rows.t[k:], rows.r[k:], objective.gap)
@@ -318,11 +326,13 @@ def _loss(
     )
     weight = weight if rows.factor is None else weight * rows.factor
     total, terms = (weight * error).sum(), loss_terms(u, target, v_guided, made.v_hat)
+    head_loss: Tensor | float = 0.0
     if made.v_hat is not None:  # on every row the same loss, whatever α
         error = squared_error(made.v_hat, v_guided, loss.reduction)
         weight = loss_weight(error, len(error), alpha=0.0, kind=loss.weight, c=loss.c, power=loss.power, later=1.0)
-        total = total + (weight * error).sum()
-    return StepResult(loss=total, terms=terms, v_guided=v_guided, target=target)
+        head_loss = (weight * error).sum()
+        total = total + head_loss
+    return StepResult(loss=total, head_loss=head_loss, terms=terms, v_guided=v_guided, target=target)
 
 
 def row_factor(t: Tensor, r: Tensor, n_equal: int, objective: Objective, *, progress: float) -> Tensor | None:

@@ -14,6 +14,7 @@ from alphaflow_cli.nn.blocks import Design
 from alphaflow_cli.nn.dit import DiT
 from alphaflow_cli.recipe import load_recipe, speed
 from alphaflow_cli.recipe.schema import Guidance, Loss
+from alphaflow_cli.train import conflict
 from alphaflow_cli.train.journal import mean_asked_rows, mean_step_flops
 from alphaflow_cli.train.questions import ask
 from alphaflow_cli.train.step import Objective, Rows, guide_of, row_draws, time_laws, training_step
@@ -220,6 +221,29 @@ def test_between_the_point_z_s_lies_along_the_networks_velocity_and_is_told_what
         u_s = net(z_s, s, r, rows.y[4:], guide=rows.guide[4:])
     assert_close(z_s, z_t - (t - s)[:, None, None, None] * along, 1e-10)
     assert_close(result.target[4:], 0.25 * result.v_guided[4:] + 0.75 * u_s, 1e-10)
+
+
+def test_the_conflict_is_measured_with_what_each_row_is_told_and_without_the_heads_loss():
+    recipe = load_recipe("imf-b2", [
+        "model.dim=48", "model.depth=3", "model.heads=4", "model.velocity_head=2", "data.image_size=64",
+        "data.latent_size=8", "data.classes=10", "train.precision=fp64",
+    ])  # fmt: skip
+    net, objective = random_net(design=design("scale+interval, tokens, modern, head 2")), Objective.of(recipe)
+    x = torch.randn(12, 4, 8, 8, generator=torch.Generator().manual_seed(2))
+    rows = conflict.conflict_rows(recipe, x, torch.arange(12) % 10, seed=1, index=3)
+    assert rows.n_equal == 0
+    assert len(rows.guide.unique(dim=0)) == 12
+    assert not (rows.uniforms < 1).any(), "labels are dropped on r = t rows only"
+    later = conflict.prepare_rows(net, rows, objective)
+    assert torch.equal(later.guide, rows.guide)
+    assert torch.equal(later.y, rows.y)
+    result = training_step(net, net, rows, alpha=0.0, objective=objective)
+    assert_close(later.v_guided, result.v_guided, 1e-10)
+    h = (later.t - later.r)[:, None, None, None]
+    assert_close(later.v_guided - h * later.du, result.target, 1e-10)
+    sizes = conflict.sizes_over_alpha(net, rows, objective, [0.002, 0.0])["converging"]
+    assert sizes[0]["cosine"] == pytest.approx(1.0, abs=0.01), "of u's loss alone"
+    assert sizes[0]["size"] == pytest.approx(1.0, abs=0.05)
 
 
 # What it costs.

@@ -105,7 +105,7 @@ MEMBER_WAYS = {
 
 
 @pytest.fixture(
-    scope="module", params=[pytest.param(m, marks=pytest.mark.slow) if m == "a rung" else m for m in MEMBERS]
+    scope="module", params=[pytest.param(m, marks=pytest.mark.slow) if m == "scale" else m for m in MEMBERS]
 )
 def member(request, store, tmp_path_factory):
     """A member of the family, and its gradients in one process."""

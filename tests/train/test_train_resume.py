@@ -34,7 +34,7 @@ WAYS = {  # processes, micro-batch, --set
     "fsdp2": (2, None, ("train.strategy=fsdp2",)),
     "soflow": (1, None, MEMBERS["soflow"]),
     "the boundary tangent": (1, None, MEMBERS["boundary"]),
-    "improved MeanFlow": (1, None, MEMBERS["imf"]),
+    "improved MeanFlow": (1, 3, MEMBERS["imf"]),
     "improved MeanFlow, fsdp2": (2, None, (*MEMBERS["imf"], "train.strategy=fsdp2")),
     "gradient checkpointing in bf16": (1, None, ("train.precision=bf16", "train.gradient_checkpointing=true")),
 }
