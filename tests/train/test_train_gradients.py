@@ -104,7 +104,9 @@ MEMBER_WAYS = {
 }
 
 
-@pytest.fixture(scope="module", params=MEMBERS)
+@pytest.fixture(
+    scope="module", params=[pytest.param(m, marks=pytest.mark.slow) if m == "scale" else m for m in MEMBERS]
+)
 def member(request, store, tmp_path_factory):
     """A member of the family, and its gradients in one process."""
     folder, sets = tmp_path_factory.mktemp(request.param), ("train.precision=fp64", *MEMBERS[request.param])
