@@ -14,6 +14,7 @@ from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.model.build import network_shapes
 from alphaflow_cli.model.checkpoint import load_checkpoint
 from alphaflow_cli.sample.generator import load_network
+from alphaflow_cli.sample.walk import plan_walk
 
 SIDE = ("data.latent_size=8", "data.image_size=64")  # of the golden network; released ones are for 32
 SETS = (*SIDE, "sample.scale=7.5", "sample.interval=[0.4, 0.65]")
@@ -124,10 +125,15 @@ def test_a_released_file_of_every_size_is_our_network_and_the_velocitys_last_lay
         assert list(theirs[bare].shape) == listed["shape"], name
 
 
-def test_it_is_sampled_with_its_guidance_and_has_no_published_form_of_alpha_flow(tmp_path, capsys):
+def test_it_is_sampled_with_its_guidance(tmp_path):
+    _, checkpoint, _ = converted(tmp_path, released())
+    for nfe in (1, 2):
+        assert plan_walk(checkpoint.recipe, nfe=nfe).guide == (7.5, 0.4, 0.65)
+        assert plan_walk(checkpoint.recipe, nfe=nfe).nfe == nfe, "one evaluation per step"
+
+
+def test_it_has_no_published_form_of_alpha_flow(tmp_path, capsys):
     converted(tmp_path, released())
-    model = str(tmp_path / "ours.safetensors")
-    assert run(["convert", model, "--to", "alphaflow", "-o", str(tmp_path / "back.pt")]) == 1
-    assert "has another network than the published system's (model.inputs, model.conditioning, model.block)" in (
-        capsys.readouterr().err
-    )
+    assert run(["convert", str(tmp_path / "ours.safetensors"), "--to", "alphaflow", "-o", str(tmp_path / "b.pt")]) == 1
+    err = capsys.readouterr().err
+    assert "has another network than the published system's (model.inputs, model.conditioning, model.block)" in err

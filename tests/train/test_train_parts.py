@@ -9,7 +9,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 from counting import count
-from train_helpers import CPU, begin, make_recipe, make_store, train
+from train_helpers import CPU, MEMBERS, begin, make_recipe, make_store, train
 
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.model.build import build_network
@@ -216,6 +216,23 @@ def test_a_label_table_of_another_size_is_fresh_and_said(strategy, store, tmp_pa
     there, here = (load_checkpoint(folder / "model.safetensors").weights for folder in (first, tmp_path / "second"))
     assert here["label_embed.weight"].shape == (10, 32)
     torch.testing.assert_close(here["blocks.0.mlp.fc1.weight"], there["blocks.0.mlp.fc1.weight"])
+
+
+@pytest.mark.parametrize("head", [0, 1])
+def test_a_velocity_that_is_not_in_the_checkpoint_begins_as_u(head, store, tmp_path):
+    imf = [text for text in MEMBERS["imf"] if "velocity_head" not in text]
+    first = train(make_recipe(tmp_path, *imf, "train.steps=10", "alpha=0"), store, tmp_path / "first")
+    sets = (*imf, f"model.velocity_head={head}", "train.steps=1", "alpha=0", "optim.lr=1e-30")
+    started = begin(make_recipe(tmp_path, *sets), store, tmp_path / "second", init_from=str(first))
+    assert started.wait() == [0], started.said()
+    assert "the velocity, which is not in the checkpoint, begins as u" in started.said()
+    assert "freshly initialised" not in started.said()
+    there, here = (load_checkpoint(folder / "model.safetensors").weights for folder in (first, tmp_path / "second"))
+    pairs = [("velocity_final.linear.weight", "final.linear.weight")]
+    pairs += [("velocity_blocks.0.mlp.fc1.weight", "blocks.1.mlp.fc1.weight")] if head else []
+    for velocity, u in pairs:
+        torch.testing.assert_close(here[velocity], there[u])
+        assert there[u].abs().max() > 0
 
 
 def test_another_architecture_is_refused_with_shapes(store, tmp_path):
