@@ -170,21 +170,11 @@ class Model:
         progress: show how far it is, on stderr.
         """
         seeds = _seeds(count, seeds)
-        if times is not None and nfe != 1:
-            raise AlphaflowError("sample: give nfe or times, not both; the times say how many evaluations there are.")
-        if batch < 1:
-            raise AlphaflowError(f"sample: batch {batch}: at least one picture at a time is needed.")
-        if sampler not in get_args(SamplerChoice):
-            raise AlphaflowError(f"sample: sampler {sampler!r}: there are {', '.join(get_args(SamplerChoice))}.")
+        _check_walk(nfe, times, sampler, batch)
         walk = plan_walk(
-            self.recipe,
-            nfe=nfe,
-            kind=sampler,
-            times=times,
-            guidance=guidance,
+            self.recipe, nfe=nfe, kind=sampler, times=times, guidance=guidance, interval=interval,
             guidance_channels=guidance_channels,
-            interval=interval,
-        )
+        )  # fmt: skip
         labels = self._labels(seeds, classes)
         images = self._draw(seeds, labels, walk, batch=batch, progress=progress)
         labelled, known = label_rows(self.recipe), self._generator.class_names
@@ -209,6 +199,15 @@ class Model:
             raise AlphaflowError(f"sample: {'classes is empty' if not given else 'this model has no classes'}.")
         chosen = [find_class(str(each), self._generator.class_names, known, where="classes") for each in given]
         return [chosen[i % len(chosen)] for i in range(len(seeds))]
+
+
+def _check_walk(nfe: int, times: Sequence[float] | None, sampler: str, batch: int) -> None:
+    if times is not None and nfe != 1:
+        raise AlphaflowError("sample: give nfe or times, not both; the times say how many evaluations there are.")
+    if batch < 1:
+        raise AlphaflowError(f"sample: batch {batch}: at least one picture at a time is needed.")
+    if sampler not in get_args(SamplerChoice):
+        raise AlphaflowError(f"sample: sampler {sampler!r}: there are {', '.join(get_args(SamplerChoice))}.")
 
 
 def _seeds(count: int | None, seeds: Sequence[int] | None) -> list[int]:

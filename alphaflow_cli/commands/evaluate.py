@@ -96,8 +96,7 @@ def command(
     """Measure a checkpoint or pictures: FID, FDD, FCD, FD-tiny, KID, IS, precision and recall.
 
     CKPT is a file, a run folder, or a Hub id. IMAGES is a folder, a zip, a tar, a .npz with arr_0, hf://datasets/NAME,
-    or shapes:N; pictures are measured as they are, never resized. Every number is printed with its protocol; running
-    the same command again resumes.
+    or shapes:N, never resized. Every number is printed with its protocol; running the same command again resumes.
     """
     if (markdown and as_json) or (times is not None and nfe) or (sweep_midpoint and (nfe or times)):
         raise click.UsageError("--markdown and --json exclude each other; so do --nfe, --times and --sweep-midpoint.")
@@ -106,10 +105,9 @@ def command(
     from alphaflow_cli.evaluate.evaluate import EvalRequest
 
     request = EvalRequest(
-        checkpoint=subject, nfe=nfe, sampler=sampler, times=times, guidance=guidance,
-        guidance_channels=guidance_channels, interval=interval, sweep_midpoint=sweep_midpoint, metrics=metrics,
-        reference=reference, images=images, draw=draw, autoencoder=autoencoder, decoder=decoder, batch=batch,
-        weights=weights, out=out,
+        checkpoint=subject, nfe=nfe, sampler=sampler, times=times, guidance=guidance, interval=interval,
+        guidance_channels=guidance_channels, sweep_midpoint=sweep_midpoint, metrics=metrics, reference=reference,
+        images=images, draw=draw, autoencoder=autoencoder, decoder=decoder, batch=batch, weights=weights, out=out,
     )  # fmt: skip
     share(work_on(request), partial(show_report, markdown=markdown, as_json=as_json), processes, device)
 

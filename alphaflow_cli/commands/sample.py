@@ -128,9 +128,8 @@ def command(
 ) -> None:
     """Draw pictures from CKPT: a file, a run folder, or a Hub id user/repo[@revision].
 
-    The picture of a seed is the same whatever the batch, the order and the number of processes. Every picture is
-    written when it is there; running the same command again resumes. Without --out, --grid and --latents, a grid goes
-    into the run, or beside a checkpoint file that is in none.
+    The picture of a seed is the same whatever the batch, the order and the number of processes. Running the same
+    command again resumes. Without --out, --grid and --latents, a grid goes into the run, or beside a checkpoint file.
     """
     check_steps(nfe, times, one=latents or (out if out is not None and out.suffix == ".npz" else None))
     check_checkpoint(checkpoint)

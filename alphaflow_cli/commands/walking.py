@@ -41,6 +41,29 @@ def to_interval(ctx: click.Context, param: click.Parameter, value: str | None) -
     return low, high
 
 
+GUIDING = [
+    click.option(
+        "--guidance",
+        type=GUIDANCE,
+        metavar="W",
+        help="Scale of the guidance: an input of a model that was trained with all scales; twice the evaluations "
+        "of one trained without guidance. Default: the recipe's.",
+    ),
+    click.option(
+        "--interval",
+        callback=to_interval,
+        metavar="LO,HI",
+        help="Times between which guidance acts, for models that take them as an input.",
+    ),
+    click.option(
+        "--guidance-channels",
+        type=WholeWithin(1, 4096),
+        metavar="N",
+        help="Guide only the first N channels, as DiT does with 3. Default: all.",
+    ),
+]
+
+
 def walk_options(*, nfe: str) -> Callable[[Command], Command]:
     """Add the options that say how noise becomes data; `nfe` is the help text of --nfe."""
     options = [
@@ -59,25 +82,7 @@ def walk_options(*, nfe: str) -> Callable[[Command], Command]:
             help="A grid of your own, such as 1,0.55,0, instead of --nfe. It may begin at 0.9 or above, as in other "
             "systems: the noise then stands for z at that time.",
         ),
-        click.option(
-            "--guidance",
-            type=GUIDANCE,
-            metavar="W",
-            help="Scale of the guidance: an input of a model that was trained with all scales; twice the evaluations "
-            "of one trained without guidance. Default: the recipe's.",
-        ),
-        click.option(
-            "--interval",
-            callback=to_interval,
-            metavar="LO,HI",
-            help="Times between which guidance acts, for models that take them as an input.",
-        ),
-        click.option(
-            "--guidance-channels",
-            type=WholeWithin(1, 4096),
-            metavar="N",
-            help="Guide only the first N channels, as DiT does with 3. Default: all.",
-        ),
+        *GUIDING,
     ]
 
     def add(function: Command) -> Command:

@@ -35,7 +35,7 @@ def inside(t: Tensor, t_min: float, t_max: float) -> Tensor:
     return (t > t_min) & (t < t_max)
 
 
-def within(t: Tensor, t_lo: Tensor, t_hi: Tensor) -> Tensor:
+def in_own_interval(t: Tensor, t_lo: Tensor, t_hi: Tensor) -> Tensor:
     """Which rows have t_lo ≤ t ≤ t_hi, the row's own interval with both ends: (B,) bool."""
     return (t >= t_lo) & (t <= t_hi)
 

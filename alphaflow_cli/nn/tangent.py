@@ -52,7 +52,7 @@ class Beside(NamedTuple):
 
 
 # z, t, r, y of the rows beside, and their guide where the network takes one
-Inputs = tuple[Tensor, Tensor, Tensor, Tensor] | tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]
+Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]
 Stream = Tensor | Dual | Beside  # what flows through the blocks
 # What one call takes and gives: plain tensors throughout, or Duals throughout
 PlainOrDual = TypeVar("PlainOrDual", Tensor, Dual)

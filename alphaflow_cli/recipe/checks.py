@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from operator import attrgetter
 
 from alphaflow_cli.recipe.guidance_checks import Fault, check_guidance
-from alphaflow_cli.recipe.plan import ends_of, schedules_of
+from alphaflow_cli.recipe.plan import end_values, schedules_of
 from alphaflow_cli.recipe.schema import MOST_NFE, Loss, Model, Recipe, Schedule, TimeDraw, Tokens, resolve_step
 from alphaflow_cli.recipe.source import Faults
 
@@ -249,7 +249,7 @@ def _equal_draw(recipe: Recipe) -> Iterator[Fault]:
 
 
 def _gap(recipe: Recipe) -> Iterator[Fault]:
-    if recipe.times.gap > 0 and any(value < recipe.alpha.clamp or value == 0 for value in ends_of(recipe.alpha)):
+    if recipe.times.gap > 0 and any(value < recipe.alpha.clamp or value == 0 for value in end_values(recipe.alpha)):
         yield (
             "times.gap",
             f"times.gap {recipe.times.gap:g} keeps s away from t, but alpha reaches 0, where s is t: write gap: 0, or "
@@ -278,10 +278,10 @@ def _loss(recipe: Recipe) -> Iterator[Fault]:
         )
     share = recipe.times.equal_share
     for name in ("later", "short_first", "tangent"):
-        if min(ends_of(share)) == 1 and getattr(recipe.loss, name) != getattr(Loss(), name):
+        if min(end_values(share)) == 1 and getattr(recipe.loss, name) != getattr(Loss(), name):
             yield f"loss.{name}", f"loss.{name} is about r < t rows, and times.equal_share 1 leaves none: leave it out"
     alpha = recipe.alpha
-    for value in ends_of(alpha) if recipe.loss.velocity == "network" else ():
+    for value in end_values(alpha) if recipe.loss.velocity == "network" else ():
         if value < alpha.clamp or value > 1 - alpha.clamp or value in (0, 1):
             yield (
                 "loss.velocity",

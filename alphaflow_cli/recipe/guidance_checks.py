@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from alphaflow_cli.recipe.plan import draws_scale, ends_of, is_guided
+from alphaflow_cli.recipe.plan import draws_scale, end_values, is_guided
 from alphaflow_cli.recipe.schema import Guidance, Recipe
 
 Fault = tuple[str, str]  # the field, and what is wrong and what to do
@@ -111,7 +111,7 @@ def _not_drawn(recipe: Recipe) -> Iterator[Fault]:
 
 def _drop(recipe: Recipe) -> Iterator[Fault]:
     """Labels of r = t rows only: there must be enough of them."""
-    mix, share = recipe.guidance, min(ends_of(recipe.times.equal_share))
+    mix, share = recipe.guidance, min(end_values(recipe.times.equal_share))
     if mix.drop == "equal" and mix.label_dropout == 0:
         yield "guidance.drop", "guidance.drop equal says whose labels are dropped, label_dropout 0 drops none"
     elif mix.drop == "equal" and mix.label_dropout >= share:

@@ -64,7 +64,7 @@ def schedules_of(recipe: Recipe) -> tuple[tuple[str, Schedule], ...]:
     return (("alpha", recipe.alpha), ("times.equal_share", recipe.times.equal_share))
 
 
-def ends_of(schedule: Schedule) -> tuple[float, ...]:
+def end_values(schedule: Schedule) -> tuple[float, ...]:
     """The values a schedule begins and ends with, as they are written; one where it is constant."""
     return (schedule.initial,) if schedule.kind == "constant" else (schedule.initial, schedule.final)
 

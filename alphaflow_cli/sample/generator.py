@@ -244,9 +244,9 @@ class Generator:
     def _call(self, x: Tensor, t: Tensor, r: Tensor, y: Tensor, *, guide: tuple[float, float, float] | None) -> Tensor:
         """The network in its own precision; the state stays float64."""
         dtype = next(self.net.parameters()).dtype
-        told = {} if guide is None else {"guide": t.new_tensor(guide).to(self.device, dtype).expand(len(t), 3)}
+        inputs = {} if guide is None else {"guide": t.new_tensor(guide).to(self.device, dtype).expand(len(t), 3)}
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            u: Tensor = self.net(*(value.to(dtype).to(self.device) for value in (x, t, r)), y, **told)
+            u: Tensor = self.net(*(value.to(dtype).to(self.device) for value in (x, t, r)), y, **inputs)
         return u.to(self.exact)
 
     def decode(self, latents: Tensor) -> Tensor:

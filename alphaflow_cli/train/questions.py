@@ -19,10 +19,9 @@ from torch import Tensor
 
 from alphaflow_cli.core import guidance
 from alphaflow_cli.data.batches import to_device
+from alphaflow_cli.nn.tangent import Inputs
 from alphaflow_cli.recipe.plan import dropout_times, guided_times, needs_velocities
 from alphaflow_cli.recipe.schema import Guidance
-
-Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]  # z, t, r, y, guide
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,7 @@ def guided_rows(t: Tensor, uniforms: Tensor, guide: Tensor | None, mix: Guidance
         acts = guidance.inside(t, *guided_times(mix))
         return acts & ~dropped_rows(t, uniforms, mix) if mix.dropped == "plain" else acts
     drawn = mix.interval == "drawn"
-    acts = guidance.within(t, guide[:, 1], guide[:, 2]) if drawn else guidance.inside(t, *guided_times(mix))
+    acts = guidance.in_own_interval(t, guide[:, 1], guide[:, 2]) if drawn else guidance.inside(t, *guided_times(mix))
     return acts & ~dropped_rows(t, uniforms, mix) & (guide[:, 0] > 1.0)
 
 

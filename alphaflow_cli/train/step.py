@@ -38,17 +38,10 @@ from alphaflow_cli.core.objective import (
 )
 from alphaflow_cli.core.times import Draw, TimeLaws, mean_interval
 from alphaflow_cli.model.build import DTYPES
+from alphaflow_cli.nn.tangent import Inputs
 from alphaflow_cli.recipe.plan import draws_scale, needs_velocities, null_label
 from alphaflow_cli.recipe.schema import Guidance, Loss, Recipe, TimeDraw, Times
-from alphaflow_cli.train.questions import (
-    Answers,
-    Inputs,
-    Question,
-    ask_all,
-    dropped_rows,
-    guide_of_answers,
-    guided_rows,
-)
+from alphaflow_cli.train.questions import Answers, Question, ask_all, dropped_rows, guide_of_answers, guided_rows
 
 
 @dataclass(frozen=True)
@@ -111,7 +104,7 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class Prediction:
+class Outputs:
     """What the graded forward gives."""
 
     u: Tensor
@@ -242,7 +235,7 @@ def _predict(
     objective: Objective,
     *,
     tangent: Tensor | None = None,
-) -> Prediction:
+) -> Outputs:
     """The network of all rows, with its gradient. The derivative along a tangent of the r < t rows, or the question's
     rows, go along in the same call."""
     first = 0 if tangent is None else rows.n_equal
@@ -261,7 +254,7 @@ def _predict(
         )
     parts = [part.to(z_t.dtype) for part in ((out,) if isinstance(out, Tensor) else out)]
     u, v_hat = parts[0], parts[1] if objective.has_head else None
-    return Prediction(u, v_hat, parts[-1] if tangent is not None or question is not None else None)
+    return Outputs(u, v_hat, parts[-1] if tangent is not None or question is not None else None)
 
 
 def _inputs(question: Question, z_t: Tensor, rows: Rows, y: Tensor, objective: Objective) -> Inputs:
@@ -317,7 +310,7 @@ def _later_target(
 
 
 def _loss(
-    made: Prediction, target: Tensor, v_guided: Tensor, rows: Rows, ratio: Ratio, objective: Objective
+    made: Outputs, target: Tensor, v_guided: Tensor, rows: Rows, ratio: Ratio, objective: Objective
 ) -> StepResult:
     u, target, v_guided, loss = made.u, target.detach(), v_guided.detach(), objective.loss
     error = squared_error(u, target, loss.reduction)

@@ -211,7 +211,7 @@ def test_between_the_point_z_s_lies_along_the_networks_velocity_and_is_told_what
     assert named.get("heads", "u") == "u"
     t = rows.t[4:]
     assert_close(s, t - 0.25 * (t - r), 1e-12)
-    acts = guidance.within(t, rows.guide[4:, 1], rows.guide[4:, 2]) & (rows.guide[4:, 0] > 1)
+    acts = guidance.in_own_interval(t, rows.guide[4:, 1], rows.guide[4:, 2]) & (rows.guide[4:, 0] > 1)
     scale = torch.where(acts, rows.guide[4:, 0], 1.0)
     told = torch.stack([scale, 0 * scale, 0 * scale + 1], 1)
     t4 = rows.t[4:, None, None, None]
@@ -270,7 +270,7 @@ def test_no_velocity_is_asked_twice():
     assert len(set(null)) == len(null)
     assert own == list(range(200, 400)), "each r < t row once, for its tangent"
     assert set(null[: question.n_null_equal]) == set(range(200)) - set(dropped)
-    inside = guidance.within(rows.t, rows.guide[:, 1], rows.guide[:, 2]).nonzero().flatten().tolist()
+    inside = guidance.in_own_interval(rows.t, rows.guide[:, 1], rows.guide[:, 2]).nonzero().flatten().tolist()
     assert set(null[question.n_null_equal :]) == set(range(200, 400)) & set(inside)
     assert max(dropped) < 200
 

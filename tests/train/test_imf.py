@@ -114,7 +114,7 @@ def test_what_each_row_draws_is_published(case):
     assert_close(case.rows.r, case.golden("r"))
     for column, key in zip(case.guide.T, ("omega", "t_min", "t_max"), strict=True):
         assert_close(column, case.golden(key))
-    inside = guidance.within(case.rows.t, case.guide[:, 1], case.guide[:, 2])
+    inside = guidance.in_own_interval(case.rows.t, case.guide[:, 1], case.guide[:, 2])
     assert inside.tolist() == case.meta["inside"]
 
 

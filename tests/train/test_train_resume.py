@@ -71,7 +71,13 @@ def interrupt(recipe, store, out, step, how, processes, micro_batch):
     assert started.wait() == [expected] * processes, started.said()
 
 
-SLOW = ("accumulation", "the boundary tangent", "improved MeanFlow, fsdp2", "gradient checkpointing in bf16")
+SLOW = (
+    "accumulation",
+    "the boundary tangent",
+    "improved MeanFlow",
+    "improved MeanFlow, fsdp2",
+    "gradient checkpointing in bf16",
+)
 
 
 @pytest.mark.parametrize("way", [pytest.param(w, marks=pytest.mark.slow) if w in SLOW else w for w in WAYS])
