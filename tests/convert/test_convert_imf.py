@@ -101,6 +101,9 @@ def test_the_guidance_of_a_size_that_was_not_published_is_asked_for(tmp_path):
     ({"net.time_tokens": torch.zeros(5, 40)}, "and \\[8, 4, 2, 2, 5\\] tokens before them"),
     ({"net.x_embedder.proj.weight": None}, "no whole improved MeanFlow"),
     ({"net.h_embedder.mlp.0._flax_linear.weight": torch.zeros(40, 128)}, "not the weights of the network"),
+    ({"net.shared_blocks.1.attn.k_proj._flax_linear.weight": torch.zeros(40, 41)}, "Sizes of tensors must match"),
+    ({"net.y_embedder.embedding_table._flax_embedding.weight": torch.zeros(())}, "no whole improved MeanFlow"),
+    ({"net.y_embedder.embedding_table._flax_embedding.weight": torch.zeros(0, 40)}, "data.classes is 0"),
     ({"net.time_tokens": torch.full((4, 40), float("nan"))}, "not finite"),
 ])  # fmt: skip
 def test_a_table_that_is_no_whole_imf_is_refused(tmp_path, change, reason):

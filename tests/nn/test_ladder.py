@@ -59,8 +59,10 @@ def test_the_riding_tangent_is_the_forward_mode_derivative(name):
     assert relative(out.tangent, forward_mode(net, z, t, r, y, v, 2, guide)) < 1e-12
 
 
-@pytest.mark.parametrize("kind", [CleanDiT, NoiseDiT])
-@pytest.mark.parametrize("name", [name for name in CORNERS if "adaln" in name] + ["scale+interval, adaln, dit, head 2"])
+@pytest.mark.parametrize(("name", "kind"), [
+    *((name, CleanDiT) for name in CORNERS), *((name, NoiseDiT) for name in CORNERS if "adaln" in name),
+    ("scale+interval, adaln, dit, head 2", NoiseDiT),
+])  # fmt: skip
 def test_it_is_for_networks_that_predict_something_else(name, kind):
     (net, guide), (z, t, r, y, v) = net_of(name, kind=kind), random_inputs(2)
     u, v_hat, du = net(z, t, r, y, tangent=v, first=2, guide=guide, heads="both")
