@@ -139,6 +139,15 @@ def test_the_formula_counts_what_the_dispatcher_counts(alpha, guided, tmp_path):
     assert mean_step_flops(recipe, alpha, 4, compiled=True) == pytest.approx(counted, rel=0.04)
 
 
+def test_it_counts_improved_meanflow_too(tmp_path):
+    """Its velocity's own blocks on the graded rows, and shared and velocity blocks on those that are asked."""
+    sizes = ("data.latent_size=16", "data.image_size=128", "model.dim=192", "model.heads=3")
+    recipe = make_recipe(tmp_path, *MEMBERS["imf"], *sizes)
+    net, rows, settings = build_network(recipe), random_rows(recipe, 16, 4, CPU), Objective.of(recipe)
+    counted = count(lambda: training_step(net, net, rows, alpha=0.0, objective=settings).loss.backward()).flops
+    assert mean_step_flops(recipe, 0.0, 4, compiled=True) == pytest.approx(counted, rel=0.02)
+
+
 def test_guidance_asks_about_so_many_rows_in_the_mean(tmp_path):
     """XL/2's interval and dropout: 93% of single draws and 87% of the later of two lie below .75 (normal tables)."""
     sets = ("guidance.omega=0.2", "guidance.kappa=0.92", "guidance.t_max=0.75", "guidance.label_dropout=0.1")
