@@ -223,7 +223,9 @@ class GeneratedImages(ImageSource):
         channels = self._walk.guidance_channels  # only where it is not all: earlier numbers keep their fingerprint
         partly: dict[str, Any] = {} if channels is None else {"guidance_channels": channels}
         if self._walk.scale is not None:
+            mix = recipe.guidance
             partly |= {"guidance_scale": self._walk.scale, "guidance_interval": self._walk.interval}
+            partly |= {"scales_in_training": {"most": mix.scale_max, "beta": mix.scale_beta, "interval": mix.interval}}
         return partly | {
             "kind": "checkpoint",
             "name": recipe.name,
