@@ -77,10 +77,9 @@ def command(
 ) -> None:
     """Convert a checkpoint of another system to ours.
 
-    SRC is a .pt or .safetensors file (or hf://user/repo/file.pt): a published α-Flow or MeanFlow snapshot, a SiT, DiT
-    or REPA, a SoFlow, an improved MeanFlow (also FD-Loss's), or a PyTorch MeanFlow of zhuyu-cs or FastGen. Nothing in
-    it is executed. What SRC does not say (guidance, the latents' statistics, the sampler) is taken from the published
-    recipe or asked for, and recorded as such in FILE.
+    SRC is a .pt or .safetensors file (or hf://user/repo/file.pt): a published α-Flow or MeanFlow snapshot, a SiT, DiT,
+    REPA, SoFlow or improved MeanFlow, or a PyTorch MeanFlow of zhuyu-cs or FastGen. Nothing in it is executed. What SRC
+    does not say (guidance, latents' statistics, sampler) is taken from the published recipe or asked for, and recorded.
     """
     check_there(source)
     begin(f"convert {source}")

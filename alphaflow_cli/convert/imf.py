@@ -105,7 +105,7 @@ def to_imf(weights: dict[str, Tensor], names: dict[str, tuple[str, ...]]) -> dic
 
 
 def from_imf(weights: dict[str, Tensor], names: dict[str, tuple[str, ...]]) -> dict[str, Tensor]:
-    """Put their tables together into ours; KeyError names one that is missing."""
+    """Put their tables together into ours; all must be there."""
     return {
         ours: weights[theirs[0]] if len(theirs) == 1 else torch.cat([weights[name] for name in theirs])
         for ours, theirs in names.items()
@@ -131,7 +131,12 @@ def read_imf(file: ForeignFile) -> Imported:
         what = f"has {strange[0]!r}, which no iMF has" if strange else f"lacks {missing[0]!r}"
         raise AlphaflowError(f"{file.name}: not the weights of an improved MeanFlow: it {what}.")
     heads = shape.dim // len(theirs["shared_blocks.0.attn.q_norm.weight"])
-    foreign = Imported(file, "imf", from_imf(theirs, names), which, shape, heads, _latents(file), _base(file, shape))
+    try:
+        weights = from_imf(theirs, names)
+    except RuntimeError as error:  # tables of different widths
+        reason = str(error).splitlines()[0][:200]
+        raise AlphaflowError(f"{file.name}: not the weights of an improved MeanFlow: {reason}.") from error
+    foreign = Imported(file, "imf", weights, which, shape, heads, _latents(file), _base(file, shape))
     foreign.base = replace(foreign.base, model=replace(foreign.base.model, velocity_head=velocity))
     foreign.unread = tuple(sorted(idle))
     return foreign

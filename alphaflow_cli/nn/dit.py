@@ -115,6 +115,9 @@ class DiT(nn.Module):
         embedders = (self.time_embed, self.second_embed, self.scale_embed, self.low_embed, self.high_embed)
         for linear in (layer for embedder in embedders if embedder is not None for layer in linears(embedder)):
             nn.init.normal_(linear.weight, std=0.02 if self.prefix is None else linear.in_features**-0.5)
+        for added in (self.scale_embed, self.low_embed, self.high_embed) if self.prefix is None else ():
+            if added is not None:  # a trained DiT with these beside its own is still the same function
+                nn.init.zeros_(linears(added)[-1].weight)
         if self.label_embed is not None:
             nn.init.normal_(self.label_embed.weight, std=0.02 if self.prefix is None else dim**-0.5)
         if self.prefix is not None:

@@ -14,6 +14,7 @@ from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.model.build import network_shapes
 from alphaflow_cli.model.checkpoint import load_checkpoint
 from alphaflow_cli.sample.generator import load_network
+from alphaflow_cli.sample.walk import plan_walk
 
 SIDE = ("data.latent_size=8", "data.image_size=64")  # of the golden network; released ones are for 32
 SETS = (*SIDE, "sample.scale=7.5", "sample.interval=[0.4, 0.65]")
@@ -100,6 +101,9 @@ def test_the_guidance_of_a_size_that_was_not_published_is_asked_for(tmp_path):
     ({"net.time_tokens": torch.zeros(5, 40)}, "and \\[8, 4, 2, 2, 5\\] tokens before them"),
     ({"net.x_embedder.proj.weight": None}, "no whole improved MeanFlow"),
     ({"net.h_embedder.mlp.0._flax_linear.weight": torch.zeros(40, 128)}, "not the weights of the network"),
+    ({"net.shared_blocks.1.attn.k_proj._flax_linear.weight": torch.zeros(40, 41)}, "Sizes of tensors must match"),
+    ({"net.y_embedder.embedding_table._flax_embedding.weight": torch.zeros(())}, "no whole improved MeanFlow"),
+    ({"net.y_embedder.embedding_table._flax_embedding.weight": torch.zeros(0, 40)}, "data.classes is 0"),
     ({"net.time_tokens": torch.full((4, 40), float("nan"))}, "not finite"),
 ])  # fmt: skip
 def test_a_table_that_is_no_whole_imf_is_refused(tmp_path, change, reason):
@@ -124,10 +128,15 @@ def test_a_released_file_of_every_size_is_our_network_and_the_velocitys_last_lay
         assert list(theirs[bare].shape) == listed["shape"], name
 
 
-def test_it_is_sampled_with_its_guidance_and_has_no_published_form_of_alpha_flow(tmp_path, capsys):
+def test_it_is_sampled_with_its_guidance(tmp_path):
+    _, checkpoint, _ = converted(tmp_path, released())
+    for nfe in (1, 2):
+        assert plan_walk(checkpoint.recipe, nfe=nfe).guide == (7.5, 0.4, 0.65)
+        assert plan_walk(checkpoint.recipe, nfe=nfe).nfe == nfe, "one evaluation per step"
+
+
+def test_it_has_no_published_form_of_alpha_flow(tmp_path, capsys):
     converted(tmp_path, released())
-    model = str(tmp_path / "ours.safetensors")
-    assert run(["convert", model, "--to", "alphaflow", "-o", str(tmp_path / "back.pt")]) == 1
-    assert "has another network than the published system's (model.inputs, model.conditioning, model.block)" in (
-        capsys.readouterr().err
-    )
+    assert run(["convert", str(tmp_path / "ours.safetensors"), "--to", "alphaflow", "-o", str(tmp_path / "b.pt")]) == 1
+    err = capsys.readouterr().err
+    assert "has another network than the published system's (model.inputs, model.conditioning, model.block)" in err
