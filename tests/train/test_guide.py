@@ -223,6 +223,18 @@ def test_between_the_point_z_s_lies_along_the_networks_velocity_and_is_told_what
     assert_close(result.target[4:], 0.25 * result.v_guided[4:] + 0.75 * u_s, 1e-10)
 
 
+@pytest.mark.parametrize("alpha", [1.0, 0.5, 0.0])
+def test_a_bf16_step_gives_every_weight_nearly_its_gradient(alpha):
+    net = random_net(torch.float32, design=design("scale+interval, tokens, modern, head 2"))
+    rows, objective = random_rows(DRAWN), objective_of(DRAWN, has_head=True)
+    names = ("x", "noise", "t", "r", "uniforms", "guide")
+    rows = replace(rows, **{name: getattr(rows, name).float() for name in names})
+    exact = torch.cat([grad.flatten() for grad in gradients(net, rows, alpha, objective)[1]])
+    grads = gradients(net, rows, alpha, replace(objective, bf16=True))[1]
+    assert all(grad.dtype == torch.float32 for grad in grads)
+    assert (torch.cat([grad.flatten() for grad in grads]) - exact).norm() < 0.1 * exact.norm()
+
+
 def test_the_conflict_is_measured_with_what_each_row_is_told_and_without_the_heads_loss():
     recipe = load_recipe("imf-b2", [
         "model.dim=48", "model.depth=3", "model.heads=4", "model.velocity_head=2", "data.image_size=64",
