@@ -66,6 +66,7 @@ class EvalRequest:
     times: Sequence[float] | None
     guidance: float | None
     guidance_channels: int | None
+    interval: tuple[float, float] | None
     sweep_midpoint: bool
     metrics: tuple[Metric, ...]
     reference: str | None
@@ -318,7 +319,13 @@ def evaluate_all(
 def choose_walks(request: EvalRequest, generator: Generator) -> list[Walk]:
     """The walks to measure: one per --nfe, or the grid of --times, or one per midpoint of a sweep."""
     recipe = generator.recipe
-    plan = partial(plan_walk, recipe, guidance=request.guidance, guidance_channels=request.guidance_channels)
+    plan = partial(
+        plan_walk,
+        recipe,
+        guidance=request.guidance,
+        guidance_channels=request.guidance_channels,
+        interval=request.interval,
+    )
     if request.sweep_midpoint:
         kind = recipe.sample.two_step_sampler if request.sampler == "auto" else request.sampler
         return [plan(nfe=2, kind=kind, times=(1.0, middle, 0.0)) for middle in MIDPOINTS]

@@ -229,7 +229,11 @@ class GeneratedImages(ImageSource):
         """Everything that decides the pictures, for the protocol: weights, walk, labels, seeds, precision."""
         origin, recipe = self._generator.origin, self._generator.recipe
         channels = self._walk.guidance_channels  # only where it is not all: earlier numbers keep their fingerprint
-        partly = {} if channels is None else {"guidance_channels": channels}
+        partly: dict[str, Any] = {} if channels is None else {"guidance_channels": channels}
+        if self._walk.scale is not None:
+            mix = recipe.guidance
+            partly |= {"guidance_scale": self._walk.scale, "guidance_interval": self._walk.interval}
+            partly |= {"scales_in_training": {"most": mix.scale_max, "beta": mix.scale_beta, "interval": mix.interval}}
         return partly | {
             "kind": "checkpoint",
             "name": recipe.name,
