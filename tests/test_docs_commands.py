@@ -56,7 +56,7 @@ ELSEWHERE = {
     "alphaflow convert hf://snap-research": "Hub",
     "alphaflow convert hf://Lyy0725": "Hub",
     "alphaflow sample imf-xl2": "another system's file",
-    "alphaflow train imf-b2 --init-from": "another system's file",
+    "alphaflow train imf-b2 --init-from": "GPU, and another system's file",
     "python benchmarks/gpu.py": "GPU; test_gpu_benchmark.py runs it at toy size",
     "python benchmarks/bench_precision.py": "minutes on an idle machine; test_bench_precision.py runs it in small",
     "python benchmarks/bench_ruler.py": "another system's file",
