@@ -20,6 +20,7 @@ from alphaflow_cli.commands.common import (
     share,
     tell,
 )
+from alphaflow_cli.commands.labelling import given_labelling, labelling_options
 from alphaflow_cli.recipe.schema import Data
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ EPILOG = examples(
     show_default=True,
     help="square: the largest centred square, by Lanczos; adm: halved by box, short side by bicubic, then the square.",
 )
+@labelling_options
 @click.option("--flips", is_flag=True, help="Store the mirror images' latents, too (twice the disk).")
 @click.option(
     "--batch", type=WholeWithin(0, 65_536), default=0, help="Pictures encoded at once. [default: by the size]"
@@ -112,6 +114,7 @@ def command(
 
         return print_lines(verify(Path(source)))
     check_source(source)
+    labelling = given_labelling()
     begin(f"prep-latents {source}")
     from alphaflow_cli.data.sources import is_embedded
     from alphaflow_cli.latents.encode import StoreRequest
@@ -121,7 +124,10 @@ def command(
     size = size or (EMBEDDED_SIZE if embedded else Data.image_size)
     autoencoder = autoencoder or ("none" if embedded else Data.autoencoder)
     max_pixels = round(max_megapixels * 1e6)
-    request = StoreRequest(source, size, autoencoder, dtype, flips, batch, limit or 0, bad, precision, max_pixels, crop)
+    kept = limit or 0
+    request = StoreRequest(
+        source, size, autoencoder, dtype, flips, batch, kept, bad, precision, max_pixels, crop, labelling
+    )
     make = estimate if only_estimate else prepare
     return make(request, out or default_out(source, size, autoencoder, crop), processes, device)
 

@@ -21,16 +21,16 @@ import tarfile
 import threading
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from alphaflow_cli.data.pictures import Fetch, Source, is_picture
+from alphaflow_cli.data.pictures import CLASS_LIST, Fetch, Source, is_picture, tells_classes
 from alphaflow_cli.errors import AlphaflowError
-from alphaflow_cli.files import MAX_BYTES, Stamp, changed, stamp_of
+from alphaflow_cli.files import MAX_BYTES, Stamp, changed, path_and_stamp, stamp_of
 from alphaflow_cli.text import brief
 
 _OF_THE_LIBRARIES = (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error)
@@ -68,6 +68,7 @@ class Archive(Source):
 
     path: Path
     places: Mapping[str, Place]
+    asides: Mapping[str, Place]
     stamp: Stamp  # of the file when it was listed
 
     @contextmanager
@@ -81,8 +82,35 @@ class Archive(Source):
         """The archive's size: the cheapest sign that its content is another one."""
         return {"bytes": self.stamp.size}
 
+    def stamps(self, lines: Sequence[int]) -> list[Any]:
+        """The path, size and time of the archive."""
+        return [path_and_stamp(self.path)]
+
     def place(self, line: int) -> Place:
         return self.places[self.names[line]]
+
+    def read_asides(self, names: Collection[str]) -> dict[str, bytes]:
+        """Read some of the files beside the pictures, in one walk through the archive."""
+        ordered = sorted(names, key=lambda name: self.asides[name].offset)
+        alone, found = replace(self, names=ordered, places=self.asides), {}
+        with alone.reading(range(len(ordered))) as fetches:
+            for line, fetch in fetches:
+                try:
+                    data = fetch()
+                except OSError as fault:
+                    raise AlphaflowError(f"{self.path}: its {ordered[line]} cannot be read ({fault})") from fault
+                assert isinstance(data, bytes), ordered[line]
+                found[ordered[line]] = data
+        return found
+
+    def read_aside(self, name: str) -> bytes:
+        """Read one file beside the pictures."""
+        return self.read_asides([name])[name]
+
+    def classes_json(self) -> bytes | None:
+        """The class list that lies in the fewest folders, if there is one."""
+        lists = [name for name in self.asides if name.rsplit("/", 1)[-1] == CLASS_LIST]
+        return self.read_aside(min(lists, key=lambda name: name.count("/"))) if lists else None
 
     def checked(self, file: BinaryIO, read: Callable[[Place], bytes], place: Place) -> bytes:
         """Read a place. A fault of the member is an OSError; an archive that was written to ends the run."""
@@ -314,16 +342,18 @@ class _Entries:
         """Make the archive: its pictures sorted, but in the order of the data where it can only be read from its
         beginning.
         """
-        places, notes = self._pictures()
+        places, asides, notes = self._pictures()
         names = sorted(places)
         if kind == "compressed tar":
             names = sorted(places, key=lambda name: (bool(places[name].fault), places[name].offset))
-        archive = Archive(kind=kind, name=path.name, names=names, notes=notes, path=path, places=places, stamp=stamp)
-        return self._with_class_list(archive)
+        return Archive(
+            kind=kind, name=path.name, names=names, notes=notes, path=path, places=places, asides=asides, stamp=stamp
+        )
 
-    def _pictures(self) -> tuple[dict[str, Place], list[str]]:
+    def _pictures(self) -> tuple[dict[str, Place], dict[str, Place], list[str]]:
         folders = self._folders()
         places: dict[str, Place] = {}
+        asides: dict[str, Place] = {}
         aside, linked = 0, 0
         mixed = len({name.startswith("./") for name, _ in self.files.values()}) > 1  # else one class would be two
         for path, (spelled, entry) in self.files.items():
@@ -333,12 +363,14 @@ class _Entries:
                 linked += 1
             elif is_picture(name) and not _hidden(name):
                 places[name] = place
+            elif tells_classes(name) and not _hidden(name):
+                asides[name] = place
             else:
-                aside += not _is_class_list(name)
+                aside += 1
         notes = [f"{aside} other files left aside"] if aside else []
         notes += [f"{self.repeats} names that occur again: the last copy is taken"] if self.repeats else []
         notes += [f"{linked} links to folders not followed (unpack it, and give the folder)"] if linked else []
-        return places, notes
+        return places, asides, notes
 
     def _follow(self, path: str) -> tuple[str, Place]:
         """Follow a chain of links: the path where it ends, and what is there."""
@@ -360,26 +392,7 @@ class _Entries:
                     folders.add(path)
         return folders - {""} | {"."}
 
-    def _with_class_list(self, archive: Archive) -> Archive:
-        """The archive with the class list that lies in the fewest folders, if it has one."""
-        lists = [(name.count("/"), key, name) for key, (name, _) in self.files.items() if _is_class_list(name)]
-        if not lists:
-            return archive
-        _, key, name = min(lists, key=lambda each: each[0])  # of several the first
-        alone = replace(archive, names=[name], places={name: self._follow(key)[1]})
-        try:
-            with alone.reading([0]) as fetches:
-                data = next(fetches)[1]()
-        except OSError as fault:
-            raise AlphaflowError(f"{archive.path}: its {name} cannot be read ({fault})") from fault
-        assert isinstance(data, bytes), name
-        return replace(archive, given_classes=data)
-
 
 def _hidden(name: str) -> bool:
     parts = [part for part in name.split("/") if part not in (".", "..")]
     return any(part.startswith(".") or part == "__MACOSX" for part in parts)
-
-
-def _is_class_list(name: str) -> bool:
-    return name.rsplit("/", 1)[-1] == "classes.json"

@@ -42,7 +42,9 @@ class Classes:
         Their numbers are what the network will know them by.
         """
         count = len(self.folders)
-        what = "1 class" if count == 1 else f"{count:,} classes{' (ImageNet)' if self.imagenet else ''}, {self.order}"
+        what = f"1 class{f' ({self.order})' if self.folders == [''] else ''}"
+        if count > 1:
+            what = f"{count:,} classes{' (ImageNet)' if self.imagenet else ''}, {self.order}"
         shown = [
             f"{index} = {for_terminal(self.names[index], limit=200)}"
             for index in range(count)

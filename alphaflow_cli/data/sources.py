@@ -10,15 +10,16 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
 from alphaflow_cli.data.archives import open_archive
 from alphaflow_cli.data.classes import SPLITS
 from alphaflow_cli.data.glyphs import GLYPHS, draw_glyph, draw_shape
-from alphaflow_cli.data.pictures import Source, is_picture
+from alphaflow_cli.data.pictures import TABLES, Source, is_picture
 from alphaflow_cli.errors import AlphaflowError
-from alphaflow_cli.files import read_file
+from alphaflow_cli.files import path_and_stamp, read_file
 from alphaflow_cli.text import brief
 
 Identity = tuple[int, int]  # of a folder: its device and inode
@@ -26,7 +27,7 @@ MAX_WAYS = 1000  # see open_folder
 DRAWERS = {"glyphs": draw_glyph, "shapes": draw_shape}  # of the embedded sets, by name
 
 
-def open_source(text: str) -> Source:
+def open_source(text: str, image_column: str = "") -> Source:
     """List the pictures of a folder, a zip or tar file, hf://datasets/NAME, or an embedded set; no picture is read."""
     if is_embedded(text):
         return parse_embedded(text)
@@ -63,6 +64,17 @@ class Folder(Source):
                 raise AlphaflowError(f"{self.root}: the folder is gone") from fault
             raise
 
+    def stamps(self, lines: Sequence[int]) -> list[Any]:
+        """Path, size and time of each picture."""
+        return [path_and_stamp(self.root / self.names[line]) for line in lines]
+
+    def read_aside(self, name: str) -> bytes:
+        """Read a table of labels that lies in the folder."""
+        try:
+            return read_file(self.root / name)
+        except OSError as fault:
+            raise AlphaflowError(f"{self.root / name}: cannot be read ({fault.strerror or fault})") from fault
+
     def classes_json(self) -> bytes | None:
         """The bytes of the classes.json in the folder, if there is one."""
         path = self.root / "classes.json"
@@ -98,7 +110,7 @@ def open_folder(root: Path) -> Folder:
 
 
 def _walk(root: Path) -> Folder:
-    names, aside, loops = [], 0, 0
+    names, asides, aside, loops = [], [], 0, 0
     ways: Counter[Identity] = Counter()
     pending = [_Below("", frozenset([_identity(root)]), 0)]
     while pending:
@@ -121,13 +133,15 @@ def _walk(root: Path) -> Folder:
                     pending.append(_Below(f"{name}/", here.above | {identity}, links))
             elif is_picture(name):
                 names.append(name)
+            elif entry.name in TABLES:
+                asides.append(name)
             elif name != "classes.json":
                 aside += 1
     notes = [f"{aside} other files left aside"] if aside else []
     notes += [f"{loops} links that lead back to their own folder not followed"] if loops else []
     above = root.parent.name
     name = f"{above}/{root.name}" if root.name.lower() in SPLITS and above else root.name
-    return Folder(root=root, name=name, names=sorted(names), notes=notes)
+    return Folder(root=root, name=name, names=sorted(names), notes=notes, asides=asides)
 
 
 @dataclass(frozen=True)

@@ -7,14 +7,8 @@ from pathlib import Path
 
 import torch
 
-from alphaflow_cli.data.classes import (
-    AS_NUMBERS,
-    choose_split,
-    folders_of,
-    read_class_file,
-    read_classes,
-    reordered,
-)
+from alphaflow_cli.data.classes import AS_NUMBERS, read_class_file, reordered
+from alphaflow_cli.data.labels import label_pictures
 from alphaflow_cli.data.manifest import (
     TRANSFORMS,
     AutoencoderRecord,
@@ -51,8 +45,10 @@ class Encoder:
 def plan_job(request: StoreRequest, out: Path, processes: Processes) -> Job:
     """List the source, look at the encoder, and refuse an `out` that holds another preparation; nothing is written."""
     device, threads = processes.device, max(1, min(16, (os.cpu_count() or 1) // processes.size))
-    listing = list_pictures(request)
     before = read_plan(out / "plan.json") if is_there(out / "plan.json") else None
+    if before and not request.labelling.given and _has_one_class(out):
+        request = replace(request, labelling=replace(request.labelling, unlabelled=True))
+    listing = list_pictures(request)
     if before:
         listing = _as_begun(listing, out)
     if before and request.bad == "skip":
@@ -67,19 +63,15 @@ def plan_job(request: StoreRequest, out: Path, processes: Processes) -> Job:
 
 def list_pictures(request: StoreRequest) -> Listing:
     """List all pictures, or `limit` of them spread evenly over the list; labels never depend on the limit."""
-    source = open_source(request.source)
-    lines, prefix = choose_split(source.names)
-    if not lines:
+    source = open_source(request.source, request.labelling.columns.image)
+    if not source.names:
         raise AlphaflowError(f"{request.source}: no pictures here ({', '.join(source.notes) or 'it is empty'})")
-    names = source.names
-    folders = folders_of([names[line] for line in lines], prefix)
-    classes = read_classes(folders, source.classes_json(), source.class_order())
-    index = {folder: number for number, folder in enumerate(classes.folders)}
-    labels = [index[folder] for folder in folders]
+    labelled = label_pictures(source, request.labelling)
+    lines, labels = labelled.lines, labelled.labels
     if 0 < request.limit < len(lines):
         kept = [number * len(lines) // request.limit for number in range(request.limit)]
         lines, labels = [lines[at] for at in kept], [labels[at] for at in kept]
-    return Listing(source, lines, labels, classes)
+    return Listing(replace(source, notes=[*source.notes, *labelled.notes]), lines, labels, labelled.classes)
 
 
 def shard_size(count: int, sample_bytes: int) -> int:
@@ -102,6 +94,11 @@ def default_batch(request: StoreRequest, device: torch.device) -> int:
     if request.autoencoder == "none":
         return 256
     return max(1, min(256 if device.type == "cuda" else 16, 32 * 256**2 // request.size**2))
+
+
+def _has_one_class(out: Path) -> bool:
+    """Whether a store was begun with all pictures as one class; tables of labels were once not read."""
+    return is_there(out / "classes.json") and read_class_file(out / "classes.json").folders == [""]
 
 
 def _as_begun(listing: Listing, out: Path) -> Listing:
