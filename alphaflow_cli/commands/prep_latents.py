@@ -114,22 +114,26 @@ def command(
 
         return print_lines(verify(Path(source)))
     check_source(source)
-    labelling = given_labelling()
+    given = given_labelling()
     begin(f"prep-latents {source}")
-    from alphaflow_cli.data.sources import is_embedded
     from alphaflow_cli.latents.encode import StoreRequest
     from alphaflow_cli.latents.plan import default_out
 
-    embedded = is_embedded(source)
-    size = size or (EMBEDDED_SIZE if embedded else Data.image_size)
-    autoencoder = autoencoder or ("none" if embedded else Data.autoencoder)
+    size, autoencoder = _or_default(source, size, autoencoder)
     max_pixels = round(max_megapixels * 1e6)
-    kept = limit or 0
     request = StoreRequest(
-        source, size, autoencoder, dtype, flips, batch, kept, bad, precision, max_pixels, crop, labelling
+        source, size, autoencoder, dtype, flips, batch, limit or 0, bad, precision, max_pixels, crop, given
     )
-    make = estimate if only_estimate else prepare
-    return make(request, out or default_out(source, size, autoencoder, crop), processes, device)
+    store = out or default_out(source, size, autoencoder, crop)
+    return (estimate if only_estimate else prepare)(request, store, processes, device)
+
+
+def _or_default(source: str, size: int | None, autoencoder: str | None) -> tuple[int, str]:
+    """Size and autoencoder as given, or those that the source wants."""
+    from alphaflow_cli.data.sources import is_embedded
+
+    own = (EMBEDDED_SIZE, "none") if is_embedded(source) else (Data.image_size, Data.autoencoder)
+    return size or own[0], autoencoder or own[1]
 
 
 def estimate(request: "StoreRequest", store: Path, processes: int | None, device: str | None) -> None:

@@ -92,7 +92,7 @@ class Archive(Source):
     def read_asides(self, names: Collection[str]) -> dict[str, bytes]:
         """Read some of the files beside the pictures, in one walk through the archive."""
         ordered = sorted(names, key=lambda name: self.asides[name].offset)
-        alone, found = replace(self, names=ordered, places=self.asides), {}
+        alone, contents = replace(self, names=ordered, places=self.asides), {}
         with alone.reading(range(len(ordered))) as fetches:
             for line, fetch in fetches:
                 try:
@@ -100,8 +100,8 @@ class Archive(Source):
                 except OSError as fault:
                     raise AlphaflowError(f"{self.path}: its {ordered[line]} cannot be read ({fault})") from fault
                 assert isinstance(data, bytes), ordered[line]
-                found[ordered[line]] = data
-        return found
+                contents[ordered[line]] = data
+        return contents
 
     def read_aside(self, name: str) -> bytes:
         """Read one file beside the pictures."""

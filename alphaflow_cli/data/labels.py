@@ -12,7 +12,7 @@ from pathlib import Path
 
 from alphaflow_cli.data.classes import Classes, choose_split, folders_of, read_classes
 from alphaflow_cli.data.pictures import TABLES, Labels, Source
-from alphaflow_cli.data.tables import Columns, Labelling, Row, read_rows
+from alphaflow_cli.data.tables import Columns, Labelling, TableRow, parse_table
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.files import read_file
 from alphaflow_cli.text import brief, counted
@@ -36,7 +36,7 @@ def label_pictures(source: Source, labelling: Labelling) -> Labelled:
     if labelling.table:
         path = Path(labelling.table)
         base, where = _inside(source, path), str(path)
-        rows = read_rows(_read(path), where, labelling.columns, given=True) or []
+        rows = parse_table(_read(path), where, labelling.columns, given=True) or []
         return _by_keys(source, lines, _matched(source, lines, prefix, [(base, where, rows)]), None, [])
     own = source.labels(labelling.columns.label)
     if own is not None:
@@ -84,7 +84,7 @@ def _are_sorted_into_folders(paths: Sequence[str], prefix: str) -> bool:
     return len(folders) > 1 and "" not in folders
 
 
-Tables = list[tuple[str, str, list[Row]]]  # the folder that the names are relative to, the table's name, its rows
+Tables = list[tuple[str, str, list[TableRow]]]  # the folder that the names are relative to, the table's name, its rows
 
 
 def _tables_of(source: Source, prefix: str, columns: Columns) -> Tables:
@@ -92,16 +92,16 @@ def _tables_of(source: Source, prefix: str, columns: Columns) -> Tables:
     names = [name for name in source.asides if name.rsplit("/", 1)[-1] in TABLES]
     names = [name for name in names if _is_on_the_way(posixpath.dirname(name), prefix)]
     least = min((name.count("/") for name in names), default=0)
-    found: Tables = []
+    tables: Tables = []
     for name in sorted(name for name in names if name.count("/") == least):
-        rows = read_rows(source.read_aside(name), f"{source.name}/{name}", columns, given=bool(columns.label))
+        rows = parse_table(source.read_aside(name), f"{source.name}/{name}", columns, given=bool(columns.label))
         if rows is not None:
-            found.append((posixpath.dirname(name), f"{source.name}/{name}", rows))
-    folders = [folder for folder, _, _ in found]
+            tables.append((posixpath.dirname(name), f"{source.name}/{name}", rows))
+    folders = [folder for folder, _, _ in tables]
     if len(set(folders)) < len(folders):
-        shown = ", ".join(where for _, where, _ in found)
+        shown = ", ".join(where for _, where, _ in tables)
         raise AlphaflowError(f"{source.name}: holds several tables of labels ({shown}); choose one with --labels FILE")
-    return found
+    return tables
 
 
 def _is_on_the_way(folder: str, prefix: str) -> bool:

@@ -24,7 +24,7 @@ JSON_LINES = (".jsonl", ".ndjson")
 
 
 @dataclass(frozen=True)
-class Row:
+class TableRow:
     """One row: the name of a picture, as the table spells it, and its class."""
 
     number: int  # of the line in the file
@@ -60,7 +60,7 @@ class Labelling:
 AS_FOUND = Labelling()
 
 
-def read_rows(data: bytes, where: str, columns: Columns, *, given: bool) -> list[Row] | None:
+def parse_table(data: bytes, where: str, columns: Columns, *, given: bool) -> list[TableRow] | None:
     """Read a table; None where it has no column of labels, and was not `given` as one that has."""
     if len(data) > MOST_BYTES:
         raise AlphaflowError(f"{where}: {len(data):,} bytes, a table of labels has at most {MOST_BYTES:,}")
@@ -134,8 +134,8 @@ def _json_lines(text: str, where: str) -> tuple[list[str], Iterator[tuple[int, M
     return list(dict.fromkeys(key for _, row in rows for key in row)), iter(rows)
 
 
-def _row(number: int, row: Mapping[str, Any], file: str, label: str, where: str) -> Row:
+def _row(number: int, row: Mapping[str, Any], file: str, label: str, where: str) -> TableRow:
     name = row.get(file)
     if not isinstance(name, str) or not name.strip():
         raise AlphaflowError(f"{where}: line {number} has no {file}. Name the picture, or remove the line")
-    return Row(number, name.strip(), label_of(row.get(label), f"{where}: line {number} ({brief(name)})"))
+    return TableRow(number, name.strip(), label_of(row.get(label), f"{where}: line {number} ({brief(name)})"))
