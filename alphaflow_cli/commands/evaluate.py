@@ -25,6 +25,7 @@ from alphaflow_cli.commands.common import (
     share,
     tell,
 )
+from alphaflow_cli.commands.labelling import given_labelling, image_column_option
 from alphaflow_cli.commands.measuring import Metrics, Weights, batch_option, metrics_option, weights_option
 from alphaflow_cli.commands.walking import walk_options
 from alphaflow_cli.recipe.schema import LabelDraw
@@ -61,6 +62,7 @@ EXAMPLES = examples(
 )
 @autoencoder_option
 @decoder_option
+@image_column_option
 @batch_option
 @click.option("--processes", type=PROCESSES, help="Processes to share the work. Default: one per GPU.")
 @device_option
@@ -108,6 +110,7 @@ def command(
         checkpoint=subject, nfe=nfe, sampler=sampler, times=times, guidance=guidance,
         guidance_channels=guidance_channels, sweep_midpoint=sweep_midpoint, metrics=metrics, reference=reference,
         images=images, draw=draw, autoencoder=autoencoder, decoder=decoder, batch=batch, weights=weights, out=out,
+        image_column=given_labelling().columns.image,
     )  # fmt: skip
     share(work_on(request), partial(show_report, markdown=markdown, as_json=as_json), processes, device)
 

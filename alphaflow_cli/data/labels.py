@@ -30,7 +30,8 @@ class Labelled:
 
 def label_pictures(source: Source, labelling: Labelling) -> Labelled:
     """Choose the split, and find the class of each picture in it."""
-    lines, prefix = choose_split(source.paths)
+    every = source.paths
+    lines, prefix = choose_split(every)
     if labelling.unlabelled:
         return _one_class(lines, "--unlabelled")
     if labelling.table:
@@ -38,12 +39,13 @@ def label_pictures(source: Source, labelling: Labelling) -> Labelled:
         base, where = _inside(source, path), str(path)
         rows = parse_table(_read(path), where, labelling.columns, given=True) or []
         return _by_keys(source, lines, _matched(source, lines, prefix, [(base, where, rows)]), None, [])
-    own = source.labels(labelling.columns.label)
+    paths = [every[line] for line in lines]
+    in_folders = not labelling.columns.label and _are_sorted_into_folders(paths, prefix)
+    own = None if in_folders else source.labels(labelling.columns.label)
     if own is not None:
         return _by_keys(source, lines, _of_source(source, lines, own), own.order, [])
-    paths = [source.paths[line] for line in lines]
     tables = _tables_of(source, prefix, labelling.columns)
-    if tables and (labelling.columns.label or not _are_sorted_into_folders(paths, prefix)):
+    if tables and not in_folders:
         return _by_keys(source, lines, _matched(source, lines, prefix, tables), None, [])
     notes = [f"{where} not used, because class folders are there (--labels uses it)" for _, where, _ in tables]
     folders = folders_of(paths, prefix)
@@ -113,7 +115,8 @@ def _is_on_the_way(folder: str, prefix: str) -> bool:
 
 def _matched(source: Source, lines: Sequence[int], prefix: str, tables: Tables) -> list[str]:
     """The class of each picture by the tables; a name without its picture, or a picture without a row, is an error."""
-    names = _Names(source.paths, prefix)
+    paths = source.paths
+    names = _Names(paths, prefix)
     keys: dict[int, str] = {}
     for base, where, rows in tables:
         strangers = []
@@ -136,7 +139,7 @@ def _matched(source: Source, lines: Sequence[int], prefix: str, tables: Tables) 
     if missing:
         raise AlphaflowError(
             f"{tables[0][1]}: has no row for {counted(len(missing), 'picture')}; the first is "
-            f"{brief(source.paths[missing[0]])}. Add rows, or move such pictures away"
+            f"{brief(paths[missing[0]])}. Add rows, or move such pictures away"
         )
     return [keys[line] for line in lines]
 

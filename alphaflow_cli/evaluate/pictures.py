@@ -65,11 +65,13 @@ class ImageSource:
         return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()
 
 
-def open_pictures(text: str, *, size: int | None, limit: int | None, crop: Crop = "square") -> ImageSource:
-    """Open what a user may point at: a folder, zip, tar, hf://…, shapes:N, or a .npz of pictures."""
+def open_pictures(
+    text: str, *, size: int | None, limit: int | None, crop: Crop = "square", image_column: str = ""
+) -> ImageSource:
+    """Open what a user may point at: a folder, archives, parquet, hf://…, shapes:N, or a .npz of pictures."""
     if text.endswith(".npz"):
         return PictureArray(Path(text), limit=limit)
-    return PictureFiles(open_source(text), size=size, limit=limit, crop=crop)
+    return PictureFiles(open_source(text, image_column), size=size, limit=limit, crop=crop)
 
 
 class PictureFiles(ImageSource):

@@ -20,7 +20,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlparse
 
 LFS_FROM = 1024  # bytes; larger files and these endings go to LFS
-LFS_ENDINGS = (".safetensors", ".png", ".pt")
+LFS_ENDINGS = (".safetensors", ".png", ".pt", ".parquet")
 
 
 @dataclass
@@ -290,7 +290,14 @@ class HubHandler(BaseHTTPRequestHandler):
             return None
         oid, files = found
         siblings = [{"rfilename": path, "size": len(content)} for path, content in files.items()]
-        facts = {"_id": "0", "id": name, "modelId": name, "sha": oid, "private": repo.private, "siblings": siblings}
+        facts = {
+            "_id": "0",
+            "id": name.removeprefix("datasets/"),
+            "modelId": name,
+            "sha": oid,
+            "private": repo.private,
+            "siblings": siblings,
+        }
         return self.send(200, facts | {"tags": [], "downloads": 0, "likes": 0, "gated": False, "disabled": False})
 
     def tree(self, name, revision, *, body):
@@ -325,15 +332,16 @@ class HubHandler(BaseHTTPRequestHandler):
     def send_content(self, content, headers):
         if self.fault and self.fault.corrupt and self.command == "GET":
             content = bytes([content[0] ^ 0xFF]) + content[1:]
-        start = re.match(r"bytes=(\d+)-", self.headers.get("Range", ""))
-        if start:
-            first = int(start[1])
-            headers["Content-Range"] = f"bytes {first}-{len(content) - 1}/{len(content)}"
-            return self.send(206, content[first:], headers)
+        span = re.match(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        if span:
+            first, last = int(span[1]), min(int(span[2] or len(content)), len(content) - 1)
+            headers["Content-Range"] = f"bytes {first}-{last}/{len(content)}"
+            return self.send(206, content[first : last + 1], headers)
         return self.send(200, content, headers)
 
 
 NAME = r"([\w.-]+/[\w.-]+)"
+DATA = r"(datasets/[\w.-]+/[\w.-]+)"  # a data set is a repository of this name in `repos`
 ROUTES = [
     ("GET /api/whoami-v2", "whoami"),
     ("POST /api/repos/create", "create"),
@@ -342,6 +350,10 @@ ROUTES = [
     (rf"POST /{NAME}\.git/info/lfs/objects/batch", "lfs_batch"),
     (r"PUT /lfs/(\w+)", "lfs_put"),
     (rf"POST /api/models/{NAME}/commit/(.+)", "commit"),
+    (rf"GET /api/{DATA}", "info"),
+    (rf"GET /api/{DATA}/revision/(.+)", "info"),
+    (rf"GET /api/{DATA}/tree/(refs/pr/\d+|[^/]+)(?:/.*)?", "tree"),
+    (rf"(?:GET|HEAD) /{DATA}/resolve/(refs/pr/\d+|[^/]+)/(.+)", "resolve"),
     (rf"GET /api/models/{NAME}", "info"),
     (rf"GET /api/models/{NAME}/revision/(.+)", "info"),
     (rf"GET /api/models/{NAME}/tree/(refs/pr/\d+|[^/]+)(?:/.*)?", "tree"),
