@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from alphaflow_cli.runtime.processes import Processes
 SHARD_PICTURES, SHARD_BYTES = 8192, 512_000_000  # of one shard at most: it is held in memory until it is written
 SHARDS_WANTED, SHARD_LEAST = 16, 256  # small sets are cut, too, so that several processes have something to share
 SAMPLE = 16  # pictures that a lower precision is tried on
+PATTERN = re.compile(r"[-_.]*[{*?\[].*")  # in the name of a source: from there on it differs from file to file
 STORED_DTYPES = {"fp16": "float16", "fp32": "float32"}
 
 
@@ -84,7 +86,8 @@ def default_out(source: str, size: int, autoencoder: str, crop: Crop = "square")
     """The folder `latents/<source>-<size>-<autoencoder>[-<crop>]`: other settings get another folder."""
     bare = source.split("://")[-1].split("@")[0].split(":")[0] if source.startswith("hf://") else source
     parts = [part for part in bare.replace(":", "-").split("/") if part not in ("", ".", "..", "train")]
-    name = (parts or [Path.cwd().name])[-1].split(".")[0] or "pictures"
+    names = [part if is_there(Path(source)) else PATTERN.sub("", part) for part in parts]
+    name = ([name for name in names if name] or [Path.cwd().name])[-1].split(".")[0] or "pictures"
     kind = "pixels" if autoencoder == "none" else public_id(autoencoder).rsplit("/", 1)[-1]
     return Path("latents") / f"{name}-{size}-{kind}{'' if crop == 'square' else f'-{crop}'}"
 
