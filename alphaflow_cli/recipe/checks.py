@@ -35,7 +35,7 @@ POSITIVE = (
     "model.mlp_ratio data.scale times.std times.second.std times.equal.std guidance.omega guidance.fade_rate optim.lr "
     "optim.eps loss.power loss.later sample.guidance"
 )
-SHARES = "model.t_floor guidance.t_min guidance.t_max guidance.fade_from"  # within [0, 1]
+SHARES = "model.t_floor train.precise_below guidance.t_min guidance.t_max guidance.fade_from"  # within [0, 1]
 BELOW_ONE = "guidance.label_dropout guidance.kappa times.gap"  # within [0, 1)
 NO_REPEATS = "ema.half_lives train.trackers eval.metrics eval.nfe"
 
@@ -56,6 +56,7 @@ def check(recipe: Recipe, place: Callable[[str], str], faults: Faults) -> None:
             _fading,
             _loss,
             _optim,
+            _precision,
             _sample,
             _eval,
         ):
@@ -275,6 +276,16 @@ def _optim(recipe: Recipe) -> Iterator[Fault]:
         yield "optim.final_lr", f"optim.final_lr must lie between 0 and optim.lr, got {optim.final_lr}"
     if not recipe.ema.half_lives or any(steps <= 0 for steps in recipe.ema.half_lives):
         yield "ema.half_lives", "ema.half_lives wants at least one half-life, each more than 0 steps"
+
+
+def _precision(recipe: Recipe) -> Iterator[Fault]:
+    train = recipe.train
+    if train.precise_below and train.precision != "bf16":
+        yield (
+            "train.precise_below",
+            f"train.precise_below {train.precise_below:g} says where bf16 ends, but train.precision is "
+            f"{train.precision}: leave it out",
+        )
 
 
 def _sample(recipe: Recipe) -> Iterator[Fault]:

@@ -108,6 +108,8 @@ def _phases(recipe: Recipe, f: dict[str, Any]) -> list[str]:
         state, what = PHASE_WORDS["shortcut" if shortcut else kind]
         if recipe.loss.tangent == "network" and kind != "flow":
             what += ", along the network's own velocity"
+        if kind == "between" and recipe.train.precise_below:
+            what += f", in {'TF32' if recipe.train.tf32 else 'fp32'} where alpha < {recipe.train.precise_below:g}"
         texts.append(f"{state} {when} ({(until - first) / steps:.1%} of the run): {what}")
     return texts
 

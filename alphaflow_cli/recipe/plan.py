@@ -23,6 +23,7 @@ KEPT_CHECKPOINT = 4  # the same, per block, with gradient_checkpointing: the blo
 IMAGENET_TRAIN = 1_281_167  # pictures
 
 BF16_ON_CPU = "bf16 is up to eight times slower than fp32 on a CPU: --set train.precision=fp32"
+COARSE_BELOW = 0.05  # the α below which bf16's error exceeds a tenth of the gradient (benchmarks/bench_precision.py)
 PhaseKind = Literal["flow", "between", "derivative"]
 
 
@@ -210,9 +211,26 @@ def warnings_of(recipe: Recipe, *, on_cpu: bool = False) -> list[str]:
     if embedded and count.isdecimal() and int(count) < recipe.eval.images:
         images = f"{recipe.eval.images:,} pictures"
         warnings.append(f"eval compares {images} with the {int(count):,} of {recipe.eval.reference}: make it larger")
+    lowest = _lowest_rounded(recipe)
+    if lowest is not None and lowest < COARSE_BELOW:
+        warnings.append(
+            f"bf16 while alpha falls to {lowest:.3g}: below about {COARSE_BELOW:g} rounding eats much of the gradient; "
+            f"--set train.precise_below={COARSE_BELOW:g} computes these steps in fp32"
+        )
     if on_cpu and recipe.train.precision == "bf16":
         warnings.append(BF16_ON_CPU)
     return warnings
+
+
+def _lowest_rounded(recipe: Recipe) -> float | None:
+    """The least α > 0 at which a run's products are in bf16; None where there is none."""
+    if recipe.train.precision != "bf16":
+        return None
+    at, between = alpha_at(recipe), [phase for phase in phases(recipe) if phase.kind == "between"]
+    ends = [at(step) for phase in between for step in (phase.first, phase.until - 1)]
+    if not ends or max(ends) < recipe.train.precise_below:
+        return None
+    return max(min(ends), recipe.train.precise_below)
 
 
 def _skipped_phases(recipe: Recipe) -> list[str]:

@@ -187,6 +187,7 @@ class Train:
     batch: int = 256  # global batch: rows per step over all processes and micro-batches
     seed: int = 0  # of the weights, the data order, the noise, the times and the label dropout
     precision: Precision = "bf16"  # of the network's products; weights, targets and loss stay fp32. fp64: for proofs
+    precise_below: float = 0.0  # with bf16: steps with 0 < alpha < this compute in fp32 (tf32: in TF32); 0 = off
     tf32: bool = False  # lets fp32 matrix products use TF32
     compile: Compile = "auto"  # torch.compile, block by block; auto: on a GPU, in a run so long that it pays
     gradient_checkpointing: bool = False  # recompute blocks in the backward pass: less memory, about 30% slower

@@ -18,7 +18,7 @@ where the times are drawn, so nothing waits for it. Where their number must not 
 blocks: new numbers of rows are new forms) all rows are evaluated.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +55,7 @@ class Objective:
     bf16: bool
     gap: float = 0.0  # the least t − s
     mean_interval: float = 0.0  # E[t − r] of r < t rows, where loss.short_first needs it
+    precise_below: float = 0.0  # the α below which, but for 0, rounding to bf16 eats the gradient
 
     @staticmethod
     def of(recipe: Recipe) -> "Objective":
@@ -67,12 +68,17 @@ class Objective:
             bf16=recipe.train.precision == "bf16",
             gap=recipe.times.gap,
             mean_interval=mean_interval(time_laws(recipe.times)) if recipe.loss.short_first else 0.0,
+            precise_below=recipe.train.precise_below,
         )
 
     @property
     def is_guided(self) -> bool:
         """Whether guidance moves the velocity anywhere: ṽ ≠ v."""
         return self.has_labels and is_guided(self.guidance.omega, self.guidance.kappa)
+
+    def at(self, alpha: float) -> "Objective":
+        """The same, without bf16 where α is small: there the target is u and α times a difference of two answers."""
+        return replace(self, bf16=False) if self.bf16 and 0.0 < alpha < self.precise_below else self
 
     def has_tangent(self, alpha: float) -> bool:
         """Whether z moves along the network's own velocity at this α, which then must be asked of every r < t row."""
@@ -156,6 +162,7 @@ def random_rows(recipe: Recipe, count: int, n_equal: int, device: torch.device) 
 
 def training_step(wrapped: nn.Module, bare: nn.Module, rows: Rows, *, alpha: float, objective: Objective) -> StepResult:
     """The loss of the rows, summed: divide it by the rows of the whole step, then call backward."""
+    objective = objective.at(alpha)
     k, v, y = rows.n_equal, path.velocity(rows.x, rows.noise), _labels(rows, objective)
     z_t = path.interpolate(rows.x, rows.noise, rows.t)
     question, ratio = _question(rows, objective, alpha), row_alpha(alpha, rows.t[k:], rows.r[k:], objective.gap)

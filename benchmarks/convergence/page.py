@@ -8,7 +8,7 @@ from typing import Any
 
 from conflict import conflict_lines, training_lines
 from record import processor
-from table import NAMES, PAIRS, Job, Run, chart, read_run, table, verdict
+from table import NAMES, Job, Run, chart, pairs_of, read_run, table, verdict
 
 from alphaflow_cli.charts.draw import to_png
 from alphaflow_cli.recipe import load_recipe
@@ -32,7 +32,7 @@ def write_results(
     told = conflict_lines(conflicts, NAMES) + training_lines(done, NAMES)
     how.results.mkdir(parents=True, exist_ok=True)
     if runs:
-        (how.results / "results.png").write_bytes(to_png(chart(runs)))
+        (how.results / "results.png").write_bytes(to_png(chart(runs, how.members)))
     text = document(runs, failed, jobs, told, commits, how)
     (how.results / "RESULTS.md").write_text(text, encoding="utf-8")
 
@@ -71,7 +71,9 @@ def document(
     how: argparse.Namespace,
 ) -> str:
     """Write the whole page."""
-    judged = [f"- {what}, {nfe} NFE: {verdict(runs, a, b, nfe)}" for a, b, what in PAIRS for nfe in (1, 2)]
+    judged = [
+        f"- {what}, {nfe} NFE: {verdict(runs, a, b, nfe)}" for a, b, what in pairs_of(how.members) for nfe in (1, 2)
+    ]
     lines = [
         "# The family at equal budget",
         "",

@@ -1,6 +1,7 @@
 """The members of the family at equal budget: trains or resumes all of them, measures, and writes RESULTS.md anew.
 
     python benchmarks/convergence/run.py CIFAR10 --out runs/convergence --jobs 2
+    python benchmarks/convergence/run.py CIFAR10 --out runs/convergence --jobs 2 --comparison newer
 
 CIFAR10 is a folder or tar with one folder per class. The same command again resumes, and redraws table and picture
 from what is there. Runs of seed 0 come first, then further seeds of the members whose order is claimed. A change of
@@ -27,23 +28,40 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 from measure import conflict_of, evaluate_run, prepare_reference  # noqa: E402
 from page import write_results  # noqa: E402
 from record import git  # noqa: E402
+from table import NAMES, NEWER  # noqa: E402
 
 from alphaflow_cli.recipe import diff_recipes, load_recipe  # noqa: E402
 
-MEMBERS = (
-    "flow",
-    "trajectory-25",
-    "shortcut-75",
-    "shortcut-75-adaptive",
-    "meanflow-25",
-    "meanflow-75",
-    "alphaflow-25",
-    "alphaflow-50",
-    "alphaflow-25-converging",
-    "alphaflow-25-linear",
-    "alphaflow-25-unclamped",
-)
-CLAIMED = ("alphaflow-25", "meanflow-25", "alphaflow-50", "meanflow-75", "alphaflow-25-converging")  # several seeds
+
+@dataclass(frozen=True)
+class Comparison:
+    """Members that are compared with each other, and those of them that get several seeds."""
+
+    members: tuple[str, ...]
+    claimed: tuple[str, ...]
+    folder: Path  # of its RESULTS.md
+
+
+COMPARISONS = {
+    "first": Comparison(
+        members=(
+            "flow",
+            "trajectory-25",
+            "shortcut-75",
+            "shortcut-75-adaptive",
+            "meanflow-25",
+            "meanflow-75",
+            "alphaflow-25",
+            "alphaflow-50",
+            "alphaflow-25-converging",
+            "alphaflow-25-linear",
+            "alphaflow-25-unclamped",
+        ),
+        claimed=("alphaflow-25", "meanflow-25", "alphaflow-50", "meanflow-75", "alphaflow-25-converging"),
+        folder=HERE,
+    ),
+    "newer": Comparison(members=NEWER, claimed=NEWER, folder=HERE / "newer"),
+}
 SEEDS = 3
 TOLD = ("meanflow-25", "alphaflow-25")  # whose conflict RESULTS.md tells, at seed 0
 TOLD_ROWS = (64, 512)  # of a batch; the larger ones are an eighth as many, so as many rows in all
@@ -63,9 +81,9 @@ class Job:
         return HERE / "recipes" / f"{self.member}.yaml"
 
 
-def jobs_of(out: Path, members: tuple[str, ...], seeds: int) -> list[Job]:
+def jobs_of(out: Path, members: list[str], claimed: tuple[str, ...], seeds: int) -> list[Job]:
     """All members once, then the claimed ones with further seeds."""
-    wanted = [(member, seed) for seed in range(seeds) for member in members if seed == 0 or member in CLAIMED]
+    wanted = [(member, seed) for seed in range(seeds) for member in members if seed == 0 or member in claimed]
     return [Job(member, seed, out / f"{member}-s{seed}") for member, seed in wanted]
 
 
@@ -185,10 +203,13 @@ def parser() -> argparse.ArgumentParser:
     each.add_argument("--jobs", type=int, default=2, help="runs at a time, one core each")
     each.add_argument("--steps", type=int, default=3000, help="of every run")
     each.add_argument("--seeds", type=int, default=SEEDS, help="of the members whose order is claimed")
-    each.add_argument("--members", nargs="+", choices=MEMBERS, default=list(MEMBERS))
+    each.add_argument("--comparison", choices=COMPARISONS, default="first", help="which members")
+    each.add_argument("--members", nargs="+", choices=NAMES, help="only these")
     each.add_argument("--images", type=int, default=5000, help="generated for each score")
     each.add_argument("--reference-name", default="cifar10-jpeg", help="what the pictures are; the score's protocol")
-    each.add_argument("--results", type=Path, default=HERE, help="where RESULTS.md and results.png are written")
+    each.add_argument(
+        "--results", type=Path, help="where RESULTS.md and results.png go, if not to the comparison's folder"
+    )
     each.add_argument("--batches", type=int, default=64, help="of 64 rows, for the conflict of two runs")
     return each
 
@@ -206,12 +227,13 @@ def main() -> None:
     options, began = parser().parse_args(), time.monotonic()
     if not options.pictures.exists():
         raise SystemExit(f"{options.pictures}: no such folder or tar of pictures")
-    options.told = told_options(options)
+    options.told, comparison = told_options(options), COMPARISONS[options.comparison]
+    options.members, options.results = options.members or list(comparison.members), options.results or comparison.folder
     out = options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     store = out / "store"
     prepare_store(options.pictures, store)
-    jobs = jobs_of(out, tuple(options.members), options.seeds)
+    jobs = jobs_of(out, options.members, comparison.claimed, options.seeds)
     deadline = began + 60 * options.minutes
     failed = train_all(jobs, store, steps=options.steps, at_once=options.jobs, deadline=deadline)
     trained = [job for job in jobs if is_done(job, options.steps)]

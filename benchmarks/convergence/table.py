@@ -1,7 +1,7 @@
 """The comparison's numbers, all from the runs' own files; their table and picture; and what they say of two members."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
@@ -22,7 +22,21 @@ NAMES = {
     "alphaflow-25-converging": "α-Flow .25, converging weight, no clamp",
     "alphaflow-25-linear": "α-Flow .25, linear schedule",
     "alphaflow-25-unclamped": "α-Flow .25, no clamp",
+    "meanflow-25-boundary": "MeanFlow .25, boundary tangent",
+    "meanflow-25-short": "MeanFlow .25, short intervals first",
+    "meanflow-25-data": "MeanFlow .25, predicts the data",
+    "soflow-75": "SoFlow, as on ImageNet",
+    "soflow-0": "SoFlow, as on CIFAR-10",
 }
+NEWER = (
+    "meanflow-25",
+    "alphaflow-25",
+    "soflow-75",
+    "meanflow-25-boundary",
+    "meanflow-25-data",
+    "meanflow-25-short",
+    "soflow-0",
+)
 FIRST_SEED = "seed 0 alone"  # of a panel some of whose members have no other
 PANELS = (  # title, members with their colours and short names
     (
@@ -52,6 +66,23 @@ PANELS = (  # title, members with their colours and short names
             ("alphaflow-25-linear", GREEN, "linear"),
         ),
     ),
+    (
+        "MeanFlow .25, one thing changed",
+        (
+            ("meanflow-25", ORANGE, "as it is"),
+            ("meanflow-25-boundary", GREEN, "boundary tangent"),
+            ("meanflow-25-short", PURPLE, "short first"),
+            ("meanflow-25-data", RED, "predicts data"),
+        ),
+    ),
+    (
+        "α-Flow and SoFlow",
+        (
+            ("alphaflow-25", BLUE, "α-Flow .25"),
+            ("soflow-75", GREEN, "as on ImageNet"),
+            ("soflow-0", RED, "as on CIFAR-10"),
+        ),
+    ),
 )
 PAIRS = (  # each is judged at 1 and 2 NFE
     ("alphaflow-25", "meanflow-25", "α-Flow against MeanFlow, both at share .25"),
@@ -69,6 +100,12 @@ PAIRS = (  # each is judged at 1 and 2 NFE
     ),
     ("shortcut-75", "shortcut-75-adaptive", "Shortcut with the plain square against the adaptive weight, share .75"),
     ("alphaflow-25-linear", "alphaflow-25", "the linear schedule against the sigmoid, share .25"),
+    ("soflow-75", "meanflow-25", "SoFlow as on ImageNet against MeanFlow at share .25"),
+    ("soflow-75", "alphaflow-25", "SoFlow as on ImageNet against α-Flow at share .25"),
+    ("soflow-0", "meanflow-25", "SoFlow as on CIFAR-10 against MeanFlow at share .25"),
+    ("meanflow-25-boundary", "meanflow-25", "the boundary tangent against the data's, MeanFlow at share .25"),
+    ("meanflow-25-short", "meanflow-25", "short intervals first against all alike, MeanFlow at share .25"),
+    ("meanflow-25-data", "meanflow-25", "predicting the data against the velocity, MeanFlow at share .25"),
 )
 
 
@@ -92,7 +129,7 @@ class Run:
     member: str
     seed: int
     scores: dict[int, float]  # NFE → FD-tiny
-    velocity_loss: float  # r = t rows, mean of the last ten points of the journal
+    velocity_loss: float | None  # r = t rows, mean of the last ten points of the journal; none without such rows
     seconds: float
     steps: int
     images_seen: int
@@ -105,7 +142,8 @@ def read_run(job: Job) -> Run:
     scores = {row["pictures"]["nfe"]: row["value"] for each in results for row in each["rows"]}
     steps = [0, *(row["step"] for row in rows)]
     seconds = sum(row["seconds_per_step"] * (b - a) for row, a, b in zip(rows, steps, steps[1:], strict=False))
-    velocity_loss = mean(row["v_loss"] for row in rows[-10:] if row["v_loss"] is not None)
+    losses = [row["v_loss"] for row in rows[-10:] if row["v_loss"] is not None]
+    velocity_loss = mean(losses) if losses else None
     return Run(job.member, job.seed, scores, velocity_loss, seconds, rows[-1]["step"], rows[-1]["images_seen"])
 
 
@@ -125,7 +163,8 @@ def table(runs: Sequence[Run]) -> list[str]:
         mine = [run for run in runs if run.member == member]
         if mine:
             scores = " | ".join(told([run.scores[nfe] for run in mine]) for nfe in NFE)
-            loss = told([run.velocity_loss for run in mine])
+            losses = [run.velocity_loss for run in mine if run.velocity_loss is not None]
+            loss = told(losses) if losses else "–"
             spent = f"{mine[0].images_seen:,} | {mean(run.seconds for run in mine):,.0f}"
             lines.append(f"| {name} | {len(mine)} | {scores} | {loss} | {spent} |")
     return lines
@@ -151,12 +190,19 @@ def verdict(runs: Sequence[Run], first: str, second: str, nfe: int) -> str:
     return f"{numbers}: the seeds overlap, so these runs show no order."
 
 
-def chart(runs: Sequence[Run]) -> Chart:
-    """FD-tiny over NFE, the mean over seeds."""
+def pairs_of(members: Collection[str]) -> list[tuple[str, str, str]]:
+    """The pairs that are judged where these members are compared."""
+    return [pair for pair in PAIRS if {*pair[:2]} <= {*members}]
+
+
+def chart(runs: Sequence[Run], members: Collection[str]) -> Chart:
+    """FD-tiny over NFE, the mean over seeds: the panels of these members."""
     panels = []
-    for title, members in PANELS:
+    for title, shown in PANELS:
+        if not {member for member, _, _ in shown} <= {*members}:
+            continue
         lines = []
-        for member, colour, name in members:
+        for member, colour, name in shown:
             alone = FIRST_SEED in title
             mine = [run for run in runs if run.member == member and not (alone and run.seed)]
             points = [(float(nfe), mean(run.scores[nfe] for run in mine)) for nfe in NFE] if mine else []

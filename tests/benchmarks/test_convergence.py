@@ -18,7 +18,15 @@ from alphaflow_cli.recipe import diff_recipes, dump_recipe, load_recipe
 FOLDER = ROOT / "benchmarks" / "convergence"
 MEMBERS = {path.stem: load_recipe(str(path)) for path in sorted((FOLDER / "recipes").glob("*.yaml"))}
 MAY_DIFFER = ("name", "alpha.", "times.equal_share.", "loss.weight", "loss.velocity", "sample.")
-UNCLAMPED = ("alphaflow-25-converging", "alphaflow-25-unclamped")  # as their headers say
+UNCLAMPED = {"loss.clamp"}
+ALONE = {  # what else differs, as their headers say
+    "alphaflow-25-converging": UNCLAMPED,
+    "alphaflow-25-unclamped": UNCLAMPED,
+    "meanflow-25-boundary": {"loss.tangent"},
+    "meanflow-25-short": {"loss.short_first"},
+    "meanflow-25-data": {"model.prediction"},
+}
+SOFLOW = ("loss.", "times.", "model.positions", "model.second_init")
 
 
 def runs_of(member, *scores):
@@ -33,8 +41,9 @@ def test_every_member_has_a_recipe_and_a_name():
 @pytest.mark.parametrize("member", MEMBERS)
 def test_members_differ_in_the_objective_only(member):
     fields = [name for name, _, _ in diff_recipes(MEMBERS["alphaflow-25"], MEMBERS[member])]
-    others = [name for name in fields if not name.startswith(MAY_DIFFER)]
-    assert others == (["loss.clamp"] if member in UNCLAMPED else [])
+    may_differ = MAY_DIFFER + SOFLOW if member.startswith("soflow") else MAY_DIFFER
+    others = {name for name in fields if not name.startswith(may_differ)}
+    assert others == ALONE.get(member, set())
 
 
 def test_the_converging_member_has_a_partner_that_differs_in_the_weight_alone():
@@ -50,6 +59,14 @@ def test_an_order_is_claimed_only_where_the_seeds_do_not_overlap():
     few = verdict(runs_of("a", 1.0) + runs_of("b", 2.0, 2.1, 2.2), "a", "b", 1)
     assert few == "1.00 against 2.00 on their common seed 0: no order is claimed."
     assert verdict(runs_of("a", 1.0), "a", "b", 1) == "not finished yet."
+
+
+def test_a_comparison_judges_and_draws_its_own_members_only():
+    newer = table.pairs_of(table.NEWER)
+    assert newer
+    assert all({first, second} <= {*table.NEWER} for first, second, _ in newer)
+    titles = [panel.title for panel in table.chart([], table.NEWER).panels]
+    assert titles == ["FD-tiny, MeanFlow .25, one thing changed", "FD-tiny, α-Flow and SoFlow"]
 
 
 def test_the_spread_is_the_standard_deviation_over_seeds():
@@ -69,9 +86,21 @@ def test_a_run_is_read_from_its_own_files(tmp_path):
     assert (run.steps, run.images_seen, run.velocity_loss) == (60, 3840, 0.5)
 
 
+def test_a_run_without_r_equal_t_rows_has_no_velocity_loss(tmp_path):
+    row = {"step": 50, "images_seen": 3200, "seconds_per_step": 0.1, "v_loss": None}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    results = {"evaluations": [{"rows": [{"pictures": {"nfe": nfe}, "value": 10.0 / nfe}]} for nfe in (1, 2, 4)]}
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    run = read_run(SimpleNamespace(member="soflow-0", seed=0, folder=tmp_path))
+    assert run.velocity_loss is None
+    assert "| SoFlow, as on CIFAR-10 | 1 | 10.00 | 5.00 | 2.50 | – | 3,200 | 5 |" in table.table([run])
+
+
 def test_the_page_has_a_line_per_member_and_says_what_is_unfinished_and_what_failed():
     runs = runs_of("meanflow-25", 5.0, 6.0, 7.0) + runs_of("alphaflow-25", 1.0, 2.0, 3.0)
-    how = SimpleNamespace(steps=3000, jobs=2, images=5000, reference_name="cifar10-jpeg", told=" --jobs 4")
+    how = SimpleNamespace(
+        steps=3000, jobs=2, images=5000, reference_name="cifar10-jpeg", told=" --jobs 4", members=[*MEMBERS]
+    )
     found = {"p5": -0.7, "p50": -0.5, "p95": -0.2}
     conflict = {"member": "meanflow-25", "cosines": {"tfm.tc": found, "tfm.fm": found}, "share_below_-0.4": 0.8}
     lines = conflict_lines([conflict | {"batches": 60, "rows_per_batch": 64}], table.NAMES)
@@ -83,7 +112,7 @@ def test_the_page_has_a_line_per_member_and_says_what_is_unfinished_and_what_fai
     assert "trained at commit abc1234" in text
     assert "| MeanFlow .25 | 60 × 64 | -0.50 (-0.70 to -0.20) | 80% | -0.50 (-0.70 to -0.20) |" in text
     assert "not finished yet" in text
-    assert to_png(table.chart(runs)).startswith(b"\x89PNG")
+    assert to_png(table.chart(runs, how.members)).startswith(b"\x89PNG")
 
 
 def test_scores_count_only_with_these_weights_pictures_reference_and_every_nfe(tmp_path):

@@ -147,8 +147,34 @@ def test_what_would_be_useless_is_a_doubt(sets, doubt):
 
 
 @pytest.mark.parametrize("name", sorted(shipped()))
-def test_no_shipped_recipe_is_in_doubt(name):
-    assert warnings_of(load_recipe(name)) == []
+def test_no_shipped_recipe_is_in_doubt_but_for_the_published_precision(name):
+    doubts = warnings_of(load_recipe(name))
+    assert [text for text in doubts if not text.startswith("bf16 while alpha falls to 0.005")] == []
+    assert warnings_of(load_recipe(name, ["train.precise_below=0.05"] if doubts else [])) == []
+
+
+@pytest.mark.parametrize(
+    ("sets", "lowest"),
+    [
+        ([], "0.005"),
+        (["alpha.clamp=0.001"], "0.001"),
+        (["train.precise_below=0.01"], "0.01"),
+        (["train.precise_below=0.05"], None),
+        (["train.precision=fp32"], None),
+        (["alpha.clamp=0.05"], None),
+        (["alpha=0.5"], None),
+        (["alpha=0"], None),
+    ],
+)
+def test_bf16_at_a_small_alpha_is_a_doubt(sets, lowest):
+    doubts = [text for text in warnings_of(load_recipe("b2", sets)) if "rounding" in text]
+    assert bool(doubts) == (lowest is not None)
+    assert all(text.startswith(f"bf16 while alpha falls to {lowest}: ") for text in doubts)
+
+
+def test_show_says_where_a_run_leaves_bf16():
+    texts = [text for _, text in lines(load_recipe("b2", ["train.precise_below=0.05", "train.tf32=true"]))]
+    assert any("in TF32 where alpha < 0.05" in text for text in texts)
 
 
 def test_check_says_what_show_and_train_say(capsys):

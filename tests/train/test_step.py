@@ -220,6 +220,19 @@ def test_a_bf16_step_gives_every_weight_its_gradient(alpha):
     )
 
 
+@pytest.mark.parametrize(("alpha", "is_precise"), [(1.0, False), (0.05, False), (0.04, True), (0.0, False)])
+def test_below_this_alpha_a_bf16_step_is_an_fp32_step_to_the_bit(alpha, is_precise):
+    net, rows = tiny_net(torch.float32), tiny_rows(0.5, torch.float32)
+    fp32 = objective_of(GUIDANCE["b2"])
+    rounded = replace(fp32, bf16=True)
+    here, exact, close = (
+        gradients(net, fast_step(net, rows, alpha, objective))
+        for objective in (replace(rounded, precise_below=0.05), fp32, rounded)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(here, exact if is_precise else close, strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(exact, close, strict=True))
+
+
 @pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # of dynamo itself
 def test_nothing_is_recompiled_while_alpha_moves():
     from torch._dynamo.utils import counters
