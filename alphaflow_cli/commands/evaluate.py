@@ -96,14 +96,13 @@ def command(
 ) -> None:
     """Measure a checkpoint or pictures: FID, FDD, FCD, FD-tiny, KID, IS, precision and recall.
 
-    CKPT is a file, a run folder, or a Hub id. IMAGES is a folder, a zip, a tar, a .npz with arr_0, hf://datasets/NAME,
-    or shapes:N; pictures are measured as they are, never resized. Every number is printed with its protocol; running
-    the same command again resumes.
+    CKPT is a file, a run folder, or a Hub id. IMAGES is a folder, archives, parquet, a .npz with arr_0,
+    hf://datasets/NAME, or shapes:N; pictures are measured as they are, never resized. Every number is printed with its
+    protocol; running the same command again resumes.
     """
     if (markdown and as_json) or (times is not None and nfe) or (sweep_midpoint and (nfe or times)):
         raise click.UsageError("--markdown and --json exclude each other; so do --nfe, --times and --sweep-midpoint.")
-    check_subject(subject)
-    begin(f"eval {subject}")
+    begin_with(subject)
     from alphaflow_cli.evaluate.evaluate import EvalRequest
 
     request = EvalRequest(
@@ -115,11 +114,12 @@ def command(
     share(work_on(request), partial(show_report, markdown=markdown, as_json=as_json), processes, device)
 
 
-def check_subject(subject: str) -> None:
-    """Refuse what leads nowhere, before anything is loaded."""
+def begin_with(subject: str) -> None:
+    """Refuse what leads nowhere, and say what begins, before anything is loaded."""
     from alphaflow_cli.model.find import check_address, is_checkpoint
 
     (check_address if is_checkpoint(subject) else check_source)(subject)
+    begin(f"eval {subject}")
 
 
 def work_on(request: "EvalRequest") -> "Callable[[Processes], Report | None]":

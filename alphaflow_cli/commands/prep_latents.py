@@ -31,6 +31,7 @@ EMBEDDED_SIZE = 32  # the embedded sets are drawn at this size
 EPILOG = examples(
     "alphaflow prep-latents imagenet/ --out latents/imagenet",
     "alphaflow prep-latents photos.zip --size 64 --autoencoder none",
+    "alphaflow prep-latents hf://datasets/uoft-cs/cifar10 --size 32 --autoencoder none",
     "alphaflow prep-latents shapes:4000 --out latents/shapes",
     "alphaflow prep-latents --verify latents/shapes",
 )
@@ -106,8 +107,8 @@ def command(
 ) -> None:
     """Turn pictures into a latent store. Running it again resumes.
 
-    SOURCE is a folder with one folder per class (any depth), a zip or tar of one, hf://datasets/USER/NAME, or an
-    embedded set: shapes:N or glyphs:N. Pictures directly in the folder are one class.
+    SOURCE is a folder with one folder per class (any depth) or with a table of labels, a zip or tar of one, parquet,
+    many archives ('part-{000..146}.tar'), hf://datasets/USER/NAME, or an embedded set: shapes:N or glyphs:N.
     """
     if only_verify:
         from alphaflow_cli.latents.prepare import verify

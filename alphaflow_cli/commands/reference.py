@@ -79,7 +79,7 @@ def command(
 ) -> None:
     """Measure real pictures once, for eval to compare with.
 
-    It keeps mean, covariance and some single features. SOURCE is a folder, a zip, a tar, a .npz with arr_0,
+    It keeps mean, covariance and some single features. SOURCE is a folder, archives, parquet, a .npz with arr_0,
     hf://datasets/NAME, or shapes:N. Where a source holds splits and --size is given, the training split is taken.
     Without --metrics: every network whose weights are on this machine.
     """
