@@ -6,7 +6,8 @@
 --pictures is a folder of class folders. Its pictures, spread over all classes, are written once in every form: folder,
 table, zip, ten zips, ten tars of WebDataset, and parquet with 100 rows in a row group, as the Hub's library writes it.
 A pass lists the set, finds the labels, and reads and decodes every picture to RGB, in one thread, from a warm cache.
-Beside ours: `datasets` streaming the same parquet files and the same folder, and `webdataset` reading the same tars.
+Beside ours, where they are installed: `datasets` streaming the same parquet files and the same folder, and
+`webdataset` reading the same tars.
 Every pass must see the same pixels and labels: sums of both are compared. Each round runs every variant, in rotated
 order; round 0 is dropped. Reported are the median, the smallest and the largest number of pictures per second of wall
 time, which needs a quiet machine (the load is reported), and per second of CPU time of all threads, which hardly does;
@@ -23,6 +24,7 @@ import time
 import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -168,10 +170,12 @@ def variants(root: Path) -> dict[str, Callable[[], Sums]]:
     """Every form read by us, and by the library that is at home in it."""
     found: dict[str, Callable[[], Sums]] = {form: lambda form=form: ours(root / form) for form in FORMS}  # type: ignore[misc]
     parquet = sorted(map(str, (root / "parquet").glob("*.parquet")))
-    found["parquet, datasets streaming"] = lambda: by_datasets("parquet", {"data_files": {"train": parquet}})
     folder = str(root / "folder")
-    found["folder, datasets streaming"] = lambda: by_datasets("imagefolder", {"data_dir": folder})
-    found["ten tars, webdataset"] = lambda: by_webdataset(root / "ten tars")
+    if find_spec("datasets"):
+        found["parquet, datasets streaming"] = lambda: by_datasets("parquet", {"data_files": {"train": parquet}})
+        found["folder, datasets streaming"] = lambda: by_datasets("imagefolder", {"data_dir": folder})
+    if find_spec("webdataset"):
+        found["ten tars, webdataset"] = lambda: by_webdataset(root / "ten tars")
     return found
 
 

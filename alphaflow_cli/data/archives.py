@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from alphaflow_cli.data.entries import NO_TARGET, Entries, Entry, Link, Place
-from alphaflow_cli.data.pictures import CLASS_LIST, Fetch, Labels, Source
+from alphaflow_cli.data.pictures import CLASS_LIST, Fetch, Labels, Source, fetch_now
 from alphaflow_cli.data.webdataset import labels_beside
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.files import MAX_BYTES, Stamp, changed, path_and_stamp, stamp_of
@@ -156,22 +156,9 @@ def _from_stream(archive: Archive, file: BinaryIO, lines: Sequence[int]) -> Iter
             member = next((each for each in members if each.offset_data == place.offset), None)
             if member is None:
                 raise changed(archive.path)
-            fetch = _fetched(partial(archive.checked, file, partial(_streamed, opened, member), place))
+            fetch = fetch_now(partial(archive.checked, file, partial(_streamed, opened, member), place))
         for line in same:
             yield line, fetch
-
-
-def _fetched(fetch: Callable[[], bytes]) -> Fetch:
-    """Fetch at once, because the stream moves on; the caller gets the bytes, or the fault, later."""
-    try:
-        data = fetch()
-    except OSError as fault:
-        return partial(_raise, fault)
-    return lambda: data
-
-
-def _raise(fault: OSError) -> bytes:
-    raise fault
 
 
 def _dense(file: BinaryIO, place: Place) -> bytes:

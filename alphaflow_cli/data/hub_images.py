@@ -20,6 +20,7 @@ from alphaflow_cli.remote.cache import cache_folder
 from alphaflow_cli.remote.client import hub_api
 from alphaflow_cli.remote.faults import hub_faults
 from alphaflow_cli.remote.ranges import RemoteFile, download
+from alphaflow_cli.text import brief
 
 ADDRESS = re.compile(r"hf://datasets/(?P<repo>[^/@:]+/[^/@:]+|[^/@:]+)(@(?P<revision>[^:]+))?(:(?P<split>[\w./-]+))?$")
 PARQUET = ".parquet"
@@ -64,8 +65,8 @@ def open_hub(text: str, image_column: str = "") -> Source:
     form = max(forms, key=lambda each: (sum(sizes[file] for file in forms[each]), len(forms[each])))
     files = forms[form]
     if not files:
-        there = f" in {split}" if split else ""
-        raise AlphaflowError(f"{text}: no pictures, no parquet and no zip or tar archive{there} in it")
+        what = f"no file of {split} there" if split else "no pictures, no parquet and no zip or tar archive there"
+        raise AlphaflowError(f"{text}: {what} (it holds {brief(', '.join(sizes)) or 'nothing'})")
     if form == "pictures":
         given = download(repo, commit, CLASS_LIST) if CLASS_LIST in sizes else None
         return HubFiles(name=name, names=files, given_classes=given, asides=asides, repo=repo, commit=commit)

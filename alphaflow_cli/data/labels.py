@@ -47,6 +47,8 @@ def label_pictures(source: Source, labelling: Labelling) -> Labelled:
     tables = _tables_of(source, prefix, labelling.columns)
     if tables and not in_folders:
         return _by_keys(source, lines, _matched(source, lines, prefix, tables), None, [])
+    if labelling.columns.label:
+        raise AlphaflowError(f"{source.name}: no table and no column says classes there, so --label-column has no use")
     notes = [f"{where} not used, because class folders are there (--labels uses it)" for _, where, _ in tables]
     folders = folders_of(paths, prefix)
     if set(folders) == {""} and source.classes_json() is None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
 from alphaflow_cli.data.columns import LabelColumn, Layout, layout_of, parquet_library
-from alphaflow_cli.data.pictures import Fetch, Labels, Source
+from alphaflow_cli.data.pictures import Fetch, Labels, Source, fetch_now
 from alphaflow_cli.data.tables import label_of
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.files import MAX_BYTES, Stamp, changed, path_and_stamp, read_file, stamp_of
@@ -202,7 +202,8 @@ class _Reader:
             for batch in self.opened.iter_batches(BATCH, row_groups=[group.number], columns=[layout.image]):
                 cells = batch.column(layout.image)
                 while 0 <= row < at + len(cells):
-                    fetches.append(partial(_picture, cells, row - at, place))
+                    fetch: Fetch = partial(_picture, cells, row - at, place)
+                    fetches.append(fetch if 2 * len(rows) > group.rows else fetch_now(fetch))
                     row = next(wanted)
                 at += len(cells)
             if at != group.rows:
@@ -234,7 +235,8 @@ def open_parquet(name: str, files: Sequence[TableFile], image_column: str, facts
             groups.append(Group(index, number, len(names), rows))
             names += [f"{place.name}#{row}" for row in range(len(names) - start, len(names) - start + rows)]
     groups = [group for group in groups if group.rows]
-    return Parquet(name=name, names=names, files=files, groups=groups, layout=layout, given_facts=facts)
+    notes = [f"columns {brief(', '.join(layout.others))}"]
+    return Parquet(name=name, names=names, notes=notes, files=files, groups=groups, layout=layout, given_facts=facts)
 
 
 def local_parquet(name: str, paths: Sequence[Path], root: Path, image_column: str) -> Parquet:

@@ -90,6 +90,22 @@ class Labels:
     order: Sequence[str] | None = None
 
 
+def fetch_now(fetch: Fetch) -> Fetch:
+    """Fetch at once, because a stream moves on, or to keep one picture and not its neighbours in memory.
+
+    The caller gets the bytes, or the fault, later.
+    """
+    try:
+        data = fetch()
+    except OSError as fault:
+        return partial(_raise, fault)
+    return lambda: data
+
+
+def _raise(fault: OSError) -> bytes:
+    raise fault
+
+
 class BadPicture(Exception):
     """A file that is not a whole picture, and why: the same words for the same bytes, they stand in a manifest."""
 

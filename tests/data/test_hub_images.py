@@ -161,7 +161,9 @@ def test_a_repository_of_many_archives_is_read_in_the_order_of_their_numbers(hub
 
 def test_what_has_the_most_bytes_is_the_data(hub):
     assert open_source("hf://datasets/user/teaser").kind == "zip"
-    with pytest.raises(AlphaflowError, match="user/nothing-here: no pictures, no parquet and no zip or tar archive"):
+    with pytest.raises(
+        AlphaflowError, match="user/nothing-here: no pictures, no parquet and no zip or tar archive there"
+    ):
         open_source("hf://datasets/user/nothing-here")
 
 

@@ -99,6 +99,20 @@ def test_a_connection_that_drops_costs_a_piece(data, expected, tmp_path, status,
     assert shards(tmp_path / "s") == expected
 
 
+def test_where_the_hub_sends_us_is_kept_until_it_expires(data, expected, tmp_path):
+    data.sends_on = True
+    data.faults = {
+        ("GET", "/elsewhere/"): Fault(status=200, times=20),
+        ("GET", "elsewhere"): Fault(status=403, times=1),
+    }
+    assert run(["prep-latents", "hf://datasets/lab/set", *OPTIONS, "--out", str(tmp_path / "s")]) == 0
+    assert shards(tmp_path / "s") == expected
+    assert data.faults["GET", "elsewhere"].times == 0
+    opened = 3 * 3  # each file for its end, for its labels, and for its pictures
+    assert data.count("GET", "resolve") == opened + 1
+    assert data.count("GET", "elsewhere") > 20
+
+
 @pytest.mark.parametrize(
     ("fault", "words"),
     [

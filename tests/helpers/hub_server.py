@@ -69,6 +69,7 @@ class HubServer:
         self.blobs = {}  # sha256 → bytes, uploaded to LFS
         self.faults = {}  # (method, part of the path) → Fault
         self.requests = []  # (method, path)
+        self.sends_on = False  # large files lie elsewhere, as on the real Hub, under addresses that may expire
         self.lock = threading.Lock()
         hub = self
 
@@ -324,10 +325,15 @@ class HubHandler(BaseHTTPRequestHandler):
         headers = {"X-Repo-Commit": oid, "Accept-Ranges": "bytes"}
         if is_lfs(path, content):
             sha = hashlib.sha256(content).hexdigest()
+            if self.server_hub.sends_on:
+                return self.send(302, b"", {"Location": f"{self.server_hub.url}/elsewhere/{name}/{oid}/{path}"})
             headers |= {"ETag": f'"{sha}"', "X-Linked-Etag": f'"{sha}"', "X-Linked-Size": str(len(content))}
         else:
             headers |= {"ETag": f'"{git_sha1(content)}"'}
         return self.send_content(content, headers)
+
+    def elsewhere(self, name, oid, path, *, body):
+        return self.send_content(self.server_hub.repos[name].at(oid)[1][path], {"Accept-Ranges": "bytes"})
 
     def send_content(self, content, headers):
         if self.fault and self.fault.corrupt and self.command == "GET":
@@ -354,6 +360,7 @@ ROUTES = [
     (rf"GET /api/{DATA}/revision/(.+)", "info"),
     (rf"GET /api/{DATA}/tree/(refs/pr/\d+|[^/]+)(?:/.*)?", "tree"),
     (rf"(?:GET|HEAD) /{DATA}/resolve/(refs/pr/\d+|[^/]+)/(.+)", "resolve"),
+    (rf"GET /elsewhere/{DATA}/([^/]+)/(.+)", "elsewhere"),
     (rf"GET /api/models/{NAME}", "info"),
     (rf"GET /api/models/{NAME}/revision/(.+)", "info"),
     (rf"GET /api/models/{NAME}/tree/(refs/pr/\d+|[^/]+)(?:/.*)?", "tree"),
