@@ -102,8 +102,8 @@ def label_of(value: object, where: str) -> str:
     if isinstance(value, bool) or not isinstance(value, (str, int)):
         kind = {list: "a list", dict: "a table", float: "a fraction", bool: "true or false"}.get(type(value), "no text")
         raise AlphaflowError(
-            f"{where}: its label is {kind}; a class is a text or a whole number. Choose another --label-column, or take "
-            "all pictures as one class: --unlabelled"
+            f"{where}: its label is {kind}; a class is a text or a whole number. Choose another --label-column, or "
+            "take all pictures as one class: --unlabelled"
         )
     text = str(value).strip()
     if len(text) > LONGEST_LABEL:
