@@ -22,6 +22,7 @@ from alphaflow_cli.data.pictures import Fetch, Labels, Source, fetch_now
 from alphaflow_cli.data.tables import label_of
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.files import MAX_BYTES, Stamp, changed, path_and_stamp, read_file, stamp_of
+from alphaflow_cli.remote.ranges import Ranges
 from alphaflow_cli.text import brief
 
 MOST_OF_A_GROUP = 2 << 30  # bytes of pictures in one row group, unpacked: two of them lie in memory
@@ -145,6 +146,7 @@ class Parquet(Source):
         with _Reader(self) as reader, ExitStack() as held:
             ahead = held.enter_context(ThreadPoolExecutor(1, "row-groups"))
             held.callback(ahead.shutdown, cancel_futures=True)
+            held.callback(reader.stop)
             yield self._walk(lines, lambda group, rows: ahead.submit(reader.read, group, rows))
 
     def _walk(
@@ -174,19 +176,31 @@ class Parquet(Source):
             yield self.groups[index], list(same)
 
 
+@dataclass(frozen=True)
+class _Opened:
+    """A file that is open, and pyarrow's view of it."""
+
+    file: Any
+    table: Any
+
+
 class _Reader:
     """Reads row groups, and keeps the file of the last one open."""
 
     def __init__(self, source: Parquet) -> None:
         self.source, self.held = source, ExitStack()
-        self.index = -1
-        self.opened: Any = None
+        self.index, self.opened = -1, _Opened(None, None)
 
     def __enter__(self) -> "_Reader":
         return self
 
     def __exit__(self, *fault: object) -> None:
         self.held.close()
+
+    def stop(self) -> None:
+        """Give up what is being fetched from the Hub, so that an interruption need not wait for it."""
+        if isinstance(self.opened.file, Ranges):
+            self.opened.file.stop()
 
     def read(self, group: Group, rows: list[int]) -> list[Fetch]:
         """Some rows of a row group, each as a function that gives the picture's bytes."""
@@ -199,7 +213,7 @@ class _Reader:
         with _readable(place, what):
             wanted, at = iter([*rows, -1]), 0
             row = next(wanted)
-            for batch in self.opened.iter_batches(BATCH, row_groups=[group.number], columns=[layout.image]):
+            for batch in self.opened.table.iter_batches(BATCH, row_groups=[group.number], columns=[layout.image]):
                 cells = batch.column(layout.image)
                 while 0 <= row < at + len(cells):
                     fetch: Fetch = partial(_picture, cells, row - at, place)
@@ -248,7 +262,7 @@ def local_parquet(name: str, paths: Sequence[Path], root: Path, image_column: st
 def _footer(place: TableFile) -> tuple[Any, list[tuple[int, int]]]:
     """The schema of a file; of each row group its rows, and its bytes in memory."""
     with ExitStack() as held, _readable(place, "its end"):
-        metadata = _opened(place, held).metadata
+        metadata = _opened(place, held).table.metadata
         groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
         return metadata.schema.to_arrow_schema(), [(group.num_rows, group.total_byte_size) for group in groups]
 
@@ -258,7 +272,7 @@ def _labels_of(label: LabelColumn, place: TableFile) -> list[str | None]:
     with ExitStack() as held:
         with _readable(place, f"its column {label.name}"):
             opened = _opened(place, held, texts=[label.name] if label.holds_texts else [])
-            values = opened.read(columns=[label.name]).column(label.name).combine_chunks()
+            values = opened.table.read(columns=[label.name]).column(label.name).combine_chunks()
             cells = [values[row].as_py() for row in range(len(values))]
         return [None if cell is None else _key(cell, label, place, row) for row, cell in enumerate(cells)]
 
@@ -278,15 +292,14 @@ def _key(cell: object, label: LabelColumn, place: TableFile, row: int) -> str:
     return label.order[cell] if label.order is not None else str(cell)
 
 
-def _opened(place: TableFile, held: ExitStack, layout: Layout | None = None, texts: Sequence[str] = ()) -> Any:
+def _opened(place: TableFile, held: ExitStack, layout: Layout | None = None, texts: Sequence[str] = ()) -> "_Opened":
     """Open a file with pyarrow. Bytes are kept as a dictionary: one huge value in many rows is in memory once."""
     shared = [layout.bytes_column] if layout else list(texts)
     file = held.enter_context(place.open())
     with _readable(place, "its end"):
         library = parquet_library(place.where)
-        return library.parquet.ParquetFile(
-            file, read_dictionary=shared, page_checksum_verification=True, pre_buffer=True
-        )
+        options: dict[str, Any] = {"page_checksum_verification": True, "pre_buffer": True}
+        return _Opened(file, library.parquet.ParquetFile(file, read_dictionary=shared, **options))
 
 
 @contextmanager

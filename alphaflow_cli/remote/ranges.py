@@ -77,7 +77,7 @@ class Ranges(io.RawIOBase):
     """A remote file that is read like one on this disk, part by part."""
 
     def __init__(self, file: RemoteFile) -> None:
-        self.file, self.position = file, 0
+        self.file, self.position, self.stopped = file, 0, False
         self.origin = self.address = _address(file.repo, file.commit, file.name)
 
     def readable(self) -> bool:
@@ -102,8 +102,14 @@ class Ranges(io.RawIOBase):
         self.position = stop
         return data
 
+    def stop(self) -> None:
+        """Give up what is being read in another thread: nobody waits for it any more."""
+        self.stopped = True
+
     def _piece(self, start: int, stop: int) -> bytes:
         for attempt in range(TRIES):
+            if self.stopped:
+                raise OSError("given up")
             try:
                 with hub_faults(self.file.where):
                     return self._request(start, stop)

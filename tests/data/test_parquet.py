@@ -160,6 +160,18 @@ def test_two_processes_share_the_row_groups(data, expected, tmp_path):
     assert shards(tmp_path / "s") == expected
 
 
+def test_a_pass_that_ends_does_not_wait_for_a_slow_hub(data, monkeypatch):
+    monkeypatch.setattr(ranges, "PIECE", 1000)
+    source = open_source("hf://datasets/lab/set")
+    with source.reading(range(COUNT)) as fetches:
+        next(fetches)
+        data.faults = {("GET", "resolve"): Fault(status=503)}
+        monkeypatch.setattr(ranges, "PAUSE", 0.3)
+        time.sleep(0.1)  # the next row group is being fetched, piece by piece
+        begun = time.monotonic()
+    assert time.monotonic() - begun < 1.5  # and not the 2.1 s of all tries
+
+
 def kill_test(kills, tmp_path, expected):
     """Killed at random moments on one or two processes, gone on with, and at the end the same."""
     rng, out, done = random.Random(0), tmp_path / "s", 0
