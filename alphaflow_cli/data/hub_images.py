@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from alphaflow_cli.data.classes import choose_files
-from alphaflow_cli.data.pictures import CLASS_LIST, TABLES, Source, is_picture
+from alphaflow_cli.data.pictures import CLASS_LIST, TABLES, Loose, Source, is_picture
 from alphaflow_cli.data.shards import ARCHIVES, in_order, open_archives
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.remote.cache import cache_folder
@@ -27,7 +27,7 @@ PARQUET = ".parquet"
 
 
 @dataclass(frozen=True, kw_only=True)
-class HubFiles(Source):
+class HubFiles(Loose):
     """Picture files of one data set at one commit."""
 
     repo: str

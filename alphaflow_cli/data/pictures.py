@@ -2,6 +2,7 @@
 
 import re
 import struct
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -34,7 +35,7 @@ Fetch = Callable[[], bytes | Image.Image]  # a picture of a source, read or draw
 
 
 @dataclass(frozen=True, kw_only=True)
-class Source:
+class Source(ABC):
     """A list of pictures; picklable, because every process opens its own."""
 
     kind: str  # for the manifest: folder, zip, tar, …
@@ -49,13 +50,9 @@ class Source:
         """The names as folders tell classes and splits apart: of many archives without the archive's own name."""
         return self.names
 
+    @abstractmethod
     def reading(self, lines: Sequence[int]) -> AbstractContextManager[Iterator[tuple[int, Fetch]]]:
         """Open the source for one pass over these pictures, in order; the fetches work until the context ends."""
-        return nullcontext((line, partial(self.fetch, line)) for line in lines)
-
-    def fetch(self, line: int) -> bytes | Image.Image:
-        """Read or draw one picture, where nothing has to be open for it."""
-        raise NotImplementedError
 
     def facts(self) -> dict[str, Any]:
         """Whatever identifies the content besides the names, such as a commit on the Hub."""
@@ -70,8 +67,8 @@ class Source:
         return None
 
     def read_aside(self, name: str) -> bytes:
-        """Read one of `asides`."""
-        raise NotImplementedError
+        """Read one of `asides`; a source that has some says how."""
+        raise AssertionError(name)
 
     def labels(self, column: str) -> "Labels | None":
         """The class of each picture, where the source itself says it; None: its folder, or a table, does."""
@@ -104,6 +101,17 @@ def fetch_now(fetch: Fetch) -> Fetch:
 
 def _raise(fault: OSError) -> bytes:
     raise fault
+
+
+class Loose(Source):
+    """Pictures that are fetched one by one, each on its own: nothing has to be open for them."""
+
+    def reading(self, lines: Sequence[int]) -> AbstractContextManager[Iterator[tuple[int, Fetch]]]:
+        return nullcontext((line, partial(self.fetch, line)) for line in lines)
+
+    @abstractmethod
+    def fetch(self, line: int) -> bytes | Image.Image:
+        """Read or draw one picture."""
 
 
 class BadPicture(Exception):

@@ -19,9 +19,9 @@ from PIL import Image
 
 from alphaflow_cli.data.classes import SPLITS, choose_files
 from alphaflow_cli.data.glyphs import GLYPHS, draw_glyph, draw_shape
-from alphaflow_cli.data.pictures import TABLES, Source, is_picture
+from alphaflow_cli.data.pictures import TABLES, Loose, Source, is_picture
 from alphaflow_cli.data.shards import ARCHIVES, files_of, in_order, is_pattern, open_archives
-from alphaflow_cli.errors import AlphaflowError
+from alphaflow_cli.errors import AlphaflowError, no_such_source
 from alphaflow_cli.files import path_and_stamp, read_file
 from alphaflow_cli.text import brief
 
@@ -53,7 +53,7 @@ def open_source(text: str, image_column: str = "") -> Source:
     if is_pattern(text):
         paths = files_of(path)
         return _of_files(path.name, path.parent, paths, image_column)
-    raise AlphaflowError(f"{brief(text)}: no such folder or archive. Others: hf://datasets/USER/NAME, shapes:4000")
+    raise no_such_source(text)
 
 
 def _below(folder: "Folder", image_column: str) -> Source:
@@ -89,7 +89,7 @@ def _is_parquet(path: Path) -> bool:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Folder(Source):
+class Folder(Loose):
     """Pictures under a folder, at any depth."""
 
     root: Path
@@ -126,7 +126,7 @@ class Folder(Source):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Embedded(Source):
+class Embedded(Loose):
     """Pictures that the program draws itself, to try things out without a data set. Its kind is a key of DRAWERS."""
 
     def fetch(self, line: int) -> Image.Image:
