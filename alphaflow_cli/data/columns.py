@@ -71,6 +71,9 @@ def parquet_library(where: str) -> Any:
 
 def layout_of(schema: Any, where: str, wanted: str) -> Layout:
     """Find the columns of a file, and refuse one without pictures, or with several columns of them."""
+    twice = sorted({name for name in schema.names if schema.names.count(name) > 1})
+    if twice:
+        raise AlphaflowError(f"{where}: has two columns with the name {brief(twice[0])}. Write it again with one")
     features = _features(schema, where)
     shown = tuple(f"{column.name}: {_short(column.type)}" for column in schema)
     image = _image_column(schema, features, where, wanted, shown)
@@ -122,7 +125,7 @@ def _kind_of(kind: Any) -> str:
         return _kind_of(kind.value_type)
     if types.is_struct(kind):
         parts = {kind.field(number).name: _kind_of(kind.field(number).type) for number in range(kind.num_fields)}
-        return "struct" if parts.get("bytes") == "bytes" else ""
+        return "struct" if parts.get("bytes") == "bytes" and len(parts) == kind.num_fields else ""
     if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
         return "list" if _kind_of(kind.value_type) in ("struct", "bytes") else ""
     if types.is_binary(kind) or types.is_large_binary(kind) or types.is_fixed_size_binary(kind):

@@ -309,7 +309,7 @@ def _readable(place: TableFile, what: str) -> Iterator[None]:
     try:
         yield
         place.check()
-    except (library.lib.ArrowException, OSError, EOFError, OverflowError) as fault:
+    except (library.lib.ArrowException, OSError, EOFError, OverflowError, UnicodeDecodeError) as fault:
         place.check()
         raise AlphaflowError(
             f"{place.where}: {what} cannot be read, so this is no whole parquet file ({brief(fault).rstrip('.')}). "
@@ -320,14 +320,21 @@ def _readable(place: TableFile, what: str) -> Iterator[None]:
 def _picture(cells: Any, row: int, place: TableFile) -> bytes:
     """The bytes of one picture; a row without one is an OSError, as a file that is gone."""
     cell = cells[row]
-    value = cell.as_py() if cell.is_valid else None
-    if isinstance(value, dict):
-        data, path = value.get("bytes"), value.get("path")
-        if data is None and isinstance(path, str) and path:
-            return place.beside(path)
-        value = data
-    if value is None:
+    path = None
+    if cells.type.num_fields:  # a struct of bytes and path
+        cell, path = (cell["bytes"], cell.get("path")) if cell.is_valid else (cell, None)
+    if not cell.is_valid and path is not None and path.is_valid:
+        return place.beside(_text(path))
+    if not cell.is_valid:
         raise OSError("there is no picture in this row")
-    if len(value) > MAX_BYTES:
-        raise OSError(f"{len(value):,} bytes, the limit is {MAX_BYTES:,}")
-    return bytes(value)
+    data = cell.as_py()
+    if len(data) > MAX_BYTES:
+        raise OSError(f"{len(data):,} bytes, the limit is {MAX_BYTES:,}")
+    return bytes(data)
+
+
+def _text(path: Any) -> str:
+    try:
+        return str(path.as_py())
+    except UnicodeDecodeError as fault:
+        raise OSError("its path is no text") from fault

@@ -1,7 +1,9 @@
 """Parquet files that are not as they should be: one clear line each, no traceback, no memory, nothing written."""
 
+import contextlib
 import io
 import json
+import random
 import subprocess
 import sys
 
@@ -11,7 +13,10 @@ import pytest
 from packed_forms import CLASSES, bytes_of, hub_schema, parquet_files, parquet_of, pictures, write_files
 
 from alphaflow_cli.cli import run
+from alphaflow_cli.data.labels import label_pictures
 from alphaflow_cli.data.sources import open_source
+from alphaflow_cli.data.tables import AS_FOUND
+from alphaflow_cli.errors import AlphaflowError
 
 OPTIONS = ("--size", "8", "--autoencoder", "none")
 ROWS = pictures(40)
@@ -41,6 +46,13 @@ def damaged_group() -> bytes:
     start = column.dictionary_page_offset or column.data_page_offset
     data[start : start + column.total_compressed_size] = bytes(column.total_compressed_size)
     return bytes(data)
+
+
+def not_text() -> bytes:
+    """A path that is no UTF-8, of a picture without bytes."""
+    paths = pa.array([b"\xff\xfe", *[b"x"] * 39]).view(pa.string())
+    cells = pa.array([None, *DATA[1:]], pa.binary())
+    return table(image=pa.StructArray.from_arrays([cells, paths], ["bytes", "path"]))
 
 
 FAULTS = {
@@ -85,6 +97,15 @@ FAULTS = {
     "no bytes": (
         bytes_of(pa.table({"image": [{"bytes": None, "path": "gone.png"}, *CELLS[1:]]})),
         "'x.parquet#0': cannot be read (No such file",
+    ),
+    "a path that is no text": (not_text(), "'x.parquet#0': cannot be read (its path is no text)"),
+    "a name of a column that is no text": (
+        parquet_of(ROWS).replace(b"\x05image", b"\x05\xff\xfe\xff\xfe\xff"),
+        "its end cannot be read, so this is no whole parquet file",
+    ),
+    "two columns of one name": (
+        bytes_of(pa.Table.from_arrays([pa.array(DATA)] * 2, ["image", "image"])),
+        "has two columns with the name image",
     ),
     "no whole picture": (table(image=[b"\x89PNG", *DATA[1:]]), "'x.parquet#0': not a whole picture"),
 }
@@ -145,6 +166,27 @@ def test_a_huge_value_in_many_rows_is_in_memory_once(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=100)
     assert int(done.stdout) < 500_000
+
+
+def test_whatever_is_damaged_is_one_clear_line(tmp_path):
+    """Bytes are changed at random, most of them in the footer, where the schema is."""
+    rng, path, faults = random.Random(0), tmp_path / "x.parquet", []
+    for _ in range(150):
+        data = bytearray(GOOD)
+        for _ in range(rng.choice([1, 2, 5])):
+            data[rng.randrange(len(data) - 1500 if rng.random() < 0.7 else 0, len(data))] = rng.randrange(256)
+        path.write_bytes(data)
+        try:
+            source = open_source(str(path))
+            label_pictures(source, AS_FOUND)
+            with source.reading(range(len(source.names))) as fetches:
+                for _, fetch in fetches:
+                    with contextlib.suppress(OSError):  # of one picture
+                        fetch()
+        except AlphaflowError as fault:
+            faults.append(str(fault))
+    assert len(faults) > 50
+    assert not any("\n" in fault for fault in faults)
 
 
 def test_without_pyarrow_the_line_names_the_extra(tmp_path, capfd, monkeypatch):
