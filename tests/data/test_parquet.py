@@ -161,9 +161,9 @@ def test_two_processes_share_the_row_groups(data, expected, tmp_path):
 
 
 def test_a_pass_that_ends_does_not_wait_for_a_slow_hub(data, monkeypatch):
-    monkeypatch.setattr(ranges, "PIECE", 1000)
     source = open_source("hf://datasets/lab/set")
     with source.reading(range(COUNT)) as fetches:
+        monkeypatch.setattr(ranges, "PIECE", 500)
         next(fetches)
         data.faults = {("GET", "resolve"): Fault(status=503)}
         monkeypatch.setattr(ranges, "PAUSE", 0.3)
