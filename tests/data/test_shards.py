@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from archive_forms import tar_of, zip_of
+from hub_fixtures import hub  # noqa: F401 (a fixture)
 from packed_forms import parquet_files, pictures, table_of, webdataset, write_files, write_folder, zips
 
 from alphaflow_cli.cli import run
@@ -15,6 +16,7 @@ from alphaflow_cli.data.tables import Columns, Labelling
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.latents.plan import default_out
 
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 COUNT = 700
 OPTIONS = ("--size", "8", "--autoencoder", "none")
 ROWS = pictures(COUNT)
@@ -48,6 +50,20 @@ def test_every_form_gives_the_shards_of_the_folder(form, expected, tmp_path):
     source = write_files(tmp_path / "set", files) / pattern
     assert run(["prep-latents", str(source), *OPTIONS, "--out", str(tmp_path / "s"), "--batch", "32"]) == 0
     assert shards(tmp_path / "s") == expected
+
+
+@pytest.mark.parametrize("form", ["ten tars of WebDataset", "eleven zips of class folders"])
+def test_the_same_forms_on_the_hub_give_the_shards_of_the_folder(form, expected, tmp_path, hub):  # noqa: F811
+    hub.add("datasets/lab/set", {"README.md": b"# set\n", **FORMS[form][0]})
+    assert run(["prep-latents", "hf://datasets/lab/set", *OPTIONS, "--out", str(tmp_path / "s")]) == 0
+    assert shards(tmp_path / "s") == expected
+
+
+def test_a_table_on_the_hub_says_the_classes_of_its_files(hub):  # noqa: F811
+    hub.add("datasets/lab/set", table_of(ROWS[::50]))
+    labelled = label_pictures(open_source("hf://datasets/lab/set"), Labelling())
+    assert [labelled.classes.folders[label] for label in labelled.labels] == [label for label, _ in ROWS[::50]]
+    assert hub.count("GET", "resolve") == 1  # the table alone
 
 
 def labels_of(source: Path, **labelling) -> tuple[list[str], list[int]]:
