@@ -25,6 +25,7 @@ from alphaflow_cli.commands.common import (
     share,
     tell,
 )
+from alphaflow_cli.commands.labelling import given_labelling, image_column_option
 from alphaflow_cli.commands.measuring import Metrics, Weights, batch_option, metrics_option, weights_option
 from alphaflow_cli.commands.walking import walk_options
 from alphaflow_cli.recipe.schema import LabelDraw
@@ -61,6 +62,7 @@ EXAMPLES = examples(
 )
 @autoencoder_option
 @decoder_option
+@image_column_option
 @batch_option
 @click.option("--processes", type=PROCESSES, help="Processes to share the work. Default: one per GPU.")
 @device_option
@@ -95,28 +97,29 @@ def command(
 ) -> None:
     """Measure a checkpoint or pictures: FID, FDD, FCD, FD-tiny, KID, IS, precision and recall.
 
-    CKPT is a file, a run folder, or a Hub id. IMAGES is a folder, a zip, a tar, a .npz with arr_0, hf://datasets/NAME,
+    CKPT is a file, a run folder, or a Hub id. IMAGES is a folder, archives, parquet, a .npz with arr_0, hf://datasets/NAME,
     or shapes:N, never resized. Every number is printed with its protocol; running the same command again resumes.
     """
     if (markdown and as_json) or (times is not None and nfe) or (sweep_midpoint and (nfe or times)):
         raise click.UsageError("--markdown and --json exclude each other; so do --nfe, --times and --sweep-midpoint.")
-    check_subject(subject)
-    begin(f"eval {subject}")
+    begin_with(subject)
     from alphaflow_cli.evaluate.evaluate import EvalRequest
 
     request = EvalRequest(
         checkpoint=subject, nfe=nfe, sampler=sampler, times=times, guidance=guidance, interval=interval,
         guidance_channels=guidance_channels, sweep_midpoint=sweep_midpoint, metrics=metrics, reference=reference,
         images=images, draw=draw, autoencoder=autoencoder, decoder=decoder, batch=batch, weights=weights, out=out,
+        image_column=given_labelling().columns.image,
     )  # fmt: skip
     share(work_on(request), partial(show_report, markdown=markdown, as_json=as_json), processes, device)
 
 
-def check_subject(subject: str) -> None:
-    """Refuse what leads nowhere, before anything is loaded."""
+def begin_with(subject: str) -> None:
+    """Refuse what leads nowhere, and say what begins, before anything is loaded."""
     from alphaflow_cli.model.find import check_address, is_checkpoint
 
     (check_address if is_checkpoint(subject) else check_source)(subject)
+    begin(f"eval {subject}")
 
 
 def work_on(request: "EvalRequest") -> "Callable[[Processes], Report | None]":
