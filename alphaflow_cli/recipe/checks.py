@@ -59,7 +59,6 @@ def check(recipe: Recipe, place: Callable[[str], str], faults: Faults) -> None:
             check_guidance,
             _loss,
             _optim,
-            _precision,
             _sample,
             _eval,
         ):
@@ -300,16 +299,6 @@ def _optim(recipe: Recipe) -> Iterator[Fault]:
         yield "optim.final_lr", f"optim.final_lr must lie between 0 and optim.lr, got {optim.final_lr}"
     if not recipe.ema.half_lives or any(steps <= 0 for steps in recipe.ema.half_lives):
         yield "ema.half_lives", "ema.half_lives wants at least one half-life, each more than 0 steps"
-
-
-def _precision(recipe: Recipe) -> Iterator[Fault]:
-    train = recipe.train
-    if train.precise_below and train.precision != "bf16":
-        yield (
-            "train.precise_below",
-            f"train.precise_below {train.precise_below:g} says where bf16 ends, but train.precision is "
-            f"{train.precision}: leave it out",
-        )
 
 
 def _sample(recipe: Recipe) -> Iterator[Fault]:
