@@ -23,14 +23,16 @@ import torch
 from torch import Tensor
 
 from alphaflow_cli.core.frechet import Moments
+from alphaflow_cli.documents import Maybe, Number, Table, Text, Whole, check_shape
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.evaluate.evaluate import Ruler, build_extractors, evaluate, find_reference
 from alphaflow_cli.evaluate.measure import Clock, Pass, gather_moments, run_pass
 from alphaflow_cli.evaluate.pictures import GeneratedImages, ImageSource
 from alphaflow_cli.evaluate.reference import Reference
-from alphaflow_cli.evaluate.results import NETWORK, Evaluation, save_results, value_text
+from alphaflow_cli.evaluate.results import NETWORK, Evaluation, read_results, save_results, value_text
 from alphaflow_cli.evaluate.score import check_reference
 from alphaflow_cli.files import is_there
+from alphaflow_cli.model.checkpoint import Checkpoint
 from alphaflow_cli.model.find import best_name, step_name
 from alphaflow_cli.nn.weights import FILES, missing_weights
 from alphaflow_cli.recipe.schema import Metric, Recipe
@@ -46,6 +48,11 @@ from alphaflow_cli.train.run import Run
 
 BATCH = 64  # pictures that a feature network sees at once, as in `eval`
 RISING = {"is"}  # metrics of which more is better
+SCORE = Maybe(Number(-1e12, 1e12))
+SCORE_ROW = Table(
+    {"step": Whole(0, 10**12), "images_seen": Whole(0), "scores": Table(others=Table(others=SCORE))},
+    {"evals": Table(others=Text(100, form="[0-9a-f]+"))},
+)
 Done = TypeVar("Done")
 
 
@@ -225,7 +232,7 @@ class Scores:
         return f"; the best so far at {' and '.join(best)} NFE" if best else ""
 
     def _rows(self) -> list[dict[str, Any]]:
-        return [row for row in read_rows(self.journal.path) if isinstance(row.get("scores"), dict)]
+        return score_rows(self.run.folder)
 
 
 def chosen_metric(recipe: Recipe) -> Metric:
@@ -236,6 +243,34 @@ def chosen_metric(recipe: Recipe) -> Metric:
 def is_better(metric: Metric, value: float, other: float) -> bool:
     """Whether a score is better than another: of distances less is, of the Inception Score more."""
     return value > other if metric in RISING else value < other
+
+
+def why_best(run: Path, nfe: int, checkpoint: Checkpoint) -> str:
+    """By which score a run's best checkpoint was chosen, of how many; empty where the run does not record it."""
+    step, metric = checkpoint.origin.get("step"), chosen_metric(checkpoint.recipe)
+    rows = score_rows(run)
+    here = next((row for row in rows if row["step"] == step), None)
+    path = run / "evals" / str((here or {}).get("evals", {}).get(f"nfe{nfe}")) / "results.json"
+    if here is None or not path.is_file():
+        return ""
+    measured = [row for each in read_results(path)["evaluations"] for row in each["rows"]]
+    name = next((row["name"] for row in measured if row["metric"] == metric), "")
+    values = {row["step"]: row["scores"].get(name, {}).get(f"nfe{nfe}") for row in rows}
+    values = {at: value for at, value in values.items() if value is not None}
+    if step not in values:
+        return ""
+    last = max(values)
+    after = f" (the last one, of step {last:,}, has {values[last]:.4g})" if last != step else ""
+    return f"the best of {len(values)} checkpoints by {name} at {nfe} NFE: {values[step]:.4g} at step {step:,}{after}"
+
+
+def score_rows(run: Path) -> list[dict[str, Any]]:
+    """The rows of a run's journal that hold scores, checked."""
+    journal = run / "metrics.jsonl"
+    rows = [row for row in read_rows(journal) if "scores" in row]
+    for row in rows:
+        check_shape(row, f"{journal}: the scores of step {row['step']}", SCORE_ROW)
+    return rows
 
 
 def _summary(evaluations: list[Evaluation]) -> str:

@@ -230,3 +230,44 @@ def test_of_distances_less_is_better_and_of_the_inception_score_more():
     assert scores.is_better("fid", 1.0, 2.0)
     assert scores.is_better("is", 2.0, 1.0)
     assert not scores.is_better("fd-tiny", 2.0, 2.0), "of two that are equal the earlier one stays"
+
+
+def test_push_best_publishes_the_chosen_checkpoint_with_its_scores_and_says_why(scored, tmp_path, capsys):
+    run = shutil.copytree(scored, tmp_path / "tiny")
+    rows = read_rows(run / "metrics.jsonl")
+    for row in rows:
+        if "scores" in row and row["step"] != 6:  # as if the one of step 6 had been the best
+            row["scores"]["FD-tiny-120"]["nfe1"] = 999.0
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (run / "best-nfe1.safetensors").unlink()
+    shutil.copyfile(run / "best-nfe2.safetensors", run / "best-nfe1.safetensors")
+    step = load_checkpoint(run / "best-nfe1.safetensors").origin["step"]
+    for row in rows:
+        row.get("scores", {}).get("FD-tiny-120", {}).update({"nfe1": 2.5} if row["step"] == step else {})
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert cli.run(["push", str(run), "--best", "--dry-run", "--out", str(tmp_path / "hub")]) == 0
+    card = (tmp_path / "hub" / "README.md").read_text()
+    assert f"the best of 3 checkpoints by FD-tiny-120 at 1 NFE: 2.5 at step {step}" in card.replace("\\", "")
+    assert f"at step {step}" in card
+    assert card.count("| FD-tiny-120 |") == 2, "the scores of both walks are of these weights"
+    assert load_checkpoint(tmp_path / "hub" / "model.safetensors").origin["step"] == step
+    named = ["push", str(run / "best-nfe1.safetensors"), "--dry-run", "--out", str(tmp_path / "named")]
+    assert cli.run(named) == 0, "naming the file is the same"
+    assert "the best of 3 checkpoints" in (tmp_path / "named" / "README.md").read_text()
+
+
+def test_push_best_says_what_to_do_where_nothing_was_kept(scored, tmp_path, capsys):
+    run = shutil.copytree(scored, tmp_path / "tiny")
+    (run / "best-nfe1.safetensors").unlink()
+    assert cli.run(["push", str(run), "--best", "--dry-run"]) == 1
+    assert "Name one that is here: best-nfe2.safetensors" in capsys.readouterr().err
+    (run / "best-nfe2.safetensors").unlink()
+    assert cli.run(["push", str(run), "--best", "--dry-run"]) == 1
+    assert "Train with scores" in capsys.readouterr().err
+    assert cli.run(["push", str(run / "model.safetensors"), "--best", "--dry-run"]) == 1
+
+
+def test_sample_and_eval_find_a_best_checkpoint_in_its_run(scored, tmp_path):
+    best = scored / "best-nfe2.safetensors"
+    assert cli.run(["sample", str(best), "--seeds", "0-3", "--grid", str(tmp_path / "grid.png")]) == 0
+    assert cli.run(["eval", str(best), "--nfe", "2", "--metrics", "fd-tiny", "--images", "100"]) == 0
