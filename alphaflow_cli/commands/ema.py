@@ -105,15 +105,15 @@ def show(made: "tuple[list[Average], Path, int]", *, as_json: bool) -> None:
     """Print the table, the grid and the folder."""
     averages, folder, step = made
     if as_json:
-        rows = [
-            {"name": e.name, "path": str(e.path), "profile_error": e.profile_error, "check": e.check} for e in averages
+        listed = [
+            {"name": each.name, "path": str(each.path), "profile_error": each.profile_error, "check": each.check}
+            | {"evaluations": [evaluation.as_dict() for evaluation in each.evaluations]}
+            for each in averages
         ]
-        scores = [[evaluation.as_dict() for evaluation in each.evaluations] for each in averages]
-        found = [{**row, "evaluations": measured} for row, measured in zip(rows, scores, strict=True)]
-        print_json({"step": step, "averages": found, "path": str(folder)})
+        print_json({"step": step, "averages": listed, "path": str(folder)})
         return
-    head, rows_ = table(averages)
-    print_table(rows_, head=head)
+    head, rows = table(averages)
+    print_table(rows, head=head)
     if any(average.evaluations for average in averages):
         click.echo(str(folder / "grid.png"))
     click.echo(str(folder))
@@ -123,14 +123,8 @@ def table(averages: "list[Average]") -> tuple[tuple[str, ...], list[tuple[str, .
     """The head and the lines: each average with its errors, then its scores, one column for each."""
     from alphaflow_cli.evaluate.results import value_text
 
-    cells = [
-        {
-            f"{row.name} at {row.pictures['nfe']} NFE": value_text(row)
-            for each in average.evaluations
-            for row in each.rows
-        }
-        for average in averages
-    ]
+    measured = [[row for each in average.evaluations for row in each.rows] for average in averages]
+    cells = [{f"{row.name} at {row.pictures['nfe']} NFE": value_text(row) for row in rows} for rows in measured]
     columns = list(dict.fromkeys(name for each in cells for name in each))
     lines = []
     for average, scores in zip(averages, cells, strict=True):
