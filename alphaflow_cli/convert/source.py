@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from alphaflow_cli.errors import AlphaflowError
+from alphaflow_cli.text import for_terminal
 
 LARGEST_PICKLE = 16 << 20  # bytes; the pickle of a real 10 GB checkpoint has about 1 MB, its tensors lie beside it
 HEAVIEST_TUPLE = 1_000_000  # leaves; nested tuples that share their parts take 2^depth steps to hash
@@ -84,7 +85,9 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
     try:
         return dict(load_file(path))
     except (OSError, SafetensorError) as error:
-        raise AlphaflowError(f"{path}: not a whole safetensors file: {error}. Nothing was converted.") from error
+        raise AlphaflowError(
+            f"{path}: not a whole safetensors file: {for_terminal(error)}. Nothing was converted."
+        ) from error
 
 
 def _check_zip(path: Path) -> None:

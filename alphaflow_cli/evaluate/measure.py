@@ -31,6 +31,7 @@ from alphaflow_cli.files import make_folder, write_whole
 from alphaflow_cli.runtime.precision import exact_device
 from alphaflow_cli.runtime.processes import Processes, smaller_batch_if_full
 from alphaflow_cli.runtime.progress import Progress, say
+from alphaflow_cli.text import for_terminal
 
 CHUNK = 256  # pictures: whole groups of the sampler and the decoder (16), so that none is filled up but the last
 CHUNK_FORMAT = 1  # of the chunk files
@@ -192,7 +193,8 @@ def load_part(work: Pass, name: str, first: int, stop: int) -> Tensor:
             return part
     except (SafetensorError, OSError) as fault:
         raise AlphaflowError(
-            f"{path}: cannot be read ({fault}). All processes must share this folder; run the same command again."
+            f"{path}: cannot be read ({for_terminal(fault)}). All processes must share this folder; run the same "
+            "command again."
         ) from fault
 
 

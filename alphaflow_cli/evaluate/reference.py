@@ -35,6 +35,7 @@ from alphaflow_cli.evaluate.pictures import BROKEN, read_npz
 from alphaflow_cli.evaluate.results import SPACE, FeatureSpace, environment, space_of
 from alphaflow_cli.files import make_folder
 from alphaflow_cli.tensors import save_tensors
+from alphaflow_cli.text import for_terminal
 
 REFERENCE_FORMAT = "alphaflow-reference/1"
 KEPT_FEATURES = 10_000  # features kept one by one
@@ -123,11 +124,10 @@ def _load_own(path: Path) -> Reference:
             header = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as fault:
-        raise AlphaflowError(f"{path}: not a whole safetensors file ({fault})") from fault
+        raise AlphaflowError(f"{path}: not a whole safetensors file ({for_terminal(fault)})") from fault
     if header.get("format") != REFERENCE_FORMAT:
-        raise AlphaflowError(
-            f"{path}: not a reference ({header.get('format', 'no format')}; {REFERENCE_FORMAT} is needed)"
-        )
+        stated = for_terminal(header.get("format", "no format"), limit=100)
+        raise AlphaflowError(f"{path}: not a reference ({stated}; {REFERENCE_FORMAT} is needed)")
     spaces = parse_json(header.get("spaces", ""), f"{path} (its spaces)", SPACES, advice=REBUILD)
     facts = parse_json(header.get("facts", ""), f"{path} (its facts)", FACTS, advice=REBUILD)
     stats = {key: _own_stats(FeatureSpace(**space), tensors, key, path) for key, space in spaces.items()}

@@ -26,6 +26,7 @@ from alphaflow_cli.recipe import dump_recipe, recipe_from_text
 from alphaflow_cli.recipe.migrations import refuse_newer
 from alphaflow_cli.recipe.schema import Recipe
 from alphaflow_cli.tensors import save_tensors
+from alphaflow_cli.text import for_terminal, shorten
 
 Contents = tuple[dict[str, Tensor], dict[str, str]]  # tensors and metadata, as they stand in the file
 OLDER: dict[int, Callable[[Contents], Contents]] = {}  # format → what makes the next format's contents out of it
@@ -97,7 +98,9 @@ def load_checkpoint(path: Path) -> Checkpoint:
         why = "no permission to read it. Change the permissions." if path.exists() else "no such checkpoint."
         raise AlphaflowError(f"{path}: {why}") from error
     except (OSError, SafetensorError) as error:
-        raise AlphaflowError(f"{path}: cannot be read as safetensors, truncated or another format: {error}") from error
+        raise AlphaflowError(
+            f"{path}: cannot be read as safetensors, truncated or another format: {for_terminal(error)}"
+        ) from error
     contents = tensors, metadata
     for each in range(number, len(OLDER) + 1):
         contents = OLDER[each](contents)
@@ -110,7 +113,7 @@ def _format_of(path: Path, metadata: dict[str, str]) -> int:
     match = re.fullmatch(r"alphaflow/([1-9][0-9]{0,8})", stated or "")
     if match is None:
         raise AlphaflowError(
-            f"{path}: not an alphaflow checkpoint (format {stated!r}, wanted {CHECKPOINT_FORMAT!r}). "
+            f"{path}: not an alphaflow checkpoint (format {shorten(repr(stated), 100)}, wanted {CHECKPOINT_FORMAT!r}). "
             "A checkpoint of another system: alphaflow convert."
         )
     refuse_newer(int(match[1]), len(OLDER) + 1, str(path))

@@ -23,7 +23,7 @@ KEPT_CHECKPOINT = 4  # the same, per block, with gradient_checkpointing: the blo
 IMAGENET_TRAIN = 1_281_167  # pictures
 
 BF16_ON_CPU = "bf16 is up to eight times slower than fp32 on a CPU: --set train.precision=fp32"
-COARSE_BELOW = 0.05  # the α below which bf16's error exceeds a tenth of the gradient (benchmarks/bench_precision.py)
+COARSE_BELOW = 0.05  # the α below which bf16 makes more than a tenth of a batch's gradient (docs/understanding.md)
 PhaseKind = Literal["flow", "between", "derivative"]
 
 

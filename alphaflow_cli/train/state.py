@@ -23,6 +23,7 @@ from alphaflow_cli.model.checkpoint import Checkpoint, save_checkpoint
 from alphaflow_cli.model.find import checkpoint_folders, saved_steps, step_name, step_of
 from alphaflow_cli.runtime.progress import say
 from alphaflow_cli.tensors import SEAL, save_tensors, seal_holds
+from alphaflow_cli.text import for_terminal
 
 STATE_FORMAT = "alphaflow-state/2"
 WITHOUT_CHECKSUM = "alphaflow-state/1"  # read for ever, with a line that says so
@@ -159,7 +160,7 @@ def open_state(path: Path) -> safe_open:
     try:
         return safe_open(path, framework="pt")
     except (OSError, SafetensorError) as error:
-        raise AlphaflowError(f"{path}: truncated or not a state of a run: {error}.") from error
+        raise AlphaflowError(f"{path}: truncated or not a state of a run: {for_terminal(error)}.") from error
 
 
 def read_facts(path: Path) -> StateFacts:

@@ -134,6 +134,19 @@ def test_a_checkpoint_of_another_format_is_refused(stated, message, tmp_path):
         load_checkpoint(path)
 
 
+def test_what_a_strange_file_says_of_itself_is_one_bounded_line(tmp_path):
+    path = tmp_path / "m.safetensors"
+    header = json.dumps({"x": {"dtype": "a\nerror: b", "shape": [1], "data_offsets": [0, 4]}}).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    with pytest.raises(AlphaflowError, match=r"unknown variant `a\\nerror: b`") as refused:
+        load_checkpoint(path)
+    assert "\n" not in str(refused.value)
+    write_checkpoint(path)
+    with pytest.raises(AlphaflowError, match="not an alphaflow checkpoint") as refused:
+        load_checkpoint(with_metadata(path, format="alphaflow/1" + "é 0\n" * 2000))
+    assert len(str(refused.value)) < 500
+
+
 def test_a_checkpoint_of_a_newer_recipe_is_refused_as_newer(tmp_path):
     path = with_metadata(write_checkpoint(tmp_path / "m.safetensors"), recipe="format: 7\nmodel: {rotary: true}")
     with pytest.raises(AlphaflowError, match=r"\(its recipe\):1: made by a newer alphaflow \(format 7, .*update it"):
