@@ -45,6 +45,8 @@ class RunPage:
     conflict_rows: TableRows = ()
     samples: Sequence[tuple[str, str]] = ()  # (step name, data address)
     scores: TableRows = ()  # (score, NFE, value, protocol)
+    score_curves: Chart | None = None
+    score_notes: Sequence[str] = ()  # about the curves, and the best checkpoints
     compared_with: str = ""
     changes: TableRows = ()  # (field, there, here)
     recipe: str = ""
@@ -169,6 +171,10 @@ def step_words(name: str) -> str:
 
 
 def _scores(page: RunPage) -> str:
+    curves = drawn(page.score_curves) if page.score_curves else ""
+    curves += "".join(note(text) for text in page.score_notes)
+    if not page.scores and curves:
+        return curves
     if not page.scores:
         return note("Not measured. Run: alphaflow eval RUN --reference REFERENCE")
     caption = (
@@ -176,7 +182,7 @@ def _scores(page: RunPage) -> str:
         "higher. Two numbers may be compared only where their protocols are the same."
     )
     head = ("score", "NFE", "value", "protocol")
-    return html_table(page.scores, head=head, numbers=(1, 2), style="scores") + note(caption)
+    return curves + html_table(page.scores, head=head, numbers=(1, 2), style="scores") + note(caption)
 
 
 def _recipe(page: RunPage) -> str:
