@@ -67,14 +67,28 @@ def run_page(page: RunPage) -> str:
         ("environment", "Environment", html_table(page.environment, style="facts")),
         ("reproduce", "How to reproduce", f"<pre>{escape(chr(10).join(page.commands))}</pre>"),
     ]
-    links = "".join(f'<a href="#{key}">{escape(title)}</a>' for key, title, _ in sections)
-    body = "".join(f'<section id="{key}"><h2>{escape(title)}</h2>{inner}</section>' for key, title, inner in sections)
+    return html_document(page.name, page.status, page.made_by, [Section(*each) for each in sections])
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of a page: its name in addresses, its title, and its markup."""
+
+    key: str
+    title: str
+    inner: str
+
+
+def html_document(name: str, status: str, made_by: str, sections: Sequence[Section]) -> str:
+    """Write a page of these sections, that needs nothing else."""
+    links = "".join(f'<a href="#{each.key}">{escape(each.title)}</a>' for each in sections)
+    body = "".join(f'<section id="{s.key}"><h2>{escape(s.title)}</h2>{s.inner}</section>' for s in sections)
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{escape(POLICY)}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(page.name)}: run report</title><style>{CSS}{DARK_STYLE}</style></head>\n<body><main>"
-        f"<header><h1>{escape(page.name)}</h1><p>{escape(page.status)}<br>{escape(page.made_by)}</p></header>"
+        f"<title>{escape(name)}: run report</title><style>{CSS}{DARK_STYLE}</style></head>\n<body><main>"
+        f"<header><h1>{escape(name)}</h1><p>{escape(status)}<br>{escape(made_by)}</p></header>"
         f"<nav>{links}</nav>{body}</main><script>{SCRIPT}</script></body></html>\n"
     )
 
