@@ -47,6 +47,12 @@ def local_source(source: str, repo: str | None) -> Path:
     return path
 
 
+def after_dry_run(path: Path, repo: str | None, *, best: bool) -> str:
+    """What a dry run says at its end: the command that sends, where the repository was named."""
+    line = f"alphaflow push {path} {repo}{' --best' * best}"
+    return f"nothing was sent; to send it: {line}" if repo else "nothing was sent"
+
+
 @click.command(epilog=EPILOG)
 @click.argument("source", metavar="[RUN|CKPT]", required=False, shell_complete=complete_path)
 @click.argument("repo", required=False, callback=check_repository)
@@ -101,10 +107,9 @@ def command(
     opened = open_publication(path, with_results=not without_results, best=best)
     if dry_run:
         folder = out or (path / "hub" if path.is_dir() else path.with_name(f"{path.stem}-hub"))
-        name = repo or f"user/{opened.name}"
-        files = stage(opened, folder, repo=name, licence=licence, autoencoder=autoencoder)
+        files = stage(opened, folder, repo=repo or f"user/{opened.name}", licence=licence, autoencoder=autoencoder)
         print_table([(name, f"{size:,} bytes") for name, size in files.items()])
-        say(f"nothing was sent; to send it: alphaflow push {path} {name}" if repo else "nothing was sent")
+        say(after_dry_run(path, repo, best=best))
         click.echo(folder)
         return
     user = check_login()

@@ -20,6 +20,7 @@ from alphaflow_cli.charts.chart import DARK_STYLE, Chart
 from alphaflow_cli.charts.draw import LEFT, RIGHT, axis_of_x, to_svg
 from alphaflow_cli.data.pictures import open_picture
 from alphaflow_cli.errors import blamed_on
+from alphaflow_cli.report.nearest import NearestPictures
 from alphaflow_cli.sample.grid import in_colour
 
 NARROW = 380  # pixels: a chart for a telephone
@@ -48,6 +49,7 @@ class RunPage:
     scores: TableRows = ()  # (score, NFE, value, protocol)
     score_curves: Chart | None = None
     score_notes: Sequence[str] = ()  # about the curves, and the best checkpoints
+    nearest: NearestPictures | None = None
     compared_with: str = ""
     changes: TableRows = ()  # (field, there, here)
     recipe: str = ""
@@ -60,6 +62,7 @@ def run_page(page: RunPage) -> str:
     sections = [
         ("samples", "Samples", _samples(page)),
         ("scores", "Scores", _scores(page)),
+        *([("nearest", "Learnt by heart?", _nearest(page.nearest))] if page.nearest else []),
         ("curves", "Curves", _curves(page)),
         ("alpha", "Alpha and its phases", drawn(page.plan)),
         ("conflict", "The conflict", _conflict(page)),
@@ -198,6 +201,12 @@ def _scores(page: RunPage) -> str:
     )
     head = ("score", "NFE", "value", "protocol")
     return curves + html_table(page.scores, head=head, numbers=(1, 2), style="scores") + note(caption)
+
+
+def _nearest(nearest: NearestPictures) -> str:
+    alt = "samples, and the training pictures nearest to them"
+    picture = f'<figure><img src="{nearest.picture}" alt="{alt}"></figure>' if nearest.picture else ""
+    return picture + "".join(note(text) for text in nearest.texts)
 
 
 def _command(page: RunPage, verb: str) -> str:

@@ -23,6 +23,7 @@ from alphaflow_cli.recipe.facts import lines
 from alphaflow_cli.recipe.loader import set_text
 from alphaflow_cli.recipe.plan import phases
 from alphaflow_cli.recipe.schema import Recipe
+from alphaflow_cli.report.nearest import nearest_of
 from alphaflow_cli.report.page import RunPage, embed, run_page, spread_over
 from alphaflow_cli.report.scores import best_notes, expected_notes, scores_chart
 from alphaflow_cli.text import for_terminal
@@ -115,6 +116,7 @@ def page_of(run: Path) -> RunPage:
         scores=scores_of(run / "results.json", digest),
         score_curves=scores_chart(recipe, scored),
         score_notes=[*expected_notes(recipe, scored), *best_notes(best_steps(run), scored)],
+        nearest=nearest_of(run, recipe),
         compared_with=compared,
         changes=[(name, set_text(there), set_text(here)) for name, there, here in changes],
         recipe=text,
