@@ -38,6 +38,7 @@ from alphaflow_cli.nn.weights import FILES, missing_weights
 from alphaflow_cli.recipe.schema import Metric, Recipe
 from alphaflow_cli.runtime.launch import StopFlag
 from alphaflow_cli.runtime.lock import hold
+from alphaflow_cli.runtime.precision import as_torch_begins
 from alphaflow_cli.runtime.processes import World
 from alphaflow_cli.runtime.progress import say
 from alphaflow_cli.sample.generator import COMPILED_FROM, Generator, open_generator
@@ -154,7 +155,8 @@ class Scores:
         fault: AlphaflowError | None = None
         try:
             if not world.agree(stop.is_set):
-                evaluations = self._evaluate(stop)
+                with as_torch_begins():  # so that the numbers are those of `alphaflow eval`
+                    evaluations = self._evaluate(stop)
                 together(world, lambda: self._record(evaluations))
         except AlphaflowError as error:
             fault = error
