@@ -40,7 +40,7 @@ EXAMPLES = examples(
     "--half-life",
     "half_lives",
     multiple=True,
-    type=NumberWithin(0, 1e12, open_below=True),
+    type=NumberWithin(0, 100_000_000, open_below=True),
     help="Steps. May be repeated.",
 )
 @click.option(
@@ -51,7 +51,7 @@ EXAMPLES = examples(
     metavar="SIGMA",
     help="A power function of this width, relative to the run so far, such as 0.10. May be repeated.",
 )
-@click.option("--step", type=WholeWithin(1, 10**12), help="The checkpoint's step. Default: the newest.")
+@click.option("--step", type=WholeWithin(1, 100_000_000), help="The checkpoint's step. Default: the newest.")
 @click.option("--scores/--no-scores", "scored", default=True, help="Draw and measure each average, or only make it.")
 @click.option("--nfe", multiple=True, type=NFE, help="Evaluations per picture; repeatable. Default: the recipe's.")
 @metrics_option
