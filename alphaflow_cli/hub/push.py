@@ -118,7 +118,8 @@ def best_of(run: Path) -> Path:
 def _results_of_best(run: Path, sha256: str) -> dict[str, Any] | None:
     """All that was measured of these weights, while the run trained and afterwards."""
     evaluations = []
-    for path in sorted(run.glob("evals/*/results.json")):
+    newest = [path for path in (run / "results.json",) if path.is_file()]  # the best may be the newest, too
+    for path in [*newest, *sorted(run.glob("evals/*/results.json"))]:
         see_own(run, path)
         results = read_results(path, advice="Move it away; or push --without-results")
         same = (each for each in results["evaluations"] if _is_of(each, sha256))

@@ -119,9 +119,8 @@ class SharedRuler(Ruler):
 class Scores:
     """Measures a run's checkpoints where that is due, records the scores and keeps the best."""
 
-    def __init__(self, run: Run, journal: Journal, trackers: Trackers) -> None:
-        self.run, self.journal, self.trackers = run, journal, trackers
-        self.wanted = run.recipe.eval
+    def __init__(self, run: Run) -> None:
+        self.run, self.wanted = run, run.recipe.eval
         side = run.recipe.data.image_size
         self.size = (side, side)
 
@@ -144,12 +143,12 @@ class Scores:
         there = world.is_main and any(row["step"] == self.run.step for row in self._rows())
         return world.agree(there)
 
-    def catch_up(self, stop: StopFlag) -> bool:
+    def catch_up(self, stop: StopFlag, journal: Journal, trackers: Trackers) -> bool:
         """Measure where a kill came between the save and its scores; False where a signal cut it short."""
         due = self.run.step > 0 and self.is_due(self.run.step)
-        return not due or self.is_written() or self.measure(stop)
+        return not due or self.is_written() or self.measure(stop, journal, trackers)
 
-    def measure(self, stop: StopFlag) -> bool:
+    def measure(self, stop: StopFlag, journal: Journal, trackers: Trackers) -> bool:
         """Measure the checkpoint of the present step; False where a signal cut it short. All processes call it."""
         run, world, began = self.run, self.run.world, time.monotonic()
         fault: AlphaflowError | None = None
@@ -157,13 +156,13 @@ class Scores:
             if not world.agree(stop.is_set):
                 with as_torch_begins():  # so that the numbers are those of `alphaflow eval`
                     evaluations = self._evaluate(stop)
-                together(world, lambda: self._record(evaluations))
+                together(world, lambda: self._record(evaluations, journal, trackers))
         except AlphaflowError as error:
             fault = error
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()  # the training needs the room
-        self.journal.leave_out(time.monotonic() - began)
+        journal.leave_out(time.monotonic() - began)
         if world.agree(stop.is_set):
             return self.is_written()
         if fault is not None:
@@ -200,7 +199,7 @@ class Scores:
     def _reference(self, ruler: Ruler) -> Reference | None:
         return find_reference(self.wanted.reference, self.size, ruler) if self.wanted.reference else None
 
-    def _record(self, evaluations: list[Evaluation]) -> None:
+    def _record(self, evaluations: list[Evaluation], journal: Journal, trackers: Trackers) -> None:
         """Write the numbers: their protocols, the best checkpoints, the row. A kill in between loses none of them."""
         run, folder = self.run, self.run.folder / "evals"
         if not run.world.is_main:
@@ -213,8 +212,8 @@ class Scores:
         better = self._keep_best(evaluations)
         values: dict[str, Any] = {"step": run.step, "images_seen": run.step * run.recipe.train.batch, "scores": scores}
         values["evals"] = {f"nfe{each.rows[0].pictures['nfe']}": each.id for each in evaluations}
-        self.journal.note(values)
-        self.trackers.log(values)
+        journal.note(values)
+        trackers.log(values)
         say(f"step {run.step:,}: {_summary(evaluations)}{better}")
         for features in (file for each in evaluations for file in (folder / each.id).glob("features-*")):
             features.unlink()  # of every checkpoint they would fill the disk

@@ -181,6 +181,7 @@ def train(recipe: Recipe, options: TrainOptions) -> int:
             state.sweep(options.out)
         world.wait()
         run = open_run(recipe, options, world)
+        Scores(run).prepare()
         if world.is_main:
             keep_recipe(recipe, options.out)  # not before: what was refused is no run
             say_where(run, options)
@@ -305,18 +306,17 @@ def train_run(run: Run, journal: Journal) -> int:
     """Train with trackers, sample grids and scores, to the last step or to a signal; returns the exit code."""
     world = run.world
     trackers, grids = Trackers(run.recipe, world, run.folder, run.step), SampleGrids()
-    scores = Scores(run, journal, trackers)
-    scores.prepare()
+    scores = Scores(run)
     if run.step and world.agree(world.is_main and grids.is_due(run) and not grids.path(run).exists()):
         grids.draw(run)  # a kill came between the save and its pictures
 
     def after_save(now: Run) -> bool:
         if grids.is_due(now):
             grids.draw(now)
-        return scores.is_due(now.step) and not scores.measure(stop)
+        return scores.is_due(now.step) and not scores.measure(stop, journal, trackers)
 
     with StopFlag() as stop:
-        done = scores.catch_up(stop)
+        done = scores.catch_up(stop, journal, trackers)
         finished = done and train_steps(run, journal, stop, trackers=trackers, after_save=after_save)
     run.stream.close()
     trackers.close()

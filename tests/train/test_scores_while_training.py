@@ -18,7 +18,7 @@ from alphaflow_cli.model.checkpoint import load_checkpoint
 from alphaflow_cli.recipe import load_recipe
 from alphaflow_cli.runtime.processes import Processes
 from alphaflow_cli.train import scores, start
-from alphaflow_cli.train.journal import read_rows
+from alphaflow_cli.train.journal import Journal, read_rows
 
 PIXELS = """
 model: {dim: 32, depth: 1, heads: 2, patch: 4}
@@ -226,6 +226,26 @@ def test_what_is_missing_here_is_named_before_anything_is_made(sets, message, st
     assert not (tmp_path / "run").exists()
 
 
+def test_a_reference_that_does_not_fit_is_refused_before_the_run_is_one(store, tmp_path, capsys):
+    made = tmp_path / "other.safetensors"
+    line = ["reference", "shapes:100", "--size", "24", "--metrics", "fd-tiny", "--work", str(tmp_path / "work")]
+    assert cli.run([*line, "-o", str(made)]) == 0
+    recipe = make_recipe(tmp_path, SCORED, f"eval.reference={made}", text=PIXELS)
+    started = begin(recipe, store, tmp_path / "run")
+    assert started.wait() == [1]
+    assert "resolutions differ" in started.said()
+    assert not (tmp_path / "run" / "recipe.yaml").exists()
+
+
+def test_the_speed_in_the_journal_is_that_of_the_steps_alone(tmp_path):
+    journal = Journal(tmp_path / "metrics.jsonl", 0, writes=True)
+    journal.started -= 100
+    journal.leave_out(90)
+    journal.note({"step": 5, "images_seen": 5, "scores": {"FID-10k": {"nfe1": float("nan")}}})
+    assert journal.row({"step": 10}, step=10, batch=1)["seconds_per_step"] == pytest.approx(1.0, abs=0.2)
+    assert scores.score_rows(tmp_path) == [{"step": 5, "images_seen": 5, "scores": {"FID-10k": {"nfe1": None}}}]
+
+
 def test_of_distances_less_is_better_and_of_the_inception_score_more():
     assert scores.is_better("fid", 1.0, 2.0)
     assert scores.is_better("is", 2.0, 1.0)
@@ -250,6 +270,10 @@ def test_push_best_publishes_the_chosen_checkpoint_with_its_scores_and_says_why(
     assert f"the best of 3 checkpoints by FD-tiny-120 at 1 NFE: 2.5 at step {step}" in card.replace("\\", "")
     assert f"at step {step}" in card
     assert card.count("| FD-tiny-120 |") == 2, "the scores of both walks are of these weights"
+    assert cli.run(["eval", str(run), "--nfe", "1", "--metrics", "fd-tiny", "--images", "130"]) == 0
+    assert cli.run(["push", str(run), "--best", "--dry-run", "--out", str(tmp_path / "hub")]) == 0
+    newest = load_checkpoint(run / "model.safetensors").origin["step"]
+    assert ("| FD-tiny-130 |" in (tmp_path / "hub" / "README.md").read_text()) == (newest == step)
     assert load_checkpoint(tmp_path / "hub" / "model.safetensors").origin["step"] == step
     named = ["push", str(run / "best-nfe1.safetensors"), "--dry-run", "--out", str(tmp_path / "named")]
     assert cli.run(named) == 0, "naming the file is the same"
