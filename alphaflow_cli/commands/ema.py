@@ -1,5 +1,6 @@
 """`alphaflow ema`: averages of other half-lives, after training."""
 
+import math
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,15 +24,32 @@ from alphaflow_cli.commands.common import (
     share,
 )
 from alphaflow_cli.commands.measuring import Metrics, metrics_option
+from alphaflow_cli.text import shorten
 
 if TYPE_CHECKING:
     from alphaflow_cli.ema.averages import Average
 
+MOST_MOVED = 100  # times the change
 EXAMPLES = examples(
     "alphaflow ema runs/b2 --half-life 2000 --half-life 20000",
     "alphaflow ema runs/b2 --power 0.05 --power 0.10 --metrics fid --images 10000 --nfe 1",
     "alphaflow ema runs/quickstart --half-life 25 --no-scores",
 )
+
+
+def to_merges(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) -> tuple[tuple[int, float], ...]:
+    """Read 4000:0.5, which moves the average on by half of its change since step 4,000."""
+    merges = []
+    for text in value:
+        step, _, factor = text.partition(":")
+        try:
+            number = float(factor)
+        except ValueError:
+            number = math.nan
+        if not (step.isdecimal() and len(step) < 10 and abs(number) <= MOST_MOVED and number != 0):
+            raise click.BadParameter(f"{shorten(text, 60)!r}: write STEP:FACTOR, such as 4000:0.5.")
+        merges.append((int(step), number))
+    return tuple(dict.fromkeys(merges))
 
 
 @click.command("ema", epilog=EXAMPLES)
@@ -50,6 +68,14 @@ EXAMPLES = examples(
     type=NumberWithin(0.001, 0.28),
     metavar="SIGMA",
     help="A power function of this width, relative to the run so far, such as 0.10. May be repeated.",
+)
+@click.option(
+    "--merge",
+    "merges",
+    multiple=True,
+    callback=to_merges,
+    metavar="STEP:FACTOR",
+    help="The average moved on by this factor of its change since that step. May be repeated.",
 )
 @click.option("--step", type=WholeWithin(1, 100_000_000), help="The checkpoint's step. Default: the newest.")
 @click.option("--scores/--no-scores", "scored", default=True, help="Draw and measure each average, or only make it.")
@@ -72,6 +98,7 @@ def command(
     run: Path,
     half_lives: tuple[float, ...],
     widths: tuple[float, ...],
+    merges: tuple[tuple[int, float], ...],
     step: int | None,
     scored: bool,
     nfe: tuple[int, ...],
@@ -95,8 +122,8 @@ def command(
     from alphaflow_cli.ema.averages import EmaRequest, average_again
 
     request = EmaRequest(
-        run=run, half_lives=tuple(dict.fromkeys(half_lives)), widths=tuple(dict.fromkeys(widths)), step=step,
-        scored=scored, metrics=metrics, nfe=nfe, images=images, reference=reference, out=out,
+        run=run, half_lives=tuple(dict.fromkeys(half_lives)), widths=tuple(dict.fromkeys(widths)), merges=merges,
+        step=step,        scored=scored, metrics=metrics, nfe=nfe, images=images, reference=reference, out=out,
     )  # fmt: skip
     share(partial(average_again, request), partial(show, as_json=as_json), processes, device)
 

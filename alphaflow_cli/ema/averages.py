@@ -50,6 +50,7 @@ class EmaRequest:
     run: Path
     half_lives: tuple[float, ...]  # steps
     widths: tuple[float, ...]  # σ of power functions
+    merges: tuple[tuple[int, float], ...]  # (earlier step, factor of the change since then)
     step: int | None  # whose averages; None: the newest checkpoint's
     scored: bool
     metrics: tuple[Metric, ...]
@@ -147,10 +148,22 @@ def plan_averages(
     names += [(f"half-life {life:g}", folder / f"ema-{life:g}.safetensors") for life in lives]
     names += [(f"power {width:g}", folder / f"power-{width:g}.safetensors") for width in request.widths]
     own += [None] * (len(names) - len(own))
+    merged = [_merged(snapshots, step, *each, folder) for each in request.merges]
     return [
         _made_of(Average(name, path), snapshots, triangle, len(snapshots) + i, without=half_life)
         for i, ((name, path), half_life) in enumerate(zip(names, own, strict=True))
-    ]
+    ] + merged
+
+
+def _merged(snapshots: list[Snapshot], step: int, earlier: int, factor: float, folder: Path) -> Average:
+    """The run's first average, moved on by `factor` times its change since an earlier checkpoint; below 0, back."""
+    first = {each.step: str(each.path) for each in snapshots if each.path.name == "model.safetensors"}
+    if earlier not in first or earlier == step:
+        there = ", ".join(f"{at:,}" for at in sorted(first) if at != step) or "none"
+        raise AlphaflowError(f"--merge {earlier}:{factor:g}: no earlier checkpoint of that step; there are: {there}.")
+    path = folder / f"merge-{earlier}-{factor:g}.safetensors"
+    factors = ((first[step], 1 + factor), (first[earlier], -factor))
+    return Average(f"merge {earlier}:{factor:g}", path, factors=factors)
 
 
 def _made_of(

@@ -76,6 +76,19 @@ def test_a_power_function_weighs_the_steps_by_a_power(run, tmp_path, capsys):
         torch.testing.assert_close(ours[name].double(), tensor, rtol=0, atol=1e-3)
 
 
+def test_a_merge_moves_the_average_on_along_its_change(run, tmp_path, capsys):
+    out = tmp_path / "averages"
+    made = averages_of(run, capsys, "--merge", "8:0.5", "--merge", "12:-1", "--out", str(out))
+    assert made["merge 8:0.5"]["profile_error"] is None
+    folders = {step: run / "checkpoints" / f"step-{step:08d}" / "model.safetensors" for step in (8, 12, 16)}
+    then, back, now = (weights(folders[step]) for step in (8, 12, 16))
+    ours = weights(out / "merge-8-0.5.safetensors")
+    for name, tensor in now.items():
+        torch.testing.assert_close(ours[name], tensor + 0.5 * (tensor - then[name]), rtol=1e-6, atol=1e-7)
+    same = weights(out / "merge-12--1.safetensors")
+    assert all(torch.equal(same[name], tensor) for name, tensor in back.items()), "all the way back is the earlier one"
+
+
 def test_few_kept_files_make_a_coarse_average_and_a_line_says_so(run, tmp_path, capsys):
     thin = shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("step-0000000?", "raw.safetensors"))
     for folder in sorted((thin / "checkpoints").iterdir())[:-1]:
@@ -98,6 +111,9 @@ def test_an_earlier_step_takes_no_later_weights(run, capsys):
     ("options", "message"),
     [
         (["--step", "99"], "no checkpoint of step 99; there are: 7, 8"),
+        (["--merge", "99:0.5"], "no earlier checkpoint of that step; there are: 1, 2"),
+        (["--merge", "8"], "write STEP:FACTOR, such as 4000:0.5"),
+        (["--merge", "8:nan"], "write STEP:FACTOR"),
         (["--half-life", "0"], "is not a number that is more than 0"),
         (["--power", "0.5"], "is not a number that is 0.001 or more, and at most 0.28"),
     ],
