@@ -16,6 +16,7 @@ Positions = Literal["trained", "fixed"]
 SecondInit = Literal["normal", "xavier"]
 Normalise = Literal["position", "channel", "scale"]
 Posterior = Literal["sample", "mean"]
+PictureCrop = Literal["square", "adm"]
 PixelRule = Literal["truncate", "round"]
 Velocity = Literal["data", "network"]
 Tangent = Literal["data", "network"]
@@ -90,6 +91,7 @@ class Data:
     channel_std: tuple[float, ...] | None = None  # null = estimated on the store
     stats_images: int = 2048  # latents that the mean and std are estimated on (published: 2048); 0 = all
     pixels: PixelRule = "truncate"  # float → uint8 of a generated picture: (x+1)·127.5 truncated, or rounded
+    crop: PictureCrop | None = None  # how the pictures became square (prep-latents --crop); null = either will do
 
 
 @dataclass(frozen=True)

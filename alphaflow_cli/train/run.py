@@ -6,7 +6,7 @@
 
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from torch import nn
 from alphaflow_cli import __version__
 from alphaflow_cli.core.draws import mix_seed
 from alphaflow_cli.data.batches import LatentStream
+from alphaflow_cli.data.manifest import record_to_dict
 from alphaflow_cli.data.store import class_names
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.model.build import DTYPES, build_network
@@ -113,7 +114,8 @@ class Run:
             "weights": weights,
             "half_life": half_life,
             "init_from": self.init_from,
-            "autoencoder": asdict(store.plan.autoencoder),
+            "autoencoder": record_to_dict(store.plan.autoencoder),
+            "crop": store.plan.crop,
             "class_names": self.class_names,
             "versions": {
                 "alphaflow": __version__,

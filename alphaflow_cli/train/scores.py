@@ -25,7 +25,7 @@ from torch import Tensor
 from alphaflow_cli.core.frechet import Moments
 from alphaflow_cli.documents import Maybe, Number, Table, Text, Whole, check_shape
 from alphaflow_cli.errors import AlphaflowError
-from alphaflow_cli.evaluate.evaluate import Ruler, build_extractors, evaluate, find_reference
+from alphaflow_cli.evaluate.evaluate import Ruler, build_extractors, check_crop, evaluate, find_reference
 from alphaflow_cli.evaluate.measure import Clock, Pass, gather_moments, run_pass
 from alphaflow_cli.evaluate.pictures import GeneratedImages, ImageSource
 from alphaflow_cli.evaluate.reference import Reference
@@ -135,7 +135,9 @@ class Scores:
             for nfe in self.wanted.quick_nfe:
                 plan_walk(self.run.recipe, nfe=nfe)
             ruler = together(self.run.world, self._ruler)
-            check_reference(self.wanted.quick_metrics, self._reference(ruler), ruler.extractors, self.size)
+            reference = self._reference(ruler)
+            check_reference(self.wanted.quick_metrics, reference, ruler.extractors, self.size)
+            check_crop(reference, self.run.recipe.data.crop, self.size)
 
     def is_written(self) -> bool:
         """Whether the journal has the scores of the run's present step; the first process looks for all."""
@@ -197,7 +199,8 @@ class Scores:
         return SharedRuler(extractors, self.run.world, self.run.folder / "evals", BATCH)
 
     def _reference(self, ruler: Ruler) -> Reference | None:
-        return find_reference(self.wanted.reference, self.size, ruler) if self.wanted.reference else None
+        crop, text = self.run.recipe.data.crop, self.wanted.reference
+        return find_reference(text, self.size, ruler, crop) if text else None
 
     def _record(self, evaluations: list[Evaluation], journal: Journal, trackers: Trackers) -> None:
         """Write the numbers: their protocols, the best checkpoints, the row. A kill in between loses none of them."""
