@@ -54,7 +54,7 @@ SCORE_ROW = Table(
     {"step": Whole(0, 10**12), "images_seen": Whole(0), "scores": Table(others=Table(others=SCORE))},
     {"evals": Table(others=Text(100, form="[0-9a-f]+"))},
 )
-Done = TypeVar("Done")
+OwnShare = TypeVar("OwnShare")
 
 
 def check_quick(recipe: Recipe) -> None:
@@ -73,7 +73,7 @@ def check_quick(recipe: Recipe) -> None:
         )
 
 
-def together(world: World, work: Callable[[], Done]) -> Done:
+def together(world: World, work: Callable[[], OwnShare]) -> OwnShare:
     """Do every process's own work; where one failed, all raise, since alone it would leave the others waiting."""
     fault: AlphaflowError | None = None
     try:
