@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from hub_fixtures import hub, write_checkpoint  # noqa: F401 (a fixture)
+from packed_forms import parquet_files, pictures, table_of, webdataset, write_files
 from PIL import Image
 from snapshots import HEADS, published_snapshot, sit_weights, tiny_autoencoder
 from tiny_autoencoders import tiny_kl
@@ -54,6 +55,9 @@ ELSEWHERE = {
     "alphaflow convert SoFlow": "another system's file",
     "alphaflow sample soflow-b2": "another system's file",
     "alphaflow convert hf://snap-research": "Hub",
+    "alphaflow convert hf://Lyy0725": "Hub",
+    "alphaflow sample imf-xl2": "another system's file",
+    "alphaflow train imf-b2 --init-from": "GPU, and another system's file",
     "python benchmarks/gpu.py": "GPU; test_gpu_benchmark.py runs it at toy size",
     "python benchmarks/bench_precision.py": "minutes on an idle machine; test_bench_precision.py runs it in small",
     "python benchmarks/bench_ruler.py": "another system's file",
@@ -124,9 +128,20 @@ def write_pictures():
     Path("samples").mkdir()
     for i in range(100):  # a score needs as many
         Image.fromarray(rng.integers(0, 255, (32, 32, 3), np.uint8)).save(f"samples/{i}.png")
+    write_packed(pictures(12, side=40))
     with zipfile.ZipFile("photos.zip", "w") as archive:
         for path in sorted(Path("imagenet/train").rglob("*.png")):
             archive.write(path, path.relative_to("imagenet/train"))
+
+
+def write_packed(rows):
+    """tables/, shards/ and flat/ with labels.csv beside it."""
+    write_files(Path("tables"), parquet_files(rows, 2))
+    tars = webdataset(rows, 3)
+    write_files(Path("shards"), {f"part-00{index}.tar": tars[f"part-{index}.tar"] for index in range(3)})
+    flat = table_of(rows)
+    Path("labels.csv").write_bytes(flat.pop("metadata.csv"))
+    write_files(Path("flat"), flat)
 
 
 RECIPES = {
@@ -187,6 +202,7 @@ def here(tmp_path, place, monkeypatch, hub):  # noqa: F811
     hub.add("user/repo", {"model.safetensors": model, "config.json": b"{}", "recipe.yaml": b"name: x\n"})
     hub.repos["user/repo"].refs |= {"v1.0": 0, "revision": 0, "COMMIT": 0}
     hub.add("lab/b2", {"README.md": b"# b2\n"})
+    hub.add("datasets/uoft-cs/cifar10", parquet_files(pictures(12, side=32), 1, image="img"))
     monkeypatch.chdir(tmp_path / "project")
     return tmp_path / "project"
 

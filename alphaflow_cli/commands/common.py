@@ -181,7 +181,7 @@ def checkpoint_argument(name: str, metavar: str) -> Callable[[Command], Command]
 def check_source(text: str) -> None:
     """Refuse a source of pictures that is a path and leads nowhere, before anything is loaded."""
     try:
-        if ":" not in text:
+        if ":" not in text and not re.search(r"\{\d+\.\.\d+\}|[*?[]", text):
             Path(text).expanduser().stat()
     except (FileNotFoundError, NotADirectoryError):
         raise no_such_source(text) from None

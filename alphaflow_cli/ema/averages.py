@@ -270,7 +270,7 @@ def _scores(
     quick = recipe.eval
     asked_for = EvalRequest(
         checkpoint=str(average.path), nfe=request.nfe or quick.quick_nfe, sampler="auto", times=None, guidance=None,
-        guidance_channels=None, sweep_midpoint=False, metrics=request.metrics or quick.quick_metrics,
+        interval=None, guidance_channels=None, sweep_midpoint=False, metrics=request.metrics or quick.quick_metrics,
         reference=request.reference, images=request.images or quick.quick_images, draw=None, autoencoder="",
         decoder="auto", batch=64, weights={}, out=folder / "evals",
     )  # fmt: skip

@@ -66,6 +66,7 @@ class EvalRequest:
     times: Sequence[float] | None
     guidance: float | None
     guidance_channels: int | None
+    interval: tuple[float, float] | None
     sweep_midpoint: bool
     metrics: tuple[Metric, ...]
     reference: str | None
@@ -76,6 +77,7 @@ class EvalRequest:
     batch: int
     weights: dict[str, Path]
     out: Path | None
+    image_column: str = ""  # of pictures in parquet files
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,7 @@ class ReferenceRequest:
     kept: int  # features kept one by one
     batch: int
     crop: Crop = "square"
+    image_column: str = ""  # of pictures in parquet files
 
 
 @dataclass(frozen=True)
@@ -187,7 +190,9 @@ def _warnings(copies: int, source: ImageSource, notes: tuple[str, ...]) -> list[
 
 def measure_reference(request: ReferenceRequest, processes: Processes) -> tuple[Reference, list[str]] | None:
     """Measure the requested pictures and save the reference, as `make_reference` does."""
-    pictures = open_pictures(request.source, size=request.size, limit=request.limit, crop=request.crop)
+    pictures = open_pictures(
+        request.source, size=request.size, limit=request.limit, crop=request.crop, image_column=request.image_column
+    )
     metrics = request.metrics or available_metrics(request.weights)
     extractors, lacking = build_extractors(metrics, processes.device, request.weights)
     if lacking:  # a reference must have all that it was asked for
@@ -284,7 +289,8 @@ def evaluate_checkpoint(request: EvalRequest, processes: Processes) -> Report | 
 
 def evaluate_pictures(request: EvalRequest, processes: Processes) -> Report | None:
     """Measure pictures from anywhere; the report on the first process, None on the others."""
-    source, folder = open_pictures(request.checkpoint, size=None, limit=request.images), request.out or Path("evals")
+    source = open_pictures(request.checkpoint, size=None, limit=request.images, image_column=request.image_column)
+    folder = request.out or Path("evals")
     check_count(source)
     metrics = request.metrics or default_metrics(request.reference)
     evaluations = evaluate_all(request, processes, [source], metrics, request.reference, folder)
@@ -317,7 +323,13 @@ def evaluate_all(
 def choose_walks(request: EvalRequest, generator: Generator) -> list[Walk]:
     """The walks to measure: one per --nfe, or the grid of --times, or one per midpoint of a sweep."""
     recipe = generator.recipe
-    plan = partial(plan_walk, recipe, guidance=request.guidance, guidance_channels=request.guidance_channels)
+    plan = partial(
+        plan_walk,
+        recipe,
+        guidance=request.guidance,
+        guidance_channels=request.guidance_channels,
+        interval=request.interval,
+    )
     if request.sweep_midpoint:
         kind = recipe.sample.two_step_sampler if request.sampler == "auto" else request.sampler
         return [plan(nfe=2, kind=kind, times=(1.0, middle, 0.0)) for middle in MIDPOINTS]

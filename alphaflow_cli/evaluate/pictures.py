@@ -22,13 +22,12 @@ import torch
 from numpy.lib.npyio import NpzFile
 from torch import Tensor
 
-from alphaflow_cli.data import archives, sources
 from alphaflow_cli.data.classes import choose_split
 from alphaflow_cli.data.manifest import Crop
 from alphaflow_cli.data.pictures import MAX_PIXELS, BadPicture, Fetch, Source, decode, decode_whole
 from alphaflow_cli.data.sources import open_source
 from alphaflow_cli.errors import DAMAGE, AlphaflowError
-from alphaflow_cli.files import is_there, stamp_of
+from alphaflow_cli.files import path_and_stamp
 from alphaflow_cli.sample.generator import Generator
 from alphaflow_cli.sample.walk import LazyLabels, Walk, draw_labels
 from alphaflow_cli.text import brief
@@ -69,11 +68,13 @@ class ImageSource(ABC):
         return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()
 
 
-def open_pictures(text: str, *, size: int | None, limit: int | None, crop: Crop = "square") -> ImageSource:
-    """Open what a user may point at: a folder, zip, tar, hf://…, shapes:N, or a .npz of pictures."""
+def open_pictures(
+    text: str, *, size: int | None, limit: int | None, crop: Crop = "square", image_column: str = ""
+) -> ImageSource:
+    """Open what a user may point at: a folder, archives, parquet, hf://…, shapes:N, or a .npz of pictures."""
     if text.endswith(".npz"):
         return PictureArray(Path(text), limit=limit)
-    return PictureFiles(open_source(text), size=size, limit=limit, crop=crop)
+    return PictureFiles(open_source(text, image_column), size=size, limit=limit, crop=crop)
 
 
 class PictureFiles(ImageSource):
@@ -85,7 +86,7 @@ class PictureFiles(ImageSource):
         lines: Sequence[int] = range(len(source.names))
         self.label = source.name  # and the split that is taken of it
         if size is not None:  # a reference is built from the training split, as latents are
-            lines, prefix = choose_split(source.names)
+            lines, prefix = choose_split(source.paths)
             self.label += f"/{prefix.rstrip('/')}" if prefix else ""
         self._lines, self._of = _spread(lines, limit), len(lines)
         self._open = ExitStack()  # holds the source open while it is walked through
@@ -142,11 +143,7 @@ class PictureFiles(ImageSource):
     def identity(self) -> Any:
         """Names, sizes and times of the files."""
         facts: list[Any] = [self.describe(), [self._source.names[line] for line in self._lines]]
-        if isinstance(self._source, sources.Folder):
-            facts += [_stamp(self._source.root / self._source.names[line]) for line in self._lines]
-        elif isinstance(self._source, archives.Archive):
-            facts.append(_stamp(self._source.path))
-        return facts
+        return [*facts, *self._source.stamps(self._lines)]
 
 
 class PictureArray(ImageSource):
@@ -182,7 +179,7 @@ class PictureArray(ImageSource):
 
     def identity(self) -> Any:
         """The name, size and time of the file."""
-        return [self.describe(), _stamp(self._path)]
+        return [self.describe(), path_and_stamp(self._path)]
 
 
 def crop_of(prepared: str) -> Crop | None:
@@ -195,11 +192,6 @@ def _spread(lines: Sequence[int], limit: int | None) -> Sequence[int]:
     if limit is None or limit >= len(lines):
         return lines
     return [lines[i * len(lines) // limit] for i in range(limit)]
-
-
-def _stamp(path: Path) -> list[Any]:
-    there = [*vars(stamp_of(path)).values()] if is_there(path) else []  # gone: whoever reads it says so
-    return [str(path.absolute()), *there]
 
 
 class GeneratedImages(ImageSource):
@@ -229,7 +221,11 @@ class GeneratedImages(ImageSource):
         """Everything that decides the pictures, for the protocol: weights, walk, labels, seeds, precision."""
         origin, recipe = self._generator.origin, self._generator.recipe
         channels = self._walk.guidance_channels  # only where it is not all: earlier numbers keep their fingerprint
-        partly = {} if channels is None else {"guidance_channels": channels}
+        partly: dict[str, Any] = {} if channels is None else {"guidance_channels": channels}
+        if self._walk.scale is not None:
+            mix = recipe.guidance
+            partly |= {"guidance_scale": self._walk.scale, "guidance_interval": self._walk.interval}
+            partly |= {"scales_in_training": {"most": mix.scale_max, "beta": mix.scale_beta, "interval": mix.interval}}
         return partly | {
             "kind": "checkpoint",
             "name": recipe.name,

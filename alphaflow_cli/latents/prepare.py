@@ -21,7 +21,7 @@ from alphaflow_cli.data.store import verify_store
 from alphaflow_cli.data.writing import finish_store, is_done
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.files import free_bytes, is_there, to_json, write_pieces
-from alphaflow_cli.latents.encode import Job, StoreRequest, decoded_pictures, encode_rows, work, writing_to
+from alphaflow_cli.latents.encode import TOGETHER, Job, StoreRequest, decoded_pictures, encode_rows, work, writing_to
 from alphaflow_cli.latents.plan import plan_job
 from alphaflow_cli.nn.autoencoder import load_autoencoder
 from alphaflow_cli.runtime.lock import hold
@@ -157,7 +157,8 @@ def _trial(job: Job, device: torch.device) -> tuple[int, float]:
     """Pictures and seconds, after one to warm up; batches double until the time is over or they are full ones."""
     encoder = load_autoencoder(job.request.autoencoder, device=device)
     count = min(job.images, 4 * job.batch)
-    lines = [number * job.images // count for number in range(count)]
+    runs = -(-count // TOGETHER)  # of neighbours, which many sources fetch together
+    lines = [run * job.images // runs + at for run in range(runs) for at in range(min(TOGETHER, job.images // runs))]
     with closing(decoded_pictures(job, lines)) as stream:
         good = (picture.pixels for picture in stream if picture.pixels is not None)
         if first := list(itertools.islice(good, 1)):
