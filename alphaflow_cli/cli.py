@@ -33,6 +33,7 @@ VERBS: dict[str, tuple[str, str]] = {
     ),
     "reference": ("alphaflow_cli.commands.reference", "Measure real pictures once, for eval to compare with."),
     "convert": ("alphaflow_cli.commands.convert", "Convert a checkpoint of another system to ours."),
+    "export": ("alphaflow_cli.commands.export", "Write a checkpoint for other programs, such as ONNX Runtime."),
     "push": ("alphaflow_cli.commands.push", "Publish a model on the Hub."),
     "pull": ("alphaflow_cli.commands.pull", "Fetch a published model from the Hub."),
     "analyze": (

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "alphaflow_cli"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
-VERBS = ("report", "hub", "analyze", "train", "evaluate", "sample", "latents", "convert")
+VERBS = ("report", "hub", "export", "analyze", "train", "evaluate", "sample", "latents", "convert")
 GROUND = {
     "model": {"nn", "data", "remote", "runtime", "recipe", "core"},
     "data": {"remote", "core"},
@@ -47,6 +47,8 @@ DEPENDENCIES = {
     "timm": ("nn/", "evaluate/networks.py"),
     "torch_fidelity": ("evaluate/networks.py",),
     "diffusers": ("nn/autoencoder",),
+    "onnx_ir": ("export/onnx.py",),
+    "onnxruntime": ("export/onnx.py",),
     "huggingface_hub": ("remote/", "hub/", "data/"),
     "matplotlib": ("charts/",),
     "PIL": ("data/", "sample/grid.py", "report/", "api.py"),

@@ -1,0 +1,83 @@
+"""`alphaflow export`: a checkpoint for other programs."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from alphaflow_cli.commands.common import (
+    Destination,
+    WholeWithin,
+    autoencoder_option,
+    begin,
+    check_checkpoint,
+    checkpoint_argument,
+    examples,
+)
+
+EPILOG = examples(
+    "alphaflow export runs/quickstart --to onnx -o model.onnx",
+    "alphaflow export runs/quickstart --to onnx --nfe 2 --fp16 -o model-2.onnx",
+    "alphaflow export runs/quickstart --to torch -o model.pt2",
+)
+FOLDERS = ("diffusers", "web")
+FORMS = ("onnx", "torch")
+MOST_STEPS = 64  # each one is unrolled in the graph
+ONLY_FOR = {"nfe": ("onnx", "torch"), "decoder": ("onnx", "torch"), "half": ("onnx", "web")}
+OPTIONS = {"nfe": "--nfe", "decoder": "--decoder/--no-decoder", "half": "--fp16"}
+
+
+@click.command("export", epilog=EPILOG)
+@checkpoint_argument("checkpoint", "CKPT")
+@click.option("--to", "form", type=click.Choice(FORMS), required=True, help="What to write.")
+@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="The file that is written.")
+@click.option("--nfe", type=WholeWithin(1, MOST_STEPS), help="Network evaluations per picture. Default: 1.")
+@click.option("--decoder/--no-decoder", default=None, help="Whether latents are decoded to pictures. Default: yes.")
+@click.option("--fp16", "half", is_flag=True, help="Store the weights in half precision; the arithmetic stays fp32.")
+@click.option("--weights", type=click.Choice(["ema", "raw"]), default="ema", show_default=True, help="Which weights.")
+@autoencoder_option
+def command(
+    checkpoint: str,
+    form: str,
+    out: Path,
+    nfe: int | None,
+    decoder: bool | None,
+    half: bool,
+    weights: str,
+    autoencoder: str,
+) -> None:
+    """Write CKPT in a form that other programs run: a file, a run folder, or a Hub id user/repo[@revision].
+
+    \b
+    onnx    one graph, from noise and label to the picture, for ONNX Runtime
+    torch   the same graph as a .pt2 of torch.export
+
+    What is written is compared with the checkpoint, and the largest difference is printed on stderr.
+    """
+    for name, given in (("nfe", nfe), ("decoder", decoder), ("half", half or None)):
+        if given is not None and form not in ONLY_FOR[name]:
+            raise click.UsageError(f"{OPTIONS[name]} goes with --to {' or '.join(ONLY_FOR[name])}.")
+    check_checkpoint(checkpoint)
+    out = Destination(is_folder=form in FOLDERS, holds_weights=True).convert(out, None, None)
+    begin(f"export {checkpoint} to {form}")
+    opening: dict[str, Any] = {"nfe": nfe or 1, "decoder": decoder, "weights": weights, "autoencoder": autoencoder}
+    for line in _export(form, checkpoint, out, opening, half=half):
+        click.echo(line, err=True)
+    click.echo(out)
+
+
+def _export(form: str, checkpoint: str, out: Path, opening: dict[str, Any], *, half: bool) -> list[str]:
+    """Write the form; returns what there is to say about it."""
+    from alphaflow_cli.export.graph import export_torch, open_exported
+
+    if form == "onnx":
+        from alphaflow_cli.export.onnx import check_onnx, export_onnx
+
+        check_onnx()
+        source = open_exported(checkpoint, **opening)
+        difference = export_onnx(source, out, half=half)
+    else:
+        source = open_exported(checkpoint, **opening)
+        difference = export_torch(source, out)
+    inputs = ", ".join(source.names)
+    return [f"{inputs} → {source.output}; {source.walk}", f"{difference}; {out.stat().st_size:,} bytes"]
