@@ -46,7 +46,7 @@ DEPENDENCIES = {
     "click": ("cli.py", "commands/"),
     "timm": ("nn/", "evaluate/networks.py"),
     "torch_fidelity": ("evaluate/networks.py",),
-    "diffusers": ("nn/autoencoder",),
+    "diffusers": ("nn/autoencoder", "export/"),
     "onnx_ir": ("export/onnx.py",),
     "onnxruntime": ("export/onnx.py",),
     "huggingface_hub": ("remote/", "hub/", "data/"),

@@ -19,9 +19,10 @@ EPILOG = examples(
     "alphaflow export runs/quickstart --to onnx -o model.onnx",
     "alphaflow export runs/quickstart --to onnx --nfe 2 --fp16 -o model-2.onnx",
     "alphaflow export runs/quickstart --to torch -o model.pt2",
+    "alphaflow export runs/quickstart --to diffusers -o pipeline",
 )
 FOLDERS = ("diffusers", "web")
-FORMS = ("onnx", "torch")
+FORMS = ("onnx", "torch", "diffusers")
 MOST_STEPS = 64  # each one is unrolled in the graph
 ONLY_FOR = {"nfe": ("onnx", "torch"), "decoder": ("onnx", "torch"), "half": ("onnx", "web")}
 OPTIONS = {"nfe": "--nfe", "decoder": "--decoder/--no-decoder", "half": "--fp16"}
@@ -30,7 +31,7 @@ OPTIONS = {"nfe": "--nfe", "decoder": "--decoder/--no-decoder", "half": "--fp16"
 @click.command("export", epilog=EPILOG)
 @checkpoint_argument("checkpoint", "CKPT")
 @click.option("--to", "form", type=click.Choice(FORMS), required=True, help="What to write.")
-@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="The file that is written.")
+@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="The file or folder that is written.")
 @click.option("--nfe", type=WholeWithin(1, MOST_STEPS), help="Network evaluations per picture. Default: 1.")
 @click.option("--decoder/--no-decoder", default=None, help="Whether latents are decoded to pictures. Default: yes.")
 @click.option("--fp16", "half", is_flag=True, help="Store the weights in half precision; the arithmetic stays fp32.")
@@ -49,8 +50,9 @@ def command(
     """Write CKPT in a form that other programs run: a file, a run folder, or a Hub id user/repo[@revision].
 
     \b
-    onnx    one graph, from noise and label to the picture, for ONNX Runtime
-    torch   the same graph as a .pt2 of torch.export
+    onnx       one graph, from noise and label to the picture, for ONNX Runtime
+    torch      the same graph as a .pt2 of torch.export
+    diffusers  a folder for DiffusionPipeline.from_pretrained(DIR, trust_remote_code=True)
 
     What is written is compared with the checkpoint, and the largest difference is printed on stderr.
     """
@@ -76,8 +78,20 @@ def _export(form: str, checkpoint: str, out: Path, opening: dict[str, Any], *, h
         check_onnx()
         source = open_exported(checkpoint, **opening)
         difference = export_onnx(source, out, half=half)
-    else:
+    elif form == "torch":
         source = open_exported(checkpoint, **opening)
         difference = export_torch(source, out)
+    else:
+        from alphaflow_cli.export.diffusers import check_pipeline_folder, export_diffusers
+
+        check_pipeline_folder(out)
+        difference = export_diffusers(open_exported(checkpoint, **opening), out)
+        return [f"{difference}; {_size(out):,} bytes"]
     inputs = ", ".join(source.names)
-    return [f"{inputs} → {source.output}; {source.walk}", f"{difference}; {out.stat().st_size:,} bytes"]
+    return [f"{inputs} → {source.output}; {source.walk}", f"{difference}; {_size(out):,} bytes"]
+
+
+def _size(out: Path) -> int:
+    """The bytes of a file, or of all files of a folder."""
+    files = [out, out.with_name(f"{out.name}.data")] if out.is_file() else list(out.rglob("*"))
+    return sum(path.stat().st_size for path in files if path.is_file())

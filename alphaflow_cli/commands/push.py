@@ -3,6 +3,7 @@
 import re
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -70,6 +71,7 @@ def local_source(source: str, repo: str | None) -> Path:
     type=click.Path(exists=True, path_type=Path),
     help="The model's own autoencoder, if it is not beside the weights: a folder or a weights file.",
 )
+@click.option("--diffusers", is_flag=True, help="Add a pipeline that diffusers loads, beside the weights.")
 @click.option("--without-results", is_flag=True, help="Leave results.json out.")
 def command(
     source: str | None,
@@ -80,6 +82,7 @@ def command(
     out: Path | None,
     licence: str,
     autoencoder: Path | None,
+    diffusers: bool,
     without_results: bool,
 ) -> None:
     """Publish a model on the Hub.
@@ -94,12 +97,12 @@ def command(
     from alphaflow_cli.hub.push import Target, check_login, check_name, newest_run, open_publication, stage, upload
     from alphaflow_cli.runtime.progress import say
 
+    more: dict[str, Any] = {"licence": licence, "autoencoder": autoencoder, "diffusers": diffusers}
     path = path or newest_run()
     opened = open_publication(path, with_results=not without_results)
     if dry_run:
         folder = out or (path / "hub" if path.is_dir() else path.with_name(f"{path.stem}-hub"))
-        name = repo or f"user/{opened.name}"
-        files = stage(opened, folder, repo=name, licence=licence, autoencoder=autoencoder)
+        files = stage(opened, folder, repo=repo or f"user/{opened.name}", **more)
         print_table([(name, f"{size:,} bytes") for name, size in files.items()])
         click.echo(folder)
         return
@@ -107,6 +110,6 @@ def command(
     target = Target(repo or f"{user}/{opened.name}", private, pull_request)
     check_name(target)
     with tempfile.TemporaryDirectory(prefix="alphaflow-push-") as temporary:
-        files = stage(opened, Path(temporary), repo=target.repo, licence=licence, autoencoder=autoencoder)
+        files = stage(opened, Path(temporary), repo=target.repo, **more)
         say(f"sending {len(files)} files, {sum(files.values()):,} bytes, to {target.repo}")
         click.echo(upload(Path(temporary), target, message=opened.title))

@@ -18,6 +18,8 @@ from safetensors import safe_open
 from alphaflow_cli.charts.draw import to_png
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.evaluate.results import read_results
+from alphaflow_cli.export.diffusers import export_diffusers
+from alphaflow_cli.export.graph import open_exported
 from alphaflow_cli.files import sha256_of, write_by, write_whole
 from alphaflow_cli.hub.card import CardFacts, config_json, last_part, model_card, result_rows, scrub
 from alphaflow_cli.model.checkpoint import Checkpoint, check_autoencoder, load_checkpoint, save_checkpoint
@@ -38,6 +40,7 @@ from alphaflow_cli.remote.download import (
     remove_stale,
 )
 from alphaflow_cli.remote.faults import NotThere, hub_faults
+from alphaflow_cli.runtime.progress import say
 from alphaflow_cli.sample.generator import open_generator, pictures
 from alphaflow_cli.sample.grid import grid_in_rows, plain_png
 from alphaflow_cli.sample.walk import plan_walk
@@ -107,7 +110,13 @@ def _see_same(path: Path, sha256: str, original: Path) -> None:
 
 
 def stage(
-    source: Publication, folder: Path, *, repo: str, licence: str, autoencoder: Path | None = None
+    source: Publication,
+    folder: Path,
+    *,
+    repo: str,
+    licence: str,
+    autoencoder: Path | None = None,
+    diffusers: bool = False,
 ) -> dict[str, int]:
     """Fill `folder` for the repository user/repo, with the autoencoder given or found; returns its files' sizes."""
     if folder.resolve() == source.path.parent.resolve():
@@ -125,6 +134,8 @@ def stage(
         _package_autoencoder(decoder, folder / AUTOENCODER, source)
     sha256 = _write_model(source, clean, folder / MODEL)
     write_whole(folder / "recipe.yaml", dump_recipe(recipe))
+    if diffusers:
+        say(f"pipeline for diffusers: {export_diffusers(open_exported(str(folder / MODEL)), folder)}")
     results = scrub(source.results)
     if results:
         text = json.dumps(results, indent=1, ensure_ascii=False).replace(source.sha256, sha256)
