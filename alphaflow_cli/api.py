@@ -24,6 +24,7 @@ from torch import Tensor
 
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.files import make_folder, write_whole
+from alphaflow_cli.model.find import find_class
 from alphaflow_cli.recipe import Recipe
 from alphaflow_cli.recipe.plan import effective_scale, has_null_label, is_guided, label_rows, parameter_count
 from alphaflow_cli.recipe.schema import SamplerChoice
@@ -31,7 +32,7 @@ from alphaflow_cli.runtime.processes import choose_device
 from alphaflow_cli.runtime.progress import Progress
 from alphaflow_cli.sample.generator import DecoderChoice, Generator, open_generator, spans_of
 from alphaflow_cli.sample.grid import even_columns, grid_form, grid_in_rows, picture_png
-from alphaflow_cli.sample.walk import Walk, draw_labels, find_class, plan_walk
+from alphaflow_cli.sample.walk import Walk, draw_labels, plan_walk
 from alphaflow_cli.text import counted
 
 COLUMNS = 8  # of a grid

@@ -21,7 +21,7 @@ CUDA_BUILD = (
     f"one, the CPU's build is 4 GB smaller: pip install --force-reinstall torch torchvision --index-url {CPU_INDEX}"
 )
 AUTOENCODERS = ("stabilityai/sd-vae-ft-ema", "stabilityai/sd-vae-ft-mse")
-LITTLE_DISK = 20 * 10**9  # bytes: about two checkpoints of XL/2
+LITTLE_DISK = 20 * 10**9  # bytes: about what a run of XL/2 keeps
 
 
 def examine() -> dict[str, Any]:
@@ -142,7 +142,7 @@ def problems(report: dict[str, Any]) -> list[str]:
             remarks.append(f"{entry['what']} is not in the cache, and HF_HUB_OFFLINE forbids to download it")
     remarks += [f"the cache {c['path']} cannot be written" for c in report["caches"] if not c["writable"]]
     if report["free_bytes"] < LITTLE_DISK:
-        remarks.append(f"{report['free_bytes'] / 1e9:.1f} GB free here: two checkpoints of an XL/2 run need 22 GB")
+        remarks.append(f"{report['free_bytes'] / 1e9:.1f} GB free here: what an XL/2 run keeps needs 22 GB")
     if not report["hub"]["token"]:
         remarks.append("push will not work without a Hugging Face token: run hf auth login")
     return remarks

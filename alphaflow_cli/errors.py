@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from alphaflow_cli.text import brief
+
 DAMAGE = (OSError, ValueError, LookupError, TypeError, AttributeError, SyntaxError)  # what readers raise on such data
 
 AGAIN = "Make room, and run the same command again."
@@ -46,6 +48,11 @@ PARSERS = re.compile(r"[/\\](json|yaml|ast\.py|plistlib\.py|zipfile|tarfile\.py|
 
 class AlphaflowError(Exception):
     """An error that says what is wrong, where, and what to do. The command line prints it as `error: …` and exits 1."""
+
+
+def no_such_source(text: str) -> AlphaflowError:
+    """The error for a source of pictures that is a path and leads nowhere."""
+    return AlphaflowError(f"{brief(text)}: no such folder or archive. Others: hf://datasets/USER/NAME, shapes:4000")
 
 
 class LostOutput(AlphaflowError):

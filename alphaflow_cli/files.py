@@ -19,6 +19,7 @@ from pathlib import Path
 from alphaflow_cli.errors import AlphaflowError
 
 MAX_BYTES = 1 << 30  # of one file that is read as a whole
+BESIDE = 1 << 20  # bytes of a piece from which a thread pays that hashes it while it is written
 TORCH_WRITER = "inline_container"  # torch.save's writer names itself so in the RuntimeError of a full disk
 
 
@@ -39,9 +40,13 @@ def write_pieces(path: Path, pieces: Iterable[bytes | memoryview], *, sealed: bo
     digest, size = hashlib.sha256(), 0
     with _replacing(path) as temporary, temporary.open("wb") as file, ThreadPoolExecutor(1) as beside:
         for piece in pieces:
-            hashed = beside.submit(digest.update, piece)  # while it is written: the two cost the longer one's time
+            if large := len(piece) >= BESIDE:
+                hashed = beside.submit(digest.update, piece)  # while it is written: the two cost the longer one's time
+            else:
+                digest.update(piece)
             file.write(piece)
-            hashed.result()
+            if large:
+                hashed.result()
             size += len(piece)
         if sealed:
             size += file.write(digest.digest())

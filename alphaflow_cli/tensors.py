@@ -13,15 +13,17 @@ import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-from torch import Tensor
 
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.files import Stamp, changed, stamp_of, write_pieces
 from alphaflow_cli.text import brief
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Array = npt.NDArray[Any]
 MAX_HEADER = 100_000_000  # bytes; the safetensors library's own bound
@@ -61,7 +63,7 @@ def _pieces(header: bytes, arrays: list[Array]) -> Iterator[bytes | memoryview]:
 
 
 def save_tensors(
-    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], *, sealed: bool = False
+    path: Path, tensors: "Mapping[str, Tensor]", metadata: Mapping[str, str], *, sealed: bool = False
 ) -> None:
     """Write torch's tensors as a safetensors file, whole or not at all: equal content gives equal bytes."""
     arrays = {name: tensor.detach().cpu().contiguous().numpy() for name, tensor in tensors.items()}

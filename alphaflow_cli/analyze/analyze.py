@@ -183,16 +183,21 @@ def measure_missing(work: Work) -> None:
     if rows and first:
         say(f"{len(rows):,} batches were measured before: going on")
     net, step = work.generator.net.requires_grad_(), work.generator.origin.get("step")
-    with Progress(f"step {step}", wanted, unit="batch", done=wanted - len(missing), shown=first) as bar:
-        for index in missing[processes.rank :: processes.size]:
-            with smaller_batch_if_full(work.request.batch):
-                row = measure_one(net, work, index)
-            check_finite(work, row)
-            line = json.dumps({**row, "sha256": _checksum(row)}, allow_nan=False) + "\n"
-            append(work.path, line, kept="Finished batches are kept; the same command goes on.")
-            bar.advance(min(processes.size, wanted - bar.done))
-        processes.wait()
-        bar.advance(wanted - bar.done)
+    try:
+        with Progress(f"step {step}", wanted, unit="batch", done=wanted - len(missing), shown=first) as bar:
+            for index in missing[processes.rank :: processes.size]:
+                with smaller_batch_if_full(work.request.batch):
+                    row = measure_one(net, work, index)
+                check_finite(work, row)
+                line = json.dumps({**row, "sha256": _checksum(row)}, allow_nan=False) + "\n"
+                append(work.path, line, kept="Finished batches are kept; the same command goes on.")
+                bar.advance(min(processes.size, wanted - bar.done))
+            processes.wait()
+            bar.advance(wanted - bar.done)
+    except (KeyboardInterrupt, SystemExit):  # Ctrl-C, SIGTERM
+        if first:
+            say("interrupted; finished batches are kept: run the same command again to go on")
+        raise
 
 
 def lines_of_all(work: Work) -> list[dict[str, Any]]:

@@ -56,7 +56,10 @@ class Line:
 
 @dataclass(frozen=True)
 class Band:
-    """A shaded range of x, through all panels. Where the label is too wide, its part before the colon is shown."""
+    """A shaded range of x, through all panels.
+
+    Where the label is too wide, its part before the colon is shown, at last without its spaces.
+    """
 
     first: float
     last: float

@@ -213,8 +213,11 @@ def _draw_bands(axes: "Axes", chart: Chart, head: "Head") -> None:
     for band in chart.bands:
         first, last = (min(max(x, low), high) for x in (band.first, band.last))
         axes.axvspan(first, last, 0, 1 + head.strip / height, color=band.colour, linewidth=0, zorder=0)
-        names = (clean(band.label), clean(band.label).partition(":")[0]) if head.strip else ()
-        fitting = [name for name in names if width_of(name, SMALL) + 8 <= width * (last - first) / (high - low)]
+        whole, room = clean(band.label), width * (last - first) / (high - low)
+        short = whole.partition(":")[0]
+        free = {whole: 8, short: 8, short.replace(" ", ""): -4}  # beside a name
+        names = free if head.strip else {}
+        fitting = [name for name in names if width_of(name, SMALL) + free[name] <= room]
         if fitting:
             middle = (first + last) / 2
             axes.text(middle, 1 + 6 / height, fitting[0], ha="center", transform=axes.get_xaxis_transform())

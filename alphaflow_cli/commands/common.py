@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 from click.shell_completion import CompletionItem
 
-from alphaflow_cli.errors import OF_A_PATH, AlphaflowError
+from alphaflow_cli.errors import OF_A_PATH, AlphaflowError, no_such_source
 from alphaflow_cli.files import check_new, write_whole
 from alphaflow_cli.recipe.schema import MOST_NFE
 from alphaflow_cli.text import brief, for_terminal
@@ -184,18 +184,17 @@ def check_source(text: str) -> None:
         if ":" not in text:
             Path(text).expanduser().stat()
     except (FileNotFoundError, NotADirectoryError):
-        raise AlphaflowError(
-            f"{brief(text)}: no such folder or archive. Others: hf://datasets/USER/NAME, shapes:4000"
-        ) from None
+        raise no_such_source(text) from None
     except (OSError, ValueError, RuntimeError):  # opening it says why
         pass
 
 
-def check_checkpoint(address: str) -> None:
-    """Refuse a run or a checkpoint that is not there, before anything is loaded."""
-    from alphaflow_cli.model.find import check_address
+def check_checkpoint(address: str, classes: str = "") -> None:
+    """Refuse a run or a checkpoint that is not there, or does not have these classes, before torch is loaded."""
+    from alphaflow_cli.model.find import check_address, check_named_classes
 
     check_address(address)
+    check_named_classes(address, classes)
 
 
 def begin(what: str) -> None:

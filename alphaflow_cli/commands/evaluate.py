@@ -140,8 +140,9 @@ def show_report(report: "Report", *, markdown: bool, as_json: bool) -> None:
     if as_json:
         print_json({**results.document(report.evaluations), "path": str(report.results)})
         return
+    shown: set[str] = set()
     for evaluation in report.evaluations:
-        tell_notes(evaluation)
+        tell_notes(evaluation, shown)
     if markdown:
         click.echo(results.markdown(report.evaluations), nl=False)
     else:
@@ -158,13 +159,15 @@ def score_table(evaluations: Sequence["Evaluation"]) -> list[tuple[str, ...]]:
     return [(row.name, results.value_text(row), row.protocol()) for each in evaluations for row in each.rows]
 
 
-def tell_notes(evaluation: "Evaluation") -> None:
-    """Print warnings, notes and what took how long on stderr."""
+def tell_notes(evaluation: "Evaluation", before: set[str]) -> None:
+    """Print warnings, notes and what took how long on stderr; what was printed before is not repeated."""
     from alphaflow_cli.evaluate import results
 
-    for warning in evaluation.warnings:
-        tell(f"warning: {warning}", err=True)
-    for note, names in results.notes(evaluation).items():
-        tell(f"note: {', '.join(names)}: {note}", err=True)
+    lines = [f"warning: {warning}" for warning in evaluation.warnings]
+    lines += [f"note: {', '.join(names)}: {note}" for note, names in results.notes(evaluation).items()]
+    for line in dict.fromkeys(lines):
+        if line not in before:
+            tell(line, err=True)
+    before.update(lines)
     spent = ", ".join(f"{part} {seconds:.1f} s" for part, seconds in evaluation.seconds.items())
     click.echo(f"time: {spent}", err=True)

@@ -88,7 +88,7 @@ def command(
     """Publish a model on the Hub.
 
     Weights, config.json, recipe.yaml, a model card, results.json and a sample grid; no optimiser state, no path of this
-    machine. Without arguments: the newest run, to <you>/<recipe name>. Interrupted, the same command goes on.
+    machine. Without arguments: the newest run, to <you>/<run's name>. Interrupted, the same command goes on.
     """
     if out is not None and not dry_run:
         raise click.UsageError("--out goes with --dry-run.")
@@ -104,6 +104,7 @@ def command(
         folder = out or (path / "hub" if path.is_dir() else path.with_name(f"{path.stem}-hub"))
         files = stage(opened, folder, repo=repo or f"user/{opened.name}", **more)
         print_table([(name, f"{size:,} bytes") for name, size in files.items()])
+        say(f"nothing was sent; to send it: alphaflow push {path} {name}" if repo else "nothing was sent")
         click.echo(folder)
         return
     user = check_login()

@@ -132,7 +132,7 @@ def command(
     into the run, or beside a checkpoint file that is in none.
     """
     check_steps(nfe, times, one=latents or (out if out is not None and out.suffix == ".npz" else None))
-    check_checkpoint(checkpoint)
+    check_checkpoint(checkpoint, classes)
     grid = grid if out or grid or latents else grid_beside(checkpoint)
     begin(f"sample {checkpoint}: {counted(len(seeds), 'picture')}")
     from alphaflow_cli.sample.plan import SampleRequest, check_request

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from alphaflow_cli.data.archives import Archive, open_archive
-from alphaflow_cli.data.pictures import Source, is_picture
+from alphaflow_cli.data.pictures import Loose, is_picture
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.remote.cache import cache_folder
 from alphaflow_cli.remote.client import hub_api, session
@@ -26,7 +26,7 @@ TRIES, PAUSE = 4, 1.0  # of one picture, seconds before the second try; doubled 
 
 
 @dataclass(frozen=True, kw_only=True)
-class HubFiles(Source):
+class HubFiles(Loose):
     """Picture files of one data set at one commit."""
 
     repo: str

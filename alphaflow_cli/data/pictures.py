@@ -2,6 +2,7 @@
 
 import re
 import struct
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -31,7 +32,7 @@ Fetch = Callable[[], bytes | Image.Image]  # a picture of a source, read or draw
 
 
 @dataclass(frozen=True, kw_only=True)
-class Source:
+class Source(ABC):
     """A list of pictures; picklable, because every process opens its own."""
 
     kind: str  # for the manifest: folder, zip, tar, …
@@ -40,13 +41,9 @@ class Source:
     notes: list[str] = field(default_factory=list)  # what was left aside at the listing, in lines for people
     given_classes: bytes | None = None
 
+    @abstractmethod
     def reading(self, lines: Sequence[int]) -> AbstractContextManager[Iterator[tuple[int, Fetch]]]:
         """Open the source for one pass over these pictures, in order; the fetches work until the context ends."""
-        return nullcontext((line, partial(self.fetch, line)) for line in lines)
-
-    def fetch(self, line: int) -> bytes | Image.Image:
-        """Read or draw one picture, where nothing has to be open for it."""
-        raise NotImplementedError
 
     def facts(self) -> dict[str, Any]:
         """Whatever identifies the content besides the names, such as a commit on the Hub."""
@@ -59,6 +56,17 @@ class Source:
     def class_order(self) -> Sequence[str] | None:
         """The folders in the order of their classes, where the source fixes it; None: sorted."""
         return None
+
+
+class Loose(Source):
+    """Pictures that are fetched one by one, each on its own: nothing has to be open for them."""
+
+    def reading(self, lines: Sequence[int]) -> AbstractContextManager[Iterator[tuple[int, Fetch]]]:
+        return nullcontext((line, partial(self.fetch, line)) for line in lines)
+
+    @abstractmethod
+    def fetch(self, line: int) -> bytes | Image.Image:
+        """Read or draw one picture."""
 
 
 class BadPicture(Exception):

@@ -16,8 +16,8 @@ from PIL import Image
 from alphaflow_cli.data.archives import open_archive
 from alphaflow_cli.data.classes import SPLITS
 from alphaflow_cli.data.glyphs import GLYPHS, draw_glyph, draw_shape
-from alphaflow_cli.data.pictures import Source, is_picture
-from alphaflow_cli.errors import AlphaflowError
+from alphaflow_cli.data.pictures import Loose, Source, is_picture
+from alphaflow_cli.errors import AlphaflowError, no_such_source
 from alphaflow_cli.files import read_file
 from alphaflow_cli.text import brief
 
@@ -44,11 +44,11 @@ def open_source(text: str) -> Source:
         return open_folder(path)
     if is_file:
         return open_archive(path)
-    raise AlphaflowError(f"{brief(text)}: no such folder or archive. Others: hf://datasets/USER/NAME, shapes:4000")
+    raise no_such_source(text)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Folder(Source):
+class Folder(Loose):
     """Pictures under a folder, at any depth."""
 
     root: Path
@@ -73,7 +73,7 @@ class Folder(Source):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Embedded(Source):
+class Embedded(Loose):
     """Pictures that the program draws itself, to try things out without a data set. Its kind is a key of DRAWERS."""
 
     def fetch(self, line: int) -> Image.Image:

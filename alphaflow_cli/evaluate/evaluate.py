@@ -38,7 +38,7 @@ from alphaflow_cli.evaluate.reference import (
     load_reference,
     save_reference,
 )
-from alphaflow_cli.evaluate.results import NEEDS_MOMENTS, NETWORK, Evaluation, Row, save_results
+from alphaflow_cli.evaluate.results import NEEDS_MOMENTS, NETWORK, TITLE, Evaluation, Row, save_results
 from alphaflow_cli.evaluate.score import Measured, check_reference, score
 from alphaflow_cli.files import make_folder, sha256_of, write_whole
 from alphaflow_cli.model.find import run_folder
@@ -163,6 +163,8 @@ def evaluate(
     if ruler.processes.rank:
         return None
     digest, copies = content_of(work)
+    titles = ", ".join(TITLE.get(metric, "precision and recall") for metric in metrics)
+    say(f"computing {titles} of {source.count:,} pictures: {source.label}")
     with clock.part("distances"):
         rows = score(Measured(work, moments, reference, ruler.processes.device), metrics)
     warnings = _warnings(copies, source, rows[0].notes if rows else ())

@@ -10,6 +10,8 @@ tiny.py holds the last, networks.py the others and what makes one by its name. F
 float32: on recent GPUs the default would be TF32 for convolutions.
 """
 
+from abc import ABC, abstractmethod
+
 import torch
 from torch import Tensor, nn
 
@@ -17,7 +19,7 @@ from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.runtime.precision import true_float32
 
 
-class Extractor(nn.Module):
+class Extractor(nn.Module, ABC):
     """A frozen network that turns pictures into features. A subclass fills the five names and `features`."""
 
     id: str  # network and layer, as printed in a protocol
@@ -26,9 +28,9 @@ class Extractor(nn.Module):
     preprocessing: str  # from uint8 to the network's input, in words
     known: bool  # the weights are the published ones, or there is nothing to compare with
 
+    @abstractmethod
     def features(self, images: Tensor) -> Tensor:
         """The float32 features (N, dim) of uint8 pictures (N, 3, H, W)."""
-        raise NotImplementedError
 
     def logits(self, features: Tensor) -> Tensor:
         """The class logits of features that this network gave, where it has classes."""

@@ -92,7 +92,7 @@ def run_pass(work: Pass, processes: Processes, *, batch: int, clock: Clock, task
     total = sum(stop - first for first, stop in mine)
     done = total - sum(stop - first for first, stop in waiting)
     if done and processes.rank == 0:
-        say(f"{done:,} of {total:,} pictures were measured before: going on")
+        say(f"{done:,} of {total:,} pictures were measured before{': going on' if waiting else ''}")
     try:
         with (
             contextlib.closing(work.source),
@@ -100,8 +100,9 @@ def run_pass(work: Pass, processes: Processes, *, batch: int, clock: Clock, task
             ThreadPoolExecutor(1) as beside,
         ):
             _measure_chunks(work, waiting, processes.device, bar, beside, batch=batch, clock=clock)
-    except KeyboardInterrupt:
-        say(f"interrupted; finished chunks are kept in {work.folder}: run the same command again to go on")
+    except (KeyboardInterrupt, SystemExit):  # Ctrl-C, SIGTERM
+        if processes.rank == 0:
+            say(f"interrupted; finished chunks are kept in {work.folder}: run the same command again to go on")
         raise
 
 

@@ -9,6 +9,7 @@ import json
 import struct
 import zipfile
 import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -37,7 +38,7 @@ FIRST_SEED = 0  # published evaluations use seeds 0 … 49,999
 BROKEN = (EOFError, RuntimeError, OverflowError, MemoryError, struct.error, zipfile.BadZipFile, zlib.error)  # of zips
 
 
-class ImageSource:
+class ImageSource(ABC):
     """Pictures 0 … count − 1, any range of them at any time."""
 
     count: int
@@ -46,16 +47,16 @@ class ImageSource:
     seconds: dict[str, float]  # spent on pictures so far, by part; may be empty
     task = "features"  # what is done with them, for the bar
 
+    @abstractmethod
     def images(self, start: int, stop: int) -> Tensor:
         """Pictures start … stop − 1 as uint8 (stop − start, 3, H, W)."""
-        raise NotImplementedError
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 (most sources have nothing open)
         """Close what is open; it is opened again when the next picture is wanted."""
 
+    @abstractmethod
     def describe(self) -> dict[str, Any]:
         """Everything that a protocol says about the pictures, as plain values."""
-        raise NotImplementedError
 
     def identity(self) -> Any:
         """Plain values that change whenever the pictures may have changed; nothing is opened."""

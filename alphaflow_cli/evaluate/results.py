@@ -100,8 +100,15 @@ class Row:
             facts = f"{self.reference['kind']}, {count}, {self.reference['sha256'][:8]}"
             parts.append(f"reference {self.reference['name']} ({facts})")
         parts.append(f"{self.count:,} pictures: {self.label}")
-        parts += [f"{key.replace('_', ' ')} {value}" for key, value in self.settings.items()]
+        parts += [setting_text(key, value) for key, value in self.settings.items()]
         return "; ".join(parts)
+
+
+def setting_text(key: str, value: object) -> str:
+    """How a score was computed, in words: `subsets 100`, `1.3 times the floor of real pictures`."""
+    if key == "times_the_floor":
+        return f"{value} times the floor of real pictures"
+    return f"{key.replace('_', ' ')} {value}"
 
 
 @dataclass(frozen=True)

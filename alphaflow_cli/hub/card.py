@@ -20,6 +20,7 @@ from alphaflow_cli.text import code_span, counted, for_markdown, for_terminal
 PAPER = "arXiv:2510.20771"
 MEANFLOW = "arXiv:2505.13447"
 PACKAGE = "https://pypi.org/project/alphaflow-cli/"
+UNCONDITIONAL = "unconditional-image-generation"  # a task of the Hub
 FEW_CLASSES, MOST_CLASSES = 20, 2000  # names listed at once, and behind a fold
 CITATION = """\
 @article{zhang2025alphaflow,
@@ -52,6 +53,19 @@ class CardFacts:
     parameters: int
     results: dict[str, Any] | None  # results.json
     licence: str  # of the weights, an id the Hub knows
+
+    @property
+    def name(self) -> str:
+        """The model's name: its repository's, without the user's."""
+        return self.repo.rpartition("/")[2]
+
+    @property
+    def unfinished(self) -> str:
+        """`step 400 of 850` where the training has not reached its last step; else nothing."""
+        step, steps = self.origin.get("step"), self.recipe.train.steps
+        if not isinstance(step, int) or step >= steps or self.origin.get("converted"):
+            return ""
+        return f"step {step:,} of {steps:,}"
 
 
 def model_card(facts: CardFacts) -> str:
@@ -86,10 +100,11 @@ def _metadata(facts: CardFacts) -> str:
 
     data = facts.recipe.data
     dataset = for_terminal(data.source.split(":")[0]) or ("imagenet-1k" if data.classes == 1000 else "custom")
-    task = "class-conditional-image-generation" if data.classes else "unconditional-image-generation"
+    chosen = data.classes > 1  # one class is nothing to choose
+    task = "class-conditional-image-generation" if chosen else UNCONDITIONAL
     scores = [
         EvalResult(
-            task_type="unconditional-image-generation",
+            task_type=task,
             task_name=task.replace("-", " "),
             dataset_type=dataset,
             dataset_name=for_terminal((row.get("reference") or {}).get("name") or dataset),
@@ -103,9 +118,9 @@ def _metadata(facts: CardFacts) -> str:
     head = ModelCardData(
         license=facts.licence,
         library_name="alphaflow",
-        pipeline_tag="unconditional-image-generation",
+        pipeline_tag=None if chosen else UNCONDITIONAL,  # the Hub has no task for generation by class
         tags=["alphaflow", "meanflow", "flow-matching", "one-step-generation", task],
-        model_name=for_terminal(facts.recipe.name),
+        model_name=facts.name,
         eval_results=scores or None,
     )
     return f"---\n{head.to_yaml()}\n---"
@@ -122,7 +137,7 @@ def _what(facts: CardFacts) -> str:
     nfe = recipe.sample.nfe
     evaluations = "one evaluation" if nfe == 1 else f"{nfe} evaluations"
     lines = [
-        f"# {for_markdown(recipe.name)}",
+        f"# {for_markdown(facts.name)}",
         "",
         f"An image generator that needs {evaluations} of its network per picture: "
         f"{data.image_size} px, {labels}, {facts.parameters:,} parameters, working on {space}. "
@@ -130,6 +145,8 @@ def _what(facts: CardFacts) -> str:
         f"[α-Flow](https://arxiv.org/abs/{PAPER[6:]}); "
         f"the weights are {_weights(facts.origin)}.",
     ]
+    if facts.unfinished:
+        lines += ["", f"**The training is not finished: these are the weights of {facts.unfinished}.**"]
     lines += ["", "![Samples](samples.png)", "", "Uncurated: consecutive seeds."]
     return "\n".join(lines)
 
@@ -148,6 +165,7 @@ def _weights(origin: dict[str, Any]) -> str:
 
 def _usage(facts: CardFacts) -> str:
     repo, sample = facts.repo, facts.recipe.sample
+    chosen = '  # classes=["…"] chooses; print(model) says what there is' if facts.recipe.data.classes > 1 else ""
     return f"""\
 ## Sample
 
@@ -163,7 +181,7 @@ alphaflow sample {repo} --seeds 0-15 --nfe {sample.nfe} --out pictures
 import alphaflow_cli
 
 model = alphaflow_cli.load("{repo}")
-pictures = model.sample(8, nfe={sample.nfe})  # classes=["…"] chooses; print(model) says what there is
+pictures = model.sample(8, nfe={sample.nfe}){chosen}
 pictures.save("grid.png")
 ```
 
@@ -176,6 +194,8 @@ def _classes(facts: CardFacts) -> str:
     names = [str(name) for name in facts.origin.get("class_names") or []][: facts.recipe.data.classes]
     if not names:
         return ""
+    if facts.recipe.data.classes == 1:
+        return f"## Classes\n\nAll pictures are of one class: {for_markdown(names[0])}."
     rest = f", and {len(names) - MOST_CLASSES:,} more" if len(names) > MOST_CLASSES else ""
     listed = ", ".join(f"{i} {for_markdown(name)}" for i, name in enumerate(names[:MOST_CLASSES])) + rest
     ways = 'Choose them by number or by name: `--classes 0`, `classes=[0]`, `--classes NAME`, `classes=["NAME"]`.'
@@ -191,8 +211,11 @@ def _training(facts: CardFacts) -> str:
         lines += [_conversion(origin["converted"]), ""]
     else:
         seen = origin.get("images_seen")
-        lines += [f"{_again(recipe)}: {recipe.train.steps:,} steps of {recipe.train.batch:,} pictures"]
-        lines[-1] += f", {seen:,} seen" if isinstance(seen, int) else ""
+        named = f" Recipe {code_span(recipe.name)}:" if recipe.name else ""
+        planned = f"{recipe.train.steps:,} steps of {recipe.train.batch:,} pictures"
+        ended = f", of which this is {facts.unfinished}" if facts.unfinished else ""
+        lines += [f"{_again(recipe)}.{named} {planned}{ended}"]
+        lines[-1] += f"; {seen:,} pictures seen" if isinstance(seen, int) else ""
         lines[-1] += f", from {code_span(recipe.data.source)}." if recipe.data.source else "."
         lines += [_objective(recipe), ""]
     lines += ["![alpha, the share of r = t rows and the learning rate over the steps](alpha.png)", ""]
@@ -203,7 +226,7 @@ def _training(facts: CardFacts) -> str:
 
 def _again(recipe: Recipe) -> str:
     """The command that trains the model again by the recipe that is published beside it."""
-    return "`alphaflow train recipe.yaml" + ("`" if recipe.data.source else " --data LATENTS` ([recipe](recipe.yaml))")
+    return "`alphaflow train recipe.yaml" + ("`" if recipe.data.source else " --data DIR` ([recipe](recipe.yaml))")
 
 
 def _fenced(text: str, kind: str) -> list[str]:
@@ -256,8 +279,9 @@ def _caveats(facts: CardFacts) -> str:
         lines += [
             f"- Latents are decoded by {code_span(recipe.data.autoencoder)}; another autoencoder gives other pictures."
         ]
+    what = "Pixels" if recipe.data.autoencoder == "none" else "Latents"
     lines += [
-        "- Latents are normalised by the mean and standard deviation stored with the weights.",
+        f"- {what} are normalised by the mean and standard deviation stored with the weights.",
         "- It reproduces what it was trained on, with its gaps and biases; there is no safety filter.",
     ]
     return "\n".join(lines)
@@ -266,10 +290,11 @@ def _caveats(facts: CardFacts) -> str:
 def _ending(facts: CardFacts) -> str:
     made = ", ".join(f"{name} {value}" for name, value in (facts.origin.get("versions") or {}).items())
     licence = "the publisher has not named a licence" if facts.licence == "unknown" else facts.licence
+    of = "The data have" if facts.recipe.data.autoencoder == "none" else "The data and the autoencoder have"
     text = f"""\
 ## Licence and citation
 
-Weights: {licence}. The data and the autoencoder have terms of their own. The method:
+Weights: {licence}. {of} terms of their own. The method:
 
 ```bibtex
 {CITATION}

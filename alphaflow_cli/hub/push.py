@@ -65,8 +65,8 @@ class Publication:
 
     @property
     def name(self) -> str:
-        """The repository's name where none is given."""
-        return self.checkpoint.recipe.name or self.path.stem
+        """The repository's name where none is given: the run's, for several runs may be of one recipe."""
+        return self.run.resolve().name if self.run else self.checkpoint.recipe.name or self.path.stem
 
     @property
     def title(self) -> str:
@@ -121,7 +121,7 @@ def stage(
     """Fill `folder` for the repository user/repo, with the autoencoder given or found; returns its files' sizes."""
     if folder.resolve() == source.path.parent.resolve():
         raise AlphaflowError(f"{folder}: the weights to publish lie there. Give another folder.")
-    if not is_repository(repo):  # made of the recipe's name, perhaps
+    if not is_repository(repo):  # made of the run's name, perhaps
         raise AlphaflowError(f"{repo}: the Hub does not accept this name. Give another: alphaflow push RUN user/name")
     decoder = local_autoencoder(source, autoencoder)
     prepare_folder(folder)

@@ -31,7 +31,9 @@ from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.files import is_there
 from alphaflow_cli.latents.encode import Job, Listing, StoreRequest, choose_precision, sample_pixels
 from alphaflow_cli.nn.autoencoder import Autoencoder, load_autoencoder, public_id
+from alphaflow_cli.remote.faults import HubFault
 from alphaflow_cli.runtime.processes import Processes
+from alphaflow_cli.text import shorten
 
 SHARD_PICTURES, SHARD_BYTES = 8192, 512_000_000  # of one shard at most: it is held in memory until it is written
 SHARDS_WANTED, SHARD_LEAST = 16, 256  # small sets are cut, too, so that several processes have something to share
@@ -61,8 +63,15 @@ def plan_job(request: StoreRequest, out: Path, processes: Processes) -> Job:
     encoder = _encoder(request, listing, before, finished=finished, device=device)
     plan = _plan(request, listing, encoder)
     if before and (lines := differences(plan_to_dict(plan), plan_to_dict(before), "this command", "the store")):
-        raise AlphaflowError(f"{out}: holds another preparation: {'; '.join(lines)}. Give another --out, or delete it")
+        raise AlphaflowError(f"{out}: holds another preparation: {_in_brief(lines)}. Give another --out, or delete it")
     return Job(request, listing, out, plan, request.batch or default_batch(request, device), threads)
+
+
+def _in_brief(lines: list[str]) -> str:
+    """The first differences between two plans; checksums, which nobody can read, only where nothing else differs."""
+    telling = [line for line in lines if "sha256" not in line] or lines
+    more = f"; and {len(telling) - 2} more" if len(telling) > 2 else ""
+    return "; ".join(shorten(line, 120) for line in telling[:2]) + more
 
 
 def list_pictures(request: StoreRequest) -> Listing:
@@ -140,7 +149,7 @@ def _encoder(
         return Encoder(record, (3, request.size, request.size), "pixels")
     if before and finished and before.autoencoder.id == public_id(request.autoencoder):
         return Encoder(before.autoencoder, before.latent, before.kind)
-    model = load_autoencoder(request.autoencoder, device=device)
+    model = _autoencoder(request, device)
     if request.size % model.downscale:
         raise AlphaflowError(f"--size {request.size}: {model.id} needs a multiple of {model.downscale}")
     side = request.size // model.downscale
@@ -156,6 +165,17 @@ def _encoder(
         precision_error=error,
     )
     return Encoder(record, (model.channels, side, side), "moments" if model.has_posterior else "mean")
+
+
+def _autoencoder(request: StoreRequest, device: torch.device) -> Autoencoder:
+    """Load the autoencoder; where it cannot be fetched, the message names the way without one."""
+    try:
+        return load_autoencoder(request.autoencoder, device=device)
+    except AlphaflowError as fault:
+        if not isinstance(fault.__cause__, HubFault):
+            raise
+        way = "Small pictures can stay pixels, without an autoencoder: --autoencoder none --size 32"
+        raise AlphaflowError(f"{fault}. {way}") from fault
 
 
 def _precision(

@@ -106,7 +106,8 @@ def _work_shown(job: Job, processes: Processes, shown: bool) -> None:
     total = job.images
     missing = missing_shards(job) if processes.rank == 0 else []
     done = total - sum(len(job.span(shard)) for shard in missing)
-    with Progress("encode", total, unit="img", done=done, shown=shown) as bar:
+    part = "prepare" if job.plan.kind == "pixels" else "encode"
+    with Progress(part, total, unit="img", done=done, shown=shown) as bar:
 
         def advance(count: int) -> None:
             count = min(count * processes.size, total - bar.done)
@@ -135,9 +136,9 @@ def estimate_store(job: Job, processes: Processes) -> list[str]:
     tried, seconds = _trial(job, processes.device)
     gpus = processes.size if processes.device.type == "cuda" else 1  # on a CPU all processes share the same cores
     rate = gpus * tried / seconds
-    shape = "x".join(str(length) for length in job.plan.latent)
+    shape, what = "x".join(map(str, job.plan.latent)), "pixels" if job.plan.kind == "pixels" else "latents"
     return [
-        f"pictures: {job.images:,}, {todo:,} to do in {len(missing):,} shards, latents {shape}",
+        f"pictures: {job.images:,}, {todo:,} to do in {counted(len(missing), 'shard')}, {what} {shape}",
         f"disk: {size(bytes_needed(job, missing))} needed, {size(free_bytes(job.out))} free",
         f"time: {duration(todo / rate)} ({rate:.1f} pictures/s, tried on {tried})",
         str(job.out),

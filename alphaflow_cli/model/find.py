@@ -1,13 +1,22 @@
-"""Where checkpoints lie: their names in a run folder, the newest of a run, the file that an address means."""
+"""Where checkpoints lie: their names in a run folder, the newest of a run, the file that an address means.
+
+And which class of a checkpoint a word means. Nothing here needs torch, so that a slip is answered at once.
+"""
 
 import re
+from collections.abc import Sequence
 from difflib import get_close_matches
 from itertools import islice
 from pathlib import Path
 
+from alphaflow_cli.documents import Anything, ListOf, Maybe, Table, Text, parse_json
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.files import is_there
+from alphaflow_cli.recipe import recipe_from_text
+from alphaflow_cli.recipe.plan import label_rows
+from alphaflow_cli.recipe.schema import Recipe
 from alphaflow_cli.remote.address import Repo, parse_address
+from alphaflow_cli.text import shorten
 
 MOST_LOOKED_AT, LIKENESS = 1000, 0.75  # names of a folder, and how alike two are before one is taken for a slip
 
@@ -65,6 +74,43 @@ def check_address(address: str) -> None:
         raise AlphaflowError(f"{address}: no such run or checkpoint here. Did you mean {slip}?{hub}")
     if isinstance(place, Path):
         raise AlphaflowError(f"{address}: no such checkpoint. Give a run folder, a .safetensors file, or user/repo.")
+
+
+def check_named_classes(address: str, classes: str) -> None:
+    """Refuse classes that a checkpoint on this machine does not have, by its header alone."""
+    path = Path(address).expanduser()
+    if not classes or not path.exists():
+        return
+    from alphaflow_cli.tensors import open_tensors  # numpy comes with it
+
+    file = find_checkpoint(address) if path.is_dir() else path
+    metadata = open_tensors(file).metadata
+    if {"recipe", "origin"} <= metadata.keys():  # else it is no checkpoint of ours, and its reader says so
+        named = Table(optional={"class_names": Maybe(ListOf(Text(1000)))}, others=Anything())
+        where, advice = f"{file} (its origin)", "It was not written by alphaflow."
+        origin = parse_json(metadata["origin"], where, named, advice=advice)
+        recipe = recipe_from_text(metadata["recipe"], f"{file} (its recipe)")
+        find_classes(recipe, classes, origin.get("class_names") or [])
+
+
+def find_classes(recipe: Recipe, text: str, names: Sequence[str]) -> list[int]:
+    """The numbers of the classes that `--classes` names."""
+    if label_rows(recipe) == 0:
+        raise AlphaflowError("--classes: this model was trained without labels.")
+    return [find_class(part.strip(), names, recipe.data.classes) for part in text.split(",")]
+
+
+def find_class(text: str, names: Sequence[str], count: int, *, where: str = "--classes") -> int:
+    """A class by its number, or by its name or one of its names; `where` is what an error names."""
+    if text.isdecimal() and len(text) < 20 and int(text) < count:
+        return int(text)
+    matches = [i for i, name in enumerate(names) if text.lower() in (part.strip().lower() for part in name.split(","))]
+    if len(matches) == 1:
+        return matches[0]
+    known = ", ".join(names[:12]) + (", …" if len(names) > 12 else "")
+    raise AlphaflowError(
+        f"{where} {shorten(text, 100)}: not a class of this model: 0 to {count - 1}" + (f", {known}" if names else "")
+    )
 
 
 def check_run(run: Path) -> None:

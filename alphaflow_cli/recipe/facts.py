@@ -12,7 +12,7 @@ PHASE_WORDS = {
     "flow": ("α = 1", "trajectory flow matching"),
     "between": ("0 < α < 1", "one more forward per step"),
     "shortcut": ("0 < α < 1", "Shortcut, two more forwards per step"),
-    "derivative": ("JVP", "α = 0, MeanFlow: a derivative per step"),
+    "derivative": ("α = 0", "MeanFlow, a derivative (JVP) per step"),
 }
 
 
@@ -41,6 +41,7 @@ def facts(recipe: Recipe) -> dict[str, Any]:
             "state": plan.state_bytes(recipe),
             "activations_per_row": plan.activation_bytes(recipe),
             "checkpoint": plan.checkpoint_bytes(recipe),
+            "saved_state": plan.saved_state_bytes(recipe),
             "checkpoints_kept": plan.kept_checkpoints(recipe),
             "weights": 4 * plan.parameter_count(recipe),
             "latents_per_image": plan.latent_bytes(recipe),
@@ -95,7 +96,10 @@ def _schedule(schedule: Schedule, recipe: Recipe) -> str:
         return f"{schedule.initial:g} throughout"
     start, end = (resolve_step(s, recipe.train.steps) for s in (schedule.start, schedule.end))
     when = f"at step {start:,}" if schedule.kind == "step" else f"over steps {start:,} to {end:,}"
-    return f"{schedule.kind} {schedule.initial:g} → {schedule.final:g} {when}"
+    words = f"{schedule.kind} {schedule.initial:g} → {schedule.final:g} {when}"
+    if schedule.kind == "step" or not schedule.clamp:
+        return words
+    return f"{words}, and exactly 0 or 1 where it is within {schedule.clamp:g} of them"
 
 
 def _phases(recipe: Recipe, f: dict[str, Any]) -> list[str]:
@@ -151,7 +155,8 @@ def _memory(recipe: Recipe, f: dict[str, Any]) -> str:
 
 def _disk(recipe: Recipe, f: dict[str, Any]) -> str:
     b = f["bytes"]
-    kept = f"{b['checkpoints_kept']} checkpoints of {human(b['checkpoint'])}"
+    kept = f"{counted(b['checkpoints_kept'], 'checkpoint')} of {human(b['checkpoint'])}"
+    kept += f" and the newest state of {human(b['saved_state'])}"
     store = f"{human(b['latents_per_image'])} per image in the store"
     if recipe.data.classes == 1000:
         store += f" ({human(b['latents_per_image'] * plan.IMAGENET_TRAIN)} for ImageNet)"

@@ -22,8 +22,8 @@ KEPT_OUTSIDE = 13  # the same, outside the blocks, per token · dim
 KEPT_CHECKPOINT = 4  # the same, per block, with gradient_checkpointing: the block's fp32 input
 IMAGENET_TRAIN = 1_281_167  # pictures
 
-BF16_ON_CPU = "bf16 is up to eight times slower than fp32 on a CPU: --set train.precision=fp32"
-COARSE_BELOW = 0.05  # the α below which bf16's error exceeds a tenth of the gradient (benchmarks/bench_precision.py)
+BF16_ON_CPU = "bf16 is slower than fp32 on most CPUs: --set train.precision=fp32"
+COARSE_BELOW = 0.05  # the α below which bf16 makes more than a tenth of a batch's gradient (docs/understanding.md)
 PhaseKind = Literal["flow", "between", "derivative"]
 
 
@@ -171,15 +171,23 @@ def activation_bytes(recipe: Recipe) -> int:
 
 
 def latent_bytes(recipe: Recipe) -> int:
-    """One picture in the store: mean and std in fp16, or the pixels as bytes; twice with its mirror image."""
+    """One picture in the store: the pixels as bytes, or mean and std in fp16, twice with its mirror image.
+
+    Pixels are mirrored when they are read.
+    """
     data = recipe.data
-    values = data.channels * data.latent_size**2 * (2 if data.flips else 1)
-    return values if data.autoencoder == "none" else 4 * values
+    values = data.channels * data.latent_size**2
+    return values if data.autoencoder == "none" else 4 * values * (2 if data.flips else 1)
 
 
 def checkpoint_bytes(recipe: Recipe) -> int:
-    """One resumable checkpoint: raw weights, the averages, Adam's two moments."""
-    return 4 * parameter_count(recipe) * (3 + len(recipe.ema.half_lives))
+    """One kept checkpoint: raw weights and the averages, each a file to sample from."""
+    return 4 * parameter_count(recipe) * (1 + len(recipe.ema.half_lives))
+
+
+def saved_state_bytes(recipe: Recipe) -> int:
+    """What a run goes on from, of which it keeps the newest: a checkpoint and Adam's two moments."""
+    return checkpoint_bytes(recipe) + 8 * parameter_count(recipe)
 
 
 def kept_checkpoints(recipe: Recipe) -> int:

@@ -20,6 +20,7 @@ from alphaflow_cli.charts.chart import DARK_STYLE, Chart
 from alphaflow_cli.charts.draw import LEFT, RIGHT, axis_of_x, to_svg
 from alphaflow_cli.data.pictures import open_picture
 from alphaflow_cli.errors import blamed_on
+from alphaflow_cli.sample.grid import in_colour
 
 NARROW = 380  # pixels: a chart for a telephone
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"  # no network
@@ -63,7 +64,7 @@ def run_page(page: RunPage) -> str:
         ("run", "The run", html_table(page.facts, style="facts")),
         ("recipe", "Recipe", _recipe(page)),
         ("environment", "Environment", html_table(page.environment, style="facts")),
-        ("reproduce", "How to reproduce", f"<pre>{escape(chr(10).join(page.commands))}</pre>"),
+        ("reproduce", "How to reproduce", _commands(page)),
     ]
     links = "".join(f'<a href="#{key}">{escape(title)}</a>' for key, title, _ in sections)
     body = "".join(f'<section id="{key}"><h2>{escape(title)}</h2>{inner}</section>' for key, title, inner in sections)
@@ -133,7 +134,7 @@ def _curves(page: RunPage) -> str:
 
 def _conflict(page: RunPage) -> str:
     if not page.conflict and not page.conflict_rows:
-        return note("Not recorded. While training: train.conflict_every; afterwards: alphaflow analyze RUN.")
+        return note(f"Not recorded. While training: train.conflict_every; afterwards: {_command(page, 'analyze')}")
     caption = (
         "Cosines between the gradients of the objective's two halves (TFM: trajectory flow matching, TC: trajectory "
         "consistency) and of the border case r = t (FM') on the same rows. Below zero, one half undoes the other. "
@@ -148,7 +149,7 @@ def _conflict(page: RunPage) -> str:
 def _samples(page: RunPage) -> str:
     if not page.samples:
         return note("No sample grids in this run (train.sample_every).")
-    last = len(page.samples) - 1
+    last, shown = len(page.samples) - 1, step_words(page.samples[-1][0])  # no step has more letters than the last
     pictures = "".join(
         f'<img src="{address}" alt="{escape(step_words(name))}"{"" if i == last else " hidden"}>'
         for i, (name, address) in enumerate(page.samples)
@@ -156,7 +157,7 @@ def _samples(page: RunPage) -> str:
     return (
         '<div class="slider"><label for="sample-slider">step</label>'
         f'<input id="sample-slider" type="range" min="0" max="{last}" value="{last}" step="1">'
-        f'<output id="sample-step" for="sample-slider">{escape(step_words(page.samples[-1][0]))}</output></div>'
+        f'<output id="sample-step" for="sample-slider" style="min-width: {len(shown)}ch">{escape(shown)}</output></div>'
         f'<figure id="sample-pictures">{pictures}</figure>'
         + note("The same seeds and labels at every step; the averaged weights. Pictures are compressed for this page.")
     )
@@ -170,13 +171,23 @@ def step_words(name: str) -> str:
 
 def _scores(page: RunPage) -> str:
     if not page.scores:
-        return note("Not measured. Run: alphaflow eval RUN --reference REFERENCE")
+        return note(f"Not measured. Run: {_command(page, 'eval')}")
     caption = (
         "Of distances (FID, FDD, FCD, FD-tiny, KID) lower is better, of IS, precision, recall, density and coverage "
         "higher. Two numbers may be compared only where their protocols are the same."
     )
     head = ("score", "NFE", "value", "protocol")
     return html_table(page.scores, head=head, numbers=(1, 2), style="scores") + note(caption)
+
+
+def _command(page: RunPage, verb: str) -> str:
+    """The command of the page that begins with this verb."""
+    return next((line for line in page.commands if line.startswith(f"alphaflow {verb} ")), f"alphaflow {verb} RUN")
+
+
+def _commands(page: RunPage) -> str:
+    """The commands below each other; the end of a long one is indented."""
+    return "<pre>{}</pre>".format("\n".join(f"<span>{escape(line)}</span>" for line in page.commands))
 
 
 def _recipe(page: RunPage) -> str:
@@ -213,7 +224,7 @@ def spread_over(items: Sequence[Item], most: int) -> list[Item]:
 def to_webp(path: Path, width: int, quality: int) -> bytes:
     """Encode a picture as WebP, at most `width` pixels wide."""
     with blamed_on(path, "a PNG picture", Image.DecompressionBombError), open_picture(path) as image:
-        picture = image.convert("RGB")
+        picture = in_colour(image)
     if picture.width > width:
         picture = picture.resize((width, round(picture.height * width / picture.width)), Image.Resampling.LANCZOS)
     out = io.BytesIO()
@@ -240,7 +251,11 @@ h2 { margin: 0 0 10px; font-size: 20px; } h3 { margin: 18px 0 6px; font-size: 16
 p { margin: 0 0 10px; } .note { color: var(--soft); font-size: 14.5px; }
 svg { display: block; width: 100%; height: auto; } .narrow { display: none; }
 @media (max-width: 700px) { main { padding: 14px 10px 40px; } section { padding: 14px 12px; }
-  .wide { display: none; } .narrow { display: block; } header h1 { font-size: 24px; } }
+  .wide { display: none; } .narrow { display: block; } header h1 { font-size: 24px; }
+  table.scores thead { display: none; } table.scores tr { display: grid; grid-template-columns: 1fr auto auto; }
+  table.scores td:nth-child(2)::before { content: "NFE "; color: var(--soft); }
+  table.scores td:last-child { grid-column: 1 / -1; padding-top: 0; color: var(--soft); }
+  table.scores td:not(:last-child) { border-bottom: 0; } }
 .chart { position: relative; touch-action: pan-y; }
 .rule { position: absolute; top: 0; bottom: 0; width: 1px; background: var(--faint); pointer-events: none; }
 .values { position: absolute; top: 8px; z-index: 1; padding: 6px 10px; pointer-events: none; white-space: pre;
@@ -252,15 +267,17 @@ th, td { text-align: left; vertical-align: top; padding: 5px 14px 5px 0; border-
 th { color: var(--soft); font-weight: 600; } td.number, th.number { text-align: right; white-space: nowrap;
   font-variant-numeric: tabular-nums; }
 table.scores td:first-child { white-space: nowrap; }
+table.facts td { overflow-wrap: anywhere; }
 table.facts td:first-child { white-space: nowrap; color: var(--soft); width: 1%; }
 code, pre { font: 13.5px/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
-pre { background: var(--back); border: 1px solid var(--line); border-radius: 8px; padding: 12px; overflow-x: auto;
-  margin: 0 0 10px; }
+pre { background: var(--back); border: 1px solid var(--line); border-radius: 8px; padding: 12px; margin: 0 0 10px;
+  white-space: pre-wrap; overflow-wrap: anywhere; }
+pre span { display: inline-block; width: 100%; padding-left: 20px; text-indent: -20px; }
 summary { cursor: pointer; color: var(--accent); margin: 8px 0; }
 .slider { display: flex; gap: 14px; align-items: center; margin: 0 0 12px; }
 .slider input { flex: 1; min-width: 0; accent-color: var(--accent); height: 28px; }
-.slider output { min-width: 9em; text-align: right; font-variant-numeric: tabular-nums; }
-figure { margin: 0; background: #ffffff; border-radius: 6px; padding: 6px; text-align: center; }
+.slider output { white-space: nowrap; text-align: right; font-variant-numeric: tabular-nums; }
+figure { margin: 0; text-align: center; }
 figure img { max-width: 100%; height: auto; display: block; margin: 0 auto; image-rendering: auto; }
 figure img[hidden] { display: none; }
 @media print { .wide { display: block; } .narrow { display: none; } section { break-inside: avoid; } }

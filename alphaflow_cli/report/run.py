@@ -100,9 +100,9 @@ def page_of(run: Path) -> RunPage:
     changes = [each for each in diff_recipes(other, recipe) if each[0] != "name"]
     conflict, percentiles = conflict_of(run, recipe, rows)
     return RunPage(
-        name=recipe.name or run.name,
+        name=run.resolve().name,
         status=status_of(recipe, rows, origin),
-        made_by="α-Flow and its family, by alphaflow " + (origin.get("versions") or {}).get("alphaflow", ""),
+        made_by=" ".join([f"recipe {recipe.name}, by alphaflow", (origin.get("versions") or {}).get("alphaflow", "")]),
         facts=lines(recipe),
         plan=recipe_chart(recipe),
         curves=curves_of(recipe, rows),
@@ -209,7 +209,7 @@ def environment_of(origin: dict[str, Any], digest: str, rows: Sequence[dict[str,
 
 def commands_of(recipe: Recipe, run: Path, origin: dict[str, Any], *, images: int = 0) -> list[str]:
     """The commands that make the run again, from the pictures to the scores and this page."""
-    folder, data = quote(f"runs/{run.resolve().name or recipe.name}"), recipe.data
+    folder, data = quote(place_of(run)), recipe.data
     count = f" --images {images}" if images not in (0, recipe.eval.images) else ""
     made_by = (origin.get("versions") or {}).get("alphaflow")
     head = [f"# alphaflow {for_terminal(made_by)}: pip install alphaflow-cli"] if made_by else []
@@ -230,6 +230,12 @@ def commands_of(recipe: Recipe, run: Path, origin: dict[str, Any], *, images: in
         f"alphaflow analyze {folder} --batches 100" + (" --data DIR" if prepare and not data.store else ""),
         f"alphaflow report {folder}",
     ]
+
+
+def place_of(run: Path) -> str:
+    """The run folder as it was typed; a path that means something on this machine only becomes runs/NAME."""
+    here_only = run.is_absolute() or ".." in run.parts or not run.parts
+    return f"runs/{run.resolve().name}" if here_only else run.as_posix()
 
 
 def _train_command(recipe: Recipe, folder: str) -> tuple[str, list[str]]:

@@ -41,7 +41,7 @@ class Progress:
         self._has_notes = False
         self._bar: tqdm[Any] | None = None
         if shown and not self._lines:
-            self._bar = tqdm(
+            self._bar = Bar(
                 total=total, initial=done, desc=label, unit=f" {unit}", file=sys.stderr, dynamic_ncols=True,
                 bar_format=BAR,
             )  # fmt: skip
@@ -68,10 +68,11 @@ class Progress:
             say(self.line())
 
     def line(self) -> str:
-        """`encode 3200/50000 img, 412.0 img/s, 1:53 left, 9.8 MB`."""
+        """`encode 3200/50000 img, 412.0 img/s, 1:53 left, 9.8 MB`; where all was done before, there is no speed."""
         seconds = max(time.monotonic() - self._started_at, 1e-9)
         rate = (self.done - self._start) / seconds
-        parts = [f"{self.label} {self.done}/{self.total} {self.unit}", f"{rate:.1f} {self.unit}/s"]
+        parts = [f"{self.label} {self.done}/{self.total} {self.unit}"]
+        parts += [rate_text(rate, self.unit)] if rate > 0 else []
         if rate > 0 and self.done < self.total:
             parts.append(f"{duration((self.total - self.done) / rate)} left")
         return ", ".join([*parts, self.note] if self.note else parts)
@@ -86,6 +87,19 @@ class Progress:
             self._bar.close()
         elif self._lines and kind is None:
             self._say_line()
+
+
+class Bar(tqdm):  # type: ignore[type-arg]
+    """tqdm's bar; of slow work it says `1.19 s/step`, not `1.19s/ step`."""
+
+    @staticmethod
+    def format_meter(*args: Any, **options: Any) -> str:
+        return str(tqdm.format_meter(*args, **options)).replace("s/ ", " s/")
+
+
+def rate_text(rate: float, unit: str) -> str:
+    """How fast: `412.0 img/s`, or of slow work `1.19 s/step`."""
+    return f"{rate:.1f} {unit}/s" if rate >= 1 else f"{1 / rate:.2f} s/{unit}"
 
 
 def duration(seconds: float) -> str:

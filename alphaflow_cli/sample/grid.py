@@ -1,7 +1,8 @@
 """Grids of pictures with a word above a column, beside a row or below a picture: the only place that lays them out.
 
 `grid_in_rows` shows pictures in reading order, `grid_by_walk` the same seeds by several walks below each other, and
-`grid_side_by_side` by several walks beside each other, a class per row.
+`grid_side_by_side` by several walks beside each other, a class per row. The paper between the pictures is transparent,
+and the words are of a grey that can be read on white and on black: a grid looks well on light and dark pages.
 """
 
 import io
@@ -14,7 +15,8 @@ from PIL import Image, ImageDraw, ImageFont
 from alphaflow_cli.data.pictures import open_picture
 from alphaflow_cli.errors import AlphaflowError, blamed_on
 
-GAP, INK, PAPER = 2, (26, 32, 44), (255, 255, 255)
+GAP, INK, PAPER = 2, (113, 128, 150, 255), (255, 255, 255, 0)
+LETTERS, SMALLEST, APART = 16, 11, 8  # pixels: the size of words, the least of it, and between two words side by side
 WORD = 16  # pixels for the name below a picture
 FORMS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}  # suffix of a grid's file → its form
 
@@ -71,16 +73,19 @@ def grid_png(
     side = rows[0][0].shape[0]
     zoom = max(1, round(64 / side)) if side < 64 else 1
     cell = side * zoom
-    font = ImageFont.load_default(max(11, min(16, cell // 4)))
-    small = ImageFont.load_default(11)
+    largest = max(SMALLEST, min(LETTERS, cell // 4))
+    font, small, heading = (
+        ImageFont.load_default(size) for size in (largest, SMALLEST, fitting_size(column_names, cell, largest))
+    )
     left = int(max(font.getlength(name) for name in row_names)) + 12 if row_names else 0
     top = 20 if any(column_names) else 0
     step = cell + GAP + (WORD if names else 0)  # from one row to the next
     width = left + max(len(row) for row in rows) * (cell + GAP) + GAP
-    canvas = Image.new("RGB", (width, top + len(rows) * step + GAP), PAPER)
+    canvas = Image.new("RGBA", (width, top + len(rows) * step + GAP), PAPER)
     draw = ImageDraw.Draw(canvas)
     for j, name in enumerate(column_names):
-        draw.text((left + GAP + j * (cell + GAP) + cell // 2, 10), _fit(name, cell, font), INK, font, anchor="mm")
+        place = (left + GAP + j * (cell + GAP) + cell // 2, 10)
+        draw.text(place, _fit(name, cell - APART, heading), INK, heading, anchor="mm")
     for i, row in enumerate(rows):
         y = top + GAP + i * step
         if row_names:
@@ -90,8 +95,16 @@ def grid_png(
             canvas.paste(Image.fromarray(picture).resize((cell, cell), Image.Resampling.NEAREST), (x, y))
             if names:
                 place = (x + cell // 2, y + cell + WORD // 2)
-                draw.text(place, _fit(names[i][j], cell, small), INK, small, anchor="mm")
+                draw.text(place, _fit(names[i][j], cell - APART // 2, small), INK, small, anchor="mm")
     return png_bytes(canvas, form)
+
+
+def fitting_size(names: Sequence[str], cell: int, largest: int) -> int:
+    """The largest size of letters in which every name fits above its column, else the smallest one."""
+    sizes = range(largest, SMALLEST, -1)
+    fonts = ((size, ImageFont.load_default(size)) for size in sizes)
+    fitting = (size for size, font in fonts if all(font.getlength(name) <= cell - APART for name in names))
+    return next(fitting, SMALLEST)
 
 
 def picture_png(picture: np.ndarray) -> bytes:
@@ -102,14 +115,19 @@ def picture_png(picture: np.ndarray) -> bytes:
 def plain_png(path: Path) -> bytes:
     """The pixels of a PNG file and nothing else that may stand in one."""
     with blamed_on(path, "a PNG picture", Image.DecompressionBombError), open_picture(path) as image:
-        return png_bytes(image.convert("RGB"))
+        return png_bytes(in_colour(image))
+
+
+def in_colour(image: Image.Image) -> Image.Image:
+    """An image in RGB, or in RGBA where it is transparent in places."""
+    return image.convert("RGBA" if "A" in image.getbands() else "RGB")
 
 
 def png_bytes(image: Image.Image, form: str = ".png") -> bytes:
     """A picture in memory as the bytes of a file: PNG, or what the suffix `form` stands for."""
     out = io.BytesIO()
     more = {} if form == ".png" else {"quality": 95}
-    image.save(out, FORMS[form], **more)
+    (image.convert("RGB") if FORMS[form] == "JPEG" else image).save(out, FORMS[form], **more)
     return out.getvalue()
 
 

@@ -8,9 +8,9 @@ import numpy as np
 
 from alphaflow_cli.core import sampler
 from alphaflow_cli.errors import AlphaflowError
-from alphaflow_cli.recipe.plan import effective_scale, has_null_label, is_guided, label_rows, needs_many_steps
+from alphaflow_cli.model.find import find_classes
+from alphaflow_cli.recipe.plan import effective_scale, has_null_label, is_guided, needs_many_steps
 from alphaflow_cli.recipe.schema import MOST_NFE, Recipe
-from alphaflow_cli.text import shorten
 
 EARLIEST_START = 0.9  # of an own grid: noise for z at that time is wrong by (1 − t) x
 
@@ -135,20 +135,5 @@ def choose_labels(recipe: Recipe, seeds: Sequence[int], classes: str, names: Seq
     count = recipe.data.classes
     if not classes:
         return LazyLabels(seeds, lambda places, some: draw_labels(some, count, "random"))
-    if label_rows(recipe) == 0:
-        raise AlphaflowError("--classes: this model was trained without labels.")
-    chosen = [find_class(part.strip(), names, count) for part in classes.split(",")]
+    chosen = find_classes(recipe, classes, names)
     return LazyLabels(seeds, lambda places, some: [chosen[at % len(chosen)] for at in places])
-
-
-def find_class(text: str, names: Sequence[str], count: int, *, where: str = "--classes") -> int:
-    """A class by its number, or by its name or one of its names; `where` is what an error names."""
-    if text.isdecimal() and len(text) < 20 and int(text) < count:
-        return int(text)
-    matches = [i for i, name in enumerate(names) if text.lower() in (part.strip().lower() for part in name.split(","))]
-    if len(matches) == 1:
-        return matches[0]
-    known = ", ".join(names[:12]) + (", …" if len(names) > 12 else "")
-    raise AlphaflowError(
-        f"{where} {shorten(text, 100)}: not a class of this model: 0 to {count - 1}" + (f", {known}" if names else "")
-    )

@@ -82,8 +82,9 @@ def make_sinks(plan: Plan) -> "list[PictureFolder | RowFile]":
     if request.grid is not None:
         count = len(request.seeds)
         shown = min(count, MOST_SHOWN if len(plan.walks) == 1 else 2 * COLUMNS)
-        if len(plan.walks) == 1 and shown < count and plan.processes.rank == 0:
-            say(f"{request.grid}: shows the first {shown:,} of {count:,} pictures")
+        if shown < count and plan.processes.rank == 0:
+            each = "" if len(plan.walks) == 1 else ", a row for each number of evaluations"
+            say(f"{request.grid}: shows the first {shown:,} of {count:,} pictures{each}")
         sinks.append(GridFile(plan, request.grid, (side, side, 3), shown=shown))
     return sinks
 

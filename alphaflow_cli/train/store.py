@@ -20,7 +20,7 @@ from alphaflow_cli.recipe.schema import Recipe
 
 SHAPE = tuple(f"data.{name}" for name in ("autoencoder", "image_size", "channels", "latent_size", "classes"))
 CONTENT = tuple(f"data.{name}" for name in ("flips", "source", "normalise", "scale", "shift"))
-YIELDING = (*SHAPE, *CONTENT, "model.patch", "eval.reference")
+YIELDING = (*SHAPE, *CONTENT, "model.patch", "eval.reference", "eval.images")
 PREPARED = {  # field → the option of prep-latents that decides it in a store; two follow from the others
     "data.autoencoder": "--autoencoder {}",
     "data.image_size": "--size {}",
@@ -121,6 +121,8 @@ def described(plan: StorePlan, before: Recipe) -> dict[str, Any]:
     others = source != before.data.source if embedded or before.data.source else False
     if others or any(fields[field] != values[field] for field in SHAPE):
         fields["eval.reference"] = ""  # of other pictures
+    if not fields.get("eval.reference", before.eval.reference):
+        fields["eval.images"] = min(before.eval.images, plan.images)  # no more than there are to compare with
     return fields
 
 

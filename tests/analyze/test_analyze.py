@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import sys
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from analyzed_runs import analyze, train
 from torch import nn
 from train_helpers import fork
 
+from alphaflow_cli.analyze import analyze as engine
 from alphaflow_cli.analyze.summary import percentile, spread, summarise
 from alphaflow_cli.cli import run as cli
 from alphaflow_cli.core.conflict import cosine
@@ -203,6 +205,14 @@ def test_an_interrupted_analysis_goes_on_and_ends_the_same(tiny_run, measured, t
     parts = analyze(tiny_run, tmp_path / "b", capsys, "--batches", "3")
     assert parts["checkpoints"] == whole["checkpoints"]
     assert lines.read_text().startswith(kept)
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_an_analysis_that_is_ended_says_that_it_goes_on(tiny_run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(engine, "measure_one", lambda *_arguments: sys.exit(143))  # as the command's SIGTERM does
+    with pytest.raises(SystemExit):
+        cli(["analyze", str(tiny_run), "--out", str(tmp_path), "--batches", "1"])
+    assert "interrupted; finished batches are kept" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("no_pictures")

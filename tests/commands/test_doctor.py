@@ -71,7 +71,7 @@ def test_a_missing_package_and_a_broken_torch_are_problems():
         "timm is not installed: pip install timm",
         "nothing that computes will work: torch cannot be imported: libcudart is missing",
         "the cache x cannot be written",
-        "1.0 GB free here: two checkpoints of an XL/2 run need 22 GB",
+        "1.0 GB free here: what an XL/2 run keeps needs 22 GB",
     ]
 
 

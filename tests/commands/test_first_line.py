@@ -64,6 +64,16 @@ def test_a_slip_is_answered_before_torch_is_loaded_and_the_hub_asked(project):
     assert {path.name for path in project.iterdir()} == {"runs"}
 
 
+def test_a_class_that_is_not_there_is_answered_before_torch_is_loaded(project):
+    script = (
+        "import sys\nfrom alphaflow_cli.cli import run\n"
+        "print(run('sample runs/quickstart --classes 3,typo'.split()), 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=project, capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["1", "False"], done.stderr
+    assert done.stderr.startswith("error: --classes typo: not a class of this model: 0 to 9, class 0, class 1, ")
+
+
 def test_every_verb_says_what_it_begins_before_torch_is_loaded(project):
     script = (
         "import sys\nfrom alphaflow_cli import cli\nfrom alphaflow_cli.runtime import progress\n"

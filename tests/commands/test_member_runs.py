@@ -55,7 +55,7 @@ def test_a_recipe_goes_from_training_to_a_dry_push(name, store, tmp_path, monkey
     ("soflow-b4", "0 < α < 1 from step 0 (100.0% of the run): one more forward per step"),
     ("soflow-xl2", "fading above t = 0.8: effective scale 3, built into the weights"),
     ("cifar10-soflow", "RAdam, lr 0.0001 constant; EMA half-life 6931.13 steps, moved every 16 steps"),
-    ("meanflow-b2-boundary", "a derivative per step, along the network's own velocity"),
+    ("meanflow-b2-boundary", "a derivative (JVP) per step, along the network's own velocity"),
 ])  # fmt: skip
 def test_show_tells_the_phases_and_what_they_cost(name, text, capsys):
     go("recipe", "show", name)

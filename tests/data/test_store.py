@@ -1,5 +1,6 @@
 """The latent store: what is written is what is read, and whatever was touched since is named."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -82,6 +83,14 @@ def test_a_pipe_or_a_device_is_not_replaced_by_a_file(tmp_path):
             write(tmp_path / "pipe")
     assert [file.name for file in tmp_path.iterdir()] == ["pipe"]
     assert (tmp_path / "pipe").is_fifo()
+
+
+@pytest.mark.parametrize("size", [1, (1 << 20) + 3])
+def test_a_stream_is_hashed_whether_its_pieces_are_small_or_large(size, tmp_path):
+    pieces = [bytes([value]) * size for value in (1, 2)]
+    written = write_pieces(tmp_path / "a", pieces)
+    assert written == (2 * size, hashlib.sha256(b"".join(pieces)).hexdigest())
+    assert (tmp_path / "a").read_bytes() == b"".join(pieces)
 
 
 def test_files_have_the_users_mode(tmp_path):

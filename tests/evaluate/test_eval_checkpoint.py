@@ -1,6 +1,7 @@
 """`alphaflow eval CKPT`: the same pictures as `sample`, one ruler for every NFE, the whole protocol in results.json."""
 
 import json
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from run_pages import score
 from small_models import pixel_checkpoint
 
 from alphaflow_cli import cli
+from alphaflow_cli.evaluate import measure
 from alphaflow_cli.evaluate.evaluate import score_chart
 from alphaflow_cli.evaluate.results import Evaluation, read_results
 from alphaflow_cli.hub.card import result_rows
@@ -52,7 +54,8 @@ def evaluate(run: Path, real: Path, *options: str) -> int:
 
 def test_every_nfe_is_a_row_with_its_whole_protocol(run, real, capsys):
     assert evaluate(run, real, "--nfe", "1", "--nfe", "2") == 0
-    out = capsys.readouterr().out
+    out, err = capsys.readouterr()
+    assert err.count("note: FD-tiny-110: biased upwards") == 1  # it holds for both
     assert out.strip().endswith(str(run / "results.json"))
     assert "FID" not in out
     one, two = rows(run / "results.json")
@@ -201,9 +204,17 @@ def test_a_metric_whose_weights_are_missing_does_not_stop_the_others(run, real, 
 def test_every_part_of_an_evaluation_has_its_bar(run, real, capsys):
     assert evaluate(run, real, "--nfe", "1") == 0
     err = capsys.readouterr().err
-    assert (
-        err.index(f"eval {run}") < err.index("reference 120 120/120 img") < err.index("sampling, features 110/110 img")
-    )
+    parts = (f"eval {run}", "reference 120 120/120 img", "sampling, features 110/110 img", "computing FD-tiny of 110")
+    assert sorted(parts, key=err.index) == [*parts]
+    assert evaluate(run, real, "--nfe", "1") == 0
+    assert "sampling, features 110/110 img\n" in capsys.readouterr().err  # all were measured before: no speed
+
+
+def test_an_evaluation_that_is_ended_says_that_it_goes_on(run, real, capsys, monkeypatch):
+    monkeypatch.setattr(measure, "_measure", lambda *_arguments, **_options: cli._terminate(signal.SIGTERM, None))
+    with pytest.raises(SystemExit):
+        evaluate(run, real, "--nfe", "1")
+    assert "interrupted; finished chunks are kept in" in capsys.readouterr().err
 
 
 def test_the_newest_checkpoint_is_the_runs_whatever_it_is_called(run, real):

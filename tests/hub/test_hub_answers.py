@@ -80,12 +80,12 @@ def test_a_token_with_a_strange_character_is_one_clear_line(hub, project_run, ca
 
 
 @pytest.mark.parametrize("dry", [(), ("--dry-run",)])
-def test_a_recipes_name_that_the_hub_does_not_take_is_refused(hub, project_run, capsys, dry):  # noqa: F811
-    write_checkpoint(project_run / "model.safetensors", sets=["name=b2+x"])
-    code, said = alphaflow("push", "runs/tiny", "--without-results", *dry, capsys=capsys)
+def test_a_runs_name_that_the_hub_does_not_take_is_refused(hub, project_run, capsys, dry):  # noqa: F811
+    run = project_run.rename(project_run.with_name("b2+x"))
+    code, said = alphaflow("push", "runs/b2+x", "--without-results", *dry, capsys=capsys)
     assert code == 1
     assert "b2+x: the Hub does not accept this name" in said
-    assert not (project_run / "hub").exists()
+    assert not (run / "hub").exists()
 
 
 @pytest.mark.parametrize("dry", [(), ("--dry-run",)])

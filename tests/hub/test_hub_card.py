@@ -77,6 +77,37 @@ def test_the_card_tells_the_weights_the_recipe_and_the_scores(finished, tmp_path
         assert width(tmp_path / "hub" / picture) > 100
 
 
+def test_the_card_bears_the_runs_name_and_says_by_which_recipe(finished, tmp_path, capsys):
+    mine = finished.rename(tmp_path / "mine")
+    assert run(["push", str(mine), "--dry-run", "--out", str(tmp_path / "hub")]) == 0
+    assert "nothing was sent" in capsys.readouterr().err
+    card = ModelCard.load(tmp_path / "hub" / "README.md")
+    assert card.text.strip().startswith("# mine\n")
+    assert card.data.model_name == "mine"
+    assert "Recipe `tiny`: 100 steps of 8 pictures; 800 pictures seen." in card.text
+    assert "alphaflow sample user/mine " in card.text
+
+
+@pytest.mark.parametrize(("step", "known"), [(40, True), (100, False)])
+def test_the_card_of_an_unfinished_run_says_so(step, known, tmp_path):
+    text = (staged(write_checkpoint(tmp_path / "m.safetensors", step=step), tmp_path) / "README.md").read_text()
+    assert ("**The training is not finished: these are the weights of step 40 of 100.**" in text) == known
+    assert ("100 steps of 8 pictures, of which this is step 40 of 100" in text) == known
+
+
+@pytest.mark.parametrize("classes", [0, 1, 3])
+def test_the_card_says_no_word_of_what_the_model_has_not(classes, tmp_path):
+    model = write_checkpoint(tmp_path / "m.safetensors", sets=[f"data.classes={classes}"], class_names=["cat"])
+    card = ModelCard.load(staged(model, tmp_path) / "README.md")
+    assert "atents" not in card.text.partition("```yaml")[0] + card.text.partition("</details>")[2]
+    assert "autoencoder" not in card.text.partition("</details>")[2]
+    tasks = [tag for tag in card.data.tags if tag.endswith("conditional-image-generation")]
+    assert tasks == ["class-conditional-image-generation" if classes > 1 else "unconditional-image-generation"]
+    assert card.data.pipeline_tag == (None if classes > 1 else tasks[0])
+    assert ("classes=[" in card.text) == (classes > 1)
+    assert ("All pictures are of one class: cat." in card.text) == (classes == 1)
+
+
 def test_the_recipe_beside_the_weights_loads(finished, tmp_path):
     folder = staged(finished, tmp_path)
     assert load_recipe(str(folder / "recipe.yaml")) == load_checkpoint(folder / "model.safetensors").recipe

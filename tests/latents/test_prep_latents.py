@@ -11,6 +11,7 @@ import pytest
 import torch
 from awkward_pictures import GOOD, encoded, gradient, write_awkward
 from click.testing import CliRunner
+from huggingface_hub import constants
 from latent_stores import prepare_latents
 from new_process import alphaflow
 from PIL import Image
@@ -163,7 +164,7 @@ def test_two_processes_give_the_same_bytes_as_one(vae, tmp_path, encoder):
     code, out, err = invoke(*line, "--processes", 2)
     assert code == 0, err
     assert out.splitlines()[-1] == str(tmp_path / "two"), "the first process prints for both"
-    assert err.count("encode 600/600 img") == 1
+    assert err.count("600/600 img") == 1
     assert contents(one) == contents(tmp_path / "two")
 
 
@@ -213,6 +214,25 @@ def test_another_preparation_in_the_same_folder_is_refused_with_both_sides(tree,
     out = prepare(tree, tmp_path / "s")
     with pytest.raises(AlphaflowError, match=words):
         prepare(tree, out, **changes)
+
+
+def test_another_preparation_is_refused_in_one_short_line(tree, tmp_path):
+    out = prepare(tree, tmp_path / "s")
+    with pytest.raises(AlphaflowError) as fault:
+        prepare("glyphs:20", out, size=8, flips=True)
+    text = str(fault.value).removeprefix(str(out))
+    assert text.startswith(": holds another preparation: source.kind is 'glyphs' in this command, ")
+    assert "; and " in text
+    assert text.endswith(" more. Give another --out, or delete it")
+    assert "sha256" not in text
+    assert len(text) < 300
+
+
+def test_an_autoencoder_that_cannot_be_fetched_names_the_way_without_one(tree, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(AlphaflowError, match=r"HF_HUB_OFFLINE is set.*--autoencoder none --size 32$"):
+        prepare(tree, tmp_path / "s", autoencoder="stabilityai/sd-vae-ft-ema")
 
 
 def test_other_weights_of_the_same_name_are_refused(vae, tree, tmp_path):
@@ -382,7 +402,7 @@ def test_the_command_prints_the_store_last(here, capfd):
         "40 pictures, 10 classes, pixels 3x32x32 uint8, 173.2 kB",
         "latents/glyphs-40-32-pixels",
     ]
-    assert "encode 40/40 img" in err
+    assert "prepare 40/40 img" in err
     assert "\r" not in err
     assert run(["prep-latents", "--verify", "latents/glyphs-40-32-pixels"]) == 0
     assert capfd.readouterr().out.splitlines()[-1] == "latents/glyphs-40-32-pixels"
@@ -391,7 +411,7 @@ def test_the_command_prints_the_store_last(here, capfd):
 def test_an_estimate_writes_nothing(here, capfd):
     assert run(["prep-latents", "glyphs:5000", "--out", "s", "--estimate"]) == 0
     lines = capfd.readouterr().out.splitlines()
-    assert lines[0] == "pictures: 5,000, 5,000 to do in 16 shards, latents 3x32x32"
+    assert lines[0] == "pictures: 5,000, 5,000 to do in 16 shards, pixels 3x32x32"
     assert lines[1].startswith("disk: 15.4 MB needed, ")
     assert lines[2].startswith("time: 0:")
     assert list(here.iterdir()) == []

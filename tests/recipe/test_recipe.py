@@ -151,7 +151,7 @@ def test_every_field_of_the_schema_is_explained_in_the_docs():
 def test_show_prints_a_recipe_and_what_follows_from_it(tmp_path, capsys):
     assert run(["recipe", "show", "b2"]) == 0
     out = capsys.readouterr().out
-    for fact in ("α = 1 until step 115,308", "JVP from step 284,693", "131,287,312 parameters", "102.4 M images seen"):
+    for fact in ("α = 1 until step 115,308", "α = 0 from step 284,693", "131,287,312 param", "102.4 M images seen"):
         assert fact in out
     (tmp_path / "b2.yaml").write_text(out, encoding="utf-8")
     assert load_recipe(str(tmp_path / "b2.yaml")) == load_recipe("b2")

@@ -71,6 +71,19 @@ def test_the_page_tells_the_run(page):
     assert page.tags.count("svg") == 2 * 3  # plan, curves, conflict, each wide and narrow
 
 
+def test_the_page_bears_the_runs_name_and_gives_commands_for_this_run(run_folder, tmp_path, monkeypatch, capsys):
+    mine = shutil.copytree(run_folder, tmp_path / "tries" / "mine")
+    for name in ("results.json", "metrics.jsonl"):
+        (mine / name).unlink()
+    monkeypatch.chdir(tmp_path)
+    text = report(Path("tries/mine"), capsys).read_text(encoding="utf-8")
+    assert "<h1>mine</h1>" in text
+    assert "recipe quickstart, by alphaflow 0.1.0" in text
+    assert "Not measured. Run: alphaflow eval tries/mine --reference shapes:10000" in text
+    assert "afterwards: alphaflow analyze tries/mine --batches 100" in text
+    assert "RUN" not in Page(text).text
+
+
 def test_samples_come_first_then_scores_then_curves(page):
     sections = ["samples", "scores", "curves", "alpha", "conflict", "run", "recipe", "environment", "reproduce"]
     assert [each for each in page.ids if each in sections] == sections
@@ -90,7 +103,7 @@ def test_a_loss_whose_target_changes_is_cut_where_a_phase_ends():
 
 def test_the_commands_lead_from_the_pictures_to_the_scores(page):
     text = page.text[page.text.index("How to reproduce", page.text.index("Environment")) :]
-    commands = re.findall(r"alphaflow (\S+) (.*)", text)
+    commands = re.findall(r"alphaflow (\S+) (.*\S)", text)
     assert [verb for verb, _ in commands][-5:] == ["train", "sample", "eval", "analyze", "report"]
     assert ("eval", f"runs/quickstart --reference {load_recipe('quickstart').eval.reference}") in commands
     assert "pip install alphaflow-cli" in text

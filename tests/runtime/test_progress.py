@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from alphaflow_cli.runtime import progress
-from alphaflow_cli.runtime.progress import Progress, duration, say, size
+from alphaflow_cli.runtime.progress import Bar, Progress, duration, say, size
 
 
 class Terminal(io.StringIO):
@@ -81,9 +81,9 @@ def test_piped_progress_is_quiet_between_its_lines(capsys):
 def test_what_was_done_before_does_not_count_for_the_speed():
     bar = Progress("encode", 100, unit="img", done=99, shown=False)
     bar._started_at -= 10
-    assert "0.0 img/s" in bar.line()
+    assert bar.line() == "encode 99/100 img"  # no speed yet
     bar.advance(1)
-    assert "0.1 img/s" in bar.line()
+    assert "10.00 s/img" in bar.line()
 
 
 def test_only_the_main_process_shows(capsys):
@@ -123,3 +123,8 @@ def test_durations_read_like_a_clock(seconds, text):
 )
 def test_sizes_are_decimal(count, text):
     assert size(count) == text
+
+
+def test_slow_work_is_told_in_seconds_a_step():
+    assert Bar.format_meter(3, 850, 3.57, unit=" step", bar_format="{rate_fmt}").strip() == "1.19 s/step"
+    assert Bar.format_meter(30, 850, 3, unit=" step", bar_format="{rate_fmt}").strip() == "10.00 step/s"

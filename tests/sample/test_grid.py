@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from alphaflow_cli.sample.grid import even_columns, grid_by_walk, grid_in_rows, grid_png, grid_side_by_side
+from alphaflow_cli.sample.grid import even_columns, grid_by_walk, grid_in_rows, grid_png, grid_side_by_side, in_colour
 
 CELL = 64 + 2  # a picture of 16 px is shown four times as large
 
@@ -54,6 +54,23 @@ def test_names_that_differ_within_a_column_stand_below_their_pictures():
     assert [int(image[2 + 82 * row + 32, 34, 0]) for row in range(2)] == [0, 2]
     assert (image[66:82] < 128).any()
     assert (image[148:] < 128).any()
+
+
+def test_the_paper_is_transparent_and_the_pictures_are_not():
+    image = Image.open(io.BytesIO(grid_in_rows(pictures(3), 2, ["a", "b", "a"])))
+    paper = np.asarray(image)[..., 3]
+    assert image.mode == "RGBA"
+    assert (paper[20 + 2 : 20 + CELL, 2:CELL] == 255).all()
+    assert (paper[-40:, -40:] == 0).all()  # where a fourth picture would be
+    assert in_colour(image).mode == "RGBA"
+    assert Image.open(io.BytesIO(grid_in_rows(pictures(3), 2, form=".jpg"))).getpixel((100, 100)) == (255, 255, 255)
+
+
+def test_long_words_side_by_side_do_not_touch():
+    words = np.asarray(Image.open(io.BytesIO(grid_in_rows(pictures(2), 2, ["hourglass", "hourglass"]))))[:20, :, 3]
+    between = slice(2 + 64 - 3, 2 + CELL + 3)
+    assert words.any()
+    assert not words[:, between].any()
 
 
 def test_walks_stand_below_each_other_with_the_same_seeds_above_each_other():

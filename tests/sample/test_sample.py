@@ -60,6 +60,14 @@ def test_a_picture_is_the_same_in_every_batch_and_order(tmp_path):
         assert file.read_bytes() == (tmp_path / "1" / file.name).read_bytes()
 
 
+def test_a_grid_of_several_numbers_of_steps_says_how_many_pictures_it_shows(tmp_path, capsys):
+    path = pixel_checkpoint(tmp_path / "c.safetensors")
+    line = ["sample", str(path), "--seeds", "0-21", "--nfe", "1", "--nfe", "2", "--grid", str(tmp_path / "g.png")]
+    assert cli.run(line) == 0
+    shown = "g.png: shows the first 20 of 22 pictures, a row for each number of evaluations"
+    assert shown in capsys.readouterr().err
+
+
 @pytest.mark.usefixtures("forked_workers")
 @pytest.mark.distributed
 def test_two_processes_draw_what_one_draws(tmp_path):

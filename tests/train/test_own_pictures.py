@@ -96,7 +96,7 @@ def test_every_shipped_recipe_yields_to_the_store(name, here):
     assert (data.autoencoder, data.image_size, data.latent_size, data.channels) == ("none", 20, 20, 3)
     assert (data.classes, data.flips, data.source, data.store) == (3, True, "", "mine")
     assert data.normalise != "position"  # a pixel may be the same in every picture
-    assert run.recipe.eval.reference == ""
+    assert (run.recipe.eval.reference, run.recipe.eval.images) == ("", 12)  # as many as there are to compare with
     assert run.folder == Path("runs") / f"{name}-mine"
     assert run.notes[0].startswith(f"{name} takes over from mine: ")
     assert "\n" not in run.notes[0]
@@ -121,6 +121,8 @@ def test_a_file_of_ones_own_holds_in_what_it_says_and_yields_in_the_rest(here):
     assert (data.autoencoder, data.image_size, data.channels, data.store) == ("none", 20, 3, "mine")
     assert run.folder == Path("runs/own")
     assert "--set data.classes=3" in refusal(run.recipe, "mine")
+    own = "model: {patch: 4}\neval: {images: 500}\n"
+    assert resolved(write(own)).recipe.eval.images == 500
     labelless = resolved(write("model: {patch: 4}\ndata: {classes: 0}\neval: {draw: random}\n"))
     check_store(labelless.recipe, Path("mine"))
 
