@@ -104,7 +104,7 @@ def command(
         folder = out or (path / "hub" if path.is_dir() else path.with_name(f"{path.stem}-hub"))
         files = stage(opened, folder, repo=repo or f"user/{opened.name}", **more)
         print_table([(name, f"{size:,} bytes") for name, size in files.items()])
-        say(f"nothing was sent; to send it: alphaflow push {path} {name}" if repo else "nothing was sent")
+        say(f"nothing was sent; to send it: alphaflow push {path} {repo}" if repo else "nothing was sent")
         click.echo(folder)
         return
     user = check_login()

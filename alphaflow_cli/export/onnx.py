@@ -18,6 +18,7 @@ from alphaflow_cli.export.graph import (
     Difference,
     Exported,
     OneGraph,
+    Reference,
     checked,
     dynamic_shapes,
     need,
@@ -41,14 +42,18 @@ def check_onnx() -> None:
 
 def export_onnx(source: Exported, out: Path, *, half: bool) -> Difference:
     """Write FILE.onnx, checked; beyond 2 GB the weights lie beside it in FILE.onnx.data."""
-    import onnx_ir
-
     check_onnx()
     reference = reference_pictures(source)
     model = build_model(source, half=half)
-    weights = [value.const_value for value in model.graph.initializers.values()]
-    if sum(tensor.nbytes for tensor in weights) > ONE_FILE:
+    if sum(value.const_value.nbytes for value in model.graph.initializers.values()) > ONE_FILE:
         pack([model], out.with_name(f"{out.name}.data"))
+    return write_graph(model, source, out, reference, half=half)
+
+
+def write_graph(model: Any, source: Exported, out: Path, reference: Reference, *, half: bool) -> Difference:
+    """Write a graph that gives the checkpoint's pictures; of halved weights the difference is only reported."""
+    import onnx_ir
+
     differences: list[Difference] = []
 
     def write(path: Path) -> None:
