@@ -113,6 +113,11 @@ class Model:
         return self._generator.recipe
 
     @property
+    def device(self) -> torch.device:
+        """What computes its pictures."""
+        return self._generator.device
+
+    @property
     def origin(self) -> dict[str, Any]:
         """Where the weights come from: step, kind of average, versions of the software, the autoencoder."""
         return dict(self._generator.origin)

@@ -36,6 +36,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "export": ("alphaflow_cli.commands.export", "Write a checkpoint for other programs, such as ONNX Runtime."),
     "push": ("alphaflow_cli.commands.push", "Publish a model on the Hub."),
     "pull": ("alphaflow_cli.commands.pull", "Fetch a published model from the Hub."),
+    "demo": ("alphaflow_cli.commands.demo", "Look at a model in the browser; push --space publishes the same app."),
     "analyze": (
         "alphaflow_cli.commands.analyze",
         "Measure the conflict between the objective's two halves at a checkpoint.",

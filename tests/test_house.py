@@ -38,7 +38,8 @@ MAY_IMPORT = {
     **{name: set() for name in FOR_ALL},
     "api": {*VERBS, *GROUND},  # the door for Python users
     "doctor": {*VERBS, *GROUND},  # it looks into every room
-    "commands": {*VERBS, *GROUND, "doctor"},
+    "demo": {*VERBS, *GROUND, "api"},  # an app on top of the door for Python users
+    "commands": {*VERBS, *GROUND, "doctor", "demo"},
     "cli": {"commands"},
 }
 DEPENDENCIES = {
@@ -49,6 +50,7 @@ DEPENDENCIES = {
     "diffusers": ("nn/autoencoder", "export/"),
     "onnx_ir": ("export/onnx.py",),
     "onnxruntime": ("export/onnx.py",),
+    "gradio": ("demo.py",),
     "huggingface_hub": ("remote/", "hub/", "data/"),
     "matplotlib": ("charts/",),
     "PIL": ("data/", "sample/grid.py", "report/", "api.py"),

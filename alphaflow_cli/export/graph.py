@@ -34,7 +34,7 @@ from alphaflow_cli.sample.generator import Generator, open_generator
 from alphaflow_cli.sample.walk import Walk, draw_labels, plan_walk
 
 CHECKED = 5  # pictures that are compared: another number than the graph was traced with
-Reference = tuple[list[int], list[int], np.ndarray]  # seeds, labels, and what the checkpoint makes of them
+Wanted = tuple[list[int], list[int], np.ndarray]  # seeds, labels, and what the checkpoint makes of them
 MOST_LEVELS, MOST_SHARE = 2, 0.01  # of 255, of the values: beyond it a graph is not that model
 
 
@@ -158,7 +158,7 @@ def compare(made: np.ndarray, wanted: np.ndarray, output: str) -> Difference:
     return Difference(len(made), float(apart.max()) / scale, float((apart > 0).mean()), output)
 
 
-def reference_pictures(source: Exported) -> Reference:
+def reference_pictures(source: Exported) -> Wanted:
     """Seeds, labels and what the checkpoint itself makes of them; before the network is touched by an export."""
     generator = source.generator
     seeds = list(range(CHECKED))
@@ -169,7 +169,7 @@ def reference_pictures(source: Exported) -> Reference:
     return seeds, labels, (latents * generator.std + generator.mean).float().numpy()
 
 
-def checked(source: Exported, run: Callable[[list[Tensor]], np.ndarray], reference: Reference) -> Difference:
+def checked(source: Exported, run: Callable[[list[Tensor]], np.ndarray], reference: Wanted) -> Difference:
     """Run what was written on the reference's seeds, and compare what comes out."""
     seeds, labels, wanted = reference
     return compare(run(source.inputs(seeds, labels)), wanted, source.output)
@@ -220,7 +220,7 @@ def export_torch(source: Exported, out: Path) -> Difference:
 def _save_torch(
     program: Any,
     source: Exported,
-    reference: Reference,
+    reference: Wanted,
     differences: list[Difference],
     path: Path,
 ) -> None:

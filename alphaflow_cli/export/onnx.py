@@ -18,7 +18,7 @@ from alphaflow_cli.export.graph import (
     Difference,
     Exported,
     OneGraph,
-    Reference,
+    Wanted,
     checked,
     dynamic_shapes,
     need,
@@ -50,7 +50,7 @@ def export_onnx(source: Exported, out: Path, *, half: bool) -> Difference:
     return write_graph(model, source, out, reference, half=half)
 
 
-def write_graph(model: Any, source: Exported, out: Path, reference: Reference, *, half: bool) -> Difference:
+def write_graph(model: Any, source: Exported, out: Path, reference: Wanted, *, half: bool) -> Difference:
     """Write a graph that gives the checkpoint's pictures; of halved weights the difference is only reported."""
     import onnx_ir
 
