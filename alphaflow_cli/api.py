@@ -7,7 +7,7 @@
     pictures  # a notebook shows the grid
     pictures.save("hearts.png")
 
-docs/python.md goes through it step by step.
+docs/python.md goes through it step by step. `train` and `evaluate` are in doors.py.
 """
 
 from collections.abc import Iterator, Sequence

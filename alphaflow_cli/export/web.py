@@ -21,10 +21,10 @@ from alphaflow_cli.export.graph import Difference, Exported, open_exported, refe
 from alphaflow_cli.export.onnx import build_model, check_onnx, pack, write_graph
 from alphaflow_cli.files import make_folder, write_whole
 from alphaflow_cli.recipe.plan import label_rows, parameter_count
-from alphaflow_cli.remote.registry import Package, fetch_package
+from alphaflow_cli.remote.registry import NpmPackage, fetch_package
 from alphaflow_cli.sample.walk import plan_walk
 
-RUNTIME = Package(
+RUNTIME = NpmPackage(
     name="onnxruntime-web",
     version="1.30.0",
     sha512="q0y+JrrtukXSzsBWEMccVfqX25LRmosXHF+CaRJmg8pZClzcV7svNc4rKY3jL02Vb7QmRMDs1SigqR4CXAfKYQ==",

@@ -21,7 +21,7 @@ PATIENCE = 30.0  # seconds without a byte
 
 
 @dataclass(frozen=True)
-class Package:
+class NpmPackage:
     """One version of a package, by the checksum that the registry publishes for it."""
 
     name: str
@@ -38,7 +38,7 @@ class Package:
         return base64.b64encode(hashlib.sha512(content).digest()).decode() == self.sha512
 
 
-def fetch_package(package: Package, given: Path | None) -> bytes:
+def fetch_package(package: NpmPackage, given: Path | None) -> bytes:
     """The archive of a package: the file given, else the copy in the cache, else from the registry into the cache."""
     if given is not None:
         try:
@@ -61,11 +61,11 @@ def _cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "alphaflow" / "npm"
 
 
-def _by_hand(package: Package) -> str:
+def _by_hand(package: NpmPackage) -> str:
     return f"Get it where there is a network: npm pack {package.name}@{package.version}"
 
 
-def _download(package: Package) -> bytes:
+def _download(package: NpmPackage) -> bytes:
     """The bytes from the registry, bounded and checked."""
     registry = (os.environ.get("npm_config_registry") or REGISTRY).rstrip("/")  # noqa: SIM112 (npm's own name)
     address = f"{registry}/{package.name}/-/{package.file}"

@@ -19,7 +19,7 @@ from small_models import pixel_checkpoint
 
 from alphaflow_cli.cli import run
 from alphaflow_cli.export import web
-from alphaflow_cli.remote.registry import Package
+from alphaflow_cli.remote.registry import NpmPackage
 
 NEEDS_BROWSER = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on the PATH")
 DRAWN = r'id="picture"[^>]*src="data:image/png;base64,([^"]+)"'
@@ -40,7 +40,7 @@ def runtime(tmp_path, monkeypatch):
     """A small archive in the place of the real one; an empty cache, and a registry that answers nothing."""
     archive = small_archive()
     checksum = base64.b64encode(hashlib.sha512(archive).digest()).decode()
-    monkeypatch.setattr(web, "RUNTIME", Package("onnxruntime-web", "1.2.3", checksum))
+    monkeypatch.setattr(web, "RUNTIME", NpmPackage("onnxruntime-web", "1.2.3", checksum))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
     monkeypatch.setenv("npm_config_registry", "http://127.0.0.1:9")
     return archive
