@@ -103,6 +103,8 @@ class OneGraph(nn.Module):
         self.source, self.rule = source, generator.recipe.data.pixels
         self.net = generator.net.float()
         self.autoencoder: Any = generator.autoencoder.module if source.decoded else None
+        if self.autoencoder is not None:
+            _open_batch(self.autoencoder)
         self.register_buffer("mean", generator.mean)
         self.register_buffer("std", generator.std)
         self.eval().requires_grad_(False)
@@ -132,6 +134,27 @@ class OneGraph(nn.Module):
     def _call(self, x: Tensor, t: Tensor, r: Tensor, y: Tensor) -> Tensor:
         u: Tensor = self.net(x.float(), t.float(), r.float(), y)
         return u.double()
+
+
+class PlainUpsample(nn.Module):
+    """What diffusers' Upsample2D computes, without its question whether the batch has 64 rows, which closes a graph."""
+
+    def __init__(self, upsample: Any) -> None:
+        super().__init__()
+        self.conv = upsample.conv
+
+    def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
+        larger = nn.functional.interpolate(hidden_states, scale_factor=2.0, mode="nearest")
+        return self.conv(larger)  # type: ignore[no-any-return]
+
+
+def _open_batch(decoder: nn.Module) -> None:
+    """Put a PlainUpsample in the place of each plain Upsample2D, so that a graph takes any number of pictures."""
+    for parent in decoder.modules():
+        for name, child in parent.named_children():
+            known: Any = child
+            if type(child).__name__ == "Upsample2D" and known.use_conv and known.interpolate and known.norm is None:
+                parent.register_module(name, PlainUpsample(child))  # in a ModuleList, too
 
 
 @dataclass(frozen=True)
@@ -179,7 +202,10 @@ def refuse_far(difference: Difference, path: Path) -> None:
     """Refuse to write a graph whose pictures are not the checkpoint's."""
     bound = MOST_LEVELS if difference.output == "image" else 1e-3
     if not difference.largest <= bound or (difference.output == "image" and difference.share > MOST_SHARE):
-        raise AlphaflowError(f"{path}: not written, because it would give other pictures: {difference}.")
+        raise AlphaflowError(
+            f"{path}: not written, because it would give other pictures: {difference}. Where a decoder cannot be "
+            "exported, --no-decoder leaves it out."
+        )
 
 
 def dynamic_shapes(count: int) -> dict[str, tuple[dict[int, Any], ...]]:
