@@ -28,6 +28,7 @@ def evaluate(
     images: int | None = None,
     nfe: Sequence[int] = (),
     draw: LabelDraw | None = None,
+    guidance: float | None = None,
     device: str | None = None,
     batch: int = 64,
     out: str | Path | None = None,
@@ -38,16 +39,18 @@ def evaluate(
     was made. The same call again resumes.
     """
     request = EvalRequest(
-        checkpoint=str(subject), nfe=tuple(nfe), sampler="auto", times=None, guidance=None, guidance_channels=None,
-        sweep_midpoint=False, metrics=tuple(metrics), reference=None if reference is None else str(reference),
-        images=images, draw=draw, autoencoder="", decoder="auto", batch=batch, weights={},
-        out=None if out is None else Path(out),
+        checkpoint=str(subject), nfe=tuple(nfe), sampler="auto", times=None, guidance=guidance, guidance_channels=None,
+        interval=None, sweep_midpoint=False, metrics=tuple(metrics),
+        reference=None if reference is None else str(reference), images=images, draw=draw, autoencoder="",
+        decoder="auto", batch=batch, weights={}, out=None if out is None else Path(out),
     )  # fmt: skip
     if wrong := [name for name in metrics if name not in get_args(Metric)]:
         raise AlphaflowError(f"evaluate: metrics {wrong[0]!r}: there are {', '.join(get_args(Metric))}.")
     measured = evaluate_checkpoint if is_checkpoint(str(subject)) else evaluate_pictures
-    if measured is evaluate_pictures and (nfe or draw):
-        raise AlphaflowError(f"evaluate: {subject} is a source of pictures; nfe and draw are for checkpoints.")
+    if measured is evaluate_pictures and (nfe or draw or guidance is not None):
+        raise AlphaflowError(
+            f"evaluate: {subject} is a source of pictures; nfe, draw and guidance are for checkpoints."
+        )
     report = measured(request, Processes(choose_device(device)))
     assert report is not None  # one process has the whole report
     return [row for each in report.evaluations for row in each.rows]

@@ -49,6 +49,7 @@ ELSEWHERE = {
     "alphaflow eval samples/ --reference imagenet256": "another system's file: the weights of Inception and DINOv2",
     "alphaflow eval alphaflow-": "GPU, and another system's file: the weights of Inception and DINOv2",
     "alphaflow eval admnet": "another system's file",
+    "alphaflow import-latents vae-sd/": "another system's latents; test_import_latents.py writes and reads each form",
     "alphaflow convert SiT": "another system's file",
     "alphaflow convert SoFlow": "another system's file",
     "alphaflow sample soflow-b2": "another system's file",
@@ -57,19 +58,28 @@ ELSEWHERE = {
     "alphaflow export runs/quickstart --to web": "the network; tests/export/test_export_page.py runs it",
     "python -m http.server": "somebody to end it",
     "alphaflow demo": "somebody to end it, and a package of its own; tests/hub/test_hub_space.py runs the app",
+    "alphaflow convert hf://Lyy0725": "Hub",
+    "alphaflow sample imf-xl2": "another system's file",
+    "alphaflow train imf-b2 --init-from": "GPU, and another system's file",
     "python benchmarks/gpu.py": "GPU; test_gpu_benchmark.py runs it at toy size",
     "python benchmarks/bench_precision.py": "minutes on an idle machine; test_bench_precision.py runs it in small",
     "python benchmarks/bench_ruler.py": "another system's file",
     "python benchmarks/bench_scaling.py": "an idle machine for minutes; test_benchmarks.py runs it in small",
 }
 SLOW = ("alphaflow train quickstart", "alphaflow analyze runs/")
+SMALL = " --set train.steps=2 --set train.batch=4 --set model.dim=16"
 TOY = {  # what would take minutes runs in small
-    "alphaflow train quickstart --data": " --set train.steps=2 --set train.batch=4 --set model.dim=16",
+    "alphaflow train quickstart --data": SMALL,
+    "alphaflow train own.yaml": SMALL,
+    "alphaflow recipe new latents/mine -o own.yaml --like b2 --hours": SMALL
+    + " --set model.depth=1 --set model.heads=2",
 }
 MAKES = {  # what a line makes must not be there before
     "alphaflow prep-latents imagenet/ --out latents/imagenet": "latents/imagenet",
     "alphaflow train quickstart --data latents/mine": "runs/mine",
     "alphaflow recipe cp b2 mine.yaml": "mine.yaml",
+    "alphaflow recipe new latents/mine": "mine.yaml",
+    "alphaflow recipe new latents/mine -o own.yaml": "own.yaml",
     "alphaflow train quickstart": "runs/quickstart",
     "alphaflow pull user/repo@COMMIT -o DIR": "DIR",
 }
@@ -158,6 +168,7 @@ def write_runs():
     works("reference glyphs:100 --size 32 --metrics fd-tiny -o ref.safetensors")
     shutil.copytree("stabilityai/sd-vae-ft-ema", "DIR")
     Path("mine.yaml").write_text("train: {steps: 10}\n")
+    works("recipe new latents/mine -o own.yaml")
 
 
 def write_models():

@@ -72,7 +72,6 @@ WITHOUT_TORCH = (
 LONG_FILES: dict[str, str] = {}  # file under alphaflow_cli → the reason why it is longer than 400 lines
 LONG_FUNCTIONS: dict[str, str] = {}  # file:function → the reason why it is longer than 40 lines
 SHORT_FILES = {  # file → the reason why it is shorter than 80 lines though no two others need it
-    "doors.py": "found by __init__.py when it is called: an import of it there would be a circle",
     "nn/clean.py": "a network of its own, as nn/noise.py is: what its last layer gives is its whole difference",
     "train/samples.py": "draws the pictures of a run while it trains: one thing to look for, apart from the loop",
 }

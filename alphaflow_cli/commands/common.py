@@ -202,7 +202,8 @@ def begin(what: str) -> None:
     from alphaflow_cli.runtime.launch import has_parent
     from alphaflow_cli.runtime.progress import say
 
-    if os.environ.get("RANK", "0") == "0" and not has_parent():
+    task = os.environ.get("SLURM_PROCID", "0") if os.environ.get("SLURM_STEP_NUM_TASKS", "1") != "1" else "0"
+    if os.environ.get("RANK", task) == "0" and not has_parent():
         say(brief(what))
 
 

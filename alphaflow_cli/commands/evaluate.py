@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from alphaflow_cli.runtime.processes import Processes
     from alphaflow_cli.sample.generator import DecoderChoice
 
-OF_CHECKPOINTS = "--nfe, --sampler, --times, --guidance, --draw, --autoencoder and --decoder"
+OF_CHECKPOINTS = "--nfe, --sampler, --times, --guidance, --interval, --draw, --autoencoder and --decoder"
 EXAMPLES = examples(
     "alphaflow eval runs/quickstart --nfe 1 --nfe 2",
     "alphaflow eval runs/b2 --metrics fid,fdd --reference imagenet.safetensors --processes 8",
@@ -77,6 +77,7 @@ def command(
     times: list[float] | None,
     guidance: float | None,
     guidance_channels: int | None,
+    interval: tuple[float, float] | None,
     sweep_midpoint: bool,
     metrics: Metrics,
     reference: str | None,
@@ -95,8 +96,7 @@ def command(
     """Measure a checkpoint or pictures: FID, FDD, FCD, FD-tiny, KID, IS, precision and recall.
 
     CKPT is a file, a run folder, or a Hub id. IMAGES is a folder, a zip, a tar, a .npz with arr_0, hf://datasets/NAME,
-    or shapes:N; pictures are measured as they are, never resized. Every number is printed with its protocol; running
-    the same command again resumes.
+    or shapes:N, never resized. Every number is printed with its protocol; running the same command again resumes.
     """
     if (markdown and as_json) or (times is not None and nfe) or (sweep_midpoint and (nfe or times)):
         raise click.UsageError("--markdown and --json exclude each other; so do --nfe, --times and --sweep-midpoint.")
@@ -105,7 +105,7 @@ def command(
     from alphaflow_cli.evaluate.evaluate import EvalRequest
 
     request = EvalRequest(
-        checkpoint=subject, nfe=nfe, sampler=sampler, times=times, guidance=guidance,
+        checkpoint=subject, nfe=nfe, sampler=sampler, times=times, guidance=guidance, interval=interval,
         guidance_channels=guidance_channels, sweep_midpoint=sweep_midpoint, metrics=metrics, reference=reference,
         images=images, draw=draw, autoencoder=autoencoder, decoder=decoder, batch=batch, weights=weights, out=out,
     )  # fmt: skip
@@ -127,7 +127,7 @@ def work_on(request: "EvalRequest") -> "Callable[[Processes], Report | None]":
     if is_checkpoint(request.checkpoint):
         return partial(evaluate_checkpoint, request)
     steps = (request.nfe, request.times, request.sweep_midpoint, request.guidance is not None)
-    of_checkpoints = any((*steps, request.guidance_channels, request.draw, request.autoencoder))
+    of_checkpoints = any((*steps, request.guidance_channels, request.interval, request.draw, request.autoencoder))
     if of_checkpoints or request.sampler != "auto" or request.decoder != "auto":
         raise click.UsageError(f"{request.checkpoint} is a source of pictures: {OF_CHECKPOINTS} are for checkpoints.")
     return partial(evaluate_pictures, request)

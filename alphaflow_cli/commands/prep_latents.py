@@ -1,5 +1,6 @@
 """`alphaflow prep-latents`: pictures in, a latent store out."""
 
+import os
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -127,12 +128,18 @@ def command(
 
 
 def estimate(request: "StoreRequest", store: Path, processes: int | None, device: str | None) -> None:
-    """Print the disk and the time that making the store would take."""
+    """Print the disk and the time that making the store would take; of a launcher's processes the first does it."""
+    from alphaflow_cli.runtime.launch import is_worker
+
+    launched = int(os.environ["WORLD_SIZE"]) if is_worker() else 0
+    if launched and os.environ["RANK"] != "0":
+        return
     from alphaflow_cli.latents.plan import plan_job
     from alphaflow_cli.latents.prepare import count_encoders, estimate_store
     from alphaflow_cli.runtime.processes import Processes, choose_device
 
-    several = Processes(choose_device(device), size=count_encoders(request.autoencoder, processes, device))
+    count = launched or count_encoders(request.autoencoder, processes, device)
+    several = Processes(choose_device(device), size=count)
     print_lines(estimate_store(plan_job(request, store, several), several))
 
 

@@ -35,6 +35,7 @@ from alphaflow_cli.text import brief
 
 READERS = 8  # threads that fetch and decode
 FIRST_SEED = 0  # published evaluations use seeds 0 … 49,999
+WAYS: dict[Crop, str] = {"square": "centre crop, Lanczos", "adm": "halved by box, bicubic, centre crop"}
 BROKEN = (EOFError, RuntimeError, OverflowError, MemoryError, struct.error, zipfile.BadZipFile, zlib.error)  # of zips
 
 
@@ -45,6 +46,7 @@ class ImageSource(ABC):
     size: tuple[int, int]  # height and width, the same for all pictures
     label: str  # what the pictures are, in a few words for a row of a table
     seconds: dict[str, float]  # spent on pictures so far, by part; may be empty
+    crop: Crop | None = None  # by which the pictures that a model has learnt from became square, where that is known
     task = "features"  # what is done with them, for the bar
 
     @abstractmethod
@@ -133,8 +135,7 @@ class PictureFiles(ImageSource):
 
     def describe(self) -> dict[str, Any]:
         """Source, count and preparation; the hash of the content is taken during the pass."""
-        way = {"square": "centre crop, Lanczos", "adm": "halved by box, bicubic, centre crop"}[self._crop]
-        prepared = "as they are" if self._size is None else f"{way} to {self._size} px"
+        prepared = "as they are" if self._size is None else f"{WAYS[self._crop]} to {self._size} px"
         facts = {"kind": self._source.kind, "name": self.label, "count": self.count, "of": self._of}
         return {**facts, "prepared": prepared, **self._source.facts()}
 
@@ -184,6 +185,11 @@ class PictureArray(ImageSource):
         return [self.describe(), _stamp(self._path)]
 
 
+def crop_of(prepared: str) -> Crop | None:
+    """The crop that a reference's words about its pictures name; None where they name none."""
+    return next((name for name, way in WAYS.items() if prepared.startswith(f"{way} to")), None)
+
+
 def _spread(lines: Sequence[int], limit: int | None) -> Sequence[int]:
     """Take `limit` lines evenly: the first ones of a sorted source are all of one class."""
     if limit is None or limit >= len(lines):
@@ -202,7 +208,8 @@ class GeneratedImages(ImageSource):
     def __init__(self, generator: Generator, walk: Walk, *, count: int, draw: str) -> None:
         self._generator, self._walk, self._draw = generator, walk, draw
         self.count, self.seconds = count, {"network": 0.0, "decoder": 0.0}
-        side = generator.recipe.data.image_size
+        side, learnt = generator.recipe.data.image_size, generator.origin.get("crop") or generator.recipe.data.crop
+        self.crop = next((name for name in WAYS if name == learnt), None)
         self.size = (side, side)
         self._seeds = range(FIRST_SEED, FIRST_SEED + count)
         classes = generator.recipe.data.classes
@@ -222,7 +229,11 @@ class GeneratedImages(ImageSource):
         """Everything that decides the pictures, for the protocol: weights, walk, labels, seeds, precision."""
         origin, recipe = self._generator.origin, self._generator.recipe
         channels = self._walk.guidance_channels  # only where it is not all: earlier numbers keep their fingerprint
-        partly = {} if channels is None else {"guidance_channels": channels}
+        partly: dict[str, Any] = {} if channels is None else {"guidance_channels": channels}
+        if self._walk.scale is not None:
+            mix = recipe.guidance
+            partly |= {"guidance_scale": self._walk.scale, "guidance_interval": self._walk.interval}
+            partly |= {"scales_in_training": {"most": mix.scale_max, "beta": mix.scale_beta, "interval": mix.interval}}
         return partly | {
             "kind": "checkpoint",
             "name": recipe.name,

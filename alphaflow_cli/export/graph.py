@@ -132,7 +132,10 @@ class OneGraph(nn.Module):
         return quantise(latent if self.autoencoder is None else self.autoencoder.decode(latent).sample, self.rule)
 
     def _call(self, x: Tensor, t: Tensor, r: Tensor, y: Tensor) -> Tensor:
-        u: Tensor = self.net(x.float(), t.float(), r.float(), y)
+        more, guide = {}, self.source.walk.guide
+        if guide is not None:
+            more = {"guide": t.new_tensor(guide).float().expand(t.shape[0], 3)}
+        u: Tensor = self.net(x.float(), t.float(), r.float(), y, **more)
         return u.double()
 
 

@@ -1,7 +1,6 @@
 """From the request of `prep-latents` to a plan: which pictures, which classes, which encoder, which shards."""
 
 import hashlib
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -32,12 +31,13 @@ from alphaflow_cli.files import is_there
 from alphaflow_cli.latents.encode import Job, Listing, StoreRequest, choose_precision, sample_pixels
 from alphaflow_cli.nn.autoencoder import Autoencoder, load_autoencoder, public_id
 from alphaflow_cli.remote.faults import HubFault
-from alphaflow_cli.runtime.processes import Processes
+from alphaflow_cli.runtime.processes import Processes, threads_here
 from alphaflow_cli.text import shorten
 
 SHARD_PICTURES, SHARD_BYTES = 8192, 512_000_000  # of one shard at most: it is held in memory until it is written
 SHARDS_WANTED, SHARD_LEAST = 16, 256  # small sets are cut, too, so that several processes have something to share
 SAMPLE = 16  # pictures that a lower precision is tried on
+UNNAMED = ("kl", "tiny", "dc")  # kinds of autoencoder that older stores do not name
 STORED_DTYPES = {"fp16": "float16", "fp32": "float32"}
 
 
@@ -52,7 +52,7 @@ class Encoder:
 
 def plan_job(request: StoreRequest, out: Path, processes: Processes) -> Job:
     """List the source, look at the encoder, and refuse an `out` that holds another preparation; nothing is written."""
-    device, threads = processes.device, max(1, min(16, (os.cpu_count() or 1) // processes.size))
+    device, threads = processes.device, threads_here(processes)
     listing = list_pictures(request)
     before = read_plan(out / "plan.json") if is_there(out / "plan.json") else None
     if before:
@@ -152,6 +152,10 @@ def _encoder(
     model = _autoencoder(request, device)
     if request.size % model.downscale:
         raise AlphaflowError(f"--size {request.size}: {model.id} needs a multiple of {model.downscale}")
+    if model.side not in (None, request.size):
+        raise AlphaflowError(
+            f"--size {request.size}: {model.id} makes pictures of {model.side} px only. Give --size {model.side}"
+        )
     side = request.size // model.downscale
     chosen, error = _precision(request, listing, model, before, device)
     record = AutoencoderRecord(
@@ -163,6 +167,9 @@ def _encoder(
         shift=model.shift,
         precision=chosen,
         precision_error=error,
+        kind=None if model.kind in UNNAMED else model.kind,
+        channel_mean=model.statistics[0] if model.statistics else None,
+        channel_std=model.statistics[1] if model.statistics else None,
     )
     return Encoder(record, (model.channels, side, side), "moments" if model.has_posterior else "mean")
 

@@ -6,12 +6,13 @@ does the joining.
 """
 
 import os
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,8 @@ from alphaflow_cli.text import counted
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from torch.distributed.tensor import DTensor
+
+Done = TypeVar("Done")
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,37 @@ def run_shared(
     number = (count or processes_here)(requested)
     with prepared or nullcontext():
         return work() if number == 1 else launch(arguments, number)
+
+
+def all_or_none(processes: Processes, work: Callable[[], Done]) -> Done:
+    """Do a part of the work that may be refused. If any process is refused, all leave: one message is enough.
+
+    Otherwise the others would wait for it: for hours, where no agent ends them.
+    """
+    fault: AlphaflowError | None = None
+    try:
+        result = work()
+    except AlphaflowError as error:
+        fault = error
+    refused = processes.sum(torch.tensor([float(fault is not None)], device=processes.device))
+    if refused.item():
+        raise fault or SystemExit(1)
+    return result
+
+
+def check_seen(path: Path, processes: Processes, needed: str) -> None:
+    """Refuse a process that does not see what the first one has written: it runs on another machine."""
+    if processes.rank and not path.exists():
+        raise AlphaflowError(
+            f"{path.parent}: process {processes.rank} on {socket.gethostname()} does not see what process 0 wrote "
+            f"there. All machines need {needed} on a shared file system."
+        )
+
+
+def threads_here(processes: Processes) -> int:
+    """The cores of this machine that each of its processes may use, 16 at most."""
+    together = int(os.environ.get("LOCAL_WORLD_SIZE") or processes.size) if processes.size > 1 else 1
+    return max(1, min(16, (os.cpu_count() or 1) // together))
 
 
 def check_same(processes: Processes, digest: str, what: str) -> None:
