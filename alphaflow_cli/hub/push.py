@@ -7,7 +7,7 @@ same command sends only what is missing.
 import json
 import re
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,12 +21,18 @@ from alphaflow_cli.evaluate.results import read_results
 from alphaflow_cli.export.diffusers import export_diffusers
 from alphaflow_cli.export.graph import open_exported
 from alphaflow_cli.files import sha256_of, write_by, write_whole
-from alphaflow_cli.hub.card import CardFacts, config_json, last_part, model_card, result_rows, scrub
-from alphaflow_cli.model.checkpoint import Checkpoint, check_autoencoder, load_checkpoint, save_checkpoint
+from alphaflow_cli.hub.card import CardFacts, last_part, model_card, result_rows, scrub
+from alphaflow_cli.model.checkpoint import (
+    CHECKPOINT_FORMAT,
+    Checkpoint,
+    check_autoencoder,
+    load_checkpoint,
+    save_checkpoint,
+)
 from alphaflow_cli.model.find import find_checkpoint, step_name
 from alphaflow_cli.nn.autoencoder import load_autoencoder
-from alphaflow_cli.recipe import dump_recipe
-from alphaflow_cli.recipe.plan import parameter_count
+from alphaflow_cli.recipe import Recipe, dump_recipe
+from alphaflow_cli.recipe.plan import draws_scale, effective_scale, has_null_label, parameter_count
 from alphaflow_cli.remote.address import is_repository
 from alphaflow_cli.remote.cache import cache_folder
 from alphaflow_cli.remote.client import hub_api
@@ -142,10 +148,37 @@ def stage(
         write_whole(folder / "results.json", text + "\n")
     write_whole(folder / "alpha.png", to_png(recipe_chart(recipe)))
     write_whole(folder / "samples.png", _samples(source, folder / MODEL))
-    facts = CardFacts(repo, recipe, clean.origin, parameters, results, licence)
+    facts = CardFacts(repo, recipe, clean.origin, parameters, results, licence, diffusers)
     write_whole(folder / "README.md", model_card(facts))
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
+
+
+def config_json(recipe: Recipe, origin: dict[str, Any], parameters: int) -> str:
+    """Write config.json of a published model: what other programs need to know, without reading a recipe."""
+    data, mix = recipe.data, recipe.guidance
+    model = asdict(recipe.model)
+    content = {
+        "model_type": "alphaflow",
+        "format": CHECKPOINT_FORMAT,
+        "library_name": "alphaflow",
+        "architecture": model | {"parameters": parameters},
+        "convention": "t = 0 data, t = 1 noise; z_r = z_t - (t - r) u(z_t, r, t)",
+        "latents": {
+            "autoencoder": data.autoencoder,
+            "shape": [data.channels, data.latent_size, data.latent_size],
+            "normalise": data.normalise,
+            "image_size": data.image_size,
+        },
+        "classes": data.classes,
+        "guidance": {
+            "baked": None if draws_scale(recipe) else effective_scale(mix.omega, mix.kappa),
+            "null_label": has_null_label(recipe),
+        },
+        "sample": {name: getattr(recipe.sample, name) for name in recipe.sample.__dataclass_fields__},
+        "weights": {key: origin.get(key) for key in ("weights", "step", "images_seen", "half_life")},
+    }
+    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 
 
 def _write_model(source: Publication, clean: Checkpoint, model: Path) -> str:

@@ -149,7 +149,7 @@ def test_guidance_at_sampling_is_in_the_graph(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_a_network_that_is_told_its_guidance_can_be_exported(tmp_path, capsys):
-    """The modern block, a prefix of tokens, a velocity head: improved MeanFlow in small; diffusers has no form of it."""
+    """The modern block, a prefix of tokens, a velocity head: improved MeanFlow, of which diffusers has no form."""
     recipe = load_recipe("imf-b2")
     pixels = {"autoencoder": "none", "image_size": 8, "channels": 3, "latent_size": 8, "classes": 10}
     data = replace(recipe.data, **pixels, normalise="scale", channel_mean=None, channel_std=None)
