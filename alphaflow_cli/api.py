@@ -7,7 +7,7 @@
     pictures  # a notebook shows the grid
     pictures.save("hearts.png")
 
-docs/python.md goes through it step by step.
+docs/python.md goes through it step by step. `train` and `evaluate` are in doors.py.
 """
 
 from collections.abc import Iterator, Sequence
@@ -118,6 +118,11 @@ class Model:
     def recipe(self) -> Recipe:
         """The recipe it was trained by, such as `model.recipe.train.steps`."""
         return self._generator.recipe
+
+    @property
+    def device(self) -> torch.device:
+        """What computes its pictures."""
+        return self._generator.device
 
     @property
     def origin(self) -> dict[str, Any]:

@@ -35,8 +35,10 @@ VERBS: dict[str, tuple[str, str]] = {
     "reference": ("alphaflow_cli.commands.reference", "Measure real pictures once, for eval to compare with."),
     "ema": ("alphaflow_cli.commands.ema", "Make averages of other half-lives of a run's kept weights, and score them."),
     "convert": ("alphaflow_cli.commands.convert", "Convert a checkpoint of another system to ours."),
+    "export": ("alphaflow_cli.commands.export", "Write a checkpoint for other programs, such as ONNX Runtime."),
     "push": ("alphaflow_cli.commands.push", "Publish a model on the Hub."),
     "pull": ("alphaflow_cli.commands.pull", "Fetch a published model from the Hub."),
+    "demo": ("alphaflow_cli.commands.demo", "Look at a model in the browser; push --space publishes the same app."),
     "analyze": (
         "alphaflow_cli.commands.analyze",
         "Measure the conflict between the objective's two halves at a checkpoint.",

@@ -3,16 +3,21 @@
 import re
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from alphaflow_cli.commands.common import Destination, begin, complete_path, examples, print_table
+
+if TYPE_CHECKING:
+    from alphaflow_cli.hub.stage import Publication
 
 EPILOG = examples(
     "alphaflow push",
     "alphaflow push runs/quickstart --dry-run",
     "alphaflow push runs/b2 me/b2 --private --license apache-2.0",
     "alphaflow push runs/quickstart --best --dry-run",
+    "alphaflow push runs/b2 me/b2 --diffusers --space",
 )
 
 
@@ -30,6 +35,13 @@ def check_repository(_context: click.Context, _parameter: click.Parameter, value
     if value is not None and not is_repository(value):
         raise click.BadParameter(f"{value!r} is not of the form user/name, in the letters the Hub takes.")
     return value
+
+
+def check_space_name(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
+    """Refuse what cannot be a Space's name; a run's path behind a bare --space is one that slipped in there."""
+    if value and Path(value).expanduser().exists():
+        raise click.BadParameter(f"{value} lies here. Write --space at the end, or --space=user/name.")
+    return check_repository(context, parameter, value) if value else value
 
 
 def local_source(source: str, repo: str | None) -> Path:
@@ -78,6 +90,15 @@ def after_dry_run(path: Path, repo: str | None, *, best: bool) -> str:
     type=click.Path(exists=True, path_type=Path),
     help="The model's own autoencoder, if it is not beside the weights: a folder or a weights file.",
 )
+@click.option("--diffusers", is_flag=True, help="Add a pipeline that diffusers loads, beside the weights.")
+@click.option(
+    "--space",
+    is_flag=False,
+    flag_value="",
+    metavar="[=user/name]",
+    callback=check_space_name,
+    help="Publish a Space that samples it, too. Default: the model's name.",
+)
 @click.option("--without-results", is_flag=True, help="Leave results.json out.")
 def command(
     source: str | None,
@@ -89,6 +110,8 @@ def command(
     out: Path | None,
     licence: str,
     autoencoder: Path | None,
+    diffusers: bool,
+    space: str | None,
     without_results: bool,
 ) -> None:
     """Publish a model on the Hub.
@@ -100,22 +123,60 @@ def command(
         raise click.UsageError("--out goes with --dry-run.")
     path = local_source(source, repo) if source else None
     begin(f"push {source or 'the newest run'}")
-    from alphaflow_cli.hub.push import Target, check_login, check_name, newest_run, open_publication, stage, upload
+    from alphaflow_cli.hub.push import newest_run
+    from alphaflow_cli.hub.stage import open_publication
     from alphaflow_cli.runtime.progress import say
 
+    more: dict[str, Any] = {"licence": licence, "autoencoder": autoencoder, "diffusers": diffusers}
     path = path or newest_run()
     opened = open_publication(path, with_results=not without_results, best=best)
-    if dry_run:
-        folder = out or (path / "hub" if path.is_dir() else path.with_name(f"{path.stem}-hub"))
-        files = stage(opened, folder, repo=repo or f"user/{opened.name}", licence=licence, autoencoder=autoencoder)
-        print_table([(name, f"{size:,} bytes") for name, size in files.items()])
-        say(after_dry_run(path, repo, best=best))
-        click.echo(folder)
+    if not dry_run:
+        _send(opened, repo, space, more, private=private, pull_request=pull_request)
         return
+    folder = out or (path / "hub" if path.is_dir() else path.with_name(f"{path.stem}-hub"))
+    _dry_run(opened, folder, repo or f"user/{opened.name}", space, more)
+    say(after_dry_run(path, repo, best=best))
+    click.echo(folder)
+
+
+def _send(
+    opened: "Publication",
+    repo: str | None,
+    space: str | None,
+    more: dict[str, Any],
+    *,
+    private: bool,
+    pull_request: bool,
+) -> None:
+    """Publish the model, then its Space; everything is written and checked before anything is sent."""
+    from alphaflow_cli.hub.push import Target, check_login, check_name, upload
+    from alphaflow_cli.hub.space import check_space, stage_space, upload_space
+    from alphaflow_cli.hub.stage import stage
+    from alphaflow_cli.runtime.progress import say
+
     user = check_login()
     target = Target(repo or f"{user}/{opened.name}", private, pull_request)
     check_name(target)
     with tempfile.TemporaryDirectory(prefix="alphaflow-push-") as temporary:
-        files = stage(opened, Path(temporary), repo=target.repo, licence=licence, autoencoder=autoencoder)
+        folder, beside = Path(temporary) / "model", Path(temporary) / "space"
+        if space is not None:
+            check_space(space or target.repo)
+            stage_space(beside, repo=target.repo, title=target.repo.split("/")[1], licence=more["licence"])
+        files = stage(opened, folder, repo=target.repo, **more)
         say(f"sending {len(files)} files, {sum(files.values()):,} bytes, to {target.repo}")
-        click.echo(upload(Path(temporary), target, message=opened.title))
+        click.echo(upload(folder, target, message=opened.title))
+        if space is not None:
+            click.echo(upload_space(beside, space or target.repo, private=private, message=opened.title))
+
+
+def _dry_run(opened: "Publication", folder: Path, repo: str, space: str | None, more: dict[str, Any]) -> None:
+    """Write the folder of the model, and beside it that of the Space, and list them."""
+    from alphaflow_cli.hub.space import stage_space
+    from alphaflow_cli.hub.stage import stage
+
+    files = stage(opened, folder, repo=repo, **more)
+    if space is not None:
+        beside = folder.with_name(f"{folder.name}-space")
+        made = stage_space(beside, repo=repo, title=opened.name, licence=more["licence"])
+        files |= {f"{beside.name}/{name}": size for name, size in made.items()}
+    print_table([(name, f"{size:,} bytes") for name, size in files.items()])

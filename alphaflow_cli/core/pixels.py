@@ -26,6 +26,11 @@ def to_uint8(pixels: Tensor, rule: str) -> Tensor:
             f"{int(bad.sum())} of {len(pixels)} pictures have values that are not finite (the first: number "
             f"{int(bad.nonzero()[0])} of its batch); the checkpoint is broken, or was sampled outside its precision."
         )
+    return quantise(pixels, rule)
+
+
+def quantise(pixels: Tensor, rule: str) -> Tensor:
+    """The bytes of finite pictures by a rule: plain arithmetic, which a graph can hold."""
     return RULES[rule]((pixels.float() + 1) * 127.5).clamp(0, 255).to(torch.uint8)
 
 

@@ -33,7 +33,8 @@ def guided_net(net: Net, y_null: int, scale: float, *, channels: int | None) -> 
 
     def call(x: Tensor, t: Tensor, r: Tensor, y: Tensor) -> Tensor:
         both = torch.cat([y, torch.full_like(y, y_null)])
-        u_y, u_null = net(x.repeat(2, 1, 1, 1), t.repeat(2), r.repeat(2), both).chunk(2)
+        u_both, rows = net(x.repeat(2, 1, 1, 1), t.repeat(2), r.repeat(2), both), x.shape[0]
+        u_y, u_null = u_both[:rows], u_both[rows:]
         u = u_null + scale * (u_y - u_null)
         return u if channels is None else torch.cat([u[:, :channels], u_y[:, channels:]], dim=1)
 
@@ -52,7 +53,8 @@ class SamplerStep:
 
     def u(self, x: Tensor, t: float, r: float) -> Tensor:
         """The network's u(x, r, t), in the precision of the state x."""
-        t_rows, r_rows = x.new_full((len(x),), t), x.new_full((len(x),), r)
+        rows = (x.shape[0],)  # not len(x): of an exported graph the number of rows stays open
+        t_rows, r_rows = x.new_full(rows, t), x.new_full(rows, r)
         return self.net(x, t_rows, r_rows, self.y).to(x.dtype)
 
 

@@ -1,24 +1,23 @@
-"""What a published model says of itself: its card (README.md) and config.json, without anything of this machine.
+"""What a published model says of itself: its card (README.md), without anything of this machine.
 
 The card says what the model is, how to sample it, how it was trained, what it scored and by which protocol, and what to
-know. config.json says what other programs need to know, without reading a recipe. `scrub` goes over everything that is
-published: paths become their last part, addresses lose their passwords, wherever they stand.
+know. `scrub` goes over everything that is published: paths become their last part, addresses lose their passwords,
+wherever they stand.
 """
 
-import json
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from alphaflow_cli.evaluate.results import best_founded, row_of
-from alphaflow_cli.model.checkpoint import CHECKPOINT_FORMAT
 from alphaflow_cli.recipe import Recipe, dump_recipe
 from alphaflow_cli.recipe.plan import draws_scale, effective_scale, has_null_label, is_guided, needs_many_steps
 from alphaflow_cli.text import code_span, counted, for_markdown, for_terminal
 
 PAPER = "arXiv:2510.20771"
 MEANFLOW = "arXiv:2505.13447"
+ARXIV = [f"arxiv:{each[6:]}" for each in (PAPER, MEANFLOW)]  # tags that link the model to the papers' pages
 PACKAGE = "https://pypi.org/project/alphaflow-cli/"
 UNCONDITIONAL = "unconditional-image-generation"  # a task of the Hub
 FEW_CLASSES, MOST_CLASSES = 20, 2000  # names listed at once, and behind a fold
@@ -54,6 +53,7 @@ class CardFacts:
     results: dict[str, Any] | None  # results.json
     licence: str  # of the weights, an id the Hub knows
     chosen: str = ""  # by which score the checkpoint was chosen of its run, if it was
+    pipeline: bool = False  # whether a pipeline for diffusers lies beside the weights
 
     @property
     def name(self) -> str:
@@ -75,6 +75,7 @@ def model_card(facts: CardFacts) -> str:
         _metadata(facts),
         _what(facts),
         _usage(facts),
+        _elsewhere(facts),
         _classes(facts),
         _training(facts),
         _results(facts),
@@ -116,11 +117,14 @@ def _metadata(facts: CardFacts) -> str:
         )
         for row in result_rows(facts.results)
     ]
+    pipeline = ["diffusers"] if facts.pipeline else []
     head = ModelCardData(
         license=facts.licence,
         library_name="alphaflow",
         pipeline_tag=None if chosen else UNCONDITIONAL,  # the Hub has no task for generation by class
-        tags=["alphaflow", "meanflow", "flow-matching", "one-step-generation", task],
+        tags=["alphaflow", "meanflow", "flow-matching", "one-step-generation", task, *ARXIV, *pipeline],
+        datasets=re.findall(r"^hf://datasets/([\w.-]+/[\w.-]+)", data.source) or None,
+        base_model=_base_model(facts.origin),
         model_name=facts.name,
         eval_results=scores or None,
     )
@@ -188,6 +192,41 @@ pictures.save("grid.png")
 
 The picture of a seed is the same on every machine up to rounding, whatever the batch. Pin a revision with
 `{repo}@COMMIT`."""
+
+
+def _base_model(origin: dict[str, Any]) -> str | None:
+    """The model on the Hub whose weights the training began with."""
+    begun = re.match(r"(?:hf://)?([\w.-]+/[\w.-]+)(?:[@:]|$)", str(origin.get("init_from") or ""), re.ASCII)
+    return begun[1] if begun else None
+
+
+def _elsewhere(facts: CardFacts) -> str:
+    """How other programs run it: ONNX Runtime, and diffusers where its pipeline lies beside the weights."""
+    repo, nfe, some = facts.repo, facts.recipe.sample.nfe, facts.recipe.data.classes > 0
+    text = f"""\
+## In other programs
+
+One ONNX graph, from noise and class to the picture; `--to web` writes a page that runs it in a browser:
+
+```shell
+pip install 'alphaflow-cli[onnx]'
+alphaflow export {repo} --to onnx -o model.onnx
+```"""
+    if not facts.pipeline:
+        return text
+    which = "class_labels=[0]" if some else "num_images=1"
+    return f"""{text}
+
+A pipeline for diffusers, whose code lies in this repository:
+
+```py
+import torch
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained("{repo}", trust_remote_code=True)
+seeds = [torch.Generator().manual_seed(0)]
+pipe({which}, num_inference_steps={nfe}, generator=seeds).images[0].save("picture.png")
+```"""
 
 
 def _classes(facts: CardFacts) -> str:
@@ -350,30 +389,3 @@ def _without_password(match: re.Match[str]) -> str:
     if scheme.lower() == "file://":
         return match[0]
     return scheme + (rest[user.end() :] if user else rest)
-
-
-def config_json(recipe: Recipe, origin: dict[str, Any], parameters: int) -> str:
-    """Write config.json of a published model."""
-    data, mix = recipe.data, recipe.guidance
-    model = asdict(recipe.model)
-    content = {
-        "model_type": "alphaflow",
-        "format": CHECKPOINT_FORMAT,
-        "library_name": "alphaflow",
-        "architecture": model | {"parameters": parameters},
-        "convention": "t = 0 data, t = 1 noise; z_r = z_t - (t - r) u(z_t, r, t)",
-        "latents": {
-            "autoencoder": data.autoencoder,
-            "shape": [data.channels, data.latent_size, data.latent_size],
-            "normalise": data.normalise,
-            "image_size": data.image_size,
-        },
-        "classes": data.classes,
-        "guidance": {
-            "baked": None if draws_scale(recipe) else effective_scale(mix.omega, mix.kappa),
-            "null_label": has_null_label(recipe),
-        },
-        "sample": {name: getattr(recipe.sample, name) for name in recipe.sample.__dataclass_fields__},
-        "weights": {key: origin.get(key) for key in ("weights", "step", "images_seen", "half_life")},
-    }
-    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"

@@ -13,6 +13,8 @@ Near t_999 one float32 step of t is 1/1000 of an index, and an angle near 999 is
 t is within rounding of a discrete time, the index is that whole number, and angles are taken in float64.
 """
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -25,6 +27,7 @@ DISCRETE_TIMES = 1000
 BETAS = (1e-4, 0.02)  # the linear schedule of DDPM and DiT
 
 
+@cache
 def discrete_times(device: torch.device) -> Tensor:
     """The times t_i on our path that stand for DDPM's 1000 steps: (1000,) float64, rising."""
     beta = torch.linspace(*BETAS, DISCRETE_TIMES, dtype=torch.float64, device=device)
@@ -39,7 +42,7 @@ def discrete_index(t: Tensor) -> tuple[Tensor, Tensor]:
     i is a whole number where t is within rounding of a discrete time, and constant beyond the first and the last time.
     """
     times, at = discrete_times(t.device), t.double()
-    below = (torch.searchsorted(times, at.detach().contiguous(), right=True) - 1).clamp(0, DISCRETE_TIMES - 2)
+    below = ((times <= at.detach()[:, None]).sum(1) - 1).clamp(0, DISCRETE_TIMES - 2)  # an exported graph can hold it
     width = times[below + 1] - times[below]
     index = below + (at - times[below]) / width
     off = (index.round() - index).detach()

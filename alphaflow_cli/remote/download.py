@@ -27,14 +27,22 @@ from alphaflow_cli.remote.faults import HubFault, NoConnection, NotThere, hub_fa
 MODEL = "model.safetensors"
 AUTOENCODER = "autoencoder"  # the folder of one that is none of the Hub's
 CONFIG_FILE = "config.json"
-OURS = (MODEL, CONFIG_FILE, "recipe.yaml", "README.md", "results.json", "samples.png", "alpha.png", AUTOENCODER)
+PIPELINE_FILES = ("model_index.json", "pipeline_alphaflow.py")  # of a pipeline for diffusers
+PIPELINE_FOLDERS = ("transformer", "scheduler", "vae")
+OURS = (
+    *(MODEL, CONFIG_FILE, "recipe.yaml", "README.md", "results.json", "samples.png", "alpha.png", AUTOENCODER),
+    *(*PIPELINE_FILES, *PIPELINE_FOLDERS),
+)
 FOR_SAMPLING = [CONFIG_FILE, "recipe.yaml", f"{AUTOENCODER}/*"]  # beside the weights, enough to sample
 PUBLISHED_FILES = [MODEL, *FOR_SAMPLING, "README.md", "results.json", "samples.png", "alpha.png"]
 FIRST_ANSWER = 20.0  # seconds for the first answer of the Hub
 OUR_CONFIG = Table(
     {"model_type": Text(one_of=("alphaflow",)), "format": Text(100, form="alphaflow/.+")}, others=Anything()
 )
-NOT_ALWAYS = ("results.json", f"{AUTOENCODER}/*")  # removed where the new version has none
+NOT_ALWAYS = (  # removed where the new version has none
+    *("results.json", f"{AUTOENCODER}/*", *PIPELINE_FILES),
+    *(f"{folder}/*" for folder in PIPELINE_FOLDERS),
+)
 
 
 def prepare_folder(folder: Path, *, also: Iterable[str] = ()) -> None:
@@ -53,7 +61,7 @@ def prepare_folder(folder: Path, *, also: Iterable[str] = ()) -> None:
 
 
 def remove_stale(folder: Path, kept: Iterable[str] = ()) -> None:
-    """Remove results and an autoencoder of an earlier version; `kept` names those that the new one has."""
+    """Remove results, autoencoder and pipeline of an earlier version; `kept` names those that the new one has."""
     left = set(kept)
     for path in [path for pattern in NOT_ALWAYS for path in folder.glob(pattern)]:
         if path.is_file() and path.relative_to(folder).as_posix() not in left:

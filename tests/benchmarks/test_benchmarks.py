@@ -3,10 +3,12 @@
 import json
 
 import bench_decoder
+import bench_export
 import bench_scaling
 import bench_step
 import pytest
 import torch
+from small_models import pixel_checkpoint
 from tiny_autoencoders import tiny_kl
 
 from alphaflow_cli.core.pixels import from_uint8, to_uint8
@@ -109,3 +111,14 @@ def test_the_step_benchmark_has_compiled_columns(capsys):
     bench_step.main(["--size", "tiny", "--batch", "4", "--rounds", "1", "--device", "cpu", "--compile"])
     (line,) = lines_of(capsys)
     assert set(line["speed"]) == {"fm", "ours", "reference", "fm compiled", "ours compiled"}
+
+
+@pytest.mark.slow
+def test_the_export_benchmark_prints_bytes_and_times_of_every_form(tmp_path, capsys):
+    bench_export.main([str(pixel_checkpoint(tmp_path / "m.safetensors")), "--rounds", "2"])
+    line = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert set(line["bytes"]) == {"checkpoint", "diffusers", "onnx", "onnx fp16", "torch"}
+    assert line["bytes"]["onnx fp16"] < line["bytes"]["onnx"]
+    for times in line["milliseconds_per_picture"].values():
+        assert set(times) == {"sample", "onnx", "onnx fp16", "torch", "diffusers"}
+        assert min(times.values()) > 0

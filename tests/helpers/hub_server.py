@@ -111,6 +111,7 @@ class HubHandler(BaseHTTPRequestHandler):
 
     def handle_any(self):
         hub, path = self.server_hub, unquote(urlparse(self.path).path)
+        path = re.sub(r"^(/api)?/spaces/([^/]+/[^/]+)", space_path, path)
         body = self.read_body()
         with hub.lock:
             hub.requests.append((self.command, path))
@@ -212,6 +213,7 @@ class HubHandler(BaseHTTPRequestHandler):
             return self.error(401, message="Invalid username or password.")
         if self.user() != owner:
             return self.error(403, message="You don't have the rights to create a model under this namespace")
+        name += ".space" * (asked.get("type") == "space")
         private = bool(asked.get("private")) or asked.get("visibility") == "private"
         if name in self.server_hub.repos:
             return self.send(
@@ -344,6 +346,11 @@ class HubHandler(BaseHTTPRequestHandler):
             headers["Content-Range"] = f"bytes {first}-{last}/{len(content)}"
             return self.send(206, content[first : last + 1], headers)
         return self.send(200, content, headers)
+
+
+def space_path(match):
+    """Where a Space is kept: among the models, as user/name.space."""
+    return f"{'/api/models' if match[1] else ''}/{match[2]}.space"
 
 
 NAME = r"([\w.-]+/[\w.-]+)"

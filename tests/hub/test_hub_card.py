@@ -24,7 +24,7 @@ from alphaflow_cli.cli import run
 from alphaflow_cli.convert import ConvertOptions, convert
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.hub.card import CardFacts, model_card, scrub
-from alphaflow_cli.hub.push import open_publication, stage
+from alphaflow_cli.hub.stage import open_publication, stage
 from alphaflow_cli.model.checkpoint import load_checkpoint, save_checkpoint
 from alphaflow_cli.recipe import load_recipe
 
@@ -366,8 +366,37 @@ def test_foreign_words_stay_words_in_the_card(finished, words):
         )
         heads = [line for line in outside.splitlines() if line.startswith("#")]
         assert [line for line in heads if line.startswith("# ")] == heads[:1]
-        assert len(heads) == 6 + ("class_names" in origin)
+        assert len(heads) == 7 + ("class_names" in origin)
         table = [line for line in outside.splitlines() if line.startswith("|")]
         assert len(table) == 3
         assert len(re.findall(r"(?<!\\)\|", table[2])) == 4
         assert head.count("\n---") == 0
+
+
+@pytest.mark.parametrize(
+    ("begun", "base"),
+    [("user/b2@v1", "user/b2"), ("hf://user/b2", "user/b2"), ("model.safetensors", None), (None, None)],
+)
+def test_the_metadata_name_the_papers_and_the_model_that_it_began_with(finished, begun, base):
+    opened = load_checkpoint(finished / "model.safetensors")
+    facts = CardFacts("me/tiny", opened.recipe, opened.origin | {"init_from": begun}, 1, None, "unknown")
+    head = ModelCard(model_card(facts)).data.to_dict()
+    assert head.get("base_model") == base
+    assert {"arxiv:2510.20771", "arxiv:2505.13447"} <= set(head["tags"])
+    assert "datasets" not in head
+    data = replace(opened.recipe.data, source="hf://datasets/user/cats:train")
+    head = ModelCard(model_card(replace(facts, recipe=replace(opened.recipe, data=data)))).data.to_dict()
+    assert head["datasets"] == ["user/cats"]
+
+
+def test_the_card_shows_onnx_always_and_diffusers_where_its_pipeline_is(finished, tmp_path, monkeypatch):
+    plain = ModelCard.load(staged(finished, tmp_path) / "README.md")
+    assert "alphaflow export me/tiny --to onnx -o model.onnx" in plain.text
+    assert "DiffusionPipeline" not in plain.text
+    folder = staged(finished, tmp_path, repo="me/tiny", diffusers=True)
+    text = (folder / "README.md").read_text()
+    assert "diffusers" in ModelCard(text).data.tags
+    snippet = re.search(r"```py\n(.*?)```", text, re.DOTALL)[1]
+    monkeypatch.chdir(tmp_path)
+    exec(snippet.replace("me/tiny", str(folder)), {})
+    assert width("picture.png") == 16

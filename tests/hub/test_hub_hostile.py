@@ -13,7 +13,7 @@ from hub_fixtures import alphaflow, hub, project_run, write_checkpoint  # noqa: 
 from hub_server import Fault
 
 from alphaflow_cli.hub import resolve_checkpoint
-from alphaflow_cli.hub.push import open_publication, stage
+from alphaflow_cli.hub.stage import open_publication, stage
 from alphaflow_cli.remote import client
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")

@@ -7,7 +7,7 @@ from hub_fixtures import alphaflow, hub, project_run, scored, sha256, write_chec
 
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.hub import push
-from alphaflow_cli.hub.push import open_publication, stage
+from alphaflow_cli.hub.stage import open_publication, stage
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 HOME = "/".join(["", "home", "jane"])  # a path of a machine, which no file here may spell out

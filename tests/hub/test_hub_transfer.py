@@ -11,7 +11,7 @@ from hub_server import Fault
 import alphaflow_cli
 from alphaflow_cli.cli import run
 from alphaflow_cli.hub import pull, resolve_checkpoint, resolve_file
-from alphaflow_cli.hub.push import open_publication, stage
+from alphaflow_cli.hub.stage import open_publication, stage
 from alphaflow_cli.model.checkpoint import load_checkpoint
 
 # huggingface_hub 2.x hands its HTTP library bytes in a way that library no longer likes.

@@ -18,7 +18,7 @@ from tiny_autoencoders import tiny_kl
 import alphaflow_cli
 from alphaflow_cli import cli
 from alphaflow_cli.errors import AlphaflowError
-from alphaflow_cli.hub.push import open_publication, stage
+from alphaflow_cli.hub.stage import open_publication, stage
 from alphaflow_cli.model.checkpoint import OLDER, load_checkpoint, save_checkpoint
 from alphaflow_cli.model.find import find_checkpoint, is_checkpoint
 from alphaflow_cli.sample.generator import open_generator

@@ -27,7 +27,7 @@ from train_helpers import (
 
 from alphaflow_cli.cli import run as cli
 from alphaflow_cli.errors import AlphaflowError
-from alphaflow_cli.hub.push import open_publication, stage
+from alphaflow_cli.hub.stage import open_publication, stage
 from alphaflow_cli.runtime import lock
 from alphaflow_cli.sample.grid import grid_png
 from alphaflow_cli.train import start, state

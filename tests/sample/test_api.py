@@ -167,3 +167,43 @@ def test_loading_and_sampling_import_nothing_that_they_do_not_use(path):
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+# The doors to training and evaluation.
+
+
+def test_train_evaluate_and_load_recipe_are_doors(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    sets = ["train.steps=2", "train.batch=4", "model.dim=16", "alpha.unfinished=true", "data.source=shapes:40"]
+    assert alphaflow_cli.load_recipe("quickstart", sets).train.steps == 2
+    model = alphaflow_cli.train("quickstart", sets=sets, out="run", device="cpu")
+    assert model.origin["step"] == 2
+    again = alphaflow_cli.train("quickstart", sets=sets, out="run", device="cpu")  # it is finished: nothing is trained
+    assert torch.equal(model.sample(2).tensor, again.sample(2).tensor)
+    (row,) = alphaflow_cli.evaluate("run", images=100, nfe=[2], reference="shapes:100", device="cpu")
+    assert row.name == "FD-tiny-100"
+    assert row.value > 0
+    assert "100 pictures: quickstart, 2 NFE" in row.protocol()
+
+
+@pytest.mark.parametrize(
+    ("call", "line"),
+    [
+        (lambda: alphaflow_cli.evaluate("x.safetensors", metrics=["fdi"]), "evaluate: metrics 'fdi': there are fid, "),
+        (lambda: alphaflow_cli.evaluate("shapes:100", nfe=[1]), "shapes:100 is a source of pictures"),
+        (lambda: alphaflow_cli.train("quikstart"), "quickstart"),
+        (lambda: alphaflow_cli.train("quickstart", data="nowhere"), "nowhere: no latent store here"),
+    ],
+)
+def test_a_wrong_value_at_a_door_is_one_line(call, line, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(AlphaflowError, match=line):
+        call()
+
+
+def test_the_rooms_behind_the_doors_are_still_modules():
+    import alphaflow_cli.train.store as store
+
+    assert inspect.ismodule(alphaflow_cli.train)
+    assert alphaflow_cli.train.store is store
+    assert callable(alphaflow_cli.evaluate)

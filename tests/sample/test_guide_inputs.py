@@ -11,7 +11,7 @@ from small_models import PIXELS, checkpoint_m
 import alphaflow_cli
 from alphaflow_cli.cli import run
 from alphaflow_cli.errors import AlphaflowError
-from alphaflow_cli.hub.card import config_json
+from alphaflow_cli.hub.stage import config_json
 from alphaflow_cli.model.build import build_network
 from alphaflow_cli.model.checkpoint import load_checkpoint, save_checkpoint
 from alphaflow_cli.recipe import load_recipe

@@ -1,0 +1,82 @@
+"""Two more doors for programs: `alphaflow_cli.evaluate(…)` and `alphaflow_cli.train(…)`, beside `load` in api.py.
+
+They do what `alphaflow eval` and `alphaflow train` do, in this process. The package finds them when they are called
+(`__init__.py`), because rooms bear their names, too.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import get_args
+
+from alphaflow_cli.api import Model, load
+from alphaflow_cli.errors import AlphaflowError
+from alphaflow_cli.evaluate.evaluate import EvalRequest, evaluate_checkpoint, evaluate_pictures
+from alphaflow_cli.evaluate.results import Row
+from alphaflow_cli.model.find import is_checkpoint
+from alphaflow_cli.recipe.schema import LabelDraw, Metric
+from alphaflow_cli.runtime.lock import hold
+from alphaflow_cli.runtime.processes import Processes, choose_device
+from alphaflow_cli.train import start
+from alphaflow_cli.train.store import resolve_run
+
+
+def evaluate(
+    subject: str | Path,
+    *,
+    metrics: Sequence[Metric] = (),
+    reference: str | Path | None = None,
+    images: int | None = None,
+    nfe: Sequence[int] = (),
+    draw: LabelDraw | None = None,
+    guidance: float | None = None,
+    device: str | None = None,
+    batch: int = 64,
+    out: str | Path | None = None,
+) -> list[Row]:
+    """Measure a checkpoint, or pictures, as `alphaflow eval` does; results.json is written too.
+
+    What is left out is as the recipe says. Of each row, `name` and `value` are the number, and `protocol()` says how it
+    was made. The same call again resumes.
+    """
+    request = EvalRequest(
+        checkpoint=str(subject), nfe=tuple(nfe), sampler="auto", times=None, guidance=guidance, guidance_channels=None,
+        interval=None, sweep_midpoint=False, metrics=tuple(metrics),
+        reference=None if reference is None else str(reference), images=images, draw=draw, autoencoder="",
+        decoder="auto", batch=batch, weights={}, out=None if out is None else Path(out),
+    )  # fmt: skip
+    if wrong := [name for name in metrics if name not in get_args(Metric)]:
+        raise AlphaflowError(f"evaluate: metrics {wrong[0]!r}: there are {', '.join(get_args(Metric))}.")
+    measured = evaluate_checkpoint if is_checkpoint(str(subject)) else evaluate_pictures
+    if measured is evaluate_pictures and (nfe or draw or guidance is not None):
+        raise AlphaflowError(
+            f"evaluate: {subject} is a source of pictures; nfe, draw and guidance are for checkpoints."
+        )
+    report = measured(request, Processes(choose_device(device)))
+    assert report is not None  # one process has the whole report
+    return [row for each in report.evaluations for row in each.rows]
+
+
+def train(
+    recipe: str | Path,
+    *,
+    data: str | Path | None = None,
+    out: str | Path | None = None,
+    sets: Sequence[str] = (),
+    init_from: str = "",
+    micro_batch: int | None = None,
+    device: str | None = None,
+) -> Model:
+    """Train a recipe in this process, as `alphaflow train` does; returns the trained model.
+
+    recipe: a file, or the name of a shipped recipe. sets: changes of single values, such as ["train.steps=2000"].
+    out: the run's folder; default: runs/ and the recipe's name. The same call again resumes, or returns at once.
+    """
+    data, out = (None if path is None else Path(path) for path in (data, out))
+    resolved = resolve_run(str(recipe), sets, data=data, out=out)
+    folder = resolved.folder
+    options = start.TrainOptions(folder, data, micro_batch, init_from, device=device, notes=resolved.notes)
+    with hold(folder, "train"):
+        start.prepare_run(resolved.recipe, options)
+    if code := start.train(resolved.recipe, options):
+        raise KeyboardInterrupt(f"{folder}: stopped and saved (exit code {code}); the same call goes on from there")
+    return load(folder, device=device)
