@@ -12,7 +12,9 @@ import click
 from alphaflow_cli.commands.common import (
     BATCH,
     PROCESSES,
+    THREADS,
     Destination,
+    NumberOrAuto,
     begin,
     check_checkpoint,
     command_line,
@@ -39,15 +41,6 @@ EXAMPLES = examples(
 )
 
 
-class MicroBatch(click.ParamType):  # type: ignore[type-arg]
-    """The value of --micro-batch: a number of rows, or auto, which becomes 0."""
-
-    name = "n|auto"
-
-    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        return 0 if value in ("auto", 0) else BATCH.convert(value, param, ctx)
-
-
 @click.command("train", epilog=EXAMPLES)
 @recipe_argument
 @click.option(
@@ -61,7 +54,15 @@ class MicroBatch(click.ParamType):  # type: ignore[type-arg]
 @set_option
 @click.option("--processes", type=PROCESSES, help="Processes to start on this machine. Default: one per GPU.")
 @device_option
-@click.option("--micro-batch", type=MicroBatch(), default="auto", help="Rows a process computes at once, or auto.")
+@click.option(
+    "--threads",
+    type=NumberOrAuto(THREADS),
+    default="auto",
+    help="Threads that compute on a CPU. auto: a few timed steps choose; a resumed run keeps its number.",
+)
+@click.option(
+    "--micro-batch", type=NumberOrAuto(BATCH), default="auto", help="Rows a process computes at once, or auto."
+)
 @click.option(
     "--init-from",
     default="",
@@ -70,6 +71,7 @@ class MicroBatch(click.ParamType):  # type: ignore[type-arg]
     help="Begin with the weights of this checkpoint.",
 )
 @click.option("--verify/--no-verify", default=True, help="Check the whole store before the first step (about 1 s/GB).")
+@click.option("--requeue", is_flag=True, help="In a Slurm job: after its warning (USR1), save, and ask for it again.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
 @click.option("--estimate", is_flag=True, help="Time a few steps of every phase, extrapolate, and stop.")
 @json_option
@@ -80,9 +82,11 @@ def command(
     sets: tuple[str, ...],
     processes: int | None,
     device: str | None,
+    threads: int,
     micro_batch: int,
     init_from: str,
     verify: bool,
+    requeue: bool,
     dry_run: bool,
     estimate: bool,
     as_json: bool,
@@ -91,6 +95,7 @@ def command(
 
     Inside torchrun, accelerate launch or Slurm it joins the processes that are there.
     """
+    from alphaflow_cli.runtime.launch import check_requeue
     from alphaflow_cli.train.store import resolve_run
 
     resolved = resolve_run(recipe, sets, data=data, out=out)
@@ -98,21 +103,33 @@ def command(
     if dry_run or estimate:
         show_plan(resolved, processes, micro_batch, device, measured=estimate, as_json=as_json)
         return
+    if requeue:
+        check_requeue()
     begin(f"train {resolved.recipe.name} in {resolved.folder}")
-    from alphaflow_cli.runtime.processes import run_shared
-    from alphaflow_cli.train.start import TrainOptions, count_processes
+    from alphaflow_cli.train.start import TrainOptions
 
-    options = TrainOptions(resolved.folder, data, micro_batch or None, init_from, verify, device, resolved.notes)
+    options = TrainOptions(
+        out=resolved.folder, data=data, micro_batch=micro_batch or None, init_from=init_from, verify=verify,
+        device=device, notes=resolved.notes, threads=threads or None, requeue=requeue,
+    )  # fmt: skip
+    start(resolved.recipe, options, processes)
+
+
+def start(recipe: Recipe, options: "TrainOptions", processes: int | None) -> None:
+    """Train here or in N processes, and say where the run is."""
+    from alphaflow_cli.runtime.processes import run_shared
+    from alphaflow_cli.train.start import count_processes
+
     code = run_shared(
-        lambda: join(resolved.recipe, options),
+        lambda: join(recipe, options),
         command_line(),
         requested=processes,
-        count=lambda requested: count_processes(resolved.recipe, requested, device),
-        prepared=prepared(resolved.recipe, options),
+        count=lambda requested: count_processes(recipe, requested, options.device),
+        prepared=prepared(recipe, options),
     )
     if code:
         sys.exit(code)
-    finish(resolved.folder)
+    finish(options.out)
 
 
 def check_inputs(data: Path | None, init_from: str) -> None:

@@ -1,7 +1,6 @@
 """From the request of `prep-latents` to a plan: which pictures, which classes, which encoder, which shards."""
 
 import hashlib
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -33,6 +32,7 @@ from alphaflow_cli.latents.encode import Job, Listing, StoreRequest, choose_prec
 from alphaflow_cli.nn.autoencoder import Autoencoder, load_autoencoder, public_id
 from alphaflow_cli.remote.faults import HubFault
 from alphaflow_cli.runtime.processes import Processes
+from alphaflow_cli.runtime.threads import cores_here
 from alphaflow_cli.text import shorten
 
 SHARD_PICTURES, SHARD_BYTES = 8192, 512_000_000  # of one shard at most: it is held in memory until it is written
@@ -52,7 +52,7 @@ class Encoder:
 
 def plan_job(request: StoreRequest, out: Path, processes: Processes) -> Job:
     """List the source, look at the encoder, and refuse an `out` that holds another preparation; nothing is written."""
-    device, threads = processes.device, max(1, min(16, (os.cpu_count() or 1) // processes.size))
+    device, threads = processes.device, max(1, min(16, cores_here().count // processes.size))
     listing = list_pictures(request)
     before = read_plan(out / "plan.json") if is_there(out / "plan.json") else None
     if before:

@@ -106,7 +106,7 @@ def measure_phases(
         trial.step(micro_batch, middle)  # warm up, and compile
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        each = statistics.median(_timed(partial(trial.step, micro_batch, middle)) for _ in range(TIMED_STEPS)) * turns
+        each = statistics.median(timed(partial(trial.step, micro_batch, middle)) for _ in range(TIMED_STEPS)) * turns
         memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
         times.append(PhaseTime(phase.kind, phase.until - phase.first, each, memory))
     if compiled:
@@ -125,7 +125,7 @@ def _measure(
     return measure_phases(recipe, rows, per_process=per_process, device=device, compiled=False), False
 
 
-def _timed(work: Callable[[], None]) -> float:
+def timed(work: Callable[[], None]) -> float:
     """Seconds until the work is done, on the device too."""
     started = time.perf_counter()
     work()

@@ -60,6 +60,7 @@ class Run:
     objective: Objective
     class_names: list[str]
     init_from: str = ""  # whose weights it began with
+    threads: int | None = None  # that compute on a CPU; None on a GPU
     may_shrink: bool = False  # whether micro-batches become smaller when the memory runs out
     step: int = 0  # steps done
     retries: int = 0  # rolls back so far; each gives the steps after it other draws
@@ -90,6 +91,7 @@ class Run:
             store=self.stream.store.manifest.digest,
             init_from=self.init_from,
             compiled=self.compiled if self.recipe.train.compile == "auto" else None,
+            threads=self.threads,
         )
 
     def model(self, which: int = 0) -> Checkpoint:
