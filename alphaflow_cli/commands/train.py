@@ -3,6 +3,7 @@
 import contextlib
 import os
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +16,7 @@ from alphaflow_cli.commands.common import (
     THREADS,
     Destination,
     NumberOrAuto,
+    NumberWithin,
     begin,
     check_checkpoint,
     command_line,
@@ -74,6 +76,12 @@ EXAMPLES = examples(
 @click.option("--requeue", is_flag=True, help="In a Slurm job: after its warning (USR1), save, and ask for it again.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
 @click.option("--estimate", is_flag=True, help="Time a few steps of every phase, extrapolate, and stop.")
+@click.option(
+    "--hours",
+    type=NumberWithin(0, 100_000, open_below=True),
+    default=0,
+    help="Print the --set values with which the run takes so long on this machine, and stop.",
+)
 @json_option
 def command(
     recipe: str,
@@ -89,6 +97,7 @@ def command(
     requeue: bool,
     dry_run: bool,
     estimate: bool,
+    hours: float,
     as_json: bool,
 ) -> None:
     """Train RECIPE, a file or the name of a shipped recipe. Running the same command again resumes.
@@ -100,19 +109,20 @@ def command(
 
     resolved = resolve_run(recipe, sets, data=data, out=out)
     check_inputs(data, init_from)
-    if dry_run or estimate:
-        show_plan(resolved, processes, micro_batch, device, measured=estimate, as_json=as_json)
-        return
-    if requeue:
-        check_requeue()
-    begin(f"train {resolved.recipe.name} in {resolved.folder}")
+    plans = bool(dry_run or estimate or hours)
+    if not plans:
+        check_requeue(requeue)
+        begin(f"train {resolved.recipe.name} in {resolved.folder}")
     from alphaflow_cli.train.start import TrainOptions
 
     options = TrainOptions(
         out=resolved.folder, data=data, micro_batch=micro_batch or None, init_from=init_from, verify=verify,
         device=device, notes=resolved.notes, threads=threads or None, requeue=requeue,
     )  # fmt: skip
-    start(resolved.recipe, options, processes)
+    if plans:
+        show_plan(resolved, options, processes or 1, estimate=estimate, hours=hours, as_json=as_json)
+    else:
+        start(resolved.recipe, options, processes)
 
 
 def start(recipe: Recipe, options: "TrainOptions", processes: int | None) -> None:
@@ -176,23 +186,29 @@ def finish(folder: Path) -> None:
 
 
 def show_plan(
-    resolved: "Resolved", processes: int | None, micro_batch: int, device: str | None, *, measured: bool, as_json: bool
+    resolved: "Resolved", options: "TrainOptions", processes: int, *, estimate: bool, hours: float, as_json: bool
 ) -> None:
-    """Print what the run would be: by arithmetic for --dry-run, by timed steps too for --estimate."""
+    """Print what the run would be: by arithmetic for --dry-run, by timed steps too for --estimate and --hours."""
     from alphaflow_cli.train.estimate import describe_run, estimate_training
+    from alphaflow_cli.train.hours import fit_hours, measure_phases_of
     from alphaflow_cli.train.start import doubts
     from alphaflow_cli.train.store import check_store
 
     recipe = resolved.recipe
     if recipe.data.store and (Path(recipe.data.store) / "manifest.json").is_file():
         check_store(recipe, Path(recipe.data.store))
-    document, lines = describe_run(recipe, resolved.folder, processes=processes or 1, micro_batch=micro_batch or None)
-    more = [text for text in doubts(recipe, device=device) if text not in document["warnings"]]
+    began = time.monotonic()
+    document, lines = describe_run(recipe, resolved.folder, processes=processes, micro_batch=options.micro_batch)
+    more = [text for text in doubts(recipe, device=options.device) if text not in document["warnings"]]
     document["warnings"] += more
     lines = [*resolved.notes, *lines, *(f"beware: {text}" for text in more)]
-    if measured:
-        times, texts = estimate_training(recipe, micro_batch or None, processes or 1, device)
+    if estimate or hours:
+        measured, compiled = measure_phases_of(recipe, options, processes)
+        times, texts = estimate_training(recipe, measured, compiled=compiled)
         document, lines = document | {"estimate": times}, [*lines, *texts]
+    if hours:
+        fit = fit_hours(recipe, hours, measured, start=time.monotonic() - began)
+        document, lines = document | {"hours": fit.document()}, fit.lines()
     if as_json:
         print_json(document)
         return

@@ -306,8 +306,10 @@ def first_host(nodes: str) -> str:
     return f"{head}{number or ''}{tail or ''}"
 
 
-def check_requeue() -> None:
+def check_requeue(wanted: bool) -> None:
     """Refuse --requeue where no job could be asked for again: outside Slurm, or without its scontrol."""
+    if not wanted:
+        return
     if not os.environ.get("SLURM_JOB_ID"):
         raise AlphaflowError("--requeue: this is no Slurm job (SLURM_JOB_ID is not set). Leave --requeue out here.")
     if shutil.which("scontrol") is None:

@@ -158,17 +158,29 @@ def describe_run(
     return document, text
 
 
-def estimate_training(
-    recipe: Recipe, micro_batch: int | None, processes: int, device: str | None = None
-) -> tuple[list[dict[str, Any]], list[str]]:
-    """Time the phases on this machine, in one process, and extrapolate; returns JSON objects and lines."""
+def measure_run(
+    recipe: Recipe,
+    micro_batch: int | None,
+    processes: int,
+    device: str | None,
+    *,
+    ready: Callable[[World, int], object],
+) -> tuple[list[PhaseTime], bool]:
+    """Time the phases on this machine, in one process, after `ready`; also returns whether they are compiled."""
     world = join_world(allow_tf32=recipe.train.tf32, device=device)
     per_process = -(-recipe.train.batch // processes)
     compiled = choose_compile(recipe, world, None, processes)
     if compiled:
         say("compiling the blocks: up to 20 s per phase on a GPU, minutes on a CPU")
     rows = min(micro_batch or micro_batch_that_fits(recipe, world, compiled=compiled), per_process)
-    measured, compiled = _measure(recipe, rows, per_process=per_process, device=world.device, compiled=compiled)
+    ready(world, rows)
+    return _measure(recipe, rows, per_process=per_process, device=world.device, compiled=compiled)
+
+
+def estimate_training(
+    recipe: Recipe, measured: list[PhaseTime], *, compiled: bool
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Extrapolate from measured steps to the whole run; returns JSON objects and lines."""
     total = sum(phase.seconds for phase in measured)
     document = [
         {
