@@ -92,7 +92,7 @@ def seconds_per_step(folder: Path, store: Path, threads: str, steps: int, group:
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    """Measure all pairs in turn, and print one JSON line each."""
+    """Measure all pairs in turn; each run is shown on stderr, each pair is one JSON line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="for the store and the runs")
     parser.add_argument("--rounds", type=int, default=3)
@@ -110,6 +110,7 @@ def main(words: Sequence[str] | None = None) -> None:
                 if pair[0].startswith("quota") and group is None:
                     continue  # no cgroup may be made here
                 found[pair].append(seconds_per_step(options.folder, store, pair[1], options.steps, group))
+                print(*pair, found[pair][-1], file=sys.stderr, flush=True)
     for (name, threads), runs in found.items():
         figures = {key: [run[key] for run in runs] for key in ("seconds", "threads", "start", "load")}
         record("load", "cpu", condition=name, requested=threads, steps=options.steps, **figures)

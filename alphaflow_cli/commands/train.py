@@ -79,7 +79,6 @@ EXAMPLES = examples(
 @click.option(
     "--hours",
     type=NumberWithin(0, 100_000, open_below=True),
-    default=0,
     help="Print the --set values with which the run takes so long on this machine, and stop.",
 )
 @json_option
@@ -97,7 +96,7 @@ def command(
     requeue: bool,
     dry_run: bool,
     estimate: bool,
-    hours: float,
+    hours: float | None,
     as_json: bool,
 ) -> None:
     """Train RECIPE, a file or the name of a shipped recipe. Running the same command again resumes.
@@ -186,7 +185,7 @@ def finish(folder: Path) -> None:
 
 
 def show_plan(
-    resolved: "Resolved", options: "TrainOptions", processes: int, *, estimate: bool, hours: float, as_json: bool
+    resolved: "Resolved", options: "TrainOptions", processes: int, *, estimate: bool, hours: float | None, as_json: bool
 ) -> None:
     """Print what the run would be: by arithmetic for --dry-run, by timed steps too for --estimate and --hours."""
     from alphaflow_cli.train.estimate import describe_run, estimate_training
