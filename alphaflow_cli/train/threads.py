@@ -12,6 +12,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -36,7 +37,7 @@ SLOW = 3.0  # times as long as before: the machine is busy with other work
 
 def choose_threads(
     recipe: Recipe, world: World, rows: int, requested: int | None, saved: StateFacts | None
-) -> int | None:
+) -> Threads | None:
     """Set the threads of a run, the same number on every process; None on a GPU, where torch's own number stays."""
     if world.device.type != "cpu":
         if requested:
@@ -50,12 +51,12 @@ def choose_threads(
         if before and before != count:
             say(f"beware: the run computed with {counted_threads(before)} so far: other threads round otherwise")
     torch.set_num_threads(count)
-    return count
+    return replace(threads, count=count)
 
 
 def _choose(recipe: Recipe, world: World, rows: int, most: Threads, saved: StateFacts | None) -> Threads:
     """As the user says, as the run has computed so far, or as a few steps tell; at most so many as may be."""
-    if most.chosen:
+    if world.agree(most.chosen):  # on one machine alone, perhaps
         return most
     if saved is not None and saved.processes == world.size:
         kept = saved.threads or most.count  # of earlier versions: torch's own number
@@ -135,6 +136,8 @@ class Watch:
 
     def __init__(self, run: Run) -> None:
         self.run, self.kind = run, ""
+        self.count = run.threads.count if run.threads else 1
+        self.may_change = run.threads is not None and not run.threads.chosen  # the user's own number is kept
         self.seconds, self.steps, self.least, self.done = 0.0, 0, math.inf, False
 
     def __enter__(self) -> None:
@@ -150,8 +153,8 @@ class Watch:
         if kind != self.kind:
             self.kind, self.done = kind, False
             if run.threads:
-                torch.set_num_threads(run.threads)
-        if not self.done and (run.threads or 1) > 1:
+                torch.set_num_threads(self.count)
+        if not self.done and self.count > 1:
             now = self.seconds / max(self.steps, 1)
             if run.world.agree(now > SLOW * self.least):
                 self.done = True
@@ -161,23 +164,21 @@ class Watch:
 
     def _act(self, now: float) -> None:
         """Go on with one thread where that changes no bit and is faster; otherwise advise it, where it is faster."""
-        run = self.run
-        several = run.threads or 1
+        run, several = self.run, self.count
         one, same = try_one_thread(run, several)
+        change = same and self.may_change
         slower = one >= now
         if run.world.is_main and not slower:
             what = f"a step takes {now:.3g} s, and took {self.least:.3g} s before: this machine is busy otherwise"
-            say(f"{what}; {_way(several, one, same=same)}")
-        torch.set_num_threads(1 if same and not slower else several)
+            say(f"{what}; {_way(several, one, same=same, change=change)}")
+        torch.set_num_threads(1 if change and not slower else several)
 
 
-def _way(several: int, one: float, *, same: bool) -> str:
-    if same:
+def _way(several: int, one: float, *, same: bool, change: bool) -> str:
+    if change:
         return f"going on with 1 thread instead of {several} ({one:.3g} s), which computes the same bits here (tested)"
-    return (
-        f"with 1 thread it takes {one:.3g} s, but rounds otherwise than with {several}, so nothing is changed. To go "
-        "on with 1, stop the run and add --threads 1"
-    )
+    why = "" if same else f", but rounds otherwise than with {several}"
+    return f"with 1 thread it takes {one:.3g} s{why}. Nothing is changed; to go on so, stop the run and add --threads 1"
 
 
 def try_one_thread(run: Run, several: int) -> tuple[float, bool]:

@@ -94,7 +94,7 @@ def test_a_step_that_waits_too_long_is_broken_off(two_cores, tmp_path):
     trial.step(16, 17)  # no hook is left behind
 
 
-def watched(tmp_path, store, monkeypatch, *, one, same):
+def watched(tmp_path, store, monkeypatch, *words, one, same):
     """A run with two threads whose steps take four times as long from step 12 on; its folder and what it said."""
     make_recipe(tmp_path)
     monkeypatch.setattr(choosing, "measure_threads", lambda *_: (0.2, 0.1))
@@ -107,7 +107,7 @@ def watched(tmp_path, store, monkeypatch, *, one, same):
             self.seconds, self.steps = self.seconds + (0.1 if self.run.step < 12 else 0.4), self.steps + 1
 
     monkeypatch.setattr("alphaflow_cli.train.loop.Watch", Slower)
-    assert train(tmp_path, store) == 0
+    assert train(tmp_path, store, *words) == 0
     return numbers
 
 
@@ -129,6 +129,12 @@ def test_a_run_that_becomes_slow_takes_one_thread_where_the_bits_stay_until_the_
 def test_a_run_that_becomes_slow_is_advised_where_bits_would_change(two_cores, store, tmp_path, monkeypatch, capsys):
     numbers = watched(tmp_path, store, monkeypatch, one=0.15, same=False)
     assert "stop the run and add --threads 1" in capsys.readouterr().err
+    assert set(numbers) == {2}
+
+
+def test_the_users_own_number_is_not_changed_on_the_way(two_cores, store, tmp_path, monkeypatch, capsys):
+    numbers = watched(tmp_path, store, monkeypatch, "--threads", "2", one=0.15, same=True)
+    assert "with 1 thread it takes 0.15 s. Nothing is changed" in capsys.readouterr().err
     assert set(numbers) == {2}
 
 
