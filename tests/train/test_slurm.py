@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -81,11 +82,10 @@ def test_without_the_option_the_warning_saves_and_ends(job, store, tmp_path, cap
 
 @pytest.mark.distributed
 def test_the_warning_reaches_the_processes_of_a_command_and_one_of_them_asks(job, store, tmp_path):
-    from test_train_launch import popen, wait_until
-
     words = [sys.executable, "-m", "alphaflow_cli", *line(tmp_path, store, "--requeue", "--processes", "2")]
-    parent = popen(words, tmp_path)
-    wait_until(lambda: saved_step(tmp_path / "run") >= 5, "no save")
+    paths = {"PYTHONPATH": os.pathsep.join(sys.path)}
+    parent = subprocess.Popen(words, cwd=tmp_path, env={**os.environ, **paths}, stderr=subprocess.PIPE, text=True)
+    wait_for_step(tmp_path / "run", 5)
     parent.send_signal(signal.SIGUSR1)
     _, err = parent.communicate(timeout=60)
     assert parent.returncode == 138, err
