@@ -26,7 +26,14 @@ from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.files import make_folder, write_whole
 from alphaflow_cli.model.find import find_class
 from alphaflow_cli.recipe import Recipe
-from alphaflow_cli.recipe.plan import effective_scale, has_null_label, is_guided, label_rows, parameter_count
+from alphaflow_cli.recipe.plan import (
+    draws_scale,
+    effective_scale,
+    has_null_label,
+    is_guided,
+    label_rows,
+    parameter_count,
+)
 from alphaflow_cli.recipe.schema import SamplerChoice
 from alphaflow_cli.runtime.processes import choose_device
 from alphaflow_cli.runtime.progress import Progress
@@ -146,6 +153,7 @@ class Model:
         times: Sequence[float] | None = None,
         guidance: float | None = None,
         guidance_channels: int | None = None,
+        interval: tuple[float, float] | None = None,
         batch: int = 64,
         progress: bool = False,
     ) -> Pictures:
@@ -156,20 +164,18 @@ class Model:
         classes: names or numbers, taken in turn (`["cat", "dog"]`), or a single one. Default: one drawn per seed.
         nfe: evaluations of the network per picture. 1 is one step; more of them take longer and may look better.
         sampler, times: another way from noise to picture than the recipe's; docs/sample.md lists them.
-        guidance, guidance_channels: for models that were trained without guidance only.
+        guidance: the scale, for a model that takes it as an input, or was trained without guidance.
+        interval: the times between which guidance acts, (0.4, 0.65), for a model that takes them as an input.
+        guidance_channels: guide the first so many channels only; for models trained without guidance.
         batch: pictures at once; a smaller number takes less memory.
         progress: show how far it is, on stderr.
         """
         seeds = _seeds(count, seeds)
-        if times is not None and nfe != 1:
-            raise AlphaflowError("sample: give nfe or times, not both; the times say how many evaluations there are.")
-        if batch < 1:
-            raise AlphaflowError(f"sample: batch {batch}: at least one picture at a time is needed.")
-        if sampler not in get_args(SamplerChoice):
-            raise AlphaflowError(f"sample: sampler {sampler!r}: there are {', '.join(get_args(SamplerChoice))}.")
+        _check_walk(nfe, times, sampler, batch)
         walk = plan_walk(
-            self.recipe, nfe=nfe, kind=sampler, times=times, guidance=guidance, guidance_channels=guidance_channels
-        )
+            self.recipe, nfe=nfe, kind=sampler, times=times, guidance=guidance, interval=interval,
+            guidance_channels=guidance_channels,
+        )  # fmt: skip
         labels = self._labels(seeds, classes)
         images = self._draw(seeds, labels, walk, batch=batch, progress=progress)
         labelled, known = label_rows(self.recipe), self._generator.class_names
@@ -196,6 +202,15 @@ class Model:
         return [chosen[i % len(chosen)] for i in range(len(seeds))]
 
 
+def _check_walk(nfe: int, times: Sequence[float] | None, sampler: str, batch: int) -> None:
+    if times is not None and nfe != 1:
+        raise AlphaflowError("sample: give nfe or times, not both; the times say how many evaluations there are.")
+    if batch < 1:
+        raise AlphaflowError(f"sample: batch {batch}: at least one picture at a time is needed.")
+    if sampler not in get_args(SamplerChoice):
+        raise AlphaflowError(f"sample: sampler {sampler!r}: there are {', '.join(get_args(SamplerChoice))}.")
+
+
 def _seeds(count: int | None, seeds: Sequence[int] | None) -> list[int]:
     """The seeds that a call means: the first `count`, or those that it lists."""
     if not isinstance(count, Integral | None) or isinstance(seeds, Integral):
@@ -215,6 +230,8 @@ def _name_of(label: int, names: Sequence[str]) -> str:
 
 def _guidance(recipe: Recipe) -> str:
     mix = recipe.guidance
+    if draws_scale(recipe):
+        return f"guidance 1 to {mix.scale_max:g} as an input"
     if is_guided(mix.omega, mix.kappa):
         return f"guidance {effective_scale(mix.omega, mix.kappa):g} built in"
     return "trained without guidance" + (", can be guided" if has_null_label(recipe) else "")

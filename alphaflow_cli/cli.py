@@ -25,6 +25,7 @@ from alphaflow_cli.text import for_message
 # verb → (the module whose `command` it is, its line in `alphaflow --help`). A listing imports none of the modules.
 VERBS: dict[str, tuple[str, str]] = {
     "prep-latents": ("alphaflow_cli.commands.prep_latents", "Turn pictures into a latent store."),
+    "import-latents": ("alphaflow_cli.commands.import_latents", "Turn another system's latents into a latent store."),
     "train": ("alphaflow_cli.commands.train", "Train a recipe; the same command again resumes."),
     "sample": ("alphaflow_cli.commands.sample", "Draw pictures from a checkpoint."),
     "eval": (
@@ -40,7 +41,7 @@ VERBS: dict[str, tuple[str, str]] = {
         "Measure the conflict between the objective's two halves at a checkpoint.",
     ),
     "report": ("alphaflow_cli.commands.report", "Make one self-contained HTML page of a run."),
-    "recipe": ("alphaflow_cli.commands.recipe", "List, show, check, plot and copy recipes."),
+    "recipe": ("alphaflow_cli.commands.recipe", "List, show, check, plot, copy and make recipes."),
     "doctor": ("alphaflow_cli.commands.doctor", "Say what this machine has, and what will not work here and why."),
 }
 

@@ -160,6 +160,12 @@ def stamp_of(file: int | Path) -> Stamp:
     return Stamp(status.st_size, status.st_mtime_ns)
 
 
+def path_and_stamp(path: Path) -> list[str | int]:
+    """The path of a file with its size and time, as plain values; of one that is gone the path alone."""
+    there = [*vars(stamp_of(path)).values()] if is_there(path) else []  # gone: whoever reads it says so
+    return [str(path.absolute()), *there]
+
+
 def changed(path: Path) -> AlphaflowError:
     """The error for a file that was written to while it was read."""
     return AlphaflowError(

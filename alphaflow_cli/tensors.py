@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 import os
+import pickle
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Array = npt.NDArray[Any]
+NEW_NUMPY = int(np.__version__.split(".")[0]) >= 2
 MAX_HEADER = 100_000_000  # bytes; the safetensors library's own bound
 TENSOR_DTYPES = {"F64": "<f8", "I64": "<i8", "F32": "<f4", "F16": "<f2", "U8": "|u1"}
 SEAL, SEAL_BYTES = "checksum", 32  # name and size of a sealed file's last tensor
@@ -187,3 +189,21 @@ def _parse(handle: int, size: int) -> tuple[dict[str, TensorPlace], dict[str, st
             raise ValueError(f"{name} has {end - start} bytes for a shape of {list(shape)}")
         places[name] = TensorPlace(np.dtype(code), shape, start)
     return places, metadata
+
+
+class NumpyUnpickler(pickle.Unpickler):
+    """Builds numpy arrays and plain containers; any other name in the file is refused."""
+
+    ALLOWED = frozenset(
+        [(f"numpy.{core}.multiarray", name) for core in ("core", "_core") for name in ("_reconstruct", "scalar")]
+        + [(f"numpy.{core}.numeric", "_frombuffer") for core in ("core", "_core")]
+        + [("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode"), ("collections", "OrderedDict")]
+    )
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Give what is allowed and refuse the rest; the StyleGAN family's attribute dictionaries become plain ones."""
+        if module.startswith("dnnlib") and name == "EasyDict":
+            return dict
+        if (module, name) not in self.ALLOWED:
+            raise pickle.UnpicklingError(f"it wants to import {module}.{name}, which an array does not need")
+        return super().find_class(module.replace("numpy.core", "numpy._core") if NEW_NUMPY else module, name)

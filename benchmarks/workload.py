@@ -4,9 +4,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from alphaflow_cli.nn.blocks import PUBLISHED, Design
 from alphaflow_cli.nn.dit import DiT
 from alphaflow_cli.recipe.schema import Guidance, Loss
-from alphaflow_cli.train.step import Objective, Rows, ask
+from alphaflow_cli.train.questions import ask
+from alphaflow_cli.train.step import Objective, Rows
 
 
 @dataclass(frozen=True)
@@ -20,6 +22,8 @@ class Size:
     latent: int = 32
     qk_norm: bool = False
     gradient_checkpointing: bool = False
+    mlp_ratio: float = 4.0
+    design: Design = PUBLISHED
 
     @property
     def tokens(self) -> int:
@@ -50,11 +54,12 @@ def build(size: Size, *, seed: int, device: str, dtype: torch.dtype) -> DiT:
         dim=size.dim,
         depth=size.depth,
         heads=size.heads,
-        mlp_ratio=4.0,
+        mlp_ratio=size.mlp_ratio,
         label_rows=CLASSES + 1,
         qk_norm=size.qk_norm,
         second_time="t-r",
         gradient_checkpointing=size.gradient_checkpointing,
+        design=size.design,
     )
     with torch.no_grad():
         for weight in net.parameters():

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from hub_fixtures import hub, write_checkpoint  # noqa: F401 (a fixture)
+from packed_forms import parquet_files, pictures, table_of, webdataset, write_files
 from PIL import Image
 from snapshots import HEADS, published_snapshot, sit_weights, tiny_autoencoder
 from tiny_autoencoders import tiny_kl
@@ -49,10 +50,14 @@ ELSEWHERE = {
     "alphaflow eval samples/ --reference imagenet256": "another system's file: the weights of Inception and DINOv2",
     "alphaflow eval alphaflow-": "GPU, and another system's file: the weights of Inception and DINOv2",
     "alphaflow eval admnet": "another system's file",
+    "alphaflow import-latents vae-sd/": "another system's latents; test_import_latents.py writes and reads each form",
     "alphaflow convert SiT": "another system's file",
     "alphaflow convert SoFlow": "another system's file",
     "alphaflow sample soflow-b2": "another system's file",
     "alphaflow convert hf://snap-research": "Hub",
+    "alphaflow convert hf://Lyy0725": "Hub",
+    "alphaflow sample imf-xl2": "another system's file",
+    "alphaflow train imf-b2 --init-from": "GPU, and another system's file",
     "python benchmarks/gpu.py": "GPU; test_gpu_benchmark.py runs it at toy size",
     "python benchmarks/bench_load.py": "minutes on an idle machine; test_bench_load.py runs it in small",
     "python benchmarks/bench_precision.py": "minutes on an idle machine; test_bench_precision.py runs it in small",
@@ -60,13 +65,19 @@ ELSEWHERE = {
     "python benchmarks/bench_scaling.py": "an idle machine for minutes; test_benchmarks.py runs it in small",
 }
 SLOW = ("alphaflow train quickstart", "alphaflow analyze runs/")
+SMALL = " --set train.steps=2 --set train.batch=4 --set model.dim=16"
 TOY = {  # what would take minutes runs in small
-    "alphaflow train quickstart --data": " --set train.steps=2 --set train.batch=4 --set model.dim=16",
+    "alphaflow train quickstart --data": SMALL,
+    "alphaflow train own.yaml": SMALL,
+    "alphaflow recipe new latents/mine -o own.yaml --like b2 --hours": SMALL
+    + " --set model.depth=1 --set model.heads=2",
 }
 MAKES = {  # what a line makes must not be there before
     "alphaflow prep-latents imagenet/ --out latents/imagenet": "latents/imagenet",
     "alphaflow train quickstart --data latents/mine": "runs/mine",
     "alphaflow recipe cp b2 mine.yaml": "mine.yaml",
+    "alphaflow recipe new latents/mine": "mine.yaml",
+    "alphaflow recipe new latents/mine -o own.yaml": "own.yaml",
     "alphaflow train quickstart": "runs/quickstart",
     "alphaflow pull user/repo@COMMIT -o DIR": "DIR",
 }
@@ -118,9 +129,20 @@ def write_pictures():
     Path("samples").mkdir()
     for i in range(100):  # a score needs as many
         Image.fromarray(rng.integers(0, 255, (32, 32, 3), np.uint8)).save(f"samples/{i}.png")
+    write_packed(pictures(12, side=40))
     with zipfile.ZipFile("photos.zip", "w") as archive:
         for path in sorted(Path("imagenet/train").rglob("*.png")):
             archive.write(path, path.relative_to("imagenet/train"))
+
+
+def write_packed(rows):
+    """tables/, shards/ and flat/ with labels.csv beside it."""
+    write_files(Path("tables"), parquet_files(rows, 2))
+    tars = webdataset(rows, 3)
+    write_files(Path("shards"), {f"part-00{index}.tar": tars[f"part-{index}.tar"] for index in range(3)})
+    flat = table_of(rows)
+    Path("labels.csv").write_bytes(flat.pop("metadata.csv"))
+    write_files(Path("flat"), flat)
 
 
 RECIPES = {
@@ -155,6 +177,7 @@ def write_runs():
     works("reference glyphs:100 --size 32 --metrics fd-tiny -o ref.safetensors")
     shutil.copytree("stabilityai/sd-vae-ft-ema", "DIR")
     Path("mine.yaml").write_text("train: {steps: 10}\n")
+    works("recipe new latents/mine -o own.yaml")
 
 
 def write_models():
@@ -180,6 +203,7 @@ def here(tmp_path, place, monkeypatch, hub):  # noqa: F811
     hub.add("user/repo", {"model.safetensors": model, "config.json": b"{}", "recipe.yaml": b"name: x\n"})
     hub.repos["user/repo"].refs |= {"v1.0": 0, "revision": 0, "COMMIT": 0}
     hub.add("lab/b2", {"README.md": b"# b2\n"})
+    hub.add("datasets/uoft-cs/cifar10", parquet_files(pictures(12, side=32), 1, image="img"))
     monkeypatch.chdir(tmp_path / "project")
     return tmp_path / "project"
 

@@ -49,6 +49,7 @@ DEPENDENCIES = {
     "diffusers": ("nn/autoencoder",),
     "huggingface_hub": ("remote/", "hub/", "data/"),
     "matplotlib": ("charts/",),
+    "pyarrow": ("data/columns.py",),
     "PIL": ("data/", "sample/grid.py", "report/", "api.py"),
     "yaml": ("recipe/",),
 }

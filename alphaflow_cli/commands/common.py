@@ -213,7 +213,7 @@ def checkpoint_argument(name: str, metavar: str) -> Callable[[Command], Command]
 def check_source(text: str) -> None:
     """Refuse a source of pictures that is a path and leads nowhere, before anything is loaded."""
     try:
-        if ":" not in text:
+        if ":" not in text and not re.search(r"\{\d+\.\.\d+\}|[*?[]", text):
             Path(text).expanduser().stat()
     except (FileNotFoundError, NotADirectoryError):
         raise no_such_source(text) from None
@@ -234,7 +234,8 @@ def begin(what: str) -> None:
     from alphaflow_cli.runtime.launch import has_parent
     from alphaflow_cli.runtime.progress import say
 
-    if os.environ.get("RANK", "0") == "0" and not has_parent():
+    task = os.environ.get("SLURM_PROCID", "0") if os.environ.get("SLURM_STEP_NUM_TASKS", "1") != "1" else "0"
+    if os.environ.get("RANK", task) == "0" and not has_parent():
         say(brief(what))
 
 

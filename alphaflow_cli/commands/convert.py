@@ -41,7 +41,7 @@ ONLY_FROM_SRC = (
 @click.option(
     "--from",
     "family",
-    type=click.Choice(["auto", "alphaflow", "sit", "dit", "repa", "meanflow", "fastgen", "soflow"]),
+    type=click.Choice(["auto", "alphaflow", "sit", "dit", "repa", "meanflow", "fastgen", "soflow", "imf"]),
     default="auto",
     help="What SRC is. SiT, DiT and REPA cannot always be told apart by their files.",
 )
@@ -77,9 +77,9 @@ def command(
 ) -> None:
     """Convert a checkpoint of another system to ours.
 
-    SRC is a .pt or .safetensors file (or hf://user/repo/file.pt): a published α-Flow or MeanFlow snapshot, a SiT, DiT
-    or REPA, or a PyTorch MeanFlow of zhuyu-cs or FastGen. Nothing in it is executed. What SRC does not say (guidance,
-    the latents' statistics, the sampler) is taken from the published recipe or asked for, and recorded as such in FILE.
+    SRC is a .pt or .safetensors file (or hf://user/repo/file.pt): a published α-Flow or MeanFlow snapshot, a SiT, DiT,
+    REPA, SoFlow or improved MeanFlow, or a PyTorch MeanFlow of zhuyu-cs or FastGen. Nothing in it is executed. What SRC
+    does not say (guidance, latents' statistics, sampler) is taken from the published recipe or asked for, and recorded.
     """
     check_there(source)
     begin(f"convert {source}")

@@ -26,6 +26,7 @@ from alphaflow_cli.commands.common import (
     tell,
     threads_option,
 )
+from alphaflow_cli.commands.labelling import given_labelling, image_column_option
 from alphaflow_cli.commands.measuring import Metrics, Weights, batch_option, metrics_option, weights_option
 from alphaflow_cli.commands.walking import walk_options
 from alphaflow_cli.recipe.schema import LabelDraw
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     from alphaflow_cli.runtime.processes import Processes
     from alphaflow_cli.sample.generator import DecoderChoice
 
-OF_CHECKPOINTS = "--nfe, --sampler, --times, --guidance, --draw, --autoencoder and --decoder"
+OF_CHECKPOINTS = "--nfe, --sampler, --times, --guidance, --interval, --draw, --autoencoder and --decoder"
 EXAMPLES = examples(
     "alphaflow eval runs/quickstart --nfe 1 --nfe 2",
     "alphaflow eval runs/b2 --metrics fid,fdd --reference imagenet.safetensors --processes 8",
@@ -62,6 +63,7 @@ EXAMPLES = examples(
 )
 @autoencoder_option
 @decoder_option
+@image_column_option
 @batch_option
 @click.option("--processes", type=PROCESSES, help="Processes to share the work. Default: one per GPU.")
 @device_option
@@ -79,6 +81,7 @@ def command(
     times: list[float] | None,
     guidance: float | None,
     guidance_channels: int | None,
+    interval: tuple[float, float] | None,
     sweep_midpoint: bool,
     metrics: Metrics,
     reference: str | None,
@@ -96,29 +99,29 @@ def command(
 ) -> None:
     """Measure a checkpoint or pictures: FID, FDD, FCD, FD-tiny, KID, IS, precision and recall.
 
-    CKPT is a file, a run folder, or a Hub id. IMAGES is a folder, a zip, a tar, a .npz with arr_0, hf://datasets/NAME,
-    or shapes:N; pictures are measured as they are, never resized. Every number is printed with its protocol; running
-    the same command again resumes.
+    CKPT is a file, a run folder, or a Hub id. IMAGES is a folder, archives, parquet, a .npz with arr_0, hf://datasets/NAME,
+    or shapes:N, never resized. Every number is printed with its protocol; running the same command again resumes.
     """
     if (markdown and as_json) or (times is not None and nfe) or (sweep_midpoint and (nfe or times)):
         raise click.UsageError("--markdown and --json exclude each other; so do --nfe, --times and --sweep-midpoint.")
-    check_subject(subject)
-    begin(f"eval {subject}")
+    begin_with(subject)
     from alphaflow_cli.evaluate.evaluate import EvalRequest
 
     request = EvalRequest(
-        checkpoint=subject, nfe=nfe, sampler=sampler, times=times, guidance=guidance,
+        checkpoint=subject, nfe=nfe, sampler=sampler, times=times, guidance=guidance, interval=interval,
         guidance_channels=guidance_channels, sweep_midpoint=sweep_midpoint, metrics=metrics, reference=reference,
         images=images, draw=draw, autoencoder=autoencoder, decoder=decoder, batch=batch, weights=weights, out=out,
+        image_column=given_labelling().columns.image,
     )  # fmt: skip
     share(work_on(request), partial(show_report, markdown=markdown, as_json=as_json), processes, device)
 
 
-def check_subject(subject: str) -> None:
-    """Refuse what leads nowhere, before anything is loaded."""
+def begin_with(subject: str) -> None:
+    """Refuse what leads nowhere, and say what begins, before anything is loaded."""
     from alphaflow_cli.model.find import check_address, is_checkpoint
 
     (check_address if is_checkpoint(subject) else check_source)(subject)
+    begin(f"eval {subject}")
 
 
 def work_on(request: "EvalRequest") -> "Callable[[Processes], Report | None]":
@@ -129,7 +132,7 @@ def work_on(request: "EvalRequest") -> "Callable[[Processes], Report | None]":
     if is_checkpoint(request.checkpoint):
         return partial(evaluate_checkpoint, request)
     steps = (request.nfe, request.times, request.sweep_midpoint, request.guidance is not None)
-    of_checkpoints = any((*steps, request.guidance_channels, request.draw, request.autoencoder))
+    of_checkpoints = any((*steps, request.guidance_channels, request.interval, request.draw, request.autoencoder))
     if of_checkpoints or request.sampler != "auto" or request.decoder != "auto":
         raise click.UsageError(f"{request.checkpoint} is a source of pictures: {OF_CHECKPOINTS} are for checkpoints.")
     return partial(evaluate_pictures, request)

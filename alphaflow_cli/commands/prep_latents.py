@@ -1,5 +1,6 @@
 """`alphaflow prep-latents`: pictures in, a latent store out."""
 
+import os
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -22,6 +23,7 @@ from alphaflow_cli.commands.common import (
     tell,
     threads_option,
 )
+from alphaflow_cli.commands.labelling import given_labelling, labelling_options
 from alphaflow_cli.recipe.schema import Data
 
 if TYPE_CHECKING:
@@ -32,6 +34,7 @@ EMBEDDED_SIZE = 32  # the embedded sets are drawn at this size
 EPILOG = examples(
     "alphaflow prep-latents imagenet/ --out latents/imagenet",
     "alphaflow prep-latents photos.zip --size 64 --autoencoder none",
+    "alphaflow prep-latents hf://datasets/uoft-cs/cifar10 --size 32 --autoencoder none",
     "alphaflow prep-latents shapes:4000 --out latents/shapes",
     "alphaflow prep-latents --verify latents/shapes",
 )
@@ -56,6 +59,7 @@ EPILOG = examples(
     show_default=True,
     help="square: the largest centred square, by Lanczos; adm: halved by box, short side by bicubic, then the square.",
 )
+@labelling_options
 @click.option("--flips", is_flag=True, help="Mirror images, too. Of latents they are stored: twice the disk.")
 @click.option(
     "--batch", type=WholeWithin(0, 65_536), default=0, help="Pictures encoded at once. [default: by the size]"
@@ -107,36 +111,50 @@ def command(
 ) -> None:
     """Turn pictures into a latent store. Running it again resumes.
 
-    SOURCE is a folder with one folder per class (any depth), a zip or tar of one, hf://datasets/USER/NAME, or an
-    embedded set: shapes:N or glyphs:N. Pictures directly in the folder are one class.
+    SOURCE is a folder with one folder per class (any depth) or with a table of labels, a zip or tar of one, parquet,
+    many archives ('part-{000..146}.tar'), hf://datasets/USER/NAME, or an embedded set: shapes:N or glyphs:N.
     """
     if only_verify:
         from alphaflow_cli.latents.prepare import verify
 
         return print_lines(verify(Path(source)))
     check_source(source)
+    given = given_labelling()
     begin(f"prep-latents {source}")
-    from alphaflow_cli.data.sources import is_embedded
     from alphaflow_cli.latents.encode import StoreRequest
     from alphaflow_cli.latents.plan import default_out
 
-    embedded = is_embedded(source)
-    size = size or (EMBEDDED_SIZE if embedded else Data.image_size)
-    autoencoder = autoencoder or ("none" if embedded else Data.autoencoder)
+    size, autoencoder = _or_default(source, size, autoencoder)
     max_pixels = round(max_megapixels * 1e6)
-    request = StoreRequest(source, size, autoencoder, dtype, flips, batch, limit or 0, bad, precision, max_pixels, crop)
-    make = estimate if only_estimate else prepare
-    return make(request, out or default_out(source, size, autoencoder, crop), processes, device)
+    request = StoreRequest(
+        source, size, autoencoder, dtype, flips, batch, limit or 0, bad, precision, max_pixels, crop, given
+    )
+    store = out or default_out(source, size, autoencoder, crop)
+    return (estimate if only_estimate else prepare)(request, store, processes, device)
+
+
+def _or_default(source: str, size: int | None, autoencoder: str | None) -> tuple[int, str]:
+    """Size and autoencoder as given, or those that the source wants."""
+    from alphaflow_cli.data.sources import is_embedded
+
+    own = (EMBEDDED_SIZE, "none") if is_embedded(source) else (Data.image_size, Data.autoencoder)
+    return size or own[0], autoencoder or own[1]
 
 
 def estimate(request: "StoreRequest", store: Path, processes: int | None, device: str | None) -> None:
-    """Print the disk and the time that making the store would take."""
+    """Print the disk and the time that making the store would take; of a launcher's processes the first does it."""
+    from alphaflow_cli.runtime.launch import is_worker
+
+    launched = int(os.environ["WORLD_SIZE"]) if is_worker() else 0
+    if launched and os.environ["RANK"] != "0":
+        return
     from alphaflow_cli.latents.plan import plan_job
     from alphaflow_cli.latents.prepare import count_encoders, estimate_store
     from alphaflow_cli.runtime.processes import Processes, choose_device
     from alphaflow_cli.runtime.threads import threads_bounded
 
-    several = Processes(choose_device(device), size=count_encoders(request.autoencoder, processes, device))
+    count = launched or count_encoders(request.autoencoder, processes, device)
+    several = Processes(choose_device(device), size=count)
     with threads_bounded(requested_threads(), on_cpu=several.device.type == "cpu", is_main=True):
         print_lines(estimate_store(plan_job(request, store, several), several))
 

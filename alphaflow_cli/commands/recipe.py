@@ -1,11 +1,15 @@
-"""`alphaflow recipe`: list, show, check, plot and copy recipes."""
+"""`alphaflow recipe`: list, show, check, plot, copy and make recipes."""
 
+import re
 from pathlib import Path
 
 import click
 
 from alphaflow_cli.commands.common import (
     Destination,
+    NumberWithin,
+    begin,
+    complete_path,
     complete_recipe,
     examples,
     json_option,
@@ -17,14 +21,16 @@ from alphaflow_cli.commands.common import (
     write_new,
 )
 from alphaflow_cli.errors import AlphaflowError
+from alphaflow_cli.files import check_new
 from alphaflow_cli.text import for_message
 
 GPU_DEVICES = ("nvidia*", "kfd", "dxg")  # in /dev: Nvidia, AMD, and either under Windows; seen without loading torch
+MOST_GPU_MEMORY = 2_000  # GB
 
 
 @click.group(epilog=examples("alphaflow recipe ls", "alphaflow recipe show b2 --set train.steps=100000"))
 def command() -> None:
-    """List, show, check, plot and copy recipes.
+    """List, show, check, plot, copy and make recipes.
 
     A recipe is one YAML file that says everything about one run. RECIPE is a file, or the name of a shipped recipe.
     """
@@ -107,9 +113,8 @@ def _verdict(file: str, sets: tuple[str, ...]) -> tuple[str, list[str]]:
     from alphaflow_cli.recipe import load_recipe
     from alphaflow_cli.recipe.plan import warnings_of
 
-    on_cpu = not any(any(Path("/dev").glob(name)) for name in GPU_DEVICES)
     try:
-        return "", warnings_of(load_recipe(file, sets), on_cpu=on_cpu)
+        return "", warnings_of(load_recipe(file, sets), on_cpu=not has_gpu())
     except AlphaflowError as fault:
         return for_message(str(fault)), []
 
@@ -131,6 +136,68 @@ def plot(recipe: str, out: Path | None, sets: tuple[str, ...]) -> None:
     chart = recipe_chart(loaded)
     write_new(out, to_svg(chart) if out.suffix.lower() == ".svg" else to_png(chart), overwrite=True)
     click.echo(out)
+
+
+class Memory(click.ParamType):  # type: ignore[type-arg]
+    """The memory of a GPU, as its data sheet gives it: 24GB, or 24."""
+
+    name = "memory"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        digits = re.fullmatch(r"([0-9]{1,4}(?:\.[0-9]{1,3})?) ?(?:gi?b)?", str(value).strip(), re.IGNORECASE)
+        if not digits or not 1 <= float(digits[1]) <= MOST_GPU_MEMORY:
+            self.fail(f"{str(value)!r} is no memory of a GPU, such as 24GB (1 to {MOST_GPU_MEMORY:,}).", param, ctx)
+        return float(digits[1]) * 1e9
+
+
+NEW_EXAMPLES = examples(
+    "alphaflow recipe new latents/mine -o mine.yaml",
+    "alphaflow recipe new latents/mine -o mine.yaml --like b2 --gpu 24GB",
+    "alphaflow recipe new latents/mine -o mine.yaml --hours 8 --set model.depth=6",
+)
+
+
+@command.command(epilog=NEW_EXAMPLES)
+@click.argument("store", shell_complete=complete_path)
+@click.option("-o", "--out", type=Destination(), help="The file. Default: the store's name, in this folder.")
+@click.option(
+    "--like",
+    default="",
+    metavar="RECIPE",
+    shell_complete=complete_recipe,
+    help="Begin with this recipe. Default: by the store and the machine.",
+)
+@click.option("--hours", type=NumberWithin(0, 100_000, open_below=True), help="Fit the steps to this time.")
+@click.option("--gpu", "memory", type=Memory(), help="Memory of the GPU that it is meant for, such as 24GB.")
+@set_option
+def new(
+    store: str, out: Path | None, like: str, hours: float | None, memory: float | None, sets: tuple[str, ...]
+) -> None:
+    """Write a recipe that fits STORE, a folder made by prep-latents; each choice is explained in the file.
+
+    Size, channels, classes and autoencoder come from the store; steps, batch, warm-up and average from the number of
+    its pictures. With --hours the steps are timed on this machine, as `train --estimate` does. An existing file is
+    never overwritten.
+    """
+    from alphaflow_cli.train.propose import RecipeRequest, propose_recipe
+
+    folder = Path(store)
+    target = out or Path(f"{folder.resolve().name}.yaml")
+    if target.suffix not in (".yaml", ".yml"):
+        raise click.BadParameter(f"{str(target)!r} must end in .yaml", param_hint="-o")
+    check_new(target)
+    if hours is not None:
+        begin(f"recipe new {store}")
+    proposal = propose_recipe(RecipeRequest(folder, target, like, sets, hours, memory, has_gpu()))
+    write_new(target, proposal.text)
+    for note in proposal.notes:
+        tell(f"beware: {note}", err=True)
+    click.echo(target)
+
+
+def has_gpu() -> bool:
+    """Whether the machine has a GPU that trains, seen without loading torch."""
+    return any(any(Path("/dev").glob(name)) for name in GPU_DEVICES)
 
 
 @command.command(epilog=examples("alphaflow recipe cp b2 mine.yaml"))

@@ -23,6 +23,7 @@ from alphaflow_cli.commands.common import (
     share,
     tell,
 )
+from alphaflow_cli.commands.labelling import given_labelling, image_column_option
 from alphaflow_cli.commands.measuring import Metrics, Weights, batch_option, metrics_option, weights_option
 from alphaflow_cli.files import check_new
 
@@ -50,6 +51,7 @@ EXAMPLES = examples(
     "--keep", type=WholeWithin(0, 1_000_000), default=10_000, show_default=True,
     help="Features of single pictures to keep, for KID, precision and recall.",
 )  # fmt: skip
+@image_column_option
 @batch_option
 @click.option("--processes", type=PROCESSES, help="Processes to share the work. Default: one per GPU.")
 @device_option
@@ -77,7 +79,7 @@ def command(
 ) -> None:
     """Measure real pictures once, for eval to compare with.
 
-    It keeps mean, covariance and some single features. SOURCE is a folder, a zip, a tar, a .npz with arr_0,
+    It keeps mean, covariance and some single features. SOURCE is a folder, archives, parquet, a .npz with arr_0,
     hf://datasets/NAME, or shapes:N. Where a source holds splits and --size is given, the training split is taken.
     Without --metrics: every network whose weights are on this machine.
     """
@@ -86,7 +88,8 @@ def command(
     begin(f"reference {source}")
     from alphaflow_cli.evaluate.evaluate import ReferenceRequest, measure_reference
 
-    request = ReferenceRequest(source, path, metrics, weights, work, size, limit, name, keep, batch, crop)
+    column = given_labelling().columns.image
+    request = ReferenceRequest(source, path, metrics, weights, work, size, limit, name, keep, batch, crop, column)
     share(partial(measure_reference, request), lambda made: _print(*made, path, as_json=as_json), processes, device)
 
 

@@ -116,6 +116,7 @@ def command(
     times: list[float] | None,
     guidance: float | None,
     guidance_channels: int | None,
+    interval: tuple[float, float] | None,
     weights: str,
     autoencoder: str,
     decoder: "DecoderChoice",
@@ -129,9 +130,8 @@ def command(
 ) -> None:
     """Draw pictures from CKPT: a file, a run folder, or a Hub id user/repo[@revision].
 
-    The picture of a seed is the same whatever the batch, the order and the number of processes. Every picture is
-    written when it is there; running the same command again resumes. Without --out, --grid and --latents, a grid goes
-    into the run, or beside a checkpoint file that is in none.
+    The picture of a seed is the same whatever the batch, the order and the number of processes. Running the same
+    command again resumes. Without --out, --grid and --latents, a grid goes into the run, or beside a checkpoint file.
     """
     check_steps(nfe, times, one=latents or (out if out is not None and out.suffix == ".npz" else None))
     check_checkpoint(checkpoint, classes)
@@ -142,8 +142,8 @@ def command(
 
     request = SampleRequest(
         checkpoint=checkpoint, seeds=seeds, classes=classes, nfe=nfe or (1,), sampler=sampler, times=times,
-        guidance=guidance, guidance_channels=guidance_channels, weights=weights, autoencoder=autoencoder,
-        decoder=decoder, compiled=compiled, out=out, grid=grid, latents=latents, batch=batch,
+        guidance=guidance, guidance_channels=guidance_channels, interval=interval, weights=weights,
+        autoencoder=autoencoder, decoder=decoder, compiled=compiled, out=out, grid=grid, latents=latents, batch=batch,
     )  # fmt: skip
     check_request(request)
     share(partial(sample_to_files, request), print_paths, processes, device)

@@ -27,6 +27,43 @@ def to_times(ctx: click.Context, param: click.Parameter, value: str | None) -> l
     return times
 
 
+def to_interval(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[float, float] | None:
+    """Read an interval of times such as 0.4,0.65."""
+    if value is None:
+        return None
+    try:
+        low, high = (float(part) for part in value.split(",", 2))
+    except ValueError:
+        low = high = math.nan
+    if not 0.0 <= low < high <= 1.0:
+        shown = shorten(value, 60)
+        raise click.BadParameter(f"{shown!r}: an interval is two times, 0 ≤ LO < HI ≤ 1, such as 0.4,0.65.")
+    return low, high
+
+
+GUIDING = [
+    click.option(
+        "--guidance",
+        type=GUIDANCE,
+        metavar="W",
+        help="Scale of the guidance: an input of a model that was trained with all scales; twice the evaluations "
+        "of one trained without guidance. Default: the recipe's.",
+    ),
+    click.option(
+        "--interval",
+        callback=to_interval,
+        metavar="LO,HI",
+        help="Times between which guidance acts, for models that take them as an input.",
+    ),
+    click.option(
+        "--guidance-channels",
+        type=WholeWithin(1, 4096),
+        metavar="N",
+        help="Guide only the first N channels, as DiT does with 3. Default: all.",
+    ),
+]
+
+
 def walk_options(*, nfe: str) -> Callable[[Command], Command]:
     """Add the options that say how noise becomes data; `nfe` is the help text of --nfe."""
     options = [
@@ -45,13 +82,7 @@ def walk_options(*, nfe: str) -> Callable[[Command], Command]:
             help="A grid of your own, such as 1,0.55,0, instead of --nfe. It may begin at 0.9 or above, as in other "
             "systems: the noise then stands for z at that time.",
         ),
-        click.option("--guidance", type=GUIDANCE, help="Guidance at sampling, for models trained without it."),
-        click.option(
-            "--guidance-channels",
-            type=WholeWithin(1, 4096),
-            metavar="N",
-            help="Guide only the first N channels, as DiT does with 3. Default: all.",
-        ),
+        *GUIDING,
     ]
 
     def add(function: Command) -> Command:

@@ -27,6 +27,8 @@ NO_PLACE = (  # what a recipe says of the training, and a published cfg cannot
     *("loss.power", "loss.later", "loss.short_first", "model.positions", "optim.kind", "ema.every"),
 )
 
+RUNGS = ("velocity_head", "inputs", "conditioning", "block")  # of model, of which the published network has none
+
 
 def export(source: Path, out: Path, *, autoencoder: str = "", template: Path | None = None) -> Path:
     """Write a checkpoint of ours as a published snapshot, and say on stderr what is not in it.
@@ -57,6 +59,11 @@ def _check_form(source: Path, recipe: Recipe) -> None:
     if model.qk_norm:
         raise AlphaflowError(
             f"{source}: the published network has no norm of queries and keys; this one has (qk_norm)."
+        )
+    if rungs := [name for name in RUNGS if getattr(model, name) != getattr(Recipe().model, name)]:
+        raise AlphaflowError(
+            f"{source}: has another network than the published system's ({', '.join(f'model.{n}' for n in rungs)}): it "
+            "has no place there."
         )
     if recipe.data.autoencoder == "none":
         raise AlphaflowError(f"{source}: makes pixels without an autoencoder; the published form is of latents only.")

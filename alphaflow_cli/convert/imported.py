@@ -21,7 +21,7 @@ from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.files import check_new
 from alphaflow_cli.recipe import Recipe, dump_recipe, load_recipe, recipe_from_text
 
-Family = Literal["auto", "alphaflow", "sit", "dit", "repa", "meanflow", "fastgen", "soflow"]
+Family = Literal["auto", "alphaflow", "sit", "dit", "repa", "meanflow", "fastgen", "soflow", "imf"]
 AUTOENCODER_FILE = "diffusion_pytorch_model.safetensors"
 SD_SCALE = 0.18215  # of the Stable Diffusion autoencoders: 1 / std of a latent
 ZHUYU_SCALE = 0.18125  # in zhuyu-cs/MeanFlow's trainer: written so, and its networks are trained to it
@@ -72,6 +72,7 @@ class Latents:
     normalise: Literal["position", "channel", "scale"]
     source: str  # where the numbers come from, in words
     inside: bool = False  # whether they stood in the file itself
+    constants: bool = False  # whether they are constants per channel, which the recipe then gives
 
 
 @dataclass(frozen=True)
@@ -210,8 +211,8 @@ def complete(foreign: Imported, out: Path) -> Recipe:
         classes=classes,
         autoencoder=_autoencoder(foreign, out),
         normalise=foreign.latents.normalise,
-        channel_mean=None,
-        channel_std=None,
+        channel_mean=_constants(foreign.latents.mean, foreign),
+        channel_std=_constants(foreign.latents.std, foreign),
         scale=_scale(foreign)[0],
         shift=_scale(foreign)[1],
         store="",
@@ -236,6 +237,10 @@ def _scale(foreign: Imported) -> tuple[float, float]:
     if foreign.latents.normalise != "scale":
         return 1.0, 0.0
     return 1 / float(foreign.latents.std.flatten()[0]), float(foreign.latents.mean.flatten()[0])
+
+
+def _constants(values: Tensor, foreign: Imported) -> tuple[float, ...] | None:
+    return tuple(values.flatten().tolist()) if foreign.latents.constants else None
 
 
 def _downscale(foreign: Imported) -> int:
@@ -270,6 +275,12 @@ def scaled(scale: float, source: str) -> Latents:
     """The statistics of latents that are only multiplied: x = latent · scale."""
     one = torch.ones(1, 1, 1, dtype=torch.float64)
     return Latents(mean=0 * one, std=one / scale, normalise="scale", source=source)
+
+
+def per_channel(mean: tuple[float, ...], std: tuple[float, ...], source: str) -> Latents:
+    """The statistics of latents that are normalised by constants, one of each for a channel."""
+    m, s = (torch.tensor(values, dtype=torch.float64)[:, None, None] for values in (mean, std))
+    return Latents(mean=m, std=s, normalise="channel", source=source, constants=True)
 
 
 def meanflow(source: str) -> Latents:

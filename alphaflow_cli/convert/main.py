@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from alphaflow_cli.convert.imf import looks_imf, read_imf
 from alphaflow_cli.convert.imported import (
     AUTOENCODER_FILE,
     ConvertOptions,
@@ -33,7 +34,13 @@ from alphaflow_cli.model.checkpoint import Checkpoint, check_latents, misfits, s
 from alphaflow_cli.nn.autoencoder import kl_config, load_autoencoder
 from alphaflow_cli.recipe import Recipe
 
-READERS = {"alphaflow": read_published, "meanflow": read_meanflow, "fastgen": read_fastgen, "soflow": read_soflow}
+READERS = {
+    "alphaflow": read_published,
+    "meanflow": read_meanflow,
+    "fastgen": read_fastgen,
+    "soflow": read_soflow,
+    "imf": read_imf,
+}
 FLOWS: tuple[Family, ...] = get_args(SiTKind)  # of one time embedder
 
 
@@ -103,7 +110,7 @@ def _read(source: Path, options: ConvertOptions) -> Imported:
 
 
 def _names(tree: dict[str, Any]) -> dict[str, Any]:
-    tables = [tree.get(key) for key in ("ema", "net", "model", "ema_model")] + [tree]
+    tables = [tree.get(key) for key in ("ema", "net", "model_ema", "model", "ema_model")] + [tree]
     table = next((table for table in tables if isinstance(table, dict) and table), {})
     return {bare_name(name): value for name, value in table.items()}
 
@@ -113,6 +120,8 @@ def _family_by_content(file: ForeignFile) -> Family | None:
     names = _names(file.tree)
     if looks_published(names):
         return "alphaflow"
+    if looks_imf(names):
+        return "imf"
     if fastgen_tables(file.tree) or FASTGEN in names:
         return "fastgen"
     if names.keys() & {SOFLOW, f"network.{SOFLOW}"}:

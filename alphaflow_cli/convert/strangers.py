@@ -9,8 +9,8 @@ from alphaflow_cli.errors import AlphaflowError
 
 JAX_FILES = ("_CHECKPOINT_METADATA", "_METADATA", "manifest.ocdbt", "checkpoint", "_sharding")
 KNOWN = (
-    "Known: the published α-Flow and MeanFlow snapshots, SiT, DiT, REPA, SoFlow, and the PyTorch MeanFlows of zhuyu-cs "
-    "and FastGen"
+    "Known: the published α-Flow and MeanFlow snapshots, SiT, DiT, REPA, SoFlow, improved MeanFlow, and the PyTorch "
+    "MeanFlows of zhuyu-cs and FastGen"
 )
 
 
@@ -64,8 +64,6 @@ def refuse_strangers(tree: dict[str, Any], path: Path, arguments: dict[str, Any]
         raise AlphaflowError(
             f"{path.name}: a SoFlow checkpoint without s_embedder: its U-Net of CIFAR-10. The networks here are DiTs."
         )
-    if any("cfg_t_start_embedder." in name or "._flax_linear." in name for name in names):
-        raise AlphaflowError(f"{path.name}: an improved MeanFlow (iMF): another network, which is not read.")
     if "dmf_depth" in arguments or str(arguments.get("model")).startswith("DMF"):
         raise AlphaflowError(
             f"{path.name}: a Decoupled MeanFlow (DMF): one embedder serves both times, the last blocks take the "

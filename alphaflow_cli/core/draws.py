@@ -38,6 +38,7 @@ class StepDraws:
     noise: Tensor  # (B, C, h, w), on the device
     normals: Tensor  # (3, B), on the host: one draw of an r = t row, two of an r < t row
     uniforms: Tensor  # (B,), on the host: below the dropout rate, the label is dropped
+    guide: Tensor  # (3, B), on the host: uniforms of the guidance scale and of the interval's two ends
 
 
 def step_draws(seed: int, step: int, *, batch: int, shape: tuple[int, int, int], device: torch.device) -> StepDraws:
@@ -49,4 +50,5 @@ def step_draws(seed: int, step: int, *, batch: int, shape: tuple[int, int, int],
     generator = torch.Generator(device).manual_seed(drawn)
     noise = torch.randn((batch, *shape), generator=generator, device=device)
     host = generator if device.type == "cpu" else torch.Generator().manual_seed(drawn)
-    return StepDraws(noise, torch.randn((3, batch), generator=host), torch.rand((batch,), generator=host))
+    normals, uniforms = torch.randn((3, batch), generator=host), torch.rand((batch,), generator=host)
+    return StepDraws(noise, normals, uniforms, torch.rand((3, batch), generator=host))  # new draws come last

@@ -161,15 +161,17 @@ class Terms:
     error: Tensor  # l, mean over C·H·W
     trajectory: Tensor  # L_TFM: mean (u − ṽ)²; on r = t rows the velocity loss
     consistency: Tensor  # L_TC: mean 2 (ṽ − target) · u
+    head: Tensor | None  # mean (v̂ − ṽ)², of a network with a velocity head
 
 
 @torch.no_grad()
-def loss_terms(u: Tensor, target: Tensor, v_guided: Tensor) -> Terms:
-    """The two halves of the loss, row by row: L_MF = L_TFM + L_TC + C."""
+def loss_terms(u: Tensor, target: Tensor, v_guided: Tensor, v_hat: Tensor | None = None) -> Terms:
+    """The two halves of the loss, row by row: L_MF = L_TFM + L_TC + C; and the velocity head's, if there is one."""
     return Terms(
         error=squared_error(u, target, "mean"),
         trajectory=squared_error(u, v_guided, "mean"),
         consistency=(2.0 * (v_guided - target) * u).flatten(1).mean(1),
+        head=None if v_hat is None else squared_error(v_hat, v_guided, "mean"),
     )
 
 

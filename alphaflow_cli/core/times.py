@@ -8,8 +8,8 @@
     then, with a gap g > 0:  t ← max(t, g),  r ← min(r, t − g)
 
 The first `n_equal` rows of the GLOBAL batch have r = t (core/alpha: equal_rows) and take one draw of their own, which
-no gap concerns. Each of the three draws has a law of its own. Draws come in as plain normals, so that the caller owns
-the generator and the order.
+no gap concerns, or the larger of the two draws that an r < t row takes. Each of the three draws has a law of its own.
+Draws come in as plain normals, so that the caller owns the generator and the order.
 """
 
 from collections.abc import Callable
@@ -64,6 +64,7 @@ class TimeLaws:
     second: Draw
     order: str
     gap: float  # 0: none
+    equal_draw: str  # t of an r = t row: own, or max of the first and the second draw
 
 
 def minmax(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
@@ -103,9 +104,11 @@ def rows_of(batch: int, *, n_equal: int, parts: int, part: int) -> tuple[slice, 
 
 
 def sample_times(normals: Tensor, n_equal: int, laws: TimeLaws) -> tuple[Tensor, Tensor]:
-    """Draw (t, r) of a global batch from normals (3, B): row 0 feeds the r = t rows, rows 1 and 2 the others."""
-    own = laws.equal(normals[0])
-    t, r = ORDERS[laws.order](laws.first(normals[1]), laws.second(normals[2]))
+    """Draw (t, r) of a global batch from normals (3, B): row 0 feeds r = t rows that have a draw of their own, rows 1
+    and 2 feed all others."""
+    first, second = laws.first(normals[1]), laws.second(normals[2])
+    own = torch.maximum(first, second) if laws.equal_draw == "max" else laws.equal(normals[0])
+    t, r = ORDERS[laws.order](first, second)
     if laws.gap > 0.0:
         t, r = keep_apart(t, r, laws.gap)
     is_equal = torch.arange(len(t), device=t.device) < n_equal

@@ -14,52 +14,31 @@ until the last fetch of that pass is over. Its size and time must stay what they
 import itertools
 import lzma
 import os
-import posixpath
 import stat
 import struct
 import tarfile
 import threading
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from alphaflow_cli.data.pictures import Fetch, Source, is_picture
+from alphaflow_cli.data.entries import NO_TARGET, Entries, Entry, Link, Place
+from alphaflow_cli.data.pictures import CLASS_LIST, Fetch, Labels, Source, fetch_now
+from alphaflow_cli.data.webdataset import labels_beside
 from alphaflow_cli.errors import AlphaflowError
-from alphaflow_cli.files import MAX_BYTES, Stamp, changed, stamp_of
+from alphaflow_cli.files import MAX_BYTES, Stamp, changed, path_and_stamp, stamp_of
 from alphaflow_cli.text import brief
 
 _OF_THE_LIBRARIES = (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error)
 # RuntimeError: an encrypted member, an unknown compression, headers that name headers without end
 BROKEN = (*_OF_THE_LIBRARIES, OSError, EOFError, ValueError, OverflowError, IndexError, RuntimeError)
 ZIP_MAGIC = (b"PK\3\4", b"PK\5\6", b"PK\7\x08")
-HOPS = 40  # links behind links, as the kernel allows
 MAX_TARGET = 4096  # bytes of a link's target
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where the bytes of a file lie: of a tar the data, of a zip the member's header. Equal places, equal bytes."""
-
-    offset: int
-    size: int
-    parts: tuple[tuple[int, int], ...] | None = None  # of a sparse member: (offset in the file, bytes) of its data
-    fault: str = ""  # why there is nothing to read
-
-
-@dataclass(frozen=True, slots=True)
-class Link:
-    """A symbolic link, and the path that it leads to."""
-
-    target: str
-
-
-Entry = Place | Link
-NO_TARGET = Place(0, 0, fault="a link to what is not in the archive")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +47,7 @@ class Archive(Source):
 
     path: Path
     places: Mapping[str, Place]
+    asides: Mapping[str, Place]
     stamp: Stamp  # of the file when it was listed
 
     @contextmanager
@@ -81,8 +61,39 @@ class Archive(Source):
         """The archive's size: the cheapest sign that its content is another one."""
         return {"bytes": self.stamp.size}
 
+    def stamps(self, lines: Sequence[int]) -> list[Any]:
+        """The path, size and time of the archive."""
+        return [path_and_stamp(self.path)]
+
     def place(self, line: int) -> Place:
         return self.places[self.names[line]]
+
+    def read_asides(self, names: Collection[str]) -> dict[str, bytes]:
+        """Read some of the files beside the pictures, in one walk through the archive."""
+        ordered = sorted(names, key=lambda name: self.asides[name].offset)
+        alone, contents = replace(self, names=ordered, places=self.asides), {}
+        with alone.reading(range(len(ordered))) as fetches:
+            for line, fetch in fetches:
+                try:
+                    data = fetch()
+                except OSError as fault:
+                    raise AlphaflowError(f"{self.path}: its {ordered[line]} cannot be read ({fault})") from fault
+                assert isinstance(data, bytes), ordered[line]
+                contents[ordered[line]] = data
+        return contents
+
+    def read_aside(self, name: str) -> bytes:
+        """Read one file beside the pictures."""
+        return self.read_asides([name])[name]
+
+    def labels(self, column: str) -> Labels | None:
+        """The classes that stand beside the pictures, as in a tar of WebDataset."""
+        return labels_beside(self.path, self.names, self.asides, self.read_asides, column)
+
+    def classes_json(self) -> bytes | None:
+        """The class list that lies in the fewest folders, if there is one."""
+        lists = [name for name in self.asides if name.rsplit("/", 1)[-1] == CLASS_LIST]
+        return self.read_aside(min(lists, key=lambda name: name.count("/"))) if lists else None
 
     def checked(self, file: BinaryIO, read: Callable[[Place], bytes], place: Place) -> bytes:
         """Read a place. A fault of the member is an OSError; an archive that was written to ends the run."""
@@ -145,22 +156,9 @@ def _from_stream(archive: Archive, file: BinaryIO, lines: Sequence[int]) -> Iter
             member = next((each for each in members if each.offset_data == place.offset), None)
             if member is None:
                 raise changed(archive.path)
-            fetch = _fetched(partial(archive.checked, file, partial(_streamed, opened, member), place))
+            fetch = fetch_now(partial(archive.checked, file, partial(_streamed, opened, member), place))
         for line in same:
             yield line, fetch
-
-
-def _fetched(fetch: Callable[[], bytes]) -> Fetch:
-    """Fetch at once, because the stream moves on; the caller gets the bytes, or the fault, later."""
-    try:
-        data = fetch()
-    except OSError as fault:
-        return partial(_raise, fault)
-    return lambda: data
-
-
-def _raise(fault: OSError) -> bytes:
-    raise fault
 
 
 def _dense(file: BinaryIO, place: Place) -> bytes:
@@ -219,7 +217,7 @@ def _is_zip(file: BinaryIO) -> bool:
 
 def _open_zip(path: Path, file: BinaryIO, stamp: Stamp) -> Archive:
     opened = zipfile.ZipFile(file)
-    entries = _Entries()
+    entries = Entries()
     for member in opened.infolist():
         entry: Entry = Place(member.header_offset, member.file_size)
         if member.compress_size > stamp.size:  # the library would ask for so much memory
@@ -229,19 +227,19 @@ def _open_zip(path: Path, file: BinaryIO, stamp: Stamp) -> Archive:
             entry = Link(opened.read(member).decode(errors="surrogateescape")) if is_sane else NO_TARGET
         if not member.is_dir():
             entries.add(member.filename, entry)
-    return entries.archive(path, "zip", stamp)
+    return _archive(entries, path, "zip", stamp)
 
 
 def _open_tar(path: Path, file: BinaryIO, stamp: Stamp) -> Archive:
     opened = tarfile.open(fileobj=file)  # noqa: SIM115 (`file` is what has to be closed)
-    kind, entries = "tar" if opened.fileobj is file else "compressed tar", _Entries()
+    kind, entries = "tar" if opened.fileobj is file else "compressed tar", Entries()
     for member in _members(path, opened):
         if not member.isdir():
             entries.add(member.name, _entry(member, entries))
-    return entries.archive(path, kind, stamp)
+    return _archive(entries, path, kind, stamp)
 
 
-def _entry(member: tarfile.TarInfo, before: "_Entries") -> Entry:
+def _entry(member: tarfile.TarInfo, before: Entries) -> Entry:
     if member.issym():
         return Link(member.linkname)
     if member.islnk():
@@ -293,93 +291,12 @@ class _Watched:
             raise tarfile.ReadError(f"a damaged header at byte {self.tell() - tarfile.BLOCKSIZE:,}")
 
 
-class _Entries:
-    """What an archive holds, by path as unpacked; a later member of the same path takes the place of an earlier one."""
-
-    def __init__(self) -> None:
-        self.files: dict[str, tuple[str, Entry]] = {}  # the member's own spelling, and what it is
-        self.repeats = 0
-
-    def add(self, name: str, entry: Entry) -> None:
-        path = posixpath.normpath(name)
-        self.repeats += path in self.files
-        self.files[path] = path if path == name else name, entry  # one text in memory, not two
-
-    def at(self, name: str) -> Entry | None:
-        """What stands under a name so far; None for nothing."""
-        known = self.files.get(posixpath.normpath(name))
-        return known[1] if known else None
-
-    def archive(self, path: Path, kind: str, stamp: Stamp) -> Archive:
-        """Make the archive: its pictures sorted, but in the order of the data where it can only be read from its
-        beginning.
-        """
-        places, notes = self._pictures()
-        names = sorted(places)
-        if kind == "compressed tar":
-            names = sorted(places, key=lambda name: (bool(places[name].fault), places[name].offset))
-        archive = Archive(kind=kind, name=path.name, names=names, notes=notes, path=path, places=places, stamp=stamp)
-        return self._with_class_list(archive)
-
-    def _pictures(self) -> tuple[dict[str, Place], list[str]]:
-        folders = self._folders()
-        places: dict[str, Place] = {}
-        aside, linked = 0, 0
-        mixed = len({name.startswith("./") for name, _ in self.files.values()}) > 1  # else one class would be two
-        for path, (spelled, entry) in self.files.items():
-            name = path if mixed else spelled
-            end, place = self._follow(path)
-            if isinstance(entry, Link) and end in folders:
-                linked += 1
-            elif is_picture(name) and not _hidden(name):
-                places[name] = place
-            else:
-                aside += not _is_class_list(name)
-        notes = [f"{aside} other files left aside"] if aside else []
-        notes += [f"{self.repeats} names that occur again: the last copy is taken"] if self.repeats else []
-        notes += [f"{linked} links to folders not followed (unpack it, and give the folder)"] if linked else []
-        return places, notes
-
-    def _follow(self, path: str) -> tuple[str, Place]:
-        """Follow a chain of links: the path where it ends, and what is there."""
-        for _ in range(HOPS):
-            _, entry = self.files.get(path, ("", None))
-            if isinstance(entry, Place):
-                return path, entry
-            if entry is None:
-                return path, NO_TARGET
-            path = posixpath.normpath(posixpath.join(posixpath.dirname(path), entry.target))
-        return "", NO_TARGET
-
-    def _folders(self) -> set[str]:
-        """All folders of the archive, where there is a link that may lead to one; else none but the root."""
-        folders = {""}
-        if any(isinstance(entry, Link) for _, entry in self.files.values()):
-            for path in self.files:
-                while (path := posixpath.dirname(path)) not in folders:
-                    folders.add(path)
-        return folders - {""} | {"."}
-
-    def _with_class_list(self, archive: Archive) -> Archive:
-        """The archive with the class list that lies in the fewest folders, if it has one."""
-        lists = [(name.count("/"), key, name) for key, (name, _) in self.files.items() if _is_class_list(name)]
-        if not lists:
-            return archive
-        _, key, name = min(lists, key=lambda each: each[0])  # of several the first
-        alone = replace(archive, names=[name], places={name: self._follow(key)[1]})
-        try:
-            with alone.reading([0]) as fetches:
-                data = next(fetches)[1]()
-        except OSError as fault:
-            raise AlphaflowError(f"{archive.path}: its {name} cannot be read ({fault})") from fault
-        assert isinstance(data, bytes), name
-        return replace(archive, given_classes=data)
-
-
-def _hidden(name: str) -> bool:
-    parts = [part for part in name.split("/") if part not in (".", "..")]
-    return any(part.startswith(".") or part == "__MACOSX" for part in parts)
-
-
-def _is_class_list(name: str) -> bool:
-    return name.rsplit("/", 1)[-1] == "classes.json"
+def _archive(entries: Entries, path: Path, kind: str, stamp: Stamp) -> Archive:
+    """The archive: its pictures sorted, but in the order of the data where it can only be read from its beginning."""
+    places, asides, notes = entries.pictures()
+    names = sorted(places)
+    if kind == "compressed tar":
+        names = sorted(places, key=lambda name: (bool(places[name].fault), places[name].offset))
+    return Archive(
+        kind=kind, name=path.name, names=names, notes=notes, path=path, places=places, asides=asides, stamp=stamp
+    )

@@ -20,7 +20,7 @@ from alphaflow_cli.text import brief, for_terminal
 SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing", "eval"}
 AS_NUMBERS = "sorted as numbers"
 FORM = "It should be {folder: index} or a list of folders."
-_WNID = re.compile(r"n\d{8}")
+WNID = re.compile(r"n\d{8}")
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Classes:
     @property
     def imagenet(self) -> bool:
         """Whether the folders are named like ImageNet's."""
-        return all(_WNID.fullmatch(folder) for folder in self.folders)
+        return all(WNID.fullmatch(folder) for folder in self.folders)
 
     def summary(self) -> str:
         """Say how many classes there are, in which order, and which are the first and the last.
@@ -42,7 +42,9 @@ class Classes:
         Their numbers are what the network will know them by.
         """
         count = len(self.folders)
-        what = "1 class" if count == 1 else f"{count:,} classes{' (ImageNet)' if self.imagenet else ''}, {self.order}"
+        what = f"1 class{f' ({self.order})' if self.folders == [''] else ''}"
+        if count > 1:
+            what = f"{count:,} classes{' (ImageNet)' if self.imagenet else ''}, {self.order}"
         shown = [
             f"{index} = {for_terminal(self.names[index], limit=200)}"
             for index in range(count)
@@ -66,6 +68,19 @@ def choose_split(names: Sequence[str]) -> tuple[list[int], str]:
     kept = [line for line, name in enumerate(names) if name.startswith(f"{shared}{train}/")]
     prefix = f"{shared}{train}/"
     return kept, prefix if len(below) > 1 else _shared_folder([names[line] for line in kept])
+
+
+def choose_files(files: Sequence[str], split: str = "") -> list[str]:
+    """Of files that hold many pictures each, those of a named split, else of `train` where all names tell splits.
+
+    A split is a part of a file's path: `train` of data/train-00000.parquet; `digits/train` needs both parts.
+    """
+    parts = {file: {*re.split(r"[/._-]", file), *file.split("/")} for file in files}
+    if split:
+        return [file for file in files if parts[file] >= set(split.split("/"))]
+    splits = {file: {part.lower() for part in parts[file]} & SPLITS for file in files}
+    training = [file for file in files if splits[file] & {"train", "training"}]
+    return training if training and all(splits.values()) else list(files)
 
 
 def folders_of(names: Sequence[str], prefix: str) -> list[str]:

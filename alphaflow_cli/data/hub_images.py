@@ -1,28 +1,29 @@
 """Data sets on the Hub: `hf://datasets/USER/NAME[@REVISION][:SPLIT]`.
 
-Two forms are read. Picture files are fetched one by one as their turn comes, and nothing is kept. A zip or tar archive
-is downloaded once into the Hub's cache, and read there. Parquet tables are not read; the error says what to do with
-them. The commit is looked up once and stands in the plan: a run that goes on reads the same pictures.
+Three forms are read. Picture files are fetched one by one as their turn comes, and nothing is kept. Parquet files are
+read by parts, row group by row group, and nothing is kept either. Zip and tar archives are downloaded once into the
+Hub's cache, and read there. Where a data set holds several forms, the one with the most bytes is its data. The commit
+is looked up once and stands in the plan: a run that goes on reads the same pictures.
 """
 
 import re
-import time
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from alphaflow_cli.data.archives import Archive, open_archive
-from alphaflow_cli.data.pictures import Loose, is_picture
+from alphaflow_cli.data.classes import choose_files
+from alphaflow_cli.data.pictures import CLASS_LIST, TABLES, Loose, Source, is_picture
+from alphaflow_cli.data.shards import ARCHIVES, in_order, open_archives
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.remote.cache import cache_folder
-from alphaflow_cli.remote.client import hub_api, session
-from alphaflow_cli.remote.faults import Distrusted, HubFault, hub_faults
+from alphaflow_cli.remote.client import hub_api
+from alphaflow_cli.remote.faults import hub_faults
+from alphaflow_cli.remote.ranges import RemoteFile, download
+from alphaflow_cli.text import brief
 
-ADDRESS = re.compile(r"hf://datasets/(?P<repo>[^/@:]+/[^/@:]+|[^/@:]+)(@(?P<revision>[^:]+))?(:(?P<split>[\w.-]+))?$")
-ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.xz", ".txz")
-REFUSED = (401, 403, 404)  # of one file: it is left out, or ends the run, as --bad says
-TRIES, PAUSE = 4, 1.0  # of one picture, seconds before the second try; doubled each time
+ADDRESS = re.compile(r"hf://datasets/(?P<repo>[^/@:]+/[^/@:]+|[^/@:]+)(@(?P<revision>[^:]+))?(:(?P<split>[\w./-]+))?$")
+PARQUET = ".parquet"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,65 +38,54 @@ class HubFiles(Loose):
         """Download a file when it is its turn, several at a time by the decoding threads."""
         return download(self.repo, self.commit, self.names[line])
 
+    def read_aside(self, name: str) -> bytes:
+        """Download a table of labels."""
+        return download(self.repo, self.commit, name)
+
     def facts(self) -> dict[str, Any]:
         """The commit, which fixes every byte."""
         return {"revision": self.commit}
 
 
-def open_hub(text: str) -> HubFiles | Archive:
-    """List the pictures of a data set on the Hub: its files, or those in its one archive, which is downloaded."""
+def open_hub(text: str, image_column: str = "") -> Source:
+    """List the pictures of a data set on the Hub: its files, the rows of its parquet, or those in its archives."""
     match = ADDRESS.match(text)
     if match is None:
         raise AlphaflowError(f"{text}: should be hf://datasets/USER/NAME, then perhaps @REVISION and :SPLIT")
     repo, split = match["repo"], match["split"] or ""
-    commit, files = _list(repo, match["revision"])
-    files = [file for file in files if not split or split in re.split(r"[/._-]", file) or file == "classes.json"]
-    names = sorted(file for file in files if is_picture(file))
-    if names:
-        given = download(repo, commit, "classes.json") if "classes.json" in files else None
-        return HubFiles(name=f"hf://datasets/{repo}", names=names, given_classes=given, repo=repo, commit=commit)
-    archives = [file for file in files if file.lower().endswith(ARCHIVES)]
-    if len(archives) == 1:
-        return open_archive(_cached(repo, commit, archives[0]))
-    if archives:
-        shown = ", ".join(archives[:5])
-        raise AlphaflowError(
-            f"{text}: holds {len(archives)} archives ({shown}); choose one with :SPLIT, or download one"
-        )
-    raise AlphaflowError(f"{text}: no pictures and no zip or tar archive in it{_about_parquet(files)}")
+    commit, sizes = _list(repo, match["revision"])
+    name = f"hf://datasets/{repo}"
+    chosen = choose_files(list(sizes), split) if split else list(sizes)
+    asides = [file for file in chosen if file.rsplit("/", 1)[-1] in TABLES]
+    forms = {
+        "pictures": sorted(file for file in chosen if is_picture(file)),
+        "parquet": [file for file in chosen if file.endswith(PARQUET) and not file.endswith("metadata.parquet")],
+        "archives": [file for file in chosen if file.lower().endswith(ARCHIVES)],
+    }
+    form = max(forms, key=lambda each: (sum(sizes[file] for file in forms[each]), len(forms[each])))
+    files = forms[form]
+    if not files:
+        what = f"no file of {split} there" if split else "no pictures, no parquet and no zip or tar archive there"
+        raise AlphaflowError(f"{text}: {what} (it holds {brief(', '.join(sizes)) or 'nothing'})")
+    if form == "pictures":
+        given = download(repo, commit, CLASS_LIST) if CLASS_LIST in sizes else None
+        return HubFiles(name=name, names=files, given_classes=given, asides=asides, repo=repo, commit=commit)
+    files = in_order(choose_files(files, split))
+    if form == "archives":
+        return open_archives(name, [_cached(repo, commit, file) for file in files], files)
+    from alphaflow_cli.data.parquet import open_parquet  # and pyarrow, which other sources do not need
+
+    places = [RemoteFile(repo, commit, file, sizes[file]) for file in files]
+    return open_parquet(name, places, image_column, {"revision": commit})
 
 
-def download(repo: str, commit: str, file: str) -> bytes:
-    """Download the bytes of one file. One that is not there is an OSError; a Hub that stays away ends the run."""
-    from huggingface_hub import hf_hub_url
-    from huggingface_hub.utils import build_hf_headers, hf_raise_for_status  # type: ignore[attr-defined]
-
-    url = hf_hub_url(repo, file, repo_type="dataset", revision=commit)
-    for attempt in range(TRIES):
-        try:
-            with hub_faults(url):
-                answer = session().get(url, headers=build_hf_headers(), follow_redirects=True, timeout=60)
-                if answer.status_code not in REFUSED:
-                    hf_raise_for_status(answer)
-                if answer.headers.get("Content-Type", "").startswith("text/html"):
-                    raise Distrusted("a web page came instead (does this network show a login page?)")
-        except HubFault:
-            if attempt == TRIES - 1:
-                raise
-            time.sleep(PAUSE * 2**attempt)
-            continue
-        if answer.status_code in REFUSED:
-            raise OSError(f"the Hub answers {answer.status_code}")
-        return bytes(answer.content)
-    raise AssertionError("unreachable")
-
-
-def _list(repo: str, revision: str | None) -> tuple[str, list[str]]:
-    """The commit that a revision means now, and all its files."""
+def _list(repo: str, revision: str | None) -> tuple[str, Mapping[str, int]]:
+    """The commit that a revision means now, and the sizes of all its files."""
     with hub_faults(f"hf://datasets/{repo}: cannot be listed"):
         info = hub_api().dataset_info(repo, revision=revision)
         assert info.sha is not None, repo
-        return info.sha, hub_api().list_repo_files(repo, repo_type="dataset", revision=info.sha)
+        entries = hub_api().list_repo_tree(repo, repo_type="dataset", revision=info.sha, recursive=True)
+        return info.sha, {entry.path: entry.size for entry in entries if hasattr(entry, "size")}
 
 
 def _cached(repo: str, commit: str, file: str) -> Path:
@@ -103,9 +93,3 @@ def _cached(repo: str, commit: str, file: str) -> Path:
     with hub_faults(f"hf://datasets/{repo}: {file} cannot be downloaded"):
         folder = cache_folder()
         return Path(hub_api().hf_hub_download(repo, file, repo_type="dataset", revision=commit, cache_dir=folder))
-
-
-def _about_parquet(files: Sequence[str]) -> str:
-    if not any(file.endswith(".parquet") for file in files):
-        return ""
-    return " (it is parquet: export its image column to files, one folder per class, and give that folder)"

@@ -45,8 +45,14 @@ SOURCE = Table({"images": COUNT, "list_sha256": Text()}, others=MORE)
 AUTOENCODER = Table(
     {name: Text() for name in ("id", "revision", "weights_sha256", "precision")}
     | {"downscale": Whole(), "scale": Number(), "shift": Number(), "precision_error": Maybe(Number())},
+    {"kind": Text(), "channel_mean": ListOf(Number(), most=1 << 12), "channel_std": ListOf(Number(), most=1 << 12)},
     others=MORE,
 )
+STATED = ("kind", "channel_mean", "channel_std")  # of an autoencoder: left out where there is nothing to say
+BEWARE = {  # kind of autoencoder → what is published about its latents, and a run should know
+    "rae": "these are latents of a representation autoencoder (RAE): gradients explode there when MeanFlow is trained "
+    "from scratch as it is (published: arXiv:2511.13019)",
+}
 PLAN = Table(
     {
         "source": SOURCE,
@@ -105,6 +111,9 @@ class AutoencoderRecord:
     shift: float
     precision: str  # of the encoder: fp32, tf32, bf16
     precision_error: float | None  # rms error of the mean against fp32 / rms posterior std, where it was measured
+    kind: str | None = None  # of nn/autoencoder_classes.py; those three that were there first do not say it
+    channel_mean: list[float] | None = None  # of the latents, where the autoencoder's own config states them
+    channel_std: list[float] | None = None
 
 
 @dataclass(frozen=True)
@@ -181,7 +190,13 @@ class Manifest:
 
 def plan_to_dict(plan: StorePlan) -> dict[str, Any]:
     """The content of plan.json."""
-    return {"format": FORMAT, "version": VERSION, **asdict(plan), "latent": list(plan.latent)}
+    record = record_to_dict(plan.autoencoder)
+    return {"format": FORMAT, "version": VERSION, **asdict(plan), "latent": list(plan.latent), "autoencoder": record}
+
+
+def record_to_dict(record: AutoencoderRecord) -> dict[str, Any]:
+    """What is recorded of an autoencoder; what it does not state is left out, as in older stores."""
+    return {key: value for key, value in asdict(record).items() if value is not None or key not in STATED}
 
 
 def read_plan(path: Path) -> StorePlan:
@@ -267,4 +282,4 @@ def differences(one: Mapping[str, Any], other: Mapping[str, Any], left: str, rig
 
 def _build(kind: type[Part], document: Mapping[str, Any]) -> Part:
     """Make a dataclass of the keys of a document that it has fields for; their shapes have been checked."""
-    return kind(**{f.name: document[f.name] for f in fields(kind)})
+    return kind(**{f.name: document[f.name] for f in fields(kind) if f.name in document or f.name not in STATED})

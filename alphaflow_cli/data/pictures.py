@@ -3,7 +3,7 @@
 import re
 import struct
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -27,6 +27,9 @@ FORMATS = (  # the decoders that may see a picture: each reads its bytes itself.
 )
 _JPEG, _PORTABLE = (".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".j2k"), (".ppm", ".pgm", ".pbm", ".pnm")
 SUFFIXES = (*_JPEG, *_PORTABLE, ".png", ".apng", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".tga", ".avif")
+CLASS_LIST = "classes.json"
+TABLES = ("labels.csv", "metadata.csv", "metadata.jsonl")  # of files and their classes, beside the pictures
+OF_ONE_PICTURE = (".cls", ".json")  # beside a picture of a WebDataset's tar: its class
 OBJECT_ADDRESS = re.compile(r"<[^<>]* at 0x[0-9a-fA-F]+>")  # of an object; it differs from run to run
 Fetch = Callable[[], bytes | Image.Image]  # a picture of a source, read or drawn when it is called
 
@@ -40,6 +43,12 @@ class Source(ABC):
     names: Sequence[str]  # of all pictures, with / between folders
     notes: list[str] = field(default_factory=list)  # what was left aside at the listing, in lines for people
     given_classes: bytes | None = None
+    asides: Collection[str] = ()  # files beside the pictures that may say their classes: tables, notes of one picture
+
+    @property
+    def paths(self) -> Sequence[str]:
+        """The names as folders tell classes and splits apart: of many archives without the archive's own name."""
+        return self.names
 
     @abstractmethod
     def reading(self, lines: Sequence[int]) -> AbstractContextManager[Iterator[tuple[int, Fetch]]]:
@@ -56,6 +65,42 @@ class Source(ABC):
     def class_order(self) -> Sequence[str] | None:
         """The folders in the order of their classes, where the source fixes it; None: sorted."""
         return None
+
+    def read_aside(self, name: str) -> bytes:
+        """Read one of `asides`; a source that has some says how."""
+        raise AssertionError(name)
+
+    def labels(self, column: str) -> "Labels | None":
+        """The class of each picture, where the source itself says it; None: its folder, or a table, does."""
+        return None
+
+    def stamps(self, lines: Sequence[int]) -> list[Any]:
+        """Plain values that change whenever the files of these pictures may have changed; nothing is opened."""
+        return []
+
+
+@dataclass(frozen=True)
+class Labels:
+    """The class of each picture as a text, None where there is none; and all classes in order, where that is fixed."""
+
+    of_each: Sequence[str | None]
+    order: Sequence[str] | None = None
+
+
+def fetch_now(fetch: Fetch) -> Fetch:
+    """Fetch at once, because a stream moves on, or to keep one picture and not its neighbours in memory.
+
+    The caller gets the bytes, or the fault, later.
+    """
+    try:
+        data = fetch()
+    except OSError as fault:
+        return partial(_raise, fault)
+    return lambda: data
+
+
+def _raise(fault: OSError) -> bytes:
+    raise fault
 
 
 class Loose(Source):
@@ -76,6 +121,11 @@ class BadPicture(Exception):
 def is_picture(name: str) -> bool:
     """Whether a file of this name is taken for a picture: its suffix decides, in capitals or not."""
     return name.lower().endswith(SUFFIXES)
+
+
+def tells_classes(name: str) -> bool:
+    """Whether a file of this name may say the classes of pictures: a class list, a table, or a note of one picture."""
+    return name.rsplit("/", 1)[-1] in (CLASS_LIST, *TABLES) or name.endswith(OF_ONE_PICTURE)
 
 
 def open_picture(file: Path | BinaryIO) -> Image.Image:

@@ -1,5 +1,8 @@
 """Where pictures come from. A source lists names first; the bytes of one are fetched when it is its turn.
 
+A path leads to a folder of pictures, to an archive of them or a parquet file, or to a folder of such; a pattern
+(`part-{000..146}.tar`, `part-*.tar`) names several. What is no path is an address on the Hub, or an embedded set.
+
 `with source.reading(lines) as fetches` opens what has to be open for one pass. `fetches` yields (line, fetch) in the
 order given, which is increasing: fetch() returns the file's bytes or the picture itself, may run in another thread, and
 raises OSError where the file is gone. Whoever reads holds the context until the last fetch has returned.
@@ -10,30 +13,33 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
-from alphaflow_cli.data.archives import open_archive
-from alphaflow_cli.data.classes import SPLITS
+from alphaflow_cli.data.classes import SPLITS, choose_files
 from alphaflow_cli.data.glyphs import GLYPHS, draw_glyph, draw_shape
-from alphaflow_cli.data.pictures import Loose, Source, is_picture
+from alphaflow_cli.data.pictures import TABLES, Loose, Source, is_picture
+from alphaflow_cli.data.shards import ARCHIVES, files_of, in_order, is_pattern, open_archives
 from alphaflow_cli.errors import AlphaflowError, no_such_source
-from alphaflow_cli.files import read_file
+from alphaflow_cli.files import path_and_stamp, read_file
 from alphaflow_cli.text import brief
 
 Identity = tuple[int, int]  # of a folder: its device and inode
 MAX_WAYS = 1000  # see open_folder
+PARQUET, PARQUET_MAGIC = ".parquet", b"PAR1"
+PACKED = (*ARCHIVES, PARQUET)
 DRAWERS = {"glyphs": draw_glyph, "shapes": draw_shape}  # of the embedded sets, by name
 
 
-def open_source(text: str) -> Source:
-    """List the pictures of a folder, a zip or tar file, hf://datasets/NAME, or an embedded set; no picture is read."""
+def open_source(text: str, image_column: str = "") -> Source:
+    """List the pictures of any source; no picture is read. `image_column` is that of parquet files."""
     if is_embedded(text):
         return parse_embedded(text)
     if text.startswith("hf://"):
         from alphaflow_cli.data.hub_images import open_hub  # the Hub's client, which other sources do not need
 
-        return open_hub(text)
+        return open_hub(text, image_column)
     try:
         path = Path(text).expanduser()
         is_folder, is_file = path.is_dir(), path.is_file()
@@ -41,10 +47,45 @@ def open_source(text: str) -> Source:
     except (OSError, RuntimeError) as fault:  # no permission, too long; no home folder of that name, links in circles
         raise AlphaflowError(f"{brief(text)}: cannot be opened ({getattr(fault, 'strerror', '') or fault})") from fault
     if is_folder:
-        return open_folder(path)
+        return _below(open_folder(path), image_column)
     if is_file:
-        return open_archive(path)
+        return _of_files(path.name, path.parent, [path], image_column)
+    if is_pattern(text):
+        paths = files_of(path)
+        return _of_files(path.name, path.parent, paths, image_column)
     raise no_such_source(text)
+
+
+def _below(folder: "Folder", image_column: str) -> Source:
+    """The folder, or what is packed in it where it has no picture of its own."""
+    if folder.names or not folder.packed:
+        return folder
+    titles = in_order(choose_files(folder.packed))
+    return _of_files(folder.name, folder.root, [folder.root / title for title in titles], image_column)
+
+
+def _of_files(name: str, root: Path, paths: Sequence[Path], image_column: str) -> Source:
+    """Parquet files, or archives; which of the two is read from their bytes."""
+    tables = [path for path in paths if _is_parquet(path)]
+    if tables and len(tables) < len(paths):
+        other = next(path for path in paths if path not in set(tables))
+        raise AlphaflowError(
+            f"{root}: holds parquet files ({tables[0].name}) and archives ({other.name}); name those of one kind, "
+            "as NAME-*.parquet"
+        )
+    if tables:
+        from alphaflow_cli.data.parquet import local_parquet  # and pyarrow, which other sources do not need
+
+        return local_parquet(name, tables, root, image_column)
+    return open_archives(name, paths, [path.relative_to(root).as_posix() for path in paths])
+
+
+def _is_parquet(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            return file.read(len(PARQUET_MAGIC)) == PARQUET_MAGIC or path.name.endswith(PARQUET)
+    except OSError as fault:
+        raise AlphaflowError(f"{path}: cannot be read ({fault.strerror or fault})") from fault
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +93,7 @@ class Folder(Loose):
     """Pictures under a folder, at any depth."""
 
     root: Path
+    packed: Sequence[str] = ()  # archives and parquet files, which count where there are no pictures
     kind: str = "folder"
 
     def fetch(self, line: int) -> bytes:
@@ -62,6 +104,17 @@ class Folder(Loose):
             if not self.root.is_dir():
                 raise AlphaflowError(f"{self.root}: the folder is gone") from fault
             raise
+
+    def stamps(self, lines: Sequence[int]) -> list[Any]:
+        """Path, size and time of each picture."""
+        return [path_and_stamp(self.root / self.names[line]) for line in lines]
+
+    def read_aside(self, name: str) -> bytes:
+        """Read a table of labels that lies in the folder."""
+        try:
+            return read_file(self.root / name)
+        except OSError as fault:
+            raise AlphaflowError(f"{self.root / name}: cannot be read ({fault.strerror or fault})") from fault
 
     def classes_json(self) -> bytes | None:
         """The bytes of the classes.json in the folder, if there is one."""
@@ -98,7 +151,7 @@ def open_folder(root: Path) -> Folder:
 
 
 def _walk(root: Path) -> Folder:
-    names, aside, loops = [], 0, 0
+    names, asides, packed, loops, aside = [], [], [], 0, 0
     ways: Counter[Identity] = Counter()
     pending = [_Below("", frozenset([_identity(root)]), 0)]
     while pending:
@@ -121,13 +174,18 @@ def _walk(root: Path) -> Folder:
                     pending.append(_Below(f"{name}/", here.above | {identity}, links))
             elif is_picture(name):
                 names.append(name)
+            elif entry.name in TABLES:
+                asides.append(name)
+            elif name.lower().endswith(PACKED):
+                packed.append(name)
             elif name != "classes.json":
                 aside += 1
+    aside += len(packed) if names else 0
     notes = [f"{aside} other files left aside"] if aside else []
     notes += [f"{loops} links that lead back to their own folder not followed"] if loops else []
     above = root.parent.name
     name = f"{above}/{root.name}" if root.name.lower() in SPLITS and above else root.name
-    return Folder(root=root, name=name, names=sorted(names), notes=notes)
+    return Folder(root=root, name=name, names=sorted(names), notes=notes, asides=asides, packed=packed)
 
 
 @dataclass(frozen=True)

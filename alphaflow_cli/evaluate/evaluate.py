@@ -6,7 +6,7 @@ called by every process that shares the work; the first one returns the result.
 """
 
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -29,7 +29,7 @@ from alphaflow_cli.evaluate.measure import (
     run_pass,
 )
 from alphaflow_cli.evaluate.networks import build_extractor
-from alphaflow_cli.evaluate.pictures import GeneratedImages, ImageSource, open_pictures
+from alphaflow_cli.evaluate.pictures import GeneratedImages, ImageSource, crop_of, open_pictures
 from alphaflow_cli.evaluate.reference import (
     KEPT_FEATURES,
     Reference,
@@ -44,8 +44,9 @@ from alphaflow_cli.files import make_folder, sha256_of, write_whole
 from alphaflow_cli.model.find import run_folder
 from alphaflow_cli.nn.weights import FILES, MissingWeights, missing_weights
 from alphaflow_cli.recipe.schema import Eval, LabelDraw, Metric
+from alphaflow_cli.runtime.lock import NAME as LOCK
 from alphaflow_cli.runtime.lock import hold
-from alphaflow_cli.runtime.processes import Processes, check_same
+from alphaflow_cli.runtime.processes import Processes, all_or_none, check_same, check_seen
 from alphaflow_cli.runtime.progress import say
 from alphaflow_cli.sample.generator import COMPILED_FROM, DecoderChoice, Generator, open_generator
 from alphaflow_cli.sample.walk import Walk, plan_walk
@@ -65,6 +66,7 @@ class EvalRequest:
     times: Sequence[float] | None
     guidance: float | None
     guidance_channels: int | None
+    interval: tuple[float, float] | None
     sweep_midpoint: bool
     metrics: tuple[Metric, ...]
     reference: str | None
@@ -75,6 +77,7 @@ class EvalRequest:
     batch: int
     weights: dict[str, Path]
     out: Path | None
+    image_column: str = ""  # of pictures in parquet files
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,7 @@ class ReferenceRequest:
     kept: int  # features kept one by one
     batch: int
     crop: Crop = "square"
+    image_column: str = ""  # of pictures in parquet files
 
 
 @dataclass(frozen=True)
@@ -123,8 +127,12 @@ class Ruler:
 
         The moments can be summed up only when all chunks are there, so all processes end together.
         """
-        work = self.start(source)
-        with nullcontext() if self.processes.rank else hold(work.folder, "eval or reference"):
+        work, processes = self.start(source), self.processes
+        needed = "this folder, and the pictures under one path,"
+        with ExitStack() as held:
+            mine = hold(work.folder, "eval or reference") if not processes.rank else nullcontext()
+            all_or_none(processes, lambda: held.enter_context(mine))
+            all_or_none(processes, lambda: check_seen(work.folder / LOCK, processes, needed))
             run_pass(work, self.processes, batch=self.batch, clock=clock, task=task)
             return work, gather_moments(work, self.processes)
 
@@ -158,6 +166,7 @@ def evaluate(
     """Measure pictures: rows and warnings on the first process, None on the others."""
     check_count(source)
     check_reference(metrics, reference, ruler.extractors, source.size)
+    check_crop(reference, source)
     clock = Clock()
     work, moments = ruler.measure(source, clock, source.task)
     if ruler.processes.rank:
@@ -181,7 +190,9 @@ def _warnings(copies: int, source: ImageSource, notes: tuple[str, ...]) -> list[
 
 def measure_reference(request: ReferenceRequest, processes: Processes) -> tuple[Reference, list[str]] | None:
     """Measure the requested pictures and save the reference, as `make_reference` does."""
-    pictures = open_pictures(request.source, size=request.size, limit=request.limit, crop=request.crop)
+    pictures = open_pictures(
+        request.source, size=request.size, limit=request.limit, crop=request.crop, image_column=request.image_column
+    )
     metrics = request.metrics or available_metrics(request.weights)
     extractors, lacking = build_extractors(metrics, processes.device, request.weights)
     if lacking:  # a reference must have all that it was asked for
@@ -203,14 +214,25 @@ def make_reference(
     return reference, _warnings(reference.facts["copies"], source, ())
 
 
-def find_reference(text: str, size: tuple[int, int], ruler: Ruler) -> Reference:
+def check_crop(reference: Reference | None, source: ImageSource) -> None:
+    """Refuse real pictures that were cropped by another rule than those that the model has learnt from."""
+    there = crop_of(str(reference.facts["prepared"])) if reference else None
+    if reference and there and source.crop and there != source.crop:
+        raise AlphaflowError(
+            f"{reference.facts['name']}: its pictures became square by --crop {there}, those that the model has learnt "
+            f"from by --crop {source.crop}. Build one: alphaflow reference SOURCE --size {source.size[0]} "
+            f"--crop {source.crop} -o FILE"
+        )
+
+
+def find_reference(text: str, size: tuple[int, int], ruler: Ruler, crop: Crop | None = None) -> Reference:
     """Read a file of statistics, or measure the source of pictures once and keep what was measured beside the work."""
     path = Path(text)
     if path.suffix in (".safetensors", ".pkl", ".pickle", ".pt") or (path.suffix == ".npz" and holds_statistics(path)):
         return load_reference(path)
     if size[0] != size[1]:
         raise AlphaflowError(f"{text}: pictures of {size[0]}×{size[1]} px are not square; build the reference by hand")
-    source = open_pictures(text, size=size[0], limit=None)
+    source = open_pictures(text, size=size[0], limit=None, crop=crop or "square")
     kept = ruler.folder / f"reference-{ruler.start(source).folder.name}.safetensors"
     if not kept.is_file():
         make_reference(source, ruler, kept, name="")
@@ -268,7 +290,8 @@ def evaluate_checkpoint(request: EvalRequest, processes: Processes) -> Report | 
 
 def evaluate_pictures(request: EvalRequest, processes: Processes) -> Report | None:
     """Measure pictures from anywhere; the report on the first process, None on the others."""
-    source, folder = open_pictures(request.checkpoint, size=None, limit=request.images), request.out or Path("evals")
+    source = open_pictures(request.checkpoint, size=None, limit=request.images, image_column=request.image_column)
+    folder = request.out or Path("evals")
     check_count(source)
     metrics = request.metrics or default_metrics(request.reference)
     evaluations = evaluate_all(request, processes, [source], metrics, request.reference, folder)
@@ -289,7 +312,7 @@ def evaluate_all(
         say(f"warning: {line}")
     metrics = tuple(metric for metric in metrics if NETWORK[metric] in extractors)
     ruler = Ruler(extractors, processes, folder, request.batch)
-    compared = find_reference(reference, sources[0].size, ruler) if reference else None
+    compared = find_reference(reference, sources[0].size, ruler, sources[0].crop) if reference else None
     real, images = (compared.facts.get("count") if compared else None), sources[0].count
     if real and real < images and not processes.rank:
         say(f"beware: {images:,} pictures are compared with {real:,} real ones, which decide the error: take more")
@@ -301,7 +324,13 @@ def evaluate_all(
 def choose_walks(request: EvalRequest, generator: Generator) -> list[Walk]:
     """The walks to measure: one per --nfe, or the grid of --times, or one per midpoint of a sweep."""
     recipe = generator.recipe
-    plan = partial(plan_walk, recipe, guidance=request.guidance, guidance_channels=request.guidance_channels)
+    plan = partial(
+        plan_walk,
+        recipe,
+        guidance=request.guidance,
+        guidance_channels=request.guidance_channels,
+        interval=request.interval,
+    )
     if request.sweep_midpoint:
         kind = recipe.sample.two_step_sampler if request.sampler == "auto" else request.sampler
         return [plan(nfe=2, kind=kind, times=(1.0, middle, 0.0)) for middle in MIDPOINTS]

@@ -22,19 +22,19 @@ import torch
 from numpy.lib.npyio import NpzFile
 from torch import Tensor
 
-from alphaflow_cli.data import archives, sources
 from alphaflow_cli.data.classes import choose_split
 from alphaflow_cli.data.manifest import Crop
 from alphaflow_cli.data.pictures import MAX_PIXELS, BadPicture, Fetch, Source, decode, decode_whole
 from alphaflow_cli.data.sources import open_source
 from alphaflow_cli.errors import DAMAGE, AlphaflowError
-from alphaflow_cli.files import is_there, stamp_of
+from alphaflow_cli.files import path_and_stamp
 from alphaflow_cli.sample.generator import Generator
 from alphaflow_cli.sample.walk import LazyLabels, Walk, draw_labels
 from alphaflow_cli.text import brief
 
 READERS = 8  # threads that fetch and decode
 FIRST_SEED = 0  # published evaluations use seeds 0 … 49,999
+WAYS: dict[Crop, str] = {"square": "centre crop, Lanczos", "adm": "halved by box, bicubic, centre crop"}
 BROKEN = (EOFError, RuntimeError, OverflowError, MemoryError, struct.error, zipfile.BadZipFile, zlib.error)  # of zips
 
 
@@ -45,6 +45,7 @@ class ImageSource(ABC):
     size: tuple[int, int]  # height and width, the same for all pictures
     label: str  # what the pictures are, in a few words for a row of a table
     seconds: dict[str, float]  # spent on pictures so far, by part; may be empty
+    crop: Crop | None = None  # by which the pictures that a model has learnt from became square, where that is known
     task = "features"  # what is done with them, for the bar
 
     @abstractmethod
@@ -67,11 +68,13 @@ class ImageSource(ABC):
         return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()
 
 
-def open_pictures(text: str, *, size: int | None, limit: int | None, crop: Crop = "square") -> ImageSource:
-    """Open what a user may point at: a folder, zip, tar, hf://…, shapes:N, or a .npz of pictures."""
+def open_pictures(
+    text: str, *, size: int | None, limit: int | None, crop: Crop = "square", image_column: str = ""
+) -> ImageSource:
+    """Open what a user may point at: a folder, archives, parquet, hf://…, shapes:N, or a .npz of pictures."""
     if text.endswith(".npz"):
         return PictureArray(Path(text), limit=limit)
-    return PictureFiles(open_source(text), size=size, limit=limit, crop=crop)
+    return PictureFiles(open_source(text, image_column), size=size, limit=limit, crop=crop)
 
 
 class PictureFiles(ImageSource):
@@ -83,7 +86,7 @@ class PictureFiles(ImageSource):
         lines: Sequence[int] = range(len(source.names))
         self.label = source.name  # and the split that is taken of it
         if size is not None:  # a reference is built from the training split, as latents are
-            lines, prefix = choose_split(source.names)
+            lines, prefix = choose_split(source.paths)
             self.label += f"/{prefix.rstrip('/')}" if prefix else ""
         self._lines, self._of = _spread(lines, limit), len(lines)
         self._open = ExitStack()  # holds the source open while it is walked through
@@ -133,19 +136,14 @@ class PictureFiles(ImageSource):
 
     def describe(self) -> dict[str, Any]:
         """Source, count and preparation; the hash of the content is taken during the pass."""
-        way = {"square": "centre crop, Lanczos", "adm": "halved by box, bicubic, centre crop"}[self._crop]
-        prepared = "as they are" if self._size is None else f"{way} to {self._size} px"
+        prepared = "as they are" if self._size is None else f"{WAYS[self._crop]} to {self._size} px"
         facts = {"kind": self._source.kind, "name": self.label, "count": self.count, "of": self._of}
         return {**facts, "prepared": prepared, **self._source.facts()}
 
     def identity(self) -> Any:
         """Names, sizes and times of the files."""
         facts: list[Any] = [self.describe(), [self._source.names[line] for line in self._lines]]
-        if isinstance(self._source, sources.Folder):
-            facts += [_stamp(self._source.root / self._source.names[line]) for line in self._lines]
-        elif isinstance(self._source, archives.Archive):
-            facts.append(_stamp(self._source.path))
-        return facts
+        return [*facts, *self._source.stamps(self._lines)]
 
 
 class PictureArray(ImageSource):
@@ -181,7 +179,12 @@ class PictureArray(ImageSource):
 
     def identity(self) -> Any:
         """The name, size and time of the file."""
-        return [self.describe(), _stamp(self._path)]
+        return [self.describe(), path_and_stamp(self._path)]
+
+
+def crop_of(prepared: str) -> Crop | None:
+    """The crop that a reference's words about its pictures name; None where they name none."""
+    return next((name for name, way in WAYS.items() if prepared.startswith(f"{way} to")), None)
 
 
 def _spread(lines: Sequence[int], limit: int | None) -> Sequence[int]:
@@ -191,18 +194,14 @@ def _spread(lines: Sequence[int], limit: int | None) -> Sequence[int]:
     return [lines[i * len(lines) // limit] for i in range(limit)]
 
 
-def _stamp(path: Path) -> list[Any]:
-    there = [*vars(stamp_of(path)).values()] if is_there(path) else []  # gone: whoever reads it says so
-    return [str(path.absolute()), *there]
-
-
 class GeneratedImages(ImageSource):
     """The pictures that a checkpoint draws by one walk through time, picture i with seed i."""
 
     def __init__(self, generator: Generator, walk: Walk, *, count: int, draw: str) -> None:
         self._generator, self._walk, self._draw = generator, walk, draw
         self.count, self.seconds = count, {"network": 0.0, "decoder": 0.0}
-        side = generator.recipe.data.image_size
+        side, learnt = generator.recipe.data.image_size, generator.origin.get("crop") or generator.recipe.data.crop
+        self.crop = next((name for name in WAYS if name == learnt), None)
         self.size = (side, side)
         self._seeds = range(FIRST_SEED, FIRST_SEED + count)
         classes = generator.recipe.data.classes
@@ -222,7 +221,11 @@ class GeneratedImages(ImageSource):
         """Everything that decides the pictures, for the protocol: weights, walk, labels, seeds, precision."""
         origin, recipe = self._generator.origin, self._generator.recipe
         channels = self._walk.guidance_channels  # only where it is not all: earlier numbers keep their fingerprint
-        partly = {} if channels is None else {"guidance_channels": channels}
+        partly: dict[str, Any] = {} if channels is None else {"guidance_channels": channels}
+        if self._walk.scale is not None:
+            mix = recipe.guidance
+            partly |= {"guidance_scale": self._walk.scale, "guidance_interval": self._walk.interval}
+            partly |= {"scales_in_training": {"most": mix.scale_max, "beta": mix.scale_beta, "interval": mix.interval}}
         return partly | {
             "kind": "checkpoint",
             "name": recipe.name,

@@ -34,7 +34,7 @@ from alphaflow_cli.evaluate.networks import Inception
 from alphaflow_cli.evaluate.pictures import BROKEN, read_npz
 from alphaflow_cli.evaluate.results import SPACE, FeatureSpace, environment, space_of
 from alphaflow_cli.files import make_folder
-from alphaflow_cli.tensors import save_tensors
+from alphaflow_cli.tensors import NumpyUnpickler, save_tensors
 from alphaflow_cli.text import for_terminal
 
 REFERENCE_FORMAT = "alphaflow-reference/1"
@@ -51,7 +51,6 @@ TF1 = Inception.preprocessing
 HALF_PIXEL = "bilinear to 299 px with half-pixel centres (the JAX port of MeanFlow and iMF)"
 TF1_DINO = "TensorFlow 1 bilinear to 224 px; ImageNet mean and deviation (torch-fidelity's, not FDD's)"
 BY_DIM = {2048: "inception", 1024: "dinov2", 768: "clip", 192: "tiny"}  # other systems' features
-NEW_NUMPY = int(np.__version__.split(".")[0]) >= 2
 
 
 @dataclass(frozen=True)
@@ -244,7 +243,7 @@ def _read_npz(path: Path) -> Foreign:
 
 def _read_pickle(path: Path) -> Foreign:
     with path.open("rb") as file:
-        held = _NumpyOnly(file).load()
+        held = NumpyUnpickler(file).load()
     if not isinstance(held, dict):
         raise ValueError("it holds no dictionary")
     if "raw_mean" in held:  # Σf, Σf·fᵀ and N. Their covariance would be over N; ours is over N − 1
@@ -282,23 +281,3 @@ def _stats(mean: Any, cov: Any, preprocessing: str) -> dict[str, Stats]:
     if dim not in BY_DIM:
         raise ValueError(f"features of dimension {dim}; known are {', '.join(map(str, BY_DIM))}")
     return {BY_DIM[dim]: Stats(FeatureSpace("", "", preprocessing, dim), mean, cov, None)}
-
-
-class _NumpyOnly(pickle.Unpickler):
-    """Builds numpy arrays and plain containers; any other name in the file is refused."""
-
-    ALLOWED = frozenset(
-        [(f"numpy.{core}.multiarray", name) for core in ("core", "_core") for name in ("_reconstruct", "scalar")]
-        + [(f"numpy.{core}.numeric", "_frombuffer") for core in ("core", "_core")]
-        + [("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode"), ("collections", "OrderedDict")]
-    )
-
-    def find_class(self, module: str, name: str) -> Any:
-        """Give what is allowed and refuse the rest; the StyleGAN family's attribute dictionaries become plain ones."""
-        if module.startswith("dnnlib") and name == "EasyDict":
-            return dict
-        if (module, name) not in self.ALLOWED:
-            raise pickle.UnpicklingError(
-                f"it wants to import {module}.{name}, which a file of statistics does not need"
-            )
-        return super().find_class(module.replace("numpy.core", "numpy._core") if NEW_NUMPY else module, name)

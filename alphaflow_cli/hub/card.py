@@ -7,14 +7,14 @@ published: paths become their last part, addresses lose their passwords, whereve
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from alphaflow_cli.evaluate.results import best_founded, row_of
 from alphaflow_cli.model.checkpoint import CHECKPOINT_FORMAT
 from alphaflow_cli.recipe import Recipe, dump_recipe
-from alphaflow_cli.recipe.plan import effective_scale, has_null_label, is_guided, needs_many_steps
+from alphaflow_cli.recipe.plan import draws_scale, effective_scale, has_null_label, is_guided, needs_many_steps
 from alphaflow_cli.text import code_span, counted, for_markdown, for_terminal
 
 PAPER = "arXiv:2510.20771"
@@ -268,7 +268,9 @@ def _results(facts: CardFacts) -> str:
 def _caveats(facts: CardFacts) -> str:
     recipe, mix = facts.recipe, facts.recipe.guidance
     lines = ["## Good to know", ""]
-    if is_guided(mix.omega, mix.kappa):
+    if draws_scale(recipe):
+        lines += [_guide_line(recipe)]
+    elif is_guided(mix.omega, mix.kappa):
         scale = effective_scale(mix.omega, mix.kappa)
         lines += [f"- Guidance of scale {scale:g} is built into the weights; sample with guidance 1 (the default)."]
     elif has_null_label(recipe):
@@ -285,6 +287,14 @@ def _caveats(facts: CardFacts) -> str:
         "- It reproduces what it was trained on, with its gaps and biases; there is no safety filter.",
     ]
     return "\n".join(lines)
+
+
+def _guide_line(recipe: Recipe) -> str:
+    """How a model is guided that takes the scale, and perhaps the interval, as inputs."""
+    sample, drawn = recipe.sample, recipe.guidance.interval == "drawn"
+    low, high = sample.interval or (0.0, 1.0)
+    option = f"--guidance {sample.scale or 1.0:g}" + (f" --interval {low:g},{high:g}" if drawn else "")
+    return f"- Guidance is an input, at no cost: `{option}` is the default; scales from 1 (none) up work."
 
 
 def _ending(facts: CardFacts) -> str:
@@ -339,7 +349,7 @@ def _without_password(match: re.Match[str]) -> str:
 def config_json(recipe: Recipe, origin: dict[str, Any], parameters: int) -> str:
     """Write config.json of a published model."""
     data, mix = recipe.data, recipe.guidance
-    model = {name: getattr(recipe.model, name) for name in recipe.model.__dataclass_fields__}
+    model = asdict(recipe.model)
     content = {
         "model_type": "alphaflow",
         "format": CHECKPOINT_FORMAT,
@@ -353,7 +363,10 @@ def config_json(recipe: Recipe, origin: dict[str, Any], parameters: int) -> str:
             "image_size": data.image_size,
         },
         "classes": data.classes,
-        "guidance": {"baked": effective_scale(mix.omega, mix.kappa), "null_label": has_null_label(recipe)},
+        "guidance": {
+            "baked": None if draws_scale(recipe) else effective_scale(mix.omega, mix.kappa),
+            "null_label": has_null_label(recipe),
+        },
         "sample": {name: getattr(recipe.sample, name) for name in recipe.sample.__dataclass_fields__},
         "weights": {key: origin.get(key) for key in ("weights", "step", "images_seen", "half_life")},
     }

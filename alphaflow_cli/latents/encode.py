@@ -17,6 +17,7 @@ import torch
 from alphaflow_cli.data.classes import Classes
 from alphaflow_cli.data.manifest import Crop, StorePlan
 from alphaflow_cli.data.pictures import MAX_PIXELS, BadPicture, Fetch, Source, decode
+from alphaflow_cli.data.tables import AS_FOUND, Labelling
 from alphaflow_cli.data.writing import write_shard
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.nn.autoencoder import Autoencoder, load_autoencoder
@@ -49,6 +50,7 @@ class StoreRequest:
     precision: str = "auto"  # fp32, tf32, bf16
     max_pixels: int = MAX_PIXELS
     crop: Crop = "square"
+    labelling: Labelling = AS_FOUND
 
 
 @dataclass(frozen=True)

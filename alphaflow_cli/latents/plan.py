@@ -1,19 +1,14 @@
 """From the request of `prep-latents` to a plan: which pictures, which classes, which encoder, which shards."""
 
 import hashlib
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from alphaflow_cli.data.classes import (
-    AS_NUMBERS,
-    choose_split,
-    folders_of,
-    read_class_file,
-    read_classes,
-    reordered,
-)
+from alphaflow_cli.data.classes import AS_NUMBERS, read_class_file, reordered
+from alphaflow_cli.data.labels import label_pictures
 from alphaflow_cli.data.manifest import (
     TRANSFORMS,
     AutoencoderRecord,
@@ -31,13 +26,14 @@ from alphaflow_cli.files import is_there
 from alphaflow_cli.latents.encode import Job, Listing, StoreRequest, choose_precision, sample_pixels
 from alphaflow_cli.nn.autoencoder import Autoencoder, load_autoencoder, public_id
 from alphaflow_cli.remote.faults import HubFault
-from alphaflow_cli.runtime.processes import Processes
-from alphaflow_cli.runtime.threads import cores_here
+from alphaflow_cli.runtime.processes import Processes, threads_here
 from alphaflow_cli.text import shorten
 
 SHARD_PICTURES, SHARD_BYTES = 8192, 512_000_000  # of one shard at most: it is held in memory until it is written
 SHARDS_WANTED, SHARD_LEAST = 16, 256  # small sets are cut, too, so that several processes have something to share
 SAMPLE = 16  # pictures that a lower precision is tried on
+UNNAMED = ("kl", "tiny", "dc")  # kinds of autoencoder that older stores do not name
+PATTERN = re.compile(r"[-_.]*[{*?\[].*")  # in the name of a source: from there on it differs from file to file
 STORED_DTYPES = {"fp16": "float16", "fp32": "float32"}
 
 
@@ -52,9 +48,11 @@ class Encoder:
 
 def plan_job(request: StoreRequest, out: Path, processes: Processes) -> Job:
     """List the source, look at the encoder, and refuse an `out` that holds another preparation; nothing is written."""
-    device, threads = processes.device, max(1, min(16, cores_here().count // processes.size))
-    listing = list_pictures(request)
+    device, threads = processes.device, threads_here(processes)
     before = read_plan(out / "plan.json") if is_there(out / "plan.json") else None
+    if before and not request.labelling.given and _has_one_class(out):
+        request = replace(request, labelling=replace(request.labelling, unlabelled=True))
+    listing = list_pictures(request)
     if before:
         listing = _as_begun(listing, out)
     if before and request.bad == "skip":
@@ -76,19 +74,15 @@ def _in_brief(lines: list[str]) -> str:
 
 def list_pictures(request: StoreRequest) -> Listing:
     """List all pictures, or `limit` of them spread evenly over the list; labels never depend on the limit."""
-    source = open_source(request.source)
-    lines, prefix = choose_split(source.names)
-    if not lines:
+    source = open_source(request.source, request.labelling.columns.image)
+    if not source.names:
         raise AlphaflowError(f"{request.source}: no pictures here ({', '.join(source.notes) or 'it is empty'})")
-    names = source.names
-    folders = folders_of([names[line] for line in lines], prefix)
-    classes = read_classes(folders, source.classes_json(), source.class_order())
-    index = {folder: number for number, folder in enumerate(classes.folders)}
-    labels = [index[folder] for folder in folders]
+    labelled = label_pictures(source, request.labelling)
+    lines, labels = labelled.lines, labelled.labels
     if 0 < request.limit < len(lines):
         kept = [number * len(lines) // request.limit for number in range(request.limit)]
         lines, labels = [lines[at] for at in kept], [labels[at] for at in kept]
-    return Listing(source, lines, labels, classes)
+    return Listing(replace(source, notes=[*source.notes, *labelled.notes]), lines, labels, labelled.classes)
 
 
 def shard_size(count: int, sample_bytes: int) -> int:
@@ -101,7 +95,8 @@ def default_out(source: str, size: int, autoencoder: str, crop: Crop = "square")
     """The folder `latents/<source>-<size>-<autoencoder>[-<crop>]`: other settings get another folder."""
     bare = source.split("://")[-1].split("@")[0].split(":")[0] if source.startswith("hf://") else source
     parts = [part for part in bare.replace(":", "-").split("/") if part not in ("", ".", "..", "train")]
-    name = (parts or [Path.cwd().name])[-1].split(".")[0] or "pictures"
+    names = [part if is_there(Path(source)) else PATTERN.sub("", part) for part in parts]
+    name = ([name for name in names if name] or [Path.cwd().name])[-1].split(".")[0] or "pictures"
     kind = "pixels" if autoencoder == "none" else public_id(autoencoder).rsplit("/", 1)[-1]
     return Path("latents") / f"{name}-{size}-{kind}{'' if crop == 'square' else f'-{crop}'}"
 
@@ -111,6 +106,11 @@ def default_batch(request: StoreRequest, device: torch.device) -> int:
     if request.autoencoder == "none":
         return 256
     return max(1, min(256 if device.type == "cuda" else 16, 32 * 256**2 // request.size**2))
+
+
+def _has_one_class(out: Path) -> bool:
+    """Whether a store was begun with all pictures as one class; tables of labels were once not read."""
+    return is_there(out / "classes.json") and read_class_file(out / "classes.json").folders == [""]
 
 
 def _as_begun(listing: Listing, out: Path) -> Listing:
@@ -152,6 +152,10 @@ def _encoder(
     model = _autoencoder(request, device)
     if request.size % model.downscale:
         raise AlphaflowError(f"--size {request.size}: {model.id} needs a multiple of {model.downscale}")
+    if model.side not in (None, request.size):
+        raise AlphaflowError(
+            f"--size {request.size}: {model.id} makes pictures of {model.side} px only. Give --size {model.side}"
+        )
     side = request.size // model.downscale
     chosen, error = _precision(request, listing, model, before, device)
     record = AutoencoderRecord(
@@ -163,6 +167,9 @@ def _encoder(
         shift=model.shift,
         precision=chosen,
         precision_error=error,
+        kind=None if model.kind in UNNAMED else model.kind,
+        channel_mean=model.statistics[0] if model.statistics else None,
+        channel_std=model.statistics[1] if model.statistics else None,
     )
     return Encoder(record, (model.channels, side, side), "moments" if model.has_posterior else "mean")
 

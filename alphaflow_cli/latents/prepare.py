@@ -16,16 +16,16 @@ from pathlib import Path
 
 import torch
 
-from alphaflow_cli.data.manifest import plan_to_dict, read_manifest
+from alphaflow_cli.data.manifest import BEWARE, plan_to_dict, read_manifest
 from alphaflow_cli.data.store import verify_store
 from alphaflow_cli.data.writing import finish_store, is_done
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.files import free_bytes, is_there, to_json, write_pieces
-from alphaflow_cli.latents.encode import Job, StoreRequest, decoded_pictures, encode_rows, work, writing_to
+from alphaflow_cli.latents.encode import TOGETHER, Job, StoreRequest, decoded_pictures, encode_rows, work, writing_to
 from alphaflow_cli.latents.plan import plan_job
 from alphaflow_cli.nn.autoencoder import load_autoencoder
 from alphaflow_cli.runtime.lock import hold
-from alphaflow_cli.runtime.processes import Processes, processes_here
+from alphaflow_cli.runtime.processes import Processes, all_or_none, check_seen, processes_here
 from alphaflow_cli.runtime.progress import Progress, duration, say, size
 from alphaflow_cli.text import counted
 
@@ -38,16 +38,22 @@ def prepare_store(request: StoreRequest, out: Path, processes: Processes, *, sho
     """Do this process's part of a store. The first one holds the folder, plans and finishes for all, and returns it."""
     first = processes.rank == 0
     with ExitStack() as held:
-        if first:
+
+        def plan() -> tuple[Job, bool]:
             job = plan_job(request, out, processes)
             if begin := not _is_finished(job):
                 check_room(out, bytes_needed(job, missing_shards(job)))
                 held.enter_context(writing_to(out))
                 held.enter_context(hold(out, "prep-latents"))
                 _begin(job, shown)
-        processes.wait()
-        if not first:
-            job, begin = plan_job(request, out, processes), False  # now the plan lies in the folder
+            return job, begin
+
+        def join() -> tuple[Job, bool]:
+            check_seen(out / "plan.json", processes, "the store")
+            return plan_job(request, out, processes), False
+
+        planned = all_or_none(processes, lambda: plan() if first else None)
+        job, begin = all_or_none(processes, lambda: planned or join())  # now the plan lies in the folder
         _work_shown(job, processes, shown and begin)
         processes.wait()
         if begin:
@@ -99,6 +105,8 @@ def _begin(job: Job, shown: bool) -> None:
     if shown:
         say(", ".join([f"{listing.source.name}: {job.images} pictures", *listing.source.notes]))
         say(listing.classes.summary())
+        if beware := BEWARE.get(job.plan.autoencoder.kind or ""):
+            say(f"beware: {beware}")
 
 
 def _work_shown(job: Job, processes: Processes, shown: bool) -> None:
@@ -149,7 +157,8 @@ def _trial(job: Job, device: torch.device) -> tuple[int, float]:
     """Pictures and seconds, after one to warm up; batches double until the time is over or they are full ones."""
     encoder = load_autoencoder(job.request.autoencoder, device=device)
     count = min(job.images, 4 * job.batch)
-    lines = [number * job.images // count for number in range(count)]
+    runs = -(-count // TOGETHER)  # of neighbours, which many sources fetch together
+    lines = [run * job.images // runs + at for run in range(runs) for at in range(min(TOGETHER, job.images // runs))]
     with closing(decoded_pictures(job, lines)) as stream:
         good = (picture.pixels for picture in stream if picture.pixels is not None)
         if first := list(itertools.islice(good, 1)):

@@ -7,10 +7,11 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from alphaflow_cli.nn.blocks import Design
 from alphaflow_cli.nn.clean import CleanDiT
 from alphaflow_cli.nn.dit import DiT, linears
 from alphaflow_cli.nn.noise import NoiseDiT
-from alphaflow_cli.recipe.plan import label_rows
+from alphaflow_cli.recipe.plan import label_rows, prefix_tokens
 from alphaflow_cli.recipe.schema import Recipe
 
 NETWORK_CLASSES: dict[str, type[DiT]] = {"velocity": DiT, "noise": NoiseDiT, "data": CleanDiT}
@@ -34,11 +35,18 @@ def build_network(recipe: Recipe, *, seed: int | None = None) -> DiT:
             qk_norm=model.qk_norm,
             second_time=model.second_time,
             gradient_checkpointing=recipe.train.gradient_checkpointing,
+            design=Design(
+                block=model.block,
+                inputs=model.inputs,
+                prefix=tuple(prefix_tokens(recipe).values()),
+                velocity_head=model.velocity_head,
+            ),
         )
-        if model.second_init == "xavier" and not net.pos_embed.is_meta:
+        if model.second_init == "xavier" and not net.final.linear.weight.is_meta:
             for linear in linears(net.second_embed):
                 nn.init.xavier_uniform_(linear.weight)
-    net.pos_embed.requires_grad_(model.positions == "trained")
+    if net.pos_embed is not None:
+        net.pos_embed.requires_grad_(model.positions == "trained")
     if isinstance(net, CleanDiT):
         net.t_floor = model.t_floor
     return net

@@ -45,6 +45,7 @@ ORIGIN = Table(  # what is read of it; the rest is told in the card and the repo
                 others=Anything(),
             )
         ),
+        "crop": Maybe(Text(100)),
         "class_names": Maybe(ListOf(Text(1000))),
         "versions": Maybe(Table(others=Text(100))),
         "converted": Maybe(

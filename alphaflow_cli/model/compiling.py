@@ -75,8 +75,9 @@ def plain_blocks(net: DiT) -> DiT:
 
 
 def compiled_parts(net: DiT) -> list[nn.Module]:
-    """The modules that are compiled: every block, and the final layer."""
-    return [*net.blocks, net.final]
+    """The modules that are compiled: every block, and the final layers."""
+    finals = [net.final] if net.velocity_final is None else [net.final, net.velocity_final]
+    return [*net.blocks, *net.velocity_blocks, *finals]
 
 
 def forget_compiled() -> None:

@@ -13,17 +13,26 @@ An autoencoder is named by one of these:
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from alphaflow_cli.documents import Anything, ListOf, Maybe, Number, Table, Text, Whole, read_json
+from alphaflow_cli.documents import read_json
 from alphaflow_cli.errors import DAMAGE, AlphaflowError
+from alphaflow_cli.nn.autoencoder_classes import (
+    CLASSES,
+    CONFIG_SHAPE,
+    AutoencoderClass,
+    channel_statistics,
+    check_usable,
+    conventions,
+)
 from alphaflow_cli.nn.weights import check_real, read_tree
 from alphaflow_cli.remote.address import Repo
 from alphaflow_cli.remote.cache import cache_folder, cached_file, is_offline
@@ -32,28 +41,9 @@ from alphaflow_cli.remote.download import fetch
 from alphaflow_cli.remote.faults import HubFault, InTrouble, NoConnection
 from alphaflow_cli.text import for_terminal
 
-AutoencoderKind = Literal["kl", "tiny", "dc", "none"]
-CLASSES: dict[str, AutoencoderKind] = {"AutoencoderKL": "kl", "AutoencoderTiny": "tiny", "AutoencoderDC": "dc"}
-WIDTHS = Maybe(ListOf(Whole(1, 1 << 14), least=1, most=12))
-CONFIG_SHAPE = Table(  # of config.json: whatever decides about memory or is used here; diffusers reads the rest
-    {"_class_name": Text(one_of=tuple(CLASSES))},
-    {
-        "block_out_channels": WIDTHS,
-        "encoder_block_out_channels": WIDTHS,
-        "decoder_block_out_channels": WIDTHS,
-        "latent_channels": Whole(1, 1 << 12),
-        "in_channels": Whole(1, 1 << 10),
-        "out_channels": Whole(1, 1 << 10),
-        "layers_per_block": Whole(0, 1 << 8),
-        "scaling_factor": Maybe(Number()),
-        "shift_factor": Maybe(Number()),
-    },
-    others=Anything(),
-)
 ANOTHER_ONE = "Give another autoencoder: a folder, a weights file or a Hub id."
 READING = (*DAMAGE, RuntimeError, ArithmeticError, SafetensorError)  # what diffusers raises on files that are not right
 CONVENTIONS = {4: (0.18215, 0.0), 16: (0.3611, 0.1159)}  # scale, shift of a bare weights file: SD 1.x and FLUX
-LOGVAR = (-30.0, 20.0)  # bounds of the posterior's log-variance, as every AutoencoderKL clamps it
 
 
 @dataclass(frozen=True)
@@ -63,18 +53,24 @@ class Autoencoder:
     id: str
     revision: str
     weights_sha256: str
-    kind: AutoencoderKind
+    kind: str  # of CLASSES; or none
     channels: int
     downscale: int
     scale: float
     shift: float
     module: nn.Module | None
     layout: torch.memory_format  # that the module's input is brought to
+    statistics: tuple[list[float], list[float]] | None = None  # mean and std per channel, where the model states them
+    side: int | None = None  # of the only pictures that it makes; None: any multiple of downscale
 
     @property
     def has_posterior(self) -> bool:
         """Whether latents are drawn from a distribution, and not looked up."""
-        return self.kind == "kl"
+        return self.module is not None and self._class.posterior
+
+    @property
+    def _class(self) -> AutoencoderClass:
+        return CLASSES[type(self.module).__name__]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -86,7 +82,7 @@ class Autoencoder:
         """The mean and the standard deviation of the latents of some pixels, float32."""
         if self.module is None:
             return pixels, torch.zeros_like(pixels)
-        mean, std = ENCODE[self.kind](self.module, self._input(pixels))
+        mean, std = self._class.encode(self.module, self._input(pixels))
         return mean.float(), std.float()
 
     @torch.no_grad()
@@ -94,28 +90,12 @@ class Autoencoder:
         """The pixels of some latents: float32, not clipped, in the plain layout."""
         if self.module is None:
             return latents
-        pixels: Tensor = self.module.decode(self._input(latents)).sample  # type: ignore[operator]
+        pixels = self._class.decode(self.module, self._input(latents))
         return pixels.float().contiguous()
 
     def _input(self, x: Tensor) -> Tensor:
         """Bring an input to the precision and the layout of the weights."""
         return x.to(self.dtype, memory_format=self.layout)
-
-
-def _encode_kl(module: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
-    mean, logvar = module.encode(pixels).latent_dist.parameters.float().chunk(2, dim=1)
-    return mean, (0.5 * logvar.clamp(*LOGVAR)).exp()
-
-
-def _without_posterior(mean: Tensor) -> tuple[Tensor, Tensor]:
-    return mean, torch.zeros_like(mean)
-
-
-ENCODE: dict[AutoencoderKind, Callable[[Any, Tensor], tuple[Tensor, Tensor]]] = {
-    "kl": _encode_kl,
-    "tiny": lambda module, pixels: _without_posterior(module.encode(pixels).latents),
-    "dc": lambda module, pixels: _without_posterior(module.encode(pixels).latent),
-}
 
 
 def load_autoencoder(
@@ -129,16 +109,31 @@ def load_autoencoder(
     if name == "none":
         return Autoencoder("none", "", "", "none", 3, 1, 1.0, 0.0, None, torch.preserve_format)
     module, revision = _load_module(name)
+    entry = CLASSES[type(module).__name__]
+    try:
+        check_usable(module, entry)
+        statistics = channel_statistics(module, entry)
+    except AlphaflowError as fault:
+        raise AlphaflowError(f"{name}: {fault}. {ANOTHER_ONE}") from fault
     digest = weights_sha256(module)
+    last = channels_last and not entry.frames and not entry.needs  # the layout of convolutions over pictures
     nn.Module.to(module, device, dtype)  # diffusers' own .to warns of modules that these models do not have
-    nn.Module.to(module, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    nn.Module.to(module, memory_format=torch.channels_last if last else torch.contiguous_format)
     module.eval().requires_grad_(False)
-    kind, config = CLASSES[type(module).__name__], module.config
-    scale, shift = float(config.get("scaling_factor") or 1.0), float(config.get("shift_factor") or 0.0)
-    channels = int(config["latent_channels"])
-    layout = torch.channels_last if channels_last else torch.preserve_format
+    scale, shift = conventions(module, entry)
     return Autoencoder(
-        public_id(name), revision, digest, kind, channels, _downscale(kind, config), scale, shift, module, layout
+        id=public_id(name),
+        revision=revision,
+        weights_sha256=digest,
+        kind=entry.kind,
+        channels=entry.channels(module.config),
+        downscale=entry.downscale(module.config),
+        scale=scale,
+        shift=shift,
+        module=module,
+        layout=torch.channels_last if last else torch.preserve_format,
+        statistics=statistics,
+        side=entry.side(module.config),
     )
 
 
@@ -152,11 +147,6 @@ def weights_sha256(module: nn.Module) -> str:
         digest.update(name.encode())
         digest.update(value.detach().to("cpu", torch.float32).contiguous().numpy())
     return digest.hexdigest()
-
-
-def _downscale(kind: AutoencoderKind, config: Mapping[str, Any]) -> int:
-    blocks = {"kl": "block_out_channels", "tiny": "encoder_block_out_channels", "dc": "encoder_block_out_channels"}
-    return int(2 ** (len(config[blocks[kind]]) - 1))
 
 
 def public_id(name: str) -> str:
@@ -184,9 +174,15 @@ def _from_folder(folder: Path) -> Any:
     config = folder / "config.json"
     if not config.is_file():
         raise AlphaflowError(f"{folder}: no autoencoder here (config.json is missing)")
-    kind = read_json(config, CONFIG_SHAPE, advice=ANOTHER_ONE)["_class_name"]
+    name = read_json(config, CONFIG_SHAPE, advice=ANOTHER_ONE)["_class_name"]
+    if not hasattr(diffusers, name):
+        raise AlphaflowError(
+            f"{folder}: diffusers {diffusers.__version__} knows no {name}. A newer one may: pip install -U diffusers"
+        )
+    if (package := CLASSES[name].needs) and not find_spec(package):
+        raise AlphaflowError(f"{folder}: {name} needs the package {package}, which is not here: pip install {package}")
     try:
-        return getattr(diffusers, kind).from_pretrained(folder, use_safetensors=_safe_weights(folder))
+        return getattr(diffusers, name).from_pretrained(folder, use_safetensors=_safe_weights(folder))
     except READING as fault:
         reason = for_terminal(fault, limit=300)
         raise AlphaflowError(f"{folder}: the autoencoder cannot be loaded ({reason})") from fault

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from alphaflow_cli.core.path import expand
-from alphaflow_cli.nn.dit import Attend, DiT
-from alphaflow_cli.nn.tangent import Beside, Dual, Inputs, Stream, last_rows
+from alphaflow_cli.nn.dit import DiT
+from alphaflow_cli.nn.tangent import Dual, last_rows
 
 
 class CleanDiT(DiT):
@@ -27,27 +27,12 @@ class CleanDiT(DiT):
 
     t_floor: float  # set by model/build.py, from the recipe
 
-    def forward(
-        self,
-        z: Tensor,
-        t: Tensor,
-        r: Tensor,
-        y: Tensor,
-        attend: Attend = "fused",
-        tangent: Tensor | None = None,
-        first: int = 0,
-        beside: Inputs | None = None,
-    ) -> Stream:
-        # The data that the network sees in z becomes a velocity.   u = velocity(dit(z, t, r, y), z, t)
-        x_hat = super().forward(z, t, r, y, attend, tangent, first, beside)
-        if isinstance(x_hat, Tensor):
-            return self.velocity(x_hat, z, t)
-        if isinstance(x_hat, Beside):
-            assert beside is not None
-            other_z, other_t, _, _ = beside
-            return Beside(self.velocity(x_hat.value, z, t), self.velocity(x_hat.others, other_z, other_t))
+    def read(self, out: Tensor | Dual, z: Tensor, t: Tensor, tangent: Tensor | None) -> Tensor | Dual:
+        """The data that the network sees in z becomes a velocity: u = velocity(x̂, z, t)."""
+        if isinstance(out, Tensor):
+            return self.velocity(out, z, t)
         assert tangent is not None
-        return self._with_tangent(x_hat, z, t, tangent)
+        return self._with_tangent(out, z, t, tangent)
 
     def velocity(self, x_hat: Tensor, z: Tensor, t: Tensor) -> Tensor:
         """The average velocity (z − x̂) / max(t, t_floor), in the precision of z."""

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from alphaflow_cli.core.path import expand
-from alphaflow_cli.nn.dit import Attend, DiT
+from alphaflow_cli.nn.dit import DiT
 from alphaflow_cli.nn.layers import TimeEmbedding, time_features, time_features_speed
-from alphaflow_cli.nn.tangent import Beside, Dual, Inputs, PlainOrDual, Stream, last, last_rows, through
+from alphaflow_cli.nn.tangent import Dual, PlainOrDual, last, last_rows, through
 
 DISCRETE_TIMES = 1000
 BETAS = (1e-4, 0.02)  # the linear schedule of DDPM and DiT
@@ -64,44 +64,30 @@ class NoiseDiT(DiT):
     """A DiT whose own output is the noise ε̂, read as u(z, r, t | y): at r = t that is the velocity v above."""
 
     def initialise(self) -> None:
-        self.time_embed = DiscreteTimeEmbedding(self.pos_embed.shape[2])
+        self.time_embed = DiscreteTimeEmbedding(self.patch_embed.proj.out_channels)
         super().initialise()
 
-    def forward(
-        self,
-        z: Tensor,
-        t: Tensor,
-        r: Tensor,
-        y: Tensor,
-        attend: Attend = "fused",
-        tangent: Tensor | None = None,
-        first: int = 0,
-        beside: Inputs | None = None,
-    ) -> Stream:
-        if tangent is not None:
-            assert beside is None, "a tangent or rows beside"
-            return self._with_tangent(z, t, r, y, attend, tangent, first)
-        # The input is scaled to DDPM's, and the noise made a velocity.   u = velocity(dit(z / n(t), t, r, y), z, t)
-        if beside is None:
-            return _velocity(super().forward(z * _shrink(t, z), t, r, y, attend), z, t)
-        other_z, other_t, other_r, other_y = beside
-        scaled = (other_z * _shrink(other_t, z), other_t, other_r, other_y)
-        both = super().forward(z * _shrink(t, z), t, r, y, attend, beside=scaled)
-        assert isinstance(both, Beside)
-        return Beside(_velocity(both.value, z, t), _velocity(both.others, other_z, other_t))
-
-    def _with_tangent(
-        self, z: Tensor, t: Tensor, r: Tensor, y: Tensor, attend: Attend, tangent: Tensor, first: int
-    ) -> Dual:
+    def enter(self, z: Tensor, t: Tensor, tangent: Tensor | None) -> Tensor | Dual:
+        """The input is scaled to DDPM's: z / n(t)."""
+        scaled = z * _shrink(t, z)
+        if tangent is None:
+            return scaled
         rows = len(tangent)
         z_last, t_last = last_rows(z, rows), last_rows(t, rows)
-        f, n = _factor(t_last, z), _shrink(t_last, z)
+        n = _shrink(t_last, z)
         inner = tangent * n + z_last * (1 - 2 * expand(t_last, z)) * n**3  # d(z n⁻¹), dn⁻¹/dt = (1 − 2t) n⁻³
-        predicted = super().forward(z * _shrink(t, z), t, r, y, attend, inner, first)
-        assert isinstance(predicted, Dual)
-        u = _velocity(predicted.value, z, t)
+        return Dual(scaled, inner)
+
+    def read(self, out: Tensor | Dual, z: Tensor, t: Tensor, tangent: Tensor | None) -> Tensor | Dual:
+        """The noise is made a velocity."""
+        if isinstance(out, Tensor):
+            return _velocity(out, z, t)
+        assert tangent is not None
+        rows = len(tangent)
+        t_last = last_rows(t, rows)
+        u, f = _velocity(out.value, z, t), _factor(t_last, z)
         grows = torch.where(expand(t_last, z) < _end(t), last_rows(u, rows) * f, 0.0)  # u d(log factor)/dt
-        return Dual(u, (predicted.tangent - tangent) * f + grows.detach())
+        return Dual(u, (out.tangent - tangent) * f + grows.detach())
 
 
 def _end(t: Tensor) -> Tensor:
@@ -119,7 +105,6 @@ def _shrink(t: Tensor, like: Tensor) -> Tensor:
     return expand(((1 - t) ** 2 + t**2).rsqrt(), like)
 
 
-def _velocity(noise: Stream, z: Tensor, t: Tensor) -> Tensor:
+def _velocity(noise: Tensor, z: Tensor, t: Tensor) -> Tensor:
     """The velocity v = (ε̂ − z) / (1 − t) that belongs to a predicted noise."""
-    assert isinstance(noise, Tensor)
     return (noise - z) * _factor(t, z)

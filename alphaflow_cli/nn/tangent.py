@@ -10,6 +10,7 @@ tangent J dx. The rules below are the chain rule, layer by layer; each uses inte
 
     linear                 d(W x + b) = W dx
     LayerNorm, GELU, SiLU  J is symmetric, so J dx is what the layer's backward kernel computes from dx
+    RMSNorm                with x̂ = s x, s = 1 / √(mean x² + ε): dy = n ∘ s (dx − x̂ mean(x̂ ∘ dx))
     softmax                the same: dp = p ∘ (ds − Σ p ds)
     products               d(a b) = da b + a db
 
@@ -27,7 +28,7 @@ named tuples, so that hooks and compilers see two tensors.
 Shapes: B rows, B' rows with a tangent or beside, N tokens, D channels, d channels of a head.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -50,7 +51,8 @@ class Beside(NamedTuple):
     others: Tensor  # (B', ...) without gradient
 
 
-Inputs = tuple[Tensor, Tensor, Tensor, Tensor]  # z, t, r, y of the rows beside
+# z, t, r, y of the rows beside, and their guide where the network takes one
+Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]
 Stream = Tensor | Dual | Beside  # what flows through the blocks
 # What one call takes and gives: plain tensors throughout, or Duals throughout
 PlainOrDual = TypeVar("PlainOrDual", Tensor, Dual)
@@ -101,6 +103,19 @@ def add(a: Tensor | Dual, b: Tensor | Dual) -> Tensor | Dual:
     return Dual(value, sum(tangents[1:], tangents[0])) if tangents else value
 
 
+def join_tokens(parts: Sequence[Tensor | Dual]) -> Tensor | Dual:
+    """Put tokens (B, n, D) of several kinds one after the other; those that stand still get a tangent of zeros."""
+    value = torch.cat([part.value if isinstance(part, Dual) else part for part in parts], 1)
+    rows = next((len(part.tangent) for part in parts if isinstance(part, Dual)), 0)
+    if rows == 0:
+        return value
+    with torch.no_grad():
+        tangents = [
+            torch.zeros_like(last_rows(part, rows)) if isinstance(part, Tensor) else part.tangent for part in parts
+        ]
+        return Dual(value, torch.cat(tangents, 1))
+
+
 # Layers: each has one rule, found by its type.
 
 
@@ -138,6 +153,17 @@ def _layer_norm(layer: nn.LayerNorm, x: Dual) -> Dual:
         return Dual(value, tangent if layer.weight is None else tangent * layer.weight)
 
 
+def _rms_norm(layer: nn.RMSNorm, x: Dual) -> Dual:
+    value, eps = layer(x.value), layer.eps
+    assert eps is not None, "an RMSNorm without a floor"
+    with torch.no_grad():
+        wide, dx = last(x), x.tangent
+        s = (wide.square().mean(-1, keepdim=True) + eps).rsqrt()
+        normal = wide * s
+        tangent = torch.addcmul(dx, normal, (normal * dx).mean(-1, keepdim=True), value=-1) * s
+        return Dual(value, tangent if layer.weight is None else tangent * layer.weight)
+
+
 def _gelu(layer: nn.GELU, x: Dual) -> Dual:
     value = layer(x.value)
     with torch.no_grad():
@@ -163,6 +189,7 @@ def _sequence(layer: nn.Sequential, x: Dual) -> Dual:
 RULES: dict[type, Callable[..., Dual]] = {
     nn.Linear: _linear,
     nn.LayerNorm: _layer_norm,
+    nn.RMSNorm: _rms_norm,
     nn.GELU: _gelu,
     nn.SiLU: _silu,
     nn.Identity: _identity,
@@ -173,8 +200,10 @@ RULES: dict[type, Callable[..., Dual]] = {
 # Products, the residual connection and attention.
 
 
-def modulate(x: PlainOrDual, shift: PlainOrDual, scale: PlainOrDual) -> PlainOrDual:
-    """x (1 + scale) + shift: adaLN's way to let the conditioning speak to normalised tokens."""
+def modulate(x: PlainOrDual, shift: PlainOrDual | None, scale: PlainOrDual | None) -> PlainOrDual:
+    """x (1 + scale) + shift: adaLN's way to let the conditioning speak to normalised tokens; None: x as it is."""
+    if shift is None or scale is None:
+        return x
     if isinstance(x, Tensor):
         return x * (1 + scale) + shift
     value = x.value * (1 + scale.value) + shift.value
@@ -183,14 +212,30 @@ def modulate(x: PlainOrDual, shift: PlainOrDual, scale: PlainOrDual) -> PlainOrD
         return Dual(value, torch.addcmul(tangent, x.tangent, 1 + last(scale)))
 
 
-def gated(x: PlainOrDual, gate: PlainOrDual, branch: PlainOrDual) -> PlainOrDual:
-    """x + gate · branch: the residual connection, with the gate that the conditioning sets."""
+def gated(x: PlainOrDual, gate: Tensor | Dual, branch: PlainOrDual) -> PlainOrDual:
+    """x + gate · branch: the residual connection; the gate is set by the conditioning, or is a weight."""
     if isinstance(x, Tensor):
+        assert not isinstance(gate, Dual)
         return x + gate * branch
+    if isinstance(gate, Tensor):
+        value = x.value + gate * branch.value
+        with torch.no_grad():
+            return Dual(value, torch.addcmul(x.tangent, gate, branch.tangent))
     value = x.value + gate.value * branch.value
     with torch.no_grad():
         tangent = torch.addcmul(x.tangent, gate.tangent, last(branch))
         return Dual(value, torch.addcmul(tangent, last(gate), branch.tangent))
+
+
+def silu_gated(x: PlainOrDual) -> PlainOrDual:
+    """silu(a) b of the two halves a, b of the last axis, as in a SwiGLU."""
+    if isinstance(x, Tensor):
+        a, b = x.chunk(2, -1)
+        return F.silu(a) * b
+    value = silu_gated(x.value)
+    with torch.no_grad():
+        (a, b), (da, db) = last(x).chunk(2, -1), x.tangent.to(value.dtype).chunk(2, -1)
+        return Dual(value, torch.addcmul(torch.ops.aten.silu_backward(da * b, a), F.silu(a), db))
 
 
 def attention(q: PlainOrDual, k: PlainOrDual, v: PlainOrDual, attend: str) -> PlainOrDual:
@@ -228,41 +273,49 @@ def _attention_tangent(q: Dual, k: Dual, v: Dual) -> Tensor:
 # Blocks: a value with its gradient, then what rides along beside it.
 
 
-def both(layer: Callable[..., Any], x: Stream, c: Stream, *more: str) -> Stream:
+def both(layer: Callable[..., Any], x: Stream, c: Stream | None, *more: Any) -> Stream:
     """layer(x, c, …) of the graded rows, then of the rows beside them where there are some.
 
     The graded rows come first, because autocast keeps the first cast of a weight, whether it has a gradient or not.
     """
-    if isinstance(x, Beside) and isinstance(c, Beside):
-        value = layer(x.value, c.value, *more)
+    if isinstance(x, Beside):
+        value = layer(x.value, part_of(c, 0), *more)
         with torch.no_grad():
-            return Beside(value, layer(x.others, c.others, *more))
+            return Beside(value, layer(x.others, part_of(c, 1), *more))
     out: Stream = layer(x, c, *more)
     return out
 
 
-def recomputed(block: nn.Module, x: OneStream, c: OneStream, attend: str, *, once: bool) -> OneStream:
-    """block(x, c, attend) under gradient checkpointing: the backward pass computes the block again to get its gradient.
+def part_of(c: Stream | None, place: int) -> Tensor | None:
+    """One half of a pair, by its place; None where there is no conditioning beside the tokens."""
+    assert not isinstance(c, Tensor), "the tokens are a pair, and their conditioning is not"
+    return None if c is None else c[place]
+
+
+def recomputed(block: nn.Module, x: Stream, c: Stream | None, *more: Any, once: bool) -> Stream:
+    """block(x, c, …) under gradient checkpointing: the backward pass computes the block again to get its gradient.
 
     `once`: it then recomputes the value alone, and not what rides along, whose result it does not need. A compiled
     block saves other tensors without tangents than with them. There the tangents are recomputed too, and rows beside
     get a call of their own.
     """
-    if isinstance(x, Beside) and isinstance(c, Beside) and not once:
-        value = recomputed(block, x.value, c.value, attend, once=once)
+    if isinstance(x, Beside) and not once:
+        value = recomputed(block, x.value, part_of(c, 0), *more, once=once)
+        assert isinstance(value, Tensor)
         with torch.no_grad():
-            return Beside(value, block(x.others, c.others, attend))
-    if isinstance(x, Tensor) or isinstance(c, Tensor) or not once:
-        out: OneStream = checkpoint(block, x, c, attend, use_reentrant=False, preserve_rng_state=False)
+            return Beside(value, block(x.others, part_of(c, 1), *more))
+    if isinstance(x, Tensor) or not once:
+        out: Stream = checkpoint(block, x, c, *more, use_reentrant=False, preserve_rng_state=False)
         return out
-    kind, riding = type(x), [(x[1], c[1])]
+    kind, riding = type(x), [(x[1], part_of(c, 1))]
 
-    def run(value: Tensor, condition: Tensor) -> OneStream:
+    def run(value: Tensor, condition: Tensor | None) -> Stream:
         if not riding:  # the backward pass: the value alone
-            again: OneStream = block(value, condition, attend)
+            again: Stream = block(value, condition, *more)
             return again
         extra, condition_extra = riding.pop()
-        first: OneStream = block(kind(value, extra), kind(condition, condition_extra), attend)
+        beside = None if condition is None or condition_extra is None else kind(condition, condition_extra)
+        first: Stream = block(kind(value, extra), beside, *more)
         return first
 
-    return kind(*checkpoint(run, x.value, c.value, use_reentrant=False, preserve_rng_state=False))
+    return kind(*checkpoint(run, x.value, part_of(c, 0), use_reentrant=False, preserve_rng_state=False))

@@ -10,20 +10,21 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from operator import attrgetter
 
-from alphaflow_cli.recipe.plan import is_guided, schedules_of
-from alphaflow_cli.recipe.schema import MOST_NFE, Loss, Model, Recipe, Schedule, resolve_step
+from alphaflow_cli.recipe.guidance_checks import Fault, check_guidance
+from alphaflow_cli.recipe.plan import end_values, schedules_of
+from alphaflow_cli.recipe.schema import MOST_NFE, Loss, Model, Recipe, Schedule, TimeDraw, Tokens, resolve_step
 from alphaflow_cli.recipe.source import Faults
-
-Fault = tuple[str, str]
 
 AT_LEAST = {  # field: smallest value
     1: "model.dim model.depth model.heads model.patch data.image_size data.channels data.latent_size train.steps "
+    "model.tokens.label model.tokens.scale model.tokens.interval model.tokens.time guidance.scale_max sample.scale "
     "ema.every train.batch train.save_every train.keep train.log_every optim.nonfinite_limit sample.nfe eval.images",
-    0: "data.classes data.stats_images optim.warmup_steps optim.weight_decay optim.clip_norm loss.clamp loss.c "
-    "ema.ramp train.seed train.milestone_every train.sample_every train.conflict_every",
+    0: "model.velocity_head data.classes data.stats_images optim.warmup_steps optim.weight_decay optim.clip_norm "
+    "loss.clamp loss.c guidance.scale_beta ema.ramp train.seed train.milestone_every train.sample_every "
+    "train.conflict_every",
 }
 AT_MOST = {  # field: largest value, far beyond use: what passes it is a slip of the hand that would fill the memory
-    1_000: "model.mlp_ratio",
+    1_000: "model.mlp_ratio model.tokens.label model.tokens.scale model.tokens.interval model.tokens.time",
     8_192: "model.patch data.image_size data.latent_size data.channels",
     MOST_NFE: "model.depth sample.nfe",
     65_536: "model.dim model.heads",
@@ -37,7 +38,7 @@ POSITIVE = (
 )
 SHARES = "model.t_floor train.precise_below guidance.t_min guidance.t_max guidance.fade_from"  # within [0, 1]
 BELOW_ONE = "guidance.label_dropout guidance.kappa times.gap"  # within [0, 1)
-NO_REPEATS = "ema.half_lives train.trackers eval.metrics eval.nfe"
+NO_REPEATS = "model.inputs ema.half_lives train.trackers eval.metrics eval.nfe"
 
 
 def check(recipe: Recipe, place: Callable[[str], str], faults: Faults) -> None:
@@ -47,13 +48,15 @@ def check(recipe: Recipe, place: Callable[[str], str], faults: Faults) -> None:
     if not faults.listed:  # contradictions are between sound values; a default standing in would make up some
         for rule in (
             _model,
+            _rungs,
+            _tokens,
             _data,
             _constants,
             _alpha,
             _equal_share,
             _gap,
-            _guidance,
-            _fading,
+            _equal_draw,
+            check_guidance,
             _loss,
             _optim,
             _precision,
@@ -102,7 +105,7 @@ def _model(recipe: Recipe) -> Iterator[Fault]:
     model, data = recipe.model, recipe.data
     if model.dim % model.heads:
         yield "model.heads", f"model.heads {model.heads} does not divide model.dim {model.dim}"
-    if model.dim % 4:
+    if model.dim % 4 and model.block == "dit":
         yield "model.dim", f"model.dim {model.dim} must be a multiple of 4: the positional table has four parts"
     if data.latent_size % model.patch:
         fits = max(size for size in range(1, model.patch) if data.latent_size % size == 0)
@@ -116,6 +119,54 @@ def _model(recipe: Recipe) -> Iterator[Fault]:
         yield "model.t_floor", f"model.t_floor acts with prediction: data only, not {model.prediction}: leave it out"
     if recipe.name and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]*", recipe.name):
         yield "name", f"name {recipe.name!r} names folders: use letters, digits, dot, dash, plus and underscore"
+
+
+def _rungs(recipe: Recipe) -> Iterator[Fault]:
+    """The rungs of improved MeanFlow's ladder, where they lack what they stand on, or another key says it already."""
+    model = recipe.model
+    if model.velocity_head is not None and model.velocity_head > model.depth:
+        yield (
+            "model.velocity_head",
+            f"model.velocity_head {model.velocity_head} is more than model.depth {model.depth}: it says how many of "
+            "the last blocks are there twice",
+        )
+    if "interval" in model.inputs and "scale" not in model.inputs:
+        yield (
+            "model.inputs",
+            "model.inputs interval says at which times the guidance scale acts: write inputs: [scale, interval]",
+        )
+    if model.inputs and recipe.data.classes == 0:
+        yield "model.inputs", "model.inputs is about guidance, which needs labels, and data.classes is 0: leave it out"
+    if model.block == "modern" and model.qk_norm:
+        yield "model.qk_norm", "model.qk_norm: block modern has a norm of queries and keys already: leave it out"
+    if model.block == "modern" and model.positions == "fixed":
+        yield "model.positions", "model.positions is about the table of positions, and block modern has none"
+    if model.block == "modern" and model.dim % model.heads == 0 and model.dim // model.heads % 2:
+        yield (
+            "model.heads",
+            f"model.heads {model.heads} gives each head {model.dim // model.heads} channels, and block modern turns "
+            "them in pairs: choose heads that leave an even number",
+        )
+
+
+def _tokens(recipe: Recipe) -> Iterator[Fault]:
+    model, plain = recipe.model, Tokens()
+    if model.conditioning == "adaln":
+        if model.tokens != plain:
+            yield "model.tokens", "model.tokens counts the tokens of conditioning: tokens, not of adaln: leave it out"
+        return
+    if model.second_time != "t-r":
+        yield (
+            "model.second_time",
+            f"model.second_time {model.second_time}: with conditioning: tokens the network is given t - r only",
+        )
+    if model.prediction == "noise":
+        yield "model.conditioning", "model.conditioning tokens leaves t out, and prediction: noise needs it: use adaln"
+    there = {"label": recipe.data.classes > 0, **{name: name in model.inputs for name in ("scale", "interval")}}
+    for name, is_input in there.items():
+        if not is_input and getattr(model.tokens, name) != getattr(plain, name):
+            what = "data.classes is 0" if name == "label" else f"model.inputs has no {name}"
+            yield f"model.tokens.{name}", f"model.tokens.{name} counts tokens of an input that is not there: {what}"
 
 
 def _data(recipe: Recipe) -> Iterator[Fault]:
@@ -183,61 +234,26 @@ def _equal_share(recipe: Recipe) -> Iterator[Fault]:
         yield path, f"{path} 1 leaves no row with r < t, so alpha would do nothing: write alpha: 1, or a smaller share"
 
 
+def _equal_draw(recipe: Recipe) -> Iterator[Fault]:
+    times = recipe.times
+    if times.equal_draw == "max" and times.equal != TimeDraw():
+        yield (
+            "times.equal",
+            "times.equal is the law of a draw of its own, with equal_draw max there is none: choose one",
+        )
+    if times.equal_draw == "max" and times.order == "r_in_t_range":
+        yield (
+            "times.equal_draw",
+            "times.equal_draw max wants two draws of times, order r_in_t_range has a time and a share: write own",
+        )
+
+
 def _gap(recipe: Recipe) -> Iterator[Fault]:
-    if recipe.times.gap > 0 and any(value < recipe.alpha.clamp or value == 0 for value in _ends_of(recipe.alpha)):
+    if recipe.times.gap > 0 and any(value < recipe.alpha.clamp or value == 0 for value in end_values(recipe.alpha)):
         yield (
             "times.gap",
             f"times.gap {recipe.times.gap:g} keeps s away from t, but alpha reaches 0, where s is t: write gap: 0, or "
             "an alpha that stays above 0 with clamp: 0",
-        )
-
-
-def _ends_of(schedule: Schedule) -> tuple[float, ...]:
-    return (schedule.initial,) if schedule.kind == "constant" else (schedule.initial, schedule.final)
-
-
-def _fading(recipe: Recipe) -> Iterator[Fault]:
-    """Keys that change how guidance acts, where there is none, or where another key says the opposite."""
-    guidance = recipe.guidance
-    active = is_guided(guidance.omega, guidance.kappa)
-    if guidance.fade_from is not None and not active:
-        yield "guidance.fade_from", "guidance.fade_from without guidance (omega 1, kappa 0) does nothing: leave it out"
-    elif guidance.fade_from is not None and (guidance.t_min, guidance.t_max) != (0.0, 1.0):
-        yield (
-            "guidance.fade_from",
-            f"guidance.fade_from fades guidance out towards t = 1, the interval ({guidance.t_min:g}, "
-            f"{guidance.t_max:g}) cuts it off: write t_min: 0 and t_max: 1, or leave fade_from out",
-        )
-    if guidance.dropped == "plain" and not (active and guidance.label_dropout > 0):
-        yield (
-            "guidance.dropped",
-            "guidance.dropped plain says what rows without label learn instead of the guided velocity: without "
-            "label_dropout, or without guidance (omega 1, kappa 0), it does nothing",
-        )
-
-
-def _guidance(recipe: Recipe) -> Iterator[Fault]:
-    guidance, labels = recipe.guidance, recipe.data.classes > 0
-    active = is_guided(guidance.omega, guidance.kappa)
-    if guidance.t_min >= guidance.t_max:
-        yield "guidance.t_min", f"guidance.t_min {guidance.t_min} is not below guidance.t_max {guidance.t_max}"
-    if not labels and guidance.label_dropout > 0:
-        yield "guidance.label_dropout", "guidance.label_dropout without labels (data.classes is 0): write 0"
-    if not labels and active:
-        yield "guidance.omega", "guidance without labels (data.classes is 0): write omega: 1 and kappa: 0"
-    null_share = 1 - guidance.omega - guidance.kappa
-    if labels and active and abs(null_share) > 1e-9 and guidance.label_dropout == 0:
-        yield (
-            "guidance.label_dropout",
-            f"guidance needs the null label (1 - omega - kappa = {null_share:g}), which only label_dropout trains: "
-            "published is 0.1",
-        )
-    if recipe.sample.guidance != 1 and active:
-        yield "sample.guidance", "guidance is built in by training (omega, kappa): sample.guidance must be 1"
-    elif recipe.sample.guidance != 1 and guidance.label_dropout == 0:
-        yield (
-            "sample.guidance",
-            "sample.guidance needs a network that knows the null label: guidance.label_dropout is 0",
         )
 
 
@@ -254,12 +270,18 @@ def _loss(recipe: Recipe) -> Iterator[Fault]:
             "loss.tangent",
             "loss.tangent network says along what z moves, loss.velocity network replaces ṽ there already: choose one",
         )
+    if recipe.model.velocity_head is not None and recipe.loss.velocity == "network":
+        yield (
+            "model.velocity_head",
+            "model.velocity_head gives the network's velocity at (t, t), loss.velocity network takes that at (s, t) "
+            "from u: leave one out",
+        )
     share = recipe.times.equal_share
     for name in ("later", "short_first", "tangent"):
-        if min(_ends_of(share)) == 1 and getattr(recipe.loss, name) != getattr(Loss(), name):
+        if min(end_values(share)) == 1 and getattr(recipe.loss, name) != getattr(Loss(), name):
             yield f"loss.{name}", f"loss.{name} is about r < t rows, and times.equal_share 1 leaves none: leave it out"
     alpha = recipe.alpha
-    for value in _ends_of(alpha) if recipe.loss.velocity == "network" else ():
+    for value in end_values(alpha) if recipe.loss.velocity == "network" else ():
         if value < alpha.clamp or value > 1 - alpha.clamp or value in (0, 1):
             yield (
                 "loss.velocity",
@@ -272,6 +294,8 @@ def _optim(recipe: Recipe) -> Iterator[Fault]:
     optim = recipe.optim
     if not all(0 <= beta < 1 for beta in optim.betas):
         yield "optim.betas", f"optim.betas must be 0 or more and less than 1, got {list(optim.betas)}"
+    if optim.warmup_from == "zero" and optim.warmup_steps == 0:
+        yield "optim.warmup_from", "optim.warmup_from zero without warm-up (warmup_steps 0) does nothing: leave it out"
     if optim.final_lr is not None and not 0 <= optim.final_lr <= optim.lr:
         yield "optim.final_lr", f"optim.final_lr must lie between 0 and optim.lr, got {optim.final_lr}"
     if not recipe.ema.half_lives or any(steps <= 0 for steps in recipe.ema.half_lives):

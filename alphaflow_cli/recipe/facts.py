@@ -35,7 +35,7 @@ def facts(recipe: Recipe) -> dict[str, Any]:
         "jvp_from": jvp[0].first if jvp else None,
         "jvp_steps": sum(phase.until - phase.first for phase in jvp),
         "equal_rows": {"first": equal_rows(batch, share(0)), "last": equal_rows(batch, share(steps - 1))},
-        "effective_guidance": plan.effective_scale(recipe.guidance.omega, recipe.guidance.kappa),
+        "effective_guidance": _effective(recipe),
         "warmup_steps": recipe.optim.warmup_steps,
         "bytes": {
             "state": plan.state_bytes(recipe),
@@ -75,7 +75,19 @@ def human(count: float) -> str:
 def _network(recipe: Recipe, f: dict[str, Any]) -> str:
     m = recipe.model
     size = f"DiT dim {m.dim}, depth {m.depth}, heads {m.heads}, patch {m.patch}"
-    return f"{size}: {f['parameters']:,} parameters, {f['tokens']:,} tokens per image"
+    parts = [size, *_rungs(recipe)]
+    return f"{', '.join(parts)}: {f['parameters']:,} parameters, {f['tokens']:,} tokens per image"
+
+
+def _rungs(recipe: Recipe) -> list[str]:
+    """What the network has beyond the published DiT, in words."""
+    m, words = recipe.model, {"scale": "guidance scale", "interval": "guidance interval"}
+    rungs = ["modern blocks"] if m.block == "modern" else []
+    rungs += [f"inputs as {sum(plan.prefix_tokens(recipe).values())} more tokens"] if m.conditioning == "tokens" else []
+    rungs += [f"given the {' and the '.join(words[name] for name in m.inputs)}"] if m.inputs else []
+    if m.velocity_head is not None:
+        rungs.append(f"a velocity head with {counted(m.velocity_head, 'block')} of its own")
+    return rungs
 
 
 def _latents(recipe: Recipe) -> str:
@@ -124,8 +136,20 @@ def _equal(recipe: Recipe, f: dict[str, Any]) -> str:
     return f"{first:,} of {batch:,} per batch{change}"
 
 
+def _effective(recipe: Recipe) -> float | None:
+    """The scale that is built in; None where each row draws one."""
+    return None if plan.draws_scale(recipe) else plan.effective_scale(recipe.guidance.omega, recipe.guidance.kappa)
+
+
 def _guidance(recipe: Recipe, f: dict[str, Any]) -> str:
     g = recipe.guidance
+    if plan.draws_scale(recipe):
+        where = "with an interval" if g.interval == "drawn" else f"for {g.t_min:g} < t < {g.t_max:g}"
+        rows = ", all on r = t rows" if g.drop == "equal" else ""
+        return (
+            f"an input of the network: each row draws a scale from 1 to {g.scale_max:g} (density w^-{g.scale_beta:g}) "
+            f"{where}; labels dropped with probability {g.label_dropout:g}{rows}"
+        )
     if not plan.is_guided(g.omega, g.kappa):
         return "none"
     faded = f"fading above t = {g.fade_from:g}" if g.fade_from is not None else f"for {g.t_min:g} < t < {g.t_max:g}"

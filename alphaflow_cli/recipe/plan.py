@@ -13,16 +13,20 @@ from alphaflow_cli.core.rates import learning_rate
 from alphaflow_cli.recipe.schema import Guidance, Recipe, Schedule, resolve_step
 
 TIME_FEATURES = 256  # sines and cosines that a time embedder is fed
-KEPT_BYTES = {
-    "bf16": (32, 4),
-    "fp32": (48, 8),
-    "fp64": (96, 16),
-}  # per token · block · dim: (apart from the MLP, per unit of mlp_ratio)
+KEPT_BYTES = {  # per token · block · dim: (apart from the MLP, per unit of mlp_ratio)
+    ("dit", "bf16"): (32, 4),
+    ("dit", "fp32"): (48, 8),
+    ("dit", "fp64"): (96, 16),
+    ("modern", "bf16"): (54, 8),
+    ("modern", "fp32"): (68, 16),
+    ("modern", "fp64"): (136, 32),
+}
 KEPT_OUTSIDE = 13  # the same, outside the blocks, per token · dim
 KEPT_CHECKPOINT = 4  # the same, per block, with gradient_checkpointing: the block's fp32 input
 IMAGENET_TRAIN = 1_281_167  # pictures
 
 BF16_ON_CPU = "bf16 is slower than fp32 on most CPUs: --set train.precision=fp32"
+EVERY_TIME = (-1.0, 2.0)  # an interval whose ends no time reaches
 COARSE_BELOW = 0.05  # the α below which bf16 makes more than a tenth of a batch's gradient (docs/understanding.md)
 PhaseKind = Literal["flow", "between", "derivative"]
 
@@ -60,6 +64,11 @@ def schedules_of(recipe: Recipe) -> tuple[tuple[str, Schedule], ...]:
     return (("alpha", recipe.alpha), ("times.equal_share", recipe.times.equal_share))
 
 
+def end_values(schedule: Schedule) -> tuple[float, ...]:
+    """The values a schedule begins and ends with, as they are written; one where it is constant."""
+    return (schedule.initial,) if schedule.kind == "constant" else (schedule.initial, schedule.final)
+
+
 def alpha_at(recipe: Recipe) -> Callable[[int], float]:
     return value_at(recipe.alpha, recipe.train.steps)
 
@@ -72,7 +81,14 @@ def learning_rate_at(recipe: Recipe) -> Callable[[int], float]:
     optim, steps = recipe.optim, recipe.train.steps
 
     def at(step: int) -> float:
-        return learning_rate(step, lr=optim.lr, final_lr=optim.final_lr, warmup_steps=optim.warmup_steps, steps=steps)
+        return learning_rate(
+            step,
+            lr=optim.lr,
+            final_lr=optim.final_lr,
+            warmup_steps=optim.warmup_steps,
+            warmup_from=optim.warmup_from,
+            steps=steps,
+        )
 
     return at
 
@@ -99,7 +115,24 @@ def phases(recipe: Recipe) -> list[Phase]:
 
 
 def tokens(recipe: Recipe) -> int:
+    """The patches of one picture, each of which is a token."""
     return int(recipe.data.latent_size // recipe.model.patch) ** 2
+
+
+def all_tokens(recipe: Recipe) -> int:
+    """The tokens of one row inside the blocks: the patches, and those before them."""
+    return tokens(recipe) + sum(prefix_tokens(recipe).values())
+
+
+def prefix_tokens(recipe: Recipe) -> dict[str, int]:
+    """How many tokens stand before the patches for each input, in their order; empty with adaLN."""
+    model, counts = recipe.model, recipe.model.tokens
+    if model.conditioning == "adaln":
+        return {}
+    inputs = {"label": counts.label} if label_rows(recipe) else {}
+    inputs |= {"scale": counts.scale} if "scale" in model.inputs else {}
+    inputs |= {"low": counts.interval, "high": counts.interval} if "interval" in model.inputs else {}
+    return inputs | {"time": counts.time}
 
 
 def has_null_label(recipe: Recipe) -> bool:
@@ -122,9 +155,25 @@ def is_guided(omega: float, kappa: float) -> bool:
     return (omega, kappa) != (1.0, 0.0)
 
 
+def draws_scale(recipe: Recipe) -> bool:
+    """Whether each row of a batch draws a guidance scale, which the network is told: then sampling chooses it."""
+    return recipe.guidance.scale == "drawn"
+
+
+def needs_velocities(mix: Guidance) -> tuple[bool, bool]:
+    """Whether ṽ needs the network's own velocities for y, and for ∅; rounding noise of a weight counts as zero."""
+    drawn = mix.scale == "drawn"
+    return drawn or mix.kappa != 0.0, drawn or abs(1.0 - mix.omega - mix.kappa) >= 1e-12
+
+
 def guided_times(mix: Guidance) -> tuple[float, float]:
-    """The times between which guidance and label dropout act, both ends left out: all times where guidance fades."""
-    return (mix.t_min, mix.t_max) if mix.fade_from is None else (-1.0, 2.0)
+    """The times between which guidance acts, both ends left out: all times where guidance fades."""
+    return (mix.t_min, mix.t_max) if mix.fade_from is None else EVERY_TIME
+
+
+def dropout_times(mix: Guidance) -> tuple[float, float]:
+    """The times between which labels are dropped: those of guidance, or all where it has no one interval."""
+    return EVERY_TIME if mix.drop == "equal" or mix.interval == "drawn" else guided_times(mix)
 
 
 def effective_scale(omega: float, kappa: float) -> float:
@@ -138,16 +187,30 @@ def needs_many_steps(recipe: Recipe) -> bool:
 
 
 def parameter_count(recipe: Recipe) -> int:
-    """Parameters of the network, the positional table included."""
+    """Parameters of the network, the positional table and the velocity's blocks included."""
     model, dim = recipe.model, recipe.model.dim
-    patch_values = model.patch**2 * recipe.data.channels
-    hidden = int(dim * model.mlp_ratio)
-    embed = _linear(patch_values, dim) + tokens(recipe) * dim + label_rows(recipe) * dim
-    times = 2 * (_linear(TIME_FEATURES, dim) + _linear(dim, dim))
-    block = _linear(dim, 3 * dim) + _linear(dim, dim) + _linear(dim, hidden) + _linear(hidden, dim)
-    block += _linear(dim, 6 * dim) + (4 * (dim // model.heads) if model.qk_norm else 0)
-    final = _linear(dim, 2 * dim) + _linear(dim, patch_values)
-    return embed + times + model.depth * block + final
+    patch_values, adaln = model.patch**2 * recipe.data.channels, model.conditioning == "adaln"
+    embed = _linear(patch_values, dim) + label_rows(recipe) * dim + sum(prefix_tokens(recipe).values()) * dim
+    embed += tokens(recipe) * dim if model.block == "dit" else 0
+    embedders = (2 if adaln else 1) + ("scale" in model.inputs) + 2 * ("interval" in model.inputs)
+    embed += embedders * (_linear(TIME_FEATURES, dim) + _linear(dim, dim))
+    final = _linear(dim, patch_values) + (_linear(dim, 2 * dim) if adaln else dim)
+    head = 0 if model.velocity_head is None else final + model.velocity_head * _block_parameters(recipe)
+    return embed + model.depth * _block_parameters(recipe) + final + head
+
+
+def _block_parameters(recipe: Recipe) -> int:
+    model, dim, hidden = recipe.model, recipe.model.dim, hidden_channels(recipe)
+    block = _linear(dim, 6 * dim) if model.conditioning == "adaln" else 4 * dim  # or two norms and two gates
+    if model.block == "modern":
+        return block + 4 * dim * dim + 3 * dim * hidden + 2 * (dim // model.heads)
+    block += _linear(dim, 3 * dim) + _linear(dim, dim) + _linear(dim, hidden) + _linear(hidden, dim)
+    return block + (4 * (dim // model.heads) if model.qk_norm else 0)
+
+
+def hidden_channels(recipe: Recipe) -> int:
+    """Channels inside a block's MLP."""
+    return int(recipe.model.dim * recipe.model.mlp_ratio)
 
 
 def _linear(inputs: int, outputs: int) -> int:
@@ -164,10 +227,10 @@ def state_bytes(recipe: Recipe) -> int:
 def activation_bytes(recipe: Recipe) -> int:
     """Kept for the backward pass, for one row of the batch."""
     model = recipe.model
-    base, per_ratio = KEPT_BYTES[recipe.train.precision]
-    block = base + per_ratio * model.mlp_ratio
-    inside = block + KEPT_CHECKPOINT * model.depth if recipe.train.gradient_checkpointing else block * model.depth
-    return int((inside + KEPT_OUTSIDE) * tokens(recipe) * model.dim)
+    base, per_ratio = KEPT_BYTES[model.block, recipe.train.precision]
+    block, blocks = base + per_ratio * model.mlp_ratio, model.depth + (model.velocity_head or 0)
+    inside = block + KEPT_CHECKPOINT * blocks if recipe.train.gradient_checkpointing else block * blocks
+    return int((inside + KEPT_OUTSIDE) * all_tokens(recipe) * model.dim)
 
 
 def latent_bytes(recipe: Recipe) -> int:
@@ -210,8 +273,9 @@ def warnings_of(recipe: Recipe, *, on_cpu: bool = False) -> list[str]:
     if recipe.times.equal_share.kind != "constant" and equal_rows(recipe.train.batch, last) == 0:
         warnings.append("equal_share ends with no r = t row at all")
     ramped = recipe.ema.ramp * steps
+    what = f"ema.ramp shortens it to {ramped:,.3g}" if ramped else "much of it stays what the run began with"
     warnings += [
-        f"the average of half-life {life:,g} steps outlasts the run of {steps:,}: ema.ramp shortens it to {ramped:,.3g}"
+        f"the average of half-life {life:,g} steps outlasts the run of {steps:,}: {what}"
         for life in recipe.ema.half_lives
         if life >= steps
     ]

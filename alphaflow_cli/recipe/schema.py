@@ -13,13 +13,21 @@ TimeOrder = Literal["minmax", "min", "r_in_t_range"]
 SecondTime = Literal["t-r", "r"]
 Prediction = Literal["velocity", "noise", "data"]
 Positions = Literal["trained", "fixed"]
+GuideInput = Literal["scale", "interval"]
+Conditioning = Literal["adaln", "tokens"]
+BlockKind = Literal["dit", "modern"]
 SecondInit = Literal["normal", "xavier"]
 Normalise = Literal["position", "channel", "scale"]
 Posterior = Literal["sample", "mean"]
+PictureCrop = Literal["square", "adm"]
 PixelRule = Literal["truncate", "round"]
 Velocity = Literal["data", "network"]
 Tangent = Literal["data", "network"]
 Dropped = Literal["guided", "plain"]
+EqualDraw = Literal["own", "max"]
+FixedOrDrawn = Literal["fixed", "drawn"]
+DropRule = Literal["interval", "equal"]
+WarmupFrom = Literal["step", "zero"]
 OptimiserKind = Literal["adam", "radam"]
 Weight = Literal["adaptive", "converging", "none"]
 Reduction = Literal["mean", "sum"]
@@ -51,6 +59,16 @@ class Schedule:
 
 
 @dataclass(frozen=True)
+class Tokens:
+    """How many tokens stand before the patches for each input that the network has."""
+
+    label: int = 8
+    scale: int = 4  # the guidance scale
+    interval: int = 2  # each of the two ends of the guidance interval
+    time: int = 4  # t - r
+
+
+@dataclass(frozen=True)
 class Model:
     """The DiT. Sizes: S 384/12/6, B 768/12/12, L 1024/24/16, XL 1152/28/16 (dim/depth/heads)."""
 
@@ -67,6 +85,13 @@ class Model:
     t_floor: float = 0.05  # only with prediction: data
     positions: Positions = "trained"  # the positional table of sines and cosines: trained (published), or as it is
     second_init: SecondInit = "normal"  # the second time embedder's first weights: N(0, 0.02) (published), or xavier
+    velocity_head: int | None = None  # a second output, the velocity: so many last blocks of its own and a final layer
+    #                                   (improved MeanFlow: 8); 0 = the final layer only; null = none
+    inputs: tuple[GuideInput, ...] = ()  # what the network is given of guidance: its scale, its interval of times
+    conditioning: Conditioning = "adaln"  # how it is given its inputs: they modulate every block, or stand before the
+    #                                       patches as tokens; t itself is then left out, only t - r is given
+    tokens: Tokens = field(default_factory=Tokens)  # only with conditioning: tokens
+    block: BlockKind = "dit"  # modern: RMSNorm, also on queries and keys, rotary positions, SwiGLU, no biases
 
 
 @dataclass(frozen=True)
@@ -90,6 +115,7 @@ class Data:
     channel_std: tuple[float, ...] | None = None  # null = estimated on the store
     stats_images: int = 2048  # latents that the mean and std are estimated on (published: 2048); 0 = all
     pixels: PixelRule = "truncate"  # float → uint8 of a generated picture: (x+1)·127.5 truncated, or rounded
+    crop: PictureCrop | None = None  # how the pictures became square (prep-latents --crop); null = either will do
 
 
 @dataclass(frozen=True)
@@ -115,6 +141,8 @@ class Times:
     )
     second: TimeDraw = field(default_factory=TimeDraw)  # the second draw of an r < t row
     equal: TimeDraw = field(default_factory=TimeDraw)  # the draw of an r = t row
+    equal_draw: EqualDraw = "own"  # t of an r = t row: a draw of its own (published), or the max of the two draws of an
+    #                                r < t row (improved MeanFlow)
     gap: float = 0.0  # r < t rows keep t ≥ gap, r ≤ t - gap and s ≤ t - gap (SoFlow: 1e-4); 0 = off
 
 
@@ -131,6 +159,14 @@ class Guidance:
     fade_from: float | None = None  # instead of an interval: above this t the null velocity's weight fades to 0 at
     #                                 t = 1, kappa stays and omega takes up the rest; null = no fade
     fade_rate: float = 0.025  # k of what is left, 1 - exp(-k τ / (1 - τ)), τ = (1 - t) / (1 - fade_from)
+    scale: FixedOrDrawn = "fixed"  # fixed: by omega and kappa; drawn: a scale w for each row, told to the network
+    #                                (model.inputs has scale): omega 1, kappa 1 - 1/w on that row
+    scale_max: float = 8.0  # only with scale: drawn; w lies in [1, scale_max] with the density w^-scale_beta
+    scale_beta: float = 1.0
+    interval: FixedOrDrawn = "fixed"  # fixed: t_min < t < t_max; drawn: t_lo ≤ t ≤ t_hi, drawn for each r < t row from
+    #                                   [0, 1/2] and [1/2, 1] and told to the network (model.inputs has t_lo and t_hi)
+    drop: DropRule = "interval"  # which labels are dropped: of all rows inside the interval (published); or, as often
+    #                              in all, of r = t rows only, at label_dropout / equal_share (improved MeanFlow)
 
 
 @dataclass(frozen=True)
@@ -160,7 +196,8 @@ class Optim:
     kind: OptimiserKind = "adam"  # adam, or radam (rectified; on a GPU the host waits for each of its steps)
     lr: float = 1e-4  # after the warm-up
     final_lr: float | None = None  # cosine decay to this at the last step; null = constant
-    warmup_steps: int = 10_000  # linear, from lr / warmup_steps
+    warmup_steps: int = 10_000  # linear, from the rate that warmup_from says
+    warmup_from: WarmupFrom = "step"  # of the first step: lr / warmup_steps (published), or zero (improved MeanFlow)
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     weight_decay: float = 0.0  # decoupled (AdamW) when > 0
@@ -211,6 +248,8 @@ class Sample:
     two_step_sampler: Sampler = "trajectory"  # the published setting at 2 NFE
     two_step_times: tuple[float, float, float] = (1.0, 0.5, 0.0)
     guidance: float = 1.0  # at sampling; must stay 1 where guidance was built in by training
+    scale: float | None = None  # what a network is told that takes the guidance scale as an input; null = 1, unguided
+    interval: tuple[float, float] | None = None  # the same of t_lo and t_hi; null = [0, 1]
 
 
 @dataclass(frozen=True)

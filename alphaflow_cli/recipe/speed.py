@@ -6,7 +6,7 @@ Nothing was measured on several GPUs: they share the rows, and then exchange the
 take place beside the backward pass, but is counted in full.
 
 The arithmetic of a step, in units of one row's forward: 3 of a graded row (forward and backward), 1 of a row of an
-extra call, 1.05 of a riding tangent.
+extra call, 1.05 of a riding tangent. A velocity head's own blocks count on the graded rows only.
 """
 
 from dataclasses import dataclass
@@ -14,9 +14,11 @@ from dataclasses import dataclass
 from alphaflow_cli.core.alpha import equal_rows
 from alphaflow_cli.recipe.plan import (
     PhaseKind,
+    all_tokens,
     alpha_at,
     equal_share_at,
-    is_guided,
+    hidden_channels,
+    needs_velocities,
     parameter_count,
     phase_kind,
     phases,
@@ -49,17 +51,40 @@ NETWORKS = {"B/2": (768, 12, 256), "XL/2": (1152, 28, 256), "S/2": (384, 12, 256
 
 
 def forward_flops(recipe: Recipe) -> float:
-    """Floating-point operations of one row's forward: the products of blocks and final layer, 2 per multiply-add."""
-    model, n, d = recipe.model, tokens(recipe), recipe.model.dim
-    per_token = 2 * (4 + 2 * model.mlp_ratio) * d * d + 4 * n * d  # qkv, proj, MLP; q kᵀ and p v
-    modulations = 2 * (6 * model.depth + 2) * d * d
-    edges = 2 * 2 * n * d * model.patch**2 * recipe.data.channels
-    return model.depth * n * per_token + modulations + edges
+    """Floating-point operations of one row's forward: the products of blocks and final layer, 2 per multiply-add.
+
+    It is that of u; the velocity of a network with such a head takes as much, by other blocks.
+    """
+    model, d = recipe.model, recipe.model.dim
+    modulations = 2 * 6 * model.depth * d * d if model.conditioning == "adaln" else 0
+    patches = 2 * tokens(recipe) * d * model.patch**2 * recipe.data.channels
+    return model.depth * _block_flops(recipe) + modulations + patches + _final_flops(recipe)
+
+
+def velocity_flops(recipe: Recipe) -> float:
+    """The same of the velocity's own blocks and final layer, which a row that is learnt from goes through as well."""
+    model, d = recipe.model, recipe.model.dim
+    if model.velocity_head is None:
+        return 0.0
+    modulations = 2 * 6 * d * d if model.conditioning == "adaln" else 0
+    return model.velocity_head * (_block_flops(recipe) + modulations) + _final_flops(recipe)
+
+
+def _block_flops(recipe: Recipe) -> float:
+    n, d = all_tokens(recipe), recipe.model.dim
+    layers = 3 if recipe.model.block == "modern" else 2  # of the MLP
+    return n * (2 * (4 * d * d + layers * d * hidden_channels(recipe)) + 4 * n * d)  # qkv, proj, MLP; q kᵀ and p v
+
+
+def _final_flops(recipe: Recipe) -> float:
+    model, d = recipe.model, recipe.model.dim
+    modulations = 2 * 2 * d * d if model.conditioning == "adaln" else 0
+    return modulations + 2 * tokens(recipe) * d * model.patch**2 * recipe.data.channels
 
 
 def is_guided_run(recipe: Recipe) -> bool:
-    """Whether guidance is built in by training: then a step asks the network about more rows."""
-    return recipe.data.classes > 0 and is_guided(recipe.guidance.omega, recipe.guidance.kappa)
+    """Whether guidance takes part in training: then a step asks the network about more rows."""
+    return recipe.data.classes > 0 and any(needs_velocities(recipe.guidance))
 
 
 def asks_tangent(recipe: Recipe, alpha: float) -> bool:
@@ -72,9 +97,8 @@ def most_asked_rows(recipe: Recipe, n_equal: int, *, tangent: bool) -> int:
 
     Compiled blocks see them all.
     """
-    mix, batch = recipe.guidance, recipe.train.batch
-    null = batch if abs(1.0 - mix.omega - mix.kappa) > 1e-12 else 0
-    return null + (batch - n_equal if mix.kappa != 0.0 or tangent else 0)
+    batch, (own, null) = recipe.train.batch, needs_velocities(recipe.guidance)
+    return batch * null + (batch - n_equal) * (own or tangent)
 
 
 def step_flops(recipe: Recipe, alpha: float, n_equal: int, extra_rows: float) -> float:
@@ -87,7 +111,7 @@ def step_flops(recipe: Recipe, alpha: float, n_equal: int, extra_rows: float) ->
         units += later * (2 if recipe.loss.velocity == "network" else 1)
     elif kind == "derivative":
         units += TANGENT * later
-    return units * forward_flops(recipe)
+    return units * forward_flops(recipe) + 3.0 * batch * velocity_flops(recipe)
 
 
 def phase_flops(recipe: Recipe) -> list[tuple[PhaseKind, int, float]]:
@@ -155,4 +179,6 @@ def nearest_network(recipe: Recipe) -> str:
 
 
 def _is_network(recipe: Recipe, size: str) -> bool:
-    return (recipe.model.dim, recipe.model.depth, tokens(recipe)) == NETWORKS[size]
+    model = recipe.model
+    plain = (model.block, model.conditioning, model.velocity_head) == ("dit", "adaln", None)
+    return plain and (model.dim, model.depth, tokens(recipe)) == NETWORKS[size]

@@ -31,11 +31,16 @@ from alphaflow_cli.train.store import recipe_for
 
 JOURNAL_POINTS = 800  # of a curve; of more rows, evenly spread ones
 CURVES = {  # panel → (field, label, colour)
-    "losses with one target throughout": (("l_tfm", "TFM", chart.BLUE), ("v_loss", "r = t", chart.GREEN)),
+    "losses with one target throughout": (
+        ("l_tfm", "TFM", chart.BLUE),
+        ("v_loss", "r = t", chart.GREEN),
+        ("l_head", "velocity head", chart.ORANGE),
+    ),
     "losses whose target changes with α": (("l", "l", chart.GREY), ("l_tc", "TC", chart.RED)),
     "norm of the gradient": (("grad_norm", "norm", chart.PURPLE),),
     "seconds per step": (("seconds_per_step", "seconds", chart.ORANGE),),
 }
+SOMETIMES = {"l_head"}  # fields that the journals of some networks have
 CUT = {"l", "l_tc"}  # fields that may be compared within a phase only
 COSINE_LINES = (
     ("cos_tfm_tc", "TFM, TC", chart.RED),
@@ -140,11 +145,15 @@ def curves_of(recipe: Recipe, rows: Sequence[dict[str, Any]]) -> chart.Chart | N
     """Draw losses, gradient and speed over the steps; None before the first row."""
     if not rows:
         return None
-    cuts = [float(phase.until) for phase in phases(recipe)]
+    cuts, there = [float(phase.until) for phase in phases(recipe)], rows[-1].keys()
     panels = [
         chart.Panel(
             title,
-            [line(rows, *each, cuts=cuts if each[0] in CUT else ()) for each in each_of],
+            [
+                line(rows, *each, cuts=cuts if each[0] in CUT else ())
+                for each in each_of
+                if each[0] not in SOMETIMES - there
+            ],
             height=170 if "losses" in title else 120,
         )
         for title, each_of in CURVES.items()

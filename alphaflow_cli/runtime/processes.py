@@ -6,12 +6,13 @@ does the joining.
 """
 
 import os
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,11 +21,14 @@ from torch import distributed as dist
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.runtime.launch import as_worker, check_processes, is_worker, launch, whole_number
 from alphaflow_cli.runtime.precision import exact_dtype, set_tf32
+from alphaflow_cli.runtime.threads import cores_here
 from alphaflow_cli.text import counted
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from torch.distributed.tensor import DTensor
+
+Done = TypeVar("Done")
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,37 @@ def run_shared(
     number = (count or processes_here)(requested)
     with prepared or nullcontext():
         return work() if number == 1 else launch(arguments, number)
+
+
+def all_or_none(processes: Processes, work: Callable[[], Done]) -> Done:
+    """Do a part of the work that may be refused. If any process is refused, all leave: one message is enough.
+
+    Otherwise the others would wait for it: for hours, where no agent ends them.
+    """
+    fault: AlphaflowError | None = None
+    try:
+        result = work()
+    except AlphaflowError as error:
+        fault = error
+    refused = processes.sum(torch.tensor([float(fault is not None)], device=processes.device))
+    if refused.item():
+        raise fault or SystemExit(1)
+    return result
+
+
+def check_seen(path: Path, processes: Processes, needed: str) -> None:
+    """Refuse a process that does not see what the first one has written: it runs on another machine."""
+    if processes.rank and not path.exists():
+        raise AlphaflowError(
+            f"{path.parent}: process {processes.rank} on {socket.gethostname()} does not see what process 0 wrote "
+            f"there. All machines need {needed} on a shared file system."
+        )
+
+
+def threads_here(processes: Processes) -> int:
+    """The cores of this machine that each of its processes may use, 16 at most."""
+    together = int(os.environ.get("LOCAL_WORLD_SIZE") or processes.size) if processes.size > 1 else 1
+    return max(1, min(16, cores_here().count // together))
 
 
 def check_same(processes: Processes, digest: str, what: str) -> None:

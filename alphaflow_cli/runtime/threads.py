@@ -84,7 +84,7 @@ def _limit(folder: Path) -> float:
         return math.inf
 
 
-def threads_here(requested: int | None) -> Threads:
+def threads_granted(requested: int | None) -> Threads:
     """The threads of this process: as --threads or the user's OMP_NUM_THREADS says, else at most its share of cores."""
     import torch
 
@@ -135,7 +135,7 @@ def threads_bounded(requested: int | None, *, on_cpu: bool, is_main: bool) -> It
 
     with threads_kept():
         if on_cpu or requested:
-            threads, before = threads_here(requested), torch.get_num_threads()
+            threads, before = threads_granted(requested), torch.get_num_threads()
             line = crowded(threads)
             if not threads.chosen and threads.count < before:
                 line = f"threads: {threads.count} ({threads.reason})"

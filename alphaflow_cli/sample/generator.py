@@ -21,7 +21,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -233,7 +233,7 @@ class Generator:
             return torch.stack(rows + [torch.zeros(self.shape, dtype=dtype)] * spare).to(self.exact)
 
         y = torch.tensor([*labels, *[0] * spare], device=self.device)
-        net: Net = self._call
+        net: Net = partial(self._call, guide=walk.guide)
         if walk.guidance != 1.0:
             net = sampler.guided_net(net, null_label(self.recipe), walk.guidance, channels=walk.guidance_channels)
         out = sampler.sample(
@@ -241,11 +241,12 @@ class Generator:
         )
         return out[: len(seeds)]
 
-    def _call(self, x: Tensor, t: Tensor, r: Tensor, y: Tensor) -> Tensor:
+    def _call(self, x: Tensor, t: Tensor, r: Tensor, y: Tensor, *, guide: tuple[float, float, float] | None) -> Tensor:
         """The network in its own precision; the state stays float64."""
         dtype = next(self.net.parameters()).dtype
+        inputs = {} if guide is None else {"guide": t.new_tensor(guide).to(self.device, dtype).expand(len(t), 3)}
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            u: Tensor = self.net(*(value.to(dtype).to(self.device) for value in (x, t, r)), y)
+            u: Tensor = self.net(*(value.to(dtype).to(self.device) for value in (x, t, r)), y, **inputs)
         return u.to(self.exact)
 
     def decode(self, latents: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ class SampleRequest:
     times: Sequence[float] | None
     guidance: float | None
     guidance_channels: int | None
+    interval: tuple[float, float] | None
     weights: str
     autoencoder: str
     decoder: DecoderChoice
@@ -59,6 +60,7 @@ class Plan:
         walks = [
             f"{walk.sampler} on {', '.join(map(repr, walk.grid))}, guidance {walk.guidance!r}"
             + (f" on {walk.guidance_channels} channels" if walk.guidance_channels else "")
+            + (f", told {walk.guide!r}" if walk.guide else "")
             for walk in self.walks
         ]
         return {
@@ -92,8 +94,16 @@ def plan_sampling(request: SampleRequest, processes: Processes) -> Plan:
     generator.expect(0, compiled=request.compiled, autoencoder=request.autoencoder)
     if request.compiled and not generator.decoder.compiled and processes.rank == 0:
         say("--compile: nothing is compiled; that takes a bf16 decoder, a GPU, Triton and a C compiler")
-    plan = partial(plan_walk, generator.recipe, kind=request.sampler, times=request.times)
-    walks = [plan(nfe=n, guidance=request.guidance, guidance_channels=request.guidance_channels) for n in request.nfe]
+    plan = partial(
+        plan_walk,
+        generator.recipe,
+        kind=request.sampler,
+        times=request.times,
+        guidance=request.guidance,
+        guidance_channels=request.guidance_channels,
+        interval=request.interval,
+    )
+    walks = [plan(nfe=nfe) for nfe in request.nfe]
     batch = request.batch
     if processes.device.type == "cpu":  # where batches change no bit, a few pictures are shared out too
         groups = -(-len(request.seeds) // (GROUP * processes.size))

@@ -9,7 +9,7 @@ import numpy as np
 from alphaflow_cli.core import sampler
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.model.find import find_classes
-from alphaflow_cli.recipe.plan import effective_scale, has_null_label, is_guided, needs_many_steps
+from alphaflow_cli.recipe.plan import draws_scale, effective_scale, has_null_label, is_guided, needs_many_steps
 from alphaflow_cli.recipe.schema import MOST_NFE, Recipe
 
 EARLIEST_START = 0.9  # of an own grid: noise for z at that time is wrong by (1 − t) x
@@ -23,6 +23,13 @@ class Walk:
     grid: tuple[float, ...]
     guidance: float
     guidance_channels: int | None = None  # the first so many are guided; None: all
+    scale: float | None = None  # what a network is told that takes the guidance scale as an input
+    interval: tuple[float, float] | None = None  # the same of the interval of times in which guidance acts
+
+    @property
+    def guide(self) -> tuple[float, float, float] | None:
+        """The network's inputs of guidance (scale, t_lo, t_hi), the same at every step; None: it has none."""
+        return None if self.scale is None else (self.scale, *(self.interval or (0.0, 1.0)))
 
     @property
     def nfe(self) -> int:
@@ -31,8 +38,12 @@ class Walk:
 
     def __str__(self) -> str:
         grid = ", ".join(f"{t:g}" for t in self.grid)
-        channels = f" on {self.guidance_channels} channels" if self.guidance_channels else ""
-        return f"{self.sampler} on {grid}" + (f", guidance {self.guidance:g}{channels}" if self.guidance != 1.0 else "")
+        walked, channels = f"{self.sampler} on {grid}", self.guidance_channels
+        if self.scale is not None:
+            where = f" in [{self.interval[0]:g}, {self.interval[1]:g}]" if self.interval else ""
+            return f"{walked}, guidance {self.scale:g}{where}"
+        where = f" on {channels} channels" if channels else ""
+        return walked + (f", guidance {self.guidance:g}{where}" if self.guidance != 1.0 else "")
 
 
 def plan_walk(
@@ -43,9 +54,16 @@ def plan_walk(
     times: Sequence[float] | None = None,
     guidance: float | None = None,
     guidance_channels: int | None = None,
+    interval: tuple[float, float] | None = None,
 ) -> Walk:
     """What the recipe publishes for this NFE, unless asked otherwise."""
     chosen, grid = _plan_steps(recipe, nfe, kind, times)
+    if draws_scale(recipe):
+        scale = (recipe.sample.scale or 1.0) if guidance is None else guidance
+        _check_scale(recipe, scale, guidance_channels)
+        return Walk(chosen, grid, 1.0, scale=scale, interval=_interval(recipe, interval))
+    if interval is not None:
+        raise AlphaflowError(f"{_shown(interval)}: this model does not take the interval of its guidance as an input.")
     scale = recipe.sample.guidance if guidance is None else guidance
     _check_guidance(recipe, scale)
     _check_channels(recipe, scale, guidance_channels)
@@ -99,6 +117,34 @@ def _check_guidance(recipe: Recipe, scale: float) -> None:
         raise AlphaflowError(
             f"guidance {scale:g} at sampling: this model has no null label (trained with guidance.label_dropout 0)."
         )
+
+
+def _check_scale(recipe: Recipe, scale: float, channels: int | None) -> None:
+    """Check a scale that the network takes as an input; some are published beyond what was drawn in training."""
+    if not scale >= 1.0:
+        raise AlphaflowError(
+            f"guidance {scale:g} at sampling: this model takes the scale as an input and was trained with 1 (no "
+            f"guidance) to {recipe.guidance.scale_max:g}; a smaller one than 1 means nothing to it."
+        )
+    if channels is not None:
+        raise AlphaflowError(f"--guidance-channels {channels}: this model guides itself, on all channels.")
+
+
+def _interval(recipe: Recipe, interval: tuple[float, float] | None) -> tuple[float, float] | None:
+    """The interval that the network is told, its ends included; None where it takes none."""
+    if recipe.guidance.interval != "drawn":
+        if interval is None:
+            return None
+        built_in = f"{recipe.guidance.t_min:g} < t < {recipe.guidance.t_max:g}"
+        raise AlphaflowError(f"{_shown(interval)}: the interval of this model's guidance is built in ({built_in}).")
+    low, high = interval or recipe.sample.interval or (0.0, 1.0)
+    if not 0.0 <= low < high <= 1.0:
+        raise AlphaflowError(f"{_shown((low, high))}: it runs from LO to HI, 0 ≤ LO < HI ≤ 1, such as 0.4,0.65.")
+    return low, high
+
+
+def _shown(interval: tuple[float, float]) -> str:
+    return f"--interval {interval[0]:g},{interval[1]:g}"
 
 
 def _check_channels(recipe: Recipe, scale: float, channels: int | None) -> None:

@@ -31,7 +31,16 @@ from alphaflow_cli.data.batches import to_device
 from alphaflow_cli.model.build import DTYPES
 from alphaflow_cli.recipe.schema import Loss, Recipe
 from alphaflow_cli.train.run import Run
-from alphaflow_cli.train.step import Objective, Rows, guided_rows, precision, time_laws, training_step
+from alphaflow_cli.train.step import (
+    Objective,
+    Rows,
+    guide_of,
+    moving_rows,
+    precision,
+    row_draws,
+    time_laws,
+    training_step,
+)
 
 TERMS = ("tfm", "tc", "fm")
 PAIRS = (("tfm", "tc"), ("tfm", "fm"), ("tc", "fm"))
@@ -49,8 +58,10 @@ def conflict_rows(recipe: Recipe, x: Tensor, y: Tensor, *, seed: int, index: int
     shape = (int(x.shape[1]), int(x.shape[2]), int(x.shape[3]))
     draws = step_draws(mix_seed(seed, CONFLICT), index, batch=len(x), shape=shape, device=x.device)
     t, r = later_times(recipe, draws.normals, mix_seed(seed, CONFLICT, index))
-    t, r, uniforms = to_device(torch.stack([t, r, draws.uniforms]).to(dtype), x.device)
-    return Rows(x=x.to(dtype), noise=draws.noise.to(dtype), t=t, r=r, y=y, uniforms=uniforms, n_equal=0)
+    drawn = to_device(row_draws(t, r, draws, 0, recipe.guidance).to(dtype), x.device)
+    t, r, uniforms = drawn[:3]
+    noise, guide = draws.noise.to(dtype), guide_of(drawn)
+    return Rows(x=x.to(dtype), noise=noise, t=t, r=r, y=y, uniforms=uniforms, n_equal=0, guide=guide)
 
 
 def later_times(recipe: Recipe, normals: Tensor, seed: int) -> tuple[Tensor, Tensor]:
@@ -85,10 +96,19 @@ class Later:
     r: Tensor
     y: Tensor
     du: Tensor  # du⁻/dt along (ṽ, 0, 1), or along the network's own velocity where the recipe says so
+    guide: Tensor | None
 
     def take(self, index: Tensor) -> "Later":
         """Choose some of the rows by their indices."""
-        return Later(*(values[index] for values in vars(self).values()))
+        return Later(
+            self.z_t[index],
+            self.v_guided[index],
+            self.t[index],
+            self.r[index],
+            self.y[index],
+            self.du[index],
+            None if self.guide is None else self.guide[index],
+        )
 
 
 class Measurement(TypedDict):
@@ -117,10 +137,10 @@ def measure_batch(net: nn.Module, rows: Rows, objective: Objective, *, bins: int
 def prepare_rows(net: nn.Module, rows: Rows, objective: Objective) -> Later:
     """Compute ṽ and du⁻/dt of the rows, without gradient; ties count as r = t in training and are left out."""
     assert rows.n_equal == 0, rows.n_equal
-    z_t, v_guided, along, y = guided_rows(net, rows, objective)
+    z_t, v_guided, along, y = moving_rows(net, rows, objective)
     with torch.no_grad(), precision(rows.x, objective):
-        _, du = net(z_t, rows.t, rows.r, y, tangent=along, first=0)
-    later = Later(z_t, v_guided, rows.t, rows.r, y, du.to(z_t.dtype))
+        _, du = net(z_t, rows.t, rows.r, y, tangent=along, first=0, guide=rows.guide)
+    later = Later(z_t, v_guided, rows.t, rows.r, y, du.to(z_t.dtype), rows.guide)
     return later.take((~is_tie(rows.t, rows.r)).nonzero().flatten())
 
 
@@ -146,7 +166,7 @@ def gradient_of(net: nn.Module, later: Later, objective: Objective, term: str) -
 def _loss(net: nn.Module, later: Later, objective: Objective, *, term: str) -> Tensor:
     r = later.t if term == "fm" else later.r
     with precision(later.z_t, objective):
-        u = net(later.z_t, later.t, r, later.y)
+        u = net(later.z_t, later.t, r, later.y, guide=later.guide)
     u = u.to(later.z_t.dtype)
     if term == "tc":
         return consistency_loss(u, later.du, later.t, later.r)
@@ -164,7 +184,7 @@ def _gradient(net: nn.Module, loss: Callable[[], Tensor]) -> tuple[float, Gradie
 def group_of(name: str) -> str:
     """The group of a tensor: `blocks.3.attn.qkv.weight` → `blocks.3`; `final.linear.weight` → `final`."""
     parts = name.split(".")
-    return ".".join(parts[:2]) if parts[0] == "blocks" else parts[0]
+    return ".".join(parts[:2]) if parts[0] in ("blocks", "velocity_blocks") else parts[0]
 
 
 def grouped(values: dict[str, float]) -> dict[str, float]:
@@ -183,10 +203,12 @@ def sizes_over_alpha(
 def _sizes(
     net: nn.Module, rows: Rows, objective: Objective, alphas: Sequence[float]
 ) -> Iterator[dict[str, float | None]]:
+    def loss(alpha: float) -> Tensor:
+        result = training_step(net, net, rows, alpha=alpha, objective=objective)
+        return (result.loss - result.head_loss) / len(rows.t)  # the head's is the same at every α
+
     def gradient(alpha: float) -> Gradient:
-        return _gradient(
-            net, lambda: training_step(net, net, rows, alpha=alpha, objective=objective).loss / len(rows.t)
-        )[1]
+        return _gradient(net, lambda: loss(alpha))[1]
 
     mean_flow = gradient(0.0)
     length = _dot(mean_flow, mean_flow) ** 0.5

@@ -2,8 +2,9 @@
 
 metrics.jsonl has one row every few steps, written at once, readable while the run goes on. The sums live on the device
 and are read once per row, so logging never makes a step wait. Rows hold means over the steps since the last row: the
-UNWEIGHTED loss l, L_TFM, L_TC, the velocity loss of r = t rows, l per bin of t − r, the gradient's norm, counts of
-clipped and non-finite gradients. The weighted loss is near 1 by construction: not shown.
+UNWEIGHTED loss l, L_TFM, L_TC, the velocity loss of r = t rows, that of a velocity head on all rows, l per bin of
+t − r, the gradient's norm, counts of clipped and non-finite gradients. The weighted loss is near 1 by construction: not
+shown.
 
 Trackers (TensorBoard, Weights & Biases, trackio) get the same numbers through Accelerate, from the first process only.
 What they write lies in RUN/trackers. A resumed run goes on in the same W&B or trackio run: its id is kept there.
@@ -26,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from alphaflow_cli.core.draws import StepDraws
 from alphaflow_cli.core.objective import Terms, interval_bins
 from alphaflow_cli.core.times import sample_times
 from alphaflow_cli.errors import AlphaflowError, blamed_on
@@ -37,10 +39,12 @@ from alphaflow_cli.runtime.precision import exact_dtype
 from alphaflow_cli.runtime.processes import World
 from alphaflow_cli.runtime.progress import say
 from alphaflow_cli.train.optimise import COUNTERS
-from alphaflow_cli.train.step import ask, time_laws
+from alphaflow_cli.train.questions import ask
+from alphaflow_cli.train.step import guide_of, row_draws, time_laws
 
 LOSS_BINS = 8  # equal bins of t − r in (0, 1]
-SUMS = ("later", "error", "trajectory", "consistency", "equal", "velocity")  # then LOSS_BINS sums and LOSS_BINS counts
+SUMS = ("later", "error", "trajectory", "consistency", "equal", "velocity")  # then LOSS_BINS sums and LOSS_BINS counts,
+# then the velocity head's sum, if there is a head
 TIME_DRAWS = 1 << 14  # draws of times, for the mean number of rows that guidance evaluates
 # NVIDIA's data sheets, dense bf16 with float32 accumulation, in FLOP/s; the first name found in the device's counts
 PEAKS = {
@@ -58,8 +62,9 @@ PEAKS = {
 class Sums:
     """The losses, added up over rows and micro-batches on the device, until a row of the journal takes their means."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.values = torch.zeros(len(SUMS) + 2 * LOSS_BINS, dtype=exact_dtype(device), device=device)
+    def __init__(self, device: torch.device, *, has_head: bool = False) -> None:
+        self.has_head, count = has_head, len(SUMS) + 2 * LOSS_BINS + has_head
+        self.values = torch.zeros(count, dtype=exact_dtype(device), device=device)
 
     def add(self, terms: Terms, t: Tensor, r: Tensor, n_equal: int) -> None:
         """Add the rows of one micro-batch."""
@@ -69,12 +74,13 @@ class Sums:
         later, trajectory, consistency, velocity = (part.sum() for part in parts)
         n_later, n_equal_rows = (error.new_full((), count) for count in (len(error) - k, k))  # no copy from the host
         head = torch.stack([n_later, later, trajectory, consistency, n_equal_rows, velocity])
-        self.values += torch.cat([head, sums, counts])
+        last = [] if terms.head is None else [terms.head.to(error.dtype).sum()[None]]
+        self.values += torch.cat([head, sums, counts, *last])
 
     def take(self, world_sum: Tensor) -> dict[str, Any]:
         """The journal's means by name, from the sums over all processes; this process's own sums begin again at 0."""
         values = world_sum.tolist()
-        named, bins = dict(zip(SUMS, values[: len(SUMS)], strict=True)), values[len(SUMS) :]
+        named, bins = dict(zip(SUMS, values[: len(SUMS)], strict=True)), values[len(SUMS) : len(SUMS) + 2 * LOSS_BINS]
         self.values.zero_()
         rows = named["later"] + named["equal"]
         return {
@@ -84,7 +90,7 @@ class Sums:
             "l_tc": _mean(named["consistency"], named["later"]),
             "v_loss": _mean(named["velocity"], named["equal"]),
             "l_bins": [_mean(s, n) for s, n in zip(bins[:LOSS_BINS], bins[LOSS_BINS:], strict=True)],
-        }
+        } | ({"l_head": _mean(values[-1], rows)} if self.has_head else {})
 
 
 def _mean(total: float, count: float) -> float | None:
@@ -268,8 +274,11 @@ def mean_asked_rows(recipe: Recipe, n_equal: int, *, compiled: bool, tangent: bo
         return float(speed.most_asked_rows(recipe, n_equal, tangent=tangent))
     generator, equal = torch.Generator().manual_seed(0), round(TIME_DRAWS * n_equal / batch)
     normals, uniforms = torch.randn((3, TIME_DRAWS), generator=generator), torch.rand(TIME_DRAWS, generator=generator)
-    t, _ = sample_times(normals, equal, time_laws(recipe.times))
-    return len(ask(t, uniforms, equal, recipe.guidance, host, tangent=tangent).places) * batch / TIME_DRAWS
+    draws = StepDraws(normals, normals, uniforms, torch.rand((3, TIME_DRAWS), generator=generator))
+    t, r = sample_times(normals, equal, time_laws(recipe.times))
+    drawn = row_draws(t, r, draws, equal, recipe.guidance)
+    question = ask(t, drawn[2], equal, recipe.guidance, host, guide=guide_of(drawn), tangent=tangent)
+    return len(question.places) * batch / TIME_DRAWS
 
 
 def mean_step_flops(recipe: Recipe, alpha: float, n_equal: int, *, compiled: bool) -> float:

@@ -36,8 +36,9 @@ from alphaflow_cli.train import conflict
 from alphaflow_cli.train.journal import Journal, Trackers, console_line, mean_step_flops, take_counters
 from alphaflow_cli.train.optimise import COUNTERS
 from alphaflow_cli.train.parallel import split_batch
+from alphaflow_cli.train.questions import ask
 from alphaflow_cli.train.run import Run, newest_for_all
-from alphaflow_cli.train.step import Rows, ask, row_factor, time_laws, training_step
+from alphaflow_cli.train.step import Rows, guide_of, row_draws, row_factor, time_laws, training_step
 from alphaflow_cli.train.threads import Watch
 
 CHECK_EVERY = 10  # steps between looks at the device's counters and at the stop flag, where a look makes it wait
@@ -94,10 +95,10 @@ def gradients(run: Run, step: int) -> None:
     n_equal = equal_rows(recipe.train.batch, run.equal_share_at(step))
     draws = step_draws(run.seed, step, batch=recipe.train.batch, shape=run.stream.shape, device=world.device)
     t, r = sample_times(draws.normals, n_equal, time_laws(recipe.times))
-    times = torch.stack([t, r, draws.uniforms]).to(run.dtype)
+    drawn = row_draws(t, r, draws, n_equal, recipe.guidance).to(run.dtype)
     for turn in range(run.split.accumulation):
         place, mine = run.split.rows(world.rank, turn), run.split.equal_rows(world.rank, turn, n_equal)
-        rows = rows_at(run, step, place, noise=draws.noise[place], times=times[:, place], n_equal=mine)
+        rows = rows_at(run, step, place, noise=draws.noise[place], drawn=drawn[:, place], n_equal=mine)
         last = turn == run.split.accumulation - 1
         with contextlib.nullcontext() if last else world.accelerator.no_sync(run.wrapped):
             result = training_step(run.wrapped, run.net, rows, alpha=alpha, objective=run.objective)
@@ -106,14 +107,16 @@ def gradients(run: Run, step: int) -> None:
         run.sums.add(result.terms, rows.t, rows.r, rows.n_equal)
 
 
-def rows_at(run: Run, step: int, place: slice, *, noise: Tensor, times: Tensor, n_equal: int) -> Rows:
-    """Read a micro-batch of the stream. `times` are t, r and the uniforms of label dropout, (3, rows), on the host."""
+def rows_at(run: Run, step: int, place: slice, *, noise: Tensor, drawn: Tensor, n_equal: int) -> Rows:
+    """Read a micro-batch of the stream. `drawn` are its rows' values of `row_draws`, on the host."""
     batch, device, objective = run.stream.batch_at(step, place), run.world.device, run.objective
-    t, r, uniforms = to_device(times, device)
+    here = to_device(drawn, device)
+    t, r, uniforms = here[:3]
     question = None  # compiled blocks: all rows that guidance could need, so that their number stays
     tangent = objective.has_tangent(run.alpha_at(step))
     if (objective.is_guided or tangent) and not run.compiled:
-        question = ask(times[0], times[2], n_equal, objective.guidance, device, tangent=tangent)
+        mix, guide = objective.guidance, guide_of(drawn)
+        question = ask(drawn[0], drawn[2], n_equal, mix, device, guide=guide, tangent=tangent)
     return Rows(
         x=batch.latents.to(run.dtype),
         noise=noise.to(run.dtype),
@@ -122,6 +125,7 @@ def rows_at(run: Run, step: int, place: slice, *, noise: Tensor, times: Tensor, 
         y=batch.y,
         uniforms=uniforms,
         n_equal=n_equal,
+        guide=guide_of(here),
         question=question,
         factor=row_factor(t, r, n_equal, objective, progress=step / run.recipe.train.steps),
     )

@@ -121,9 +121,9 @@ def shard_network(net: nn.Module, device: torch.device, processes: int) -> None:
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh(device.type, (processes,))
-    blocks = net.get_submodule("blocks")
-    for block in blocks.children():
-        fully_shard(block, mesh=mesh)
+    for name in ("blocks", "velocity_blocks"):
+        for block in net.get_submodule(name).children():
+            fully_shard(block, mesh=mesh)
     fully_shard(net, mesh=mesh)
 
 

@@ -6,7 +6,7 @@
 
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from torch import nn
 from alphaflow_cli import __version__
 from alphaflow_cli.core.draws import mix_seed
 from alphaflow_cli.data.batches import LatentStream
+from alphaflow_cli.data.manifest import record_to_dict
 from alphaflow_cli.data.store import class_names
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.model.build import DTYPES, build_network
@@ -37,6 +38,7 @@ from alphaflow_cli.train.step import Objective
 SAME_MEANING = (
     "model.second_time",
     "model.prediction",
+    "model.tokens",
     "data.autoencoder",
     "data.normalise",
     "data.scale",
@@ -116,7 +118,8 @@ class Run:
             "weights": weights,
             "half_life": half_life,
             "init_from": self.init_from,
-            "autoencoder": asdict(store.plan.autoencoder),
+            "autoencoder": record_to_dict(store.plan.autoencoder),
+            "crop": store.plan.crop,
             "class_names": self.class_names,
             "versions": {
                 "alphaflow": __version__,
@@ -213,7 +216,7 @@ def build_run(recipe: Recipe, folder: Path, *, world: World, stream: LatentStrea
         net=net,
         wrapped=wrapped,
         optimiser=Optimiser(net, recipe),
-        sums=Sums(world.device),
+        sums=Sums(world.device, has_head=recipe.model.velocity_head is not None),
         objective=Objective.of(recipe),
         class_names=class_names(stream.store.path),
     )
@@ -244,6 +247,7 @@ def _matched(checkpoint: Checkpoint, ours: Mapping[str, torch.Tensor], address: 
 def start_from(run: Run, address: str) -> list[str]:
     """Begin with a checkpoint's weights, a label table of another size excepted; returns lines about what was taken."""
     checkpoint, ours = load_checkpoint(find_checkpoint(address)), run.optimiser.parameters
+    copied = _velocity_of_u(checkpoint, run.recipe)
     matched = _matched(checkpoint, ours, address)
     fresh = [name for name in ours if name not in matched]
     left_out = [name for name in checkpoint.weights if name not in ours]
@@ -254,9 +258,31 @@ def start_from(run: Run, address: str) -> list[str]:
     ]
     if fresh:
         lines.append(f"freshly initialised: {', '.join(fresh)}")
+    if copied:
+        lines.append(f"the velocity, which is not in the checkpoint, begins as u: {copied} tensors copied")
     if left_out:
         lines.append(f"left out of the checkpoint: {', '.join(left_out)}")
     return [*lines, *_other_meanings(checkpoint.recipe, run.recipe)]
+
+
+def _velocity_of_u(checkpoint: Checkpoint, recipe: Recipe) -> int:
+    """Put copies of u's last blocks and layer into weights without a velocity head, for a network that has one.
+
+    So a network whose velocity's blocks were not kept, as in released files, goes on with v̂ = u. Returns their number.
+    """
+    weights, head = checkpoint.weights, recipe.model.velocity_head
+    if head is None or any(name.startswith("velocity_final.") for name in weights):
+        return 0
+    shared, copies = recipe.model.depth - head, {}
+    for name, value in weights.items():
+        stack, _, rest = name.partition(".")
+        number, _, inner = rest.partition(".")
+        if stack == "final":
+            copies[f"velocity_final.{rest}"] = value
+        elif stack == "blocks" and int(number) >= shared:
+            copies[f"velocity_blocks.{int(number) - shared}.{inner}"] = value
+    weights.update(copies)
+    return len(copies)
 
 
 def _other_meanings(theirs: Recipe, ours: Recipe) -> list[str]:

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from alphaflow_cli.data.batches import LatentStream
-from alphaflow_cli.data.manifest import read_manifest
+from alphaflow_cli.data.manifest import BEWARE, read_manifest
 from alphaflow_cli.data.store import Verify
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.files import write_whole
@@ -44,6 +44,7 @@ from alphaflow_cli.train.threads import choose_threads
 
 ADJUSTABLE = {  # what a run may change when it goes on: none of it changes what is learnt, beyond rounding
     "data.store",
+    "data.crop",  # it is compared with the store and read by nothing else
     *(f"train.{name}" for name in ("strategy", "compile", "gradient_checkpointing", "tf32", "trackers", "keep")),
     *(f"train.{name}_every" for name in ("save", "milestone", "log", "sample")),
 }
@@ -145,8 +146,10 @@ def doubts(recipe: Recipe, store: Path | None = None, device: str | None = None)
     texts = warnings_of(recipe, on_cpu=on_cpu)
     if store is None and recipe.data.store:
         store = Path(recipe.data.store)
-    known = store is not None and not recipe.eval.reference and (store / "manifest.json").is_file()
-    images = read_manifest(store).count if known and store else recipe.eval.images
+    manifest = read_manifest(store) if store is not None and (store / "manifest.json").is_file() else None
+    if manifest and (beware := BEWARE.get(manifest.plan.autoencoder.kind or "")):
+        texts.append(beware)
+    images = manifest.count if manifest and not recipe.eval.reference else recipe.eval.images
     if images < recipe.eval.images:
         texts.append(
             f"alphaflow eval would draw {recipe.eval.images:,} pictures, and there are {images:,} to compare them "

@@ -8,22 +8,21 @@ one call of the network, whatever the phase (two for the Shortcut Model, whose z
     0 < α < 1   (z_s, r, s) of the r < t rows; z_s needs ṽ, so guidance's rows went along in the graded forward
     α = 0       guidance's rows; du/dt along their ṽ then rides along in the graded forward
 
-With loss.tangent: network every r < t row is among guidance's while α < 1: its y is what z moves along.
+Guidance's rows are those whose velocity at (t, t) it needs (train/questions.py). With loss.tangent: network every r < t
+row is among them while α < 1: its y is what z moves along.
 
-Guidance needs two velocities of the network at (t, t): ∅, u⁻(z_t, t, t | ∅), and y, u⁻(z_t, t, t | y). A `Question`
-lists the rows of which they are needed (core/guidance.py: rows_to_ask), first those for ∅, then those for y; `Answers`
-puts the velocities back in their places. The others are known without a call: an r = t row's own prediction is its y,
-or its ∅ where the label was dropped; a dropped r < t row's y is its ∅. Which rows these are is decided on the host,
-where the times are drawn, so nothing waits for it. Where their number must not change from step to step (compiled
-blocks: new numbers of rows are new forms) all rows are evaluated.
+A network with a velocity head gives v̂ beside u, from the same graded forward. Then v̂ answers guidance's questions, and
+learns ṽ on every row: l_u and l_v, each with a weight of its own, are added.
 """
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from alphaflow_cli.core import guidance, path
+from alphaflow_cli.core.draws import StepDraws
 from alphaflow_cli.core.objective import (
     Ratio,
     Terms,
@@ -38,10 +37,11 @@ from alphaflow_cli.core.objective import (
     squared_error,
 )
 from alphaflow_cli.core.times import Draw, TimeLaws, mean_interval
-from alphaflow_cli.data.batches import to_device
 from alphaflow_cli.model.build import DTYPES
-from alphaflow_cli.recipe.plan import guided_times, is_guided, null_label
+from alphaflow_cli.nn.tangent import Inputs
+from alphaflow_cli.recipe.plan import draws_scale, needs_velocities, null_label
 from alphaflow_cli.recipe.schema import Guidance, Loss, Recipe, TimeDraw, Times
+from alphaflow_cli.train.questions import Answers, Question, ask_all, dropped_rows, guide_of_answers, guided_rows
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,7 @@ class Objective:
     bf16: bool
     gap: float = 0.0  # the least t − s
     mean_interval: float = 0.0  # E[t − r] of r < t rows, where loss.short_first needs it
+    has_head: bool = False  # whether the network gives v̂ beside u
     precise_below: float = 0.0  # the α below which, but for 0, rounding to bf16 eats the gradient
 
     @staticmethod
@@ -68,13 +69,14 @@ class Objective:
             bf16=recipe.train.precision == "bf16",
             gap=recipe.times.gap,
             mean_interval=mean_interval(time_laws(recipe.times)) if recipe.loss.short_first else 0.0,
+            has_head=recipe.model.velocity_head is not None,
             precise_below=recipe.train.precise_below,
         )
 
     @property
     def is_guided(self) -> bool:
         """Whether guidance moves the velocity anywhere: ṽ ≠ v."""
-        return self.has_labels and is_guided(self.guidance.omega, self.guidance.kappa)
+        return self.has_labels and any(needs_velocities(self.guidance))
 
     def at(self, alpha: float) -> "Objective":
         """The same, without bf16 where α is small: there the target is u and α times a difference of two answers."""
@@ -83,44 +85,6 @@ class Objective:
     def has_tangent(self, alpha: float) -> bool:
         """Whether z moves along the network's own velocity at this α, which then must be asked of every r < t row."""
         return self.loss.tangent == "network" and alpha < 1.0
-
-
-@dataclass(frozen=True)
-class Question:
-    """Rows of a micro-batch whose velocity at (t, t) guidance needs: for ∅ first, then for y, these of r < t rows."""
-
-    places: Tensor  # (rows needed,) their indices in the micro-batch, on the device
-    n_null: int  # of them for ∅
-    n_null_equal: int  # of those, r = t rows
-    rows: int
-    n_equal: int
-
-    def inputs(self, z_t: Tensor, t: Tensor, y: Tensor, y_null: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The network's inputs (z, t, r, y) of these rows, with r = t."""
-        t_here, n = t[self.places], self.n_null
-        labels = torch.cat([torch.full_like(self.places[:n], y_null), y[self.places[n:]]])
-        return z_t[self.places], t_here, t_here, labels
-
-
-@dataclass(frozen=True)
-class Answers:
-    """The velocities that the network gave for a question."""
-
-    question: Question
-    values: Tensor
-
-    def later(self) -> tuple[Tensor, Tensor]:
-        """The velocities (y, ∅) of the r < t rows; zero where neither counts."""
-        n, k, places = self.question.n_null, self.question.n_equal, self.question.places
-        null = self.values.new_zeros((self.question.rows, *self.values.shape[1:]))
-        null = null.index_copy(0, places[:n], self.values[:n])
-        own = null.index_copy(0, places[n:], self.values[n:])
-        return own[k:], null[k:]
-
-    def equal(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        """The velocities (y, ∅) of the r = t rows, whose own prediction is u."""
-        n = self.question.n_null_equal
-        return u, u.index_copy(0, self.question.places[:n], self.values[:n])
 
 
 @dataclass(frozen=True)
@@ -136,6 +100,21 @@ class Rows:
     n_equal: int
     question: Question | None = None  # which rows guidance needs; None: all that it could need
     factor: Tensor | None = None  # what each row's loss is multiplied by; None: by 1
+    guide: Tensor | None = None  # (rows, 3) scale, t_lo and t_hi of each row, where the network is told of them
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What the graded forward gives."""
+
+    u: Tensor
+    v_hat: Tensor | None  # of a network with a velocity head
+    riding: Tensor | None  # du of the r < t rows, or the velocities of a question's rows
+
+    @property
+    def velocity(self) -> Tensor:
+        """What the network takes for the velocity on r = t rows: v̂, or u; without gradient."""
+        return (self.u if self.v_hat is None else self.v_hat).detach()
 
 
 @dataclass(frozen=True)
@@ -143,9 +122,28 @@ class StepResult:
     """The weighted loss, summed over the rows, and what is logged or compared of each row."""
 
     loss: Tensor  # () with gradient
+    head_loss: Tensor | float  # () what a velocity head adds to it
     terms: Terms
     v_guided: Tensor
     target: Tensor
+
+
+def row_draws(t: Tensor, r: Tensor, draws: StepDraws, n_equal: int, mix: Guidance) -> Tensor:
+    """All that is drawn on the host for each row: t, r, the uniforms of label dropout, then w, t_lo and t_hi, if drawn.
+
+    (3, B) or (6, B).
+    """
+    values = [t, r, guidance.only_equal_rows(draws.uniforms, n_equal) if mix.drop == "equal" else draws.uniforms]
+    if mix.scale == "drawn":
+        scale, low, high = draws.guide
+        ends = guidance.intervals(low, high, n_equal) if mix.interval == "drawn" else (0.0 * low, 0.0 * high + 1.0)
+        values += [guidance.scales(scale, most=mix.scale_max, beta=mix.scale_beta), *ends]
+    return torch.stack(values)
+
+
+def guide_of(values: Tensor) -> Tensor | None:
+    """The guide (rows, 3) among the values of `row_draws`; None where none is drawn."""
+    return values[3:].T if len(values) > 3 else None
 
 
 def random_rows(recipe: Recipe, count: int, n_equal: int, device: torch.device) -> Rows:
@@ -156,8 +154,9 @@ def random_rows(recipe: Recipe, count: int, n_equal: int, device: torch.device) 
     r = torch.full((count,), 0.25, device=device, dtype=dtype)
     t = torch.full_like(r, 0.75)
     r = torch.cat([t[:n_equal], r[n_equal:]])
-    y = torch.zeros(count, dtype=torch.int64, device=device)
-    return Rows(x=x, noise=noise, t=t, r=r, y=y.clamp(max=null_label(recipe)), uniforms=r, n_equal=n_equal)
+    y = torch.zeros(count, dtype=torch.int64, device=device).clamp(max=null_label(recipe))
+    guide = r.new_tensor([2.0, 0.0, 1.0]).repeat(count, 1) if draws_scale(recipe) else None
+    return Rows(x=x, noise=noise, t=t, r=r, y=y, uniforms=r, n_equal=n_equal, guide=guide)
 
 
 def training_step(wrapped: nn.Module, bare: nn.Module, rows: Rows, *, alpha: float, objective: Objective) -> StepResult:
@@ -169,22 +168,22 @@ def training_step(wrapped: nn.Module, bare: nn.Module, rows: Rows, *, alpha: flo
     if alpha == 0.0 and k < len(v):
         answers = _ask(bare, question, z_t, rows, y, objective)
         v_later = _guided(v[k:], answers.later() if answers else None, rows, slice(k, None), objective)
-        along = _along(v_later, answers, objective, alpha)
-        with precision(rows.x, objective):
-            u, du = wrapped(z_t, rows.t, rows.r, y, tangent=along, first=k)
-        u, later = u.to(v.dtype), mean_target(v_later, du.to(v.dtype), rows.t[k:], rows.r[k:])
+        made = _predict(wrapped, None, z_t, rows, y, objective, tangent=_along(v_later, answers, objective, alpha))
+        assert made.riding is not None
+        later = mean_target(v_later, made.riding, rows.t[k:], rows.r[k:])
     else:
-        u, answers = _predict(wrapped, question, z_t, rows, y, objective)
+        made = _predict(wrapped, question, z_t, rows, y, objective)
+        answers = Answers(question, made.riding) if question and made.riding is not None else None
         v_later = _guided(v[k:], answers.later() if answers else None, rows, slice(k, None), objective)
         along = _along(v_later, answers, objective, alpha)
         later = v_later if alpha == 1.0 else _later_target(bare, z_t, v_later, along, rows, y, ratio, objective)
-    v_equal = _guided(v[:k], answers.equal(u[:k].detach()) if answers else None, rows, slice(k), objective)
+    v_equal = _guided(v[:k], answers.equal(made.velocity[:k]) if answers else None, rows, slice(k), objective)
     target = clamp_target(torch.cat([v_equal, later]), k, bound=objective.loss.clamp, alpha=alpha)
-    return _loss(u, target, torch.cat([v_equal, v_later]), rows, ratio, objective)
+    return _loss(made, target, torch.cat([v_equal, v_later]), rows, ratio, objective)
 
 
 @torch.no_grad()
-def guided_rows(bare: nn.Module, rows: Rows, objective: Objective) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def moving_rows(bare: nn.Module, rows: Rows, objective: Objective) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Make (z_t, ṽ, the tangent, y) of a batch without r = t rows as `training_step` does at α = 0: to measure them."""
     assert rows.n_equal == 0, rows.n_equal
     z_t, y = path.interpolate(rows.x, rows.noise, rows.t), _labels(rows, objective)
@@ -199,58 +198,11 @@ def precision(x: Tensor, objective: Objective) -> torch.autocast:
     return torch.autocast(x.device.type, torch.bfloat16, enabled=objective.bf16)
 
 
-def ask(
-    t: Tensor, uniforms: Tensor, n_equal: int, mix: Guidance, device: torch.device, *, tangent: bool = False
-) -> Question:
-    """List only the rows that are needed for guidance and, if wanted, for the tangent; t and the uniforms of label
-    dropout must be on the host."""
-    t_min, t_max = guided_times(mix)
-    own, null = guidance.rows_to_ask(
-        t,
-        uniforms,
-        n_equal,
-        omega=mix.omega,
-        kappa=mix.kappa,
-        dropout=mix.label_dropout,
-        t_min=t_min,
-        t_max=t_max,
-        plain=mix.dropped == "plain",
-        tangent=tangent,
-    )
-    places = (null.nonzero().flatten(), own.nonzero().flatten())
-    return _join_question(*places, n_null_equal=int(null[:n_equal].sum()), rows=len(t), n_equal=n_equal, device=device)
-
-
-def ask_all(rows: int, n_equal: int, mix: Guidance, device: torch.device, *, tangent: bool = False) -> Question:
-    """List every row that could be needed, whatever the times and the dropout: always the same number."""
-    n_null = rows if guidance.null_weight(mix.omega, mix.kappa) != 0.0 else 0
-    first = n_equal if mix.kappa != 0.0 or tangent else rows
-    places = (torch.arange(n_null, device=device), torch.arange(first, rows, device=device))
-    return _join_question(*places, n_null_equal=min(n_null, n_equal), rows=rows, n_equal=n_equal, device=device)
-
-
-def _join_question(
-    null: Tensor, own: Tensor, *, n_null_equal: int, rows: int, n_equal: int, device: torch.device
-) -> Question:
-    if len(null) + len(own) == 0:  # ∅ of the first row all the same: a sharded network is called on every process
-        null, n_null_equal = null.new_zeros(1), min(n_equal, 1)
-    return Question(to_device(torch.cat([null, own]), device), len(null), n_null_equal, rows, n_equal)
-
-
 def _labels(rows: Rows, objective: Objective) -> Tensor:
     mix = objective.guidance
     if not objective.has_labels or mix.label_dropout == 0.0:
         return rows.y
-    t_min, t_max = guided_times(mix)
-    return guidance.drop_labels(
-        rows.y,
-        rows.t,
-        rows.uniforms,
-        dropout=mix.label_dropout,
-        y_null=objective.y_null,
-        t_min=t_min,
-        t_max=t_max,
-    )
+    return torch.where(dropped_rows(rows.t, rows.uniforms, mix), objective.y_null, rows.y)
 
 
 def _question(rows: Rows, objective: Objective, alpha: float) -> Question | None:
@@ -268,20 +220,47 @@ def _ask(
     """Evaluate the question's rows in a call of their own, without gradient."""
     if question is None:
         return None
+    z, t, r, labels, guide = _inputs(question, z_t, rows, y, objective)
     with precision(rows.x, objective):
-        velocities = bare(*question.inputs(z_t, rows.t, y, objective.y_null))
+        velocities = bare(z, t, r, labels, guide=guide, heads="velocity" if objective.has_head else "u")
     return Answers(question, velocities.to(z_t.dtype))
 
 
 def _predict(
-    wrapped: nn.Module, question: Question | None, z_t: Tensor, rows: Rows, y: Tensor, objective: Objective
-) -> tuple[Tensor, Answers | None]:
-    """u of all rows, with its gradient; the question's rows go along in the same call."""
+    wrapped: nn.Module,
+    question: Question | None,
+    z_t: Tensor,
+    rows: Rows,
+    y: Tensor,
+    objective: Objective,
+    *,
+    tangent: Tensor | None = None,
+) -> Outputs:
+    """The network of all rows, with its gradient. The derivative along a tangent of the r < t rows, or the question's
+    rows, go along in the same call."""
+    first = 0 if tangent is None else rows.n_equal
+    beside = None if question is None else _inputs(question, z_t, rows, y, objective)
     with precision(rows.x, objective):
-        if question is None:
-            return wrapped(z_t, rows.t, rows.r, y).to(z_t.dtype), None
-        u, velocities = wrapped(z_t, rows.t, rows.r, y, beside=question.inputs(z_t, rows.t, y, objective.y_null))
-    return u.to(z_t.dtype), Answers(question, velocities.to(z_t.dtype))
+        out = wrapped(
+            z_t,
+            rows.t,
+            rows.r,
+            y,
+            tangent=tangent,
+            first=first,
+            beside=beside,
+            guide=rows.guide,
+            heads="both" if objective.has_head else "u",
+        )
+    parts = [part.to(z_t.dtype) for part in ((out,) if isinstance(out, Tensor) else out)]
+    u, v_hat = parts[0], parts[1] if objective.has_head else None
+    return Outputs(u, v_hat, parts[-1] if tangent is not None or question is not None else None)
+
+
+def _inputs(question: Question, z_t: Tensor, rows: Rows, y: Tensor, objective: Objective) -> Inputs:
+    """The network's inputs of a question's rows."""
+    acts = guided_rows(rows.t, rows.uniforms, rows.guide, objective.guidance)
+    return question.inputs(z_t, rows.t, y, objective.y_null, guide_of_answers(rows.guide, acts))
 
 
 def _guided(v: Tensor, answers: tuple[Tensor, Tensor] | None, rows: Rows, some: slice, objective: Objective) -> Tensor:
@@ -289,15 +268,18 @@ def _guided(v: Tensor, answers: tuple[Tensor, Tensor] | None, rows: Rows, some: 
     if answers is None:
         return v
     mix, (u_y, u_null), t = objective.guidance, answers, rows.t[some]
-    acts = guidance.inside(t, *guided_times(mix))
-    if mix.dropped == "plain":
-        acts = acts & (rows.uniforms[some] >= mix.label_dropout)
+    guide = None if rows.guide is None else rows.guide[some]
+    acts = guided_rows(t, rows.uniforms[some], guide, mix)
     omega: float | Tensor = mix.omega
+    kappa: float | Tensor = mix.kappa
     null: float | Tensor = guidance.null_weight(mix.omega, mix.kappa)
-    if mix.fade_from is not None:
+    if guide is not None:
+        kappa = 1.0 - 1.0 / guide[:, 0]
+        null = -kappa
+    elif mix.fade_from is not None:
         fading = guidance.fade(t, start=mix.fade_from, rate=mix.fade_rate)
         omega, null = guidance.faded_weights(fading, omega=mix.omega, kappa=mix.kappa)
-    return guidance.guided_velocity(v, u_y, u_null, acts, omega=omega, kappa=mix.kappa, null=null)
+    return guidance.guided_velocity(v, u_y, u_null, acts, omega=omega, kappa=kappa, null=null)
 
 
 def _along(v_later: Tensor, answers: Answers | None, objective: Objective, alpha: float) -> Tensor:
@@ -320,21 +302,30 @@ def _later_target(
         return v_later
     k = rows.n_equal
     point = {"t": rows.t[k:], "r": rows.r[k:], "y": y[k:]}
+    net = bare if rows.guide is None else partial(bare, guide=rows.guide[k:])
     with precision(rows.x, objective):
         if objective.loss.velocity == "network":
-            return shortcut_target(bare, z_t[k:], v_later, **point, alpha=ratio)
-        return boundary_target(bare, z_t[k:], v_later, along, **point, alpha=ratio)
+            return shortcut_target(net, z_t[k:], v_later, **point, alpha=ratio)
+        return boundary_target(net, z_t[k:], v_later, along, **point, alpha=ratio)
 
 
-def _loss(u: Tensor, target: Tensor, v_guided: Tensor, rows: Rows, ratio: Ratio, objective: Objective) -> StepResult:
-    target, loss = target.detach(), objective.loss
+def _loss(
+    made: Outputs, target: Tensor, v_guided: Tensor, rows: Rows, ratio: Ratio, objective: Objective
+) -> StepResult:
+    u, target, v_guided, loss = made.u, target.detach(), v_guided.detach(), objective.loss
     error = squared_error(u, target, loss.reduction)
     weight = loss_weight(
         error, rows.n_equal, alpha=ratio, kind=loss.weight, c=loss.c, power=loss.power, later=loss.later
     )
     weight = weight if rows.factor is None else weight * rows.factor
-    terms = loss_terms(u, target, v_guided)
-    return StepResult(loss=(weight * error).sum(), terms=terms, v_guided=v_guided, target=target)
+    total, terms = (weight * error).sum(), loss_terms(u, target, v_guided, made.v_hat)
+    head_loss: Tensor | float = 0.0
+    if made.v_hat is not None:  # on every row the same loss, whatever α
+        error = squared_error(made.v_hat, v_guided, loss.reduction)
+        weight = loss_weight(error, len(error), alpha=0.0, kind=loss.weight, c=loss.c, power=loss.power, later=1.0)
+        head_loss = (weight * error).sum()
+        total = total + head_loss
+    return StepResult(loss=total, head_loss=head_loss, terms=terms, v_guided=v_guided, target=target)
 
 
 def row_factor(t: Tensor, r: Tensor, n_equal: int, objective: Objective, *, progress: float) -> Tensor | None:
@@ -347,7 +338,9 @@ def row_factor(t: Tensor, r: Tensor, n_equal: int, objective: Objective, *, prog
 def time_laws(times: Times) -> TimeLaws:
     """The laws of a recipe's draws: what a draw leaves open is as in the first one."""
     first = Draw(times.law, times.mean, times.std)
-    return TimeLaws(_draw(times.equal, first), first, _draw(times.second, first), times.order, times.gap)
+    return TimeLaws(
+        _draw(times.equal, first), first, _draw(times.second, first), times.order, times.gap, times.equal_draw
+    )
 
 
 def _draw(draw: TimeDraw, first: Draw) -> Draw:

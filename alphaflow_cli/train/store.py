@@ -19,14 +19,16 @@ from alphaflow_cli.recipe.loader import flatten, load_for_data, set_text
 from alphaflow_cli.recipe.schema import Recipe
 
 SHAPE = tuple(f"data.{name}" for name in ("autoencoder", "image_size", "channels", "latent_size", "classes"))
-CONTENT = tuple(f"data.{name}" for name in ("flips", "source", "normalise", "scale", "shift"))
-YIELDING = (*SHAPE, *CONTENT, "model.patch", "eval.reference", "eval.images")
+CONSTANTS = ("data.channel_mean", "data.channel_std")
+CONTENT = (*(f"data.{name}" for name in ("flips", "source", "normalise", "scale", "shift")), *CONSTANTS)
+YIELDING = (*SHAPE, *CONTENT, "data.crop", "model.patch", "eval.reference", "eval.images")
 PREPARED = {  # field → the option of prep-latents that decides it in a store; two follow from the others
     "data.autoencoder": "--autoencoder {}",
     "data.image_size": "--size {}",
     "data.channels": "",
     "data.latent_size": "",
     "data.flips": "--flips",
+    "data.crop": "--crop {}",
 }
 
 
@@ -111,6 +113,8 @@ def described(plan: StorePlan, before: Recipe) -> dict[str, Any]:
     fields = {**facts_of(plan), "data.source": embedded}
     if _same(plan.autoencoder.id, before.data.autoencoder):
         fields["data.autoencoder"] = before.data.autoencoder  # as it is spelt: it may be a folder
+    elif before.data.channel_mean or before.data.channel_std:
+        fields |= dict.fromkeys(CONSTANTS)  # of other latents: estimated on the store instead
     elif before.data.normalise == "scale":
         fields |= {"data.scale": plan.autoencoder.scale, "data.shift": plan.autoencoder.shift}
     elif before.data.normalise == "position" and plan.kind == "pixels":
@@ -118,6 +122,8 @@ def described(plan: StorePlan, before: Recipe) -> dict[str, Any]:
     if fields["data.latent_size"] % before.model.patch:
         fields["model.patch"] = fitting_patch(fields["data.latent_size"], before)
     values = flatten(before)
+    if before.data.crop is None:  # either will do, and so it stays
+        del fields["data.crop"]
     others = source != before.data.source if embedded or before.data.source else False
     if others or any(fields[field] != values[field] for field in SHAPE):
         fields["eval.reference"] = ""  # of other pictures
@@ -137,7 +143,7 @@ def facts_of(plan: StorePlan) -> dict[str, Any]:
     """What a store is, under the names that a recipe has for it."""
     channels, side, _ = plan.latent
     values = (plan.autoencoder.id, plan.image_size, channels, side, plan.classes)
-    return {**dict(zip(SHAPE, values, strict=True)), "data.flips": plan.flips}
+    return {**dict(zip(SHAPE, values, strict=True)), "data.flips": plan.flips, "data.crop": plan.crop}
 
 
 def store_of(recipe: Recipe, *, data: Path | None, out: Path) -> Path:
@@ -192,6 +198,8 @@ def disagreements(plan: StorePlan, recipe: Recipe) -> list[tuple[str, Any, Any]]
         free.add("data.classes")  # it trains without labels: any labels will do
     if not recipe.data.flips:
         free.add("data.flips")  # a store with mirror images serves a recipe without
+    if recipe.data.crop is None:
+        free.add("data.crop")
     facts = facts_of(plan)
     return [
         (field, facts[field], wanted[field])

@@ -23,7 +23,7 @@ from alphaflow_cli.recipe.schema import Recipe
 from alphaflow_cli.recipe.speed import phase_flops
 from alphaflow_cli.runtime.processes import World
 from alphaflow_cli.runtime.progress import say
-from alphaflow_cli.runtime.threads import Threads, counted_threads, crowded, threads_here
+from alphaflow_cli.runtime.threads import Threads, counted_threads, crowded, threads_granted
 from alphaflow_cli.train.estimate import Trial, timed
 from alphaflow_cli.train.run import Run
 from alphaflow_cli.train.state import StateFacts
@@ -43,7 +43,7 @@ def choose_threads(
         if requested:
             torch.set_num_threads(requested)
         return None
-    threads = _choose(recipe, world, rows, threads_here(requested), saved)
+    threads = _choose(recipe, world, rows, threads_granted(requested), saved)
     count = int(-world.largest(-threads.count))  # machines may differ
     before = saved.threads if saved and saved.processes == world.size else None
     if world.is_main:

@@ -10,10 +10,12 @@ from pathlib import Path
 
 import bench_data
 import bench_eval
+import bench_sources
 import bench_start
 import pytest
 import random_networks
 import torch
+from packed_forms import pictures, write_folder
 from torch.utils.flop_counter import FlopCounterMode
 
 from alphaflow_cli.files import sha256_of
@@ -40,6 +42,19 @@ def from_elsewhere(script, words, folder):
 
 def is_ordered(told):
     return 0 < told["min"] <= told["median"] <= told["max"]
+
+
+def test_the_benchmark_of_the_forms_sees_the_same_pictures_in_all_of_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench_sources, "find_spec", lambda name: None)  # the others' libraries are not ours to test
+    rows = pictures(40)
+    write_folder(tmp_path / "set", rows)
+    taken = bench_sources.read_rows(tmp_path / "set", 20)
+    assert len(taken) == 20
+    for form, write in bench_sources.FORMS.items():
+        write(tmp_path / form, taken)
+    (line,) = bench_sources.measure(tmp_path, 1)
+    assert set(line) == set(bench_sources.FORMS)
+    assert all(speed.wall > 0 and speed.cpu > 0 for speed in line.values())
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,8 @@ TOY = (
     "eval.images=100",
 )  # fmt: skip
 NEW = {"soflow-b4": "between", "cifar10-soflow": "between", "meanflow-b2-boundary": "derivative"}
+GUIDED = {"imf-b2": "derivative", "alphaflow-imf-b2": "derivative"}  # guidance is an input
+AS_B2 = {"imf-m2": "derivative", "imf-l2": "derivative", "imf-xl2": "derivative"}
 AS_B4 = {"soflow-b2": "between", "soflow-xl2": "between"}
 
 
@@ -26,29 +28,44 @@ def store(tmp_path_factory):
     return store
 
 
+def sets(name):
+    """The recipe's keys at toy size; a curriculum passes through all of its phases."""
+    own = ("data.channel_mean=null", "data.channel_std=null", "model.velocity_head=1", "model.mlp_ratio=2.7")
+    return (*TOY, *own, "train.precise_below=0") if name in GUIDED | AS_B2 else TOY
+
+
 def go(*line):
     assert run([str(part) for part in line]) == 0, line
 
 
-@pytest.mark.parametrize("name", [*NEW, *(pytest.param(name, marks=pytest.mark.slow) for name in AS_B4)])
+@pytest.mark.parametrize("name", [
+    *NEW, *GUIDED, *(pytest.param(name, marks=pytest.mark.slow) for name in AS_B4 | AS_B2)
+])  # fmt: skip
 def test_a_recipe_goes_from_training_to_a_dry_push(name, store, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    go("train", name, "--data", store, "--out", "run", *(part for text in TOY for part in ("--set", text)))
+    go("train", name, "--data", store, "--out", "run", *(part for text in sets(name) for part in ("--set", text)))
     rows = read_rows(tmp_path / "run" / "metrics.jsonl")
     assert [row["step"] for row in rows] == [10, 20, 30, 40, 50]
-    assert {row["phase"] for row in rows[1:]} == {(NEW | AS_B4)[name]}
+    if name == "alphaflow-imf-b2":  # through all phases
+        assert [row["phase"] for row in rows] == ["flow", "between", "between", "derivative", "derivative"]
+    else:
+        assert {row["phase"] for row in rows[1:]} == {(NEW | AS_B4 | GUIDED | AS_B2)[name]}
     assert all(row["nonfinite"] == 0 for row in rows)
+    guided = name in GUIDED | AS_B2
+    assert all(("l_head" in row) == guided for row in rows)
     go("sample", "run", "--nfe", "1", "--nfe", "2", "--seeds", "0-3", "--out", "pictures")
     assert len(list((tmp_path / "pictures").rglob("*.png"))) == 8
     capsys.readouterr()
     go("eval", "run", "--nfe", "1", "--nfe", "2", "--reference", "glyphs:100", "--json")
-    scores = [row["value"] for each in json.loads(capsys.readouterr().out)["evaluations"] for row in each["rows"]]
-    assert len(scores) == 2
-    assert all(score > 0 for score in scores)
+    listed = [row for each in json.loads(capsys.readouterr().out)["evaluations"] for row in each["rows"]]
+    assert [row["pictures"]["nfe"] for row in listed] == [1, 2]
+    assert all(row["value"] > 0 for row in listed)
+    if guided:
+        assert all(row["pictures"]["guidance_scale"] == load_recipe(name).sample.scale for row in listed)
     go("report", "run")
     go("push", "run", "user/x", "--dry-run")
     card = (tmp_path / "run" / "hub" / "README.md").read_text(encoding="utf-8")
-    assert "built into the weights" in card
+    assert ("Guidance is an input, at no cost: `--guidance" if guided else "built into the weights") in card
 
 
 @pytest.mark.parametrize(("name", "text"), [
@@ -56,6 +73,9 @@ def test_a_recipe_goes_from_training_to_a_dry_push(name, store, tmp_path, monkey
     ("soflow-xl2", "fading above t = 0.8: effective scale 3, built into the weights"),
     ("cifar10-soflow", "RAdam, lr 0.0001 constant; EMA half-life 6931.13 steps, moved every 16 steps"),
     ("meanflow-b2-boundary", "a derivative (JVP) per step, along the network's own velocity"),
+    ("imf-b2", "an input of the network: each row draws a scale from 1 to 8 (density w^-1) with an interval"),
+    ("imf-xl2", "a velocity head with 8 blocks of its own: 711,113,760 parameters"),
+    ("alphaflow-imf-b2", "until step 569,842 (42.3% of the run): one more forward per step, along the network's own"),
 ])  # fmt: skip
 def test_show_tells_the_phases_and_what_they_cost(name, text, capsys):
     go("recipe", "show", name)

@@ -21,7 +21,6 @@ STRANGERS = {
     "FastGen's EDM": ({"model": {"net": {"model.enc.32x32_conv.weight": ONE}}, "iteration": 5}, "a U-Net, as py-mean"),
     "py-meanflow": ({"model": {"enc.32x32_conv.weight": ONE}, "args": argparse.Namespace()}, "a U-Net, as py-mean"),
     "guided diffusion": ({"input_blocks.0.0.weight": ONE}, "a U-Net, as py-meanflow"),
-    "iMF": ({"net.cfg_t_start_embedder.mlp.0._flax_linear.weight": ONE}, "improved MeanFlow"),
     "KL-16": ({"model": {"encoder.down.0.block.0.norm1.weight": ONE}}, "an autoencoder .KL-16, VA-VAE"),
     "VA-VAE": ({"state_dict": {"decoder.up.0.block.0.norm1.weight": ONE, "loss.x": ONE}}, "an autoencoder .KL-16"),
     "first stage": ({"first_stage_model.encoder.down.0.block.0.conv1.weight": ONE}, "an autoencoder .KL-16"),

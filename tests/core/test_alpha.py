@@ -92,18 +92,19 @@ def test_the_clamp_is_strict_on_both_sides():
 
 def test_the_learning_rate_equals_the_published_one():
     rates = [
-        learning_rate(s, lr=1e-4, final_lr=None, warmup_steps=10_000, steps=400_000) for s in MISC["lr/recipe_steps"]
+        learning_rate(s, lr=1e-4, final_lr=None, warmup_steps=10_000, warmup_from="step", steps=400_000)
+        for s in MISC["lr/recipe_steps"]
     ]
     np.testing.assert_allclose(rates, MISC["lr/recipe_lr"], rtol=1e-12)
-    rates = [learning_rate(s, lr=1e-4, final_lr=1e-4, warmup_steps=10, steps=40) for s in range(60)]
+    rates = [learning_rate(s, lr=1e-4, final_lr=1e-4, warmup_steps=10, warmup_from="step", steps=40) for s in range(60)]
     np.testing.assert_allclose(rates, MISC["lr/recipe_lr1e-4_final1e-4_warm10_max40"], rtol=1e-12)
 
 
 def test_the_cosine_reaches_its_final_rate_at_the_last_step():
-    rates = [learning_rate(s, lr=3e-4, final_lr=1e-5, warmup_steps=10, steps=40) for s in range(60)]
+    rates = [learning_rate(s, lr=3e-4, final_lr=1e-5, warmup_steps=10, warmup_from="step", steps=40) for s in range(60)]
     np.testing.assert_allclose(rates, MISC["lr/lr3e-4_final1e-5_warm10_max40"], rtol=1e-12)
     assert rates[40] == pytest.approx(1e-5)
 
 
 def test_no_warm_up_starts_at_the_full_rate():
-    assert learning_rate(0, lr=2e-4, final_lr=None, warmup_steps=0, steps=10) == 2e-4
+    assert learning_rate(0, lr=2e-4, final_lr=None, warmup_steps=0, warmup_from="step", steps=10) == 2e-4

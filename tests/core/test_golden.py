@@ -196,7 +196,7 @@ def test_times_come_from_the_normals_as_published(order):
     normals = torch.stack([own, *later])
     t, r, dt = (misc[f"time/{order}/{key}"] for key in ("t", "r", "dt"))
     draw = times.Draw("logit_normal", -0.4, 1.0)
-    ours = times.sample_times(normals, n_equal, times.TimeLaws(draw, draw, draw, order, 0.0))
+    ours = times.sample_times(normals, n_equal, times.TimeLaws(draw, draw, draw, order, 0.0, "own"))
     part = ours[0] - objective.intermediate_time(*ours, alpha=0.5)  # "dt" is t − s at α = ½
     for value, golden in zip((*ours, part), (t, r, dt), strict=True):
         torch.testing.assert_close(value, torch.tensor(golden), rtol=2e-7, atol=1e-7)

@@ -88,3 +88,26 @@ def test_dropping_gives_new_labels_and_leaves_the_old():
     new = guidance.drop_labels(y, t, torch.zeros(3), dropout=1.0, y_null=7, t_min=0.0, t_max=1.0)
     assert y.tolist() == [0, 1, 2]
     assert new.dtype == torch.int64
+
+
+def test_a_rows_own_interval_includes_both_its_ends():
+    t = torch.tensor([0.39, 0.4, 0.5, 0.65, 0.66])
+    low, high = torch.full((5,), 0.4), torch.full((5,), 0.65)
+    assert guidance.in_own_interval(t, low, high).tolist() == [False, True, True, True, False]
+    assert guidance.in_own_interval(torch.tensor([0.0, 1.0]), torch.zeros(2), torch.ones(2)).all()
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0, 2.0])
+def test_scales_follow_their_density_from_1_to_the_most(beta):
+    w = guidance.scales(torch.linspace(0, 1, 100_001, dtype=torch.float64), most=8.0, beta=beta)
+    assert (w[0], w[-1]) == (1.0, pytest.approx(8.0))
+    assert (w.diff() > 0).all()
+    density = 1 / w.diff()  # of equally likely uniforms
+    scaled = density * w[:-1] ** beta
+    torch.testing.assert_close(scaled, scaled[:1].expand_as(scaled), rtol=2e-4, atol=0.0)
+
+
+def test_intervals_hold_the_middle_and_are_whole_on_equal_rows():
+    low, high = guidance.intervals(torch.tensor([0.3, 0.3, 0.0]), torch.tensor([0.6, 0.6, 0.0]), 1)
+    torch.testing.assert_close(low, torch.tensor([0.0, 0.15, 0.0]))
+    torch.testing.assert_close(high, torch.tensor([1.0, 0.8, 0.5]))

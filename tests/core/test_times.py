@@ -16,7 +16,7 @@ NORMALS = torch.randn(3, 4000, generator=torch.Generator().manual_seed(0), dtype
 
 def drawn(n_equal, *, law="logit_normal", order="minmax", mean=-0.4, std=1.0):
     draw = times.Draw(law, mean, std)
-    return times.sample_times(NORMALS, n_equal, times.TimeLaws(draw, draw, draw, order, 0.0))
+    return times.sample_times(NORMALS, n_equal, times.TimeLaws(draw, draw, draw, order, 0.0, "own"))
 
 
 def test_every_law_and_order_of_the_recipe_has_a_function():

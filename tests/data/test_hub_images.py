@@ -1,5 +1,6 @@
 """Pictures of a data set on the Hub, from a real server on loopback that speaks the Hub's protocol."""
 
+import hashlib
 import http.server
 import io
 import json
@@ -14,10 +15,10 @@ from huggingface_hub import constants
 from latent_stores import prepare_latents
 from safetensors.numpy import load_file
 
-from alphaflow_cli.data import hub_images
 from alphaflow_cli.data.sources import open_source
 from alphaflow_cli.data.store import verify_store
 from alphaflow_cli.errors import AlphaflowError
+from alphaflow_cli.remote import ranges
 
 COMMIT = "c" * 40
 PICTURE = encoded(gradient(size=(8, 8)), "PNG")
@@ -40,7 +41,9 @@ REPOS = {
     },
     "user/zip": {"README.md": b"#", "data.zip": zipped(["b/0.png", "a/1.png"])},
     "user/two": {"train.zip": zipped(["a/0.png"]), "test.zip": zipped(["a/0.png"])},
-    "user/parquet": {"data/train-00000-of-00001.parquet": b"PAR1"},
+    "user/parts": {"part-10.zip": zipped(["a/2.png"]), "part-2.zip": zipped(["b/0.png", "a/1.png"])},
+    "user/teaser": {"assets/teaser.png": PICTURE, "data.zip": zipped([f"a/{i}.png" for i in range(9)])},
+    "user/nothing-here": {"README.md": b"#"},
 }
 
 
@@ -81,7 +84,11 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
     def answer(self, data):
         self.send_response(200)
-        for key, value in {"Content-Length": len(data), "ETag": f'"{"e" * 40}"', "X-Repo-Commit": COMMIT}.items():
+        for key, value in {
+            "Content-Length": len(data),
+            "ETag": f'"{hashlib.sha1(data).hexdigest()}"',
+            "X-Repo-Commit": COMMIT,
+        }.items():
             self.send_header(key, str(value))
         self.end_headers()
         if self.command == "GET":
@@ -99,7 +106,7 @@ def hub(tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "ENDPOINT", url)
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(hub_images, "PAUSE", 0.01)
+    monkeypatch.setattr(ranges, "PAUSE", 0.01)
     Hub.asked, Hub.failures = (), 0
     yield Hub
     server.shutdown()
@@ -138,15 +145,26 @@ def test_a_zip_in_a_data_set_is_downloaded_once_and_read(hub):
     assert sum(path.endswith("data.zip") for path in hub.asked) <= 3  # head and get, then at most a head
 
 
-def test_several_archives_need_a_split(hub):
-    with pytest.raises(AlphaflowError, match=r"holds 2 archives .* choose one with :SPLIT"):
-        open_source("hf://datasets/user/two")
-    assert list(open_source("hf://datasets/user/two:train").names) == ["a/0.png"]
+def test_of_several_archives_that_of_the_training_split_is_taken(hub):
+    assert list(open_source("hf://datasets/user/two").names) == ["a/0.png"]
+    assert open_source("hf://datasets/user/two").name == "train.zip"
+    assert open_source("hf://datasets/user/two:test").name == "test.zip"
 
 
-def test_parquet_says_what_to_do(hub):
-    with pytest.raises(AlphaflowError, match="it is parquet: export its image column"):
-        open_source("hf://datasets/user/parquet")
+def test_a_repository_of_many_archives_is_read_in_the_order_of_their_numbers(hub):
+    source = open_source("hf://datasets/user/parts")
+    assert list(source.names) == ["part-2.zip/a/1.png", "part-2.zip/b/0.png", "part-10.zip/a/2.png"]
+    assert source.kind == "zip shards"
+    with source.reading([0, 2]) as fetches:
+        assert [fetch() for _, fetch in fetches] == [PICTURE] * 2
+
+
+def test_what_has_the_most_bytes_is_the_data(hub):
+    assert open_source("hf://datasets/user/teaser").kind == "zip"
+    with pytest.raises(
+        AlphaflowError, match="user/nothing-here: no pictures, no parquet and no zip or tar archive there"
+    ):
+        open_source("hf://datasets/user/nothing-here")
 
 
 def test_a_hub_that_stumbles_is_asked_again(hub):

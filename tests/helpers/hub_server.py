@@ -20,7 +20,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlparse
 
 LFS_FROM = 1024  # bytes; larger files and these endings go to LFS
-LFS_ENDINGS = (".safetensors", ".png", ".pt")
+LFS_ENDINGS = (".safetensors", ".png", ".pt", ".parquet")
 
 
 @dataclass
@@ -69,6 +69,7 @@ class HubServer:
         self.blobs = {}  # sha256 → bytes, uploaded to LFS
         self.faults = {}  # (method, part of the path) → Fault
         self.requests = []  # (method, path)
+        self.sends_on = False  # large files lie elsewhere, as on the real Hub, under addresses that may expire
         self.lock = threading.Lock()
         hub = self
 
@@ -290,7 +291,14 @@ class HubHandler(BaseHTTPRequestHandler):
             return None
         oid, files = found
         siblings = [{"rfilename": path, "size": len(content)} for path, content in files.items()]
-        facts = {"_id": "0", "id": name, "modelId": name, "sha": oid, "private": repo.private, "siblings": siblings}
+        facts = {
+            "_id": "0",
+            "id": name.removeprefix("datasets/"),
+            "modelId": name,
+            "sha": oid,
+            "private": repo.private,
+            "siblings": siblings,
+        }
         return self.send(200, facts | {"tags": [], "downloads": 0, "likes": 0, "gated": False, "disabled": False})
 
     def tree(self, name, revision, *, body):
@@ -317,23 +325,29 @@ class HubHandler(BaseHTTPRequestHandler):
         headers = {"X-Repo-Commit": oid, "Accept-Ranges": "bytes"}
         if is_lfs(path, content):
             sha = hashlib.sha256(content).hexdigest()
+            if self.server_hub.sends_on:
+                return self.send(302, b"", {"Location": f"{self.server_hub.url}/elsewhere/{name}/{oid}/{path}"})
             headers |= {"ETag": f'"{sha}"', "X-Linked-Etag": f'"{sha}"', "X-Linked-Size": str(len(content))}
         else:
             headers |= {"ETag": f'"{git_sha1(content)}"'}
         return self.send_content(content, headers)
 
+    def elsewhere(self, name, oid, path, *, body):
+        return self.send_content(self.server_hub.repos[name].at(oid)[1][path], {"Accept-Ranges": "bytes"})
+
     def send_content(self, content, headers):
         if self.fault and self.fault.corrupt and self.command == "GET":
             content = bytes([content[0] ^ 0xFF]) + content[1:]
-        start = re.match(r"bytes=(\d+)-", self.headers.get("Range", ""))
-        if start:
-            first = int(start[1])
-            headers["Content-Range"] = f"bytes {first}-{len(content) - 1}/{len(content)}"
-            return self.send(206, content[first:], headers)
+        span = re.match(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        if span:
+            first, last = int(span[1]), min(int(span[2] or len(content)), len(content) - 1)
+            headers["Content-Range"] = f"bytes {first}-{last}/{len(content)}"
+            return self.send(206, content[first : last + 1], headers)
         return self.send(200, content, headers)
 
 
 NAME = r"([\w.-]+/[\w.-]+)"
+DATA = r"(datasets/[\w.-]+/[\w.-]+)"  # a data set is a repository of this name in `repos`
 ROUTES = [
     ("GET /api/whoami-v2", "whoami"),
     ("POST /api/repos/create", "create"),
@@ -342,6 +356,11 @@ ROUTES = [
     (rf"POST /{NAME}\.git/info/lfs/objects/batch", "lfs_batch"),
     (r"PUT /lfs/(\w+)", "lfs_put"),
     (rf"POST /api/models/{NAME}/commit/(.+)", "commit"),
+    (rf"GET /api/{DATA}", "info"),
+    (rf"GET /api/{DATA}/revision/(.+)", "info"),
+    (rf"GET /api/{DATA}/tree/(refs/pr/\d+|[^/]+)(?:/.*)?", "tree"),
+    (rf"(?:GET|HEAD) /{DATA}/resolve/(refs/pr/\d+|[^/]+)/(.+)", "resolve"),
+    (rf"GET /elsewhere/{DATA}/([^/]+)/(.+)", "elsewhere"),
     (rf"GET /api/models/{NAME}", "info"),
     (rf"GET /api/models/{NAME}/revision/(.+)", "info"),
     (rf"GET /api/models/{NAME}/tree/(refs/pr/\d+|[^/]+)(?:/.*)?", "tree"),

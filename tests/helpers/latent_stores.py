@@ -12,9 +12,10 @@ from alphaflow_cli.latents.prepare import prepare_store
 from alphaflow_cli.runtime.processes import Processes, choose_device
 
 SD_VAE = AutoencoderRecord("stabilityai/sd-vae-ft-ema", "0" * 40, "1" * 64, 8, 0.18215, 0.0, "fp32", None)
+PIXELS = AutoencoderRecord("none", "", "", 1, 1.0, 0.0, "exact", None)
 
 
-def write_store(path, tensors, labels, *, kind="moments", classes=10, shard_size=16, flips=False):
+def write_store(path, tensors, labels, *, kind="moments", classes=10, shard_size=16, flips=False, record=SD_VAE):
     """`tensors`: rows by name (kind, and kind_flip where stored); returns the folder."""
     path.mkdir(parents=True)
     count, rows = len(labels), tensors[kind]
@@ -23,12 +24,12 @@ def write_store(path, tensors, labels, *, kind="moments", classes=10, shard_size
     channels = rows.shape[1] // (2 if kind == "moments" else 1)
     plan = StorePlan(
         source={"kind": "test", "name": "test", "images": count, "list_sha256": hashlib.sha256(images).hexdigest()},
-        image_size=rows.shape[2] * 8,
+        image_size=rows.shape[2] * record.downscale,
         latent=(channels, *rows.shape[2:]),
         kind=kind,
         dtype=str(rows.dtype),
         flips=flips,
-        autoencoder=SD_VAE,
+        autoencoder=record,
         transform=TRANSFORM,
         classes=classes,
         shard_size=shard_size,

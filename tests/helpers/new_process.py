@@ -118,11 +118,16 @@ class Worker(Command):
             os.setpgid(self.pid, self.pid)
 
     def _begin(self):
-        from accelerate.state import AcceleratorState, GradientState
-
         os.setpgid(0, 0)
-        AcceleratorState._reset_state(reset_partial_state=True)  # what earlier tests joined in this process
-        GradientState._reset_state()
+        forget_joined()
+
+
+def forget_joined():
+    """Forget what earlier tests joined in this process, from which a fork begins."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
 
 
 def alphaflow(line, *, timeout=200, **options):

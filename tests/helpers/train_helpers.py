@@ -51,6 +51,16 @@ MEMBERS = {  # the family's newer members, as changes of the tiny recipe
         "loss.short_first=true", "optim.kind=radam", "ema.ramp=0", "ema.every=4",
     ),
     "boundary": ("loss.tangent=network", "guidance.kappa=0", "guidance.t_max=0.8"),
+    "scale": (
+        "model.velocity_head=0", "model.inputs=[scale]", "guidance.scale=drawn", "guidance.omega=1", "guidance.kappa=0",
+        "guidance.t_max=0.8",
+    ),
+    "imf": (
+        "model.velocity_head=1", "model.inputs=[scale, interval]", "model.conditioning=tokens", "model.block=modern",
+        "guidance.scale=drawn", "guidance.interval=drawn", "guidance.drop=equal", "guidance.omega=1",
+        "guidance.kappa=0", "times.equal_draw=max", "loss.tangent=network", "loss.reduction=sum", "loss.c=0.01",
+        "loss.clamp=0", "optim.warmup_from=zero", "optim.clip_norm=0", "ema.ramp=0",
+    ),
 }  # fmt: skip
 
 

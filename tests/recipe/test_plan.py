@@ -93,12 +93,16 @@ def test_disk_and_memory_grow_as_they_should():
     )
 
 
+MODERN = "conditioning: tokens, block: modern, mlp_ratio: 2.6667"
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_the_memory_estimate_is_what_autograd_keeps(precision):
+@pytest.mark.parametrize("extra", ["depth: 3", f"depth: 3, {MODERN}", f"depth: 4, velocity_head: 2, {MODERN}"])
+def test_the_memory_estimate_is_what_autograd_keeps(precision, extra):
     """Bytes of the saved tensors of the real network, per row: two batch sizes, so that the weights drop out."""
     from alphaflow_cli.model.build import build_network
 
-    text = "model: {dim: 128, depth: 3, heads: 4}\ndata: {classes: 0}\n" + f"train: {{precision: {precision}}}"
+    text = f"model: {{dim: 128, heads: 4, {extra}}}\ndata: {{classes: 0}}\n" + f"train: {{precision: {precision}}}"
     recipe = recipe_from_text(text, "r")
     net = build_network(recipe)
     per_row = (saved_bytes(net, 4, precision) - saved_bytes(net, 2, precision)) / 2
@@ -106,7 +110,7 @@ def test_the_memory_estimate_is_what_autograd_keeps(precision):
 
 
 def saved_bytes(net, rows, precision):
-    """What autograd keeps of one forward of `rows` rows."""
+    """What autograd keeps of one forward of `rows` rows, by all heads."""
     import torch
 
     kept = {}
@@ -118,8 +122,64 @@ def saved_bytes(net, rows, precision):
     z, t, y = torch.randn(rows, 4, 32, 32), torch.rand(rows), torch.zeros(rows, dtype=torch.long)
     hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
     with hooks, torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-        net(z, t, t / 2, y)
+        net(z, t, t / 2, y, heads="u" if net.velocity_final is None else "both")
     return sum(size for size, _ in kept.values())
+
+
+def drawn(extra):
+    """What the network is given of guidance must be drawn."""
+    names = [name for name in ("scale", "interval") if name in extra.partition("inputs: [")[2].partition("]")[0]]
+    return f"\nguidance: {{label_dropout: 0.1, {', '.join(f'{name}: drawn' for name in names)}}}" if names else ""
+
+
+LADDER = (
+    f", {MODERN}, inputs: [scale, interval], velocity_head: 2", ", inputs: [scale], velocity_head: 0",
+    ", conditioning: tokens, inputs: [interval, scale], tokens: {label: 3, scale: 2, interval: 1, time: 1}",
+    ", block: modern", ", velocity_head: 3",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("extra", "labels"),
+    [*((extra, "classes: 7") for extra in LADDER), *((e, "classes: 0") for e in LADDER[3:]),
+     (f", {MODERN}", "classes: 0")],
+)  # fmt: skip
+def test_the_parameter_count_of_every_rung_is_that_of_the_built_network(extra, labels):
+    from alphaflow_cli.model.build import build_network
+
+    text = f"model: {{dim: 32, depth: 3, heads: 4{extra}}}\ndata: {{{labels}, latent_size: 8, image_size: 64}}"
+    recipe = recipe_from_text(text + drawn(extra), "r")
+    assert plan.parameter_count(recipe) == sum(p.numel() for p in build_network(recipe).parameters())
+
+
+@pytest.mark.parametrize("extra", ["", *LADDER])
+def test_the_counted_forward_of_every_rung_is_what_the_dispatcher_counts(extra):
+    import torch
+    from counting import count
+
+    from alphaflow_cli.model.build import build_network
+    from alphaflow_cli.recipe.speed import forward_flops, velocity_flops
+
+    text = f"model: {{dim: 192, depth: 4, heads: 3{extra}}}\ndata: {{latent_size: 16, image_size: 128}}"
+    recipe = recipe_from_text(text + drawn(extra), "r")
+    net, z, t = build_network(recipe), torch.randn(4, 4, 16, 16), torch.rand(4)
+    guide = torch.ones(4, 3) if net.inputs else None
+    heads = {"u": forward_flops(recipe), "both": forward_flops(recipe) + velocity_flops(recipe)}
+    for name, expected in heads.items() if net.velocity_final else (("u", heads["u"]),):
+        with torch.no_grad():
+            counted = count(lambda name=name: net(z, t, t / 2, torch.arange(4), guide=guide, heads=name)).flops
+        assert expected == pytest.approx(counted / 4, rel=0.02), name
+
+
+def test_the_plan_says_what_a_network_has_beyond_the_published_one():
+    sets = ["model.block=modern", "model.conditioning=tokens", "model.inputs=[scale, interval]"]
+    sets += ["guidance.scale=drawn", "guidance.interval=drawn", "guidance.kappa=0"]
+    recipe = load_recipe("b2-cfg", [*sets, "model.velocity_head=8"])
+    network = dict(lines(recipe))["network"]
+    assert "modern blocks, inputs as 20 more tokens, given the guidance scale and the guidance interval" in network
+    assert "a velocity head with 8 blocks of its own" in network
+    speed = facts(recipe)["speed"]["1 x H100"]
+    assert not speed["measured"]
 
 
 def test_a_warm_up_longer_than_the_run_is_pointed_out():

@@ -116,6 +116,120 @@ BROKEN = {
     ),
     "a floor of another prediction": ("model: {t_floor: 0.1}", "model.t_floor acts with prediction: data only"),
     "a floor of 0": ("model: {prediction: data, t_floor: 0}", "model.t_floor must lie between 0 and 1, got 0"),
+    "a scale that is not told": (
+        "guidance: {scale: drawn, label_dropout: 0.1}",
+        "guidance.scale is drawn, but the network is not told: add scale to model.inputs",
+    ),
+    "a scale that nobody draws": (
+        "model: {inputs: [scale]}",
+        "model.inputs has scale, but each row has the same: write guidance.scale: drawn",
+    ),
+    "an interval without a scale": (
+        "model: {inputs: [interval]}\nguidance: {interval: drawn, label_dropout: 0.1}",
+        "guidance.interval drawn needs a scale to draw too",
+    ),
+    "an interval that is not told": (
+        "model: {inputs: [scale]}\nguidance: {scale: drawn, label_dropout: 0.1, interval: drawn}",
+        "add interval to model.inputs",
+    ),
+    "an interval that nobody draws": (
+        "model: {inputs: [scale, interval]}\nguidance: {scale: drawn, label_dropout: 0.1}",
+        "model.inputs has interval, but each row has the same",
+    ),
+    "a drawn scale without null": (
+        "model: {inputs: [scale]}\nguidance: {scale: drawn}",
+        "a drawn scale needs the null label",
+    ),
+    "a drawn scale without labels": (
+        "data: {classes: 0}\nmodel: {inputs: [scale]}\nguidance: {scale: drawn, label_dropout: 0.1}",
+        "guidance without labels (data.classes is 0): write scale: fixed",
+    ),
+    "a drawn scale and kappa": (
+        "model: {inputs: [scale]}\nguidance: {scale: drawn, label_dropout: 0.1, kappa: 0.5}",
+        "guidance.omega and kappa follow from the scale that each row draws",
+    ),
+    "a drawn scale that fades": (
+        "model: {inputs: [scale]}\nguidance: {scale: drawn, label_dropout: 0.1, fade_from: 0.8}",
+        "guidance.fade_from fades one fixed guidance, scale drawn has many",
+    ),
+    "a fade with a drawn interval": (
+        "model: {inputs: [scale, interval]}\n"
+        "guidance: {scale: drawn, interval: drawn, label_dropout: 0.1, fade_from: 0.8}",
+        "guidance.fade_from fades one fixed guidance",
+    ),
+    "a drawn scale, dropped plainly": (
+        "model: {inputs: [scale]}\nguidance: {scale: drawn, label_dropout: 0.1, dropped: plain}",
+        "a row without label learns v in any case",
+    ),
+    "scales up to 1": (
+        "model: {inputs: [scale]}\nguidance: {scale: drawn, label_dropout: 0.1, scale_max: 1}",
+        "guidance.scale_max must be more than 1",
+    ),
+    "scales below 1": (
+        "model: {inputs: [scale]}\nguidance: {scale: drawn, label_dropout: 0.1, scale_max: 0.5}",
+        "guidance.scale_max must be 1 or more, got 0.5",
+    ),
+    "an exponent below 0": (
+        "model: {inputs: [scale]}\nguidance: {scale: drawn, label_dropout: 0.1, scale_beta: -1}",
+        "guidance.scale_beta must be 0 or more, got -1",
+    ),
+    "a law of no scale": (
+        "guidance: {scale_beta: 2}",
+        "guidance.scale_beta acts with scale: drawn only",
+    ),
+    "drawn ends and fixed ones": (
+        "model: {inputs: [scale, interval]}\nguidance: {scale: drawn, interval: drawn, label_dropout: 0.1, t_max: 0.8}",
+        "guidance.t_min and t_max are one interval, interval drawn has many",
+    ),
+    "guided as an input and at sampling": (
+        "model: {inputs: [scale]}\nguidance: {scale: drawn, label_dropout: 0.1}\nsample: {guidance: 2}",
+        "the network takes the scale as an input, and is asked once: write sample.scale",
+    ),
+    "a scale for a network without": (
+        "sample: {scale: 8}",
+        "sample.scale is what a network is told that was trained with guidance.scale drawn",
+    ),
+    "an interval for a network without": (
+        "sample: {interval: [0.4, 0.6]}",
+        "sample.interval is what a network is told",
+    ),
+    "an interval that is built in": (
+        "model: {inputs: [scale]}\nguidance: {scale: drawn, label_dropout: 0.1}\nsample: {interval: [0.4, 0.6]}",
+        "sample.interval acts where guidance.interval is drawn",
+    ),
+    "an interval that falls": (
+        "model: {inputs: [scale, interval]}\nguidance: {scale: drawn, interval: drawn, label_dropout: 0.1}\n"
+        "sample: {interval: [0.6, 0.4]}",
+        "sample.interval must rise within 0 to 1, got [0.6, 0.4]",
+    ),
+    "a scale below 1 at sampling": (
+        "model: {inputs: [scale]}\nguidance: {scale: drawn, label_dropout: 0.1}\nsample: {scale: 0.5}",
+        "sample.scale must be 1 or more, got 0.5",
+    ),
+    "labels of more rows than there are": (
+        "times: {equal_share: 0.1}\nguidance: {label_dropout: 0.1, drop: equal}",
+        "label_dropout 0.1 must be less than their share 0.1",
+    ),
+    "whose labels of none": (
+        "guidance: {drop: equal}",
+        "guidance.drop equal says whose labels are dropped, label_dropout 0 drops none",
+    ),
+    "the larger of two, and a law of its own": (
+        "times: {equal_draw: max, equal: {mean: 0}}",
+        "with equal_draw max there is none: choose one",
+    ),
+    "the larger of a time and a share": (
+        "times: {equal_draw: max, order: r_in_t_range}",
+        "order r_in_t_range has a time and a share",
+    ),
+    "a warm-up from zero of no steps": (
+        "optim: {warmup_from: zero, warmup_steps: 0}",
+        "without warm-up (warmup_steps 0) does nothing",
+    ),
+    "a velocity head of the Shortcut Model": (
+        "alpha: 0.5\nmodel: {velocity_head: 8}\nloss: {velocity: network, weight: none}",
+        "model.velocity_head",
+    ),
     "averages of every 0 steps": ("ema: {every: 0}", "ema.every must be 1 or more, got 0"),
     "null byte in a name": (
         'data: {store: "a\\0b"}',
@@ -152,6 +266,33 @@ BROKEN = {
     "a long list": (f"ema: {{half_lives: [{'1, ' * 1001}]}}", "ema.half_lives has 1,001 items, and 1,000 is the most"),
     "very many values": ("a: 1\n" * 6000, "more than 5,000 names and values, so this is not a recipe"),
     "a block of many lines": ("a: |\n" + "  x\n" * 9000, "unknown key 'a'"),
+    "velocity head too deep": ("model: {depth: 4, velocity_head: 5}", "velocity_head 5 is more than model.depth 4"),
+    "velocity head below 0": ("model: {velocity_head: -1}", "model.velocity_head must be 0 or more, got -1"),
+    "interval without scale": ("model: {inputs: [interval]}", "write inputs: [scale, interval]"),
+    "an input twice": ("model: {inputs: [scale, scale]}", "model.inputs names scale twice"),
+    "an unknown input": ("model: {inputs: [scal]}", "model.inputs[0] wants one of scale, interval; got 'scal'"),
+    "scale without labels": (
+        "model: {inputs: [scale]}\ndata: {classes: 0}",
+        "about guidance, which needs labels, and data.classes is 0",
+    ),
+    "modern with qk_norm": ("model: {block: modern, qk_norm: true}", "has a norm of queries and keys already"),
+    "modern with a table": ("model: {block: modern, positions: fixed}", "the table of positions, and block modern has"),
+    "modern with odd heads": ("model: {block: modern, dim: 36, heads: 4}", "gives each head 9 channels"),
+    "tokens without tokens": (
+        "model: {tokens: {label: 4}}",
+        "model.tokens counts the tokens of conditioning: tokens",
+    ),
+    "no tokens": ("model: {conditioning: tokens, tokens: {time: 0}}", "model.tokens.time must be 1 or more, got 0"),
+    "tokens of no input": (
+        "model: {conditioning: tokens, tokens: {scale: 2}}",
+        "tokens of an input that is not there: model.inputs has no scale",
+    ),
+    "tokens of no label": (
+        "model: {conditioning: tokens, tokens: {label: 2}}\ndata: {classes: 0}",
+        "tokens of an input that is not there: data.classes is 0",
+    ),
+    "tokens and r": ("model: {conditioning: tokens, second_time: r}", "the network is given t - r only"),
+    "tokens and noise": ("model: {conditioning: tokens, prediction: noise}", "prediction: noise needs it: use adaln"),
     "a long scalar": (f"data: {{store: {'y' * 60000}}}", "data.store has 60,000 characters"),
     "a long key": (f"? {'k' * 5000}\n: 1", "unknown key 'kkk"),
     "complex key": ("? [a]\n: 3", "a key must be a name"),

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from alphaflow_cli.runtime import threads
-from alphaflow_cli.runtime.threads import cgroup_quota, cores_here, crowded, threads_bounded, threads_here
+from alphaflow_cli.runtime.threads import cgroup_quota, cores_here, crowded, threads_bounded, threads_granted
 
 FILES = {  # what /proc/self/cgroup says, the files under /sys/fs/cgroup, and the cores that they grant
     "version 2": ("0::/job\n", {"job/cpu.max": "150000 100000\n"}, 1.5),
@@ -63,22 +63,22 @@ def test_mask_and_quota_bound_the_cores_and_the_smaller_one_is_named(eight_cores
 
 
 def test_processes_of_one_command_share_the_cores(eight_cores, monkeypatch):
-    assert threads_here(None).count == 8
+    assert threads_granted(None).count == 8
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
-    assert (threads_here(None).count, threads_here(None).reason) == (2, "8 cores for 3 processes")
+    assert (threads_granted(None).count, threads_granted(None).reason) == (2, "8 cores for 3 processes")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "16")
-    assert threads_here(None).count == 1
+    assert threads_granted(None).count == 1
 
 
 def test_the_users_number_comes_before_the_systems_and_too_many_are_named(eight_cores, monkeypatch):
-    assert (threads_here(3).count, threads_here(3).chosen) == (3, True)
-    assert crowded(threads_here(3)) == ""
-    assert "beware: 12 threads (--threads) on 8 cores" in crowded(threads_here(12))
+    assert (threads_granted(3).count, threads_granted(3).chosen) == (3, True)
+    assert crowded(threads_granted(3)) == ""
+    assert "beware: 12 threads (--threads) on 8 cores" in crowded(threads_granted(12))
     monkeypatch.setenv("OMP_NUM_THREADS", "8")
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0}, raising=False)
-    assert (threads_here(None).count, threads_here(None).reason) == (8, "OMP_NUM_THREADS=8")
+    assert (threads_granted(None).count, threads_granted(None).reason) == (8, "OMP_NUM_THREADS=8")
     monkeypatch.setenv(threads.OURS, "1")  # --processes has set it: no word of the user's
-    assert threads_here(None).count == 1
+    assert threads_granted(None).count == 1
 
 
 def test_a_command_computes_with_the_bounded_number_and_leaves_torchs_own_behind(monkeypatch, capsys):

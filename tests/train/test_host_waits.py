@@ -83,9 +83,12 @@ def test_a_step_waits_for_nothing(gpu, store, tmp_path, monkeypatch, alpha, guid
     assert gpu.on_device - before > 200
 
 
-@pytest.mark.parametrize(("member", "alpha"), [("soflow", 0.4), ("boundary", 0.4), ("boundary", 0.0)])
+@pytest.mark.parametrize(("member", "alpha"), [
+    ("soflow", 0.4), ("boundary", 0.4), ("boundary", 0.0), ("imf", 1.0), ("imf", 0.4), ("imf", 0.0), ("scale", 0.0),
+])  # fmt: skip
 def test_a_step_of_a_member_waits_for_nothing(gpu, store, tmp_path, monkeypatch, member, alpha):
     run = run_of(make_recipe(tmp_path, *MEMBERS[member]), store)
+    run.sums = Sums(GPU, has_head=run.objective.has_head)
     run.alpha_at, losses = lambda step: alpha, []
     monkeypatch.setattr(torch.Tensor, "backward", lambda loss: losses.append(loss))
     gpu.found.clear()

@@ -12,6 +12,7 @@ from alphaflow_cli.cli import run as cli
 from alphaflow_cli.data.manifest import read_manifest
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.recipe import dump_recipe, load_recipe, shipped
+from alphaflow_cli.train.propose import RecipeRequest, propose_recipe
 from alphaflow_cli.train.start import check_recipe
 from alphaflow_cli.train.store import check_store, disagreements, resolve_run, store_of
 
@@ -222,3 +223,12 @@ def test_a_store_that_is_not_there_leaves_no_folder(here, capsys):
     assert cli(shlex.split("train quickstart --data latents/nothing")) == 1
     assert "latents/nothing: no latent store here" in capsys.readouterr().err
     assert not Path("runs").exists()
+
+
+def test_constants_of_other_latents_are_estimated_on_the_store_instead(here):
+    own = "data: {normalise: channel, channel_mean: [1, 2, 3, 4], channel_std: [1, 1, 1, 1]}\n"
+    Path("like.yaml").write_text(own)
+    made = propose_recipe(RecipeRequest(Path("mine"), Path("new.yaml"), like="like.yaml")).recipe
+    assert (made.data.channels, made.data.normalise, made.data.channel_mean) == (3, "channel", None)
+    same = propose_recipe(RecipeRequest(Path("latents"), Path("new.yaml"), like="like.yaml")).recipe
+    assert same.data.channel_mean == (1, 2, 3, 4)

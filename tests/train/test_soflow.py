@@ -20,7 +20,8 @@ from alphaflow_cli.model.build import build_network
 from alphaflow_cli.nn.tangent import Beside
 from alphaflow_cli.recipe import load_recipe, plan
 from alphaflow_cli.train.optimise import Optimiser
-from alphaflow_cli.train.step import Objective, Rows, ask, time_laws, training_step
+from alphaflow_cli.train.questions import ask
+from alphaflow_cli.train.step import Objective, Rows, time_laws, training_step
 
 META = json.loads((FOLDER / "soflow_loss_meta.json").read_text())
 RECIPES = json.loads((FOLDER / "soflow_recipes.json").read_text())

@@ -14,7 +14,8 @@ from alphaflow_cli.convert.shape import to_published
 from alphaflow_cli.core.alpha import schedule_value
 from alphaflow_cli.model.compiling import compile_blocks
 from alphaflow_cli.recipe.schema import Guidance, Loss
-from alphaflow_cli.train.step import Objective, Rows, ask, training_step
+from alphaflow_cli.train.questions import ask
+from alphaflow_cli.train.step import Objective, Rows, training_step
 
 TINY = Size(dim=32, depth=2, heads=4, latent=8)
 BOUNDARY_META = json.loads((FOLDER / "imf_boundary_meta.json").read_text())

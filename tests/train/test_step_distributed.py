@@ -18,7 +18,7 @@ TORCH = tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2])
 def share_of(rows, rank, processes):
     """Every other row, r = t rows first."""
     places = [torch.arange(rows.n_equal)[rank::processes], torch.arange(rows.n_equal, len(rows.t))[rank::processes]]
-    names = [f.name for f in fields(Rows) if f.name not in ("n_equal", "question", "factor")]
+    names = [f.name for f in fields(Rows) if f.name not in ("n_equal", "question", "factor", "guide")]
     values = {name: getattr(rows, name)[torch.cat(places)] for name in names}
     return Rows(**values, n_equal=len(places[0]))
 

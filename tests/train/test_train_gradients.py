@@ -104,7 +104,9 @@ MEMBER_WAYS = {
 }
 
 
-@pytest.fixture(scope="module", params=MEMBERS)
+@pytest.fixture(
+    scope="module", params=[pytest.param(m, marks=pytest.mark.slow) if m == "scale" else m for m in MEMBERS]
+)
 def member(request, store, tmp_path_factory):
     """A member of the family, and its gradients in one process."""
     folder, sets = tmp_path_factory.mktemp(request.param), ("train.precision=fp64", *MEMBERS[request.param])
@@ -134,7 +136,7 @@ def test_asking_about_the_needed_rows_only_changes_no_gradient(alpha, store, tmp
     draws = step_draws(0, 5, batch=16, shape=run.stream.shape, device=run.world.device)
     t, r = sample_times(draws.normals, n_equal, time_laws(recipe.times))
     times = torch.stack([t, r, draws.uniforms]).double()
-    rows = rows_at(run, 5, slice(None), noise=draws.noise, times=times, n_equal=n_equal)
+    rows = rows_at(run, 5, slice(None), noise=draws.noise, drawn=times, n_equal=n_equal)
     assert 0 < len(rows.question.places) < 16, "of 16 + 12"
     some, every = (
         torch.autograd.grad(

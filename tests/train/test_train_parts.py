@@ -9,7 +9,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 from counting import count
-from train_helpers import CPU, begin, make_recipe, make_store, train
+from train_helpers import CPU, MEMBERS, begin, make_recipe, make_store, train
 
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.model.build import build_network
@@ -139,6 +139,15 @@ def test_the_formula_counts_what_the_dispatcher_counts(alpha, guided, tmp_path):
     assert mean_step_flops(recipe, alpha, 4, compiled=True) == pytest.approx(counted, rel=0.04)
 
 
+def test_it_counts_improved_meanflow_too(tmp_path):
+    """Its velocity's own blocks on the graded rows, and shared and velocity blocks on those that are asked."""
+    sizes = ("data.latent_size=16", "data.image_size=128", "model.dim=192", "model.heads=3")
+    recipe = make_recipe(tmp_path, *MEMBERS["imf"], *sizes)
+    net, rows, settings = build_network(recipe), random_rows(recipe, 16, 4, CPU), Objective.of(recipe)
+    counted = count(lambda: training_step(net, net, rows, alpha=0.0, objective=settings).loss.backward()).flops
+    assert mean_step_flops(recipe, 0.0, 4, compiled=True) == pytest.approx(counted, rel=0.02)
+
+
 def test_guidance_asks_about_so_many_rows_in_the_mean(tmp_path):
     """XL/2's interval and dropout: 93% of single draws and 87% of the later of two lie below .75 (normal tables)."""
     sets = ("guidance.omega=0.2", "guidance.kappa=0.92", "guidance.t_max=0.75", "guidance.label_dropout=0.1")
@@ -216,6 +225,23 @@ def test_a_label_table_of_another_size_is_fresh_and_said(strategy, store, tmp_pa
     there, here = (load_checkpoint(folder / "model.safetensors").weights for folder in (first, tmp_path / "second"))
     assert here["label_embed.weight"].shape == (10, 32)
     torch.testing.assert_close(here["blocks.0.mlp.fc1.weight"], there["blocks.0.mlp.fc1.weight"])
+
+
+@pytest.mark.parametrize("head", [0, 1])
+def test_a_velocity_that_is_not_in_the_checkpoint_begins_as_u(head, store, tmp_path):
+    imf = [text for text in MEMBERS["imf"] if "velocity_head" not in text]
+    first = train(make_recipe(tmp_path, *imf, "train.steps=10", "alpha=0"), store, tmp_path / "first")
+    sets = (*imf, f"model.velocity_head={head}", "train.steps=1", "alpha=0", "optim.lr=1e-30")
+    started = begin(make_recipe(tmp_path, *sets), store, tmp_path / "second", init_from=str(first))
+    assert started.wait() == [0], started.said()
+    assert "the velocity, which is not in the checkpoint, begins as u" in started.said()
+    assert "freshly initialised" not in started.said()
+    there, here = (load_checkpoint(folder / "model.safetensors").weights for folder in (first, tmp_path / "second"))
+    pairs = [("velocity_final.linear.weight", "final.linear.weight")]
+    pairs += [("velocity_blocks.0.mlp.fc1.weight", "blocks.1.mlp.fc1.weight")] if head else []
+    for velocity, u in pairs:
+        torch.testing.assert_close(here[velocity], there[u])
+        assert there[u].abs().max() > 0
 
 
 def test_another_architecture_is_refused_with_shapes(store, tmp_path):

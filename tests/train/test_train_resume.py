@@ -34,6 +34,8 @@ WAYS = {  # processes, micro-batch, --set
     "fsdp2": (2, None, ("train.strategy=fsdp2",)),
     "soflow": (1, None, MEMBERS["soflow"]),
     "the boundary tangent": (1, None, MEMBERS["boundary"]),
+    "improved MeanFlow": (1, 3, MEMBERS["imf"]),
+    "improved MeanFlow, fsdp2": (2, None, (*MEMBERS["imf"], "train.strategy=fsdp2")),
     "gradient checkpointing in bf16": (1, None, ("train.precision=bf16", "train.gradient_checkpointing=true")),
 }
 
@@ -69,7 +71,13 @@ def interrupt(recipe, store, out, step, how, processes, micro_batch):
     assert started.wait() == [expected] * processes, started.said()
 
 
-SLOW = ("accumulation", "the boundary tangent", "gradient checkpointing in bf16")
+SLOW = (
+    "accumulation",
+    "the boundary tangent",
+    "improved MeanFlow",
+    "improved MeanFlow, fsdp2",
+    "gradient checkpointing in bf16",
+)
 
 
 @pytest.mark.parametrize("way", [pytest.param(w, marks=pytest.mark.slow) if w in SLOW else w for w in WAYS])

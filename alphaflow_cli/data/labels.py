@@ -1,0 +1,190 @@
+"""Which class each picture of a source shows: what the command line says, the source itself, its folders, or a table.
+
+The first of these decides: --unlabelled (all pictures are one class), --labels FILE, what stands in the source beside
+each picture (parquet, WebDataset), class folders, and a table in the source where there are no class folders. Pictures
+of which nothing says the class are one class.
+"""
+
+import posixpath
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from alphaflow_cli.data.classes import Classes, choose_split, folders_of, read_classes
+from alphaflow_cli.data.pictures import TABLES, Labels, Source
+from alphaflow_cli.data.tables import Columns, Labelling, TableRow, parse_table
+from alphaflow_cli.errors import AlphaflowError
+from alphaflow_cli.files import read_file
+from alphaflow_cli.text import brief, counted
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """The pictures to take, by their lines in the source, with their labels; and what there is to say about it."""
+
+    lines: Sequence[int]
+    labels: list[int]
+    classes: Classes
+    notes: list[str]
+
+
+def label_pictures(source: Source, labelling: Labelling) -> Labelled:
+    """Choose the split, and find the class of each picture in it."""
+    every = source.paths
+    lines, prefix = choose_split(every)
+    if labelling.unlabelled:
+        return _one_class(lines, "--unlabelled")
+    if labelling.table:
+        path = Path(labelling.table)
+        base, where = _inside(source, path), str(path)
+        rows = parse_table(_read(path), where, labelling.columns, given=True) or []
+        return _by_keys(source, lines, _matched(source, lines, prefix, [(base, where, rows)]), None, [])
+    paths = [every[line] for line in lines]
+    in_folders = not labelling.columns.label and _are_sorted_into_folders(paths, prefix)
+    own = None if in_folders else source.labels(labelling.columns.label)
+    if own is not None:
+        return _by_keys(source, lines, _of_source(source, lines, own), own.order, [])
+    tables = _tables_of(source, prefix, labelling.columns)
+    if tables and not in_folders:
+        return _by_keys(source, lines, _matched(source, lines, prefix, tables), None, [])
+    if labelling.columns.label:
+        raise AlphaflowError(f"{source.name}: no table and no column says classes there, so --label-column has no use")
+    notes = [f"{where} not used, because class folders are there (--labels uses it)" for _, where, _ in tables]
+    folders = folders_of(paths, prefix)
+    if set(folders) == {""} and source.classes_json() is None:
+        return _one_class(lines, "neither folders nor a table tell classes apart")
+    return _by_keys(source, lines, folders, source.class_order(), notes)
+
+
+def _one_class(lines: Sequence[int], reason: str) -> Labelled:
+    return Labelled(lines, [0] * len(lines), Classes([""], ["all"], reason), [])
+
+
+def _by_keys(
+    source: Source, lines: Sequence[int], keys: Sequence[str], order: Sequence[str] | None, notes: list[str]
+) -> Labelled:
+    classes = read_classes(keys, source.classes_json(), order)
+    index = {key: number for number, key in enumerate(classes.folders)}
+    return Labelled(lines, [index[key] for key in keys], classes, notes)
+
+
+def _of_source(source: Source, lines: Sequence[int], own: Labels) -> list[str]:
+    keys = []
+    for line in lines:
+        key = own.of_each[line]
+        if key is None:
+            missing = sum(own.of_each[each] is None for each in lines)
+            raise AlphaflowError(
+                f"{source.name}: {brief(source.names[line])!r} has no label ({counted(missing, 'picture')} without). "
+                "Mend it, or take all pictures as one class: --unlabelled"
+            )
+        keys.append(key)
+    return keys
+
+
+def _are_sorted_into_folders(paths: Sequence[str], prefix: str) -> bool:
+    """Whether all pictures lie in class folders, and there are several of these."""
+    folders = {posixpath.dirname(path[len(prefix) :]) for path in paths}
+    return len(folders) > 1 and "" not in folders
+
+
+Tables = list[tuple[str, str, list[TableRow]]]  # the folder that the names are relative to, the table's name, its rows
+
+
+def _tables_of(source: Source, prefix: str, columns: Columns) -> Tables:
+    """The tables of the split that lie in the fewest folders; several in one folder need a choice."""
+    names = [name for name in source.asides if name.rsplit("/", 1)[-1] in TABLES]
+    names = [name for name in names if _is_on_the_way(posixpath.dirname(name), prefix)]
+    least = min((name.count("/") for name in names), default=0)
+    tables: Tables = []
+    for name in sorted(name for name in names if name.count("/") == least):
+        rows = parse_table(source.read_aside(name), f"{source.name}/{name}", columns, given=bool(columns.label))
+        if rows is not None:
+            tables.append((posixpath.dirname(name), f"{source.name}/{name}", rows))
+    folders = [folder for folder, _, _ in tables]
+    if len(set(folders)) < len(folders):
+        shown = ", ".join(where for _, where, _ in tables)
+        raise AlphaflowError(f"{source.name}: holds several tables of labels ({shown}); choose one with --labels FILE")
+    return tables
+
+
+def _is_on_the_way(folder: str, prefix: str) -> bool:
+    """Whether a folder lies above or below the one that the pictures share."""
+    folder = posixpath.join(posixpath.normpath(folder or "."), "").removeprefix("./")
+    prefix = prefix.removeprefix("./")
+    return prefix.startswith(folder) or folder.startswith(prefix)
+
+
+def _matched(source: Source, lines: Sequence[int], prefix: str, tables: Tables) -> list[str]:
+    """The class of each picture by the tables; a name without its picture, or a picture without a row, is an error."""
+    paths = source.paths
+    names = _Names(paths, prefix)
+    keys: dict[int, str] = {}
+    for base, where, rows in tables:
+        strangers = []
+        for row in rows:
+            line = names.find(base, row.name)
+            if line is None:
+                strangers.append(row)
+            elif keys.setdefault(line, row.label) != row.label:
+                raise AlphaflowError(
+                    f"{where}: line {row.number} says that {brief(row.name)} is {brief(row.label)}, an earlier one "
+                    f"{brief(keys[line])}. Keep one of them"
+                )
+        if strangers:
+            raise AlphaflowError(
+                f"{where}: line {strangers[0].number} names {brief(strangers[0].name)}, which is not in {source.name} "
+                f"({len(strangers):,} of {len(rows):,} rows have no picture). Names are relative to the table, or to "
+                "the folder of the pictures"
+            )
+    missing = [line for line in lines if line not in keys]
+    if missing:
+        raise AlphaflowError(
+            f"{tables[0][1]}: has no row for {counted(len(missing), 'picture')}; the first is "
+            f"{brief(paths[missing[0]])}. Add rows, or move such pictures away"
+        )
+    return [keys[line] for line in lines]
+
+
+class _Names:
+    """Lines of a source by the names that a table may use: whole paths, with or without the suffix."""
+
+    def __init__(self, paths: Sequence[str], prefix: str) -> None:
+        self.prefix = prefix
+        self.whole: dict[str, int] = {}
+        self.stems: dict[str, int] = {}
+        for line, path in enumerate(paths):
+            path = posixpath.normpath(path)
+            if path in self.whole:
+                raise AlphaflowError(
+                    f"{brief(path)}: is in several archives, so no table can name it. Rename one of them"
+                )
+            self.whole[path] = line
+            stem = posixpath.splitext(path)[0]
+            self.stems[stem] = -1 if stem in self.stems else line  # -1: two pictures differ only in their suffixes
+
+    def find(self, base: str, name: str) -> int | None:
+        for known in (self.whole, self.stems):
+            for start in self._starts(base):
+                line = known.get(posixpath.normpath(posixpath.join(start, name.replace("\\", "/"))))
+                if line is not None and line >= 0:
+                    return line
+        return None
+
+    def _starts(self, base: str) -> Iterator[str]:
+        yield base
+        yield self.prefix
+
+
+def _inside(source: Source, table: Path) -> str:
+    """The folder of a table as a path in the source, where it lies in it; else the source's own."""
+    root = getattr(source, "root", None)
+    folder = table.expanduser().resolve().parent
+    return folder.relative_to(root).as_posix() if root and folder.is_relative_to(root) else ""
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return read_file(path.expanduser())
+    except OSError as fault:
+        raise AlphaflowError(f"{path}: the table of labels cannot be read ({fault.strerror or fault})") from fault
