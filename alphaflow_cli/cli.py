@@ -33,6 +33,7 @@ VERBS: dict[str, tuple[str, str]] = {
         "Measure pictures: FID, FDD, FCD, FD-tiny, KID, IS, precision and recall.",
     ),
     "reference": ("alphaflow_cli.commands.reference", "Measure real pictures once, for eval to compare with."),
+    "ema": ("alphaflow_cli.commands.ema", "Make averages of other half-lives of a run's kept weights, and score them."),
     "convert": ("alphaflow_cli.commands.convert", "Convert a checkpoint of another system to ours."),
     "push": ("alphaflow_cli.commands.push", "Publish a model on the Hub."),
     "pull": ("alphaflow_cli.commands.pull", "Fetch a published model from the Hub."),

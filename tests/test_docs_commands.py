@@ -160,7 +160,7 @@ TRAINING = """
 alpha: {kind: linear, start: 1, end: 3}
 train: {steps: 4, batch: 8, precision: fp32, save_every: 2, log_every: 1, sample_every: 4}
 optim: {warmup_steps: 1}
-eval: {metrics: [fd-tiny], images: 100, draw: balanced, nfe: [1], reference: "glyphs:100"}
+eval: {metrics: [fd-tiny], images: 100, draw: balanced, nfe: [1], reference: "glyphs:100", every: 2, quick_images: 100}
 """
 
 

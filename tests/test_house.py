@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "alphaflow_cli"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
-VERBS = ("report", "hub", "analyze", "train", "evaluate", "sample", "latents", "convert")
+VERBS = ("report", "hub", "analyze", "ema", "train", "evaluate", "sample", "latents", "convert")
 GROUND = {
     "model": {"nn", "data", "remote", "runtime", "recipe", "core"},
     "data": {"remote", "core"},

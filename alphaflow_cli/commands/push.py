@@ -12,6 +12,7 @@ EPILOG = examples(
     "alphaflow push",
     "alphaflow push runs/quickstart --dry-run",
     "alphaflow push runs/b2 me/b2 --private --license apache-2.0",
+    "alphaflow push runs/quickstart --best --dry-run",
 )
 
 
@@ -46,9 +47,16 @@ def local_source(source: str, repo: str | None) -> Path:
     return path
 
 
+def after_dry_run(path: Path, repo: str | None, *, best: bool) -> str:
+    """What a dry run says at its end: the command that sends, where the repository was named."""
+    line = f"alphaflow push {path} {repo}{' --best' * best}"
+    return f"nothing was sent; to send it: {line}" if repo else "nothing was sent"
+
+
 @click.command(epilog=EPILOG)
 @click.argument("source", metavar="[RUN|CKPT]", required=False, shell_complete=complete_path)
 @click.argument("repo", required=False, callback=check_repository)
+@click.option("--best", is_flag=True, help="The checkpoint that scored best while training, not the newest.")
 @click.option("--private", is_flag=True, help="Create a private repository.")
 @click.option("--pr", "pull_request", is_flag=True, help="Open a pull request instead of committing.")
 @click.option("--dry-run", is_flag=True, help="Write the folder and list it; nothing is sent.")
@@ -74,6 +82,7 @@ def local_source(source: str, repo: str | None) -> Path:
 def command(
     source: str | None,
     repo: str | None,
+    best: bool,
     private: bool,
     pull_request: bool,
     dry_run: bool,
@@ -95,13 +104,12 @@ def command(
     from alphaflow_cli.runtime.progress import say
 
     path = path or newest_run()
-    opened = open_publication(path, with_results=not without_results)
+    opened = open_publication(path, with_results=not without_results, best=best)
     if dry_run:
         folder = out or (path / "hub" if path.is_dir() else path.with_name(f"{path.stem}-hub"))
-        name = repo or f"user/{opened.name}"
-        files = stage(opened, folder, repo=name, licence=licence, autoencoder=autoencoder)
+        files = stage(opened, folder, repo=repo or f"user/{opened.name}", licence=licence, autoencoder=autoencoder)
         print_table([(name, f"{size:,} bytes") for name, size in files.items()])
-        say(f"nothing was sent; to send it: alphaflow push {path} {name}" if repo else "nothing was sent")
+        say(after_dry_run(path, repo, best=best))
         click.echo(folder)
         return
     user = check_login()

@@ -166,7 +166,7 @@ def evaluate(
     """Measure pictures: rows and warnings on the first process, None on the others."""
     check_count(source)
     check_reference(metrics, reference, ruler.extractors, source.size)
-    check_crop(reference, source)
+    check_crop(reference, source.crop, source.size)
     clock = Clock()
     work, moments = ruler.measure(source, clock, source.task)
     if ruler.processes.rank:
@@ -214,14 +214,13 @@ def make_reference(
     return reference, _warnings(reference.facts["copies"], source, ())
 
 
-def check_crop(reference: Reference | None, source: ImageSource) -> None:
+def check_crop(reference: Reference | None, crop: Crop | None, size: tuple[int, int]) -> None:
     """Refuse real pictures that were cropped by another rule than those that the model has learnt from."""
     there = crop_of(str(reference.facts["prepared"])) if reference else None
-    if reference and there and source.crop and there != source.crop:
+    if reference and there and crop and there != crop:
         raise AlphaflowError(
             f"{reference.facts['name']}: its pictures became square by --crop {there}, those that the model has learnt "
-            f"from by --crop {source.crop}. Build one: alphaflow reference SOURCE --size {source.size[0]} "
-            f"--crop {source.crop} -o FILE"
+            f"from by --crop {crop}. Build one: alphaflow reference SOURCE --size {size[0]} --crop {crop} -o FILE"
         )
 
 

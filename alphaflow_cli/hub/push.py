@@ -17,13 +17,13 @@ from safetensors import safe_open
 
 from alphaflow_cli.charts.draw import to_png
 from alphaflow_cli.errors import AlphaflowError
-from alphaflow_cli.evaluate.results import read_results
+from alphaflow_cli.evaluate.results import RESULTS_SCHEMA, read_results
 from alphaflow_cli.files import sha256_of, write_by, write_whole
 from alphaflow_cli.hub.card import CardFacts, config_json, last_part, model_card, result_rows, scrub
 from alphaflow_cli.model.checkpoint import Checkpoint, check_autoencoder, load_checkpoint, save_checkpoint
-from alphaflow_cli.model.find import find_checkpoint, step_name
+from alphaflow_cli.model.find import best_name, check_run, find_checkpoint, nfe_of_best, run_folder, step_name
 from alphaflow_cli.nn.autoencoder import load_autoencoder
-from alphaflow_cli.recipe import dump_recipe
+from alphaflow_cli.recipe import dump_recipe, load_recipe
 from alphaflow_cli.recipe.plan import parameter_count
 from alphaflow_cli.remote.address import is_repository
 from alphaflow_cli.remote.cache import cache_folder
@@ -42,6 +42,7 @@ from alphaflow_cli.sample.generator import open_generator, pictures
 from alphaflow_cli.sample.grid import grid_in_rows, plain_png
 from alphaflow_cli.sample.walk import plan_walk
 from alphaflow_cli.train.curves import recipe_chart
+from alphaflow_cli.train.scores import why_best
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -59,6 +60,7 @@ class Publication:
     sha256: str  # of the file, when it was read
     checkpoint: Checkpoint
     results: dict[str, Any] | None
+    chosen: str = ""  # by which score it was chosen, where it is a run's best checkpoint
 
     @property
     def name(self) -> str:
@@ -80,15 +82,54 @@ def newest_run(root: Path = Path("runs")) -> Path:
     return models[-1].parent
 
 
-def open_publication(address: Path, *, with_results: bool) -> Publication:
-    """Read a run folder or a checkpoint; results of other weights are refused here, before anything is sent."""
-    path = find_checkpoint(str(address))
+def open_publication(address: Path, *, with_results: bool, best: bool = False) -> Publication:
+    """Read a run folder, the best checkpoint of one, or a checkpoint.
+
+    Results of other weights are refused here, before anything is sent.
+    """
+    path = best_of(address) if best else find_checkpoint(str(address))
     run = address if address.is_dir() else None
+    nfe = nfe_of_best(path)
+    if nfe is not None:  # named by its file, perhaps
+        run = run or run_folder(str(path))
     if run is not None:
         see_own(run, path)
     sha256, checkpoint = sha256_of(path), load_checkpoint(path)
     _see_same(path, sha256, path)
-    return Publication(run, path, sha256, checkpoint, _results(run, path, sha256) if run and with_results else None)
+    if run is None or nfe is None:
+        return Publication(run, path, sha256, checkpoint, _results(run, path, sha256) if run and with_results else None)
+    results = _results_of_best(run, sha256) if with_results else None
+    return Publication(run, path, sha256, checkpoint, results, why_best(run, nfe, checkpoint))
+
+
+def best_of(run: Path) -> Path:
+    """The best checkpoint that a run kept, at the number of evaluations that its recipe samples with."""
+    if not run.is_dir():
+        raise AlphaflowError(f"{run}: --best is about a run folder, and this is a file. Leave it out.")
+    check_run(run)
+    path = run / best_name(load_recipe(str(run / "recipe.yaml")).sample.nfe)
+    if not path.exists():
+        others = ", ".join(sorted(each.name for each in run.glob("best-nfe*.safetensors")))
+        advice = f"Name one that is here: {others}" if others else "Train with scores: --set eval.every=1000"
+        raise AlphaflowError(f"{path}: no best checkpoint was kept. {advice}")
+    return path
+
+
+def _results_of_best(run: Path, sha256: str) -> dict[str, Any] | None:
+    """All that was measured of these weights, while the run trained and afterwards."""
+    evaluations = []
+    newest = [path for path in (run / "results.json",) if path.is_file()]  # the best may be the newest, too
+    for path in [*newest, *sorted(run.glob("evals/*/results.json"))]:
+        see_own(run, path)
+        results = read_results(path, advice="Move it away; or push --without-results")
+        same = (each for each in results["evaluations"] if _is_of(each, sha256))
+        evaluations += [{"environment": results.get("environment", {}), **each} for each in same]
+    return {"schema": RESULTS_SCHEMA, "evaluations": evaluations} if evaluations else None
+
+
+def _is_of(evaluation: dict[str, Any], sha256: str) -> bool:
+    rows = evaluation["rows"]
+    return bool(rows) and all(row["pictures"].get("checkpoint_sha256") == sha256 for row in rows)
 
 
 def see_own(run: Path, path: Path) -> None:
@@ -131,7 +172,7 @@ def stage(
         write_whole(folder / "results.json", text + "\n")
     write_whole(folder / "alpha.png", to_png(recipe_chart(recipe)))
     write_whole(folder / "samples.png", _samples(source, folder / MODEL))
-    facts = CardFacts(repo, recipe, clean.origin, parameters, results, licence)
+    facts = CardFacts(repo, recipe, clean.origin, parameters, results, licence, source.chosen)
     write_whole(folder / "README.md", model_card(facts))
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
@@ -174,7 +215,8 @@ def _clean(checkpoint: Checkpoint, *, packaged: bool) -> Checkpoint:
         autoencoder=scrub(recipe.data.autoencoder),
     )
     evaluation = replace(recipe.eval, reference=last_part(recipe.eval.reference))
-    recipe = replace(recipe, name=scrub(recipe.name), data=data, eval=evaluation)
+    expected = tuple(replace(score, source=scrub(score.source)) for score in recipe.expected)
+    recipe = replace(recipe, name=scrub(recipe.name), data=data, eval=evaluation, expected=expected)
     begun = str(origin.get("init_from") or "")
     if begun and not is_repository(begun.partition("@")[0].partition(":")[0]):
         origin = origin | {"init_from": last_part(begun)}

@@ -37,6 +37,17 @@ def saved_steps(folder: Path, suffix: str = "") -> list[Path]:
     return sorted((path for path in named if path.stem == step_name(step_of(path))), key=step_of)
 
 
+def best_name(nfe: int) -> str:
+    """The file at the top of a run that keeps its best checkpoint at so many evaluations: best-nfe1.safetensors."""
+    return f"best-nfe{nfe}.safetensors"
+
+
+def nfe_of_best(path: Path) -> int | None:
+    """The number of evaluations that such a name tells, the inverse of best_name; None for any other file."""
+    match = re.fullmatch(r"best-nfe([1-9][0-9]{0,5})\.safetensors", path.name)
+    return int(match[1]) if match else None
+
+
 def checkpoint_folders(run: Path) -> list[Path]:
     """The checkpoints that a run kept, by step."""
     return [path for path in saved_steps(run / "checkpoints") if path.is_dir()]

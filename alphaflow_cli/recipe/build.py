@@ -114,8 +114,8 @@ def _value(kind: Any, node: Tree, default: Any, path: str, reader: Reader) -> An
     """One field, read as `kind`; on a fault, the default stands in so that reading goes on."""
     if kind is Schedule:
         return _section(default, long_form(node) if isinstance(node, Scalar) else node, path, reader)
-    if is_dataclass(kind):
-        return _section(default, node, path, reader)
+    if is_dataclass(kind):  # an item of a list has no default of its own
+        return _section(cast(type, kind)() if default is None else default, node, path, reader)
     optional = get_origin(kind) in (UnionType, Union) and NoneType in get_args(kind)
     if optional and isinstance(node, Scalar) and not node.quoted and node.text in EMPTY:
         return None

@@ -21,7 +21,8 @@ AT_LEAST = {  # field: smallest value
     "ema.every train.batch train.save_every train.keep train.log_every optim.nonfinite_limit sample.nfe eval.images",
     0: "model.velocity_head data.classes data.stats_images optim.warmup_steps optim.weight_decay optim.clip_norm "
     "loss.clamp loss.c guidance.scale_beta ema.ramp train.seed train.milestone_every train.sample_every "
-    "train.conflict_every",
+    "train.conflict_every eval.every",
+    100: "eval.quick_images",  # below it nothing is printed that looks like a score
 }
 AT_MOST = {  # field: largest value, far beyond use: what passes it is a slip of the hand that would fill the memory
     1_000: "model.mlp_ratio model.tokens.label model.tokens.scale model.tokens.interval model.tokens.time",
@@ -30,7 +31,7 @@ AT_MOST = {  # field: largest value, far beyond use: what passes it is a slip of
     65_536: "model.dim model.heads",
     10_000_000: "data.classes",
     16_777_216: "train.batch",
-    100_000_000: "eval.images",
+    100_000_000: "eval.images eval.quick_images",
 }
 POSITIVE = (
     "model.mlp_ratio data.scale times.std times.second.std times.equal.std guidance.omega guidance.fade_rate optim.lr "
@@ -38,7 +39,7 @@ POSITIVE = (
 )
 SHARES = "model.t_floor train.precise_below guidance.t_min guidance.t_max guidance.fade_from"  # within [0, 1]
 BELOW_ONE = "guidance.label_dropout guidance.kappa times.gap"  # within [0, 1)
-NO_REPEATS = "model.inputs ema.half_lives train.trackers eval.metrics eval.nfe"
+NO_REPEATS = "model.inputs ema.half_lives train.trackers eval.metrics eval.nfe eval.quick_metrics eval.quick_nfe"
 
 
 def check(recipe: Recipe, place: Callable[[str], str], faults: Faults) -> None:
@@ -59,9 +60,10 @@ def check(recipe: Recipe, place: Callable[[str], str], faults: Faults) -> None:
             check_guidance,
             _loss,
             _optim,
-            _precision,
             _sample,
             _eval,
+            _quick,
+            _expected,
         ):
             for path, what in rule(recipe):
                 faults.add(place(path), what)
@@ -302,16 +304,6 @@ def _optim(recipe: Recipe) -> Iterator[Fault]:
         yield "ema.half_lives", "ema.half_lives wants at least one half-life, each more than 0 steps"
 
 
-def _precision(recipe: Recipe) -> Iterator[Fault]:
-    train = recipe.train
-    if train.precise_below and train.precision != "bf16":
-        yield (
-            "train.precise_below",
-            f"train.precise_below {train.precise_below:g} says where bf16 ends, but train.precision is "
-            f"{train.precision}: leave it out",
-        )
-
-
 def _sample(recipe: Recipe) -> Iterator[Fault]:
     sample = recipe.sample
     if sample.times is not None:
@@ -333,10 +325,36 @@ def _grid(path: str, times: tuple[float, ...]) -> Iterator[Fault]:
 
 
 def _eval(recipe: Recipe) -> Iterator[Fault]:
-    if not recipe.eval.nfe or not all(1 <= nfe <= MOST_NFE for nfe in recipe.eval.nfe):
-        wanted = f"at least one number of evaluations, each from 1 to {MOST_NFE:,}"
-        yield "eval.nfe", f"eval.nfe wants {wanted}, got {list(recipe.eval.nfe)}"
-    if not recipe.eval.metrics:
-        yield "eval.metrics", "eval.metrics is empty"
+    for name in ("nfe", "quick_nfe"):
+        counts = getattr(recipe.eval, name)
+        if not counts or not all(1 <= nfe <= MOST_NFE for nfe in counts):
+            wanted = f"at least one number of evaluations, each from 1 to {MOST_NFE:,}"
+            yield f"eval.{name}", f"eval.{name} wants {wanted}, got {list(counts)}"
+    for name in ("metrics", "quick_metrics"):
+        if not getattr(recipe.eval, name):
+            yield f"eval.{name}", f"eval.{name} is empty"
     if recipe.eval.draw == "balanced" and recipe.data.classes == 0:
         yield "eval.draw", "eval.draw balanced without labels (data.classes is 0): write random"
+
+
+def _quick(recipe: Recipe) -> Iterator[Fault]:
+    """The scores of a run while it trains."""
+    chosen = recipe.eval.best_by
+    if chosen is not None and chosen not in recipe.eval.quick_metrics:
+        listed = ", ".join(recipe.eval.quick_metrics)
+        yield "eval.best_by", f"eval.best_by {chosen} is not among eval.quick_metrics ({listed}): add it there"
+    if (chosen or (recipe.eval.quick_metrics or ("",))[0]) == "pr":
+        yield "eval.best_by", "eval.best_by pr is four numbers, and one has to choose: name another of quick_metrics"
+    if recipe.eval.every and not recipe.eval.reference and set(recipe.eval.quick_metrics) != {"is"}:
+        yield (
+            "eval.every",
+            "eval.every compares with eval.reference, which is empty: give a reference file or a source of pictures, "
+            "such as --set eval.reference=FILE, or leave eval.every out",
+        )
+
+
+def _expected(recipe: Recipe) -> Iterator[Fault]:
+    for i, point in enumerate(recipe.expected):
+        for name, least in (("step", 1), ("nfe", 1), ("images", 1)):
+            if getattr(point, name) < least:
+                yield f"expected[{i}].{name}", f"expected[{i}].{name} must be {least} or more"

@@ -139,7 +139,7 @@ def to_dict(section: Any) -> dict[str, Any]:
             value = value.initial
         elif is_dataclass(value):
             value = to_dict(value)
-        plain[field.name] = list(value) if isinstance(value, tuple) else value
+        plain[field.name] = [to_dict(v) if is_dataclass(v) else v for v in value] if isinstance(value, tuple) else value
     return plain
 
 
@@ -159,8 +159,11 @@ def _lines(section: dict[str, Any], indent: str) -> list[str]:
 
 
 def _value(value: Any) -> str:
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return "[" + ", ".join(_value(item) for item in value) + "]"
+    if isinstance(value, dict) or is_dataclass(value):
+        value = value if isinstance(value, dict) else to_dict(value)
+        return "{" + ", ".join(f"{key}: {_value(item)}" for key, item in value.items()) + "}"
     return json.dumps(value, ensure_ascii=False)  # each JSON scalar is a YAML scalar of the same meaning
 
 
@@ -168,6 +171,8 @@ def set_text(value: Any) -> str:
     """Write a recipe's value as `--set` takes it."""
     if isinstance(value, tuple):
         return "[" + ", ".join(set_text(item) for item in value) + "]"
+    if is_dataclass(value):
+        return _value(value)
     plain = {None: "null", True: "true", False: "false"} if value is None or isinstance(value, bool) else {}
     return plain.get(value, str(value)) if plain else str(value) or '""'
 

@@ -261,6 +261,23 @@ class Eval:
     draw: LabelDraw = "random"  # labels: uniform per seed (published), or the same number of each
     nfe: tuple[int, ...] = (1, 2)
     reference: str = ""  # reference statistics or a picture source; empty: asked for on the command line
+    every: int = 0  # steps between scores while training, each with a checkpoint; 0 = none
+    quick_metrics: tuple[Metric, ...] = ("fd-tiny",)  # of those scores
+    quick_images: int = 2_000  # pictures of those scores
+    quick_nfe: tuple[int, ...] = (1, 2)  # of those scores; each keeps its best checkpoint, best-nfeN.safetensors
+    best_by: Metric | None = None  # the score that chooses it; null = the first of quick_metrics
+
+
+@dataclass(frozen=True)
+class ExpectedScore:
+    """A score that this recipe is known to reach at a step; the report draws it under the run's own curve."""
+
+    step: int = 0
+    metric: Metric = "fid"
+    nfe: int = 1
+    value: float = 0.0
+    images: int = 50_000  # it was measured on
+    source: str = "published"  # or another word: measured, a paper's number
 
 
 @dataclass(frozen=True)
@@ -279,6 +296,7 @@ class Recipe:
     train: Train = field(default_factory=Train)
     sample: Sample = field(default_factory=Sample)
     eval: Eval = field(default_factory=Eval)
+    expected: tuple[ExpectedScore, ...] = ()
 
 
 def resolve_step(step: StepOrShare, total: int) -> int:

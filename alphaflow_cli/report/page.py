@@ -20,6 +20,7 @@ from alphaflow_cli.charts.chart import DARK_STYLE, Chart
 from alphaflow_cli.charts.draw import LEFT, RIGHT, axis_of_x, to_svg
 from alphaflow_cli.data.pictures import open_picture
 from alphaflow_cli.errors import blamed_on
+from alphaflow_cli.report.nearest import NearestPictures
 from alphaflow_cli.sample.grid import in_colour
 
 NARROW = 380  # pixels: a chart for a telephone
@@ -46,6 +47,9 @@ class RunPage:
     conflict_rows: TableRows = ()
     samples: Sequence[tuple[str, str]] = ()  # (step name, data address)
     scores: TableRows = ()  # (score, NFE, value, protocol)
+    score_curves: Chart | None = None
+    score_notes: Sequence[str] = ()  # about the curves, and the best checkpoints
+    nearest: NearestPictures | None = None
     compared_with: str = ""
     changes: TableRows = ()  # (field, there, here)
     recipe: str = ""
@@ -58,6 +62,7 @@ def run_page(page: RunPage) -> str:
     sections = [
         ("samples", "Samples", _samples(page)),
         ("scores", "Scores", _scores(page)),
+        *([("nearest", "Learnt by heart?", _nearest(page.nearest))] if page.nearest else []),
         ("curves", "Curves", _curves(page)),
         ("alpha", "Alpha and its phases", drawn(page.plan)),
         ("conflict", "The conflict", _conflict(page)),
@@ -66,14 +71,28 @@ def run_page(page: RunPage) -> str:
         ("environment", "Environment", html_table(page.environment, style="facts")),
         ("reproduce", "How to reproduce", _commands(page)),
     ]
-    links = "".join(f'<a href="#{key}">{escape(title)}</a>' for key, title, _ in sections)
-    body = "".join(f'<section id="{key}"><h2>{escape(title)}</h2>{inner}</section>' for key, title, inner in sections)
+    return html_document(page.name, page.status, page.made_by, [Section(*each) for each in sections])
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of a page: its name in addresses, its title, and its markup."""
+
+    key: str
+    title: str
+    inner: str
+
+
+def html_document(name: str, status: str, made_by: str, sections: Sequence[Section]) -> str:
+    """Write a page of these sections, that needs nothing else."""
+    links = "".join(f'<a href="#{each.key}">{escape(each.title)}</a>' for each in sections)
+    body = "".join(f'<section id="{s.key}"><h2>{escape(s.title)}</h2>{s.inner}</section>' for s in sections)
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{escape(POLICY)}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(page.name)}: run report</title><style>{CSS}{DARK_STYLE}</style></head>\n<body><main>"
-        f"<header><h1>{escape(page.name)}</h1><p>{escape(page.status)}<br>{escape(page.made_by)}</p></header>"
+        f"<title>{escape(name)}: run report</title><style>{CSS}{DARK_STYLE}</style></head>\n<body><main>"
+        f"<header><h1>{escape(name)}</h1><p>{escape(status)}<br>{escape(made_by)}</p></header>"
         f"<nav>{links}</nav>{body}</main><script>{SCRIPT}</script></body></html>\n"
     )
 
@@ -170,6 +189,10 @@ def step_words(name: str) -> str:
 
 
 def _scores(page: RunPage) -> str:
+    curves = drawn(page.score_curves) if page.score_curves else ""
+    curves += "".join(note(text) for text in page.score_notes)
+    if not page.scores and curves:
+        return curves
     if not page.scores:
         return note(f"Not measured. Run: {_command(page, 'eval')}")
     caption = (
@@ -177,7 +200,13 @@ def _scores(page: RunPage) -> str:
         "higher. Two numbers may be compared only where their protocols are the same."
     )
     head = ("score", "NFE", "value", "protocol")
-    return html_table(page.scores, head=head, numbers=(1, 2), style="scores") + note(caption)
+    return curves + html_table(page.scores, head=head, numbers=(1, 2), style="scores") + note(caption)
+
+
+def _nearest(nearest: NearestPictures) -> str:
+    alt = "samples, and the training pictures nearest to them"
+    picture = f'<figure><img src="{nearest.picture}" alt="{alt}"></figure>' if nearest.picture else ""
+    return picture + "".join(note(text) for text in nearest.texts)
 
 
 def _command(page: RunPage, verb: str) -> str:

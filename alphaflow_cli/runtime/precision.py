@@ -36,6 +36,17 @@ def true_float32() -> AbstractContextManager[None]:
 
 
 @contextmanager
+def as_torch_begins() -> Iterator[None]:
+    """Compute inside as a command does that leaves torch's settings alone, and put the present ones back."""
+    before = _modes()
+    _set_modes(*AT_START)
+    try:
+        yield
+    finally:
+        _set_modes(*before)
+
+
+@contextmanager
 def encoder_precision(name: str, device: torch.device) -> Iterator[None]:
     """How the encoder multiplies: fp32, tf32 (10 bits of mantissa on a GPU) or bf16 autocast (8 bits)."""
     cast: AbstractContextManager[Any] = torch.autocast(device.type, torch.bfloat16) if name == "bf16" else nullcontext()
@@ -69,3 +80,6 @@ def _set_modes(products: str, convolutions: str) -> None:
         matmul.allow_tf32, cudnn.allow_tf32 = products == "tf32", convolutions == "tf32"
     if hasattr(cudnn, "conv"):
         matmul.fp32_precision, cudnn.conv.fp32_precision = products, convolutions
+
+
+AT_START = _modes()  # torch's own, before this process chose any

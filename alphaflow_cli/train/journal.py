@@ -146,6 +146,15 @@ class Journal:
             self._append(json.dumps(_without_nan(row), allow_nan=False) + "\n")
         return row
 
+    def note(self, values: dict[str, Any]) -> None:
+        """Write a row that is no mean over steps, such as the scores of a checkpoint; the clock runs on."""
+        if self.writes:
+            self._append(json.dumps(_without_nan(values), allow_nan=False) + "\n")
+
+    def leave_out(self, seconds: float) -> None:
+        """Do not count these seconds as training: the next row's speed is that of the steps."""
+        self.started += seconds
+
     def _append(self, line: str) -> None:
         check_lock(self.path.parent)
         append(self.path, line, kept="The last checkpoint is kept; the same command resumes.")

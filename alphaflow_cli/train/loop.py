@@ -46,9 +46,12 @@ NONFINITE_ADVICE = "Lower optim.lr, or look at the data: alphaflow prep-latents 
 
 
 def train_steps(
-    run: Run, journal: Journal, stop: StopFlag, *, trackers: Trackers, after_save: Callable[[Run], None]
+    run: Run, journal: Journal, stop: StopFlag, *, trackers: Trackers, after_save: Callable[[Run], bool | None]
 ) -> bool:
-    """Train from run.step to the last step, or until a signal; returns whether the end was reached."""
+    """Train from run.step to the last step, or until a signal; returns whether the end was reached.
+
+    `after_save` returns True where a signal cut short what it does: it is not done, and the run stops there.
+    """
     train, world = run.recipe.train, run.world
     look_every = 1 if world.device.type == "cpu" else CHECK_EVERY
     watch = Watch(run)
@@ -60,6 +63,7 @@ def train_steps(
             bar.advance(1)
             last = run.step == train.steps
             log, save = (last or _is_due(run.step, every) for every in (train.log_every, train.save_every))
+            save = save or _is_due(run.step, run.recipe.eval.every)  # scores are those of a saved checkpoint
             look = log or save or _is_due(run.step, look_every)
             if look and survive_nonfinite(run):
                 journal.rewind(run.step)
@@ -73,9 +77,9 @@ def train_steps(
             stopping = look and world.agree(stop.is_set)
             if stopping or save:
                 run.save()
-            after_save(run)
-            if stopping:
-                return last
+            cut_short = after_save(run)
+            if stopping or cut_short:
+                return last and not cut_short
     return True
 
 

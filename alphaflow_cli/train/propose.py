@@ -172,6 +172,8 @@ def _without_labels(like: Recipe) -> Choices:
     why = "one class: no labels" + (", and so no guidance" if guided else "")
     plain = to_dict(Guidance())
     choices: Choices = {f"guidance.{key}": (value, "") for key, value in plain.items()}
+    if like.model.inputs:  # the network is not told what there is not
+        choices |= {"model.inputs": ([], why), "sample.scale": (None, ""), "sample.interval": (None, "")}
     return choices | {"data.classes": (0, why), "sample.guidance": (1.0, ""), "eval.draw": ("random", "")}
 
 
@@ -190,7 +192,7 @@ def of_count(count: int, like: Recipe) -> tuple[int, Choices, str]:
     while batch > LEAST_BATCH and count < BATCHES_AN_EPOCH * batch:
         batch //= 2
     least = min(LEAST_STEPS, like.train.steps)
-    steps = max(rounded(seen / batch), least)
+    steps = like.train.steps if count == there else max(rounded(seen / batch), least)
     times = f"{(count / there) ** GROWTH:.2g} = ({count:,} / {there:,})^{GROWTH:g} times what {like.name} sees"
     short = f"; no fewer than {least:,} steps" if steps == least and seen < least * batch else ""
     why = f"{steps * batch / count:,.0f} epochs: {times}{short}"

@@ -39,6 +39,7 @@ from alphaflow_cli.train.loop import train_steps
 from alphaflow_cli.train.parallel import Split, check_sharding, split_batch
 from alphaflow_cli.train.run import Run, build_run, check_start, newest_for_all, start_from
 from alphaflow_cli.train.samples import SampleGrids
+from alphaflow_cli.train.scores import Scores, check_quick
 from alphaflow_cli.train.store import check_store, recipe_of_run, store_of
 from alphaflow_cli.train.threads import choose_threads
 
@@ -47,6 +48,8 @@ ADJUSTABLE = {  # what a run may change when it goes on: none of it changes what
     "data.crop",  # it is compared with the store and read by nothing else
     *(f"train.{name}" for name in ("strategy", "compile", "gradient_checkpointing", "tf32", "trackers", "keep")),
     *(f"train.{name}_every" for name in ("save", "milestone", "log", "sample")),
+    *(f"eval.{name}" for name in ("every", "quick_metrics", "quick_images", "quick_nfe", "best_by", "reference")),
+    "expected",
 }
 RESIDENT_SHARE = 0.25  # of a GPU's memory that the latents may take
 
@@ -118,6 +121,7 @@ def ends_of(schedule: Schedule, recipe: Recipe) -> tuple[int, ...]:
 def prepare_run(recipe: Recipe, options: TrainOptions) -> Path:
     """Check all that can be wrong before any process starts, make the store of an embedded set; returns the store."""
     check_trackers(recipe)
+    check_quick(recipe)
     check_folder(options.out)
     changes = check_recipe(recipe, options.out)
     store = store_of(recipe, data=options.data, out=options.out)
@@ -185,6 +189,7 @@ def train(recipe: Recipe, options: TrainOptions) -> int:
             state.sweep(options.out)
         world.wait()
         run = open_run(recipe, options, world)
+        Scores(run).prepare()
         if world.is_main:
             keep_recipe(recipe, options.out)  # not before: what was refused is no run
             say_where(run, options)
@@ -308,18 +313,21 @@ def open_journal(run: Run) -> Journal:
 
 
 def train_run(run: Run, journal: Journal, *, requeues: bool) -> int:
-    """Train with trackers and sample grids, to the last step or to a signal; returns the exit code."""
+    """Train with trackers, sample grids and scores, to the last step or to a signal; returns the exit code."""
     world = run.world
     trackers, grids = Trackers(run.recipe, world, run.folder, run.step), SampleGrids()
+    scores = Scores(run)
     if run.step and world.agree(world.is_main and grids.is_due(run) and not grids.path(run).exists()):
         grids.draw(run)  # a kill came between the save and its pictures
 
-    def pictures(now: Run) -> None:
+    def after_save(now: Run) -> bool:
         if grids.is_due(now):
             grids.draw(now)
+        return scores.is_due(now.step) and not scores.measure(stop, journal, trackers)
 
     with StopFlag() as stop:
-        finished = train_steps(run, journal, stop, trackers=trackers, after_save=pictures)
+        done = scores.catch_up(stop, journal, trackers)
+        finished = done and train_steps(run, journal, stop, trackers=trackers, after_save=after_save)
     run.stream.close()
     trackers.close()
     world.wait()

@@ -2,7 +2,7 @@
 
     checkpoints/step-N/model.safetensors   the first average; ema-H.safetensors the others, raw.safetensors the weights
     state/step-N.safetensors               everything a resumed run needs, in one file, with its own checksum
-    model.safetensors                      the newest checkpoint's model
+    model.safetensors                      the newest checkpoint's model; best-nfeN.safetensors that of a best score
 
 The checkpoint is renamed into place before the state that counts on it, the state before older ones go, and folders
 are renamed away before they are deleted. So the newest readable state always belongs to a whole checkpoint.
@@ -27,7 +27,8 @@ from alphaflow_cli.text import for_terminal
 
 STATE_FORMAT = "alphaflow-state/2"
 WITHOUT_CHECKSUM = "alphaflow-state/1"  # read for ever, with a line that says so
-OWN_FILES = (".model.safetensors.*tmp", ".recipe.yaml.*tmp", ".metrics.jsonl.*tmp", ".write.*tmp")  # of training
+OWN_NAMES = ("model.safetensors", "best-nfe*.safetensors", "recipe.yaml", "metrics.jsonl", "write")
+OWN_FILES = tuple(f".{name}.*tmp" for name in OWN_NAMES)  # of training
 
 
 @dataclass(frozen=True)
@@ -79,8 +80,8 @@ def save_models(run: Path, step: int, models: dict[str, Checkpoint]) -> None:
     publish(run, folder / "model.safetensors")
 
 
-def publish(run: Path, model: Path) -> None:
-    """Make RUN/model.safetensors this file: a hard link where the file system has them, else a copy."""
+def publish(run: Path, model: Path, name: str = "model.safetensors") -> None:
+    """Make RUN/model.safetensors, or another name, this file: a hard link where the file system has them, or a copy."""
 
     def link(target: Path) -> None:
         target.unlink(missing_ok=True)
@@ -89,7 +90,7 @@ def publish(run: Path, model: Path) -> None:
         except OSError:
             shutil.copyfile(model, target)
 
-    write_by(run / "model.safetensors", link)
+    write_by(run / name, link)
 
 
 def save_state(run: Path, tensors: dict[str, Tensor], facts: StateFacts) -> None:

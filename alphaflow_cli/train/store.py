@@ -21,7 +21,7 @@ from alphaflow_cli.recipe.schema import Recipe
 SHAPE = tuple(f"data.{name}" for name in ("autoencoder", "image_size", "channels", "latent_size", "classes"))
 CONSTANTS = ("data.channel_mean", "data.channel_std")
 CONTENT = (*(f"data.{name}" for name in ("flips", "source", "normalise", "scale", "shift")), *CONSTANTS)
-YIELDING = (*SHAPE, *CONTENT, "data.crop", "model.patch", "eval.reference", "eval.images")
+YIELDING = (*SHAPE, *CONTENT, "data.crop", "model.patch", "eval.reference", "eval.images", "expected")
 PREPARED = {  # field → the option of prep-latents that decides it in a store; two follow from the others
     "data.autoencoder": "--autoencoder {}",
     "data.image_size": "--size {}",
@@ -126,7 +126,8 @@ def described(plan: StorePlan, before: Recipe) -> dict[str, Any]:
         del fields["data.crop"]
     others = source != before.data.source if embedded or before.data.source else False
     if others or any(fields[field] != values[field] for field in SHAPE):
-        fields["eval.reference"] = ""  # of other pictures
+        fields["eval.reference"] = ""  # of other pictures, as the expected scores are
+        fields |= {"expected": ()} if before.expected else {}
     if not fields.get("eval.reference", before.eval.reference):
         fields["eval.images"] = min(before.eval.images, plan.images)  # no more than there are to compare with
     return fields

@@ -34,7 +34,7 @@ class Linear(nn.Module):
             value = scale * torch.randn(shape, generator=generator, dtype=torch.float64)
             self.register_parameter(name, nn.Parameter(value))
 
-    def forward(self, z, t, r, y, tangent=None, first=0):
+    def forward(self, z, t, r, y, tangent=None, first=0, beside=None, guide=None, heads="u"):
         flat = z.flatten(1)
         u = flat @ self.A.T + t[:, None] * self.b + (t - r)[:, None] * self.c
         if tangent is None:
@@ -119,7 +119,7 @@ def test_in_expectation_the_cosine_is_the_closed_form():
             super().__init__()
             self.a = nn.Parameter(a.double())
 
-        def forward(self, z, t, r, y, tangent=None, first=0):
+        def forward(self, z, t, r, y, tangent=None, first=0, beside=None, guide=None, heads="u"):
             u = z * self.a.view(1, 2, 1, 1)
             return u if tangent is None else (u, tangent * self.a.detach().view(1, 2, 1, 1))
 

@@ -178,6 +178,7 @@ FAR = "x" * 300
         "report -o",
         "convert -o",
         "eval --out",
+        "ema --out",
         "analyze --out",
         "train --out",
         "push --out",

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from alphaflow_cli.core.ema import ema_beta, update_ema
+from alphaflow_cli.core.ema import Decay, ema_beta, factors, power_of_width, power_profile, update_ema
 
 
 def test_the_first_average_is_the_weights_themselves():
@@ -46,3 +46,55 @@ def test_every_tensor_is_averaged_in_place_and_the_weights_stay():
     assert averages[1] is kept
     assert all((average == 0.25).all() for average in averages)
     assert all((weight == 1).all() for weight in weights)
+
+
+STEPS, WAYS = 60, [(3.0, 0.2, 1), (20.0, 0.05, 1), (9.0, 0.0, 4), (1e9, 0.5, 3)]
+
+
+def averaged(history, half_life, ramp, every, steps):
+    """The running average as training makes it; history[0] are the initial weights."""
+    average = history[0].clone()
+    for step in range(steps):
+        update_ema([average], [history[step + 1]], ema_beta(step, half_life=half_life, ramp=ramp, every=every))
+    return average
+
+
+@pytest.fixture
+def history():
+    return torch.randn(STEPS + 1, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).cumsum(0)
+
+
+@pytest.mark.parametrize(("half_life", "ramp", "every"), WAYS)
+@pytest.mark.parametrize("steps", [1, 7, STEPS])
+def test_a_profile_is_what_the_running_average_makes_of_each_step(half_life, ramp, every, steps, history):
+    decay = Decay.of(STEPS, half_life=half_life, ramp=ramp, every=every)
+    profile = torch.cat([decay.profile(steps, places) for places in (range(-1, 5), range(5, 23), range(23, STEPS))])
+    assert profile.shape == (STEPS + 1,)
+    assert profile.sum().item() == pytest.approx(1.0, rel=1e-12)
+    expected = averaged(history, half_life, ramp, every, steps)
+    torch.testing.assert_close(profile @ history, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_a_power_profile_has_the_width_that_it_was_made_for():
+    gamma = power_of_width(0.10)
+    assert gamma == pytest.approx(6.94, abs=0.01)  # as published for σ = 0.10
+    profile = power_profile(gamma, 4000, range(-1, 5000))
+    assert profile.sum().item() == pytest.approx(1.0, rel=1e-12)
+    assert profile[0] == 0.0
+    assert profile[4001:].abs().max() == 0.0
+    k = torch.arange(-1, 5000, dtype=torch.float64) / 4000
+    mean = (profile * k).sum()
+    assert ((profile * (k - mean) ** 2).sum().sqrt()).item() == pytest.approx(0.10, rel=1e-3)
+
+
+def test_factors_find_a_profile_that_others_make_up_exactly_and_sum_to_one(history):
+    kept = [
+        Decay.of(STEPS, half_life=h, ramp=0.2, every=1).profile(n, range(-1, STEPS))
+        for h in (3.0, 9.0)
+        for n in (20, STEPS)
+    ]
+    wanted = 0.7 * kept[0] - 0.2 * kept[1] + 0.5 * kept[3]
+    triangle = torch.linalg.qr(torch.stack([*kept, wanted], 1), mode="r").R
+    chosen = factors(triangle, range(4), 4)
+    torch.testing.assert_close(chosen, torch.tensor([0.7, -0.2, 0.0, 0.5], dtype=torch.float64), rtol=0, atol=1e-10)
+    assert factors(triangle, [1, 2], 4).sum().item() == pytest.approx(1.0, rel=1e-12)

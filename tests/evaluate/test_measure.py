@@ -29,6 +29,7 @@ class Held:
     """Pictures in memory; counts what was asked for."""
 
     task = "features"
+    crop = None
 
     def __init__(self, images: Tensor, name: str = "held") -> None:
         self.seconds: dict[str, float] = {}

@@ -10,6 +10,7 @@ from places import ROOT
 from alphaflow_cli.cli import run
 from alphaflow_cli.recipe import Recipe, diff_recipes, dump_recipe, load_recipe, recipe_from_text, shipped
 from alphaflow_cli.recipe import schema as schema_module
+from alphaflow_cli.recipe.loader import set_text
 
 EXPECTED = {
     "flow-b2",
@@ -115,6 +116,19 @@ def test_any_text_survives_the_dump(value):
     recipe = recipe_from_text(f"data: {{store: {json.dumps(value, ensure_ascii=False)}}}", "r")
     assert recipe.data.store == value
     assert recipe_from_text(dump_recipe(recipe), "r") == recipe
+
+
+def test_expected_scores_survive_the_dump_and_a_set_and_other_yaml_readers_understand_them():
+    text = "expected:\n  - {step: 400_000, value: 40.2, source: a table}\n  - {step: 5, metric: fd-tiny, nfe: 2}"
+    recipe = recipe_from_text(text, "r")
+    assert [(each.step, each.metric, each.nfe, each.value) for each in recipe.expected] == [
+        (400_000, "fid", 1, 40.2),
+        (5, "fd-tiny", 2, 0.0),
+    ]
+    assert recipe_from_text(dump_recipe(recipe), "r") == recipe
+    assert recipe_from_text("train: {}", "r", [f"expected={set_text(recipe.expected)}"]) == recipe
+    assert yaml.safe_load(dump_recipe(recipe))["expected"][0]["source"] == "a table"
+    assert [row[0] for row in diff_recipes(Recipe(), recipe)] == ["expected"]
 
 
 @pytest.mark.parametrize("value", [1e-8, 0.1 + 0.2, 1e22, 5e-324, 123456.789])

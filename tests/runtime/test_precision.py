@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from alphaflow_cli.runtime.precision import encoder_precision, set_tf32, tf32, true_float32
+from alphaflow_cli.runtime.precision import AT_START, as_torch_begins, encoder_precision, set_tf32, tf32, true_float32
 from alphaflow_cli.runtime.processes import join_world
 
 CPU = torch.device("cpu")
@@ -56,3 +56,15 @@ def test_the_setting_of_a_fresh_process_comes_back():
     with true_float32():
         assert modes() == {False}
     assert (torch.backends.cuda.matmul.fp32_precision, cudnn.conv.fp32_precision) == ("none", "tf32")
+
+
+@pytest.mark.parametrize("outside", [True, False])
+def test_scores_of_a_run_multiply_as_a_command_does_that_chose_nothing(outside):
+    set_tf32(outside)
+    with as_torch_begins():
+        inside = (
+            "tf32" in (torch.backends.cudnn.conv.fp32_precision,) if hasattr(torch.backends.cudnn, "conv") else None
+        )
+        assert inside in (AT_START[1] == "tf32", None)
+        assert torch.backends.cudnn.allow_tf32 == (AT_START[1] == "tf32")
+    assert modes() == {outside}

@@ -1,0 +1,1 @@
+"""`alphaflow ema`: averages of other half-lives, after training, from what a run kept."""

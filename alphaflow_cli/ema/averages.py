@@ -1,0 +1,310 @@
+"""`ema`: averages that a run did not keep, made of those that it did, sampled and scored in one table.
+
+Every average of a run is a sum of its weights over the steps, with the shares of its profile (core/ema.py). The factors
+whose sum of kept profiles is nearest to the wanted profile, applied to the kept weights, give the wanted average, as
+far as the profiles go. How far that is, the table says in two ways:
+
+    profile error   the distance of the two profiles, relative to the wanted one's size: no weights are needed for it
+    check           of an average that the run kept: it is made of all the others, and its weights are compared
+"""
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from alphaflow_cli.core.ema import Decay, factors, power_of_width, power_profile
+from alphaflow_cli.errors import AlphaflowError, blamed_on
+from alphaflow_cli.evaluate.evaluate import EvalRequest, evaluate_checkpoint
+from alphaflow_cli.evaluate.results import Evaluation
+from alphaflow_cli.files import make_folder, write_whole
+from alphaflow_cli.model.checkpoint import Checkpoint, load_checkpoint, read_origin, save_checkpoint
+from alphaflow_cli.model.find import check_run, checkpoint_folders, step_name, step_of
+from alphaflow_cli.recipe import load_recipe
+from alphaflow_cli.recipe.schema import Metric, Recipe
+from alphaflow_cli.runtime.lock import hold
+from alphaflow_cli.runtime.processes import Processes
+from alphaflow_cli.runtime.progress import Progress, say
+from alphaflow_cli.sample.generator import open_generator, pictures
+from alphaflow_cli.sample.grid import grid_by_walk
+from alphaflow_cli.sample.walk import draw_labels, plan_walk
+
+BLOCK = 1 << 16  # steps of all profiles at once: a run of a million steps takes no more memory
+COARSE = 0.1  # profile error above which a line warns
+NOTHING = 1e-12  # a smaller factor adds less than a float32 can show
+SEEDS = 8  # pictures of each average in the grid
+Profile = Callable[[range], Tensor]
+
+
+@dataclass(frozen=True)
+class EmaRequest:
+    """What the command line says; empty or None: as the recipe says."""
+
+    run: Path
+    half_lives: tuple[float, ...]  # steps
+    widths: tuple[float, ...]  # σ of power functions
+    merges: tuple[tuple[int, float], ...]  # (earlier step, factor of the change since then)
+    step: int | None  # whose averages; None: the newest checkpoint's
+    scored: bool
+    metrics: tuple[Metric, ...]
+    nfe: tuple[int, ...]
+    images: int | None
+    reference: str | None
+    out: Path | None
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A file of weights that the run kept."""
+
+    path: Path
+    step: int
+    half_life: float  # 0: the weights themselves
+
+
+@dataclass(frozen=True)
+class Average:
+    """One line of the table."""
+
+    name: str
+    path: Path
+    profile_error: float | None = None  # None: there is nothing else to make it of
+    check: float | None = None  # of a kept one: how far what the others make of it is from it, relative to its size
+    factors: tuple[tuple[str, float], ...] = ()
+    evaluations: Sequence[Evaluation] = ()
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether the run kept it."""
+        return self.name.endswith(", kept")
+
+
+def average_again(request: EmaRequest, processes: Processes) -> tuple[list[Average], Path, int] | None:
+    """Make, sample and score the averages; they, their folder and the step, on the first process."""
+    check_run(request.run)
+    recipe = load_recipe(str(request.run / "recipe.yaml"))
+    step, snapshots = snapshots_of(request)
+    folder = request.out or request.run / "averages" / step_name(step)
+    with nullcontext() if processes.rank else hold(folder, "ema"):
+        make_folder(folder)
+        averages = plan_averages(request, recipe, step, snapshots, folder)
+        if processes.rank == 0:
+            warn_of_coarse(averages)
+            averages = write_averages(averages, snapshots, step)
+        processes.wait()
+        if request.scored:
+            averages = [
+                replace(each, evaluations=_scores(each, request, recipe, processes, folder)) for each in averages
+            ]
+        if processes.rank:
+            return None
+        if request.scored:
+            write_whole(folder / "grid.png", _grid(averages, recipe, request, processes.device))
+        write_whole(folder / "averages.json", json.dumps(_document(averages, step, folder), indent=1) + "\n")
+    return averages, folder, step
+
+
+def snapshots_of(request: EmaRequest) -> tuple[int, list[Snapshot]]:
+    """The step whose averages are wanted, and every file of weights that the run kept up to it."""
+    folders = checkpoint_folders(request.run)
+    steps = [step_of(folder) for folder in folders]
+    if not steps or (request.step is not None and request.step not in steps):
+        there = ", ".join(f"{step:,}" for step in steps[-10:]) or "none"
+        what = "no checkpoints" if request.step is None else f"no checkpoint of step {request.step:,}"
+        raise AlphaflowError(f"{request.run / 'checkpoints'}: {what}; there are: {there}.")
+    last = request.step or steps[-1]
+    files = [file for folder in folders if step_of(folder) <= last for file in sorted(folder.glob("*.safetensors"))]
+    return last, [_snapshot(file) for file in files]
+
+
+def _snapshot(path: Path) -> Snapshot:
+    with blamed_on(path, "a checkpoint", SafetensorError), safe_open(str(path), framework="pt") as file:
+        origin = read_origin((file.metadata() or {}).get("origin", "{}"), path)
+    step, half_life = origin.get("step"), origin.get("half_life")
+    if step != step_of(path.parent) or half_life is None or origin.get("weights") not in ("ema", "raw"):
+        raise AlphaflowError(f"{path}: does not say of which step and half-life its weights are. Move it away.")
+    return Snapshot(path, step, float(half_life))
+
+
+def plan_averages(
+    request: EmaRequest, recipe: Recipe, step: int, snapshots: list[Snapshot], folder: Path
+) -> list[Average]:
+    """Find the factors of every average: of those kept at this step, made of the others, then of the wanted ones."""
+    kept = [each for each in snapshots if each.step == step and each.half_life > 0]
+    own: list[float | None] = [each.half_life for each in kept]
+    lives = [life for life in request.half_lives if life not in own]
+    decay = {life: _decay(recipe, step, life) for life in {*lives, *(s.half_life for s in snapshots if s.half_life)}}
+    profiles = [_exponential(decay[life], step) for life in [*(each.half_life for each in kept), *lives]]
+    profiles += [_power(power_of_width(width), step) for width in request.widths]
+    triangle = triangle_of([*(_column(each, decay) for each in snapshots), *profiles], step)
+    names = [(f"half-life {each.half_life:g}, kept", each.path) for each in kept]
+    names += [(f"half-life {life:g}", folder / f"ema-{life:g}.safetensors") for life in lives]
+    names += [(f"power {width:g}", folder / f"power-{width:g}.safetensors") for width in request.widths]
+    own += [None] * (len(names) - len(own))
+    merged = [_merged(snapshots, step, *each, folder) for each in request.merges]
+    return [
+        _made_of(Average(name, path), snapshots, triangle, len(snapshots) + i, without=half_life)
+        for i, ((name, path), half_life) in enumerate(zip(names, own, strict=True))
+    ] + merged
+
+
+def _merged(snapshots: list[Snapshot], step: int, earlier: int, factor: float, folder: Path) -> Average:
+    """The run's first average, moved on by `factor` times its change since an earlier checkpoint; below 0, back."""
+    first = {each.step: str(each.path) for each in snapshots if each.path.name == "model.safetensors"}
+    if earlier not in first or earlier == step:
+        there = ", ".join(f"{at:,}" for at in sorted(first) if at != step) or "none"
+        raise AlphaflowError(f"--merge {earlier}:{factor:g}: no earlier checkpoint of that step; there are: {there}.")
+    path = folder / f"merge-{earlier}-{factor:g}.safetensors"
+    factors = ((first[step], 1 + factor), (first[earlier], -factor))
+    return Average(f"merge {earlier}:{factor:g}", path, factors=factors)
+
+
+def _made_of(
+    average: Average, snapshots: list[Snapshot], triangle: Tensor, target: int, *, without: float | None
+) -> Average:
+    """The average with its factors; a kept one is made without any of its own half-life."""
+    others = [j for j, each in enumerate(snapshots) if each.half_life != without]
+    if not others:
+        return average
+    chosen = factors(triangle, others, target)
+    gap = triangle[:, others] @ chosen - triangle[:, target]
+    listed = tuple((str(snapshots[j].path), float(c)) for j, c in zip(others, chosen, strict=True))
+    return replace(average, profile_error=float(gap.norm() / triangle[:, target].norm()), factors=listed)
+
+
+def _decay(recipe: Recipe, steps: int, half_life: float) -> Decay:
+    return Decay.of(steps, half_life=half_life, ramp=recipe.ema.ramp, every=recipe.ema.every)
+
+
+def _column(snapshot: Snapshot, decay: dict[float, Decay]) -> Profile:
+    if snapshot.half_life:
+        return _exponential(decay[snapshot.half_life], snapshot.step)
+    last = snapshot.step - 1
+    return lambda places: (torch.arange(places.start, places.stop) == last).double()
+
+
+def _exponential(decay: Decay, step: int) -> Profile:
+    return lambda places: decay.profile(step, places)
+
+
+def _power(gamma: float, step: int) -> Profile:
+    return lambda places: power_profile(gamma, step, places)
+
+
+def triangle_of(columns: Sequence[Profile], steps: int) -> Tensor:
+    """R of the QR decomposition of the profiles over all steps, block by block: it has all their inner products."""
+    triangle = torch.zeros((0, len(columns)), dtype=torch.float64)
+    for first in range(-1, steps, BLOCK):
+        places = range(first, min(first + BLOCK, steps))
+        rows = torch.stack([column(places) for column in columns], dim=1)
+        triangle = torch.linalg.qr(torch.cat([triangle, rows]), mode="r").R
+    return triangle
+
+
+def warn_of_coarse(averages: list[Average]) -> None:
+    """Say which of the new averages are far from what was wanted."""
+    for average in averages:
+        if not average.is_kept and average.profile_error is not None and average.profile_error > COARSE:
+            say(
+                f"beware: {average.name}: its profile is met to {average.profile_error:.0%} only, by the "
+                f"{len(average.factors)} files that the run kept. Keep more of them next time: train.keep, "
+                "train.milestone_every, ema.half_lives"
+            )
+
+
+def write_averages(averages: list[Average], snapshots: list[Snapshot], step: int) -> list[Average]:
+    """Write the wanted averages as checkpoints, and compare what is made of the others with those that were kept."""
+    own = next(each for each in snapshots if each.step == step)
+    template, done = load_checkpoint(own.path), []
+    with ExitStack() as opened, Progress("average", len(averages), unit="average") as bar:
+        files = {str(each.path): opened.enter_context(_opened(each.path)) for each in snapshots}
+        for average in averages:
+            done.append(_write_average(average, template, files) if average.factors else average)
+            bar.advance(1)
+    return done
+
+
+def _opened(path: Path) -> Any:
+    with blamed_on(path, "a checkpoint", SafetensorError):
+        return safe_open(str(path), framework="pt")
+
+
+def _write_average(average: Average, template: Checkpoint, files: dict[str, Any]) -> Average:
+    kept = files.get(str(average.path))
+    apart = size = 0.0
+    weights: dict[str, Tensor] = {}
+    for name, like in template.weights.items():
+        total = torch.zeros_like(like, dtype=torch.float64)
+        for path, factor in average.factors:
+            if abs(factor) < NOTHING:
+                continue
+            part = files[path].get_tensor(f"net.{name}")
+            if part.shape != like.shape:
+                raise AlphaflowError(f"{path}: {name} has another shape than in the run's newest checkpoint.")
+            total += factor * part.double()
+        if kept is not None:
+            true = kept.get_tensor(f"net.{name}").double()
+            apart += float((total.float().double() - true).square().sum())
+            size += float(true.square().sum())
+        weights[name] = total.float()
+    if kept is not None:
+        return replace(average, check=math.sqrt(apart / size))
+    half_life = float(average.name.removeprefix("half-life ")) if average.name.startswith("half-life") else None
+    made = {"name": average.name, "files": len(average.factors), "profile_error": average.profile_error}
+    origin = template.origin | {"weights": "ema", "half_life": half_life, "averaged_again": made}
+    save_checkpoint(average.path, replace(template, weights=weights, origin=origin))
+    return average
+
+
+def _scores(
+    average: Average, request: EmaRequest, recipe: Recipe, processes: Processes, folder: Path
+) -> Sequence[Evaluation]:
+    """Measure one average as `eval` does; empty on all processes but the first."""
+    quick = recipe.eval
+    asked_for = EvalRequest(
+        checkpoint=str(average.path), nfe=request.nfe or quick.quick_nfe, sampler="auto", times=None, guidance=None,
+        interval=None, guidance_channels=None, sweep_midpoint=False, metrics=request.metrics or quick.quick_metrics,
+        reference=request.reference, images=request.images or quick.quick_images, draw=None, autoencoder="",
+        decoder="auto", batch=64, weights={}, out=folder / "evals",
+    )  # fmt: skip
+    report = evaluate_checkpoint(asked_for, processes)
+    return report.evaluations if report else ()
+
+
+def _grid(averages: list[Average], recipe: Recipe, request: EmaRequest, device: torch.device) -> bytes:
+    """The same seeds by every average, one below the other."""
+    nfe, seeds = (request.nfe or recipe.eval.quick_nfe)[0], list(range(SEEDS))
+    labels = draw_labels(seeds, recipe.data.classes, "balanced")
+    walk, rows = plan_walk(recipe, nfe=nfe), []
+    for average in averages:
+        generator = open_generator(str(average.path), device=device)
+        rows.append(
+            (average.name, [picture for _, _, picture in pictures(generator, seeds, labels, walk, batch=SEEDS)])
+        )
+    names = [generator.class_names[label] if label < len(generator.class_names) else "" for label in labels]
+    return grid_by_walk(rows, SEEDS, names)
+
+
+def _document(averages: list[Average], step: int, folder: Path) -> dict[str, Any]:
+    return {
+        "schema": "alphaflow-averages/1",
+        "step": step,
+        "averages": [
+            {
+                "name": each.name,
+                "file": each.path.name,
+                "profile_error": each.profile_error,
+                "check": each.check,
+                "factors": [[f"{Path(path).parent.name}/{Path(path).name}", factor] for path, factor in each.factors],
+                "evaluations": [evaluation.as_dict() for evaluation in each.evaluations],
+            }
+            for each in averages
+        ],
+    }

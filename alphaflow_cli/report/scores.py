@@ -1,0 +1,80 @@
+"""The scores of a run while it trained, as curves: its own, and below them what its recipe expects."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from alphaflow_cli.charts.chart import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, Chart, Line, Panel
+from alphaflow_cli.evaluate.results import TITLE
+from alphaflow_cli.model.find import nfe_of_best
+from alphaflow_cli.recipe.schema import ExpectedScore, Recipe
+from alphaflow_cli.text import counted
+
+COLOURS = (BLUE, ORANGE, GREEN, PURPLE, RED, GREY)
+Points = list[tuple[float, float]]
+
+
+def curves_of_scores(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, int], Points]:
+    """The points (step, value) of each score at each number of evaluations, of the journal's rows that have scores."""
+    curves: dict[tuple[str, int], Points] = {}
+    for row in rows:
+        for name, values in row["scores"].items():
+            for key, value in values.items():
+                nfe = key.removeprefix("nfe")
+                if value is not None and nfe.isdecimal():
+                    curves.setdefault((name, int(nfe)), []).append((float(row["step"]), float(value)))
+    return curves
+
+
+def scores_chart(recipe: Recipe, rows: Sequence[dict[str, Any]]) -> Chart | None:
+    """Draw each score over the steps, a curve for each number of evaluations; dashed, what the recipe expects."""
+    curves = curves_of_scores(rows)
+    if not curves:
+        return None
+    counts = sorted({nfe for _, nfe in curves})
+    colours = {nfe: COLOURS[i % len(COLOURS)] for i, nfe in enumerate(counts)}
+    panels, furthest = [], max(point[0] for points in curves.values() for point in points)
+    for name in dict.fromkeys(name for name, _ in curves):
+        lines = []
+        for nfe in (each for each in counts if (name, each) in curves):
+            expected = expected_points(recipe.expected, name, nfe)
+            label = f"expected, {nfe} NFE"
+            lines += [Line(label, points, colours[nfe], dashed=True, markers=True) for points in expected]
+            points = curves[name, nfe]
+            lines.append(Line(f"{nfe} NFE", points, colours[nfe], markers=len(points) < 30))
+            furthest = max([furthest, *(point[0] for points in expected for point in points)])
+        values = [value for line in lines for _, value in line.points]
+        panels.append(Panel(title_of(name), lines, log_y=min(values) > 0))
+    return Chart("Scores while training", panels, "step", x_range=(0, max(furthest, 1)))
+
+
+def title_of(name: str) -> str:
+    """A score's name with the direction that is better."""
+    rising = name.startswith(("IS-", "precision", "recall", "density", "coverage"))
+    return f"{name}: {'higher' if rising else 'lower'} is better"
+
+
+def expected_points(expected: Sequence[ExpectedScore], name: str, nfe: int) -> list[Points]:
+    """What a recipe expects of this score at so many evaluations: one curve, or none."""
+    fitting = [each for each in expected if each.nfe == nfe and name.startswith(f"{TITLE.get(each.metric)}-")]
+    return [sorted((float(each.step), each.value) for each in fitting)] if fitting else []
+
+
+def expected_notes(recipe: Recipe, rows: Sequence[dict[str, Any]]) -> list[str]:
+    """What must be known to compare the curves with what is expected: where it comes from, and of how many pictures."""
+    names = {name for name, _ in curves_of_scores(rows)}
+    shown = [each for each in recipe.expected if any(expected_points([each], name, each.nfe) for name in names)]
+    kinds = dict.fromkeys(f"{TITLE[each.metric]} of {counted(each.images, 'picture')}, {each.source}" for each in shown)
+    note = "Expected: {}. A Fréchet distance of fewer pictures is larger: compare the same count only."
+    return [note.format("; ".join(kinds))] if kinds else []
+
+
+def best_notes(steps: dict[Path, int], rows: Sequence[dict[str, Any]]) -> list[str]:
+    """A sentence about each best checkpoint that the run kept; `steps`: the files and the step of each."""
+    curves, notes = curves_of_scores(rows), []
+    for path, step in sorted(steps.items()):
+        nfe = nfe_of_best(path)
+        here = {name: dict(points).get(step) for (name, n), points in curves.items() if n == nfe}
+        values = [f"{name} {value:.4g}" for name, value in here.items() if value is not None]
+        notes.append(f"{path.name}: step {step:,}{', ' + ', '.join(values) if values else ''}.")
+    return notes

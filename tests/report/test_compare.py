@@ -1,0 +1,133 @@
+"""Scores over the steps on a run's page, what its recipe expects below them, and several runs on one page."""
+
+import json
+import shutil
+
+import pytest
+from run_pages import STEPS, Page, report, write_run
+
+from alphaflow_cli.cli import run as cli
+from alphaflow_cli.evaluate.results import document, read_results
+from alphaflow_cli.model.find import best_name
+from alphaflow_cli.recipe import dump_recipe, load_recipe
+from alphaflow_cli.report.compare import read_run
+from alphaflow_cli.report.scores import curves_of_scores, expected_notes, scores_chart
+from alphaflow_cli.train.scores import score_rows
+
+
+def add_scores(folder, values, name="FD-tiny-2k"):
+    """Rows of the journal as a run with eval.every writes them."""
+    with (folder / "metrics.jsonl").open("a") as file:
+        for step, value in zip(STEPS, values, strict=True):
+            row = {"step": step, "images_seen": 64 * step, "scores": {name: {"nfe1": value, "nfe2": value / 2}}}
+            file.write(json.dumps(row | {"evals": {"nfe1": "ab12"}}) + "\n")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    run = write_run(tmp_path / "one")
+    add_scores(run, (90.0, 12.5, 20.0))
+    return run
+
+
+def test_the_page_shows_scores_over_steps_above_what_the_recipe_expects(folder, capsys):
+    recipe, rows = load_recipe(str(folder / "recipe.yaml")), score_rows(folder)
+    (panel,) = scores_chart(recipe, rows).panels
+    assert panel.title == "FD-tiny-2k: lower is better"
+    assert [(line.label, line.dashed) for line in panel.lines] == [
+        ("expected, 1 NFE", True), ("1 NFE", False), ("expected, 2 NFE", True), ("2 NFE", False),
+    ]  # fmt: skip
+    assert panel.lines[0].points == [(850.0, 13.2)]
+    assert scores_chart(recipe, rows).x_range == (0, 850.0), "what is expected later can be seen already"
+    assert curves_of_scores(rows)["FD-tiny-2k", 1] == [(100.0, 90.0), (200.0, 12.5), (300.0, 20.0)]
+    shutil.copyfile(folder / "model.safetensors", folder / best_name(1))
+    page = Page(report(folder, capsys).read_text(encoding="utf-8"))
+    assert "Scores while training" in page.text
+    assert "FD-tiny of 2,000 pictures, measured" in page.text
+    assert "best-nfe1.safetensors: step 300, FD-tiny-2k 20." in page.text
+
+
+def test_a_run_without_scores_draws_none_and_one_of_another_metric_expects_nothing(tmp_path):
+    run = write_run(tmp_path / "one")
+    recipe = load_recipe(str(run / "recipe.yaml"))
+    assert scores_chart(recipe, score_rows(run)) is None
+    add_scores(run, (3.0, 2.0, 1.0), name="FID-10k")
+    (panel,) = scores_chart(recipe, score_rows(run)).panels
+    assert [line.label for line in panel.lines] == ["1 NFE", "2 NFE"]
+    assert expected_notes(recipe, score_rows(run)) == []
+
+
+@pytest.mark.parametrize("scores", [3, {"FD-tiny-2k": 3}, {"FD-tiny-2k": {"nfe1": "low"}}, {"x": {"nfe1": [1]}}])
+def test_scores_of_another_shape_are_one_line(scores, folder, capsys):
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 300, "images_seen": 1, "scores": scores}) + "\n")
+    assert cli(["report", str(folder)]) == 1
+    error = capsys.readouterr().err
+    assert "metrics.jsonl: the scores of step 300" in error
+    assert "Traceback" not in error
+
+
+def pair(folder, *sets):
+    """A second run of the same recipe, changed."""
+    other = shutil.copytree(folder, folder.parent / "two")
+    recipe = load_recipe(str(folder / "recipe.yaml"), sets)
+    (other / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
+    return other
+
+
+def compare(folder, other, capsys):
+    out = folder.parent / "compare.html"
+    assert cli(["report", str(folder), str(other), "-o", str(out)]) == 0
+    assert capsys.readouterr().out.strip() == str(out)
+    return Page(out.read_text(encoding="utf-8"))
+
+
+def test_two_runs_stand_on_one_page_that_loads_nothing(folder, capsys):
+    other = pair(folder, "optim.lr=7e-3", "train.seed=3")
+    (other / "samples" / "step-00000300.png").unlink()
+    page = compare(folder, other, capsys)
+    assert page.open == []
+    assert all(source.startswith("data:image/webp;base64,") for source in page.sources)
+    assert len(page.sources) == 2
+    for words in (
+        "one, step 200", "two, step 200", "All are of one step", "optim.lr 0.002 0.007", "train.seed 0 3",
+        "FD-tiny-2k at 1 NFE 20; 12.5 at 200 20; 12.5 at 200", "finished: step 300 of 300",
+    ):  # fmt: skip
+        assert words in page.text, words
+
+
+def test_scores_of_one_protocol_share_a_line_and_others_do_not(folder, capsys):
+    other = pair(folder)
+    results = read_results(other / "results.json")
+    for row in (row for each in results["evaluations"] for row in each["rows"]):
+        row["value"] = 1.25
+        if row["pictures"]["nfe"] == 2:
+            row["reference"]["sha256"] = "99" * 32
+    (other / "results.json").write_text(json.dumps(document([]) | {"evaluations": results["evaluations"]}))
+    text = compare(folder, other, capsys).text
+    assert "FD-tiny-2k 1 7.5 1.25 fd_haar192" in text
+    assert "FD-tiny-2k 2 3.25  fd_haar192" in text.replace("3.25 fd", "3.25  fd")
+    assert "1.25 fd_haar192; reference glyphs (99999999)" in text
+
+
+def test_runs_of_other_batches_are_compared_over_pictures_seen(folder, capsys):
+    page = compare(folder, pair(folder, "train.batch=32"), capsys)
+    assert "pictures seen" in page.text
+
+
+def test_a_run_with_nothing_in_it_is_compared_all_the_same(folder, tmp_path, capsys):
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    shutil.copyfile(folder / "recipe.yaml", bare / "recipe.yaml")
+    page = compare(folder, bare, capsys)
+    assert "No sample grids in this run" in page.text
+    assert "not begun, 300 steps planned" in page.text
+    assert read_run(bare, "bare").rows == []
+
+
+@pytest.mark.parametrize(("again", "message"), [(True, "each of them once"), (False, "not a run folder")])
+def test_what_cannot_be_compared_is_refused(again, message, folder, tmp_path, capsys):
+    other = folder if again else tmp_path / "nowhere"
+    assert cli(["report", str(folder), str(other), "-o", str(tmp_path / "x.html")]) == 1
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "x.html").exists()
