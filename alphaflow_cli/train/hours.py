@@ -65,6 +65,8 @@ class Fit:
             "nothing was changed; add to the command:",
             *(f"  --set {shlex.quote(f'{key}={set_text(value)}')}" for key, value in self.sets.items()),
         ]
+        if self.recipe.eval.every:
+            lines.append("beware: scores while training (eval.every) come on top: their time is not known before one")
         if share < LITTLE:
             lines.append(
                 f"beware: {share:.2g} of the steps teach little of what the recipe is for. A smaller network or "
@@ -115,6 +117,8 @@ def changes(recipe: Recipe, steps: int) -> dict[str, Any]:
     changed["train.save_every"] = min(train.save_every, max(1, steps // LEAST_SAVES))
     changed["train.sample_every"] = min(train.sample_every, max(1, steps // LEAST_SAVES))
     changed["train.log_every"] = min(train.log_every, max(1, steps // LEAST_ROWS))
+    if recipe.eval.every:
+        changed["eval.every"] = max(1, round(recipe.eval.every * share))
     for name, schedule in schedules_of(recipe):
         if schedule.kind != "constant":
             changed |= {

@@ -38,6 +38,13 @@ def test_schedules_in_steps_keep_their_share_of_the_run(tmp_path):
     assert not any(key.startswith("times.") for key in short), "a constant share"
 
 
+def test_scores_while_training_come_as_often_in_the_run_and_a_line_says_that_they_are_not_counted(tmp_path):
+    recipe = make_recipe(tmp_path, "train.steps=2000000", "eval.every=1000", "alpha.end=1000000")
+    fit = fit_hours(recipe, 1, MEASURED, start=5)
+    assert fit.sets["eval.every"] == round(1000 * fit.steps / 2_000_000)
+    assert any("eval.every) come on top" in line for line in fit.lines())
+
+
 def test_the_longest_run_that_fits_is_found_and_one_step_more_does_not_fit():
     recipe = load_recipe("b2")
     fit = fit_hours(recipe, 8, MEASURED, start=20)
