@@ -39,7 +39,8 @@ def test_schedules_in_steps_keep_their_share_of_the_run(tmp_path):
 
 
 def test_scores_while_training_come_as_often_in_the_run_and_a_line_says_that_they_are_not_counted(tmp_path):
-    recipe = make_recipe(tmp_path, "train.steps=2000000", "eval.every=1000", "alpha.end=1000000")
+    sets = ("train.steps=2000000", "alpha.end=1000000", "eval.every=1000", "eval.reference=shapes:100000")
+    recipe = make_recipe(tmp_path, *sets)
     fit = fit_hours(recipe, 1, MEASURED, start=5)
     assert fit.sets["eval.every"] == round(1000 * fit.steps / 2_000_000)
     assert any("eval.every) come on top" in line for line in fit.lines())
