@@ -63,6 +63,7 @@ ELSEWHERE = {
     "alphaflow sample imf-xl2": "another system's file",
     "alphaflow train imf-b2 --init-from": "GPU, and another system's file",
     "python benchmarks/gpu.py": "GPU; test_gpu_benchmark.py runs it at toy size",
+    "python benchmarks/bench_load.py": "minutes on an idle machine; test_bench_load.py runs it in small",
     "python benchmarks/bench_precision.py": "minutes on an idle machine; test_bench_precision.py runs it in small",
     "python benchmarks/bench_ruler.py": "another system's file",
     "python benchmarks/bench_scaling.py": "an idle machine for minutes; test_benchmarks.py runs it in small",

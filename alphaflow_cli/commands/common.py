@@ -72,6 +72,8 @@ BATCH = WholeWithin(1, 65_536)
 SIZE = WholeWithin(16, 8192)
 SEED = WholeWithin(-(2**63), 2**63 - 1)
 PROCESSES = WholeWithin(1, 1024)
+THREADS = WholeWithin(1, 1024)
+THREADS_KEY = "alphaflow.threads"  # of click's context
 GUIDANCE = NumberWithin(-1000, 1000)
 
 
@@ -168,6 +170,36 @@ def device_option(function: Command) -> Command:
     return click.option("--device", type=choice, help="What computes. Default: a GPU where there is one.")(function)
 
 
+class NumberOrAuto(click.ParamType):  # type: ignore[type-arg]
+    """A whole number, or auto, which becomes 0."""
+
+    name = "n|auto"
+
+    def __init__(self, number: WholeWithin) -> None:
+        self.number = number
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        return 0 if value in ("auto", 0) else self.number.convert(value, param, ctx)
+
+
+def threads_option(function: Command) -> Command:
+    """Add `--threads auto|N`, which `share` heeds: the command itself need not know it."""
+    help_text = "Threads that compute on a CPU. auto: no more than affinity mask and cgroup quota grant."
+    return click.option(
+        "--threads",
+        type=NumberOrAuto(THREADS),
+        default="auto",
+        expose_value=False,
+        callback=lambda ctx, _, value: ctx.meta.update({THREADS_KEY: value}),
+        help=help_text,
+    )(function)
+
+
+def requested_threads() -> int | None:
+    """The N of this command's `--threads N`; None for auto."""
+    return click.get_current_context().meta.get(THREADS_KEY) or None
+
+
 def complete_path(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """Complete by files and folders, where a value may be a path or something else."""
     return [CompletionItem(incomplete, type="file")]
@@ -218,9 +250,12 @@ def share(
 ) -> None:
     """Do a verb's work here or in N processes, and show the result, which the first process has."""
     from alphaflow_cli.runtime.processes import join_processes, processes_here, run_shared
+    from alphaflow_cli.runtime.threads import threads_bounded
 
     def run() -> int:
-        result = work(join_processes(needs_gpu=needs_gpu, device=device))
+        joined = join_processes(needs_gpu=needs_gpu, device=device)
+        with threads_bounded(requested_threads(), on_cpu=joined.device.type == "cpu", is_main=joined.rank == 0):
+            result = work(joined)
         if result is not None:
             show(result)
         return 0

@@ -24,6 +24,7 @@ from alphaflow_cli.commands.common import (
     print_table,
     share,
     tell,
+    threads_option,
 )
 from alphaflow_cli.commands.labelling import given_labelling, image_column_option
 from alphaflow_cli.commands.measuring import Metrics, Weights, batch_option, metrics_option, weights_option
@@ -66,6 +67,7 @@ EXAMPLES = examples(
 @batch_option
 @click.option("--processes", type=PROCESSES, help="Processes to share the work. Default: one per GPU.")
 @device_option
+@threads_option
 @weights_option
 @click.option(
     "--out", type=Destination(is_folder=True, holds_weights=True), help="Folder. Default: the run's, else evals."

@@ -18,8 +18,10 @@ from alphaflow_cli.commands.common import (
     complete_path,
     device_option,
     examples,
+    requested_threads,
     share,
     tell,
+    threads_option,
 )
 from alphaflow_cli.commands.labelling import given_labelling, labelling_options
 from alphaflow_cli.recipe.schema import Data
@@ -64,6 +66,7 @@ EPILOG = examples(
 )
 @click.option("--processes", type=PROCESSES, help="[default: one per GPU, else one]")
 @device_option
+@threads_option
 @click.option("--limit", type=IMAGES, help="Take only this many pictures, spread evenly over the source.")
 @click.option(
     "--bad",
@@ -148,10 +151,12 @@ def estimate(request: "StoreRequest", store: Path, processes: int | None, device
     from alphaflow_cli.latents.plan import plan_job
     from alphaflow_cli.latents.prepare import count_encoders, estimate_store
     from alphaflow_cli.runtime.processes import Processes, choose_device
+    from alphaflow_cli.runtime.threads import threads_bounded
 
     count = launched or count_encoders(request.autoencoder, processes, device)
     several = Processes(choose_device(device), size=count)
-    print_lines(estimate_store(plan_job(request, store, several), several))
+    with threads_bounded(requested_threads(), on_cpu=several.device.type == "cpu", is_main=True):
+        print_lines(estimate_store(plan_job(request, store, several), several))
 
 
 def prepare(request: "StoreRequest", store: Path, processes: int | None, device: str | None) -> None:

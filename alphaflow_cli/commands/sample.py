@@ -19,6 +19,7 @@ from alphaflow_cli.commands.common import (
     device_option,
     examples,
     share,
+    threads_option,
 )
 from alphaflow_cli.commands.walking import walk_options
 from alphaflow_cli.text import counted, shorten
@@ -105,6 +106,7 @@ class PicturesOut(click.ParamType):  # type: ignore[type-arg]
 @click.option("--batch", type=BATCH, default=64, show_default=True, help="Pictures at once.")
 @click.option("--processes", type=PROCESSES, help="Processes to share the work. Default: one per GPU.")
 @device_option
+@threads_option
 def command(
     checkpoint: str,
     seeds: Seeds,

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,7 +13,10 @@ import click
 from alphaflow_cli.commands.common import (
     BATCH,
     PROCESSES,
+    THREADS,
     Destination,
+    NumberOrAuto,
+    NumberWithin,
     begin,
     check_checkpoint,
     command_line,
@@ -39,15 +43,6 @@ EXAMPLES = examples(
 )
 
 
-class MicroBatch(click.ParamType):  # type: ignore[type-arg]
-    """The value of --micro-batch: a number of rows, or auto, which becomes 0."""
-
-    name = "n|auto"
-
-    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        return 0 if value in ("auto", 0) else BATCH.convert(value, param, ctx)
-
-
 @click.command("train", epilog=EXAMPLES)
 @recipe_argument
 @click.option(
@@ -61,7 +56,15 @@ class MicroBatch(click.ParamType):  # type: ignore[type-arg]
 @set_option
 @click.option("--processes", type=PROCESSES, help="Processes to start on this machine. Default: one per GPU.")
 @device_option
-@click.option("--micro-batch", type=MicroBatch(), default="auto", help="Rows a process computes at once, or auto.")
+@click.option(
+    "--threads",
+    type=NumberOrAuto(THREADS),
+    default="auto",
+    help="Threads that compute on a CPU. auto: a few timed steps choose; a resumed run keeps its number.",
+)
+@click.option(
+    "--micro-batch", type=NumberOrAuto(BATCH), default="auto", help="Rows a process computes at once, or auto."
+)
 @click.option(
     "--init-from",
     default="",
@@ -70,8 +73,14 @@ class MicroBatch(click.ParamType):  # type: ignore[type-arg]
     help="Begin with the weights of this checkpoint.",
 )
 @click.option("--verify/--no-verify", default=True, help="Check the whole store before the first step (about 1 s/GB).")
+@click.option("--requeue", is_flag=True, help="In a Slurm job: after its warning (USR1), save, and ask for it again.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
 @click.option("--estimate", is_flag=True, help="Time a few steps of every phase, extrapolate, and stop.")
+@click.option(
+    "--hours",
+    type=NumberWithin(0, 100_000, open_below=True),
+    help="Print the --set values with which the run takes so long on this machine, and stop.",
+)
 @json_option
 def command(
     recipe: str,
@@ -80,39 +89,56 @@ def command(
     sets: tuple[str, ...],
     processes: int | None,
     device: str | None,
+    threads: int,
     micro_batch: int,
     init_from: str,
     verify: bool,
+    requeue: bool,
     dry_run: bool,
     estimate: bool,
+    hours: float | None,
     as_json: bool,
 ) -> None:
     """Train RECIPE, a file or the name of a shipped recipe. Running the same command again resumes.
 
     Inside torchrun, accelerate launch or Slurm it joins the processes that are there.
     """
+    from alphaflow_cli.runtime.launch import check_requeue
     from alphaflow_cli.train.store import resolve_run
 
     resolved = resolve_run(recipe, sets, data=data, out=out)
     check_inputs(data, init_from)
-    if dry_run or estimate:
-        show_plan(resolved, processes, micro_batch, device, measured=estimate, as_json=as_json)
-        return
-    begin(f"train {resolved.recipe.name} in {resolved.folder}")
-    from alphaflow_cli.runtime.processes import run_shared
-    from alphaflow_cli.train.start import TrainOptions, count_processes
+    plans = bool(dry_run or estimate or hours)
+    if not plans:
+        check_requeue(requeue)
+        begin(f"train {resolved.recipe.name} in {resolved.folder}")
+    from alphaflow_cli.train.start import TrainOptions
 
-    options = TrainOptions(resolved.folder, data, micro_batch or None, init_from, verify, device, resolved.notes)
+    options = TrainOptions(
+        out=resolved.folder, data=data, micro_batch=micro_batch or None, init_from=init_from, verify=verify,
+        device=device, notes=resolved.notes, threads=threads or None, requeue=requeue,
+    )  # fmt: skip
+    if plans:
+        show_plan(resolved, options, processes or 1, estimate=estimate, hours=hours, as_json=as_json)
+    else:
+        start(resolved.recipe, options, processes)
+
+
+def start(recipe: Recipe, options: "TrainOptions", processes: int | None) -> None:
+    """Train here or in N processes, and say where the run is."""
+    from alphaflow_cli.runtime.processes import run_shared
+    from alphaflow_cli.train.start import count_processes
+
     code = run_shared(
-        lambda: join(resolved.recipe, options),
+        lambda: join(recipe, options),
         command_line(),
         requested=processes,
-        count=lambda requested: count_processes(resolved.recipe, requested, device),
-        prepared=prepared(resolved.recipe, options),
+        count=lambda requested: count_processes(recipe, requested, options.device),
+        prepared=prepared(recipe, options),
     )
     if code:
         sys.exit(code)
-    finish(resolved.folder)
+    finish(options.out)
 
 
 def check_inputs(data: Path | None, init_from: str) -> None:
@@ -160,23 +186,29 @@ def finish(folder: Path) -> None:
 
 
 def show_plan(
-    resolved: "Resolved", processes: int | None, micro_batch: int, device: str | None, *, measured: bool, as_json: bool
+    resolved: "Resolved", options: "TrainOptions", processes: int, *, estimate: bool, hours: float | None, as_json: bool
 ) -> None:
-    """Print what the run would be: by arithmetic for --dry-run, by timed steps too for --estimate."""
+    """Print what the run would be: by arithmetic for --dry-run, by timed steps too for --estimate and --hours."""
     from alphaflow_cli.train.estimate import describe_run, estimate_training
+    from alphaflow_cli.train.hours import fit_hours, measure_phases_of
     from alphaflow_cli.train.start import doubts
     from alphaflow_cli.train.store import check_store
 
     recipe = resolved.recipe
     if recipe.data.store and (Path(recipe.data.store) / "manifest.json").is_file():
         check_store(recipe, Path(recipe.data.store))
-    document, lines = describe_run(recipe, resolved.folder, processes=processes or 1, micro_batch=micro_batch or None)
-    more = [text for text in doubts(recipe, device=device) if text not in document["warnings"]]
+    began = time.monotonic()
+    document, lines = describe_run(recipe, resolved.folder, processes=processes, micro_batch=options.micro_batch)
+    more = [text for text in doubts(recipe, device=options.device) if text not in document["warnings"]]
     document["warnings"] += more
     lines = [*resolved.notes, *lines, *(f"beware: {text}" for text in more)]
-    if measured:
-        times, texts = estimate_training(recipe, micro_batch or None, processes or 1, device)
+    if estimate or hours:
+        measured, compiled = measure_phases_of(recipe, options, processes)
+        times, texts = estimate_training(recipe, measured, compiled=compiled)
         document, lines = document | {"estimate": times}, [*lines, *texts]
+    if hours:
+        fit = fit_hours(recipe, hours, measured, start=time.monotonic() - began)
+        document, lines = document | {"hours": fit.document()}, fit.lines()
     if as_json:
         print_json(document)
         return

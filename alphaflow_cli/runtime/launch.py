@@ -6,6 +6,8 @@ accelerate launch or Slurm, a worker has no parent of ours and says it itself.
 
 Ctrl-C and SIGTERM: finish the step, save, leave. A second one, a second later, leaves at once.
 
+SIGUSR1, by which Slurm warns of the end of a job's time, does the same; with --requeue the job is then asked for again.
+
 Sooner it is an echo: a terminal, a launcher and a job system each pass on the same Ctrl-C.
 
 `srun alphaflow train …`: one process per task. Slurm says who is who in its own variables; torch reads others.
@@ -18,8 +20,10 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import threading
@@ -31,9 +35,11 @@ from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
 from alphaflow_cli.errors import AlphaflowError, fault_of_the_user
+from alphaflow_cli.runtime.threads import OURS, cores_here
 
 ERRORS = "ALPHAFLOW_ERRORS"  # the folder in which workers leave word of their faults
 RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")  # whole numbers
+STOPPED = (130, 138, 143)  # exit codes after Ctrl-C, Slurm's warning and SIGTERM
 LOOPBACK_SECONDS = 10  # for a connection to ourselves
 LOOK_EVERY = 0.5  # seconds between a worker's looks at whether its parent is still there
 SAVE_SECONDS = 300  # a worker may take so long to save after SIGTERM before the agent kills it
@@ -89,9 +95,11 @@ def launch(argv: Sequence[str], processes: int) -> int:
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     check_loopback(processes)
+    signal.signal(WARNING, api._terminate_process_handler)  # the agent passes it on, as the signals that it knows
     os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(SAVE_SECONDS)
     api.PContext.close.__defaults__ = (None, SAVE_SECONDS)  # older torch has no variable for it
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    if not os.environ.get("OMP_NUM_THREADS"):
+        os.environ |= {"OMP_NUM_THREADS": str(max(1, cores_here().count // processes)), OURS: "1"}
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -149,8 +157,8 @@ def _report(errors: Path, codes: dict[int, int]) -> int:
         raise AlphaflowError(
             f"process {rank} was killed by signal {-code}. What was saved is kept; the same command resumes."
         )
-    stopped = {code for code in codes.values() if code in (130, 143)}
-    if stopped and all(code in (0, -15, 130, 143) for code in codes.values()):
+    stopped = {code for code in codes.values() if code in STOPPED}
+    if stopped and all(code in (0, -15, *STOPPED) for code in codes.values()):
         return stopped.pop()
     raise AlphaflowError(
         f"processes ended with exit codes {codes}, and none of them said why; look at the lines above. "
@@ -222,6 +230,7 @@ def _leave(record: dict[str, Any]) -> bool:
 
 
 ECHO_SECONDS = 1.0
+WARNING = signal.SIGUSR1  # sbatch --signal=USR1@120
 
 
 class StopFlag:
@@ -237,12 +246,12 @@ class StopFlag:
         return self.signal != 0
 
     def __enter__(self) -> "StopFlag":
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, WARNING):
             self._before[number] = signal.signal(number, self._note)
         return self
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.is_set and time.monotonic() - self._since > ECHO_SECONDS:
+        if self.is_set and number != WARNING and time.monotonic() - self._since > ECHO_SECONDS:
             raise SystemExit(128 + number)
         if not self.is_set:
             self.signal, self._since = number, time.monotonic()
@@ -295,6 +304,28 @@ def first_host(nodes: str) -> str:
         return nodes
     head, number, tail = match.groups()
     return f"{head}{number or ''}{tail or ''}"
+
+
+def check_requeue(wanted: bool) -> None:
+    """Refuse --requeue where no job could be asked for again: outside Slurm, or without its scontrol."""
+    if not wanted:
+        return
+    if not os.environ.get("SLURM_JOB_ID"):
+        raise AlphaflowError("--requeue: this is no Slurm job (SLURM_JOB_ID is not set). Leave --requeue out here.")
+    if shutil.which("scontrol") is None:
+        raise AlphaflowError("--requeue: scontrol is not on PATH here, so the job cannot be asked for again.")
+
+
+def requeue() -> str:
+    """Ask Slurm for this job again; returns a line that says whether it will come."""
+    job = os.environ.get("SLURM_ARRAY_JOB_ID", "")
+    task = os.environ.get("SLURM_ARRAY_TASK_ID", "")
+    name = f"{job}_{task}" if job and task else os.environ["SLURM_JOB_ID"]
+    done = subprocess.run(["scontrol", "requeue", name], capture_output=True, text=True, check=False)
+    if done.returncode == 0:
+        return f"job {name} is queued again: scontrol requeue {name}"
+    why = " ".join((done.stderr or done.stdout).split()) or f"exit code {done.returncode}"
+    return f"warning: job {name} was not queued again: {why}. Submit it once more: the run resumes."
 
 
 def join_slurm() -> None:

@@ -21,6 +21,7 @@ from torch import distributed as dist
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.runtime.launch import as_worker, check_processes, is_worker, launch, whole_number
 from alphaflow_cli.runtime.precision import exact_dtype, set_tf32
+from alphaflow_cli.runtime.threads import cores_here
 from alphaflow_cli.text import counted
 
 if TYPE_CHECKING:
@@ -119,7 +120,7 @@ def check_seen(path: Path, processes: Processes, needed: str) -> None:
 def threads_here(processes: Processes) -> int:
     """The cores of this machine that each of its processes may use, 16 at most."""
     together = int(os.environ.get("LOCAL_WORLD_SIZE") or processes.size) if processes.size > 1 else 1
-    return max(1, min(16, (os.cpu_count() or 1) // together))
+    return max(1, min(16, cores_here().count // together))
 
 
 def check_same(processes: Processes, digest: str, what: str) -> None:

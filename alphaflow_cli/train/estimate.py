@@ -106,7 +106,7 @@ def measure_phases(
         trial.step(micro_batch, middle)  # warm up, and compile
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        each = statistics.median(_timed(partial(trial.step, micro_batch, middle)) for _ in range(TIMED_STEPS)) * turns
+        each = statistics.median(timed(partial(trial.step, micro_batch, middle)) for _ in range(TIMED_STEPS)) * turns
         memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
         times.append(PhaseTime(phase.kind, phase.until - phase.first, each, memory))
     if compiled:
@@ -125,7 +125,7 @@ def _measure(
     return measure_phases(recipe, rows, per_process=per_process, device=device, compiled=False), False
 
 
-def _timed(work: Callable[[], None]) -> float:
+def timed(work: Callable[[], None]) -> float:
     """Seconds until the work is done, on the device too."""
     started = time.perf_counter()
     work()
@@ -158,17 +158,29 @@ def describe_run(
     return document, text
 
 
-def estimate_training(
-    recipe: Recipe, micro_batch: int | None, processes: int, device: str | None = None
-) -> tuple[list[dict[str, Any]], list[str]]:
-    """Time the phases on this machine, in one process, and extrapolate; returns JSON objects and lines."""
+def measure_run(
+    recipe: Recipe,
+    micro_batch: int | None,
+    processes: int,
+    device: str | None,
+    *,
+    ready: Callable[[World, int], object],
+) -> tuple[list[PhaseTime], bool]:
+    """Time the phases on this machine, in one process, after `ready`; also returns whether they are compiled."""
     world = join_world(allow_tf32=recipe.train.tf32, device=device)
     per_process = -(-recipe.train.batch // processes)
     compiled = choose_compile(recipe, world, None, processes)
     if compiled:
         say("compiling the blocks: up to 20 s per phase on a GPU, minutes on a CPU")
     rows = min(micro_batch or micro_batch_that_fits(recipe, world, compiled=compiled), per_process)
-    measured, compiled = _measure(recipe, rows, per_process=per_process, device=world.device, compiled=compiled)
+    ready(world, rows)
+    return _measure(recipe, rows, per_process=per_process, device=world.device, compiled=compiled)
+
+
+def estimate_training(
+    recipe: Recipe, measured: list[PhaseTime], *, compiled: bool
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Extrapolate from measured steps to the whole run; returns JSON objects and lines."""
     total = sum(phase.seconds for phase in measured)
     document = [
         {

@@ -39,6 +39,7 @@ from alphaflow_cli.train.parallel import split_batch
 from alphaflow_cli.train.questions import ask
 from alphaflow_cli.train.run import Run, newest_for_all
 from alphaflow_cli.train.step import Rows, guide_of, row_draws, row_factor, time_laws, training_step
+from alphaflow_cli.train.threads import Watch
 
 CHECK_EVERY = 10  # steps between looks at the device's counters and at the stop flag, where a look makes it wait
 NONFINITE_ADVICE = "Lower optim.lr, or look at the data: alphaflow prep-latents --verify."
@@ -53,9 +54,11 @@ def train_steps(
     """
     train, world = run.recipe.train, run.world
     look_every = 1 if world.device.type == "cpu" else CHECK_EVERY
+    watch = Watch(run)
     with Progress("train", train.steps, unit="step", done=run.step, shown=world.is_main) as bar:
         while run.step < train.steps:
-            one_step(run, run.step)
+            with watch:
+                one_step(run, run.step)
             run.step += 1
             bar.advance(1)
             last = run.step == train.steps
@@ -67,6 +70,7 @@ def train_steps(
                 bar.advance(run.step - bar.done)
                 continue
             if log:
+                watch.look()
                 row = log_row(run, journal)
                 trackers.log(row)
                 bar.advance(0, console_line(row))

@@ -272,10 +272,11 @@ def _of_hours(request: RecipeRequest, name: str, choices: Choices, like: Recipe,
 
 def _timed(recipe: Recipe) -> tuple[float, str]:
     """The hours of a run, as `train --estimate` measures them on this machine."""
-    from alphaflow_cli.train.estimate import estimate_training
+    from alphaflow_cli.train.hours import measure_phases_of
+    from alphaflow_cli.train.start import TrainOptions
 
-    phases, _ = estimate_training(recipe, None, 1)
-    seconds = sum(phase["steps"] * phase["seconds_per_step"] for phase in phases)
+    phases, _ = measure_phases_of(recipe, TrainOptions(Path()), 1)
+    seconds = sum(phase.seconds for phase in phases)
     each = seconds / recipe.train.steps
     return seconds / 3600, f"a step takes {each:.3g} s on the machine that made this file, one process"
 

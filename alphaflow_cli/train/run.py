@@ -28,6 +28,7 @@ from alphaflow_cli.recipe.plan import alpha_at, equal_share_at
 from alphaflow_cli.recipe.schema import Recipe
 from alphaflow_cli.runtime.lock import check_lock
 from alphaflow_cli.runtime.processes import World
+from alphaflow_cli.runtime.threads import Threads
 from alphaflow_cli.train import state
 from alphaflow_cli.train.journal import Sums
 from alphaflow_cli.train.optimise import MOMENTS, Optimiser
@@ -62,6 +63,7 @@ class Run:
     objective: Objective
     class_names: list[str]
     init_from: str = ""  # whose weights it began with
+    threads: Threads | None = None  # that compute on a CPU; None on a GPU
     may_shrink: bool = False  # whether micro-batches become smaller when the memory runs out
     step: int = 0  # steps done
     retries: int = 0  # rolls back so far; each gives the steps after it other draws
@@ -92,6 +94,7 @@ class Run:
             store=self.stream.store.manifest.digest,
             init_from=self.init_from,
             compiled=self.compiled if self.recipe.train.compile == "auto" else None,
+            threads=self.threads.count if self.threads else None,
         )
 
     def model(self, which: int = 0) -> Checkpoint:

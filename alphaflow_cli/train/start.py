@@ -5,6 +5,7 @@ embedded set. `train` is what every process then does: take the folder, open the
 """
 
 import os
+import signal
 import socket
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -24,11 +25,12 @@ from alphaflow_cli.model.find import saved_steps
 from alphaflow_cli.recipe import diff_recipes, dump_recipe
 from alphaflow_cli.recipe.plan import schedules_of, warnings_of
 from alphaflow_cli.recipe.schema import Recipe, Schedule, resolve_step
-from alphaflow_cli.runtime.launch import StopFlag, has_parent, is_worker
+from alphaflow_cli.runtime.launch import WARNING, StopFlag, has_parent, is_worker, requeue
 from alphaflow_cli.runtime.lock import NAME as LOCK
 from alphaflow_cli.runtime.lock import hold
 from alphaflow_cli.runtime.processes import Processes, World, choose_device, join_world, processes_here
 from alphaflow_cli.runtime.progress import say
+from alphaflow_cli.runtime.threads import threads_kept
 from alphaflow_cli.train import state
 from alphaflow_cli.train.compiling import choose_compile, compile_forms
 from alphaflow_cli.train.estimate import micro_batch_that_fits
@@ -39,6 +41,7 @@ from alphaflow_cli.train.run import Run, build_run, check_start, newest_for_all,
 from alphaflow_cli.train.samples import SampleGrids
 from alphaflow_cli.train.scores import Scores, check_quick
 from alphaflow_cli.train.store import check_store, recipe_of_run, store_of
+from alphaflow_cli.train.threads import choose_threads
 
 ADJUSTABLE = {  # what a run may change when it goes on: none of it changes what is learnt, beyond rounding
     "data.store",
@@ -62,6 +65,8 @@ class TrainOptions:
     verify: bool = True  # read the whole store against its checksums before the first step
     device: str | None = None  # cpu, cuda or mps; None: a GPU where CUDA has one
     notes: tuple[str, ...] = ()  # what a new run says before it begins
+    threads: int | None = None  # that compute on a CPU; None: chosen by a few steps
+    requeue: bool = False  # whether Slurm is asked for the job again after its warning
 
 
 def check_folder(out: Path) -> None:
@@ -179,7 +184,7 @@ def train(recipe: Recipe, options: TrainOptions) -> int:
     """Train in this process (one of several, perhaps); 0 when finished, 130 or 143 when stopped and saved."""
     train, device = recipe.train, options.device
     world = join_world(allow_tf32=train.tf32, device=device, trackers=train.trackers, folder=options.out)
-    with one_owner(recipe, options, world):
+    with one_owner(recipe, options, world), threads_kept():
         if world.is_main:
             state.sweep(options.out)
         world.wait()
@@ -189,7 +194,7 @@ def train(recipe: Recipe, options: TrainOptions) -> int:
             keep_recipe(recipe, options.out)  # not before: what was refused is no run
             say_where(run, options)
         compile_forms(run)
-        return train_run(run, open_journal(run))
+        return train_run(run, open_journal(run), requeues=options.requeue)
 
 
 @contextmanager
@@ -226,7 +231,9 @@ def open_run(recipe: Recipe, options: TrainOptions, world: World) -> Run:
     world.wait()
     compiled = choose_compile(recipe, world, saved.compiled if saved else None, world.size)
     split = choose_batch_split(recipe, options, world, saved, compiled=compiled)
+    threads = choose_threads(recipe, world, split.micro_batch, options.threads, saved)
     run = build_run(recipe, options.out, world=world, stream=stream, split=split, compiled=compiled)
+    run.threads = threads
     run.may_shrink = options.micro_batch is None
     if newest is not None:
         run.restore(newest)
@@ -305,7 +312,7 @@ def open_journal(run: Run) -> Journal:
     return Journal(run.folder / "metrics.jsonl", run.step, writes=world.is_main, device_flops=flops)
 
 
-def train_run(run: Run, journal: Journal) -> int:
+def train_run(run: Run, journal: Journal, *, requeues: bool) -> int:
     """Train with trackers, sample grids and scores, to the last step or to a signal; returns the exit code."""
     world = run.world
     trackers, grids = Trackers(run.recipe, world, run.folder, run.step), SampleGrids()
@@ -324,9 +331,15 @@ def train_run(run: Run, journal: Journal) -> int:
     run.stream.close()
     trackers.close()
     world.wait()
-    if not finished and world.is_main:
-        say(f"stopped and saved at step {run.step:,}. To go on, run the same command again.")
-    return 0 if finished else 128 + (stop.signal or 15)
+    if finished:
+        return 0
+    number = int(world.largest(stop.signal)) or signal.SIGTERM  # one process may have got it, and not the first
+    if world.is_main:
+        again = requeues and number == WARNING
+        say(f"stopped and saved at step {run.step:,}. " + ("" if again else "To go on, run the same command again."))
+        if again:
+            say(requeue())
+    return 128 + number
 
 
 def say_where(run: Run, options: TrainOptions) -> None:

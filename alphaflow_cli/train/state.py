@@ -42,6 +42,7 @@ class StateFacts:
     store: str  # the latent store's digest
     init_from: str  # the checkpoint whose weights the run began with, if any
     compiled: bool | None = None  # what train.compile: auto has decided; None where the recipe decides
+    threads: int | None = None  # that compute on a CPU; None on a GPU, and in states of earlier versions
 
 
 def state_file(run: Path, step: int) -> Path:
@@ -173,7 +174,8 @@ def read_facts(path: Path) -> StateFacts:
         written = json.loads(metadata.get("facts", ""))
     except (ValueError, RecursionError):
         written = None
-    kinds = {each.name: (each.type,) for each in fields(StateFacts)} | {"compiled": (bool, type(None))}
+    kinds: dict[str, tuple[Any, ...]] = {each.name: (each.type,) for each in fields(StateFacts)}
+    kinds |= {"compiled": (bool, type(None)), "threads": (int, type(None))}
     if not isinstance(written, dict) or any(type(written.get(name)) not in kind for name, kind in kinds.items()):
         raise AlphaflowError(f"{path}: damaged: what it says of itself cannot be read.")
     values: dict[str, Any] = {name: written.get(name) for name in kinds}

@@ -35,7 +35,8 @@ def test_an_estimate_compiles_what_the_run_compiles(compiled, tmp_path, monkeypa
     monkeypatch.setattr(estimate, "choose_compile", lambda *facts: setting)
 
     def check():
-        rows, text = estimate.estimate_training(recipe, 8, 1)
+        measured, is_compiled = estimate.measure_run(recipe, 8, 1, None, ready=lambda world, rows: None)
+        rows, text = estimate.estimate_training(recipe, measured, compiled=is_compiled)
         assert [(row["phase"], row["compiled"]) for row in rows] == [(kind, setting) for kind in KINDS]
         assert all(row["seconds_per_step"] > 0 for row in rows)
         assert [net.compiled for net in compiled] == ([True] if setting else [])

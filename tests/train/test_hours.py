@@ -1,0 +1,84 @@
+"""What fits into so many hours: the values that change, and how they are printed."""
+
+import json
+import shlex
+
+import pytest
+from train_helpers import make_recipe
+
+from alphaflow_cli.cli import run as cli
+from alphaflow_cli.errors import AlphaflowError
+from alphaflow_cli.recipe import load_recipe
+from alphaflow_cli.recipe.loader import set_text
+from alphaflow_cli.recipe.plan import phases
+from alphaflow_cli.train.estimate import PhaseTime
+from alphaflow_cli.train.hours import changes, fit_hours, run_seconds, shortened
+
+TIMES = {"flow": 0.1, "between": 0.15, "derivative": 0.2}
+MEASURED = [PhaseTime(kind, 0, seconds, 0) for kind, seconds in TIMES.items()]
+
+
+@pytest.mark.parametrize("name", ["b2", "quickstart", "cifar10-shortcut", "soflow-b2"])
+def test_what_is_printed_makes_the_run_that_was_reckoned_with(name):
+    recipe = load_recipe(name)
+    steps = recipe.train.steps // 8
+    sets = [f"{key}={set_text(value)}" for key, value in changes(recipe, steps).items()]
+    short = load_recipe(name, sets)  # by the rules of the file, warm-up and schedules included
+    assert short == shortened(recipe, steps)
+    assert short.train.steps == steps
+    assert short.optim.warmup_steps == round(recipe.optim.warmup_steps / 8)
+    assert [phase.kind for phase in phases(short)] == [phase.kind for phase in phases(recipe)]
+    assert short.train.save_every <= steps // 10
+
+
+def test_schedules_in_steps_keep_their_share_of_the_run(tmp_path):
+    recipe = make_recipe(tmp_path, "train.steps=2000", "alpha.start=500", "alpha.end=1500")
+    short = changes(recipe, 200)
+    assert (short["alpha.start"], short["alpha.end"]) == (50, 150)
+    assert not any(key.startswith("times.") for key in short), "a constant share"
+
+
+def test_scores_while_training_come_as_often_in_the_run_and_a_line_says_that_they_are_not_counted(tmp_path):
+    sets = ("train.steps=2000000", "alpha.end=1000000", "eval.every=1000", "eval.reference=shapes:100000")
+    recipe = make_recipe(tmp_path, *sets)
+    fit = fit_hours(recipe, 1, MEASURED, start=5)
+    assert fit.sets["eval.every"] == round(1000 * fit.steps / 2_000_000)
+    assert any("eval.every) come on top" in line for line in fit.lines())
+
+
+def test_the_longest_run_that_fits_is_found_and_one_step_more_does_not_fit():
+    recipe = load_recipe("b2")
+    fit = fit_hours(recipe, 8, MEASURED, start=20)
+    assert 0 < fit.steps < recipe.train.steps
+    assert fit.seconds <= 8 * 3600 < 20 + run_seconds(recipe, fit.steps + 200, TIMES)
+    assert fit.seconds > 0.99 * 8 * 3600
+    assert any(line.startswith("  --set train.steps=") for line in fit.lines())
+
+
+def test_a_run_that_fits_whole_changes_nothing_and_one_that_cannot_begin_is_refused():
+    recipe = load_recipe("quickstart")
+    fit = fit_hours(recipe, 1, MEASURED, start=5)
+    assert (fit.steps, fit.sets) == (recipe.train.steps, {})
+    assert "the whole run fits, 850 steps" in fit.lines()[0]
+    with pytest.raises(AlphaflowError, match=r"about 5 s here, and a step 0\.2 s"):
+        fit_hours(recipe, 0.001, MEASURED, start=5)
+
+
+def test_a_small_part_of_a_recipe_is_called_so():
+    assert any(line.startswith("beware: 0.0") for line in fit_hours(load_recipe("b2"), 0.1, MEASURED, start=5).lines())
+
+
+def test_the_command_prints_sets_that_the_command_takes_and_changes_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    make_recipe(tmp_path, "train.steps=20")
+    sets = ["--set", "train.steps=4000000", "--set", "alpha.end=3000000"]
+    assert cli(["train", "tiny.yaml", *sets, "--hours", "0.02"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    printed = [part for line in lines if line.startswith("  --set") for part in shlex.split(line)]
+    assert "nothing was changed; add to the command:" in lines
+    load_recipe("tiny.yaml", [value for value in printed if value != "--set"])
+    assert cli(["train", "tiny.yaml", *sets, "--hours", "0.02", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["hours"]["sets"]["train.steps"] == document["hours"]["steps"]
+    assert not (tmp_path / "runs").exists()
+    assert cli(["train", "tiny.yaml", "--hours", "0"]) == 2
