@@ -41,6 +41,8 @@ ERRORS = "ALPHAFLOW_ERRORS"  # the folder in which workers leave word of their f
 RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")  # whole numbers
 STOPPED = (130, 138, 143)  # exit codes after Ctrl-C, Slurm's warning and SIGTERM
 LOOPBACK_SECONDS = 10  # for a connection to ourselves
+PARENT = "ALPHAFLOW_PARENT"  # the process that started them
+JOINED = threading.Event()  # whether this process and the others have found each other
 LOOK_EVERY = 0.5  # seconds between a worker's looks at whether its parent is still there
 SAVE_SECONDS = 300  # a worker may take so long to save after SIGTERM before the agent kills it
 ECHOES = ("Connection closed by peer", "Connection reset", "Socket Timeout", "NCCL", "Broken pipe", "gloo")
@@ -112,7 +114,7 @@ def launch(argv: Sequence[str], processes: int) -> int:
         monitor_interval=0.2,
     )
     with tempfile.TemporaryDirectory(prefix="alphaflow-") as errors:  # not in the run: its disk may be full
-        os.environ[ERRORS] = errors
+        os.environ |= {ERRORS: errors, PARENT: str(os.getpid())}
         try:
             elastic_launch(config, sys.executable)("-m", "alphaflow_cli", *argv)
         except ChildFailedError as failed:
@@ -121,7 +123,7 @@ def launch(argv: Sequence[str], processes: int) -> int:
         except api.SignalException as signalled:
             return 128 + int(signalled.sigval)
         finally:
-            del os.environ[ERRORS]  # the workers' parent is no worker itself
+            del os.environ[ERRORS], os.environ[PARENT]  # the workers' parent is no worker itself
     return 0
 
 
@@ -170,7 +172,8 @@ def as_worker(work: Callable[[], int]) -> NoReturn:
     """Run a worker's job and leave by os._exit: a live process group makes sys.exit abort now and then."""
     code = 1
     if has_parent():
-        threading.Thread(target=_leave_with, args=(os.getppid(),), daemon=True).start()
+        parent = int(os.environ.get(PARENT, os.getppid()))  # it may be gone by now
+        threading.Thread(target=_leave_with, args=(parent,), daemon=True).start()
     try:
         code = work()
     except SystemExit as leave:
@@ -187,9 +190,14 @@ def as_worker(work: Callable[[], int]) -> NoReturn:
 
 
 def _leave_with(parent: int) -> None:
-    """When the parent is gone, stop as after a signal: a run that goes on behind one's back holds its folder."""
+    """When the parent is gone, stop as after a signal: a run that goes on behind one's back holds its folder.
+
+    Before the processes have joined there is nothing to save, and a signal would wait for those that never come.
+    """
     while os.getppid() == parent:
         time.sleep(LOOK_EVERY)
+    if not JOINED.is_set():
+        os._exit(128 + signal.SIGTERM)
     os.kill(os.getpid(), signal.SIGTERM)
 
 

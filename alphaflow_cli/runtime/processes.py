@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from alphaflow_cli.errors import AlphaflowError
-from alphaflow_cli.runtime.launch import as_worker, check_processes, is_worker, launch, whole_number
+from alphaflow_cli.runtime.launch import JOINED, as_worker, check_processes, is_worker, launch, whole_number
 from alphaflow_cli.runtime.precision import exact_dtype, set_tf32
 from alphaflow_cli.runtime.threads import cores_here
 from alphaflow_cli.text import counted
@@ -265,6 +265,7 @@ def join_world(
         accelerator=accelerator,
     )
     _meet(world)
+    JOINED.set()
     return world
 
 

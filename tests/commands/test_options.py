@@ -78,7 +78,8 @@ def line_with(path, command, option, value):
     line = list(path)
     for other in command.params:
         if isinstance(other, click.Option) and other.required and other is not option:
-            line += [other.opts[0], EXAMPLE["-o"].get(path[-1], "a.out")]
+            choices = getattr(other.type, "choices", None)
+            line += [other.opts[0], choices[0] if choices else EXAMPLE["-o"].get(path[-1], "a.out")]
     line += [f"{option.opts[-1]}={value}"]
     arguments = [p for p in command.params if isinstance(p, click.Argument) and p.required]
     return [*line, "--", *("b2" if argument.name == "recipe" else "nosuch" for argument in arguments)]

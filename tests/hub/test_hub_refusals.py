@@ -6,7 +6,7 @@ import pytest
 from hub_fixtures import alphaflow, hub, project_run, scored, sha256, write_checkpoint, write_results  # noqa: F401
 
 from alphaflow_cli.errors import AlphaflowError
-from alphaflow_cli.hub import push
+from alphaflow_cli.hub import stage as stage_file
 from alphaflow_cli.hub.stage import open_publication, stage
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
@@ -140,13 +140,13 @@ def test_weights_replaced_after_they_were_read_are_not_published(project_run, tm
 
 
 def test_weights_replaced_while_they_are_read_are_not_published(project_run, monkeypatch):  # noqa: F811
-    read = push.load_checkpoint
+    read = stage_file.load_checkpoint
 
     def replaced_meanwhile(path):
         write_checkpoint(path, seed=1, step=200)
         return read(path)
 
-    monkeypatch.setattr(push, "load_checkpoint", replaced_meanwhile)
+    monkeypatch.setattr(stage_file, "load_checkpoint", replaced_meanwhile)
     with pytest.raises(AlphaflowError, match="changed while it was read"):
         open_publication(project_run, with_results=True)
 

@@ -77,9 +77,17 @@ def left_by_a_kill(folder, tmp_path):
     return folder
 
 
-def test_of_eight_starts_of_one_run_one_trains_and_seven_are_refused_in_one_line(store, tmp_path):
-    recipe, out = make_recipe(tmp_path), tmp_path / "run"
+def test_of_eight_starts_of_one_run_one_trains_and_seven_are_refused_in_one_line(store, tmp_path, monkeypatch):
+    recipe, out, open_run = make_recipe(tmp_path), tmp_path / "run", start.open_run
     options = start.TrainOptions(out, store)
+
+    def open_when_all_have_knocked(*arguments):  # a run of twenty steps might end before the last one comes
+        until = time.monotonic() + 60
+        while len(list(tmp_path.glob("errors-*/rank-0.json"))) < 7 and time.monotonic() < until:
+            time.sleep(0.05)
+        return open_run(*arguments)
+
+    monkeypatch.setattr(start, "open_run", open_when_all_have_knocked)
     start.prepare_run(recipe, options)
     started = [fork(lambda: start.train(recipe, options), tmp_path / f"errors-{i}") for i in range(8)]
     codes = [each.wait()[0] for each in started]
@@ -91,6 +99,7 @@ def test_of_eight_starts_of_one_run_one_trains_and_seven_are_refused_in_one_line
             assert "\n" not in message
             assert "Wait for it, end it (kill " in message
     assert row_values(out, "step") == [3, 6, 9, 12, 15, 18, 20], "the journal is whole"
+    monkeypatch.undo()
     assert_same(train(recipe, store, tmp_path / "whole"), out)
     assert not (out / lock.NAME).exists()
 

@@ -161,6 +161,17 @@ def test_a_worker_that_cannot_leave_word_says_it(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().err == "error: process 0: the disk is full\n"
 
 
+def test_a_worker_whose_parent_died_before_they_met_does_not_wait_for_the_others(tmp_path):
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    ranks = {"RANK": 1, "LOCAL_RANK": 1, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 9}
+    ours = {"ALPHAFLOW_ERRORS": tmp_path, "ALPHAFLOW_PARENT": gone.pid}
+    line = [sys.executable, "-m", "alphaflow_cli", "prep-latents", "glyphs:4", "--size", "32", "--autoencoder", "none"]
+    environment = os.environ | {name: str(value) for name, value in (ranks | ours).items()}
+    worker = subprocess.run([*line, "--out", tmp_path / "store"], env=environment, timeout=60, check=False)
+    assert worker.returncode == 143
+
+
 LONG_VERBS = {
     "prep-latents": ("glyphs:4", "--size", "32", "--autoencoder", "a/b"),
     "train": ("quickstart",),
