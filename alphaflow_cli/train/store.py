@@ -57,7 +57,7 @@ def resolve_run(name: str, sets: Sequence[str], *, data: Path | None, out: Path 
     folder = out or Path("runs") / (f"{recipe.name}-{data.resolve().name}" if is_other else recipe.name)
     if there := recipe_of_run(folder):
         return Resolved(with_store(as_begun(name, sets, there, folder), data), folder)
-    taken = ", ".join(f"{field}: {set_text(value)}" for field, _, value in changes)
+    taken = ", ".join(f"{field}: {set_text(value)}" for field, _, value in changes if field != "expected")
     notes = (f"{recipe.name} takes over from {data}: {taken}",) if taken else ()
     return Resolved(with_store(recipe, data), folder, notes)
 
