@@ -160,6 +160,7 @@ def test_two_processes_share_the_row_groups(data, expected, tmp_path):
     assert shards(tmp_path / "s") == expected
 
 
+@pytest.mark.slow
 def test_a_pass_that_ends_does_not_wait_for_a_slow_hub(data, monkeypatch):
     source = open_source("hf://datasets/lab/set")
     with source.reading(range(COUNT)) as fetches:

@@ -53,6 +53,7 @@ def test_onnx_runtime_gives_the_pictures_of_sample_at_any_batch(graph, pixels, t
     assert (wanted != sampled(pixels, tmp_path, classes="4")).mean() > 0.1  # the label is heard
 
 
+@pytest.mark.slow
 def test_the_decoder_is_in_the_graph_and_fresh_noise_is_an_input(latents, tmp_path, capfd):
     assert export(latents, "--to", "onnx", "--nfe", 2, "-o", tmp_path / "m.onnx") == 0
     out = capfd.readouterr()
@@ -78,6 +79,7 @@ def test_the_decoder_can_stay_outside(latents, tmp_path, capsys):
     assert np.abs(made.numpy() - (np.load(tmp_path / "z.npy") * 1.5 + 0.1)).max() < 1e-5
 
 
+@pytest.mark.slow
 def test_torch_export_gives_the_pictures_of_sample_at_any_batch(latents, tmp_path):
     assert export(latents, "--to", "torch", "-o", tmp_path / "m.pt2") == 0
     module = torch.export.load(tmp_path / "m.pt2").module()

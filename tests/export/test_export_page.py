@@ -50,6 +50,7 @@ def export(model, out, *more):
     return run(["export", str(model), "--to", "web", "-o", str(out), *map(str, more)])
 
 
+@pytest.mark.slow
 def test_the_page_has_all_its_files_and_the_runtime_is_fetched_once(runtime, tmp_path, monkeypatch, capsys):
     model = pixel_checkpoint(tmp_path / "m.safetensors")
     place = tmp_path / "registry" / "onnxruntime-web" / "-" / "onnxruntime-web-1.2.3.tgz"

@@ -61,6 +61,7 @@ IMF = Design(block="modern", inputs=("scale", "interval"), prefix=(8, 4, 2, 2, 4
 
 
 @pytest.mark.parametrize(("design", "ratio"), [(Design(block="modern"), 4.0), (IMF, 8 / 3)])
+@pytest.mark.slow
 def test_the_riding_tangent_of_a_modern_network_costs_one_more_linear_pass(design, ratio):
     """At share .25: its du/dt on three quarters of the rows, over the same rows' plain flow matching."""
     small = replace(SMALL, design=design, mlp_ratio=ratio)

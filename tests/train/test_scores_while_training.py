@@ -156,6 +156,7 @@ def test_a_signal_inside_an_evaluation_ends_at_once_and_the_resumed_run_measures
     assert rows_of(out, scored=True) == rows_of(scored, scored=True)
 
 
+@pytest.mark.slow
 def test_two_processes_share_an_evaluation_and_die_and_resume_together(store, tmp_path):
     recipe = make_recipe(tmp_path, SCORED, *SHARED, text=PIXELS)
     whole = train(recipe, store, tmp_path / "whole", processes=2)

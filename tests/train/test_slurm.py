@@ -81,6 +81,7 @@ def test_without_the_option_the_warning_saves_and_ends(job, store, tmp_path, cap
 
 
 @pytest.mark.distributed
+@pytest.mark.slow
 def test_the_warning_reaches_the_processes_of_a_command_and_one_of_them_asks(job, store, tmp_path):
     words = [sys.executable, "-m", "alphaflow_cli", *line(tmp_path, store, "--requeue", "--processes", "2")]
     paths = {"PYTHONPATH": os.pathsep.join(sys.path)}

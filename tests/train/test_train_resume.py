@@ -73,6 +73,7 @@ def interrupt(recipe, store, out, step, how, processes, micro_batch):
 
 SLOW = (
     "accumulation",
+    "soflow",
     "the boundary tangent",
     "improved MeanFlow",
     "improved MeanFlow, fsdp2",
