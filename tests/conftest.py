@@ -46,6 +46,11 @@ def pytest_xdist_auto_num_workers(config):
     return count_workers(config)
 
 
+def pytest_make_parametrize_id(val, argname):
+    """A long text is no name of a case: one with a clock in it would be another name in every process."""
+    return argname if isinstance(val, str | bytes) and len(val) > 120 else None
+
+
 @pytest.fixture
 def forked_workers(monkeypatch):
     """The processes of --processes are forks of the one that starts them: the same, without seconds of imports."""
