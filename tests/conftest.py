@@ -19,9 +19,10 @@ import gc
 import os
 
 import pytest
-from workers import count_workers, wants_gpu
+from workers import count_workers, quick_folder, wants_gpu
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", quick_folder())  # of tmp_path
 
 
 def pytest_configure(config):
@@ -36,9 +37,10 @@ def pytest_collection():
 
 
 def pytest_collection_finish():
-    """What is imported stays: the collector need not walk over it, nor a fork copy what the collector marks."""
+    """What is imported stays: the collector need not walk over it, nor a fork copy its marks. It comes rarely."""
     gc.enable()
     gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
 
 
 def pytest_xdist_auto_num_workers(config):

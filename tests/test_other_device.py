@@ -14,11 +14,9 @@ import pytest
 import torch
 from other_device import GPU, Elsewhere, other_device
 from PIL import Image
-from ruler import random_inception
+from ruler import Small, random_inception
 from snapshots import published_snapshot
 from tiny_autoencoders import tiny_kl
-from torch import nn
-from torch.nn import functional
 from train_helpers import largest_difference
 from workers import wants_gpu
 
@@ -27,7 +25,6 @@ from alphaflow_cli.analyze import analyze
 from alphaflow_cli.cli import run
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.evaluate import measure, score
-from alphaflow_cli.evaluate.features import Extractor
 from alphaflow_cli.evaluate.networks import BUILDERS
 from alphaflow_cli.runtime import precision, processes
 from alphaflow_cli.sample import generator, plan
@@ -235,24 +232,6 @@ def test_sample_draws_the_cpus_pictures(trained, tmp_path, monkeypatch):
         pictures = alphaflow_cli.load(trained).sample(2, classes=3, nfe=2)
     np.testing.assert_allclose(np.load("gpu.npy"), np.load("cpu.npy"), rtol=1e-4, atol=1e-4)
     assert pictures.tensor.device.type == "cpu"
-
-
-class Small(Extractor):
-    """A real network in Inception's place, which takes a minute for these pictures."""
-
-    id, dim, weights_sha256, preprocessing, known = "small", 8, "", "", True
-
-    def __init__(self, weights):
-        super().__init__()
-        draw = torch.Generator().manual_seed(0)
-        self.fc = nn.Parameter(torch.randn(5, 8, generator=draw))
-        self.kernel = nn.Parameter(torch.randn(8, 3, 4, 4, generator=draw) / 255)
-
-    def features(self, images):
-        return functional.conv2d(images.float(), self.kernel).relu().mean((2, 3))
-
-    def logits(self, features):
-        return features.to(self.fc.device) @ self.fc.T
 
 
 def measured(trained, capsys, *, weights=()):
