@@ -89,13 +89,14 @@ class Small(Extractor):
         super().__init__()
         draw = torch.Generator().manual_seed(0)
         self.fc = torch.nn.Parameter(3 * torch.randn(5, 8, generator=draw))
+        self.mean = torch.nn.Parameter(torch.tensor([2.8, 2.9, 0.05, 0.0, 1.9, 0.0, 0.0, 0.85]))  # of pictures()
         self.kernel = torch.nn.Parameter(torch.randn(8, 3, 4, 4, generator=draw) / 255)
 
     def features(self, images: Tensor) -> Tensor:
         return torch.nn.functional.conv2d(images.float(), self.kernel).relu().mean((2, 3))
 
     def logits(self, features: Tensor) -> Tensor:
-        return torch.nn.functional.layer_norm(features.to(self.fc.device), (8,)) @ self.fc.T
+        return (features.to(self.fc.device) - self.mean) @ self.fc.T
 
 
 class TheirSmall(FeatureExtractorBase):  # type: ignore[misc]
