@@ -72,6 +72,7 @@ def interrupt(recipe, store, out, step, how, processes, micro_batch):
 
 
 SLOW = (
+    "two processes",  # "two processes and accumulation" is the same and more
     "accumulation",
     "soflow",
     "the boundary tangent",
@@ -87,11 +88,12 @@ def test_twenty_steps_are_ten_a_kill_and_ten_and_are_five_seven_and_eight(way, s
     recipe = make_recipe(tmp_path, *sets)
     whole = train(recipe, store, tmp_path / "whole", processes=processes, micro_batch=micro_batch)
 
-    once = tmp_path / "once"  # killed after step 12; 10 was saved
-    interrupt(recipe, store, once, 12, "kill", processes, micro_batch)
-    assert saved_step(once) == 10
-    train(recipe, store, once, processes=processes, micro_batch=micro_batch)
-    assert_same(whole, once)
+    if way == "one process" or way in SLOW:
+        once = tmp_path / "once"  # killed after step 12; 10 was saved
+        interrupt(recipe, store, once, 12, "kill", processes, micro_batch)
+        assert saved_step(once) == 10
+        train(recipe, store, once, processes=processes, micro_batch=micro_batch)
+        assert_same(whole, once)
 
     often = tmp_path / "often"  # asked to stop after 5, killed after 7 more, where 10 was saved
     interrupt(recipe, store, often, 5, "stop", processes, micro_batch)
