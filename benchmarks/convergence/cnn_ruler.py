@@ -1,6 +1,6 @@
 """A ruler that sees class and shape: a small classifier of CIFAR-10 at 16 px, trained here and then frozen.
 
-    python benchmarks/convergence/ruler.py runs/evidence     # trains it there if need be, and prints its ladders
+    python benchmarks/convergence/cnn_ruler.py runs/evidence     # trains it there if need be, and prints its ladders
 
 FD-tiny sees texture and colour, and hardly the class. This one is trained on the 50,000 training pictures and compares
 with the 10,000 test pictures, which it has not seen: their features are not sharper than those of other pictures. Of a
@@ -11,8 +11,8 @@ set of pictures it gives
     precision, recall    by balls of 3 neighbours in the same features, as `alphaflow eval` has them in others'
 
 `fd_tiny` beside it is the package's FD-tiny, against the training pictures. Weights are made by this script from a
-fixed seed and kept beside the runs. The folder holds two stores of `alphaflow prep-latents --size 16 --autoencoder none`:
-`store` of the training pictures and `test`.
+fixed seed and kept beside the runs. The folder holds two stores of `alphaflow prep-latents --size 16 --autoencoder
+none`: `store` of the training pictures and `test`.
 """
 
 import hashlib
