@@ -273,9 +273,16 @@ def print_ladders(ruler: Ruler) -> None:
     print(line(f"classes kept, {few} pictures", kept, images[:few]), flush=True)
 
 
+def accuracy_text(facts: dict[str, float]) -> str:
+    made = f"{facts['parameters']:,} parameters, made in {facts['seconds']:.0f} s ({facts['device']})"
+    test, train = facts["test_accuracy"], facts["train_accuracy"]
+    return (
+        f"The classifier labels {test:.1%} of the test pictures rightly, and {train:.1%} of the training pictures:\n"
+        f"{made}. It ranks spoilt test pictures:\n"
+    )
+
+
 if __name__ == "__main__":
-    here = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    folder = Path(sys.argv[1])
-    opened = open_ruler(folder, here)
-    print(folder.joinpath("ruler.json").read_text(encoding="utf-8"))
+    opened = open_ruler(Path(sys.argv[1]), torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    print(accuracy_text(json.loads(Path(sys.argv[1]).joinpath("ruler.json").read_text(encoding="utf-8"))))
     print_ladders(opened)

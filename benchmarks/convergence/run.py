@@ -102,6 +102,7 @@ def parser() -> argparse.ArgumentParser:
     each.add_argument("--images", type=int, default=5_000, help="generated for each score")
     each.add_argument("--toy", action="store_true", help="a few steps of each run, to try all of this")
     each.add_argument("--pages", action="store_true", help="write the pages and train nothing")
+    each.add_argument("--runs", action="store_true", help="train and measure, and write no page")
     return each
 
 
@@ -117,21 +118,20 @@ def main() -> None:
     if train and missing(work, lines_of(work)) and prepare(options.pictures, work):
         work_off(work, options.jobs)
     keep(work)
-    from pages import write_pages
-
     found = lines_of(work)
     faults = {path.stem: path.read_text(encoding="utf-8") for path in sorted((out / "faults").glob("*.txt"))}
-    left = missing(work, found)
-    for path in write_pages(list(found.values()), {name: text for name, text in faults.items() if name not in found},
-                            [job.name for job in left], results, out):  # fmt: skip
-        print(path)
+    left = [job.name for job in missing(work, found)]
+    if not options.runs:
+        from pages import write_pages
+
+        for path in write_pages(list(found.values()), faults, left, results, out):
+            print(path)
     for name, text in faults.items():
         say(f"{name} failed: {text.strip().splitlines()[-1]}")
     broken = (out / "ruler.failed").exists()
     if broken:
         say((out / "ruler.failed").read_text(encoding="utf-8"))
-    say(f"{len(found)} runs are finished, {len(left)} are missing: {' '.join(job.name for job in left[:8])}"
-        + (" …" if len(left) > 8 else ""))  # fmt: skip
+    say(f"{len(found)} runs are finished, {len(left)} are missing: {' '.join(left[:8])}{' …' * (len(left) > 8)}")
     raise SystemExit(1 if faults or broken else 0)
 
 
