@@ -19,7 +19,7 @@ NFE = (1, 2, 4)
 PART = 1_000  # pictures drawn at a time
 COLUMNS = 10  # of a strip: one picture of each class
 CONFLICT = ("alpha", "cos_tfm_tc", "cos_tfm_fm", "norm_tfm", "norm_tc")
-BATCHES = ((64, 64), (8, 512))  # of the conflict at rest: their number, and the rows of each
+BATCHES = ((32, 64), (8, 512))  # of the conflict at rest: their number, and the rows of each
 
 
 def draw(generator: Generator, seeds: list[int], labels: list[int], *, nfe: int, scale: float) -> Tensor:

@@ -16,7 +16,7 @@ from typing import Any
 
 HERE = Path(__file__).parent
 STEPS, WIDTH, SEEDS, MORE_SEEDS, NEW_SEEDS = 3_000, 64, (0, 1, 2), (3, 4), (10, 11, 12, 13, 14)
-BUDGETS, LONG = (2_000, 6_000), 20_000
+BUDGETS, LONG, LONGEST = (2_000, 6_000), 20_000, 60_000
 Line = dict[str, Any]  # one finished run, as results.jsonl has it
 
 
@@ -188,6 +188,10 @@ def plan(lines: Sequence[Line]) -> list[Job]:
         *jobs_of("curriculum", PRECISIONS, (STEPS,), SEEDS),
         *jobs_of("budget", CLAIMED, (LONG,), MORE_SEEDS),
         *jobs_of("budget", [member for member in better_shares(lines) if member not in CLAIMED], (LONG,), SEEDS),
+        *jobs_of("confirm", winners, (LONG,), SEEDS),
+        *jobs_of("budget", CLAIMED, (LONGEST,), SEEDS),
+        *jobs_of("size", CLAIMED, (LONG,), SEEDS, width=2 * WIDTH),
+        *jobs_of("curriculum", ["meanflow-25", *CURRICULA], (STEPS,), MORE_SEEDS),
     ]
     return list({job.name: job for job in reversed(jobs)}.values())[::-1]
 

@@ -12,6 +12,7 @@ from members import (
     CURRICULA,
     FIRST,
     LONG,
+    LONGEST,
     MEMBERS,
     NEW_SEEDS,
     NEWER,
@@ -194,7 +195,7 @@ def draw_evidence(lines: Sequence[Line], best: str | None, results: Path, out: P
     """The pictures of EVIDENCE.md."""
     shares = [member for pair in SHARES for member in pair]
     members = ["meanflow-25", "alphaflow-25", *([best] if best else []), "alphaflow-50", "meanflow-75"]
-    budgets = (BUDGETS[0], STEPS, BUDGETS[1], LONG)
+    budgets = (BUDGETS[0], STEPS, BUDGETS[1], LONG, LONGEST)
     (results / "budget.png").write_bytes(to_png(over_budget(lines, members, budgets)))
     groups = [
         ("shares", shares),
@@ -221,7 +222,7 @@ def evidence_page(lines: Sequence[Line], best: str | None, results: Path) -> lis
 def budget_part(lines: Sequence[Line], best: str | None) -> list[str]:
     shares = [member for pair in SHARES for member in pair]
     text = ["## (a) Budget", ""]
-    for steps in (BUDGETS[0], STEPS, BUDGETS[1], LONG):
+    for steps in (BUDGETS[0], STEPS, BUDGETS[1], LONG, LONGEST):
         text += [f"### {steps:,} steps", "", *table(lines, [*shares, *([best] if best else [])], steps), ""]
         pairs = [("alphaflow-25", "meanflow-25"), ("alphaflow-50", "meanflow-75"), ("meanflow-75", "meanflow-25")]
         pairs += [("alphaflow-50", "alphaflow-25")] + ([(best, "meanflow-25")] if best else [])
@@ -304,13 +305,9 @@ def confirmed(lines: Sequence[Line], best: str) -> list[str]:
 def size_part(lines: Sequence[Line], best: str | None) -> list[str]:
     members, width = ["meanflow-25", "alphaflow-25", *([best] if best else [])], 2 * WIDTH
     pairs = [("alphaflow-25", "meanflow-25"), *([(best, "meanflow-25"), (best, "alphaflow-25")] if best else [])]
-    return [
-        "## (c) Twice the width",
-        "",
-        f"Dim {width}, heads {width // 16}, {STEPS:,} steps.",
-        "",
-        *table(lines, members, STEPS, width=width),
-        "",
-        *judged(lines, pairs, width=width),
-        "",
-    ]
+    text = ["## (c) Twice the width", "", f"Dim {width}, heads {width // 16}.", ""]
+    for steps in (STEPS, LONG):
+        there = [pair for pair in pairs if all(runs_of(lines, each, steps, width=width) for each in pair)]
+        text += [f"### {steps:,} steps", "", *table(lines, members, steps, width=width), ""]
+        text += [*judged(lines, there, steps, width), ""]
+    return text

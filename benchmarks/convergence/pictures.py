@@ -30,7 +30,7 @@ def curve_of(label: str, colour: str, points: dict[float, list[float]]) -> Curve
 
 def over_budget(lines: Sequence[Line], members: Sequence[str], budgets: Sequence[int]) -> Chart:
     """Both rulers at 1 and 2 NFE over the number of steps."""
-    panels = []
+    panels, budgets = [], [steps for steps in budgets if any(runs_of(lines, member, steps) for member in members)]
     for ruler, name in RULERS.items():
         for nfe in (1, 2):
             curves = []

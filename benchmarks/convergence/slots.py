@@ -5,6 +5,7 @@ what went wrong is `faults/NAME.txt`. Which run comes next is asked anew each ti
 others have shown. SIGTERM ends a slot: a training saves its state, and what was being measured is measured again.
 """
 
+import gc
 import json
 import os
 import signal
@@ -21,6 +22,8 @@ from typing import Any
 
 from members import MEMBERS, NEW_SEEDS, Job, Line, plan, valid
 from record import git, hardware
+
+from alphaflow_cli.recipe.schema import Train
 
 STOPPED = (130, 143)
 START, LAST = 4.0, 3.0  # seconds that a run takes besides its steps; that a slot waits for others' runs
@@ -97,11 +100,12 @@ def expected(job: Job, lines: dict[str, Line], work: Work) -> float:
 def sets_of(job: Job, work: Work) -> list[str]:
     """The settings of a run: those that its name stands for, and those that change no weight."""
     points = 30 if job.cut in ("curriculum", "confirm") else 12
-    log = 50 if job.steps <= 6_000 else 200
+    log = 50 if job.steps <= 6_000 else 200 if job.steps <= 20_000 else 600
     if work.toy:
         return [*job.sets, f"train.steps={steps_of(job, work)}", "train.log_every=2", "train.conflict_every=2",
                 "train.save_every=1000", "train.sample_every=0", "train.compile=false"]  # fmt: skip
-    quiet = [f"train.log_every={log}", f"train.conflict_every={max(log, job.steps // points // log * log)}"]
+    graphs = ["train.graphs=true"] if work.device == "cuda" and hasattr(Train, "graphs") else []
+    quiet = [*graphs, f"train.log_every={log}", f"train.conflict_every={max(log, job.steps // points // log * log)}"]
     return [*job.sets, *quiet, "train.save_every=10000", "train.sample_every=0", "train.compile=false"]
 
 
@@ -200,6 +204,15 @@ def make_ruler(work: Work) -> None:
         raise
 
 
+def forget() -> None:
+    """Give back what the last run held of the GPU's memory."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+
+
 def leave(number: int, frame: FrameType | None) -> None:
     raise SystemExit(128 + number)
 
@@ -214,6 +227,7 @@ def slot(work: Work, number: int) -> None:
         make_ruler(work)
     ruler = the_ruler(work)
     while job := claim(work):
+        forget()
         print(f"{time.strftime('%H:%M:%S')} {job.name}", file=sys.stderr, flush=True)
         try:
             if not one(job, work, ruler):

@@ -161,7 +161,7 @@ def test_the_pages_are_made_of_the_lines_alone_and_name_what_is_missing(tmp_path
     text = written[2].read_text()
     assert "- Failed: flow-3000-s1: ValueError: x" in text
     assert "- Not run yet: alpha-0-30-3000-s9." in text
-    assert "| α-Flow .25 | 8 | 2.00 ± 0.00 | 1.00 ± 0.00 | 0.50 ± 0.00 |" in text
+    assert "| α-Flow .25 | 10 | 2.00 ± 0.00 | 1.00 ± 0.00 | 0.50 ± 0.00 |" in text
     assert "the same, sampled with scale 2" in written[1].read_text()
     assert {path.name for path in tmp_path.glob("*.png")} == {"results.png", "budget.png", "conflict.png"}
     assert "not finished yet" not in text
