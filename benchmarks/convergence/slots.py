@@ -8,6 +8,7 @@ others have shown. SIGTERM ends a slot: a training saves its state, and what was
 import gc
 import json
 import os
+import shutil
 import signal
 import sys
 import time
@@ -161,6 +162,9 @@ def one(job: Job, work: Work, ruler: Callable[[], Any]) -> bool:
 
 
 def commit() -> str:
+    """The program's commit; where the checkout is a copy without git, what $COMMIT says."""
+    if os.environ.get("COMMIT") or not shutil.which("git"):
+        return os.environ.get("COMMIT", "unknown")
     changed = "-dirty" if git("status", "--porcelain", "--untracked-files=no") else ""
     return (git("rev-parse", "--short", "HEAD") or "unknown") + changed
 
