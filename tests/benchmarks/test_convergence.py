@@ -10,7 +10,7 @@ import slots
 import table
 import torch
 from cnn_ruler import Ruler, augmented, train_classifier
-from conflict import cells, points
+from conflict import cells, points, ranks, with_grades
 from members import CURRICULA, MEMBERS, NEW_SEEDS, NEWER, SEEDS, STEPS, Job, best_curriculum, better_shares, plan, valid
 from pictures import halves
 from places import ROOT
@@ -177,6 +177,16 @@ def test_points_without_a_cosine_are_left_out_of_the_conflict():
     lines = lines_of("meanflow-25", 1.0, 1.0)
     assert len(points(lines)) == 2
     assert cells(lines) == ["-0.50, 100%", "–", "–"]
+
+
+def test_the_correlation_says_whether_less_opposed_halves_go_with_better_grades():
+    def runs(cosine):
+        return [line | {"conflict": [[100, 1.0, cosine, 0, 1, 1]]} for line in lines_of("meanflow-25", 1.0)]
+
+    assert ranks([3.0, 1.0, 1.0]) == [2.5, 1.0, 1.0]
+    graded = [(1.0, runs(-0.1)), (2.0, runs(-0.2)), (3.0, runs(-0.9))]
+    assert with_grades(graded) == ["-1.00 (whole run, 3 members)"]
+    assert with_grades(graded[:2]) == []
 
 
 def test_a_strip_is_cut_into_the_pictures_it_was_made_of(tmp_path):
