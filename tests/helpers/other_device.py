@@ -3,7 +3,8 @@
 A tensor there is an `Elsewhere`: a wrapper around a tensor of the host. Every operator, the backward pass's too, is
 checked as a GPU checks it: a tensor of the host among its arguments is an error, but for copies, indices and numbers
 (tensors without dimensions). The numbers themselves are the CPU's, so a test may compare them with a run on the CPU.
-What it does not show: kernels' own rounding, autocast, pinned memory, streams, and torch.compile.
+A CUDA graph of a step is the step itself, launched. What it does not show: kernels' own rounding, autocast, pinned
+memory, streams, and torch.compile.
 """
 
 from contextlib import contextmanager
@@ -15,6 +16,8 @@ from torch.nn.utils import clip_grad
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
+
+from alphaflow_cli.train import compiling, graphs
 
 with torch.device("cpu"):
     torch.empty(0)  # torch lists once what makes tensors: before anything of it is replaced here
@@ -180,6 +183,8 @@ def other_device(monkeypatch):
         return {(lists[0][0].device, key[1]): found for key, found in group(lists).items()}
 
     monkeypatch.setattr(clip_grad, "_group_tensors_by_device_and_dtype", groups)
+    monkeypatch.setattr(compiling, "Capturing", lambda: lambda work: work)
+    monkeypatch.setattr(graphs, "TIMED_STEPS", 1)
     for state in (AcceleratorState, GradientState):  # what earlier tests joined in this process
         state._reset_state(*[True] * (state is AcceleratorState))
     monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
