@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from alphaflow_cli.core import pixels, sampler
 from alphaflow_cli.core.path import Net
+from alphaflow_cli.data.batches import to_device
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.files import changed, sha256_of, stamp_of
 from alphaflow_cli.model.build import DTYPES, build_network
@@ -42,6 +43,7 @@ from alphaflow_cli.recipe.plan import null_label
 from alphaflow_cli.runtime.precision import exact_device, true_float32
 from alphaflow_cli.runtime.processes import choose_device
 from alphaflow_cli.runtime.progress import say
+from alphaflow_cli.runtime.transfer import Laps
 from alphaflow_cli.sample.walk import LazyLabels, Walk
 
 DecoderPrecision = Literal["fp32", "bf16"]
@@ -114,13 +116,22 @@ class Drawn:
     seeds: Sequence[int]
     labels: Sequence[int]
     latents: Tensor  # (n, C, h, w) float64, as the network made them
-    images: Tensor | None  # (n, 3, H, W) uint8 on the generator's device; None where only latents are wanted
-    seconds: dict[str, float]  # that the network and the decoder took
+    unchecked: Tensor | None  # (n, 3, H, W) uint8 on the generator's device; None where only latents are wanted
+    bad: Tensor | None  # (n,) which pictures have values that are not finite; nobody has looked at it yet
+    laps: Laps  # of the network and the decoder
+
+    @property
+    def images(self) -> Tensor | None:
+        """The pictures; broken ones are refused, for which the host waits for the device."""
+        if self.bad is not None:
+            pixels.refuse_bad(self.bad)
+        return self.unchecked
 
     def arrays(self) -> np.ndarray:
         """The pictures in memory, (n, H, W, 3), as files and grids take them."""
-        assert self.images is not None
-        return np.ascontiguousarray(self.images.permute(0, 2, 3, 1).to("cpu", torch.uint8).numpy())
+        images = self.images
+        assert images is not None
+        return np.ascontiguousarray(images.permute(0, 2, 3, 1).to("cpu", torch.uint8).numpy())
 
 
 class Generator:
@@ -230,9 +241,9 @@ class Generator:
 
         def draw(dtype: torch.dtype) -> Tensor:
             rows = [torch.randn(self.shape, generator=g, dtype=dtype) for g in generators]
-            return torch.stack(rows + [torch.zeros(self.shape, dtype=dtype)] * spare).to(self.exact)
+            return to_device(torch.stack(rows + [torch.zeros(self.shape, dtype=dtype)] * spare), self.exact)
 
-        y = torch.tensor([*labels, *[0] * spare], device=self.device)
+        y = to_device(torch.tensor([*labels, *[0] * spare]), self.device)
         net: Net = partial(self._call, guide=walk.guide)
         if walk.guidance != 1.0:
             net = sampler.guided_net(net, null_label(self.recipe), walk.guidance, channels=walk.guidance_channels)
@@ -244,17 +255,20 @@ class Generator:
     def _call(self, x: Tensor, t: Tensor, r: Tensor, y: Tensor, *, guide: tuple[float, float, float] | None) -> Tensor:
         """The network in its own precision; the state stays float64."""
         dtype = next(self.net.parameters()).dtype
-        inputs = {} if guide is None else {"guide": t.new_tensor(guide).to(self.device, dtype).expand(len(t), 3)}
+        inputs = {}
+        if guide is not None:
+            inputs["guide"] = to_device(torch.tensor(guide, dtype=t.dtype).to(dtype), self.device).expand(len(t), 3)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             u: Tensor = self.net(*(value.to(dtype).to(self.device) for value in (x, t, r)), y, **inputs)
         return u.to(self.exact)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Normalised latents to uint8 pictures (n, 3, H, W); whole groups again, for the same reason."""
-        decoded = decode_in_groups(
-            self.autoencoder, (latents * self.std + self.mean).float().to(self.device), self.decoder.group
-        )
-        return pixels.to_uint8(decoded, self.recipe.data.pixels)
+        return pixels.to_uint8(self._decoded(latents), self.recipe.data.pixels)
+
+    def _decoded(self, latents: Tensor) -> Tensor:
+        raw = (latents * self.std + self.mean).float().to(self.device)
+        return decode_in_groups(self.autoencoder, raw, self.decoder.group)
 
     def images(self, seeds: Sequence[int], labels: Sequence[int], walk: Walk) -> Tensor:
         """One batch of pictures, uint8 (n, 3, H, W) on the device."""
@@ -271,18 +285,19 @@ class Generator:
     ) -> Iterator[Drawn]:
         """Draw these spans of the seeds, one after the other; nothing of a former one is kept.
 
-        Seeds and labels may be worked out when a span is read, so that a million of them take no memory.
+        Seeds and labels may be worked out when a span is read, so that a million of them take no memory. On a GPU the
+        work is queued, and nothing here waits for it.
         """
         for span in spans:
             some, classes = seeds[span], labels[span]
-            began = time.perf_counter()
+            laps, images, bad = Laps(self.device), None, None
             latents = self.latents(some, classes, walk)
-            self.synchronise()
-            between = time.perf_counter()
-            images = self.decode(latents) if decoded else None
-            self.synchronise()
-            seconds = {"network": between - began, "decoder": time.perf_counter() - between}
-            yield Drawn(span, some, classes, latents, images, seconds)
+            laps.end("network")
+            if decoded:
+                made = self._decoded(latents)
+                bad, images = pixels.bad_pictures(made), pixels.quantise(made, self.recipe.data.pixels)
+            laps.end("decoder")
+            yield Drawn(span, some, classes, latents, images, bad, laps)
 
 
 def spans_of(count: int, batch: int) -> Iterator[slice]:

@@ -136,6 +136,23 @@ def check(name, args, leaves, there):
         raise RuntimeError(f"Expected all tensors to be on the same device, but {name} got cuda:0 and cpu")
 
 
+class Event:
+    """An event of a device that has done everything at once."""
+
+    def __init__(self, **options):
+        """Any event is as good as any other."""
+
+    def record(self):
+        """It stands in the queue."""
+
+    def synchronize(self):
+        """Nobody waits long."""
+
+    def elapsed_time(self, other):
+        """In milliseconds."""
+        return 1.0
+
+
 class AnyGenerator(torch.Generator):
     """A generator that says which device it is for; its numbers are the host's."""
 
@@ -162,6 +179,7 @@ def other_device(monkeypatch):
 
     monkeypatch.setattr(torch, "tensor", tensor)
     monkeypatch.setattr(torch, "empty", lambda *args, pin_memory=False, **more: empty(*args, **more))
+    monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda values: values.clone())  # in threads too
     card = SimpleNamespace(name="test device", total_memory=BYTES, major=9, minor=0, multi_processor_count=1)
     answers = {
