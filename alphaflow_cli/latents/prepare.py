@@ -172,7 +172,7 @@ def _trial(job: Job, device: torch.device) -> tuple[int, float]:
         good = (picture.pixels for picture in stream if picture.pixels is not None)
         if first := list(itertools.islice(good, 1)):
             fetch_rows(job.plan, encode_rows(encoder, job.plan, first, device))
-        tried, batch, start = 0, 1, time.monotonic()
+        tried, batch, start = 0, encoder.rows or 1, time.monotonic()  # a compiled one is given whole batches
         while (group := list(itertools.islice(good, batch))) and time.monotonic() - start < TRIAL_SECONDS:
             fetch_rows(job.plan, encode_rows(encoder, job.plan, group, device))
             tried, batch = tried + len(group), min(2 * batch, job.batch)

@@ -110,6 +110,8 @@ def run(func, args, kwargs):
     if device is not None:
         kwargs = {**kwargs, "device": torch.device("cpu")}
     kwargs = {key: value for key, value in kwargs.items() if key != "pin_memory"}
+    if name == "cudnn_convolution_relu":
+        return outside(torch.conv2d(*map(inside, args)).relu())
     found = func(*tree_map(inside, args), **tree_map(inside, kwargs))
     known = {id(x.value): x for x in there}  # what an operator wrote to is the tensor that it was
     view = func.is_view and not args[0].is_inference()
