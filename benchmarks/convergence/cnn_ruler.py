@@ -269,8 +269,10 @@ def print_ladders(ruler: Ruler) -> None:
     for name, steps in ladders_at_16().items():
         print(line(name, [(step, change(clean)) for step, change in steps], clean), flush=True)
     few = half // CLASSES
+    floors = ", ".join(f"{value:.3g}" for value in distances(clean))
     kept = [(f"{k}", images[:half][labels[:half] < k][:few]) for k in (7, 5, 3, 2, 1)]
     print(line(f"classes kept, {few} pictures", kept, images[:few]), flush=True)
+    print(f"\nFD-cnn and FD-tiny of {size:,} clean test pictures against {len(images) - half:,} others: {floors}.")
 
 
 def accuracy_text(facts: dict[str, float]) -> str:
