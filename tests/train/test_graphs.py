@@ -394,15 +394,20 @@ def test_neither_writing_a_step_nor_what_is_captured_waits(tmp_path, monkeypatch
 
 # --- on a GPU: pytest -m gpu ---
 
+GUIDED = ("guidance.omega=0.7", "guidance.kappa=0.2", "guidance.label_dropout=0.1")
 FAMILY = {
-    "meanflow": ("alpha.kind=constant", "alpha.initial=0"),
-    "alpha-flow": (),
-    "shortcut": ("loss.velocity=network", "guidance.omega=0.7", "guidance.kappa=0.2", "guidance.label_dropout=0.1"),
-    "soflow": ("times.gap=1e-3", "loss.short_first=true", "loss.weight=converging", "ema.every=4"),
+    "meanflow": ("alpha.kind=constant", "alpha.initial=0", *GUIDED),
+    "alpha-flow": (*GUIDED, "times.equal_share={kind: step, initial: 0.25, final: 0.75, start: 30, end: 30}"),
+    "shortcut": ("loss.velocity=network", "alpha.kind=constant", "alpha.initial=0.5"),
+    "soflow": (
+        "times.gap=1e-3", "loss.short_first=true", "loss.weight=converging", "ema.every=4", "loss.later=0.5",
+        "alpha.kind=exponential", "alpha.initial=0.5", "alpha.final=0.02", "alpha.gamma=1", "alpha.clamp=0",
+    ),
     "imf": (
         "model.velocity_head=1", "model.inputs=[scale, interval]", "guidance.scale=drawn", "guidance.interval=drawn",
         "guidance.label_dropout=0.1", "loss.tangent=network", "optim.nonfinite=replace", "train.precision=bf16",
     ),
+    "pixels": ("model.prediction=data", "loss.short_first=true", "optim.weight_decay=0.01"),
 }  # fmt: skip
 SCRIPT = """
 import sys
