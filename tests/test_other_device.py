@@ -38,6 +38,8 @@ TINY = (
     "guidance.label_dropout=0.1", "train.graphs=false",
 )  # fmt: skip
 
+FEW = ("train.steps=6", "alpha.start=1", "alpha.end=5", "train.conflict_every=0", "train.sample_every=6")
+
 
 @pytest.fixture
 def device(monkeypatch):
@@ -123,8 +125,7 @@ def test_train_runs_all_phases_and_draws_grids(trained):
     ],
 )
 def test_other_recipes_train_and_sample_too(device, tmp_path, sets):
-    short = ("train.steps=6", "alpha.start=1", "alpha.end=5", "train.conflict_every=0", "train.sample_every=6")
-    assert train_run("run", *short, *sets, options=["--micro-batch", "6"]) == 0
+    assert train_run("run", *FEW, *sets, options=["--micro-batch", "6"]) == 0
     assert run(["sample", "run", "--seeds", "0-2", "--nfe", "2", "--weights", "raw", "--latents", "l.npy"]) == 0
 
 
@@ -194,7 +195,7 @@ def test_a_gradient_that_is_not_finite_rolls_a_run_back(device, tmp_path, monkey
     assert "rolled back to step 6, with other draws" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("memory", ["resident", "streamed"])
+@pytest.mark.parametrize("memory", [pytest.param("resident", marks=pytest.mark.slow), "streamed"])
 def test_a_stopped_run_goes_on_to_the_same_weights(device, trained, tmp_path, monkeypatch, memory):
     if memory == "streamed":
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *args: (0, 0))
@@ -214,7 +215,7 @@ def test_a_stopped_run_goes_on_to_the_same_weights(device, trained, tmp_path, mo
 
 
 def test_train_begins_with_other_weights_and_estimates(device, trained, tmp_path, capsys):
-    assert train_run(tmp_path / "run", options=["--init-from", str(trained)]) == 0
+    assert train_run(tmp_path / "run", *FEW, options=["--init-from", str(trained)]) == 0
     assert train_run(tmp_path / "none", options=["--estimate"]) == 0
     assert "together:" in capsys.readouterr().out
 
@@ -287,7 +288,7 @@ def test_a_latent_model_is_prepared_trained_decoded_and_measured(device, tmp_pat
     assert run(["prep-latents", "set", "--size", "32", "--autoencoder", "kl", "--flips", "--out", "store"]) == 0
     sets = ("data.autoencoder=kl", "data.image_size=32", "data.channels=4", "data.latent_size=4", "data.classes=2",
             "data.flips=true", "model.patch=1", "eval.reference=glyphs:100")  # fmt: skip
-    assert train_run(tmp_path / "run", *sets, options=["--data", "store"]) == 0
+    assert train_run(tmp_path / "run", *FEW, *sets, options=["--data", "store"]) == 0
     assert run(["sample", "run", "--seeds", "0-4", "--grid", "g.png", "--autoencoder", "kl"]) == 0
     assert run(["eval", "run", "--decoder", "fp32", "--autoencoder", "kl"]) == 0
 
