@@ -112,8 +112,8 @@ def command(
 ) -> None:
     """Make averages of the weights that a run did not keep, of those that it kept, and score all in one table.
 
-    Each becomes a checkpoint, which sample, eval and push take. The table says how near its profile over the steps
-    comes to the wanted one. The averages that the run kept are in it too; as a check, each is made of the others.
+    Each becomes a checkpoint, which sample, eval and push take. The table says how far it is expected to be
+    from the true average. The averages that the run kept are in it too; as a check, each is made of the others.
     """
     from alphaflow_cli.model.find import check_run
 
@@ -133,7 +133,7 @@ def show(made: "tuple[list[Average], Path, int]", *, as_json: bool) -> None:
     averages, folder, step = made
     if as_json:
         listed = [
-            {"name": each.name, "path": str(each.path), "profile_error": each.profile_error, "check": each.check}
+            {"name": each.name, "path": str(each.path), "expected_error": each.expected_error, "check": each.check}
             | {"evaluations": [evaluation.as_dict() for evaluation in each.evaluations]}
             for each in averages
         ]
@@ -155,6 +155,6 @@ def table(averages: "list[Average]") -> tuple[tuple[str, ...], list[tuple[str, .
     columns = list(dict.fromkeys(name for each in cells for name in each))
     lines = []
     for average, scores in zip(averages, cells, strict=True):
-        errors = ("" if error is None else f"{error:.1e}" for error in (average.profile_error, average.check))
+        errors = ("" if error is None else f"{error:.1e}" for error in (average.expected_error, average.check))
         lines.append((average.name, *errors, *(scores.get(name, "") for name in columns)))
-    return ("average", "profile error", "check", *columns), lines
+    return ("average", "expected error", "check", *columns), lines
