@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from alphaflow_cli.runtime.processes import Processes
 
 UNSAFE = r"[\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u2069\ud800-\udfff\ufeff]"  # JSON itself escapes what is below
+SOURCE_LIKENESS = 0.7  # how alike two names of folders are before one is taken for a slip: fotos and photos are .73
 LONGEST = 100_000  # letters of one printed text
 Command = TypeVar("Command", bound=Callable[..., Any])
 Shown = TypeVar("Shown")
@@ -216,7 +217,11 @@ def check_source(text: str) -> None:
         if ":" not in text and not re.search(r"\{\d+\.\.\d+\}|[*?[]", text):
             Path(text).expanduser().stat()
     except (FileNotFoundError, NotADirectoryError):
-        raise no_such_source(text) from None
+        from alphaflow_cli.model.find import alike
+
+        path = Path(text).expanduser()
+        likely = [str(path.with_name(name)) for name in alike(path.name, path.parent, likeness=SOURCE_LIKENESS)]
+        raise no_such_source(text, (likely or [""])[0]) from None
     except (OSError, ValueError, RuntimeError):  # opening it says why
         pass
 
