@@ -112,6 +112,8 @@ def command(
     if not plans:
         check_requeue(requeue)
         begin(f"train {resolved.recipe.name} in {resolved.folder}")
+    elif estimate or hours:
+        begin(f"timing a few steps of each phase of {resolved.recipe.name} on this machine")
     from alphaflow_cli.train.start import TrainOptions
 
     options = TrainOptions(
