@@ -154,6 +154,12 @@ def is_checkpoint(text: str) -> bool:
     return path.suffix == ".safetensors" or (text.count("/") == 1 and not text.startswith((".", "/", "~")))
 
 
+def model_name(address: str, recipe: Recipe) -> str:
+    """What to call a model: as its run's folder, for several runs may be of one recipe; else as its recipe."""
+    run = run_folder(address)
+    return run.resolve().name if run else recipe.name or "checkpoint"
+
+
 def default_grid(address: str) -> Path:
     """Where a grid goes when nobody says where: into the run; beside a checkpoint file; else here."""
     path = Path(address).expanduser()
