@@ -13,8 +13,6 @@ import signal
 import sys
 import traceback
 from collections.abc import Sequence
-from itertools import pairwise
-from shlex import quote
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -49,8 +47,6 @@ VERBS: dict[str, tuple[str, str]] = {
     "recipe": ("alphaflow_cli.commands.recipe", "List, show, check, plot, copy and make recipes."),
     "doctor": ("alphaflow_cli.commands.doctor", "Say what this machine has, and what will not work here and why."),
 }
-
-FIRST_RECIPES = ("quickstart", "cifar10", "b2")  # of many; named where one is missing
 
 EPILOG = """\b
 Examples:
@@ -156,8 +152,11 @@ def run(args: Sequence[str]) -> int:
         click.echo(fault.format_message(), err=True)
         return _traced(debug, 2)
     except click.UsageError as fault:
-        click.echo((fault.ctx or _context(rest)).get_usage(), err=True)
-        say_error(_message(fault, rest))
+        from alphaflow_cli.commands.common import usage_message
+
+        ctx = fault.ctx or _context(rest)
+        click.echo(ctx.get_usage(), err=True)
+        say_error(usage_message(fault, ctx, rest))
         return _traced(debug, 2)
     except click.ClickException as fault:
         say_error(fault.format_message())
@@ -184,36 +183,6 @@ def _context(args: Sequence[str]) -> click.Context:
             break
         ctx = click.Context(command, info_name=word, parent=ctx)
     return ctx
-
-
-def _message(fault: click.UsageError, args: Sequence[str]) -> str:
-    """What is wrong, and what to write instead: a value of the recipe for an option, or what an argument may be."""
-    ctx, message = fault.ctx or _context(args), fault.format_message()
-    if isinstance(fault, click.NoSuchOption) and any(param.name == "sets" for param in ctx.command.params):
-        assignment = _assignment(fault.option_name, args)
-        return f"No such option {fault.option_name!r}. Write: --set {assignment}" if assignment else message
-    if not (isinstance(fault, click.MissingParameter) and isinstance(fault.param, click.Argument)):
-        return message
-    wanted = fault.param.make_metavar(ctx)
-    if wanted == "RECIPE":
-        return f"{message} Give a file, or a shipped recipe: {', '.join(FIRST_RECIPES)}, … (alphaflow recipe ls)"
-    if "RUN" in wanted or "CKPT" in wanted:
-        from alphaflow_cli.model.find import runs_here
-
-        return f"{message} Runs here: {', '.join(runs_here()) or 'none yet; alphaflow train quickstart makes one'}"
-    return message
-
-
-def _assignment(option: str, args: Sequence[str]) -> str:
-    """What to give --set in place of an option that has the name of a recipe's value; empty where none has."""
-    from alphaflow_cli.recipe.loader import flatten
-    from alphaflow_cli.recipe.schema import Recipe
-
-    name = option.removeprefix("--").replace("-", "_")
-    field = next((field for field in flatten(Recipe()) if field.split(".")[-1] == name), "")
-    joined = next((word.partition("=")[2] for word in args if word.startswith(f"{option}=")), "")
-    after = next((after for before, after in pairwise([*args, ""]) if before == option and after[:1] != "-"), "")
-    return f"{field}={quote(joined or after or 'VALUE')}" if field else ""
 
 
 def _without_output(lost: LostOutput) -> int:

@@ -10,20 +10,19 @@ import click
 from alphaflow_cli.commands.common import (
     IMAGES,
     NFE,
-    PROCESSES,
     Destination,
     NumberWithin,
     WholeWithin,
     begin,
-    complete_path,
     device_option,
     examples,
     json_option,
     print_json,
     print_table,
+    processes_option,
     share,
 )
-from alphaflow_cli.commands.measuring import Metrics, metrics_option
+from alphaflow_cli.commands.measuring import Metrics, metrics_option, reference_option
 from alphaflow_cli.text import shorten
 
 if TYPE_CHECKING:
@@ -81,14 +80,9 @@ def to_merges(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]
 @click.option("--scores/--no-scores", "scored", default=True, help="Draw and measure each average, or only make it.")
 @click.option("--nfe", multiple=True, type=NFE, help="Evaluations per picture; repeatable. Default: the recipe's.")
 @metrics_option
-@click.option(
-    "--reference",
-    metavar="FILE|SOURCE",
-    shell_complete=complete_path,
-    help="What to compare with. Default: the recipe's.",
-)
+@reference_option("What to compare with. Default: the recipe's.")
 @click.option("--images", type=IMAGES, help="Number of pictures. Default: the recipe's eval.quick_images.")
-@click.option("--processes", type=PROCESSES, help="Processes to share the work. Default: one per GPU.")
+@processes_option
 @device_option
 @click.option(
     "--out", type=Destination(is_folder=True, holds_weights=True), help="Folder. Default: RUN/averages/step-N."
