@@ -154,10 +154,10 @@ def is_checkpoint(text: str) -> bool:
     return path.suffix == ".safetensors" or (text.count("/") == 1 and not text.startswith((".", "/", "~")))
 
 
-def model_name(address: str, recipe: Recipe) -> str:
+def model_name(address: str, recipe: Recipe, *, unnamed: str = "checkpoint") -> str:
     """What to call a model: as its run's folder, for several runs may be of one recipe; else as its recipe."""
     run = run_folder(address)
-    return run.resolve().name if run else recipe.name or "checkpoint"
+    return run.resolve().name if run else recipe.name or unnamed
 
 
 def default_grid(address: str) -> Path:

@@ -98,11 +98,11 @@ class PhaseTime:
 
 
 def measure_phases(
-    recipe: Recipe, micro_batch: int, *, per_process: int, device: torch.device, compiled: bool
+    recipe: Recipe, micro_batch: int, rows: int, *, per_process: int, device: torch.device, compiled: bool
 ) -> list[PhaseTime]:
-    """Time a few steps of every phase on this machine; the median counts."""
+    """Time a few steps of every phase, on `rows` rows of a micro-batch, on this machine; the median counts."""
     trial = Trial(recipe, device, compiled=compiled)
-    rows, times, all_phases = _rows_to_time(trial, micro_batch), [], phases(recipe)
+    times, all_phases = [], phases(recipe)
     turns = -(-per_process // micro_batch) * micro_batch / rows
     with Progress("timing", len(all_phases) * (1 + TIMED_STEPS), unit="step") as bar:
         for phase in all_phases:
@@ -126,11 +126,11 @@ def measure_phases(
     return times
 
 
-def _rows_to_time(trial: Trial, rows: int) -> int:
+def _rows_to_time(recipe: Recipe, rows: int, device: torch.device) -> int:
     """The rows of a timed step: all of a micro-batch, or on a CPU where that takes long, a part of them."""
-    if trial.device.type != "cpu" or rows <= LEAST_ROWS:
+    if device.type != "cpu" or rows <= LEAST_ROWS:
         return rows
-    step = partial(trial.step, LEAST_ROWS, trial.recipe.train.steps - 1)
+    step = partial(Trial(recipe, device, compiled=False).step, LEAST_ROWS, recipe.train.steps - 1)
     step()  # the first step of a program also loads what later ones have
     fit = int(LEAST_ROWS * LONG / 2 / timed(step))
     if fit >= rows:
@@ -141,14 +141,15 @@ def _rows_to_time(trial: Trial, rows: int) -> int:
 
 
 def _measure(
-    recipe: Recipe, rows: int, *, per_process: int, device: torch.device, compiled: bool
+    recipe: Recipe, micro_batch: int, rows: int, *, per_process: int, device: torch.device, compiled: bool
 ) -> tuple[list[PhaseTime], bool]:
     """The phases' times, and whether they are of compiled blocks; where compiling fails, eagerly, as the run would."""
     try:
-        return measure_phases(recipe, rows, per_process=per_process, device=device, compiled=compiled), compiled
+        measured = measure_phases(recipe, micro_batch, rows, per_process=per_process, device=device, compiled=compiled)
+        return measured, compiled
     except compile_faults() as error:
         say(f"torch.compile failed, so the steps are measured eagerly: {why_not(error)}")
-    return measure_phases(recipe, rows, per_process=per_process, device=device, compiled=False), False
+    return measure_phases(recipe, micro_batch, rows, per_process=per_process, device=device, compiled=False), False
 
 
 def timed(work: Callable[[], None]) -> float:
@@ -204,8 +205,9 @@ def measure_run(
     if compiled:
         say("compiling the blocks: up to 20 s per phase on a GPU, minutes on a CPU")
     rows = min(micro_batch or micro_batch_that_fits(recipe, world, compiled=compiled), per_process)
-    ready(world, rows)
-    return _measure(recipe, rows, per_process=per_process, device=world.device, compiled=compiled)
+    timed_rows = rows if compiled else _rows_to_time(recipe, rows, world.device)
+    ready(world, timed_rows)
+    return _measure(recipe, rows, timed_rows, per_process=per_process, device=world.device, compiled=compiled)
 
 
 def estimate_training(
