@@ -11,8 +11,8 @@ are hidden from them and from the processes that they start. `pytest -m gpu` lea
 written for one, and start new processes instead of forking. tests/test_other_device.py walks every verb over a device
 that is not the CPU on any machine.
 
-**The disk.** What a test writes is deleted when it has passed. It lies in memory where there is room (quick_folder): the
-package syncs every file that it writes, and thousands of such waits are minutes.
+**The disk.** What a test writes is deleted when it has passed. It lies in memory where there is room (quick_folder),
+for the package syncs every file that it writes, and thousands of such waits are minutes.
 
 **Where things are.** The folders mirror the rooms of the package. What several tests use is in tests/helpers, which
 pyproject.toml puts on the path; tests/test_tests.py holds this. What takes more than 20 seconds has the marker `slow`.
