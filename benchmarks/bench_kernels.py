@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._functorch.config
 from bench_step import PEAK, work_of
 from counting import count
 from record import record
@@ -260,7 +261,9 @@ def time_piece(name: str, size: Size, batch: int, options: argparse.Namespace) -
     figures: dict[str, object] = {"piece": name, "dim": size.dim, "batch": batch}
     for label, piece in (("plain", plain), ("own", own)):
         torch.compiler.reset()
-        forward, backward = both_ways(torch.compile(piece, dynamic=False, backend=options.backend, fullgraph=True), given)
+        forward, backward = both_ways(
+            torch.compile(piece, dynamic=False, backend=options.backend, fullgraph=True), given
+        )
         figures[f"{label}_forward_ms"] = spent = milliseconds(forward, options.device, 5)
         if backward is not None:
             figures[f"{label}_backward_ms"] = spent = milliseconds(backward, options.device, 5)
@@ -382,9 +385,8 @@ def time_steps(
             if turn:
                 times[label].append(spent)
     if options.profile is not None:
-        for label in ("none", "all"):
-            with using(works[label][0], anywhere=options.device == "cpu"):
-                write_profile(works[label][1], options.profile / f"{name} {alpha:g} {label}.txt".replace("/", ""))
+        with using(variants["all"], anywhere=options.device == "cpu"):
+            write_profile(works["all"][1], options.profile / f"{name}-{alpha:g}.txt".replace("/", ""))
     middle = {label: statistics.median(each) for label, each in times.items()}
     peak = max(
         [each for card, each in PEAK.items() if options.device == "cuda" and card in torch.cuda.get_device_name()]
@@ -492,7 +494,7 @@ def arguments(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5, help="kept rounds of the steps")
     parser.add_argument("--seconds", type=float, default=600.0, help="after which nothing new is begun")
     parser.add_argument("--toy", action="store_true", help="a tiny network: does everything run?")
-    parser.add_argument("--profile", type=Path, help="folder for the kernels of the steps without and with all")
+    parser.add_argument("--profile", type=Path, help="folder for the times within the steps with all kernels")
     parser.add_argument("--backend", default="", help="of torch.compile; inductor on a GPU, else aot_eager")
     options = parser.parse_args(words)
     options.backend = options.backend or ("inductor" if options.device == "cuda" else "aot_eager")

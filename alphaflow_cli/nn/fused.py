@@ -4,8 +4,6 @@ An operator gives new tensors and changes none. Its `register_fake` says their s
 benchmarks/bench_kernels.py.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
