@@ -5,6 +5,7 @@
     TRITON_INTERPRET=1 python benchmarks/bench_kernels.py --device cpu --toy      (Triton's interpreter)
 
 checks     the relative error of every piece, forward and backward, against the plain form in float64
+gradients  that of a compiled step's gradient, without kernels and with all
 kernels    milliseconds and GB/s of every piece, compiled with the kernel and without; GB/s of the fewest bytes
 launches   the same kernel with other launch figures
 steps      the whole step, compiled: without kernels, with all, and with all but one; rotated rounds in one process
@@ -421,7 +422,7 @@ def _step_ms(work: Callable[[], object], device: str) -> float:
 
 
 SHAPES = {"B/2": 256, "XL/2": 96, "L/2": 96}  # and rows of a batch
-PARTS = ("checks", "kernels", "steps", "launches")
+PARTS = ("checks", "gradients", "launches", "steps", "kernels")
 TOY = Size(48, 1, 3, latent=4)  # 4 tokens
 
 
@@ -433,20 +434,24 @@ def variants(alpha: float, able: frozenset[str], *, each: bool) -> dict[str, fro
 
 
 def check(options: argparse.Namespace) -> frozenset[str]:
-    """Print the errors of every piece and of whole steps; give the kernels that are right."""
+    """Print the errors of every piece; give the kernels that are right."""
     wrong: set[str] = set()
     for name in [None] if options.toy else options.sizes:
         size = TOY if name is None else SIZES[name]
         for piece, dtype, errors in check_pieces(size, 2 if options.toy else 4, options.device):
             right = max(errors) < BOUNDS[dtype]
             figures = {"piece": piece, "dim": size.dim, "dtype": str(dtype), "right": right, "errors": errors}
-            record("kernels: check", options.device, **figures)
+            record("kernels: checks", options.device, **figures)
             if not right:
                 wrong.add(piece.split()[-1])
+    return EVERY - wrong
+
+
+def check_gradients(options: argparse.Namespace) -> Iterator[dict[str, object]]:
+    """The errors of whole steps."""
     size = TOY if options.toy else Size(384, 2, 6, latent=32)
     for title, plain, own in check_steps(size, 4, options.device, options.backend):
-        record("kernels: check", options.device, step=title, error_without=plain, error_with=own)
-    return EVERY - wrong
+        yield {"step": title, "error_without": plain, "error_with": own}
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -456,6 +461,7 @@ def main(words: Sequence[str] | None = None) -> None:
     if "checks" in options.only:
         able = check(options)
     work: list[tuple[str, str, Callable[[], Iterator[dict[str, object]]]]] = []
+    work.append(("gradients", "", partial(check_gradients, options)))
     shapes = [("tiny", 2)] if options.toy else [(name, SHAPES[name]) for name in options.sizes]
     for name, batch in shapes:
         size = TOY if options.toy else SIZES[name]

@@ -47,7 +47,7 @@ class Block(nn.Module):
 
     def compute(self, x: PlainOrDual, c: PlainOrDual | None, *where: Any) -> PlainOrDual:
         """The block's output for tokens (B, N, D) and conditioning (B, D); `where`: attend, and the places' turns."""
-        if fast.applies(self, x):  # compiled for a GPU: the same with kernels of our own
+        if c is not None and fast.applies(self, x):  # compiled for a GPU: the same with kernels of our own
             return fast.compute(self, x, c, *where)
         shift, scale, gate, shift2, scale2, gate2 = self.modulation(c)
         # The tokens, normalised and modulated, attend to each other; the gate says how much of it is added.

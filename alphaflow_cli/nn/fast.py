@@ -69,7 +69,8 @@ def compute(block: "Block", x: PlainOrDual, c: PlainOrDual, attend: str) -> Plai
     x, normal = _gated_normed(block.norm2, x, gate, branch, attn.proj, shift2, scale2)
     #   x = x + gate2 * mlp(norm2(x) * (1 + scale2) + shift2)
     branch = _linear(mlp.fc2, _gelu(mlp, _linear(mlp.fc1, normal)))
-    return _gated(x, gate2, branch, mlp.fc2)
+    out: PlainOrDual = _gated(x, gate2, branch, mlp.fc2)
+    return out
 
 
 # Each part takes and gives plain tensors, or Duals, whose tangents go by the plain rules but for that of attention.
@@ -89,21 +90,19 @@ def _bias(layer: nn.Linear) -> Tensor | None:
     return layer.bias if "bias" in KERNELS else None
 
 
-def _normed(
-    norm: nn.LayerNorm, x: PlainOrDual, shift: PlainOrDual, scale: PlainOrDual
-) -> tuple[PlainOrDual, PlainOrDual]:
+def _normed(norm: nn.Module, x: PlainOrDual, shift: PlainOrDual, scale: PlainOrDual) -> tuple[PlainOrDual, PlainOrDual]:
     """The tokens as they are, and normalised and modulated."""
     if isinstance(x, Tensor):
         if "norm" not in KERNELS:
             return x, modulate(norm(x), shift, scale)
-        out: tuple[Tensor, Tensor] = _Normed.apply(x, shift, scale, norm.eps)  # type: ignore[no-untyped-call]
+        out: tuple[Tensor, Tensor] = _Normed.apply(x, shift, scale, norm.eps)
         return out
     value, normal = _normed(norm, x.value, shift.value, scale.value)
     return Dual(value, x.tangent), _modulated(norm, Dual(value, x.tangent), normal, shift, scale)
 
 
 def _gated_normed(
-    norm: nn.LayerNorm,
+    norm: nn.Module,
     x: PlainOrDual,
     gate: PlainOrDual,
     branch: PlainOrDual,
@@ -116,7 +115,7 @@ def _gated_normed(
         if "norm" not in KERNELS:
             return _normed(norm, _gated(x, gate, branch, made_by), shift, scale)
         bias = _bias(made_by)
-        out: tuple[Tensor, Tensor] = _GatedNormed.apply(x, gate, branch, bias, shift, scale, norm.eps)  # type: ignore[no-untyped-call]
+        out: tuple[Tensor, Tensor] = _GatedNormed.apply(x, gate, branch, bias, shift, scale, norm.eps)
         return out
     value, normal = _gated_normed(norm, x.value, gate.value, branch.value, made_by, shift.value, scale.value)
     with torch.no_grad():
@@ -124,7 +123,7 @@ def _gated_normed(
     return moved, _modulated(norm, moved, normal, shift, scale)
 
 
-def _modulated(norm: nn.LayerNorm, x: Dual, normal: Tensor, shift: Dual, scale: Dual) -> Dual:
+def _modulated(norm: nn.Module, x: Dual, normal: Tensor, shift: Dual, scale: Dual) -> Dual:
     """The normalised and modulated tokens, which are there, with their tangent."""
     with torch.no_grad():
         return Dual(normal, modulate(through(norm, x), shift, scale).tangent)
@@ -135,7 +134,7 @@ def _gated(x: PlainOrDual, gate: PlainOrDual, branch: PlainOrDual, made_by: nn.L
     if isinstance(x, Tensor):
         if "gate" not in KERNELS and "bias" not in KERNELS:
             return x + gate * branch
-        out: Tensor = _Gated.apply(x, gate, branch, _bias(made_by))  # type: ignore[no-untyped-call]
+        out: Tensor = _Gated.apply(x, gate, branch, _bias(made_by))
         return out
     value = _gated(x.value, gate.value, branch.value, made_by)
     with torch.no_grad():
@@ -146,8 +145,8 @@ def _gelu(mlp: Mlp, x: PlainOrDual) -> PlainOrDual:
     """GELU in its tanh form."""
     if isinstance(x, Tensor):
         if "gelu" not in KERNELS and "bias" not in KERNELS:
-            return mlp.act(x)
-        out: Tensor = _Gelu.apply(x, _bias(mlp.fc1))  # type: ignore[no-untyped-call]
+            return F.gelu(x, approximate="tanh")
+        out: Tensor = _Gelu.apply(x, _bias(mlp.fc1))
         return out
     value = _gelu(mlp, x.value)
     with torch.no_grad():
@@ -163,9 +162,9 @@ def _attention(attn: Attention, x: PlainOrDual, attend: str) -> PlainOrDual:
         return _attention_of_parts(attn, x, attend)
     qkv = _linear(attn.qkv, x)
     if isinstance(qkv, Tensor):
-        out: Tensor = _Attention.apply(qkv, _bias(attn.qkv), attn.heads)  # type: ignore[no-untyped-call]
+        out: Tensor = _Attention.apply(qkv, _bias(attn.qkv), attn.heads)
         return out
-    out = _Attention.apply(qkv.value, _bias(attn.qkv), attn.heads)  # type: ignore[no-untyped-call]
+    out = _Attention.apply(qkv.value, _bias(attn.qkv), attn.heads)
     with torch.no_grad():
         return Dual(out, _tangent(*cut(lambda a: split_heads(a, attn.heads), qkv)))
 
@@ -214,7 +213,7 @@ class _Normed(torch.autograd.Function):
         return x.view_as(x), y
 
     @staticmethod
-    def backward(ctx: Any, grad_x: Tensor, grad_y: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_x: Tensor, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         x, mean, rstd, scale = ctx.saved_tensors
         dx, sums = fused.norm_backward(grad_x, grad_y, x, mean, rstd, scale)
         dshift, dscale = sums.sum(1).to(scale.dtype).split(1, 1)
@@ -235,7 +234,7 @@ class _GatedNormed(torch.autograd.Function):
         return out, y
 
     @staticmethod
-    def backward(ctx: Any, grad_x: Tensor, grad_y: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_x: Tensor, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         out, mean, rstd, scale, gate, branch = ctx.saved_tensors
         dx, dbranch, sums = fused.gated_norm_backward(grad_x, grad_y, out, mean, rstd, scale, gate, branch)
         sums = sums.sum(1)
@@ -253,7 +252,7 @@ class _Gated(torch.autograd.Function):
         return x + gate.float() * branch.float()
 
     @staticmethod
-    def backward(ctx: Any, grad_x: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_x: Tensor) -> tuple[Tensor | None, ...]:
         gate, branch = ctx.saved_tensors
         if "gate" not in KERNELS:
             dbranch = grad_x * gate.float()
@@ -275,10 +274,10 @@ class _Gelu(torch.autograd.Function):
         return F.gelu(x, approximate="tanh")
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
         if "gelu" not in KERNELS:
-            dx = torch.ops.aten.gelu_backward(grad, x, approximate="tanh")
+            dx: Tensor = torch.ops.aten.gelu_backward(grad, x, approximate="tanh")
             return dx, dx.float().sum((0, 1)) if ctx.has_bias else None
         dx, sums = fused.gelu_backward(grad, x)
         return dx, sums.sum(0) if ctx.has_bias else None
@@ -289,13 +288,14 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, bias: Tensor | None, heads: int) -> Tensor:
+        out: Tensor
         out, lse = fused.attention(qkv, heads)
         ctx.save_for_backward(qkv, out, lse)
         ctx.heads, ctx.has_bias = heads, bias is not None
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         qkv, out, lse = ctx.saved_tensors
         dqkv, sums = fused.attention_backward(grad, qkv, out, lse, ctx.heads)
         return dqkv, sums.sum(0) if ctx.has_bias else None, None

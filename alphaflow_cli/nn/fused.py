@@ -26,11 +26,11 @@ def norm_backward(
     grad_x: Tensor, grad_y: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The gradient of x, and sums (B, groups, 2, D) for shift and scale."""
-    from alphaflow_cli.nn.kernels import norm_backward as launch
+    from alphaflow_cli.nn.kernels import norm_backward_kernel
 
     grad_x, grad_y, x = grad_x.contiguous(), grad_y.contiguous(), x.contiguous()
     dx, sums = _norm_shapes(grad_x, grad_y, x, mean, rstd, scale)
-    launch[len(x), _groups(x)](
+    norm_backward_kernel[len(x), _groups(x)](
         grad_x, grad_y, x, mean, rstd, scale, x, x, dx, dx, sums,
         x.shape[1], x.shape[2], 0, scale.stride(0), GATED=False, **_walk("norm", x.shape[2]),
     )  # fmt: skip
@@ -49,11 +49,11 @@ def gated_norm_backward(
     grad_x: Tensor, grad_y: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, scale: Tensor, gate: Tensor, branch: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of x and of the branch in it, and sums (B, groups, 4, D) for shift, scale, gate and bias."""
-    from alphaflow_cli.nn.kernels import norm_backward as launch
+    from alphaflow_cli.nn.kernels import norm_backward_kernel
 
     grad_x, grad_y, x, branch = grad_x.contiguous(), grad_y.contiguous(), x.contiguous(), branch.contiguous()
     dx, dbranch, sums = _gated_norm_shapes(grad_x, grad_y, x, mean, rstd, scale, gate, branch)
-    launch[len(x), _groups(x)](
+    norm_backward_kernel[len(x), _groups(x)](
         grad_x, grad_y, x, mean, rstd, scale, gate, branch, dx, dbranch, sums,
         x.shape[1], x.shape[2], gate.stride(0), scale.stride(0), GATED=True, **_walk("norm", x.shape[2]),
     )  # fmt: skip
@@ -71,11 +71,11 @@ def _gated_norm_shapes(
 @torch.library.custom_op("alphaflow::gate_backward", mutates_args=())
 def gate_backward(grad_x: Tensor, gate: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
     """The gradient of the branch, and sums (B, groups, 2, D) for gate and bias."""
-    from alphaflow_cli.nn.kernels import gate_backward as launch
+    from alphaflow_cli.nn.kernels import gate_backward_kernel
 
     grad_x, branch = grad_x.contiguous(), branch.contiguous()
     dbranch, sums = _gate_shapes(grad_x, gate, branch)
-    launch[len(branch), _groups(branch)](
+    gate_backward_kernel[len(branch), _groups(branch)](
         grad_x, gate, branch, dbranch, sums,
         branch.shape[1], branch.shape[2], gate.stride(0), **_walk("gate", branch.shape[2]),
     )  # fmt: skip
@@ -91,13 +91,13 @@ def _gate_shapes(grad_x: Tensor, gate: Tensor, branch: Tensor) -> tuple[Tensor, 
 @torch.library.custom_op("alphaflow::gelu_backward", mutates_args=())
 def gelu_backward(grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     """The gradient of x, and sums (groups, width) for a bias in it."""
-    from alphaflow_cli.nn.kernels import gelu_backward as launch
+    from alphaflow_cli.nn.kernels import gelu_backward_kernel
 
     grad, x = grad.contiguous(), x.contiguous()
     dx, sums = _gelu_shapes(grad, x)
     width = x.shape[2]
     block = min(GELU_BLOCK, 1 << (width - 1).bit_length())
-    launch[len(sums), -(-width // block)](
+    gelu_backward_kernel[len(sums), -(-width // block)](
         grad, x, dx, sums, x.numel() // width, width,
         ROWS=GELU_ROWS, BLOCK=block, num_warps=max(1, WARPS["gelu"] * block // 1024),
     )  # fmt: skip
@@ -112,9 +112,14 @@ def _gelu_shapes(grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
 
 # Attention on qkv (B, N, 3 D), as the linear layer gives it; d = D / heads.
 
-FORWARD = {64: (128, 64, 4, 2), 128: (128, 64, 8, 2)}  # padded d → queries and keys of a block, warps, stages
-BACKWARD = {64: (32, 8, 1)}  # padded d → keys of a block, warps, stages; all queries in one block
-TANGENT = {64: (64, 64, 4, 2), 128: (64, 32, 4, 2)}
+FORWARD: dict[int, tuple[int, ...]] = {
+    64: (128, 64, 4, 2),
+    128: (128, 64, 8, 2),
+}  # padded d → queries and keys of a block, warps, stages
+BACKWARD: dict[int, tuple[int, ...]] = {
+    64: (64, 8, 1)
+}  # padded d → keys of a block, warps, stages; all queries in one block
+TANGENT: dict[int, tuple[int, ...]] = {64: (64, 64, 4, 2), 128: (64, 32, 4, 2)}
 MOST_TOKENS = 256  # queries that fit into the registers of one program
 
 
@@ -133,13 +138,13 @@ def _exactness(x: Tensor) -> str:
 @torch.library.custom_op("alphaflow::attention", mutates_args=())
 def attention(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor]:
     """The output (B, N, D) of attention, and the logarithms of the sums (B, heads, N)."""
-    from alphaflow_cli.nn.kernels import attention_forward as launch
+    from alphaflow_cli.nn.kernels import attention_forward_kernel
 
     qkv = qkv.contiguous()
     out, lse = _attention_shapes(qkv, heads)
     tokens, width = out.shape[1:]
     queries, keys, warps, stages = _figures(FORWARD, width // heads)
-    launch[-(-tokens // queries), len(qkv) * heads](
+    attention_forward_kernel[-(-tokens // queries), len(qkv) * heads](
         qkv, out, lse, heads, (width // heads) ** -0.5,
         TOKENS=tokens, SIZE=width // heads, WIDTH=width, ROWS=queries, KEYS=keys, BLOCK=_block(width // heads),
         PRECISION=_exactness(qkv), num_warps=warps, num_stages=stages,
@@ -156,13 +161,13 @@ def _attention_shapes(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor]:
 @torch.library.custom_op("alphaflow::attention_backward", mutates_args=())
 def attention_backward(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, heads: int) -> tuple[Tensor, Tensor]:
     """The gradient of qkv, and its sums (B, 3 D) over tokens."""
-    from alphaflow_cli.nn.kernels import attention_backward as launch
+    from alphaflow_cli.nn.kernels import attention_backward_kernel
 
     grad, qkv, out = grad.contiguous(), qkv.contiguous(), out.contiguous()
     dqkv, sums = _attention_backward_shapes(grad, qkv, out, lse, heads)
     tokens, width = out.shape[1:]
     keys, warps, stages = _figures(BACKWARD, width // heads)
-    launch[(len(qkv) * heads,)](
+    attention_backward_kernel[(len(qkv) * heads,)](
         qkv, out, lse, grad, dqkv, sums, heads, (width // heads) ** -0.5,
         TOKENS=tokens, SIZE=width // heads, WIDTH=width, ROWS=max(64, _block(tokens)), KEYS=keys,
         BLOCK=_block(width // heads), PRECISION=_exactness(qkv), num_warps=warps, num_stages=stages,
@@ -180,14 +185,14 @@ def _attention_backward_shapes(
 @torch.library.custom_op("alphaflow::attention_tangent", mutates_args=())
 def attention_tangent(q: Tensor, k: Tensor, v: Tensor, dq: Tensor, dk: Tensor, dv: Tensor) -> Tensor:
     """The tangent (B, heads, N, d) of attention at q, k, v along dq, dk, dv; without gradient."""
-    from alphaflow_cli.nn.kernels import attention_tangent as launch
+    from alphaflow_cli.nn.kernels import attention_tangent_kernel
 
     parts = [x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v, dq, dk, dv)]
     rows, heads, tokens, size = q.shape
-    out = _attention_tangent_shape(*parts)
+    out: Tensor = _attention_tangent_shape(*parts)
     queries, keys, warps, stages = _figures(TANGENT, size)
     steps = [step for x in (*parts, out) for step in x.stride()[:3]]
-    launch[-(-tokens // queries), rows * heads](
+    attention_tangent_kernel[-(-tokens // queries), rows * heads](
         *parts, out, heads, size**-0.5, *steps, tokens, size,
         ROWS=queries, KEYS=keys, BLOCK=_block(size), PRECISION=_exactness(q), num_warps=warps, num_stages=stages,
     )  # fmt: skip

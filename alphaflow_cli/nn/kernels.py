@@ -14,7 +14,7 @@ constexpr: Any = tl.constexpr
 
 
 @triton.jit
-def norm_backward(
+def norm_backward_kernel(
     grad_out, grad_y, x, mean, rstd, scale, gate, branch, grad_x, grad_branch, sums,
     tokens, width, gate_step, scale_step,
     GATED: constexpr, ROWS: constexpr, BLOCK: constexpr,
@@ -66,7 +66,7 @@ def norm_backward(
 
 
 @triton.jit
-def gate_backward(
+def gate_backward_kernel(
     grad_out, gate, branch, grad_branch, sums,
     tokens, width, gate_step,
     ROWS: constexpr, BLOCK: constexpr,
@@ -91,7 +91,7 @@ def gate_backward(
 
 
 @triton.jit
-def gelu_backward(grad, x, grad_x, sums, rows, width, ROWS: constexpr, BLOCK: constexpr):
+def gelu_backward_kernel(grad, x, grad_x, sums, rows, width, ROWS: constexpr, BLOCK: constexpr):
     """Of gelu(x) in its tanh form: the gradient of x, and its sums over ROWS of all tokens, for a bias in x."""
     group, cols = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = cols < width
@@ -111,7 +111,7 @@ def gelu_backward(grad, x, grad_x, sums, rows, width, ROWS: constexpr, BLOCK: co
 
 
 @triton.jit
-def attention_forward(
+def attention_forward_kernel(
     qkv, out, lse, heads, factor,
     TOKENS: constexpr, SIZE: constexpr, WIDTH: constexpr, ROWS: constexpr, KEYS: constexpr, BLOCK: constexpr,
     PRECISION: constexpr,
@@ -144,7 +144,7 @@ def attention_forward(
 
 
 @triton.jit
-def attention_backward(
+def attention_backward_kernel(
     qkv, out, lse, grad, grad_qkv, sums, heads, factor,
     TOKENS: constexpr, SIZE: constexpr, WIDTH: constexpr, ROWS: constexpr, KEYS: constexpr, BLOCK: constexpr,
     PRECISION: constexpr,
@@ -192,7 +192,7 @@ def attention_backward(
 
 
 @triton.jit
-def attention_tangent(
+def attention_tangent_kernel(
     q, k, v, dq, dk, dv, out, heads, factor,
     Q_B: constexpr, Q_H: constexpr, Q_N: constexpr, K_B: constexpr, K_H: constexpr, K_N: constexpr,
     V_B: constexpr, V_H: constexpr, V_N: constexpr, DQ_B: constexpr, DQ_H: constexpr, DQ_N: constexpr,
