@@ -1,125 +1,92 @@
-"""A whole training step as one CUDA graph, beside the same step launched one operator after the other.
+"""The trainer's whole step as one CUDA graph, beside the same step launched one operator after the other.
 
     python benchmarks/bench_graph.py --device cuda
-    python benchmarks/bench_graph.py --device cuda --size S/2@64 --batch 256 --bf16 --steps 50
+    python benchmarks/bench_graph.py --device cuda --recipe imf-b2 --set model.dim=64 --set train.batch=64
 
-An experiment: the trainer does not use graphs. Captured are forward, backward, clipping, Adam and the averages, for
-α = 1 and for α = 0. The learning rate and the averages' β change from step to step, so there they are numbers on the
-device, written before each replay; nothing in the captured part waits for the host. (Between them α moves as well, and
-would be one more such number.) We report milliseconds per step, and whether the weights and averages after all steps
-are those of the launched steps, bit for bit. On a GPU fused Adam reads such a rate in float32; the launched steps get
-the rate rounded alike. On a CPU nothing is captured: the same steps run one after the other.
+Per phase of a recipe: milliseconds of a step as a graph (train/graphs.py), of the same lines launched, and of a plain
+launched step as a run without graphs takes it; the batch is random and lies on the device, so the draws and the data
+are not in it. Whether weights, moments, averages, counters and sums after all steps are the same in the first two, bit
+for bit; and how far the third is from them: it asks about the same rows, but rounds the rate and 1 − α otherwise. On a
+CPU nothing is captured: a graph is then its own launched step.
 """
 
 import argparse
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from record import record
-from torch import Tensor, nn
-from workload import SIZES, build, draw, objective
+from torch import Tensor
 
-from alphaflow_cli.core.ema import ema_beta
-from alphaflow_cli.data.batches import to_device
+from alphaflow_cli.core.alpha import equal_rows
+from alphaflow_cli.model.build import DTYPES, build_network
+from alphaflow_cli.model.compiling import compile_blocks, forget_compiled
 from alphaflow_cli.recipe import load_recipe
+from alphaflow_cli.recipe.plan import alpha_at, equal_share_at, phases
 from alphaflow_cli.recipe.schema import Recipe
+from alphaflow_cli.train.graphs import Capturing, StepGraphs, on_own_stream
+from alphaflow_cli.train.journal import Sums
 from alphaflow_cli.train.optimise import Optimiser
-from alphaflow_cli.train.step import Objective, Rows, training_step
+from alphaflow_cli.train.step import Rows, random_rows, row_factor, training_step
 
-WARM_UP = 3  # steps before the capture, as torch asks for
-
-
-class DeviceOptimiser(Optimiser):
-    """The trainer's optimiser, with the learning rate and the averages' β as numbers on the device."""
-
-    def __init__(self, net: nn.Module, recipe: Recipe) -> None:
-        super().__init__(net, recipe)
-        device = self.weights[0].device
-        self.rate = torch.zeros((), dtype=torch.float32 if device.type == "cuda" else torch.float64, device=device)
-        self.moves = torch.zeros(len(self.emas), device=device, dtype=self.weights[0].dtype)  # 1 − β of each average
-        for group in self.adam.param_groups:
-            group["lr"], group["capturable"] = self.rate, device.type == "cuda"
-
-    def set_numbers(self, step: int) -> None:
-        """Write the numbers of a step; no copy waits."""
-        ema = self.recipe.ema
-        moves = [1.0 - ema_beta(step, half_life=life, ramp=ema.ramp, every=ema.every) for life in ema.half_lives]
-        self.rate.copy_(to_device(torch.tensor(self.rate_at(step), dtype=self.rate.dtype), self.rate.device))
-        self.moves.copy_(to_device(torch.tensor(moves, dtype=self.moves.dtype), self.moves.device))
-
-    def step(self, step: int) -> None:
-        """Clip, step and average with the numbers that were written; `step` itself is not looked at."""
-        norm, bad = self._norm(self._gradients())
-        self.adam.grad_scale, self.adam.found_inf = None, bad.float()  # type: ignore[attr-defined]
-        self.adam.step()
-        self.forget_gradients()
-        with torch.no_grad():
-            for ema, move in zip(self.emas, self.moves.unbind(), strict=True):
-                for average, weight in zip(ema, self.weights, strict=True):
-                    average.lerp_(weight, move)
-        self._count(norm, bad)
+FORMS = ("graph", "launched", "plain")
+WARM_UP = 3  # plain steps that are not timed
 
 
-class LaunchedOptimiser(Optimiser):
-    """The trainer's optimiser; on a GPU with its rate rounded to float32, as fused Adam reads one from the device."""
-
-    def __init__(self, net: nn.Module, recipe: Recipe) -> None:
-        super().__init__(net, recipe)
-        if self.weights[0].device.type == "cuda":
-            exact = self.rate_at
-            self.rate_at = lambda step: torch.tensor(exact(step), dtype=torch.float32).item()
-
-
-def whole_step(net: nn.Module, rows: Rows, alpha: float, settings: Objective, optimiser: Optimiser, step: int) -> None:
-    """Forward, backward and optimiser: what is captured."""
-    loss = training_step(net, net, rows, alpha=alpha, objective=settings).loss / len(rows.t)
-    loss.backward()  # type: ignore[no-untyped-call]
-    optimiser.step(step)
-
-
-def capture(work: Callable[[], None], device: str) -> Callable[[], None]:
-    """The work as one graph; on a CPU the work itself."""
-    if device == "cpu":
-        return work
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        work()
-    return graph.replay
+def built(recipe: Recipe, form: str, options: argparse.Namespace) -> StepGraphs:
+    """A network with random weights and all that its steps change; the same for every form."""
+    torch.manual_seed(0)
+    net = build_network(recipe)
+    with torch.no_grad():
+        for weight in net.parameters():
+            weight.add_(0.02 * torch.randn_like(weight))
+    net = net.to(options.device, DTYPES[recipe.train.precision])
+    if options.compile:
+        forget_compiled()
+        compile_blocks(net)
+    optimiser = Optimiser(net, recipe)
+    sums = Sums(torch.device(options.device), has_head=recipe.model.velocity_head is not None)
+    capture = Capturing() if form == "graph" and options.device == "cuda" else lambda work: work
+    return StepGraphs(recipe, net=net, wrapped=net, optimiser=optimiser, sums=sums, capture=capture)
 
 
-def state_of(net: nn.Module, optimiser: Optimiser) -> list[Tensor]:
-    """Weights and averages, on the host."""
-    return [value.detach().cpu() for value in [*net.parameters(), *(one for ema in optimiser.emas for one in ema)]]
+def plain_step(steps: StepGraphs, step: int, rows: Rows, alpha: float) -> None:
+    """A step of a run without graphs; guidance asks about every row, as in a graph."""
+    factor = row_factor(rows.t, rows.r, rows.n_equal, steps.objective, progress=step / steps.recipe.train.steps)
+    rows = replace(rows, factor=factor)
+    result = training_step(steps.net, steps.net, rows, alpha=alpha, objective=steps.objective)
+    (result.loss * (1 / len(rows.t))).backward()  # type: ignore[no-untyped-call]
+    steps.sums.add(result.terms, rows.t, rows.r, rows.n_equal)
+    steps.optimiser.step(step)
 
 
-def trained(graphed: bool, alpha: float, options: argparse.Namespace) -> tuple[list[Tensor], float]:
-    """Weights and averages after all steps, and milliseconds of a step after the warm-up."""
-    size, settings = SIZES[options.size], objective(guided=options.guided, bf16=options.bf16)
-    recipe = load_recipe("b2", ["optim.warmup_steps=20", "ema.half_lives=[5, 50]", "ema.ramp=0.5"])
-    net = build(size, seed=0, device=options.device, dtype=torch.float32)
-    rows = draw(size, options.batch, 0.25, seed=0, device=options.device, dtype=torch.float32)
-    optimiser = DeviceOptimiser(net, recipe) if graphed else LaunchedOptimiser(net, recipe)
-
-    def work(step: int) -> None:
-        whole_step(net, rows, alpha, settings, optimiser, step)
-
-    def one(step: int, run: Callable[[int], object]) -> None:
-        if isinstance(optimiser, DeviceOptimiser):
-            optimiser.set_numbers(step)
-        run(step)
-
-    beside = torch.cuda.Stream() if options.device == "cuda" and graphed else None
-    with torch.cuda.stream(beside):  # None: the stream that is there
-        for step in range(WARM_UP):
-            one(step, work)
+def trained(recipe: Recipe, form: str, at: int, options: argparse.Namespace) -> tuple[list[Tensor], float]:
+    """All that the steps have changed, on the host, and milliseconds of a step."""
+    steps, alpha = built(recipe, form, options), alpha_at(recipe)(at)
+    n_equal, device = equal_rows(recipe.train.batch, equal_share_at(recipe)(at)), torch.device(options.device)
+    rows = random_rows(recipe, recipe.train.batch, n_equal, torch.device("cpu"))
+    there = {"x": rows.x.to(device), "noise": rows.noise.to(device), "y": rows.y.to(device)}
+    rows = replace(rows, **there)
+    if form == "plain":
+        guide = None if rows.guide is None else rows.guide.to(device)
+        times = {name: getattr(rows, name).to(device) for name in ("t", "r", "uniforms")}
+        rows = replace(rows, **times, guide=guide)
+    take: Callable[[int, Rows, float], None] = steps.take
+    if form == "plain":
+        take = lambda step, rows, alpha: plain_step(steps, step, rows, alpha)  # noqa: E731
+    elif form == "graph":
+        steps.prepare(at, n_equal, alpha)
+    began = 0.0
+    for step in range(options.steps):
+        if step == WARM_UP:
+            wait(options.device)
+            began = time.perf_counter()
+        take(at + step, rows, alpha)
     wait(options.device)
-    replay = capture(lambda: work(WARM_UP), options.device) if graphed else None
-    began = time.perf_counter()
-    for step in range(WARM_UP, options.steps):
-        one(step, work if replay is None else lambda _: replay())
-    wait(options.device)
-    return state_of(net, optimiser), 1000 * (time.perf_counter() - began) / (options.steps - WARM_UP)
+    seconds = (time.perf_counter() - began) / (options.steps - WARM_UP)
+    left = [*steps.optimiser.changed(), steps.sums.values]
+    return [value.detach().double().cpu() for value in left], 1000 * seconds
 
 
 def wait(device: str) -> None:
@@ -128,22 +95,31 @@ def wait(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def compare(alpha: float, options: argparse.Namespace) -> dict[str, object]:
-    """Launched and graphed, from the same weights."""
-    (launched, slow), (graphed, fast) = (trained(each, alpha, options) for each in (False, True))
-    equal = all(torch.equal(a, b) for a, b in zip(launched, graphed, strict=True))
-    apart = max(float((a - b).abs().max()) for a, b in zip(launched, graphed, strict=True))
-    return {"alpha": alpha, "ms_launched": slow, "ms_graph": fast, "same_bits": equal, "largest_difference": apart}
+def compare(kind: str, options: argparse.Namespace) -> dict[str, object]:
+    """The three forms of a step of one phase, from the same weights."""
+    recipe = load_recipe(options.recipe, options.set)
+    phase = next(each for each in phases(recipe) if each.kind == kind)
+    left, ms = {}, {}
+    with on_own_stream(options.device == "cuda"):
+        for form in FORMS:
+            left[form], ms[form] = trained(recipe, form, (phase.first + phase.until) // 2, options)
+    same = all(torch.equal(a, b) for a, b in zip(left["graph"], left["launched"], strict=True))
+    apart, plain = (_apart(left["graph"], left[form]) for form in ("launched", "plain"))
+    times = {f"ms_{form}": ms[form] for form in FORMS}
+    return {"phase": kind, **times, "same_bits": same, "largest_difference": apart, "from_plain": plain}
+
+
+def _apart(one: list[Tensor], other: list[Tensor]) -> float:
+    return max(float((a - b).abs().max()) for a, b in zip(one, other, strict=True))
 
 
 def arguments(words: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=sorted(SIZES), default="tiny")
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--guided", action="store_true")
-    parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("--recipe", default="quickstart")
+    parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="change the recipe")
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--compile", action="store_true", help="compile the blocks")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     return parser.parse_args(words)
 
@@ -151,9 +127,9 @@ def arguments(words: Sequence[str] | None) -> argparse.Namespace:
 def main(words: Sequence[str] | None = None) -> None:
     """A JSON line per phase."""
     options = arguments(words)
-    for alpha in (1.0, 0.0):
-        setup = {"size": options.size, "batch": options.batch, "steps": options.steps, "bf16": options.bf16}
-        record("graph", options.device, **setup, **compare(alpha, options))
+    for phase in phases(load_recipe(options.recipe, options.set)):
+        setup = {"recipe": options.recipe, "set": options.set, "steps": options.steps, "compiled": options.compile}
+        record("graph", options.device, **setup, **compare(phase.kind, options))
 
 
 if __name__ == "__main__":

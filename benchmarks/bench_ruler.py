@@ -87,7 +87,7 @@ def shuffle(patch: int) -> Callable[[Tensor], Tensor]:
     """Shuffle the patches of each picture."""
 
     def degrade(x: Tensor) -> Tensor:
-        n = 32 // patch
+        n = x.shape[-1] // patch
         order = torch.randperm(n * n, generator=torch.Generator().manual_seed(2))
         tiles = x.view(-1, 3, n, patch, n, patch).permute(0, 2, 4, 1, 3, 5).flatten(1, 2)[:, order]
         return tiles.unflatten(1, (n, n)).permute(0, 3, 1, 4, 2, 5).reshape(x.shape).contiguous()
@@ -97,9 +97,13 @@ def shuffle(patch: int) -> Callable[[Tensor], Tensor]:
 
 def grid(height: int) -> Callable[[Tensor], Tensor]:
     """Make every fourth row and column brighter, like an artefact of a decoder."""
-    mask = torch.zeros(32, 32)
-    mask[::4] = mask[:, ::4] = 1
-    return lambda x: to_bytes(x + height * mask)
+
+    def degrade(x: Tensor) -> Tensor:
+        mask = torch.zeros(x.shape[-2:])
+        mask[::4] = mask[:, ::4] = 1
+        return to_bytes(x + height * mask)
+
+    return degrade
 
 
 def saturation(factor: float) -> Callable[[Tensor], Tensor]:

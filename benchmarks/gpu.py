@@ -6,7 +6,7 @@
     python benchmarks/gpu.py --out toy --toy                    # the same at toy size, on a CPU in two minutes
 
 The parts, in the order of their worth: truth (`pytest -m gpu`), step (ours beside flow matching and the published way),
-graphs (a small network's step as one CUDA graph), training (the quickstart, then the family on the same pictures),
+graphs (the quickstart's step as one CUDA graph), training (the quickstart, then the family on the same pictures),
 evaluation and latents by part, profiles. Every item is a process of its own with a limit, so one that fails ends no
 other. Its line is in OUT/results.jsonl as soon as it is there, and OUT/RESULTS.md is written anew from all lines. The
 next run goes on with what has no good line yet.
@@ -29,7 +29,7 @@ from record import describe
 LIMITS = {  # seconds of an item, by part
     "truth": 400,
     "step": 150,
-    "graphs": 90,
+    "graphs": 300,
     "training": 420,
     "evaluation": 240,
     "latents": 180,

@@ -45,7 +45,8 @@ def items(toy: bool) -> dict[str, dict[str, Item]]:
         "truth": {"numbers": truth_of("tests/test_truth.py")}
         | ({} if toy else {"equal and killed runs": truth_of("tests/train/test_reproducible.py")}),
         "step": {name: step_of(*steps[name]) for name in steps},
-        "graphs": {f"tiny α={alpha:g}": graph_of(alpha) for alpha in (1.0, 0.0)},
+        "graphs": {f"quickstart {kind}": graph_of(kind) for kind in ("flow", "between", "derivative")}
+        | ({} if toy else {"bits": truth_of("tests/train/test_graphs.py"), "compiled": graph_of("flow", "--compile")}),
         "training": {"quickstart": quickstart} | {name: member_of(name) for name in (FAMILY[:1] if toy else FAMILY)},
         "evaluation": {f"{count:,} pictures": evaluation_of(count) for count in ((8,) if toy else (12_000, 4_000))},
         "latents": {"pictures": latents},
@@ -103,12 +104,12 @@ def step_of(size: str, batch: int, share: float, alpha: float, guided: bool) -> 
     return step
 
 
-def graph_of(alpha: float) -> Item:
-    """A tiny network's whole step launched and as a CUDA graph, and whether both leave the same bits."""
+def graph_of(kind: str, *words: str) -> Item:
+    """The quickstart's whole step launched and as a CUDA graph, and whether both leave the same bits."""
 
     def graph(options: argparse.Namespace) -> Figures:
-        toy = ["--batch", "4", "--steps", "6"]
-        return compare(alpha, graph_arguments(["--device", options.device, *(toy if options.toy else [])]))
+        toy = [*sets("train.batch=4", "train.save_every=900"), "--steps", "6"] if options.toy else []
+        return compare(kind, graph_arguments(["--device", options.device, *words, *toy]))
 
     return graph
 

@@ -38,7 +38,7 @@ TINY = (
     "train.steps=12", "train.batch=16", "train.save_every=6", "train.log_every=4", "train.sample_every=12",
     "train.keep=2", "train.conflict_every=4", "alpha.kind=linear", "alpha.start=3", "alpha.end=8",
     "optim.warmup_steps=2", "eval.images=100", "eval.reference=glyphs:200", "guidance.omega=0.7", "guidance.kappa=0.2",
-    "guidance.label_dropout=0.1",
+    "guidance.label_dropout=0.1", "train.graphs=false",
 )  # fmt: skip
 
 
@@ -112,6 +112,7 @@ def test_train_runs_all_phases_and_draws_grids(trained):
 @pytest.mark.parametrize(
     "sets",
     [
+        ("train.graphs=true", "loss.short_first=true", "model.velocity_head=1"),
         ("model.prediction=noise", "train.gradient_checkpointing=true", "optim.nonfinite=replace"),
         (
             "loss.velocity=network",

@@ -89,7 +89,7 @@ def command(
     draw: LabelDraw | None,
     autoencoder: str,
     decoder: "DecoderChoice",
-    batch: int,
+    batch: int | None,
     processes: int | None,
     device: str | None,
     weights: Weights,

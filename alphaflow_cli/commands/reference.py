@@ -70,7 +70,7 @@ def command(
     limit: int | None,
     name: str,
     keep: int,
-    batch: int,
+    batch: int | None,
     processes: int | None,
     device: str | None,
     weights: Weights,

@@ -96,3 +96,10 @@ def factors(triangle: Tensor, columns: Sequence[int], target: int) -> Tensor:
 def update_ema(ema: Sequence[Tensor], weights: Sequence[Tensor], beta: float) -> None:
     """Move the average towards the weights, in place and in one fused sweep: ema ← β ema + (1 − β) weights."""
     torch._foreach_lerp_(list(ema), list(weights), 1.0 - beta)
+
+
+@torch.no_grad()
+def move_ema(ema: Sequence[Tensor], weights: Sequence[Tensor], move: Tensor) -> None:
+    """The same where 1 − β is a number on the device, (); 0 moves nothing."""
+    spread = move.expand(max(weight.numel() for weight in weights)).contiguous()  # one sweep wants as many as weights
+    torch._foreach_lerp_(list(ema), list(weights), [spread[: w.numel()].view(w.shape) for w in weights])

@@ -20,13 +20,22 @@ def to_uint8(pixels: Tensor, rule: str) -> Tensor:
 
     Values that are not finite are refused: they would turn black unseen.
     """
-    bad = (~torch.isfinite(pixels)).flatten(1).any(1)
+    refuse_bad(bad_pictures(pixels))
+    return quantise(pixels, rule)
+
+
+def bad_pictures(pixels: Tensor) -> Tensor:
+    """Which of the pictures have values that are not finite: (B,) bool."""
+    return (~torch.isfinite(pixels)).flatten(1).any(1)
+
+
+def refuse_bad(bad: Tensor) -> None:
+    """Refuse pictures if one of them has values that are not finite; of a device's flags the host waits for them."""
     if bool(bad.any()):
         raise AlphaflowError(
-            f"{int(bad.sum())} of {len(pixels)} pictures have values that are not finite (the first: number "
+            f"{int(bad.sum())} of {len(bad)} pictures have values that are not finite (the first: number "
             f"{int(bad.nonzero()[0])} of its batch); the checkpoint is broken, or was sampled outside its precision."
         )
-    return quantise(pixels, rule)
 
 
 def quantise(pixels: Tensor, rule: str) -> Tensor:

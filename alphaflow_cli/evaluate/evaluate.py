@@ -27,6 +27,7 @@ from alphaflow_cli.evaluate.measure import (
     evaluation_id,
     gather_moments,
     run_pass,
+    usual_batch,
 )
 from alphaflow_cli.evaluate.networks import build_extractor
 from alphaflow_cli.evaluate.pictures import GeneratedImages, ImageSource, crop_of, open_pictures
@@ -48,7 +49,7 @@ from alphaflow_cli.runtime.lock import NAME as LOCK
 from alphaflow_cli.runtime.lock import hold
 from alphaflow_cli.runtime.processes import Processes, all_or_none, check_same, check_seen
 from alphaflow_cli.runtime.progress import say
-from alphaflow_cli.sample.generator import COMPILED_FROM, DecoderChoice, Generator, open_generator
+from alphaflow_cli.sample.generator import DecoderChoice, Generator, decoder_pays, network_pays, open_generator
 from alphaflow_cli.sample.walk import Walk, plan_walk
 
 FEWEST_PICTURES = 100  # pictures; below it nothing is printed that looks like a score
@@ -74,7 +75,7 @@ class EvalRequest:
     draw: LabelDraw | None
     autoencoder: str
     decoder: DecoderChoice
-    batch: int
+    batch: int | None
     weights: dict[str, Path]
     out: Path | None
     image_column: str = ""  # of pictures in parquet files
@@ -93,7 +94,7 @@ class ReferenceRequest:
     limit: int | None
     name: str
     kept: int  # features kept one by one
-    batch: int
+    batch: int | None
     crop: Crop = "square"
     image_column: str = ""  # of pictures in parquet files
 
@@ -197,7 +198,7 @@ def measure_reference(request: ReferenceRequest, processes: Processes) -> tuple[
     extractors, lacking = build_extractors(metrics, processes.device, request.weights)
     if lacking:  # a reference must have all that it was asked for
         raise AlphaflowError(lacking[0].removeprefix("not measured: "))
-    ruler = Ruler(extractors, processes, request.work, request.batch)
+    ruler = Ruler(extractors, processes, request.work, request.batch or usual_batch(processes.device))
     return make_reference(pictures, ruler, request.path, name=request.name, kept=request.kept)
 
 
@@ -273,7 +274,9 @@ def evaluate_checkpoint(request: EvalRequest, processes: Processes) -> Report | 
     published = generator.recipe.eval
     walks = choose_walks(request, generator)
     count, draw = request.images or published.images, request.draw or published.draw
-    generator.expect(count, compiled=count >= COMPILED_FROM, autoencoder=request.autoencoder)
+    expected = walks if network_pays(generator.recipe, count) else ()
+    compiled = decoder_pays(generator.recipe, count)
+    generator.expect(count, compiled=compiled, autoencoder=request.autoencoder, walks=expected)
     metrics, reference = request.metrics or published.metrics, request.reference or published.reference
     if not reference and set(metrics) != {"is"}:
         raise AlphaflowError(
@@ -310,7 +313,7 @@ def evaluate_all(
     for line in lacking if processes.rank == 0 else ():
         say(f"warning: {line}")
     metrics = tuple(metric for metric in metrics if NETWORK[metric] in extractors)
-    ruler = Ruler(extractors, processes, folder, request.batch)
+    ruler = Ruler(extractors, processes, folder, request.batch or usual_batch(processes.device))
     compared = find_reference(reference, sources[0].size, ruler, sources[0].crop) if reference else None
     real, images = (compared.facts.get("count") if compared else None), sources[0].count
     if real and real < images and not processes.rank:

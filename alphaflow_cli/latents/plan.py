@@ -44,6 +44,7 @@ class Encoder:
     record: AutoencoderRecord
     latent: tuple[int, int, int]  # C, h, w
     kind: RowKind
+    model: Autoencoder | None = None  # where it was loaded
 
 
 def plan_job(request: StoreRequest, out: Path, processes: Processes) -> Job:
@@ -62,7 +63,7 @@ def plan_job(request: StoreRequest, out: Path, processes: Processes) -> Job:
     plan = _plan(request, listing, encoder)
     if before and (lines := differences(plan_to_dict(plan), plan_to_dict(before), "this command", "the store")):
         raise AlphaflowError(f"{out}: holds another preparation: {_in_brief(lines)}. Give another --out, or delete it")
-    return Job(request, listing, out, plan, request.batch or default_batch(request, device), threads)
+    return Job(request, listing, out, plan, request.batch or default_batch(request, device), threads, encoder.model)
 
 
 def _in_brief(lines: list[str]) -> str:
@@ -171,7 +172,7 @@ def _encoder(
         channel_mean=model.statistics[0] if model.statistics else None,
         channel_std=model.statistics[1] if model.statistics else None,
     )
-    return Encoder(record, (model.channels, side, side), "moments" if model.has_posterior else "mean")
+    return Encoder(record, (model.channels, side, side), "moments" if model.has_posterior else "mean", model)
 
 
 def _autoencoder(request: StoreRequest, device: torch.device) -> Autoencoder:

@@ -21,9 +21,18 @@ from alphaflow_cli.data.store import verify_store
 from alphaflow_cli.data.writing import finish_store, is_done
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.files import free_bytes, is_there, to_json, write_pieces
-from alphaflow_cli.latents.encode import TOGETHER, Job, StoreRequest, decoded_pictures, encode_rows, work, writing_to
+from alphaflow_cli.latents.encode import (
+    TOGETHER,
+    Job,
+    StoreRequest,
+    decoded_pictures,
+    encode_rows,
+    fetch_rows,
+    load_encoder,
+    work,
+    writing_to,
+)
 from alphaflow_cli.latents.plan import plan_job
-from alphaflow_cli.nn.autoencoder import load_autoencoder
 from alphaflow_cli.runtime.lock import hold
 from alphaflow_cli.runtime.processes import Processes, all_or_none, check_seen, processes_here
 from alphaflow_cli.runtime.progress import Progress, duration, say, size
@@ -155,17 +164,17 @@ def estimate_store(job: Job, processes: Processes) -> list[str]:
 
 def _trial(job: Job, device: torch.device) -> tuple[int, float]:
     """Pictures and seconds, after one to warm up; batches double until the time is over or they are full ones."""
-    encoder = load_autoencoder(job.request.autoencoder, device=device)
+    encoder = load_encoder(job, device)
     count = min(job.images, 4 * job.batch)
     runs = -(-count // TOGETHER)  # of neighbours, which many sources fetch together
     lines = [run * job.images // runs + at for run in range(runs) for at in range(min(TOGETHER, job.images // runs))]
     with closing(decoded_pictures(job, lines)) as stream:
         good = (picture.pixels for picture in stream if picture.pixels is not None)
         if first := list(itertools.islice(good, 1)):
-            encode_rows(encoder, job.plan, first, device)
-        tried, batch, start = 0, 1, time.monotonic()
+            fetch_rows(job.plan, encode_rows(encoder, job.plan, first, device))
+        tried, batch, start = 0, encoder.rows or 1, time.monotonic()  # a compiled one is given whole batches
         while (group := list(itertools.islice(good, batch))) and time.monotonic() - start < TRIAL_SECONDS:
-            encode_rows(encoder, job.plan, group, device)
+            fetch_rows(job.plan, encode_rows(encoder, job.plan, group, device))
             tried, batch = tried + len(group), min(2 * batch, job.batch)
     return max(tried, 1), max(time.monotonic() - start, 1e-3)
 

@@ -16,6 +16,9 @@ What was compiled is kept on the disk, by torch itself, and the next start reads
 """
 
 import os
+import time
+import warnings
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from shutil import which
@@ -25,6 +28,7 @@ import torch
 from torch import nn
 
 from alphaflow_cli.nn.dit import DiT
+from alphaflow_cli.runtime.progress import say
 
 FORMS = 32  # torch's own limit of 8 is less than the phases of a guided run in micro-batches of two sizes
 OLDEST_GPU = (7, 0)  # compute capability that Triton writes for
@@ -83,6 +87,26 @@ def compiled_parts(net: DiT) -> list[nn.Module]:
 def forget_compiled() -> None:
     """Begin with no compiled forms: torch counts those of a network that is gone among the FORMS that it allows."""
     torch.compiler.reset()
+
+
+def compile_part(part: nn.Module, backend: Any = "inductor") -> None:
+    """Compile a part of an autoencoder in place, for one number of rows; nothing is compiled before the first call."""
+    warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools.lru_cache`")  # in diffusers
+    keep_compiled_code()
+    part.compile(dynamic=False, backend=backend)
+
+
+def compile_by(call: Callable[[], object], *, undo: Callable[[], object], what: str) -> bool:
+    """Compile by a first call what was marked for it. Where that fails, a line says so, and `undo` makes it eager."""
+    kept, began = keep_compiled_code(), time.monotonic()
+    try:
+        call()
+    except compile_faults() as error:
+        undo()
+        say(f"torch.compile failed, so {what} runs eagerly: {why_not(error)}")
+        return False
+    say(f"compiled {what} in {time.monotonic() - began:.0f} s; the code is kept in {kept}")
+    return True
 
 
 def compile_faults() -> tuple[type[Exception], ...]:

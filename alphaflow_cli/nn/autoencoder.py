@@ -62,6 +62,7 @@ class Autoencoder:
     layout: torch.memory_format  # that the module's input is brought to
     statistics: tuple[list[float], list[float]] | None = None  # mean and std per channel, where the model states them
     side: int | None = None  # of the only pictures that it makes; None: any multiple of downscale
+    rows: int = 0  # that the encoder sees at once, filled up with zeros, where it was compiled for them; 0: any number
 
     @property
     def has_posterior(self) -> bool:
@@ -82,8 +83,10 @@ class Autoencoder:
         """The mean and the standard deviation of the latents of some pixels, float32."""
         if self.module is None:
             return pixels, torch.zeros_like(pixels)
-        mean, std = self._class.encode(self.module, self._input(pixels))
-        return mean.float(), std.float()
+        count, spare = len(pixels), max(0, self.rows - len(pixels))
+        rows = torch.cat([pixels, pixels.new_zeros((spare, *pixels.shape[1:]))]) if spare else pixels
+        mean, std = self._class.encode(self.module, self._input(rows))
+        return mean[:count].float(), std[:count].float()
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from functools import cache
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hints
 
-from alphaflow_cli.recipe.schema import Compile, Recipe, Schedule, StepOrShare
+from alphaflow_cli.recipe.schema import Auto, Recipe, Schedule, StepOrShare
 from alphaflow_cli.recipe.source import Faults, Items, Mapping, Scalar, Tree
 from alphaflow_cli.text import shorten
 
@@ -147,7 +147,7 @@ def _wanted(kind: Any) -> str:
     if get_origin(kind) is Literal:
         return "one of " + ", ".join(get_args(kind))
     names: dict[Any, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-    names |= {Compile: "auto, true or false", StepOrShare: 'a step or a percentage of the run ("50%")'}
+    names |= {Auto: "auto, true or false", StepOrShare: 'a step or a percentage of the run ("50%")'}
     return names[kind]
 
 
@@ -161,7 +161,7 @@ def _scalar(kind: Any, node: Scalar, default: Any, path: str, reader: Reader) ->
         return default
     if get_origin(kind) is Literal:
         return _choice(kind, node, default, path, reader)
-    read = {int: _int, float: _float, bool: _bool, str: _text, Compile: _compile, StepOrShare: _step}[kind]
+    read = {int: _int, float: _float, bool: _bool, str: _text, Auto: _auto, StepOrShare: _step}[kind]
     problem, value = read(node)
     if problem:
         reader.bad(node, path, f"wants {_wanted(kind)}, got {node.text[:60]!r}{problem if problem != '-' else ''}")
@@ -215,7 +215,7 @@ def _bool(node: Scalar) -> tuple[str, Any]:
     return "-", None
 
 
-def _compile(node: Scalar) -> tuple[str, Any]:
+def _auto(node: Scalar) -> tuple[str, Any]:
     return ("", "auto") if node.text == "auto" else _bool(node)
 
 

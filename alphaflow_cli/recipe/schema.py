@@ -40,7 +40,7 @@ Metric = Literal["fid", "fdd", "fcd", "fd-tiny", "kid", "is", "pr"]
 Tracker = Literal["tensorboard", "wandb", "trackio"]
 Strategy = Literal["ddp", "fsdp2"]
 MOST_NFE = 10_000  # network evaluations per picture: ten times what the slowest published sampler takes
-Compile = bool | Literal["auto"]  # auto: where it pays (recipe/speed.py)
+Auto = bool | Literal["auto"]  # auto: where it pays
 StepOrShare = int | str  # an optimiser step, or a percentage of the run: "50%"
 
 
@@ -226,7 +226,8 @@ class Train:
     precision: Precision = "bf16"  # of the network's products; weights, targets and loss stay fp32. fp64: for proofs
     precise_below: float = 0.0  # with bf16: steps with 0 < alpha < this compute in fp32 (tf32: in TF32); 0 = off
     tf32: bool = False  # lets fp32 matrix products use TF32
-    compile: Compile = "auto"  # torch.compile, block by block; auto: on a GPU, in a run so long that it pays
+    compile: Auto = "auto"  # torch.compile, block by block; auto: on a GPU, in a run so long that it pays
+    graphs: Auto = "auto"  # each step as one CUDA graph; auto: on one GPU, for a network so small that it pays
     gradient_checkpointing: bool = False  # recompute blocks in the backward pass: less memory, about 30% slower
     strategy: Strategy = "ddp"  # how several processes share the work
     save_every: int = 5_000  # steps between checkpoints

@@ -16,14 +16,12 @@ asked, since a compiled decoder rounds at other places. It sees groups of GROUP 
 Everybody who draws (sample, eval, the grids of train and push, Python users) reads `Generator.stream`, batch by batch.
 """
 
-import time
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 import torch
@@ -31,17 +29,21 @@ from torch import Tensor, nn
 
 from alphaflow_cli.core import pixels, sampler
 from alphaflow_cli.core.path import Net
+from alphaflow_cli.data.batches import to_device
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.files import changed, sha256_of, stamp_of
 from alphaflow_cli.model.build import DTYPES, build_network
 from alphaflow_cli.model.checkpoint import Checkpoint, check_autoencoder, load_checkpoint
-from alphaflow_cli.model.compiling import can_compile, compile_faults, keep_compiled_code, why_not
+from alphaflow_cli.model.compiling import can_compile, compile_blocks, compile_by, compile_part, plain_blocks
 from alphaflow_cli.model.find import find_checkpoint
 from alphaflow_cli.nn.autoencoder import Autoencoder, load_autoencoder
+from alphaflow_cli.nn.dit import DiT
 from alphaflow_cli.recipe.plan import null_label
+from alphaflow_cli.recipe.schema import Recipe
+from alphaflow_cli.recipe.speed import forward_flops
 from alphaflow_cli.runtime.precision import exact_device, true_float32
 from alphaflow_cli.runtime.processes import choose_device
-from alphaflow_cli.runtime.progress import say
+from alphaflow_cli.runtime.transfer import Laps
 from alphaflow_cli.sample.walk import LazyLabels, Walk
 
 DecoderPrecision = Literal["fp32", "bf16"]
@@ -49,7 +51,9 @@ DecoderChoice = Literal["auto", "fp32", "bf16"]
 DECODER_DTYPES: dict[DecoderPrecision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 GROUP = 16
 MANY, MANY_FROM, MANY_MEMORY = 64, 1_000, 40e9  # rows, pictures, a GPU's bytes: 371 pictures/s, not 294 (one H100)
-COMPILED_FROM = 12_000  # pictures: 658 per second after 14 s of compiling, 371 per second without (one H100)
+COMPILED_FROM = 12_000  # pictures of 256 px: 14 s / (1/371 s − 1/658 s), eager and compiled pictures/s of an H100
+NETWORK_FROM = 2.3e15  # FLOPs of the network's evaluations
+NETWORK_ROWS = 256  # that a compiled network sees at once: one form, as many as `eval` draws together
 
 
 @dataclass(frozen=True)
@@ -66,10 +70,8 @@ class Decoder:
         last = self.precision == "bf16" and (self.compiled or device.type != "cuda")
         autoencoder = load_autoencoder(name, device=device, dtype=DECODER_DTYPES[self.precision], channels_last=last)
         if self.compiled and autoencoder.module is not None:
-            warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools.lru_cache`")  # in diffusers
-            keep_compiled_code()
             part: Any = autoencoder.module.decoder
-            part.compile(dynamic=False, backend=self.backend)  # in place: the weights keep their names
+            compile_part(part, self.backend)  # in place: the weights keep their names
         return autoencoder
 
 
@@ -83,6 +85,16 @@ def plan_decoder(choice: DecoderChoice, device: torch.device, *, pictures: int, 
     if compiled and can_compile(device):
         return Decoder("bf16", compiled=True)
     return Decoder("bf16", group=MANY if on_gpu and pictures >= MANY_FROM and _is_large(device) else GROUP)
+
+
+def decoder_pays(recipe: Recipe, pictures: int) -> bool:
+    """Whether compiling the decoder pays for so many pictures."""
+    return pictures * recipe.data.image_size**2 / 256**2 >= COMPILED_FROM
+
+
+def network_pays(recipe: Recipe, pictures: int) -> bool:
+    """Whether compiling the network pays for so many pictures at one evaluation each."""
+    return pictures * forward_flops(recipe) >= NETWORK_FROM
 
 
 def _is_large(device: torch.device) -> bool:
@@ -114,13 +126,22 @@ class Drawn:
     seeds: Sequence[int]
     labels: Sequence[int]
     latents: Tensor  # (n, C, h, w) float64, as the network made them
-    images: Tensor | None  # (n, 3, H, W) uint8 on the generator's device; None where only latents are wanted
-    seconds: dict[str, float]  # that the network and the decoder took
+    unchecked: Tensor | None  # (n, 3, H, W) uint8 on the generator's device; None where only latents are wanted
+    bad: Tensor | None  # (n,) which pictures have values that are not finite; nobody has looked at it yet
+    laps: Laps  # of the network and the decoder
+
+    @property
+    def images(self) -> Tensor | None:
+        """The pictures; broken ones are refused, for which the host waits for the device."""
+        if self.bad is not None:
+            pixels.refuse_bad(self.bad)
+        return self.unchecked
 
     def arrays(self) -> np.ndarray:
         """The pictures in memory, (n, H, W, 3), as files and grids take them."""
-        assert self.images is not None
-        return np.ascontiguousarray(self.images.permute(0, 2, 3, 1).to("cpu", torch.uint8).numpy())
+        images = self.images
+        assert images is not None
+        return np.ascontiguousarray(images.permute(0, 2, 3, 1).to("cpu", torch.uint8).numpy())
 
 
 class Generator:
@@ -141,6 +162,7 @@ class Generator:
         self.mean, self.std = checkpoint.mean.to(self.exact), checkpoint.std.to(self.exact)
         self.net = net or load_network(checkpoint).to(device).eval()
         self.bf16 = self.recipe.train.precision == "bf16" and device.type == "cuda"
+        self.rows = GROUP  # the network sees whole groups of so many
         self.decoder = plan_decoder(decoder, device, pictures=0, compiled=False)
         record: dict[str, Any] = self.origin.get("autoencoder") or {}  # of the one that made the latents
         self._record = record if record.get("id") else {**record, "id": self.recipe.data.autoencoder}
@@ -179,7 +201,8 @@ class Generator:
     def precision(self) -> str:
         """The precision of the network and of the decoder, as the protocol says it."""
         trained = self.recipe.train.precision
-        network = "fp32" if trained == "bf16" and not self.bf16 else trained
+        network: str = "fp32" if trained == "bf16" and not self.bf16 else trained
+        network = f"compiled {network}" if self.rows == NETWORK_ROWS else network
         compiled = ", compiled" if self.decoder.compiled else ""
         return precision_text(network, self.decoder.precision if self.has_decoder else None) + compiled
 
@@ -188,29 +211,45 @@ class Generator:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
-    def expect(self, pictures: int, *, compiled: bool, autoencoder: str) -> None:
+    def expect(self, pictures: int, *, compiled: bool, autoencoder: str, walks: Sequence[Walk] = ()) -> None:
         """Get ready for so many pictures of all processes together, with a compiled decoder where that can be.
 
-        `autoencoder`: another copy of the checkpoint's. Where compiling fails, a line says so, and nothing is compiled.
+        `autoencoder`: another copy of the checkpoint's. `walks`: compile the network, too, by these, where it can be.
+        Where compiling fails, a line says so, and nothing is compiled.
         """
         assert "autoencoder" not in vars(self), "expect comes before the first picture"
+        if walks and self.bf16 and can_compile(self.device):
+            self._compile_network(walks)
         compiled = compiled and self.has_decoder
         self.decoder = plan_decoder(self.decoder.precision, self.device, pictures=pictures, compiled=compiled)
         if autoencoder:
             self.use_autoencoder(autoencoder)
-        if not self.decoder.compiled:
-            return
-        began = time.monotonic()
-        try:
+
+        def first() -> None:
             self.decode(torch.zeros((1, *self.shape), dtype=torch.float64, device=self.device))
-            self.synchronise()
-            say(f"compiled the decoder in {time.monotonic() - began:.0f} s; the code is kept in {keep_compiled_code()}")
-        except compile_faults() as error:
-            say(f"torch.compile failed, so the decoder runs eagerly: {why_not(error)}")
+
+        def undo() -> None:
             self.decoder = replace(self.decoder, compiled=False)
             del self.autoencoder
             if autoencoder:
                 self.use_autoencoder(autoencoder)
+
+        if self.decoder.compiled:
+            compile_by(first, undo=undo, what="the decoder")
+
+    def _compile_network(self, walks: Sequence[Walk]) -> None:
+        self.rows, net = NETWORK_ROWS, cast(DiT, self.net)
+        compile_blocks(net)
+
+        def first() -> None:
+            for walk in walks:
+                self.latents(range(self.rows), [0] * self.rows, walk)
+
+        def undo() -> None:
+            self.rows = GROUP
+            plain_blocks(net)
+
+        compile_by(first, undo=undo, what="the network")
 
     def use_autoencoder(self, name: str) -> None:
         """Decode with this copy of the checkpoint's autoencoder."""
@@ -225,14 +264,14 @@ class Generator:
         return torch.cat([self._group(seeds[part], labels[part], walk) for part in groups])
 
     def _group(self, seeds: Sequence[int], labels: Sequence[int], walk: Walk) -> Tensor:
-        spare = -len(seeds) % GROUP
+        spare = -len(seeds) % self.rows
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
         def draw(dtype: torch.dtype) -> Tensor:
             rows = [torch.randn(self.shape, generator=g, dtype=dtype) for g in generators]
-            return torch.stack(rows + [torch.zeros(self.shape, dtype=dtype)] * spare).to(self.exact)
+            return to_device(torch.stack(rows + [torch.zeros(self.shape, dtype=dtype)] * spare), self.exact)
 
-        y = torch.tensor([*labels, *[0] * spare], device=self.device)
+        y = to_device(torch.tensor([*labels, *[0] * spare]), self.device)
         net: Net = partial(self._call, guide=walk.guide)
         if walk.guidance != 1.0:
             net = sampler.guided_net(net, null_label(self.recipe), walk.guidance, channels=walk.guidance_channels)
@@ -244,17 +283,20 @@ class Generator:
     def _call(self, x: Tensor, t: Tensor, r: Tensor, y: Tensor, *, guide: tuple[float, float, float] | None) -> Tensor:
         """The network in its own precision; the state stays float64."""
         dtype = next(self.net.parameters()).dtype
-        inputs = {} if guide is None else {"guide": t.new_tensor(guide).to(self.device, dtype).expand(len(t), 3)}
+        inputs = {}
+        if guide is not None:
+            inputs["guide"] = to_device(torch.tensor(guide, dtype=t.dtype).to(dtype), self.device).expand(len(t), 3)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             u: Tensor = self.net(*(value.to(dtype).to(self.device) for value in (x, t, r)), y, **inputs)
         return u.to(self.exact)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Normalised latents to uint8 pictures (n, 3, H, W); whole groups again, for the same reason."""
-        decoded = decode_in_groups(
-            self.autoencoder, (latents * self.std + self.mean).float().to(self.device), self.decoder.group
-        )
-        return pixels.to_uint8(decoded, self.recipe.data.pixels)
+        return pixels.to_uint8(self._decoded(latents), self.recipe.data.pixels)
+
+    def _decoded(self, latents: Tensor) -> Tensor:
+        raw = (latents * self.std + self.mean).float().to(self.device)
+        return decode_in_groups(self.autoencoder, raw, self.decoder.group)
 
     def images(self, seeds: Sequence[int], labels: Sequence[int], walk: Walk) -> Tensor:
         """One batch of pictures, uint8 (n, 3, H, W) on the device."""
@@ -271,18 +313,19 @@ class Generator:
     ) -> Iterator[Drawn]:
         """Draw these spans of the seeds, one after the other; nothing of a former one is kept.
 
-        Seeds and labels may be worked out when a span is read, so that a million of them take no memory.
+        Seeds and labels may be worked out when a span is read, so that a million of them take no memory. On a GPU the
+        work is queued, and nothing here waits for it.
         """
         for span in spans:
             some, classes = seeds[span], labels[span]
-            began = time.perf_counter()
+            laps, images, bad = Laps(self.device), None, None
             latents = self.latents(some, classes, walk)
-            self.synchronise()
-            between = time.perf_counter()
-            images = self.decode(latents) if decoded else None
-            self.synchronise()
-            seconds = {"network": between - began, "decoder": time.perf_counter() - between}
-            yield Drawn(span, some, classes, latents, images, seconds)
+            laps.end("network")
+            if decoded:
+                made = self._decoded(latents)
+                bad, images = pixels.bad_pictures(made), pixels.quantise(made, self.recipe.data.pixels)
+            laps.end("decoder")
+            yield Drawn(span, some, classes, latents, images, bad, laps)
 
 
 def spans_of(count: int, batch: int) -> Iterator[slice]:

@@ -1,8 +1,10 @@
-"""Whether a run is compiled, decided once, and all of its forms compiled before the first step.
+"""Whether a run is compiled, and whether its steps are CUDA graphs: decided once, and made ready before the first step.
 
 `train.compile: auto` compiles where every process has a GPU that can, and where the whole run is so long that it pays
-(recipe/speed.py). The decision is saved with the state and kept by a resume, whatever is left of the run. Where
-compiling fails, one line says so and the run goes on eagerly: it computes the same, up to rounding.
+(recipe/speed.py). `train.graphs: auto` captures the steps of a small network on one GPU (train/graphs.py), and keeps
+the graphs where a replayed step is plainly faster than a launched one. Each decision is saved with the state and kept
+by a resume, whatever is left of the run. Where compiling or capturing fails, one line says so and the run goes on
+without: it computes the same, up to rounding.
 """
 
 import time
@@ -15,11 +17,17 @@ from alphaflow_cli.model.compiling import can_compile, compile_faults, keep_comp
 from alphaflow_cli.nn.dit import DiT
 from alphaflow_cli.recipe.plan import phases
 from alphaflow_cli.recipe.schema import Recipe
-from alphaflow_cli.recipe.speed import compiling_pays
+from alphaflow_cli.recipe.speed import compiling_pays, phase_flops
 from alphaflow_cli.runtime.processes import World
 from alphaflow_cli.runtime.progress import Progress, say
+from alphaflow_cli.train.graphs import MOST_GRAPHS, Capturing, StepGraphs, is_capture_fault
+from alphaflow_cli.train.parallel import Split
 from alphaflow_cli.train.run import Run
+from alphaflow_cli.train.state import StateFacts
 from alphaflow_cli.train.step import random_rows, training_step
+
+SMALL = 2e12  # floating-point operations of a step: from here on any GPU computes for longer than launches take
+GAIN = 1.25  # times as fast a replayed step has to be: below, it is not worth what rounds otherwise
 
 
 def choose_compile(recipe: Recipe, world: World, saved: bool | None, processes: int) -> bool:
@@ -94,3 +102,62 @@ def _step_for_nothing(run: Run, alpha: float, turn: int, n_equal: int) -> None:
     with run.world.accelerator.no_sync(run.wrapped):
         result = training_step(run.wrapped, run.net, rows, alpha=alpha, objective=run.objective)
         result.loss.backward()  # type: ignore[no-untyped-call]
+
+
+def choose_graphs(recipe: Recipe, world: World, split: Split, saved: StateFacts | None) -> bool | None:
+    """Whether steps are CUDA graphs: as the recipe says; with auto as before; None: as `prepare_graphs` measures.
+
+    A run that goes on from a state of an earlier version, which says nothing of them, goes on as it was.
+    """
+    choice = recipe.train.graphs
+    wanted = choice if choice != "auto" else None if saved is None else bool(saved.graphs)
+    if wanted is False:
+        return False
+    unable = why_launched(recipe, world, split)
+    if unable and wanted and world.is_main:
+        so_far = " so far, and is" if choice == "auto" else " by the recipe, but it is"
+        say(f"a step was to be one CUDA graph{so_far} launched operator by operator: {unable}")
+    if wanted is None and max(flops for _, _, flops in phase_flops(recipe)) > SMALL:
+        return False
+    return False if unable else wanted
+
+
+def why_launched(recipe: Recipe, world: World, split: Split) -> str:
+    """Why the steps of this run cannot be CUDA graphs; empty where they can."""
+    if world.device.type != "cuda":
+        return f"the run computes on {world.device.type}"
+    if world.size > 1:
+        return "several processes exchange their gradients within a step"
+    if split.accumulation > 1:
+        return "its batch is cut into micro-batches"
+    return "" if recipe.optim.kind == "adam" else f"optim.kind {recipe.optim.kind} asks the host whether it may step"
+
+
+def prepare_graphs(run: Run) -> None:
+    """Capture the forms of the steps ahead, where graphs are wanted, or are found to be faster; a line says which."""
+    if run.graphed is False or run.step >= run.recipe.train.steps:
+        return
+    graphs = StepGraphs(
+        run.recipe, net=run.net, wrapped=run.wrapped, optimiser=run.optimiser, sums=run.sums, capture=Capturing()
+    )
+    try:
+        each = [graphs.prepare(*one) for one in _steps_ahead(run)]
+    except RuntimeError as error:
+        if not is_capture_fault(error):
+            raise
+        say(f"CUDA graphs failed, so every operator of a step is launched: {why_not(error)}")
+        return
+    launched, replayed = (sum(times) for times in zip(*(one for one in each if one), strict=True))
+    kept = run.graphed or launched > GAIN * replayed
+    run.graphs = graphs if kept else None
+    verb = "each step is one CUDA graph" if kept else "every operator of a step is launched"
+    count = len(graphs.works)
+    say(f"{verb}: {1000 * launched / count:.3g} ms launched, {1000 * replayed / count:.3g} ms as a graph")
+
+
+def _steps_ahead(run: Run) -> list[tuple[int, int, float]]:
+    """The first and the last step of each phase ahead, with their r = t rows and α: a few, of all forms if they may."""
+    ahead = [phase for phase in phases(run.recipe) if phase.until > run.step]
+    steps = [step for phase in ahead for step in (max(phase.first, run.step), phase.until - 1)][:MOST_GRAPHS]
+    batch = run.recipe.train.batch
+    return [(step, equal_rows(batch, run.equal_share_at(step)), run.alpha_at(step)) for step in steps]

@@ -4,7 +4,8 @@
 
 `gradients` draws the batch and the times and calls backward; `training_step` (step.py) goes from the path to the loss;
 the optimiser (optimise.py) steps and averages; `train_steps` writes the journal and saves. While α > 0 guidance's rows
-go along in the forward, which then comes before the guided velocity and the target.
+go along in the forward, which then comes before the guided velocity and the target. Where the steps are CUDA graphs
+(graphs.py), all from the path to the averages is replayed.
 
 The draws are functions of (seed, step), so a step can be begun anew: after it ran out of memory, with smaller
 micro-batches (not on several processes: the others wait in the middle of an exchange for the one that failed, so the
@@ -33,6 +34,7 @@ from alphaflow_cli.recipe.plan import phase_kind
 from alphaflow_cli.runtime.launch import StopFlag
 from alphaflow_cli.runtime.progress import Progress, say
 from alphaflow_cli.train import conflict
+from alphaflow_cli.train.graphs import StepGraphs
 from alphaflow_cli.train.journal import Journal, Trackers, console_line, mean_step_flops, take_counters
 from alphaflow_cli.train.optimise import COUNTERS
 from alphaflow_cli.train.parallel import split_batch
@@ -85,7 +87,9 @@ def train_steps(
 
 def one_step(run: Run, step: int) -> None:
     """Take one optimiser step on the global batch of this step."""
-    within_memory(run, lambda: gradients(run, step))
+    within_memory(run, lambda: replay(run, run.graphs, step) if run.graphs else gradients(run, step))
+    if run.graphs:
+        return
     if not run.checked:
         run.world.check_synchronised(run.net)
         run.checked = True
@@ -94,21 +98,38 @@ def one_step(run: Run, step: int) -> None:
 
 def gradients(run: Run, step: int) -> None:
     """Add up the gradients of the mean loss over the global batch of this step, in micro-batches, on every process."""
-    recipe, world = run.recipe, run.world
-    alpha = run.alpha_at(step)
-    n_equal = equal_rows(recipe.train.batch, run.equal_share_at(step))
-    draws = step_draws(run.seed, step, batch=recipe.train.batch, shape=run.stream.shape, device=world.device)
-    t, r = sample_times(draws.normals, n_equal, time_laws(recipe.times))
-    drawn = row_draws(t, r, draws, n_equal, recipe.guidance).to(run.dtype)
+    recipe, world, alpha = run.recipe, run.world, run.alpha_at(step)
+    noise, drawn, n_equal = draws_at(run, step)
     for turn in range(run.split.accumulation):
         place, mine = run.split.rows(world.rank, turn), run.split.equal_rows(world.rank, turn, n_equal)
-        rows = rows_at(run, step, place, noise=draws.noise[place], drawn=drawn[:, place], n_equal=mine)
+        rows = rows_at(run, step, place, noise=noise[place], drawn=drawn[:, place], n_equal=mine)
         last = turn == run.split.accumulation - 1
         with contextlib.nullcontext() if last else world.accelerator.no_sync(run.wrapped):
             result = training_step(run.wrapped, run.net, rows, alpha=alpha, objective=run.objective)
             # synchronising averages over the processes; the loss is a mean over the global batch
             (result.loss * (world.size / recipe.train.batch)).backward()  # type: ignore[no-untyped-call]
         run.sums.add(result.terms, rows.t, rows.r, rows.n_equal)
+
+
+def replay(run: Run, graphs: StepGraphs, step: int) -> None:
+    """Take the whole step as a graph: one process, one micro-batch."""
+    noise, drawn, n_equal = draws_at(run, step)
+    batch, (t, r, uniforms) = run.stream.batch_at(step, run.split.rows(0, 0)), drawn[:3]
+    guide = guide_of(drawn)
+    rows = Rows(x=batch.latents, noise=noise, t=t, r=r, y=batch.y, uniforms=uniforms, n_equal=n_equal, guide=guide)
+    graphs.take(step, rows, run.alpha_at(step))
+
+
+def draws_at(run: Run, step: int) -> tuple[Tensor, Tensor, int]:
+    """What is drawn for the global batch of a step: noise, on the device, and, on the host, the values of `row_draws`.
+
+    The number of r = t rows comes with them.
+    """
+    recipe = run.recipe
+    n_equal = equal_rows(recipe.train.batch, run.equal_share_at(step))
+    draws = step_draws(run.seed, step, batch=recipe.train.batch, shape=run.stream.shape, device=run.world.device)
+    t, r = sample_times(draws.normals, n_equal, time_laws(recipe.times))
+    return draws.noise, row_draws(t, r, draws, n_equal, recipe.guidance).to(run.dtype), n_equal
 
 
 def rows_at(run: Run, step: int, place: slice, *, noise: Tensor, drawn: Tensor, n_equal: int) -> Rows:
@@ -150,7 +171,8 @@ def log_row(run: Run, journal: Journal) -> dict[str, Any]:
     values |= take_counters(run.optimiser.counters)
     if conflict.is_due(run):
         values["conflict"] = conflict.measure(run)
-    flops = mean_step_flops(run.recipe, alpha, equal_rows(batch, share), compiled=run.compiled)
+    every = run.compiled or run.graphs is not None  # then guidance asks about every row that it could need
+    flops = mean_step_flops(run.recipe, alpha, equal_rows(batch, share), compiled=every)
     return journal.row(values, step=step, batch=batch, flops=flops)
 
 
@@ -161,7 +183,7 @@ def within_memory(run: Run, gradients: Callable[[], None]) -> None:
         # here the failed attempt's frames, and what they held, are gone
         smaller = split_batch(run.split.batch, processes=run.world.size, micro_batch=-(-run.split.micro_batch // 2))
         say(f"out of memory at step {run.step}: going on with {smaller}")
-        run.split = smaller
+        run.split, run.graphs = smaller, None
         run.sums.values.copy_(before)
         run.optimiser.forget_gradients()
         if torch.cuda.is_available():

@@ -3,6 +3,9 @@
 A gradient with a NaN or an infinity never reaches the weights: fused Adam skips the step on the device (found_inf).
 The counters stay on the device too; the trainer reads them when it reads the losses. Where the parameters are cut
 over the processes (FSDP2), Adam and the averages work on this process's parts: both act value by value.
+
+`step` takes the rate and the averages' β from the host. `step_by` reads them on the device, so that a CUDA graph of it
+can be replayed at any step (train/graphs.py): it waits for nothing, and every tensor that it changes keeps its place.
 """
 
 from collections.abc import Callable
@@ -12,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from alphaflow_cli.core.ema import ema_beta, update_ema
+from alphaflow_cli.core.ema import ema_beta, move_ema, update_ema
 from alphaflow_cli.core.gradients import replace_nonfinite
 from alphaflow_cli.recipe.plan import learning_rate_at
 from alphaflow_cli.recipe.schema import Recipe
@@ -52,7 +55,7 @@ class Optimiser:
         """Clip the gradients, step, and update the averages; the gradients must be ready and synchronised."""
         norm, bad = self._norm(self._gradients())
         for group in self.adam.param_groups:
-            group["lr"] = self.rate_at(step)
+            group["lr"], group["capturable"] = self.rate_at(step), False
         # what GradScaler sets, and what fused Adam reads on the device
         self.adam.grad_scale, self.adam.found_inf = None, bad.float()  # type: ignore[attr-defined]
         if self.recipe.optim.kind == "adam" or not bool(bad):  # RAdam is not fused: the host looks whether it may step
@@ -64,6 +67,38 @@ class Optimiser:
             if beta < 1.0:
                 update_ema(ema, self.weights, beta)
         self._count(norm, bad)
+
+    def numbers_at(self, step: int) -> list[float]:
+        """What `step_by` reads of a step: the learning rate, then 1 − β of each average."""
+        ema = self.recipe.ema
+        betas = [ema_beta(step, half_life=life, ramp=ema.ramp, every=ema.every) for life in ema.half_lives]
+        return [self.rate_at(step), *(1.0 - beta for beta in betas)]
+
+    def step_by(self, numbers: Tensor) -> None:
+        """As `step`, by `numbers_at` on the device (1 + averages,), float64. The gradients are given back.
+
+        On a GPU fused Adam reads a rate in float32; elsewhere it is what `step` takes.
+        """
+        norm, bad = self._norm(self._gradients())
+        for group in self.adam.param_groups:
+            group["lr"], group["capturable"] = numbers[0].float() if numbers.is_cuda else numbers[0], numbers.is_cuda
+        self.adam.grad_scale, self.adam.found_inf = None, bad.float()  # type: ignore[attr-defined]
+        self.adam.step()
+        self.give_back_gradients()
+        moves = numbers[1:].to(self.weights[0].dtype).unbind()
+        for ema, move in zip(self.emas, moves, strict=True):
+            move_ema(ema, self.weights, move)
+        self._count(norm, bad)
+
+    def give_back_gradients(self) -> None:
+        """Let go of every gradient's memory; the next backward pass makes new ones, and has nothing to add them to."""
+        for parameter in self.parameters.values():
+            parameter.grad = None
+
+    def changed(self) -> list[Tensor]:
+        """Every tensor that a step changes, as far as they are there: before the first one Adam has no moments."""
+        moments = [value for w in self.trained for value in self.adam.state[w].values()]
+        return [*self.weights, *(value for ema in self.emas for value in ema), *moments, self.counters]
 
     def forget_gradients(self) -> None:
         """Set every gradient to zero in place: DDP's buckets are views of them."""
@@ -123,16 +158,18 @@ class Optimiser:
 
     @torch.no_grad()
     def load(self, tensors: dict[str, Tensor]) -> None:
-        """Put the tensors of a saved state back."""
+        """Put the tensors of a saved state back; those that are there keep their place, which graphs have noted."""
         for i, ((name, parameter), w) in enumerate(zip(self.parameters.items(), self.weights, strict=True)):
             w.copy_(part(parameter, tensors[f"raw.{name}"]))
             for j, ema in enumerate(self.emas):
                 ema[i].copy_(part(parameter, tensors[f"ema{j}.{name}"]))
+            saved = {"step": tensors[f"adam.step.{name}"]} if f"adam.step.{name}" in tensors else {}
+            saved |= {key: part(parameter, tensors[f"adam.{key}.{name}"]) for key in MOMENTS if saved}
             moments: dict[str, Any] = self.adam.state[w]
-            moments.clear()  # a roll back to before the first step has none
-            if f"adam.step.{name}" in tensors:
-                moments["step"] = tensors[f"adam.step.{name}"].to(w.device).clone()
-                moments |= {key: part(parameter, tensors[f"adam.{key}.{name}"]).to(w.device).clone() for key in MOMENTS}
+            for key, value in moments.items():  # a roll back to before the first step has none: they begin at zero
+                value.copy_(saved[key]) if saved else value.zero_()
+            if not moments:
+                moments |= {key: value.to(w.device).clone() for key, value in saved.items()}
         self.counters.copy_(tensors["counters"])
 
     def average(self, which: int = 0, *, keep: bool = True) -> dict[str, Tensor]:

@@ -30,6 +30,7 @@ from alphaflow_cli.runtime.lock import check_lock
 from alphaflow_cli.runtime.processes import World
 from alphaflow_cli.runtime.threads import Threads
 from alphaflow_cli.train import state
+from alphaflow_cli.train.graphs import StepGraphs
 from alphaflow_cli.train.journal import Sums
 from alphaflow_cli.train.optimise import MOMENTS, Optimiser
 from alphaflow_cli.train.parallel import Split, wrap_network
@@ -64,6 +65,8 @@ class Run:
     class_names: list[str]
     init_from: str = ""  # whose weights it began with
     threads: Threads | None = None  # that compute on a CPU; None on a GPU
+    graphed: bool | None = False  # whether its steps are to be CUDA graphs; None: as is measured at the start
+    graphs: StepGraphs | None = None  # those graphs; None: every step is launched
     may_shrink: bool = False  # whether micro-batches become smaller when the memory runs out
     step: int = 0  # steps done
     retries: int = 0  # rolls back so far; each gives the steps after it other draws
@@ -94,6 +97,7 @@ class Run:
             store=self.stream.store.manifest.digest,
             init_from=self.init_from,
             compiled=self.compiled if self.recipe.train.compile == "auto" else None,
+            graphs=self.graphs is not None if self.recipe.train.graphs == "auto" else None,
             threads=self.threads.count if self.threads else None,
         )
 

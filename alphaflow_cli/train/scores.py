@@ -41,7 +41,7 @@ from alphaflow_cli.runtime.lock import hold
 from alphaflow_cli.runtime.precision import as_torch_begins
 from alphaflow_cli.runtime.processes import World
 from alphaflow_cli.runtime.progress import say
-from alphaflow_cli.sample.generator import COMPILED_FROM, Generator, open_generator
+from alphaflow_cli.sample.generator import Generator, decoder_pays, open_generator
 from alphaflow_cli.sample.walk import plan_walk
 from alphaflow_cli.train import state
 from alphaflow_cli.train.journal import Journal, Trackers, read_rows
@@ -189,7 +189,7 @@ class Scores:
     def _generator(self, path: Path) -> Generator:
         generator = open_generator(str(path), device=self.run.world.device)
         images = self.wanted.quick_images
-        generator.expect(images, compiled=images >= COMPILED_FROM, autoencoder="")
+        generator.expect(images, compiled=decoder_pays(generator.recipe, images), autoencoder="")
         return generator
 
     def _ruler(self) -> SharedRuler:

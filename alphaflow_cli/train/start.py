@@ -32,8 +32,9 @@ from alphaflow_cli.runtime.processes import Processes, World, choose_device, joi
 from alphaflow_cli.runtime.progress import say
 from alphaflow_cli.runtime.threads import threads_kept
 from alphaflow_cli.train import state
-from alphaflow_cli.train.compiling import choose_compile, compile_forms
+from alphaflow_cli.train.compiling import choose_compile, choose_graphs, compile_forms, prepare_graphs
 from alphaflow_cli.train.estimate import micro_batch_that_fits
+from alphaflow_cli.train.graphs import on_own_stream
 from alphaflow_cli.train.journal import Journal, Trackers, check_trackers, peak_of
 from alphaflow_cli.train.loop import train_steps
 from alphaflow_cli.train.parallel import Split, check_sharding, split_batch
@@ -46,7 +47,8 @@ from alphaflow_cli.train.threads import choose_threads
 ADJUSTABLE = {  # what a run may change when it goes on: none of it changes what is learnt, beyond rounding
     "data.store",
     "data.crop",  # it is compared with the store and read by nothing else
-    *(f"train.{name}" for name in ("strategy", "compile", "gradient_checkpointing", "tf32", "trackers", "keep")),
+    *(f"train.{name}" for name in ("strategy", "compile", "graphs", "gradient_checkpointing", "tf32")),
+    *(f"train.{name}" for name in ("trackers", "keep")),
     *(f"train.{name}_every" for name in ("save", "milestone", "log", "sample")),
     *(f"eval.{name}" for name in ("every", "quick_metrics", "quick_images", "quick_nfe", "best_by", "reference")),
     "expected",
@@ -193,8 +195,10 @@ def train(recipe: Recipe, options: TrainOptions) -> int:
         if world.is_main:
             keep_recipe(recipe, options.out)  # not before: what was refused is no run
             say_where(run, options)
-        compile_forms(run)
-        return train_run(run, open_journal(run), requeues=options.requeue)
+        with on_own_stream(run.graphed is not False):
+            compile_forms(run)
+            prepare_graphs(run)
+            return train_run(run, open_journal(run), requeues=options.requeue)
 
 
 @contextmanager
@@ -234,6 +238,7 @@ def open_run(recipe: Recipe, options: TrainOptions, world: World) -> Run:
     threads = choose_threads(recipe, world, split.micro_batch, options.threads, saved)
     run = build_run(recipe, options.out, world=world, stream=stream, split=split, compiled=compiled)
     run.threads = threads
+    run.graphed = choose_graphs(recipe, world, split, saved)
     run.may_shrink = options.micro_batch is None
     if newest is not None:
         run.restore(newest)

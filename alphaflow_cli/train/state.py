@@ -42,6 +42,7 @@ class StateFacts:
     store: str  # the latent store's digest
     init_from: str  # the checkpoint whose weights the run began with, if any
     compiled: bool | None = None  # what train.compile: auto has decided; None where the recipe decides
+    graphs: bool | None = None  # the same of train.graphs; None in states of earlier versions too: launched
     threads: int | None = None  # that compute on a CPU; None on a GPU, and in states of earlier versions
 
 
@@ -175,7 +176,7 @@ def read_facts(path: Path) -> StateFacts:
     except (ValueError, RecursionError):
         written = None
     kinds: dict[str, tuple[Any, ...]] = {each.name: (each.type,) for each in fields(StateFacts)}
-    kinds |= {"compiled": (bool, type(None)), "threads": (int, type(None))}
+    kinds |= {"compiled": (bool, type(None)), "graphs": (bool, type(None)), "threads": (int, type(None))}
     if not isinstance(written, dict) or any(type(written.get(name)) not in kind for name, kind in kinds.items()):
         raise AlphaflowError(f"{path}: damaged: what it says of itself cannot be read.")
     values: dict[str, Any] = {name: written.get(name) for name in kinds}

@@ -101,6 +101,7 @@ class Rows:
     question: Question | None = None  # which rows guidance needs; None: all that it could need
     factor: Tensor | None = None  # what each row's loss is multiplied by; None: by 1
     guide: Tensor | None = None  # (rows, 3) scale, t_lo and t_hi of each row, where the network is told of them
+    ratio: Tensor | None = None  # α of each r < t row while 0 < α < 1; None: from the step's α
 
 
 @dataclass(frozen=True)
@@ -160,11 +161,15 @@ def random_rows(recipe: Recipe, count: int, n_equal: int, device: torch.device) 
 
 
 def training_step(wrapped: nn.Module, bare: nn.Module, rows: Rows, *, alpha: float, objective: Objective) -> StepResult:
-    """The loss of the rows, summed: divide it by the rows of the whole step, then call backward."""
+    """The loss of the rows, summed: divide it by the rows of the whole step, then call backward.
+
+    Where the rows have their own `ratio`, any α of the same phase and precision gives the same operators and numbers.
+    """
     objective = objective.at(alpha)
     k, v, y = rows.n_equal, path.velocity(rows.x, rows.noise), _labels(rows, objective)
     z_t = path.interpolate(rows.x, rows.noise, rows.t)
-    question, ratio = _question(rows, objective, alpha), row_alpha(alpha, rows.t[k:], rows.r[k:], objective.gap)
+    ratio = row_alpha(alpha, rows.t[k:], rows.r[k:], objective.gap) if rows.ratio is None else rows.ratio
+    question = _question(rows, objective, alpha)
     if alpha == 0.0 and k < len(v):
         answers = _ask(bare, question, z_t, rows, y, objective)
         v_later = _guided(v[k:], answers.later() if answers else None, rows, slice(k, None), objective)

@@ -1,75 +1,87 @@
-"""FD-tiny of a finished run at 1, 2 and 4 NFE, and the conflict at its last checkpoint. What is there is kept."""
+"""What a finished run is worth: both rulers at 1, 2 and 4 NFE, a strip of pictures, and the conflict along the way."""
 
 import json
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
+from cnn_ruler import Ruler
+from torch import Tensor
 
 from alphaflow_cli.analyze.analyze import AnalyzeRequest, analyze
-from alphaflow_cli.evaluate.evaluate import Ruler, build_extractors, evaluate, make_reference
-from alphaflow_cli.evaluate.pictures import GeneratedImages, open_pictures
-from alphaflow_cli.evaluate.reference import load_reference
-from alphaflow_cli.evaluate.results import save_results
-from alphaflow_cli.files import sha256_of
 from alphaflow_cli.runtime.processes import Processes
-from alphaflow_cli.sample.generator import open_generator
-from alphaflow_cli.sample.walk import plan_walk
+from alphaflow_cli.sample.generator import Generator, open_generator, spans_of
+from alphaflow_cli.sample.grid import picture_png
+from alphaflow_cli.sample.walk import draw_labels, plan_walk
 
 NFE = (1, 2, 4)
+PART = 1_000  # pictures drawn at a time
+COLUMNS = 10  # of a strip: one picture of each class
+CONFLICT = ("alpha", "cos_tfm_tc", "cos_tfm_fm", "norm_tfm", "norm_tc")
+BATCHES = ((32, 64), (8, 512))  # of the conflict at rest: their number, and the rows of each
 
 
-def evaluate_run(run: Path, reference: Path, out: Path, *, images: int) -> None:
-    """results.json of the run, unless it has these very weights' already."""
-    torch.set_num_threads(1)
-    digest, wanted = sha256_of(run / "model.safetensors"), load_reference(reference)
-    if is_measured(run / "results.json", digest, wanted.facts["sha256"], images):
-        return
-    ruler = tiny_ruler(out)
-    generator, found = open_generator(str(run), device=torch.device("cpu")), []
-    for nfe in NFE:
-        walk = plan_walk(generator.recipe, nfe=nfe)
-        source = GeneratedImages(generator, walk, count=images, draw=generator.recipe.eval.draw)
-        evaluation = evaluate(source, ("fd-tiny",), ruler, reference=wanted)
-        assert evaluation is not None, "one process is always the first"
-        found.append(evaluation)
-    save_results(run / "results.json", run / "history.jsonl", found)
+def draw(generator: Generator, seeds: list[int], labels: list[int], *, nfe: int, scale: float) -> Tensor:
+    """uint8 (N, 3, H, W) on the device; `scale` is that of guidance, 1 for none."""
+    walk = plan_walk(generator.recipe, nfe=nfe, guidance=scale)
+    drawn = generator.stream(seeds, labels, walk, spans_of(len(seeds), PART))
+    return torch.cat([part.images for part in drawn if part.images is not None])
 
 
-def tiny_ruler(out: Path) -> Ruler:
-    """FD-tiny's features need no weights."""
-    return Ruler(
-        build_extractors(("fd-tiny",), torch.device("cpu"), {})[0], Processes(torch.device("cpu")), out / "evals", 250
-    )
+def scores_of(run: Path, ruler: Ruler, device: torch.device, *, images: int, scale: float) -> dict[str, Any]:
+    """NFE → every figure of both rulers, of the averaged weights."""
+    generator = open_generator(str(run), device=device)
+    seeds = list(range(images))
+    labels = draw_labels(seeds, generator.recipe.data.classes, "random")
+    wanted = torch.tensor(labels, device=device)
+    found = {nfe: ruler.scores(draw(generator, seeds, labels, nfe=nfe, scale=scale), wanted) for nfe in NFE}
+    return {str(nfe): {name: float(f"{value:.6g}") for name, value in each.items()} for nfe, each in found.items()}
 
 
-def is_measured(path: Path, digest: str, reference: str, images: int) -> bool:
-    """Whether the file has these weights' scores at every NFE, of that many pictures, against this reference."""
-    if not path.is_file():
-        return False
-    rows = [row for each in json.loads(path.read_text(encoding="utf-8"))["evaluations"] for row in each["rows"]]
-    found = {
-        row["pictures"]["nfe"]
-        for row in rows
-        if (row["pictures"]["checkpoint_sha256"], row["reference"]["sha256"], row["count"])
-        == (digest, reference, images)
+def strip_of(run: Path, device: torch.device, *, scale: float) -> bytes:
+    """A PNG of one picture of each class at 1 NFE, and below it the same seeds at 2 NFE."""
+    generator = open_generator(str(run), device=device)
+    seeds = list(range(COLUMNS))
+    rows = [draw(generator, seeds, seeds, nfe=nfe, scale=scale) for nfe in (1, 2)]
+    pictures = torch.stack(rows).permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2)  # (2·H, 10·W, 3)
+    return picture_png(pictures.cpu().contiguous().numpy())
+
+
+def journal_of(run: Path) -> dict[str, Any]:
+    """Seconds, velocity loss, and the conflict at every point of the journal that has it."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    ends = [0, *(row["step"] for row in rows)]
+    losses = [row["v_loss"] for row in rows[-10:] if row["v_loss"] is not None]  # none without r = t rows
+    conflicts = [{"alpha": row["alpha"], **row["conflict"], "step": row["step"]} for row in rows if row.get("conflict")]
+    return {
+        "images_seen": rows[-1]["images_seen"],
+        "train_seconds": round(
+            sum(row["seconds_per_step"] * (b - a) for row, a, b in zip(rows, ends, ends[1:], strict=False)), 1
+        ),
+        "velocity_loss": round(mean(losses), 5) if losses else None,
+        "nonfinite": sum(row["nonfinite"] for row in rows),
+        "conflict": [[row["step"], *(rounded(row.get(name)) for name in CONFLICT)] for row in conflicts],
     }
-    return found == set(NFE) and len(rows) == len(NFE)
 
 
-def prepare_reference(pictures: Path, out: Path, name: str) -> Path:
-    """The training pictures at 16 px, measured once."""
-    path = out / f"reference-{name}.safetensors"
-    if not path.is_file():
-        make_reference(open_pictures(str(pictures), size=16, limit=None), tiny_ruler(out), path, name=name)
-    return path
+def rounded(value: float | None) -> float | None:
+    return None if value is None else float(f"{value:.4g}")
 
 
-def conflict_of(run: Path, store: Path, *, batches: int, rows: int, out: Path) -> dict[str, Any]:
-    """What `alphaflow analyze` finds at the last checkpoint, averaged weights."""
-    torch.set_num_threads(1)
-    request = AnalyzeRequest(
-        address=str(run), data=store, out=out, batches=batches, batch=rows, seed=0, weights="ema", all_checkpoints=False
-    )
-    checkpoint: dict[str, Any] = analyze(request)[0]["checkpoints"][-1]
-    return checkpoint
+def at_rest(run: Path, store: Path, device: torch.device) -> list[dict[str, Any]]:
+    """What `alphaflow analyze` finds at the last checkpoint, averaged weights, for small and for large batches."""
+    found = []
+    for batches, rows in BATCHES:
+        request = AnalyzeRequest(
+            address=str(run), data=store, out=run / f"analysis-{rows}", batches=batches, batch=rows, seed=0,
+            weights="ema", all_checkpoints=False,
+        )  # fmt: skip
+        result = analyze(request, Processes(device))
+        assert result is not None, "one process is always the first"
+        last = result[0]["checkpoints"][-1]
+        cosines = {
+            name: {part: rounded(each[part]) for part in ("p5", "p50", "p95")} for name, each in last["cosines"].items()
+        }
+        found.append({"batches": batches, "rows": rows, "cosines": cosines, "below": rounded(last["share_below_-0.4"])})
+    return found

@@ -1,22 +1,28 @@
 """The comparison: members differ where they should and nowhere else, and no order is claimed without its seeds."""
 
 import json
-from types import SimpleNamespace
+from math import exp
 
+import members
+import pages
 import pytest
+import slots
 import table
-from conflict import conflict_lines, training_lines
-from measure import is_measured
-from page import document
+import torch
+from cnn_ruler import Ruler, augmented, train_classifier
+from conflict import cells, points
+from members import CURRICULA, MEMBERS, NEW_SEEDS, NEWER, SEEDS, STEPS, Job, best_curriculum, better_shares, plan, valid
+from pictures import halves
 from places import ROOT
-from run import Job, is_done, parser, told_options
-from table import Run, read_run, told, verdict
+from table import Factor, factor, runs_of, verdict
 
 from alphaflow_cli.charts.draw import to_png
-from alphaflow_cli.recipe import diff_recipes, dump_recipe, load_recipe
+from alphaflow_cli.recipe import diff_recipes, load_recipe
+from alphaflow_cli.recipe.plan import schedules_of
+from alphaflow_cli.sample.grid import picture_png
 
 FOLDER = ROOT / "benchmarks" / "convergence"
-MEMBERS = {path.stem: load_recipe(str(path)) for path in sorted((FOLDER / "recipes").glob("*.yaml"))}
+RECIPES = {path.stem: load_recipe(str(path)) for path in sorted((FOLDER / "recipes").glob("*.yaml"))}
 MAY_DIFFER = ("name", "alpha.", "times.equal_share.", "loss.weight", "loss.velocity", "sample.")
 UNCLAMPED = {"loss.clamp"}
 ALONE = {  # what else differs, as their headers say
@@ -29,130 +35,212 @@ ALONE = {  # what else differs, as their headers say
 SOFLOW = ("loss.", "times.", "model.positions", "model.second_init")
 
 
-def runs_of(member, *scores):
-    return [Run(member, seed, {1: s, 2: s / 2, 4: s / 4}, 0.5, 100.0, 3000, 192_000) for seed, s in enumerate(scores)]
+def line_of(job, *, tiny=1.0, cnn=1.0):
+    scores = {str(nfe): {"fd_tiny": tiny / nfe, "fd_cnn": cnn / nfe, "as_asked": 0.5, "precision": 0.6, "recall": 0.2}
+              for nfe in (1, 2, 4)}  # fmt: skip
+    facts = {"run": job.name, "member": job.member, "steps": job.steps, "seed": job.seed, "width": job.width}
+    conflict = [[100, 1.0, -0.5, 0.1, 1.0, 2.0], [job.steps, 0.0, None, None, 1.0, 1.0]]
+    measured = {"scores": scores, "conflict": conflict}
+    made = {"device": "1 x GPU", "commit": "abc1234", "ruler": "def", "images": 5000, "seconds": 9.0}
+    more = {"guided": scores, "scale": 2.0} if len(MEMBERS[job.member].scales) > 1 else {}
+    return facts | measured | made | more | {"recipe": job.digest}
 
 
-def test_every_member_has_a_recipe_and_a_name():
-    assert set(MEMBERS) == set(table.NAMES)
-    assert {member for _, members in table.PANELS for member, _, _ in members} == set(table.NAMES)
+def lines_of(member, *tinies, steps=STEPS, seeds=SEEDS, cnn=1.0):
+    return [
+        line_of(Job("", member, steps, seed), tiny=tiny, cnn=cnn) for seed, tiny in zip(seeds, tinies, strict=False)
+    ]
 
 
-@pytest.mark.parametrize("member", MEMBERS)
+def all_lines():
+    lines = []
+    while new := [job for job in plan(lines) if job.name not in {line["run"] for line in lines}]:
+        lines += [line_of(job, tiny=2.0 if job.member == "alphaflow-25" else 1.0) for job in new]
+    return lines
+
+
+@pytest.mark.parametrize("member", RECIPES)
 def test_members_differ_in_the_objective_only(member):
-    fields = [name for name, _, _ in diff_recipes(MEMBERS["alphaflow-25"], MEMBERS[member])]
+    fields = [name for name, _, _ in diff_recipes(RECIPES["alphaflow-25"], RECIPES[member])]
     may_differ = MAY_DIFFER + SOFLOW if member.startswith("soflow") else MAY_DIFFER
     others = {name for name in fields if not name.startswith(may_differ)}
     assert others == ALONE.get(member, set())
 
 
 def test_the_converging_member_has_a_partner_that_differs_in_the_weight_alone():
-    fields = diff_recipes(MEMBERS["alphaflow-25-unclamped"], MEMBERS["alphaflow-25-converging"])
+    fields = diff_recipes(RECIPES["alphaflow-25-unclamped"], RECIPES["alphaflow-25-converging"])
     assert [name for name, _, _ in fields if name != "name"] == ["loss.weight"]
 
 
-def test_an_order_is_claimed_only_where_the_seeds_do_not_overlap():
-    apart = runs_of("a", 1.0, 1.1, 1.2) + runs_of("b", 2.0, 2.1, 2.2)
-    assert "better on every seed (3 and 3 seeds)" in verdict(apart, "a", "b", 1)
-    assert "worse on every seed" in verdict(apart, "b", "a", 1)
-    assert "no order" in verdict(runs_of("a", 1.0, 1.1, 2.05) + runs_of("b", 2.0, 2.1, 2.2), "a", "b", 1)
-    few = verdict(runs_of("a", 1.0) + runs_of("b", 2.0, 2.1, 2.2), "a", "b", 1)
-    assert few == "1.00 against 2.00 on their common seed 0: no order is claimed."
-    assert verdict(runs_of("a", 1.0), "a", "b", 1) == "not finished yet."
+def test_every_run_of_the_plan_is_a_sound_recipe_of_its_own_length_and_seed():
+    for job in {job.member: job for job in plan(all_lines())}.values():
+        recipe = load_recipe(str(job.recipe), job.sets)
+        assert (recipe.train.steps, recipe.train.seed) == (job.steps, job.seed)
+        assert not recipe.train.tf32
 
 
-def test_a_comparison_judges_and_draws_its_own_members_only():
-    newer = table.pairs_of(table.NEWER)
-    assert newer
-    assert all({first, second} <= {*table.NEWER} for first, second, _ in newer)
-    titles = [panel.title for panel in table.chart([], table.NEWER).panels]
-    assert titles == ["FD-tiny, MeanFlow .25, one thing changed", "FD-tiny, α-Flow and SoFlow"]
+def test_curricula_are_one_until_their_first_share_and_nought_from_their_last():
+    from alphaflow_cli.core.alpha import schedule_value
+
+    for first, last in members.ENDS:
+        job = Job("", f"alpha-{first}-{last}", 1000, 0)
+        alpha = dict(schedules_of(load_recipe(str(job.recipe), job.sets)))["alpha"]
+        ends = {"initial": 1, "final": 0, "start": 10 * first, "end": 10 * last, "gamma": alpha.gamma}
+        values = [schedule_value(step, kind=alpha.kind, clamp=alpha.clamp, **ends) for step in range(1000)]
+        assert abs(values.index(next(v for v in values if v < 1)) - 10 * first) <= 2
+        assert values[-1] == 0.0 or last == 100
+        assert abs(sum(v > 0 for v in values) - 10 * last) <= 2
 
 
-def test_the_spread_is_the_standard_deviation_over_seeds():
-    assert told([1.0, 2.0, 3.0]) == "2.00 ± 1.00"
-    assert told([2.0]) == "2.00"
+def test_the_plan_has_every_run_once_and_three_seeds_of_all_but_the_baselines():
+    jobs = plan(all_lines())
+    assert len({job.name for job in jobs}) == len(jobs)
+    for member in {job.member for job in jobs}:
+        seeds = {job.seed for job in jobs if job.member == member}
+        assert len(seeds) >= (1 if member in members.ALONE else 3), member
+    assert {job.member for job in jobs} == set(MEMBERS)
 
 
-def test_a_run_is_read_from_its_own_files(tmp_path):
-    rows = [{"step": 50, "images_seen": 3200, "seconds_per_step": 0.1, "v_loss": 0.75}]
-    rows.append({"step": 60, "images_seen": 3840, "seconds_per_step": 0.2, "v_loss": 0.25})
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    results = {"evaluations": [{"rows": [{"pictures": {"nfe": nfe}, "value": 10.0 / nfe}]} for nfe in (1, 2, 4)]}
-    (tmp_path / "results.json").write_text(json.dumps(results))
-    run = read_run(SimpleNamespace(member="flow", seed=0, folder=tmp_path))
-    assert run.scores == {1: 10.0, 2: 5.0, 4: 2.5}
-    assert run.seconds == pytest.approx(50 * 0.1 + 10 * 0.2)
-    assert (run.steps, run.images_seen, run.velocity_loss) == (60, 3840, 0.5)
+def test_the_best_curriculum_is_known_once_all_are_measured_and_is_not_the_published_one():
+    lines = [line for member in CURRICULA for line in lines_of(member, 1.0, 1.0, 1.0)]
+    lines = [*lines, *lines_of("alphaflow-25", 0.1, 0.1, 0.1)]
+    better = [line for line in lines if line["member"] != "alpha-10-50"] + lines_of("alpha-10-50", 0.5, 0.5, 0.5)
+    assert best_curriculum(better[:-1]) is None
+    assert best_curriculum(better) == "alpha-10-50"
+    confirmed = [job for job in plan(better) if job.cut == "confirm" and job.seed in NEW_SEEDS]
+    assert {job.member for job in confirmed} == {"alpha-10-50", "meanflow-25", "alphaflow-25"}
 
 
-def test_a_run_without_r_equal_t_rows_has_no_velocity_loss(tmp_path):
-    row = {"step": 50, "images_seen": 3200, "seconds_per_step": 0.1, "v_loss": None}
-    (tmp_path / "metrics.jsonl").write_text(json.dumps(row) + "\n")
-    results = {"evaluations": [{"rows": [{"pictures": {"nfe": nfe}, "value": 10.0 / nfe}]} for nfe in (1, 2, 4)]}
-    (tmp_path / "results.json").write_text(json.dumps(results))
-    run = read_run(SimpleNamespace(member="soflow-0", seed=0, folder=tmp_path))
-    assert run.velocity_loss is None
-    assert "| SoFlow, as on CIFAR-10 | 1 | 10.00 | 5.00 | 2.50 | – | 3,200 | 5 |" in table.table([run])
+def test_the_better_share_is_that_of_6000_steps():
+    lines = [*lines_of("meanflow-25", 2, 2, 2, steps=6000), *lines_of("meanflow-75", 1, 1, 1, steps=6000)]
+    assert better_shares(lines) == ["meanflow-75"]
+    assert any((job.member, job.steps) == ("meanflow-75", 20_000) for job in plan(lines))
 
 
-def test_the_page_has_a_line_per_member_and_says_what_is_unfinished_and_what_failed():
-    runs = runs_of("meanflow-25", 5.0, 6.0, 7.0) + runs_of("alphaflow-25", 1.0, 2.0, 3.0)
-    how = SimpleNamespace(
-        steps=3000, jobs=2, images=5000, reference_name="cifar10-jpeg", told=" --jobs 4", members=[*MEMBERS]
-    )
-    found = {"p5": -0.7, "p50": -0.5, "p95": -0.2}
-    conflict = {"member": "meanflow-25", "cosines": {"tfm.tc": found, "tfm.fm": found}, "share_below_-0.4": 0.8}
-    lines = conflict_lines([conflict | {"batches": 60, "rows_per_batch": 64}], table.NAMES)
-    text = document(runs, {"flow-s0": "ended with code 1"}, 19, lines, ["abc1234"], how)
-    assert "run.py CIFAR10 --jobs 4\n" in text
-    assert "| MeanFlow .25 | 3 | 6.00 ± 1.00 | 3.00 ± 0.50 | 1.50 ± 0.25 | 0.50 ± 0.00 | 192,000 | 100 |" in text
-    assert "Finished: 6 of 19 runs" in text
-    assert "Failed: flow-s0: ended with code 1" in text
-    assert "trained at commit abc1234" in text
-    assert "| MeanFlow .25 | 60 × 64 | -0.50 (-0.70 to -0.20) | 80% | -0.50 (-0.70 to -0.20) |" in text
-    assert "not finished yet" in text
-    assert to_png(table.chart(runs, how.members)).startswith(b"\x89PNG")
+def test_a_line_of_another_recipe_is_no_line_of_the_run():
+    job = Job("", "flow", 3000, 0)
+    assert valid([line_of(job)]).keys() == {job.name}
+    assert valid([line_of(job) | {"recipe": "0" * 12}]) == {}
+    assert job.digest != Job("", "flow", 2000, 0).digest != Job("", "flow", 2000, 1).digest
 
 
-def test_scores_count_only_with_these_weights_pictures_reference_and_every_nfe(tmp_path):
-    def write(nfes=(1, 2, 4), weights="w", reference="r", count=9):
-        pictures = [{"nfe": nfe, "checkpoint_sha256": weights} for nfe in nfes]
-        rows = [{"pictures": each, "reference": {"sha256": reference}, "count": count} for each in pictures]
-        (tmp_path / "results.json").write_text(json.dumps({"evaluations": [{"rows": [row]} for row in rows]}))
-        return is_measured(tmp_path / "results.json", "w", "r", 9)
-
-    assert not is_measured(tmp_path / "results.json", "w", "r", 9)
-    assert write()
-    assert not any([write(nfes=(1,)), write(weights="v"), write(reference="q"), write(count=8), write((1, 2, 4, 8))])
-
-
-def test_the_command_on_the_page_repeats_every_option_that_changes_a_number():
-    assert told_options(parser().parse_args(["C", "--out", "x", "--minutes", "3"])) == ""
-    line = ["C", "--steps", "9", "--members", "flow", "meanflow-25", "--images", "120", "--reference-name", "a b"]
-    assert told_options(parser().parse_args(line)) == (
-        " --steps 9 --members flow meanflow-25 --images 120 --reference-name 'a b'"
-    )
+def test_an_order_is_claimed_only_where_the_interval_of_the_pairs_leaves_1_out():
+    apart = factor({0: 1.0, 1: 2.0, 2: 4.0}, {0: 2.0, 1: 4.0, 2: 8.01})
+    assert apart is not None
+    assert (apart.side, apart.seeds) == (-1, 3)
+    mixed = factor({0: 1.0, 1: 2.0, 2: 4.0}, {0: 2.0, 1: 1.0, 2: 8.0})
+    assert mixed is not None
+    assert mixed.side == 0
+    assert factor({0: 1.0}, {0: 2.0}) is None
+    known = factor({0: exp(1), 1: exp(2), 2: exp(3)}, {0: 1.0, 1: 1.0, 2: 1.0})  # mean 2, deviation 1, t 4.303
+    assert known == Factor(pytest.approx(exp(2)), pytest.approx(exp(2 - 4.303 / 3**0.5)),
+                           pytest.approx(exp(2 + 4.303 / 3**0.5)), 3)  # fmt: skip
 
 
-def test_a_run_of_another_recipe_is_refused(tmp_path):
-    job = Job("flow", 0, tmp_path / "flow-s0")
-    (job.folder / "checkpoints" / "step-00000009").mkdir(parents=True)
-    recipe = load_recipe(str(job.recipe), ["train.steps=9", "train.seed=0"])
-    (job.folder / "recipe.yaml").write_text(dump_recipe(recipe))
-    assert is_done(job, 9)
-    assert not is_done(job, 10)
-    changed = load_recipe(str(job.recipe), ["train.steps=9", "train.seed=0", "optim.lr=0.9"])
-    (job.folder / "recipe.yaml").write_text(dump_recipe(changed))
-    with pytest.raises(SystemExit, match=r"another optim\.lr: give another --out"):
-        is_done(job, 9)
+def test_a_verdict_says_where_the_rulers_differ():
+    a = runs_of(lines_of("alphaflow-25", 1.0, 1.1, 1.0), "alphaflow-25", STEPS)
+    b = runs_of(lines_of("meanflow-25", 2.0, 2.3, 2.1), "meanflow-25", STEPS)
+    assert "**better by FD-tiny, no order by FD-cnn**" in verdict(a, b, 1)
+    assert "**worse by FD-tiny, no order by FD-cnn**" in verdict(b, a, 1)
+    assert verdict(a, {}, 1) == "not finished yet."
 
 
-def test_the_conflict_along_training_is_counted_over_the_seeds(tmp_path):
-    jobs = [SimpleNamespace(member="meanflow-25", folder=tmp_path / f"s{seed}") for seed in range(2)]
-    for job, cosines in zip(jobs, ([-0.5, -0.3, None], [-0.45, -0.6, -0.9]), strict=True):
-        job.folder.mkdir()
-        rows = [{"step": 50}, *({"step": 250, "conflict": {"cos_tfm_tc": cosine}} for cosine in cosines)]
-        (job.folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert "| MeanFlow .25 | -0.50 | 4 of 5 (80%) |" in training_lines(jobs, table.NAMES)
-    assert training_lines([], table.NAMES) == []
+def test_the_pages_are_made_of_the_lines_alone_and_name_what_is_missing(tmp_path, monkeypatch):
+    lines, drawn = all_lines(), []
+    monkeypatch.setattr(pages, "to_png", lambda chart: drawn.append(chart) or b"")  # they take a second each
+    written = [
+        *pages.write_pages(
+            lines, {"flow-3000-s1": "Traceback\nValueError: x"}, ["alpha-0-30-3000-s9"], tmp_path, tmp_path
+        )
+    ]
+    assert [path.relative_to(tmp_path).as_posix() for path in written] == [
+        "RESULTS.md",
+        "newer/RESULTS.md",
+        "EVIDENCE.md",
+    ]
+    text = written[2].read_text()
+    assert "- Failed: flow-3000-s1: ValueError: x" in text
+    assert "- Not run yet: alpha-0-30-3000-s9." in text
+    assert "| α-Flow .25 | 10 | 2.00 ± 0.00 | 1.00 ± 0.00 | 0.50 ± 0.00 |" in text
+    assert "the same, sampled with scale 2" in written[1].read_text()
+    assert {path.name for path in tmp_path.glob("*.png")} == {"results.png", "budget.png", "conflict.png"}
+    assert "not finished yet" not in text
+    assert len(drawn) == 4
+    assert to_png(drawn[2]).startswith(b"\x89PNG")
+
+
+def test_a_page_waits_until_every_member_has_a_run(tmp_path):
+    assert [*pages.write_pages(lines_of("meanflow-25", 1.0), {}, [], tmp_path, tmp_path)] == []
+
+
+def test_points_without_a_cosine_are_left_out_of_the_conflict():
+    lines = lines_of("meanflow-25", 1.0, 1.0)
+    assert len(points(lines)) == 2
+    assert cells(lines) == ["-0.50, 100%", "–", "–"]
+
+
+def test_a_strip_is_cut_into_the_pictures_it_was_made_of(tmp_path):
+    pixels = torch.arange(2 * 16 * 160 * 3, dtype=torch.int64).remainder(256).byte().view(32, 160, 3).numpy()
+    (tmp_path / "a.png").write_bytes(picture_png(pixels))
+    one, two = halves(tmp_path, "a")
+    assert (len(one), one[3].tolist(), two[9].tolist()) == (10, pixels[:16, 48:64].tolist(), pixels[16:, 144:].tolist())
+    assert halves(tmp_path, "b") is None
+
+
+def work_in(tmp_path, **more):
+    for name in ("claims", "lines", "faults"):
+        (tmp_path / name).mkdir(exist_ok=True)
+    options = {"device": "cpu", "until": 1e12, "images": 100, "cuts": members.CUTS, "toy": True}
+    return slots.Work(out=tmp_path, results=tmp_path, **(options | more))
+
+
+def test_two_slots_never_claim_the_same_run_and_finished_ones_are_left_alone(tmp_path):
+    work, jobs = work_in(tmp_path), plan([])
+    (tmp_path / "results.jsonl").write_text(json.dumps(line_of(jobs[1])) + "\n")
+    assert [slots.claim(work), slots.claim(work)] == [jobs[0], jobs[2]]
+
+
+def test_a_slot_ends_where_only_failed_runs_are_left(tmp_path):
+    work = work_in(tmp_path, cuts=("size",))
+    for job in plan([]):
+        (tmp_path / "claims" / job.name).touch()
+        (tmp_path / "faults" / f"{job.name}.txt").touch()
+    assert slots.claim(work) is None
+
+
+def test_a_run_that_would_not_be_done_in_time_is_not_begun(tmp_path, monkeypatch):
+    monkeypatch.setattr(slots.time, "time", lambda: 0.0)
+    line = line_of(plan([])[-1]) | {"seconds": slots.START + 6000.0}
+    (work_in(tmp_path).out / "lines" / f"{line['run']}.json").write_text(json.dumps(line) + "\n")
+    rate = 6000 / line["steps"]
+    first = slots.claim(work_in(tmp_path, until=slots.START + rate * 5000))
+    assert first is not None
+    assert first.steps == 2000  # neither 20,000 nor 6,000, which are wanted more
+
+
+def test_the_ruler_learns_two_classes_and_measures_them(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(400) % 2
+    images = (torch.rand((400, 3, 16, 16), generator=generator) * 100 + 120 * labels[:, None, None, None]).byte()
+    net = train_classifier((images, labels), width=4, epochs=6)
+    ruler = Ruler(net, "", (images[:200], labels[:200]), (images, labels))
+    same, other = ruler.scores(images[200:], labels[200:]), ruler.scores(images[200:].flip(1), 1 - labels[200:])
+    assert same["as_asked"] > 0.95
+    assert other["as_asked"] < 0.05
+    one_class = ruler.scores(images[200:][labels[200:] == 0], labels[200:][labels[200:] == 0])
+    assert one_class["fd_cnn"] > 10 * same["fd_cnn"]
+    assert one_class["recall"] < same["recall"]
+
+
+def test_augmenting_shifts_and_mirrors_whole_pictures():
+    column = torch.arange(16.0).view(1, 1, 1, 16).expand(50, 3, 16, 16)
+    seen = augmented(column, torch.Generator().manual_seed(0))
+    steps = seen[:, 0, 8, 7] - seen[:, 0, 8, 6]
+    assert {*steps.tolist()} == {-1.0, 1.0}
+    assert seen[:, 0, 8, 7].unique().numel() > 4
+    assert table.RULERS.keys() == {"fd_tiny", "fd_cnn"}
+
+
+def test_every_newer_member_has_a_place_on_its_picture():
+    drawn = {member for _, shown in pages.GROUPS_NEWER for member in shown}
+    assert drawn == {*NEWER}

@@ -4,14 +4,9 @@ import json
 
 import gpu
 import pytest
-import torch
-from bench_graph import DeviceOptimiser, arguments, compare
-from fake_gpu import GPU, TORCH, fake_gpu
+from bench_graph import arguments, compare
 from gpu_page import page
 from gpu_parts import items
-from train_helpers import make_recipe
-
-from alphaflow_cli.model.build import build_network
 
 VERSIONS = {"torch": "2", "alphaflow": "1"}
 HEAD = {"date": "2026-01-01", "hardware": "a card", "versions": VERSIONS, "commit": "c" * 40, "dirty": False}
@@ -79,26 +74,8 @@ def test_every_part_has_items_and_a_limit():
     assert list(items(False)) == list(items(True)) == list(gpu.LIMITS)
 
 
-@pytest.mark.parametrize("alpha", [1.0, 0.0])
-def test_a_step_with_its_numbers_on_the_device_leaves_the_bits_of_the_trainers(alpha):
-    """Learning rate and β change from step to step; so does what a graph of it would replay."""
-    found = compare(alpha, arguments(["--device", "cpu", "--batch", "4", "--steps", "8", "--guided"]))
-    assert found["same_bits"], found["largest_difference"]
-
-
-@pytest.mark.skipif(TORCH < (2, 11), reason="older torch asks the driver what a fake GPU can do")
-def test_nothing_waits_in_what_a_graph_captures(monkeypatch, tmp_path):
-    """Forward and loss: tests/train/test_host_waits.py. Here the optimiser around Adam, and the numbers before it."""
-    with fake_gpu(monkeypatch) as waits:
-        with torch.device(GPU):
-            net = build_network(make_recipe(tmp_path))
-        optimiser = DeviceOptimiser(net, make_recipe(tmp_path))
-        monkeypatch.setattr(optimiser.adam, "step", lambda: None)  # one operator, which has no form without values
-        waits.found.clear()
-        for step in range(2):
-            optimiser.set_numbers(step)
-            for parameter in net.parameters():
-                parameter.grad = torch.empty_like(parameter)
-            optimiser.step(step)
-        assert waits.found == []
-        assert optimiser.rate.device == optimiser.moves.device == GPU
+def test_the_graph_benchmark_compares_the_trainers_three_forms_of_a_step():
+    words = ["--device", "cpu", "--steps", "5", "--set", "train.batch=4", "--set", "model.depth=1"]
+    found = compare("derivative", arguments(words))
+    assert (found["same_bits"], found["largest_difference"], found["from_plain"]) == (True, 0.0, 0.0)
+    assert min(found[f"ms_{form}"] for form in ("graph", "launched", "plain")) > 0

@@ -211,7 +211,7 @@ def test_every_part_of_an_evaluation_has_its_bar(run, real, capsys):
 
 
 def test_an_evaluation_that_is_ended_says_that_it_goes_on(run, real, capsys, monkeypatch):
-    monkeypatch.setattr(measure, "_measure", lambda *_arguments, **_options: cli._terminate(signal.SIGTERM, None))
+    monkeypatch.setattr(measure, "_queue", lambda *_arguments, **_options: cli._terminate(signal.SIGTERM, None))
     with pytest.raises(SystemExit):
         evaluate(run, real, "--nfe", "1")
     assert "interrupted; finished chunks are kept in" in capsys.readouterr().err

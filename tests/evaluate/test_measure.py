@@ -39,6 +39,9 @@ class Held:
     def close(self) -> None:
         """Nothing is open."""
 
+    def arrived(self) -> None:
+        """They were there at once."""
+
     def images(self, start: int, stop: int) -> Tensor:
         self.asked.append((start, stop))
         return self.held[start:stop]

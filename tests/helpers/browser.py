@@ -25,7 +25,7 @@ class Quiet(SimpleHTTPRequestHandler):
 def served(folder, handler=Quiet):
     """The address of a folder's files on loopback."""
     with ThreadingHTTPServer(("127.0.0.1", 0), partial(handler, directory=str(folder))) as server:
-        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
         thread.start()
         try:
             yield f"http://127.0.0.1:{server.server_port}"

@@ -1,12 +1,15 @@
 """A simulated GPU, to see where the host waits: its tensors have shapes but no values, those of the host are real.
 
-A real GPU's host waits for values (.item(), a boolean index: here there are none, so these raise), for any copy from
-the device, and for a copy to it that is not asynchronous, whole and from pinned memory: also for the hidden one of a
-host's tensor among an operator's arguments. Autograd cannot run backward on it.
+A real GPU's host waits for values (.item(), a boolean index: here there are none, so these raise), and for a copy from
+the device or to it that is not asynchronous, whole and in pinned memory: also for the hidden one of a host's tensor
+among an operator's arguments. It waits, too, where it is meant to: for an event (`waits` counts them). Autograd cannot
+run backward on it. What is copied from it are zeros.
 """
 
 import re
+import threading
 from contextlib import contextmanager
+from typing import ClassVar
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -26,15 +29,23 @@ class FakeGpu(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs, name = kwargs or {}, func.overloadpacket.__name__
+        if name in ("to", "pin_memory"):
+            with self:  # inference mode leaves it whole
+                return func.decompose(*args, **kwargs)
         if name == "is_pinned":
-            return any(args[0] is one for one in self.pinned)
+            return self.is_pinned(args[0])
         if name == "_pin_memory":
             self.pinned.append(torch.empty_strided(args[0].shape, args[0].stride(), dtype=args[0].dtype).copy_(args[0]))
+            return self.pinned[-1]
+        if name == "empty" and kwargs.get("pin_memory"):
+            self.pinned.append(torch.zeros(args[0], dtype=kwargs.get("dtype")))
             return self.pinned[-1]
         if name == "_to_copy":
             self.copied(args[0], kwargs.get("device"), kwargs.get("non_blocking"))
         elif name == "copy_":
-            self.copied(args[1], args[0].device, kwargs.get("non_blocking") or (len(args) > 2 and args[2]))
+            self.copied(args[1], args[0].device, kwargs.get("non_blocking") or (len(args) > 2 and args[2]), args[0])
+            if args[0].device.type == "cpu" and args[1].device.type != "cpu":
+                return args[0]
         else:
             self.hidden(name, [x for x in tree_leaves(args) if isinstance(x, torch.Tensor)])
         device = kwargs.get("device")
@@ -44,17 +55,43 @@ class FakeGpu(TorchDispatchMode):
         with self.mode:
             return func(*args, **kwargs)
 
-    def copied(self, source, device, non_blocking):
+    def copied(self, source, device, non_blocking, into=None):
         target = source.device if device is None else torch.device(device)
-        pinned = any(source is one for one in self.pinned) and source.is_contiguous()
-        waits = target.type == "cpu" or not (non_blocking and pinned)
-        if target.type != source.device.type and waits:
+        here = into if target.type == "cpu" else source
+        pinned = self.is_pinned(here) and source.is_contiguous()
+        if target.type != source.device.type and not (non_blocking and pinned):
             self.found.append(f"{source.device} to {target}, {tuple(source.shape)}")
+
+    def is_pinned(self, tensor):
+        """By the memory: what makes a tensor hands out another one of the same."""
+        if tensor is None or isinstance(tensor, FakeTensor):
+            return False
+        return any(tensor.data_ptr() == one.data_ptr() for one in self.pinned)
 
     def hidden(self, name, tensors):
         on_host = [x for x in tensors if x.device.type == "cpu" and x.ndim > 0]
         if on_host and any(x.device.type != "cpu" for x in tensors):
             self.found.append(f"a tensor of the host in {name}, {tuple(on_host[0].shape)}")
+
+
+class Event:
+    """An event of the simulated GPU; notes on `waits` who waits for one."""
+
+    waits: ClassVar = []
+
+    def __init__(self, **options):
+        """Any event is as good as any other."""
+
+    def record(self):
+        """It stands in the queue."""
+
+    def synchronize(self):
+        """The host waits."""
+        self.waits.append(threading.current_thread().name)
+
+    def elapsed_time(self, other):
+        """In milliseconds."""
+        return 1.0
 
 
 class HostGenerator(torch.Generator):
@@ -71,5 +108,7 @@ def fake_gpu(monkeypatch):
     monkeypatch.setattr(torch, "Generator", HostGenerator)
     if not torch.cuda.is_available():
         monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: None)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(Event, "waits", [])
     with FakeGpu() as gpu:
         yield gpu

@@ -103,6 +103,7 @@ class HubServer:
 class HubHandler(BaseHTTPRequestHandler):
     server_hub: HubServer
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # a body waits 40 ms for what acknowledges its headers otherwise
 
     def log_message(self, *_):
         pass

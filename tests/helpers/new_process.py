@@ -28,9 +28,7 @@ class Command:
         self.out, self.err = streams or [tempfile.TemporaryFile() for _ in range(2)]  # noqa: SIM115 (closed with this)
         sys.stdout.flush()
         sys.stderr.flush()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # a fork beside threads, says Python 3.12
-            self.pid = os.fork()
+        self.pid = os.fork()
         if self.pid == 0:
             self._become(Path(cwd), env, first)
 

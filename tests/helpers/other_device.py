@@ -3,7 +3,8 @@
 A tensor there is an `Elsewhere`: a wrapper around a tensor of the host. Every operator, the backward pass's too, is
 checked as a GPU checks it: a tensor of the host among its arguments is an error, but for copies, indices and numbers
 (tensors without dimensions). The numbers themselves are the CPU's, so a test may compare them with a run on the CPU.
-What it does not show: kernels' own rounding, autocast, pinned memory, streams, and torch.compile.
+A CUDA graph of a step is the step itself, launched. What it does not show: kernels' own rounding, autocast, pinned
+memory, streams, and torch.compile.
 """
 
 from contextlib import contextmanager
@@ -15,6 +16,8 @@ from torch.nn.utils import clip_grad
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
+
+from alphaflow_cli.train import compiling, graphs
 
 with torch.device("cpu"):
     torch.empty(0)  # torch lists once what makes tensors: before anything of it is replaced here
@@ -110,6 +113,8 @@ def run(func, args, kwargs):
     if device is not None:
         kwargs = {**kwargs, "device": torch.device("cpu")}
     kwargs = {key: value for key, value in kwargs.items() if key != "pin_memory"}
+    if name == "cudnn_convolution_relu":
+        return outside(torch.conv2d(*map(inside, args)).relu())
     found = func(*tree_map(inside, args), **tree_map(inside, kwargs))
     known = {id(x.value): x for x in there}  # what an operator wrote to is the tensor that it was
     view = func.is_view and not args[0].is_inference()
@@ -134,6 +139,23 @@ def check(name, args, leaves, there):
     here = [x for x in leaves if isinstance(x, torch.Tensor) and not isinstance(x, Elsewhere)]
     if any(x.ndim or name in JOINS for x in here):
         raise RuntimeError(f"Expected all tensors to be on the same device, but {name} got cuda:0 and cpu")
+
+
+class Event:
+    """An event of a device that has done everything at once."""
+
+    def __init__(self, **options):
+        """Any event is as good as any other."""
+
+    def record(self):
+        """It stands in the queue."""
+
+    def synchronize(self):
+        """Nobody waits long."""
+
+    def elapsed_time(self, other):
+        """In milliseconds."""
+        return 1.0
 
 
 class AnyGenerator(torch.Generator):
@@ -162,6 +184,7 @@ def other_device(monkeypatch):
 
     monkeypatch.setattr(torch, "tensor", tensor)
     monkeypatch.setattr(torch, "empty", lambda *args, pin_memory=False, **more: empty(*args, **more))
+    monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda values: values.clone())  # in threads too
     card = SimpleNamespace(name="test device", total_memory=BYTES, major=9, minor=0, multi_processor_count=1)
     answers = {
@@ -180,6 +203,8 @@ def other_device(monkeypatch):
         return {(lists[0][0].device, key[1]): found for key, found in group(lists).items()}
 
     monkeypatch.setattr(clip_grad, "_group_tensors_by_device_and_dtype", groups)
+    monkeypatch.setattr(compiling, "Capturing", lambda: lambda work: work)
+    monkeypatch.setattr(graphs, "TIMED_STEPS", 1)
     for state in (AcceleratorState, GradientState):  # what earlier tests joined in this process
         state._reset_state(*[True] * (state is AcceleratorState))
     monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)

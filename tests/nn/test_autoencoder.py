@@ -199,7 +199,7 @@ def test_a_hub_that_does_not_know_it_is_quoted(cache, monkeypatch):
             pass
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), NotFound)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
     with pytest.raises(AlphaflowError, match="answers 404"):
         load("nobody/nothing")

@@ -157,7 +157,7 @@ def test_only_the_batch_in_hand_is_kept(model, tmp_path, monkeypatch):
     def stream(self, *rest, **more):
         for batch in plain(self, *rest, **more):
             mark = Kept()
-            batch.seconds["mark"] = mark
+            batch.laps.mark = mark
             alive.add(mark)
             del mark
             gc.collect()

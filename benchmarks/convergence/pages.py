@@ -1,0 +1,313 @@
+"""The pages, written anew from the lines of results.jsonl: RESULTS.md, newer/RESULTS.md and EVIDENCE.md."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+
+from conflict import BIAS, cells, table_along, table_at_rest
+from members import (
+    ALONE,
+    BUDGETS,
+    CLAIMED,
+    CURRICULA,
+    FIRST,
+    LONG,
+    LONGEST,
+    MEMBERS,
+    NEW_SEEDS,
+    NEWER,
+    PRECISIONS,
+    RUNGS,
+    SEEDS,
+    SHARES,
+    STEPS,
+    WIDTH,
+    Line,
+    best_curriculum,
+    grade,
+)
+from pictures import budget_rows, conflict_chart, grid_of, over_budget, over_nfe
+from table import RULERS, factor, runs_of, scores, table, verdict
+
+from alphaflow_cli.charts.draw import to_png
+
+COMMAND = "    python benchmarks/convergence/run.py CIFAR10 --device cuda --jobs 16"
+LIMITS = """## What it does not support
+
+- FD-tiny and FD-cnn are no FID. The one sees texture and colour, the other class and shape as a small classifier of
+  CIFAR-10 knows them. Compare numbers of one ruler on one page only.
+- Of twenty intervals of 95% one misses the truth by chance, and these pages hold more than twenty.
+- A network of this size, at 16 px and without guidance, says nothing about ImageNet. One learning rate and one average
+  serve all members and budgets: a member may prefer another."""
+PAIRS_FIRST = (
+    ("alphaflow-25", "meanflow-25"),
+    ("alphaflow-50", "meanflow-75"),
+    ("alphaflow-25", "meanflow-75"),
+    ("alphaflow-25-converging", "alphaflow-25"),
+    ("alphaflow-25-converging", "alphaflow-25-unclamped"),
+    ("alphaflow-25-linear", "alphaflow-25"),
+)
+GROUPS_FIRST = (
+    ("baselines", ALONE),
+    ("MeanFlow, α-Flow", ("meanflow-25", "alphaflow-25", "alphaflow-50", "meanflow-75")),
+    ("α-Flow .25", ("alphaflow-25-linear", "alphaflow-25", "alphaflow-25-unclamped", "alphaflow-25-converging")),
+)
+GROUPS_NEWER = (
+    ("α-Flow, SoFlow", ("meanflow-25", "alphaflow-25", "soflow-75", "soflow-0")),
+    (
+        "one thing changed",
+        ("meanflow-25", "meanflow-25-data", "meanflow-25-boundary", "meanflow-25-short"),
+    ),
+    ("the steps of improved MeanFlow", ("meanflow-25-boundary", *RUNGS)),
+)
+
+
+def write_pages(
+    lines: Sequence[Line], faults: Mapping[str, str], left: Sequence[str], results: Path, out: Path
+) -> Iterator[Path]:
+    """Write every page of whose members all have runs; pictures of samples only where their strips are there."""
+    ready = {line["member"] for line in lines if line["steps"] == STEPS and line["width"] == WIDTH}
+    tail = [*unfinished(faults, left), LIMITS]
+    if {*FIRST} <= ready:
+        (results / "results.png").write_bytes(to_png(over_nfe(lines, GROUPS_FIRST)))
+        text = [*head("The family at equal budget", lines), *first_page(lines), *tail]
+        yield write(results / "RESULTS.md", text)
+    if {*NEWER} - {*RUNGS} <= ready:
+        (results / "newer").mkdir(exist_ok=True)
+        (results / "newer" / "results.png").write_bytes(to_png(over_nfe(lines, GROUPS_NEWER)))
+        save(results / "newer" / "samples.png", grid_of(out / "strips", strips_of(NEWER)))
+        text = [*head("The newer members at equal budget", lines), *newer_page(lines), *tail]
+        yield write(results / "newer" / "RESULTS.md", text)
+    if {*CLAIMED} <= ready:
+        best = best_curriculum(lines)
+        draw_evidence(lines, best, results, out)
+        text = [*head("When does the curriculum pay?", lines), *evidence_page(lines, best, results), *tail]
+        yield write(results / "EVIDENCE.md", text)
+
+
+def write(path: Path, lines: Sequence[str]) -> Path:
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def save(path: Path, data: bytes | None) -> None:
+    if data is not None:
+        path.write_bytes(data)
+
+
+def strips_of(members: Sequence[str]) -> list[tuple[str, str]]:
+    return [(MEMBERS[member].label, f"{member}-{STEPS}-s0") for member in members]
+
+
+def head(title: str, lines: Sequence[Line]) -> list[str]:
+    """What every page begins with: its command and the conditions of its runs."""
+    facts = {name: sorted({str(line[name]) for line in lines}) for name in ("device", "commit", "ruler", "images")}
+    return [
+        f"# {title}",
+        "",
+        "Written by `run.py` from results.jsonl; do not edit. The pages anew from finished runs; then every run anew:",
+        "",
+        "    python benchmarks/convergence/run.py",
+        COMMAND + " --results NEW",
+        "",
+        "- Data: CIFAR-10 at 16 px (Lanczos), pixel space, ten classes, no flips, no guidance; named cifar10-jpeg.",
+        "- Network: DiT dim 64, depth 4, heads 4, patch 2; Adam, lr 0.001, batch 64; float32, TF32 off, unless said.",
+        f"- Scores: {', '.join(facts['images'])} pictures, labels drawn per seed, averaged weights, equal steps of the",
+        "  trajectory sampler (flow matching: Euler). FD-tiny is against the training pictures, FD-cnn, precision and",
+        f"  recall against the test pictures (ruler {', '.join(facts['ruler'])}).",
+        '- "as asked": the share of samples that the classifier labels as they were asked for.',
+        f"- Hardware: {', '.join(facts['device'])}; trained at commit {', '.join(facts['commit'])}.",
+        f"- Finished: {len(lines)} runs. ± is the standard deviation over seeds; × is the factor between two members",
+        "  over common seeds, with its 95% interval. What counts as better was written before: PROTOCOL.md.",
+        "",
+    ]
+
+
+def unfinished(faults: Mapping[str, str], left: Sequence[str]) -> list[str]:
+    """The runs that are not there, by name."""
+    lines = [f"- Failed: {name}: {text.strip().splitlines()[-1]}" for name, text in faults.items()]
+    lines += [f"- Not run yet: {', '.join(left)}."] if left else []
+    return ["## What is missing", "", *(lines or ["- Nothing."]), ""]
+
+
+def judged(
+    lines: Sequence[Line], pairs: Sequence[tuple[str, str]], steps: int = STEPS, width: int = WIDTH
+) -> list[str]:
+    """A sentence for each pair at 1 and 2 NFE."""
+    return [
+        f"- {MEMBERS[a].label} against {MEMBERS[b].label}, {nfe} NFE: "
+        + verdict(runs_of(lines, a, steps, width=width), runs_of(lines, b, steps, width=width), nfe)
+        for a, b in pairs
+        for nfe in (1, 2)
+    ]
+
+
+def first_page(lines: Sequence[Line]) -> list[str]:
+    return [
+        *table(lines, FIRST, STEPS),
+        "",
+        "![both rulers over NFE](results.png)",
+        "",
+        "## What the evidence supports",
+        "",
+        *judged(lines, PAIRS_FIRST),
+        "",
+        "## The conflict",
+        "",
+        "cos(∇L_TFM, ∇L_TC) while training, raw weights, batches of 64 rows, all seeds together: the median, and the",
+        "share of points below -0.4.",
+        "",
+        *table_along(lines, FIRST),
+        "",
+        "At the last step, averaged weights, the median over batches with the 5th and 95th percentile:",
+        "",
+        *(table_at_rest(lines) or ["- not measured yet."]),
+        "",
+        *BIAS,
+        "",
+    ]
+
+
+def newer_page(lines: Sequence[Line]) -> list[str]:
+    others = [(member, base) for base in CLAIMED for member in NEWER if member not in (*CLAIMED, *RUNGS)]
+    ladder = [("meanflow-25-boundary", "meanflow-25"), *((b, a) for a, b in pairwise(("meanflow-25-boundary", *RUNGS)))]
+    return [
+        *table(lines, NEWER, STEPS),
+        "",
+        "![both rulers over NFE](results.png)",
+        "",
+        "The same seeds, a picture of each class; the last four with guidance of scale 2:",
+        "",
+        "![samples](samples.png)",
+        "",
+        "## What the evidence supports",
+        "",
+        *judged(lines, [*others, *((member, "meanflow-25") for member in RUNGS)]),
+        "",
+        "Each step of improved MeanFlow against the one before it:",
+        "",
+        *judged(lines, ladder),
+        "",
+    ]
+
+
+def draw_evidence(lines: Sequence[Line], best: str | None, results: Path, out: Path) -> None:
+    """The pictures of EVIDENCE.md."""
+    shares = [member for pair in SHARES for member in pair]
+    members = ["meanflow-25", "alphaflow-25", *([best] if best else []), "alphaflow-50", "meanflow-75"]
+    budgets = (BUDGETS[0], STEPS, BUDGETS[1], LONG, LONGEST)
+    (results / "budget.png").write_bytes(to_png(over_budget(lines, members, budgets)))
+    groups = [
+        ("shares", shares),
+        ("curricula", ["meanflow-25", "alphaflow-25", *([best] if best else []), "floor-002", "alpha-0-30"]),
+    ]
+    (results / "conflict.png").write_bytes(to_png(conflict_chart(lines, groups)))
+    save(results / "samples.png", grid_of(out / "strips", budget_rows(best)))
+    save(results / "curricula.png", grid_of(out / "strips", strips_of(("meanflow-25", *CURRICULA))))
+
+
+def evidence_page(lines: Sequence[Line], best: str | None, results: Path) -> list[str]:
+    ladders = results / "ladders.md"
+    return [
+        "## The rulers",
+        "",
+        *(ladders.read_text(encoding="utf-8").splitlines() if ladders.is_file() else ["- not measured yet."]),
+        "",
+        *budget_part(lines, best),
+        *curriculum_part(lines, best),
+        *size_part(lines, best),
+    ]
+
+
+def budget_part(lines: Sequence[Line], best: str | None) -> list[str]:
+    shares = [member for pair in SHARES for member in pair]
+    text = ["## (a) Budget", ""]
+    for steps in (BUDGETS[0], STEPS, BUDGETS[1], LONG, LONGEST):
+        text += [f"### {steps:,} steps", "", *table(lines, [*shares, *([best] if best else [])], steps), ""]
+        pairs = [("alphaflow-25", "meanflow-25"), ("alphaflow-50", "meanflow-75"), ("meanflow-75", "meanflow-25")]
+        pairs += [("alphaflow-50", "alphaflow-25")] + ([(best, "meanflow-25")] if best else [])
+        text += [*judged(lines, [pair for pair in pairs if both(lines, pair, steps)], steps), ""]
+    return [
+        *text,
+        "![score over budget](budget.png)",
+        "",
+        "The same seeds by budget:",
+        "",
+        "![samples](samples.png)",
+        "",
+    ]
+
+
+def both(lines: Sequence[Line], pair: tuple[str, str], steps: int) -> bool:
+    return all(runs_of(lines, member, steps) for member in pair)
+
+
+def curriculum_part(lines: Sequence[Line], best: str | None) -> list[str]:
+    members = ["meanflow-25", *CURRICULA, *PRECISIONS]
+    chosen = []
+    if best:
+        chosen = [
+            "### On new seeds",
+            "",
+            f"Of the curricula besides the published one, **{MEMBERS[best].label}** (`{best}`) has the least grade. On",
+            f"the new seeds {NEW_SEEDS[0]} to {NEW_SEEDS[-1]}, which did not choose it:",
+            "",
+            *confirmed(lines, best),
+            "",
+        ]
+    return [
+        "## (b) Curriculum",
+        "",
+        "3,000 steps, share .25, seeds 0, 1, 2, least grade first. × is FD at 1 NFE as a multiple of MeanFlow's of the",
+        "same seeds. The conflict is cos(∇L_TFM, ∇L_TC): its median, and the share of points below -0.4.",
+        "",
+        *curriculum_table(lines, members),
+        "",
+        *chosen,
+        "![the conflict along the run](conflict.png)",
+        "",
+        *BIAS,
+        "",
+        "The same seeds:",
+        "",
+        "![samples](curricula.png)",
+        "",
+    ]
+
+
+def curriculum_table(lines: Sequence[Line], members: Sequence[str]) -> list[str]:
+    base = runs_of(lines, "meanflow-25", STEPS, seeds=SEEDS)
+    graded = [(value, member) for member in members if (value := grade(lines, member, STEPS, SEEDS)) is not None]
+    rows = []
+    for value, member in sorted(graded):
+        runs = runs_of(lines, member, STEPS, seeds=SEEDS)
+        factors = [factor(scores(runs, ruler, 1), scores(base, ruler, 1)) for ruler in RULERS]
+        shown = [str(each) if each and member != "meanflow-25" else "–" for each in factors]
+        means = [f"{sum(found.values()) / len(found):.2f}" for found in
+                 (scores(runs, ruler, nfe) for ruler in RULERS for nfe in (1, 2))]  # fmt: skip
+        asked = f"{sum(scores(runs, 'as_asked', 1).values()) / len(runs):.1%}"
+        columns = [MEMBERS[member].label, f"{value:.2f}", *means, asked, *shown, *cells(runs.values())]
+        rows.append(f"| {' | '.join(columns)} |")
+    return [
+        "| curriculum | grade | FD-tiny, 1 NFE | 2 NFE | FD-cnn, 1 NFE | 2 NFE | as asked | × FD-tiny | × FD-cnn "
+        "| conflict | last 30% | 0 < α < .1 |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+        *rows,
+    ]
+
+
+def confirmed(lines: Sequence[Line], best: str) -> list[str]:
+    new = [line for line in lines if line["seed"] in NEW_SEEDS]
+    pairs = [(best, "alphaflow-25"), (best, "meanflow-25"), ("alphaflow-25", "meanflow-25")]
+    return [*table(new, dict.fromkeys(["meanflow-25", "alphaflow-25", best]), STEPS), "", *judged(new, pairs)]
+
+
+def size_part(lines: Sequence[Line], best: str | None) -> list[str]:
+    members, width = ["meanflow-25", "alphaflow-25", *([best] if best else [])], 2 * WIDTH
+    pairs = [("alphaflow-25", "meanflow-25"), *([(best, "meanflow-25"), (best, "alphaflow-25")] if best else [])]
+    text = ["## (c) Twice the width", "", f"Dim {width}, heads {width // 16}.", ""]
+    for steps in (STEPS, LONG):
+        there = [pair for pair in pairs if all(runs_of(lines, each, steps, width=width) for each in pair)]
+        text += [f"### {steps:,} steps", "", *table(lines, members, steps, width=width), ""]
+        text += [*judged(lines, there, steps, width), ""]
+    return text
