@@ -77,7 +77,7 @@ def plain_tangent(qkv: Tensor, dqkv: Tensor, heads: int) -> Tensor:
 def own_tangent(qkv: Tensor, dqkv: Tensor, heads: int) -> Tensor:
     """The same by the kernel."""
     with torch.no_grad():
-        out: Tensor = fused.attention_tangent(*split_heads(qkv, heads), *split_heads(dqkv, heads))
+        out: Tensor = fused.tangent_by_kernel(*split_heads(qkv, heads), *split_heads(dqkv, heads))
         return out.transpose(1, 2).flatten(2)
 
 
@@ -287,7 +287,7 @@ def launches(size: Size, batch: int, options: argparse.Namespace) -> Iterator[di
     stream, branch, gate = inputs("xyc", size, batch, torch.bfloat16, options.device)
     hidden, qkv, dqkv = inputs("hqq", size, batch, torch.bfloat16, options.device)
     mean, rstd = stream.mean(2), stream.var(2).add(EPS).rsqrt()
-    out, lse = fused.attention(qkv, size.heads)
+    out, lse = fused.attention_of_qkv(qkv, size.heads)
     parts = [*split_heads(qkv, size.heads), *split_heads(dqkv, size.heads)]
     walk = [(rows, warps) for rows in (8, 16, 32, 64) for warps in (2, 4, 8)]
     norm = lambda: fused.gated_norm_backward(stream, branch, stream, mean, rstd, gate, gate, branch)  # noqa: E731
@@ -295,10 +295,10 @@ def launches(size: Size, batch: int, options: argparse.Namespace) -> Iterator[di
         ("norm", norm, _set_walk("norm"), walk),
         ("gate", lambda: fused.gate_backward(stream, gate, branch), _set_walk("gate"), walk),
         ("gelu", lambda: fused.gelu_backward(hidden, hidden), _set_gelu, GELUS),
-        ("attention", lambda: fused.attention(qkv, size.heads), _set_row(fused.FORWARD, size), FORWARDS),
+        ("attention", lambda: fused.attention_of_qkv(qkv, size.heads), _set_row(fused.FORWARD, size), FORWARDS),
         ("attention backward", lambda: fused.attention_backward(branch, qkv, out, lse, size.heads),
          _set_row(fused.BACKWARD, size), BACKWARDS),
-        ("tangent", lambda: fused.attention_tangent(*parts), _set_row(fused.TANGENT, size), TANGENTS),
+        ("tangent", lambda: fused.tangent_by_kernel(*parts), _set_row(fused.TANGENT, size), TANGENTS),
     ]  # fmt: skip
     for name, work, put, choices in trials:
         if name.startswith("attention") and size.dim // size.heads > 64:

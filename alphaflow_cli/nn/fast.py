@@ -15,7 +15,7 @@ The last: y = x Wᵀ + b, with b detached, goes into a function that is also giv
 KERNELS says which of them are used. Sums are made in float32, and the result is rounded once.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,15 +35,12 @@ from alphaflow_cli.nn.tangent import (
     through,
 )
 
-if TYPE_CHECKING:
-    from alphaflow_cli.nn.blocks import Block
-
 KERNELS = frozenset({"norm", "gate", "gelu", "attention", "tangent", "bias"})
 ANYWHERE = False  # tests: on any device, compiled or not
 WIDEST = 4096  # channels that one program holds in its registers
 
 
-def applies(block: "Block", x: PlainOrDual) -> bool:
+def applies(block: Any, x: PlainOrDual) -> bool:
     """Whether a block goes this way: it is the published one, of float32 tokens, and it is compiled for a GPU."""
     value = x if isinstance(x, Tensor) else x.value
     return (
@@ -57,7 +54,7 @@ def applies(block: "Block", x: PlainOrDual) -> bool:
     )
 
 
-def compute(block: "Block", x: PlainOrDual, c: PlainOrDual, attend: str) -> PlainOrDual:
+def compute(block: Any, x: PlainOrDual, c: PlainOrDual, attend: str) -> PlainOrDual:
     """The block's output for tokens (B, N, D) and conditioning (B, D)."""
     attn, mlp = block.attn, block.mlp
     assert isinstance(attn, Attention)
@@ -184,7 +181,7 @@ def _tangent(q: Dual, k: Dual, v: Dual) -> Tensor:
     """The tangent of attention, (B', N, D)."""
     parts = [*(last(x) for x in (q, k, v)), *(x.tangent for x in (q, k, v))]
     alike = _short(q.value) and len({x.dtype for x in parts}) == 1
-    out = fused.attention_tangent(*parts) if "tangent" in KERNELS and alike else attention_tangent(q, k, v)
+    out = fused.tangent_by_kernel(*parts) if "tangent" in KERNELS and alike else attention_tangent(q, k, v)
     return out.transpose(1, 2).flatten(2)
 
 
@@ -289,7 +286,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, bias: Tensor | None, heads: int) -> Tensor:
         out: Tensor
-        out, lse = fused.attention(qkv, heads)
+        out, lse = fused.attention_of_qkv(qkv, heads)
         ctx.save_for_backward(qkv, out, lse)
         ctx.heads, ctx.has_bias = heads, bias is not None
         return out

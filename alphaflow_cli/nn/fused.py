@@ -136,7 +136,7 @@ def _exactness(x: Tensor) -> str:
 
 
 @torch.library.custom_op("alphaflow::attention", mutates_args=())
-def attention(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor]:
+def attention_of_qkv(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor]:
     """The output (B, N, D) of attention, and the logarithms of the sums (B, heads, N)."""
     from alphaflow_cli.nn.kernels import attention_forward_kernel
 
@@ -152,7 +152,7 @@ def attention(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
-@attention.register_fake
+@attention_of_qkv.register_fake
 def _attention_shapes(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor]:
     rows, tokens, width = qkv.shape
     return qkv.new_empty(rows, tokens, width // 3), qkv.new_empty(rows, heads, tokens, dtype=torch.float32)
@@ -183,7 +183,7 @@ def _attention_backward_shapes(
 
 
 @torch.library.custom_op("alphaflow::attention_tangent", mutates_args=())
-def attention_tangent(q: Tensor, k: Tensor, v: Tensor, dq: Tensor, dk: Tensor, dv: Tensor) -> Tensor:
+def tangent_by_kernel(q: Tensor, k: Tensor, v: Tensor, dq: Tensor, dk: Tensor, dv: Tensor) -> Tensor:
     """The tangent (B, heads, N, d) of attention at q, k, v along dq, dk, dv; without gradient."""
     from alphaflow_cli.nn.kernels import attention_tangent_kernel
 
@@ -199,7 +199,7 @@ def attention_tangent(q: Tensor, k: Tensor, v: Tensor, dq: Tensor, dk: Tensor, d
     return out
 
 
-@attention_tangent.register_fake
+@tangent_by_kernel.register_fake
 def _attention_tangent_shape(q: Tensor, k: Tensor, v: Tensor, dq: Tensor, dk: Tensor, dv: Tensor) -> Tensor:
     rows, heads, tokens, size = q.shape
     return dq.new_empty(rows, tokens, heads, size).transpose(1, 2)
