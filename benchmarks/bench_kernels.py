@@ -1,4 +1,4 @@
-"""The kernels of nn/kernels.py: right, each beside what the compiler makes of the plain form, and the steps they save.
+"""The kernels of benchmarks/kernels: are they right, and faster than what the compiler makes of the plain forms?
 
     python benchmarks/bench_kernels.py --device cuda
     python benchmarks/bench_kernels.py --device cuda --only steps --sizes L/2
@@ -10,11 +10,11 @@ kernels    milliseconds and GB/s of every piece, compiled with the kernel and wi
 launches   the same kernel with other launch figures
 steps      the whole step, compiled: without kernels, with all, and with all but one; rotated rounds in one process
 
-A GPU's time is that between two events. A kernel that fails its check is left out of the steps.
+The package has none of them: they stand here until this has run on a GPU. Which then pay go to alphaflow_cli/nn, the
+others to LOG.md. A GPU's time is that between two events. A kernel that fails its check is left out of the steps.
 """
 
 import argparse
-import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -27,162 +27,15 @@ import torch
 import torch._functorch.config
 from bench_step import PEAK, work_of
 from counting import count
+from kernels import block, operators
+from kernels.pieces import BOUNDS, EPS, Piece, check_pieces, inputs, interpret_bf16, pieces, relative
 from record import record
 from torch import Tensor
-from torch.nn import functional as F
 from workload import SIZES, Size, build, draw, objective
 
 from alphaflow_cli.model.compiling import compile_blocks, forget_compiled
-from alphaflow_cli.nn import fast, fused
 from alphaflow_cli.nn.layers import split_heads
-from alphaflow_cli.nn.tangent import Dual, attention_tangent
 from alphaflow_cli.train.step import training_step
-
-EPS = 1e-6
-BOUNDS = {torch.float32: 1e-6, torch.bfloat16: 2e-2}  # in bf16 half of the plain form's own error, and twice as much
-Piece = Callable[..., tuple[Tensor, ...]]
-
-
-def plain_modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """norm(x) (1 + scale) + shift, in the precision of x, given back in that of the shift."""
-    return (F.layer_norm(x, x.shape[2:], eps=EPS) * (1 + scale.to(x.dtype)) + shift.to(x.dtype)).to(shift.dtype)
-
-
-def plain_gated(x: Tensor, gate: Tensor, branch: Tensor, bias: Tensor) -> Tensor:
-    """x + gate (branch + bias)."""
-    return x + gate.to(x.dtype) * (branch + bias.to(branch.dtype)).to(x.dtype)
-
-
-def plain_gated_norm(
-    x: Tensor, gate: Tensor, branch: Tensor, bias: Tensor, shift: Tensor, scale: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The same, and normalised and modulated."""
-    out = plain_gated(x, gate, branch, bias)
-    return out, plain_modulated(out, shift, scale)
-
-
-def plain_attention(qkv: Tensor, bias: Tensor, heads: int) -> Tensor:
-    """Attention by torch's own kernel."""
-    q, k, v = split_heads(qkv + bias.to(qkv.dtype), heads)
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-
-
-def plain_tangent(qkv: Tensor, dqkv: Tensor, heads: int) -> Tensor:
-    """The tangent of attention as five products."""
-    parts = zip(split_heads(qkv, heads), split_heads(dqkv, heads), strict=True)
-    with torch.no_grad():
-        return attention_tangent(*(Dual(*pair) for pair in parts)).transpose(1, 2).flatten(2)
-
-
-def own_tangent(qkv: Tensor, dqkv: Tensor, heads: int) -> Tensor:
-    """The same by the kernel."""
-    with torch.no_grad():
-        out: Tensor = fused.tangent_by_kernel(*split_heads(qkv, heads), *split_heads(dqkv, heads))
-        return out.transpose(1, 2).flatten(2)
-
-
-def carried(x: Tensor, bias: Tensor) -> Tensor:
-    """x + bias, whose gradient comes from what follows."""
-    return x + bias.detach().to(x.dtype)
-
-
-def pieces(heads: int) -> dict[str, tuple[Piece, Piece, str, int]]:
-    """Each piece: with kernels, plain, its inputs by letter (see `inputs`), the fewest bytes of its backward pass."""
-    own: Any = fast
-    return {
-        "norm": (
-            lambda x, s, c: own._Normed.apply(x, s, c, EPS),
-            lambda x, s, c: (x.view_as(x), plain_modulated(x, s, c)),
-            "xcc",
-            14,
-        ),
-        "gated norm": (
-            lambda x, g, y, b, s, c: own._GatedNormed.apply(x, g, carried(y, b), b, s, c, EPS),
-            plain_gated_norm,
-            "xcybcc",
-            18,
-        ),
-        "gate": (
-            lambda x, g, y, b: (own._Gated.apply(x, g, carried(y, b), b),),
-            lambda x, g, y, b: (plain_gated(x, g, y, b),),
-            "xcyb",
-            8,
-        ),
-        "gelu": (
-            lambda h, b: (own._Gelu.apply(carried(h, b), b),),
-            lambda h, b: (F.gelu(h + b.to(h.dtype), approximate="tanh"),),
-            "hd",
-            24,
-        ),
-        "attention": (
-            lambda q, b: (own._Attention.apply(carried(q, b), b, heads),),
-            lambda q, b: (plain_attention(q, b, heads),),
-            "qe",
-            16,
-        ),
-        "tangent": (
-            lambda q, d: (own_tangent(q, d, heads),),
-            lambda q, d: (plain_tangent(q, d, heads),),
-            "qq",
-            14,
-        ),
-    }
-
-
-def inputs(letters: str, size: Size, batch: int, dtype: torch.dtype, device: str) -> list[Tensor]:
-    """x: tokens in float32; y, h, q: a branch, hidden numbers, qkv; c: a modulation; b, d, e: biases of these."""
-    dim, tokens = size.dim, size.tokens
-    wide = int(dim * size.mlp_ratio)
-    torch.manual_seed(len(letters))
-    made = []
-    for letter in letters:
-        if letter in "bde":
-            made.append(torch.randn({"b": dim, "d": wide, "e": 3 * dim}[letter], device=device))
-        elif letter == "c":  # one part of six, as a modulation gives them
-            made.append(torch.randn(batch, 6, dim, device=device, dtype=dtype)[:, 2:3])
-        else:
-            width = {"x": dim, "y": dim, "h": wide, "q": 3 * dim}[letter]
-            kind = torch.float32 if letter == "x" else dtype
-            made.append(torch.randn(batch, tokens, width, device=device, dtype=kind))
-    return made
-
-
-def relative(a: Tensor, b: Tensor) -> float:
-    """‖a − b‖ / ‖b‖."""
-    return float((a.detach().double() - b.detach().double()).norm() / b.detach().double().norm())
-
-
-def results(piece: Piece, given: Sequence[Tensor], dtype: torch.dtype | None = None) -> list[Tensor]:
-    """What a piece gives, and the gradients of all its inputs; in another precision of the same numbers if given."""
-    leaves = [(x if dtype is None else x.to(dtype)).detach().requires_grad_() for x in given]
-    outs = piece(*leaves)
-    if not outs[0].requires_grad:
-        return list(outs)
-    generator = torch.Generator().manual_seed(1)
-    seeds = [torch.randn(out.shape, generator=generator).bfloat16().to(out.device, out.dtype) for out in outs]
-    return [*outs, *torch.autograd.grad(outs, leaves, seeds)]
-
-
-def check_pieces(size: Size, batch: int, device: str) -> Iterator[tuple[str, torch.dtype, list[float]]]:
-    """The errors of each piece's outputs and gradients, eager, in both precisions."""
-    for name, (own, plain, letters, _) in pieces(size.heads).items():
-        if name == "attention" and size.dim // size.heads > 64:
-            continue
-        for dtype in BOUNDS:
-            if dtype == torch.float32 and device == "cuda" and name in ("attention", "tangent"):
-                continue  # there these take 16 bits only
-            given = inputs(letters, size, batch, dtype, device)
-            try:
-                compared = zip(results(own, given), results(plain, given, torch.float64), strict=True)
-                errors = [relative(a, b) for a, b in compared]
-                if name == "attention":  # the gradient of the bias of the keys is 0
-                    errors[-1] = relative(
-                        results(own, given)[-1].chunk(3)[2], results(plain, given, torch.float64)[-1].chunk(3)[2]
-                    )
-            except Exception as error:  # one line for a kernel that cannot be launched; the others go on
-                print(f"{name} {dtype}: {type(error).__name__}: {str(error)[:300]}", flush=True)
-                errors = [float("inf")]
-            yield name, dtype, errors
 
 
 def check_steps(size: Size, batch: int, device: str, backend: str) -> Iterator[tuple[str, float, float]]:
@@ -197,18 +50,19 @@ def check_steps(size: Size, batch: int, device: str, backend: str) -> Iterator[t
             yield f"α = {alpha:g}{', bf16' * bf16}", errors[0], errors[1]
 
 
-EVERY = fast.KERNELS
+EVERY = block.KERNELS
 
 
 @contextmanager
 def using(kernels: frozenset[str], anywhere: bool = False) -> Iterator[None]:
     """Only these kernels, for what is traced meanwhile."""
-    before = fast.KERNELS, fast.ANYWHERE
-    fast.KERNELS, fast.ANYWHERE = kernels, anywhere
+    block.install()
+    before = block.KERNELS, block.ANYWHERE
+    block.KERNELS, block.ANYWHERE = kernels, anywhere
     try:
         yield
     finally:
-        fast.KERNELS, fast.ANYWHERE = before
+        block.KERNELS, block.ANYWHERE = before
 
 
 def gradient(
@@ -287,18 +141,18 @@ def launches(size: Size, batch: int, options: argparse.Namespace) -> Iterator[di
     stream, branch, gate = inputs("xyc", size, batch, torch.bfloat16, options.device)
     hidden, qkv, dqkv = inputs("hqq", size, batch, torch.bfloat16, options.device)
     mean, rstd = stream.mean(2), stream.var(2).add(EPS).rsqrt()
-    out, lse = fused.attention_of_qkv(qkv, size.heads)
+    out, lse = operators.attention_of_qkv(qkv, size.heads)
     parts = [*split_heads(qkv, size.heads), *split_heads(dqkv, size.heads)]
     walk = [(rows, warps) for rows in (8, 16, 32, 64) for warps in (2, 4, 8)]
-    norm = lambda: fused.gated_norm_backward(stream, branch, stream, mean, rstd, gate, gate, branch)  # noqa: E731
+    norm = lambda: operators.gated_norm_backward(stream, branch, stream, mean, rstd, gate, gate, branch)  # noqa: E731
     trials: list[tuple[str, Callable[[], object], Any, list[Any]]] = [
         ("norm", norm, _set_walk("norm"), walk),
-        ("gate", lambda: fused.gate_backward(stream, gate, branch), _set_walk("gate"), walk),
-        ("gelu", lambda: fused.gelu_backward(hidden, hidden), _set_gelu, GELUS),
-        ("attention", lambda: fused.attention_of_qkv(qkv, size.heads), _set_row(fused.FORWARD, size), FORWARDS),
-        ("attention backward", lambda: fused.attention_backward(branch, qkv, out, lse, size.heads),
-         _set_row(fused.BACKWARD, size), BACKWARDS),
-        ("tangent", lambda: fused.tangent_by_kernel(*parts), _set_row(fused.TANGENT, size), TANGENTS),
+        ("gate", lambda: operators.gate_backward(stream, gate, branch), _set_walk("gate"), walk),
+        ("gelu", lambda: operators.gelu_backward(hidden, hidden), _set_gelu, GELUS),
+        ("attention", lambda: operators.attention_of_qkv(qkv, size.heads), _set_row(operators.FORWARD, size), FORWARDS),
+        ("attention backward", lambda: operators.attention_backward(branch, qkv, out, lse, size.heads),
+         _set_row(operators.BACKWARD, size), BACKWARDS),
+        ("tangent", lambda: operators.tangent_by_kernel(*parts), _set_row(operators.TANGENT, size), TANGENTS),
     ]  # fmt: skip
     for name, work, put, choices in trials:
         if name.startswith("attention") and size.dim // size.heads > 64:
@@ -323,13 +177,13 @@ TANGENTS = [(64, 64, 4, 2), (128, 64, 8, 2), (64, 64, 4, 3), (128, 128, 8, 2), (
 
 def _set_walk(name: str) -> Callable[[tuple[int, int]], None]:
     def put(choice: tuple[int, int]) -> None:
-        fused.ROWS, fused.WARPS[name] = choice
+        operators.ROWS, operators.WARPS[name] = choice
 
     return put
 
 
 def _set_gelu(choice: tuple[int, int]) -> None:
-    fused.GELU_ROWS, fused.WARPS["gelu"] = choice
+    operators.GELU_ROWS, operators.WARPS["gelu"] = choice
 
 
 def _set_row(table: dict[int, tuple[int, ...]], size: Size) -> Callable[[tuple[int, ...]], None]:
@@ -341,18 +195,20 @@ def _set_row(table: dict[int, tuple[int, ...]], size: Size) -> Callable[[tuple[i
 
 def _launch_figures() -> tuple[Any, ...]:
     return (
-        fused.ROWS,
-        fused.GELU_ROWS,
-        dict(fused.WARPS),
-        dict(fused.FORWARD),
-        dict(fused.BACKWARD),
-        dict(fused.TANGENT),
+        operators.ROWS,
+        operators.GELU_ROWS,
+        dict(operators.WARPS),
+        dict(operators.FORWARD),
+        dict(operators.BACKWARD),
+        dict(operators.TANGENT),
     )
 
 
 def _restore(before: tuple[Any, ...]) -> None:
-    fused.ROWS, fused.GELU_ROWS = before[:2]
-    for table, old in zip((fused.WARPS, fused.FORWARD, fused.BACKWARD, fused.TANGENT), before[2:], strict=True):
+    operators.ROWS, operators.GELU_ROWS = before[:2]
+    for table, old in zip(
+        (operators.WARPS, operators.FORWARD, operators.BACKWARD, operators.TANGENT), before[2:], strict=True
+    ):
         table.update(old)
 
 
@@ -385,9 +241,9 @@ def time_steps(
                 spent = _step_ms(work, options.device)
             if turn:
                 times[label].append(spent)
-    if options.profile is not None:
-        with using(variants["all"], anywhere=options.device == "cpu"):
-            write_profile(works["all"][1], options.profile / f"{name}-{alpha:g}.txt".replace("/", ""))
+    for label in ("none", "all") if options.profile is not None else ():
+        with using(variants[label], anywhere=options.device == "cpu"):
+            write_profile(works[label][1], options.profile, f"{name}, α = {alpha:g}, kernels: {label}")
     middle = {label: statistics.median(each) for label, each in times.items()}
     peak = max(
         [each for card, each in PEAK.items() if options.device == "cuda" and card in torch.cuda.get_device_name()]
@@ -399,13 +255,31 @@ def time_steps(
     return figures
 
 
-def write_profile(work: Callable[[], object], file: Path) -> None:
-    """Write what each kernel of a step takes, the longest first."""
+OURS = [f"{name}_kernel" for name in ("norm_backward", "gate_backward", "gelu_backward")]
+OURS += [f"attention_{name}_kernel" for name in ("forward", "backward", "tangent")]
+KINDS = {  # words in a kernel's name → what it does; the compiler's own begin with triton_
+    "ours": OURS,
+    "products": ["nvjet", "gemm", "cublas", "cutlass"],
+    "attention": ["sdpa", "flash", "cudnn"],
+    "written by the compiler": ["triton_"],
+}
+
+
+def write_profile(work: Callable[[], object], file: Path, title: str) -> None:
+    """Append what each kernel of a step takes, the longest first, and the sums by kind."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         work()
         torch.cuda.synchronize()
-    rows = sorted(((e.self_device_time_total, e.count, e.key) for e in profile.key_averages()), reverse=True)
-    file.write_text("".join(f"{us / 1000:9.3f} ms {times:5d} x  {name}\n" for us, times, name in rows if us))
+    events = profile.key_averages()
+    rows = sorted(((e.self_device_time_total / 1000, e.count, e.key) for e in events), reverse=True)
+    sums: dict[str, float] = {}
+    for ms, _, name in rows:
+        kind = next((kind for kind, words in KINDS.items() if any(word in name for word in words)), "other")
+        sums[kind] = sums.get(kind, 0.0) + ms
+    with file.open("a", encoding="utf-8") as out:
+        print(f"\n{title}:", ", ".join(f"{kind} {ms:.1f} ms" for kind, ms in sums.items()), file=out)
+        for ms, times, name in rows[:60]:
+            print(f"{ms:9.3f} ms {times:5d} x  {name[:160]}", file=out)
 
 
 def _step_ms(work: Callable[[], object], device: str) -> float:
@@ -500,36 +374,15 @@ def arguments(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5, help="kept rounds of the steps")
     parser.add_argument("--seconds", type=float, default=600.0, help="after which nothing new is begun")
     parser.add_argument("--toy", action="store_true", help="a tiny network: does everything run?")
-    parser.add_argument("--profile", type=Path, help="folder for the times within the steps with all kernels")
+    parser.add_argument(
+        "--profile", type=Path, help="file for what each kernel of a step takes, without ours and with all"
+    )
     parser.add_argument("--backend", default="", help="of torch.compile; inductor on a GPU, else aot_eager")
     options = parser.parse_args(words)
     options.backend = options.backend or ("inductor" if options.device == "cuda" else "aot_eager")
     if options.device == "cpu":
         interpret_bf16()
     return options
-
-
-def interpret_bf16() -> None:
-    """Teach Triton's interpreter products of bf16, which it keeps as the bits of integers."""
-    assert os.environ.get("TRITON_INTERPRET") == "1", "on a CPU: TRITON_INTERPRET=1 python benchmarks/bench_kernels.py"
-    import triton.language as tl
-    from triton.runtime import interpreter
-
-    builder: Any = interpreter.InterpreterBuilder
-    if hasattr(builder.create_dot, "widened"):
-        return
-    plain = builder.create_dot
-
-    def wide(x: Any) -> Any:
-        if x.dtype.scalar != tl.bfloat16:
-            return x
-        return interpreter.TensorHandle((x.data.astype("uint32") << 16).view("float32"), tl.float32)
-
-    def create_dot(self: Any, a: Any, b: Any, *more: Any) -> Any:
-        return plain(self, wide(a), wide(b), *more)
-
-    create_dot.widened = True  # type: ignore[attr-defined]
-    builder.create_dot = create_dot
 
 
 if __name__ == "__main__":

@@ -55,7 +55,6 @@ DEPENDENCIES = {
     "huggingface_hub": ("remote/", "hub/", "data/"),
     "matplotlib": ("charts/",),
     "pyarrow": ("data/columns.py",),
-    "triton": ("nn/kernels.py",),
     "PIL": ("data/", "sample/grid.py", "report/", "api.py"),
     "yaml": ("recipe/",),
 }
@@ -72,10 +71,7 @@ WITHOUT_TORCH = (
     "core/rates.py",
 )
 LONG_FILES: dict[str, str] = {}  # file under alphaflow_cli → the reason why it is longer than 400 lines
-LONG_FUNCTIONS = {  # file:function → the reason why it is longer than 40 lines
-    f"nn/kernels.py:{name}": "a kernel is one program, whose numbers stay in registers from its first line to its last"
-    for name in ("norm_backward_kernel", "attention_backward_kernel", "attention_tangent_kernel")
-}
+LONG_FUNCTIONS: dict[str, str] = {}  # file:function → the reason why it is longer than 40 lines
 SHORT_FILES = {  # file → the reason why it is shorter than 80 lines though no two others need it
     "nn/clean.py": "a network of its own, as nn/noise.py is: what its last layer gives is its whole difference",
     "train/samples.py": "draws the pictures of a run while it trains: one thing to look for, apart from the loop",

@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 from torch import nn
 
-from alphaflow_cli.nn import fast
 from alphaflow_cli.nn.layers import Attention, Mlp, Modulation
 from alphaflow_cli.nn.modern import NORM_FLOOR, ModernAttention, SwiGlu
 from alphaflow_cli.nn.tangent import PlainOrDual, Stream, both, gated, modulate, through
@@ -47,8 +46,6 @@ class Block(nn.Module):
 
     def compute(self, x: PlainOrDual, c: PlainOrDual | None, *where: Any) -> PlainOrDual:
         """The block's output for tokens (B, N, D) and conditioning (B, D); `where`: attend, and the places' turns."""
-        if c is not None and fast.applies(self, x):  # compiled for a GPU: the same with kernels of our own
-            return fast.compute(self, x, c, *where)
         shift, scale, gate, shift2, scale2, gate2 = self.modulation(c)
         # The tokens, normalised and modulated, attend to each other; the gate says how much of it is added.
         #   x = x + gate * attn(norm1(x) * (1 + scale) + shift)

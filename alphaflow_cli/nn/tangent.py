@@ -223,13 +223,8 @@ def gated(x: PlainOrDual, gate: Tensor | Dual, branch: PlainOrDual) -> PlainOrDu
             return Dual(value, torch.addcmul(x.tangent, gate, branch.tangent))
     value = x.value + gate.value * branch.value
     with torch.no_grad():
-        return Dual(value, gated_tangent(x, gate, branch))
-
-
-def gated_tangent(x: Dual, gate: Dual, branch: Dual) -> Tensor:
-    """The tangent dx + dgate · branch + gate · dbranch."""
-    tangent = torch.addcmul(x.tangent, gate.tangent, last(branch))
-    return torch.addcmul(tangent, last(gate), branch.tangent)
+        tangent = torch.addcmul(x.tangent, gate.tangent, last(branch))
+        return Dual(value, torch.addcmul(tangent, last(gate), branch.tangent))
 
 
 def silu_gated(x: PlainOrDual) -> PlainOrDual:
@@ -249,7 +244,7 @@ def attention(q: PlainOrDual, k: PlainOrDual, v: PlainOrDual, attend: str) -> Pl
         return _attention(q, k, v, attend)
     value = _attention(q.value, k.value, v.value, attend)
     with torch.no_grad():
-        return Dual(value, attention_tangent(q, k, v))
+        return Dual(value, _attention_tangent(q, k, v))
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, attend: str) -> Tensor:
@@ -260,7 +255,7 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, attend: str) -> Tensor:
     return p.to(v.dtype) @ v
 
 
-def attention_tangent(q: Dual, k: Dual, v: Dual) -> Tensor:
+def _attention_tangent(q: Dual, k: Dual, v: Dual) -> Tensor:
     """The tangent dp v + p dv of attention, p = softmax(s), s = q kᵀ / √d; the fused value has kept no p.
 
     ds = (dq kᵀ + q dkᵀ) / √d is ONE product: of (q, dq) side by side with (dk, k) side by side.

@@ -1,7 +1,8 @@
-"""A DiT's block with kernels of our own where its time goes to memory: compiled for a GPU it takes these lines.
+"""A DiT's block with kernels of our own where its time goes to memory: an experiment, which a GPU has to judge.
 
-It computes what nn/blocks.py does, from the same weights. Forward, nearly all is left to the compiler, which fuses as
-much as can be. Backward, these are one kernel each, where the compiler reads the same numbers two to four times:
+It computes what alphaflow_cli/nn/blocks.py does, from the same weights; `install` puts it in that place, for blocks
+that are compiled for a GPU. Forward, nearly all is left to the compiler, which reads and writes little more than it
+must. Backward, these are one kernel each, where the compiler reads the same numbers two to four times:
 
     norm        LayerNorm with its modulation, the residual connection before it, and all their sums over tokens
     gate        a branch and its gate at the block's end
@@ -18,18 +19,19 @@ KERNELS says which of them are used. Sums are made in float32, and the result is
 from typing import Any
 
 import torch
+from kernels import operators
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from alphaflow_cli.nn import fused
+from alphaflow_cli.nn.blocks import Block
 from alphaflow_cli.nn.layers import Attention, Mlp, Modulation, split_heads
 from alphaflow_cli.nn.tangent import (
     Dual,
     PlainOrDual,
+    _attention_tangent,
     attention,
-    attention_tangent,
     cut,
-    gated_tangent,
+    gated,
     last,
     modulate,
     through,
@@ -38,6 +40,17 @@ from alphaflow_cli.nn.tangent import (
 KERNELS = frozenset({"norm", "gate", "gelu", "attention", "tangent", "bias"})
 ANYWHERE = False  # tests: on any device, compiled or not
 WIDEST = 4096  # channels that one program holds in its registers
+
+
+def install() -> None:
+    """Let the network's blocks go this way where `applies` says so."""
+    plain = Block.compute
+
+    def compute_either_way(self: Block, x: Any, c: Any, *where: Any) -> Any:
+        return compute(self, x, c, *where) if c is not None and applies(self, x) else plain(self, x, c, *where)
+
+    if plain.__name__ != compute_either_way.__name__:
+        Block.compute = compute_either_way  # type: ignore[method-assign]
 
 
 def applies(block: Any, x: PlainOrDual) -> bool:
@@ -116,7 +129,7 @@ def _gated_normed(
         return out
     value, normal = _gated_normed(norm, x.value, gate.value, branch.value, made_by, shift.value, scale.value)
     with torch.no_grad():
-        moved = Dual(value, gated_tangent(x, gate, branch))
+        moved = Dual(value, gated(x, gate, branch).tangent)
     return moved, _modulated(norm, moved, normal, shift, scale)
 
 
@@ -135,7 +148,7 @@ def _gated(x: PlainOrDual, gate: PlainOrDual, branch: PlainOrDual, made_by: nn.L
         return out
     value = _gated(x.value, gate.value, branch.value, made_by)
     with torch.no_grad():
-        return Dual(value, gated_tangent(x, gate, branch))
+        return Dual(value, gated(x, gate, branch).tangent)
 
 
 def _gelu(mlp: Mlp, x: PlainOrDual) -> PlainOrDual:
@@ -155,7 +168,7 @@ def _attention(attn: Attention, x: PlainOrDual, attend: str) -> PlainOrDual:
     value = x if isinstance(x, Tensor) else x.value
     tokens, size = value.shape[1], value.shape[2] // attn.heads
     plain = isinstance(attn.q_norm, nn.Identity) and attend == "fused" and _short(value)
-    if not (plain and "attention" in KERNELS and size <= 64 and tokens <= fused.MOST_TOKENS):
+    if not (plain and "attention" in KERNELS and size <= 64 and tokens <= operators.MOST_TOKENS):
         return _attention_of_parts(attn, x, attend)
     qkv = _linear(attn.qkv, x)
     if isinstance(qkv, Tensor):
@@ -181,7 +194,7 @@ def _tangent(q: Dual, k: Dual, v: Dual) -> Tensor:
     """The tangent of attention, (B', N, D)."""
     parts = [*(last(x) for x in (q, k, v)), *(x.tangent for x in (q, k, v))]
     alike = _short(q.value) and len({x.dtype for x in parts}) == 1
-    out = fused.tangent_by_kernel(*parts) if "tangent" in KERNELS and alike else attention_tangent(q, k, v)
+    out = operators.tangent_by_kernel(*parts) if "tangent" in KERNELS and alike else _attention_tangent(q, k, v)
     return out.transpose(1, 2).flatten(2)
 
 
@@ -212,7 +225,7 @@ class _Normed(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_x: Tensor, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         x, mean, rstd, scale = ctx.saved_tensors
-        dx, sums = fused.norm_backward(grad_x, grad_y, x, mean, rstd, scale)
+        dx, sums = operators.norm_backward(grad_x, grad_y, x, mean, rstd, scale)
         dshift, dscale = sums.sum(1).to(scale.dtype).split(1, 1)
         return dx, dshift, dscale, None
 
@@ -233,7 +246,7 @@ class _GatedNormed(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_x: Tensor, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         out, mean, rstd, scale, gate, branch = ctx.saved_tensors
-        dx, dbranch, sums = fused.gated_norm_backward(grad_x, grad_y, out, mean, rstd, scale, gate, branch)
+        dx, dbranch, sums = operators.gated_norm_backward(grad_x, grad_y, out, mean, rstd, scale, gate, branch)
         sums = sums.sum(1)
         dshift, dscale, dgate, _ = sums.to(scale.dtype).split(1, 1)
         return dx, dgate, dbranch, sums[:, 3].sum(0) if ctx.has_bias else None, dshift, dscale, None
@@ -255,7 +268,7 @@ class _Gated(torch.autograd.Function):
             dbranch = grad_x * gate.float()
             dgate = (grad_x * branch.float()).sum(1, keepdim=True).to(gate.dtype)
             return grad_x, dgate, dbranch.to(branch.dtype), dbranch.sum((0, 1)) if ctx.has_bias else None
-        dbranch, sums = fused.gate_backward(grad_x, gate, branch)
+        dbranch, sums = operators.gate_backward(grad_x, gate, branch)
         sums = sums.sum(1)
         dgate = sums[:, :1].to(gate.dtype)
         return grad_x, dgate, dbranch, sums[:, 1].sum(0) if ctx.has_bias else None
@@ -276,7 +289,7 @@ class _Gelu(torch.autograd.Function):
         if "gelu" not in KERNELS:
             dx: Tensor = torch.ops.aten.gelu_backward(grad, x, approximate="tanh")
             return dx, dx.float().sum((0, 1)) if ctx.has_bias else None
-        dx, sums = fused.gelu_backward(grad, x)
+        dx, sums = operators.gelu_backward(grad, x)
         return dx, sums.sum(0) if ctx.has_bias else None
 
 
@@ -286,7 +299,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, bias: Tensor | None, heads: int) -> Tensor:
         out: Tensor
-        out, lse = fused.attention_of_qkv(qkv, heads)
+        out, lse = operators.attention_of_qkv(qkv, heads)
         ctx.save_for_backward(qkv, out, lse)
         ctx.heads, ctx.has_bias = heads, bias is not None
         return out
@@ -294,5 +307,5 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         qkv, out, lse = ctx.saved_tensors
-        dqkv, sums = fused.attention_backward(grad, qkv, out, lse, ctx.heads)
+        dqkv, sums = operators.attention_backward(grad, qkv, out, lse, ctx.heads)
         return dqkv, sums.sum(0) if ctx.has_bias else None, None

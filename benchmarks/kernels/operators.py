@@ -1,7 +1,7 @@
-"""The operators that stand before the kernels of nn/kernels.py: what a compiler sees of them, and how each is launched.
+"""The operators that stand before the kernels of written.py: what a compiler sees of them, and how each is launched.
 
-An operator gives new tensors and changes none. Its `register_fake` says their shapes. Launch figures were chosen by
-benchmarks/bench_kernels.py.
+An operator gives new tensors and changes none. Its `register_fake` says their shapes. The launch figures are guesses,
+until bench_kernels.py has run on a GPU.
 """
 
 import torch
@@ -26,7 +26,7 @@ def norm_backward(
     grad_x: Tensor, grad_y: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The gradient of x, and sums (B, groups, 2, D) for shift and scale."""
-    from alphaflow_cli.nn.kernels import norm_backward_kernel
+    from kernels.written import norm_backward_kernel
 
     grad_x, grad_y, x = grad_x.contiguous(), grad_y.contiguous(), x.contiguous()
     dx, sums = _norm_shapes(grad_x, grad_y, x, mean, rstd, scale)
@@ -49,7 +49,7 @@ def gated_norm_backward(
     grad_x: Tensor, grad_y: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, scale: Tensor, gate: Tensor, branch: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of x and of the branch in it, and sums (B, groups, 4, D) for shift, scale, gate and bias."""
-    from alphaflow_cli.nn.kernels import norm_backward_kernel
+    from kernels.written import norm_backward_kernel
 
     grad_x, grad_y, x, branch = grad_x.contiguous(), grad_y.contiguous(), x.contiguous(), branch.contiguous()
     dx, dbranch, sums = _gated_norm_shapes(grad_x, grad_y, x, mean, rstd, scale, gate, branch)
@@ -71,7 +71,7 @@ def _gated_norm_shapes(
 @torch.library.custom_op("alphaflow::gate_backward", mutates_args=())
 def gate_backward(grad_x: Tensor, gate: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
     """The gradient of the branch, and sums (B, groups, 2, D) for gate and bias."""
-    from alphaflow_cli.nn.kernels import gate_backward_kernel
+    from kernels.written import gate_backward_kernel
 
     grad_x, branch = grad_x.contiguous(), branch.contiguous()
     dbranch, sums = _gate_shapes(grad_x, gate, branch)
@@ -91,7 +91,7 @@ def _gate_shapes(grad_x: Tensor, gate: Tensor, branch: Tensor) -> tuple[Tensor, 
 @torch.library.custom_op("alphaflow::gelu_backward", mutates_args=())
 def gelu_backward(grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     """The gradient of x, and sums (groups, width) for a bias in it."""
-    from alphaflow_cli.nn.kernels import gelu_backward_kernel
+    from kernels.written import gelu_backward_kernel
 
     grad, x = grad.contiguous(), x.contiguous()
     dx, sums = _gelu_shapes(grad, x)
@@ -138,7 +138,7 @@ def _exactness(x: Tensor) -> str:
 @torch.library.custom_op("alphaflow::attention", mutates_args=())
 def attention_of_qkv(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor]:
     """The output (B, N, D) of attention, and the logarithms of the sums (B, heads, N)."""
-    from alphaflow_cli.nn.kernels import attention_forward_kernel
+    from kernels.written import attention_forward_kernel
 
     qkv = qkv.contiguous()
     out, lse = _attention_shapes(qkv, heads)
@@ -161,7 +161,7 @@ def _attention_shapes(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor]:
 @torch.library.custom_op("alphaflow::attention_backward", mutates_args=())
 def attention_backward(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, heads: int) -> tuple[Tensor, Tensor]:
     """The gradient of qkv, and its sums (B, 3 D) over tokens."""
-    from alphaflow_cli.nn.kernels import attention_backward_kernel
+    from kernels.written import attention_backward_kernel
 
     grad, qkv, out = grad.contiguous(), qkv.contiguous(), out.contiguous()
     dqkv, sums = _attention_backward_shapes(grad, qkv, out, lse, heads)
@@ -185,7 +185,7 @@ def _attention_backward_shapes(
 @torch.library.custom_op("alphaflow::attention_tangent", mutates_args=())
 def tangent_by_kernel(q: Tensor, k: Tensor, v: Tensor, dq: Tensor, dk: Tensor, dv: Tensor) -> Tensor:
     """The tangent (B, heads, N, d) of attention at q, k, v along dq, dk, dv; without gradient."""
-    from alphaflow_cli.nn.kernels import attention_tangent_kernel
+    from kernels.written import attention_tangent_kernel
 
     parts = [x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v, dq, dk, dv)]
     rows, heads, tokens, size = q.shape

@@ -1,4 +1,4 @@
-"""Triton kernels for a GPU, which nn/fused.py launches; this file is imported there, when the first one is needed.
+"""The kernels in Triton, which operators.py launches; this file is imported there, when the first one is needed.
 
 Shapes: B samples, N tokens, D channels of a token ("width"), d channels of a head. Sums are kept in float32 whatever
 the tensors hold. A program walks several tokens of ONE sample, and so keeps the sums over tokens in its registers. It

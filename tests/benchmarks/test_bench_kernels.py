@@ -1,4 +1,4 @@
-"""The kernels of a block compiled for a GPU: right on a GPU, right in the interpreter, and nowhere else."""
+"""The kernels that wait for a GPU are right in Triton's interpreter, and are nowhere but in their benchmark."""
 
 import json
 import os
@@ -10,14 +10,14 @@ from pathlib import Path
 import bench_kernels
 import pytest
 import torch
+from kernels import block
 from tangent_nets import random_inputs, random_net
 from workload import Size
 
 from alphaflow_cli.model.compiling import compile_blocks
-from alphaflow_cli.nn import fast
 
 ROOT = Path(__file__).parent.parent.parent
-HAS_TRITON = find_spec("triton") is not None  # it comes with torch for GPUs
+needs_triton = pytest.mark.skipif(not find_spec("triton"), reason="Triton, which torch for GPUs comes with")
 
 
 def interpreted(*words):
@@ -29,7 +29,7 @@ def interpreted(*words):
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-@pytest.mark.skipif(not HAS_TRITON, reason="Triton, which this torch came without")
+@needs_triton
 def test_every_kernel_computes_what_its_plain_form_does():
     lines = interpreted("--only", "checks")
     assert {line["piece"] for line in lines} == set(bench_kernels.pieces(1))
@@ -38,24 +38,21 @@ def test_every_kernel_computes_what_its_plain_form_does():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not HAS_TRITON, reason="Triton, which this torch came without")
-def test_the_gradient_of_a_compiled_step_is_the_same_with_the_kernels_and_the_benchmark_runs():
-    lines = interpreted()
-    steps = [line for line in lines if "error_with" in line]
-    assert len(steps) == 2
-    assert all(step["error_with"] < 2 * step["error_without"] < 1e-6 for step in steps)
-    assert {line["benchmark"] for line in lines} == {
-        "kernels: checks",
-        "kernels: gradients",
-        "kernels: launches",
-        "kernels: steps",
-        "kernels: kernels",
-    }
+@needs_triton
+def test_the_gradient_of_a_compiled_step_is_the_same_with_them_and_every_part_runs():
+    lines = interpreted("--only", "gradients", "launches", "steps", "kernels")
+    gradients = [line for line in lines if "error_with" in line]
+    assert len(gradients) == 2
+    assert all(line["error_with"] < 2 * line["error_without"] < 1e-6 for line in gradients)
+    parts = {line["benchmark"].split(": ")[1] for line in lines}
+    assert parts == {"gradients", "launches", "steps", "kernels"}
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")
-def test_on_a_cpu_a_compiled_block_has_no_kernel_of_ours(monkeypatch):
-    monkeypatch.setattr(fast, "compute", lambda *given: pytest.fail("the kernels' way"))
+def test_on_a_cpu_a_compiled_block_does_not_take_them(monkeypatch):
+    monkeypatch.setattr(block.Block, "compute", block.Block.compute)  # put back afterwards
+    monkeypatch.setattr(block, "compute", lambda *given: pytest.fail("the kernels' way"))
+    block.install()
     net, (z, t, r, y, v) = random_net(torch.float32), random_inputs(2, torch.float32)
     compile_blocks(net, "eager")
     net(z, t, r, y, tangent=v, first=2)
@@ -69,7 +66,7 @@ def test_on_a_gpu_every_kernel_computes_what_its_plain_form_does():
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_the_gradient_of_a_compiled_step_is_the_same_with_the_kernels():
+def test_on_a_gpu_the_gradient_of_a_compiled_step_is_the_same_with_them():
     for title, plain, own in bench_kernels.check_steps(Size(128, 2, 2, latent=16), 4, "cuda", "inductor"):
         assert own < 1.2 * plain + 1e-6, (title, plain, own)
 
@@ -77,5 +74,6 @@ def test_on_a_gpu_the_gradient_of_a_compiled_step_is_the_same_with_the_kernels()
 @pytest.mark.gpu
 def test_on_a_gpu_equal_steps_have_equal_bits():
     size = Size(128, 2, 2, latent=16)
-    first, second = (bench_kernels.gradient(size, 4, 0.0, "cuda", "inductor", bf16=True) for _ in range(2))
+    with bench_kernels.using(bench_kernels.EVERY):
+        first, second = (bench_kernels.gradient(size, 4, 0.0, "cuda", "inductor", bf16=True) for _ in range(2))
     assert torch.equal(first, second)
