@@ -74,18 +74,19 @@ def over_nfe(lines: Sequence[Line], groups: Sequence[tuple[str, Sequence[str]]])
     )
 
 
-def conflict_chart(lines: Sequence[Line], groups: Sequence[tuple[str, Sequence[str]]]) -> Chart:
-    """cos(∇L_TFM, ∇L_TC) along the runs of 3,000 steps."""
+def conflict_chart(lines: Sequence[Line], groups: Sequence[tuple[str, Sequence[str], int]]) -> Chart:
+    """cos(∇L_TFM, ∇L_TC) along the runs, a panel for each group of members and number of steps."""
     panels = []
-    for title, members in groups:
-        curves = []
-        for member, colour in zip(members, COLOURS, strict=False):
-            mine = [*runs_of(lines, member, STEPS).values()]
-            if curve(mine):
-                curves.append(Curve(MEMBERS[member].label, curve(mine), colour))
+    for title, members, steps in groups:
+        found = {member: curve(runs_of(lines, member, steps).values()) for member in members}
+        curves = [
+            Curve(MEMBERS[member].label, points, colour)
+            for (member, points), colour in zip(found.items(), COLOURS, strict=False)
+            if points
+        ]
         panels.append(Panel(f"cos(∇L_TFM, ∇L_TC), {title}", curves, y_range=(-1.0, 0.5), height=220))
     return Chart(
-        title="The conflict along 3,000 steps",
+        title="The conflict along the run",
         subtitle="64 rows; median over seeds and neighbouring points; below −0.4 the halves undo each other",
         x_label="share of the run",
         panels=panels,
