@@ -111,12 +111,18 @@ def grid_of(strips: Path, runs: Iterable[tuple[str, str]]) -> bytes | None:
     rows = [one + two for _, (one, two) in there]
     count = len(rows[0]) // 2
     columns = ["1 NFE"] * count + ["2 NFE"] * count
-    return grid_png(rows, row_names=[label for label, _ in there], column_names=columns)
+    return grid_png(rows, row_names=[spelled(label) for label, _ in there], column_names=columns)
+
+
+def spelled(label: str) -> str:
+    """A label in letters that the font of a grid has."""
+    return label.replace("α", "alpha").replace("→", "to").replace("…", "...")
 
 
 def budget_rows(best: str | None) -> list[tuple[str, str]]:
     """Labels and runs of the grid over budgets."""
-    pairs = [(member, steps) for steps in (2_000, 6_000, LONG) for member in ("meanflow-25", "alphaflow-25")]
+    shares = ("meanflow-25", "alphaflow-25", "meanflow-75", "alphaflow-50")
+    pairs = [(member, steps) for steps in (2_000, 6_000, LONG) for member in shares]
     rows = [(f"{MEMBERS[member].label}, {steps:,}", f"{member}-{steps}-s0") for member, steps in pairs]
     confirmed = [("meanflow-25", "MeanFlow .25, 3,000"), ("alphaflow-25", "α-Flow .25, 3,000")]
     confirmed += [(best, f"{MEMBERS[best].label}, 3,000")] if best else []
