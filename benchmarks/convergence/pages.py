@@ -63,9 +63,7 @@ GROUPS_NEWER = (
 )
 
 
-def write_pages(
-    lines: Sequence[Line], faults: Mapping[str, str], left: Sequence[str], results: Path, out: Path
-) -> Iterator[Path]:
+def write_pages(lines: Sequence[Line], faults: Mapping[str, str], left: Sequence[str], results: Path) -> Iterator[Path]:
     """Write the pages of whose members all have runs, and EVIDENCE.md; samples only where their strips are there."""
     results.mkdir(parents=True, exist_ok=True)
     ready = {line["member"] for line in lines if line["steps"] == STEPS and line["width"] == WIDTH}
@@ -77,12 +75,12 @@ def write_pages(
     if {*NEWER} - {*RUNGS} <= ready:
         (results / "newer").mkdir(exist_ok=True)
         (results / "newer" / "results.png").write_bytes(to_png(over_nfe(lines, GROUPS_NEWER)))
-        save(results / "newer" / "samples.png", grid_of(out / "strips", strips_of(NEWER)))
+        save(results / "newer" / "samples.png", grid_of(results / "strips", strips_of(NEWER)))
         text = [*head("The newer members at equal budget", lines), *newer_page(lines), *tail]
         yield write(results / "newer" / "RESULTS.md", text)
     if lines:
         best = best_curriculum(lines)
-        draw_evidence(lines, best, results, out)
+        draw_evidence(lines, best, results)
         text = [*head("When does the curriculum pay?", lines), *evidence_page(lines, best, results), *tail]
         yield write(results / "EVIDENCE.md", text)
 
@@ -193,7 +191,7 @@ def newer_page(lines: Sequence[Line]) -> list[str]:
     ]
 
 
-def draw_evidence(lines: Sequence[Line], best: str | None, results: Path, out: Path) -> None:
+def draw_evidence(lines: Sequence[Line], best: str | None, results: Path) -> None:
     """The pictures of EVIDENCE.md."""
     shares = [member for pair in SHARES for member in pair]
     members = ["meanflow-25", "alphaflow-25", *([best] if best else []), "alphaflow-50", "meanflow-75"]
@@ -204,8 +202,8 @@ def draw_evidence(lines: Sequence[Line], best: str | None, results: Path, out: P
     )
     groups = [("6,000 steps", shares, BUDGETS[1]), ("3,000 steps", [*some], STEPS)]
     (results / "conflict.png").write_bytes(to_png(conflict_chart(lines, groups)))
-    save(results / "samples.png", grid_of(out / "strips", budget_rows(best)))
-    save(results / "curricula.png", grid_of(out / "strips", strips_of(("meanflow-25", *CURRICULA))))
+    save(results / "samples.png", grid_of(results / "strips", budget_rows(best)))
+    save(results / "curricula.png", grid_of(results / "strips", strips_of(("meanflow-25", *CURRICULA))))
 
 
 def evidence_page(lines: Sequence[Line], best: str | None, results: Path) -> list[str]:

@@ -8,6 +8,7 @@ CIFAR10 is a folder with `train` and `test`, each with a folder per class. What 
 written down before (PROTOCOL.md, newer/PROTOCOL.md). A finished run is a line of results.jsonl; those that are there
 are not done again, so that the pages are made from this repository alone. The same command again goes on. To begin
 anew, give another folder of results: --results DIR. A run that fails is named on the pages, and the exit code is 1.
+Of runs on another machine, `lines`, `strips` and `faults` of its --out come into a folder here, which --out names.
 Runs on a GPU and runs on a CPU draw other numbers, so they are other runs: the pages of the latter are in `cpu`.
 """
 
@@ -18,6 +19,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Collection
 from multiprocessing import get_context
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -89,6 +91,14 @@ def keep(work: Work) -> None:
     write(work.results / "results.jsonl", "".join(texts).encode())
 
 
+def keep_strips(fresh: Path, kept: Path, found: Collection[str]) -> None:
+    """Put the new strips of finished runs beside the pages, so that the grids can be drawn from there."""
+    for strip in sorted(fresh.glob("*.png")):
+        if strip.stem in found:
+            kept.mkdir(parents=True, exist_ok=True)
+            write(kept / strip.name, strip.read_bytes())
+
+
 def say(text: str) -> None:
     print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
 
@@ -131,7 +141,8 @@ def main() -> None:
         from pages import write_pages
 
         pages = results if options.device == "cuda" else results / options.device
-        for path in write_pages(list(found.values()), faults, left, pages, out):
+        keep_strips(out / "strips", pages / "strips", found)
+        for path in write_pages(list(found.values()), faults, left, pages):
             print(path)
     for name, text in faults.items():
         say(f"{name} failed: {text.strip().splitlines()[-1]}")

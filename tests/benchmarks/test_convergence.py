@@ -110,6 +110,13 @@ def test_runs_on_a_gpu_and_on_a_cpu_are_not_mixed(tmp_path):
     assert slots.read_lines(tmp_path / "results.jsonl") == lines
 
 
+def test_strips_of_finished_runs_are_kept_beside_the_pages(tmp_path):
+    for name in ("done", "half"):
+        (tmp_path / f"{name}.png").write_bytes(b"x")
+    run.keep_strips(tmp_path, tmp_path / "kept", {"done"})
+    assert [path.name for path in (tmp_path / "kept").iterdir()] == ["done.png"]
+
+
 def test_the_plan_has_every_run_once_and_three_seeds_of_all_but_the_baselines():
     jobs = plan(all_lines())
     assert len({job.name for job in jobs}) == len(jobs)
@@ -167,9 +174,7 @@ def test_the_pages_are_made_of_the_lines_alone_and_name_what_is_missing(tmp_path
     lines, drawn = all_lines(), []
     monkeypatch.setattr(pages, "to_png", lambda chart: drawn.append(chart) or b"")  # they take a second each
     written = [
-        *pages.write_pages(
-            lines, {"flow-3000-s1": "Traceback\nValueError: x"}, ["alpha-0-30-3000-s9"], tmp_path, tmp_path
-        )
+        *pages.write_pages(lines, {"flow-3000-s1": "Traceback\nValueError: x"}, ["alpha-0-30-3000-s9"], tmp_path)
     ]
     assert [path.relative_to(tmp_path).as_posix() for path in written] == [
         "RESULTS.md",
@@ -192,7 +197,7 @@ def test_a_comparison_waits_until_every_member_has_a_run_and_curricula_are_compa
 ):
     monkeypatch.setattr(pages, "to_png", lambda chart: b"")
     lines = [*lines_of("alpha-0-30", 1.0, 5.0), *lines_of("low-002", 2.0), *lines_of("meanflow-25", 3.0)]
-    (page,) = pages.write_pages(lines, {}, [], tmp_path, tmp_path)
+    (page,) = pages.write_pages(lines, {}, [], tmp_path)
     text = page.read_text()
     assert page.name == "EVIDENCE.md"
     assert "Seeds that all of them have: 0." in text
