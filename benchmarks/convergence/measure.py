@@ -1,6 +1,7 @@
 """What a finished run is worth: both rulers at 1, 2 and 4 NFE, a strip of pictures, and the conflict along the way."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -70,11 +71,13 @@ def rounded(value: float | None) -> float | None:
     return None if value is None else float(f"{value:.4g}")
 
 
-def at_rest(run: Path, store: Path, device: torch.device) -> list[dict[str, Any]]:
+def at_rest(
+    run: Path, store: Path, device: torch.device, sizes: Sequence[tuple[int, int]] = BATCHES
+) -> list[dict[str, Any]]:
     """The conflict at the last checkpoint, averaged weights, for small and for large batches."""
     generator = open_generator(str(run), device=device)
     recipe, found = generator.recipe, []
-    for batches, rows in BATCHES:
+    for batches, rows in sizes:
         stream = recipe_stream(recipe, store, batch=rows, seed=0, device=device, resident=False, verify="sizes")
         cosines: dict[str, list[float]] = {"tfm.tc": [], "tfm.fm": []}
         for index in range(batches):

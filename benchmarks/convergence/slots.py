@@ -139,7 +139,7 @@ def train(job: Job, work: Work) -> bool:
 def measure(job: Job, work: Work, ruler: Any) -> Line:
     """The line of a trained run; its strip of pictures goes to `strips/`."""
     import torch
-    from measure import at_rest, journal_of, scores_of, strip_of
+    from measure import BATCHES, at_rest, journal_of, scores_of, strip_of
 
     run, device, scales = work.out / "runs" / job.name, torch.device(work.device), MEMBERS[job.member].scales
     scores = [scores_of(run, ruler, device, images=work.images, scale=scale) for scale in scales]
@@ -149,7 +149,7 @@ def measure(job: Job, work: Work, ruler: Any) -> Line:
     if len(scales) > 1:
         line |= {"guided": scores[1], "scale": scales[1]}
     if (job.member, job.steps, job.seed, job.width) in ANALYZED:
-        line["at_rest"] = at_rest(run, work.out / "store", device)
+        line["at_rest"] = at_rest(run, work.out / "store", device, ((1, 16),) if work.toy else BATCHES)
     return line
 
 
