@@ -12,6 +12,7 @@ Warming up and capturing leave nothing behind. A form that cannot be captured, o
 same lines: they compute the same, bit for bit. train/compiling.py decides whether a run has graphs at all.
 """
 
+import gc
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -64,9 +65,13 @@ class Capturing:
                 work()
         here.wait_stream(self.stream)
         graph = torch.cuda.CUDAGraph()
-        # other threads may pin memory meanwhile: the one that reads latents ahead does
-        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
-            work()
+        gc.collect()
+        gc.disable()  # what an earlier run has left on the GPU is not to be freed within the capture
+        try:  # other threads may pin memory meanwhile: the one that reads latents ahead does
+            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
+                work()
+        finally:
+            gc.enable()
         return graph.replay
 
 
