@@ -20,7 +20,7 @@ from alphaflow_cli.recipe.schema import Recipe
 from alphaflow_cli.recipe.speed import compiling_pays, phase_flops
 from alphaflow_cli.runtime.processes import World
 from alphaflow_cli.runtime.progress import Progress, say
-from alphaflow_cli.train.graphs import MOST_GRAPHS, Capturing, StepGraphs, is_capture_fault
+from alphaflow_cli.train.graphs import MOST_GRAPHS, StepGraphs, is_capture_fault
 from alphaflow_cli.train.parallel import Split
 from alphaflow_cli.train.run import Run
 from alphaflow_cli.train.state import StateFacts
@@ -137,22 +137,25 @@ def prepare_graphs(run: Run) -> None:
     """Capture the forms of the steps ahead, where graphs are wanted, or are found to be faster; a line says which."""
     if run.graphed is False or run.step >= run.recipe.train.steps:
         return
-    graphs = StepGraphs(
-        run.recipe, net=run.net, wrapped=run.wrapped, optimiser=run.optimiser, sums=run.sums, capture=Capturing()
-    )
+    graphs = StepGraphs(run.recipe, net=run.net, wrapped=run.wrapped, optimiser=run.optimiser, sums=run.sums)
     try:
-        each = [graphs.prepare(*one) for one in _steps_ahead(run)]
+        found = [times for one in _steps_ahead(run) if (times := graphs.prepare(*one))]
     except RuntimeError as error:
         if not is_capture_fault(error):
             raise
         say(f"CUDA graphs failed, so every operator of a step is launched: {why_not(error)}")
         return
-    launched, replayed = (sum(times) for times in zip(*(one for one in each if one), strict=True))
-    kept = run.graphed or launched > GAIN * replayed
+    kept = run.graphed or graphs_pay(found)
     run.graphs = graphs if kept else None
     verb = "each step is one CUDA graph" if kept else "every operator of a step is launched"
-    count = len(graphs.works)
-    say(f"{verb}: {1000 * launched / count:.3g} ms launched, {1000 * replayed / count:.3g} ms as a graph")
+    launched, replayed = (1000 * sum(each) / len(found) for each in zip(*found, strict=True))
+    say(f"{verb}: {launched:.3g} ms launched, {replayed:.3g} ms as a graph")
+
+
+def graphs_pay(found: list[tuple[float, float]]) -> bool:
+    """Whether replayed steps are plainly faster, by the seconds of each form, launched and replayed."""
+    launched, replayed = (sum(each) for each in zip(*found, strict=True))
+    return bool(launched > GAIN * replayed)
 
 
 def _steps_ahead(run: Run) -> list[tuple[int, int, float]]:

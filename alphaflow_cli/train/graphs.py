@@ -86,10 +86,10 @@ class StepGraphs:
         wrapped: nn.Module,
         optimiser: Optimiser,
         sums: Sums,
-        capture: Callable[[_Work], _Work],
+        capture: Callable[[_Work], _Work] | None = None,
     ) -> None:
         self.recipe, self.net, self.wrapped, self.optimiser, self.sums = recipe, net, wrapped, optimiser, sums
-        self.objective, self.capture = Objective.of(recipe), capture
+        self.objective, self.capture = Objective.of(recipe), capture or Capturing()
         self.works: dict[StepForm, _Work] = {}
         data, batch, device = recipe.data, recipe.train.batch, optimiser.counters.device
         shape, dtype = (batch, data.channels, data.latent_size, data.latent_size), DTYPES[recipe.train.precision]

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from alphaflow_cli.train import compiling, graphs
+from alphaflow_cli.train import graphs
 
 with torch.device("cpu"):
     torch.empty(0)  # torch lists once what makes tensors: before anything of it is replaced here
@@ -203,7 +203,7 @@ def other_device(monkeypatch):
         return {(lists[0][0].device, key[1]): found for key, found in group(lists).items()}
 
     monkeypatch.setattr(clip_grad, "_group_tensors_by_device_and_dtype", groups)
-    monkeypatch.setattr(compiling, "Capturing", lambda: lambda work: work)
+    monkeypatch.setattr(graphs, "Capturing", lambda: lambda work: work)
     monkeypatch.setattr(graphs, "TIMED_STEPS", 1)
     for state in (AcceleratorState, GradientState):  # what earlier tests joined in this process
         state._reset_state(*[True] * (state is AcceleratorState))
