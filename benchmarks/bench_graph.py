@@ -25,7 +25,7 @@ from alphaflow_cli.model.compiling import compile_blocks, forget_compiled
 from alphaflow_cli.recipe import load_recipe
 from alphaflow_cli.recipe.plan import alpha_at, equal_share_at, phases
 from alphaflow_cli.recipe.schema import Recipe
-from alphaflow_cli.train.graphs import Capturing, StepGraphs
+from alphaflow_cli.train.graphs import Capturing, StepGraphs, on_own_stream
 from alphaflow_cli.train.journal import Sums
 from alphaflow_cli.train.optimise import Optimiser
 from alphaflow_cli.train.step import Rows, random_rows, row_factor, training_step
@@ -100,8 +100,9 @@ def compare(kind: str, options: argparse.Namespace) -> dict[str, object]:
     recipe = load_recipe(options.recipe, options.set)
     phase = next(each for each in phases(recipe) if each.kind == kind)
     left, ms = {}, {}
-    for form in FORMS:
-        left[form], ms[form] = trained(recipe, form, (phase.first + phase.until) // 2, options)
+    with on_own_stream(options.device == "cuda"):
+        for form in FORMS:
+            left[form], ms[form] = trained(recipe, form, (phase.first + phase.until) // 2, options)
     same = all(torch.equal(a, b) for a, b in zip(left["graph"], left["launched"], strict=True))
     apart, plain = (_apart(left["graph"], left[form]) for form in ("launched", "plain"))
     times = {f"ms_{form}": ms[form] for form in FORMS}

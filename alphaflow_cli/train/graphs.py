@@ -49,21 +49,34 @@ class StepForm:
     bf16: bool
 
 
+@contextmanager
+def on_own_stream(wanted: bool) -> Iterator[None]:
+    """All work of the run on a stream of its own, where its steps may become graphs.
+
+    What autograd keeps of a parameter belongs to the stream where it was first used, and the default stream's work
+    cannot be captured.
+    """
+    if not wanted or not torch.cuda.is_available():
+        yield
+        return
+    here, own = torch.cuda.current_stream(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    own.wait_stream(here)
+    with torch.cuda.stream(own):
+        yield
+    here.wait_stream(own)
+
+
 class Capturing:
     """Makes CUDA graphs that share one stream and one pool of memory: they are never replayed at the same time."""
 
     def __init__(self) -> None:
-        self.stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        self.stream: Any = torch.cuda.current_stream()  # that of `on_own_stream`
         self.pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, work: _Work) -> _Work:
         """Do the work a few times, then capture it; returns what replays it."""
-        here = torch.cuda.current_stream()
-        self.stream.wait_stream(here)
-        with torch.cuda.stream(self.stream):
-            for _ in range(WARM_UPS):
-                work()
-        here.wait_stream(self.stream)
+        for _ in range(WARM_UPS):
+            work()
         graph = torch.cuda.CUDAGraph()
         gc.collect()
         gc.disable()  # what an earlier run has left on the GPU is not to be freed within the capture

@@ -34,6 +34,7 @@ from alphaflow_cli.runtime.threads import threads_kept
 from alphaflow_cli.train import state
 from alphaflow_cli.train.compiling import choose_compile, choose_graphs, compile_forms, prepare_graphs
 from alphaflow_cli.train.estimate import micro_batch_that_fits
+from alphaflow_cli.train.graphs import on_own_stream
 from alphaflow_cli.train.journal import Journal, Trackers, check_trackers, peak_of
 from alphaflow_cli.train.loop import train_steps
 from alphaflow_cli.train.parallel import Split, check_sharding, split_batch
@@ -194,9 +195,10 @@ def train(recipe: Recipe, options: TrainOptions) -> int:
         if world.is_main:
             keep_recipe(recipe, options.out)  # not before: what was refused is no run
             say_where(run, options)
-        compile_forms(run)
-        prepare_graphs(run)
-        return train_run(run, open_journal(run), requeues=options.requeue)
+        with on_own_stream(run.graphed is not False):
+            compile_forms(run)
+            prepare_graphs(run)
+            return train_run(run, open_journal(run), requeues=options.requeue)
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """What the runs say of the conflict, cos(∇L_TFM, ∇L_TC): along training by their journals, and at rest by `analyze`."""
 
-from collections.abc import Iterable, Sequence
-from statistics import median
+from collections.abc import Callable, Iterable, Sequence
+from statistics import correlation, median
 
 from members import MEMBERS, STEPS, Line
 
@@ -35,15 +35,34 @@ def cosine(found: Sequence[dict[str, float]]) -> str:
     return f"{median(values):+.2f}, {sum(value < BELOW for value in values) / len(values):.0%}"
 
 
+PARTS: dict[str, Callable[[dict[str, float]], bool]] = {
+    "whole run": lambda point: True,
+    "its last 30%": lambda point: point["place"] >= LAST,
+    "while 0 < α < .1": lambda point: 0 < point["alpha"] < 0.1,
+}
+
+
 def cells(lines: Iterable[Line]) -> list[str]:
-    """Of the whole run, of its last 30%, and while 0 < α < .1."""
+    """Of each part of the run."""
     found = points(lines)
-    parts = (
-        found,
-        [p for p in found if p["place"] >= LAST],
-        [p for p in found if 0 < p["alpha"] < 0.1],
-    )
-    return [cosine(part) for part in parts]
+    return [cosine([point for point in found if holds(point)]) for holds in PARTS.values()]
+
+
+def with_grades(runs: Sequence[tuple[float, Sequence[Line]]]) -> list[str]:
+    """The rank correlation over members of their grade with their median cosine, in each part of the run."""
+    texts = []
+    for name, holds in PARTS.items():
+        pairs = [(grade, [p["cos_tfm_tc"] for p in points(lines) if holds(p)]) for grade, lines in runs]
+        known = [(grade, median(values)) for grade, values in pairs if values]
+        if len(known) > 2 and len({value for _, value in known}) > 1:
+            grades, cosines = zip(*known, strict=True)
+            texts.append(f"{correlation(ranks(grades), ranks(cosines)):+.2f} ({name}, {len(known)} members)")
+    return texts
+
+
+def ranks(values: Sequence[float]) -> list[float]:
+    """The place of each value in order; equal ones share the mean of their places."""
+    return [sum((other < value) + (other == value) / 2 for other in values) for value in values]
 
 
 def curve(lines: Iterable[Line], window: int = 3) -> list[tuple[float, float]]:
@@ -65,7 +84,7 @@ def table_along(lines: Sequence[Line], members: Iterable[str]) -> list[str]:
         mine = [line for line in lines if line["member"] == member and line["steps"] == STEPS]
         if any(line["conflict"] for line in mine):
             rows.append(f"| {MEMBERS[member].label} | {len(mine)} | {' | '.join(cells(mine))} |")
-    head = ["| member | runs | whole run | its last 30% | while 0 < α < .1 |", "|---|---|---|---|---|"]
+    head = [f"| member | runs | {' | '.join(PARTS)} |", "|---|---|---|---|---|"]
     return [*head, *rows] if rows else []
 
 

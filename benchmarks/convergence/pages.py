@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 
-from conflict import BIAS, cells, table_along, table_at_rest
+from conflict import BIAS, cells, table_along, table_at_rest, with_grades
 from members import (
     ALONE,
     BUDGETS,
@@ -263,6 +263,7 @@ def curriculum_part(lines: Sequence[Line], best: str | None) -> list[str]:
         "",
         *curriculum_table(lines, members),
         "",
+        *grades_and_conflict(lines),
         *chosen,
         "![the conflict along the run](conflict.png)",
         "",
@@ -293,6 +294,22 @@ def curriculum_table(lines: Sequence[Line], members: Sequence[str]) -> list[str]
         "| conflict | last 30% | 0 < α < .1 |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
         *rows,
+    ]
+
+
+def grades_and_conflict(lines: Sequence[Line]) -> list[str]:
+    graded = [
+        (value, [*runs_of(lines, member, STEPS, seeds=SEEDS).values()])
+        for member in CURRICULA
+        if (value := grade(lines, member, STEPS, SEEDS)) is not None
+    ]
+    texts = with_grades(graded)
+    if not texts:
+        return []
+    return [
+        "Do those with less conflict score better? The rank correlation over the curricula of grade and median",
+        f"cosine (−1: the less opposed the halves, the better the grade; 0: no relation): {', '.join(texts)}.",
+        "",
     ]
 
 

@@ -100,6 +100,7 @@ def parser() -> argparse.ArgumentParser:
     each.add_argument("--minutes", type=float, default=math.inf, help="what is unfinished then resumes next time")
     each.add_argument("--cuts", nargs="+", choices=CUTS, default=CUTS, help="only these questions")
     each.add_argument("--images", type=int, default=5_000, help="generated for each score")
+    each.add_argument("--longest", type=int, default=10**9, help="only runs of at most so many steps")
     each.add_argument("--toy", action="store_true", help="a few steps of each run, to try all of this")
     each.add_argument("--pages", action="store_true", help="write the pages and train nothing")
     each.add_argument("--runs", action="store_true", help="train and measure, and write no page")
@@ -113,7 +114,7 @@ def main() -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     until = began + 60 * options.minutes
     out, results = options.out.resolve(), options.results.resolve()
-    work = Work(out, results, options.device, until, options.images, tuple(options.cuts), options.toy)
+    work = Work(out, results, options.device, until, options.images, tuple(options.cuts), options.longest, options.toy)
     train = not options.pages and options.out.is_dir() | (options.pictures is not None)
     if train and missing(work, lines_of(work)) and prepare(options.pictures, work):
         work_off(work, options.jobs)

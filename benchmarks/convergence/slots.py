@@ -42,6 +42,7 @@ class Work:
     until: float  # when all slots are ended, by the clock
     images: int
     cuts: tuple[str, ...]
+    longest: int  # steps
     toy: bool
 
 
@@ -64,7 +65,8 @@ def lines_of(work: Work) -> dict[str, Line]:
 
 def missing(work: Work, lines: dict[str, Line]) -> list[Job]:
     """The runs that are still wanted."""
-    return [job for job in plan(list(lines.values())) if job.cut in work.cuts and job.name not in lines]
+    planned = (job for job in plan(list(lines.values())) if job.name not in lines)
+    return [job for job in planned if job.cut in work.cuts and job.steps <= work.longest]
 
 
 def claim(work: Work) -> Job | None:
