@@ -25,7 +25,7 @@ from alphaflow_cli.recipe.schema import Recipe
 from alphaflow_cli.runtime.processes import World, join_world
 from alphaflow_cli.runtime.progress import duration, say
 from alphaflow_cli.train.compiling import choose_compile, choose_graphs, graphs_pay
-from alphaflow_cli.train.graphs import StepGraphs, is_capture_fault
+from alphaflow_cli.train.graphs import StepGraphs, is_capture_fault, on_own_stream
 from alphaflow_cli.train.journal import Sums
 from alphaflow_cli.train.optimise import Optimiser
 from alphaflow_cli.train.parallel import largest_that_fits, split_batch
@@ -204,7 +204,8 @@ def measure_run(
     ready(world, rows)
     split = split_batch(recipe.train.batch, processes=processes, micro_batch=rows)
     graphed = choose_graphs(recipe, world, split, None) if processes == 1 else False
-    return _measure(recipe, rows, per_process=per_process, device=world.device, compiled=compiled, graphed=graphed)
+    with on_own_stream(graphed is not False):
+        return _measure(recipe, rows, per_process=per_process, device=world.device, compiled=compiled, graphed=graphed)
 
 
 def estimate_training(

@@ -7,7 +7,7 @@ A CUDA graph of a step is the step itself, launched. What it does not show: kern
 memory, streams, and torch.compile.
 """
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 
 import torch
@@ -186,12 +186,14 @@ def other_device(monkeypatch):
     monkeypatch.setattr(torch, "empty", lambda *args, pin_memory=False, **more: empty(*args, **more))
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda values: values.clone())  # in threads too
+    stream = SimpleNamespace(wait_stream=lambda other: None)
     card = SimpleNamespace(name="test device", total_memory=BYTES, major=9, minor=0, multi_processor_count=1)
     answers = {
         "_lazy_init": None, "is_available": True, "device_count": 1, "current_device": 0, "set_device": None,
         "synchronize": None, "empty_cache": None, "mem_get_info": (BYTES, BYTES), "max_memory_allocated": 0,
         "reset_peak_memory_stats": None, "get_device_name": card.name, "get_device_properties": card,
         "get_device_capability": (9, 0), "is_bf16_supported": True, "is_current_stream_capturing": False,
+        "Stream": stream, "current_stream": stream, "stream": nullcontext(),
     }  # fmt: skip
     for name, answer in answers.items():
         monkeypatch.setattr(torch.cuda, name, lambda *args, answer=answer, **more: answer)

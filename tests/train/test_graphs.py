@@ -452,3 +452,10 @@ def test_a_killed_run_of_graphs_goes_on_to_the_same_bits_on_a_gpu(tmp_path, sets
     killed.kill()
     killed.wait()
     assert_same(whole, runs_on_gpu("replayed", tmp_path / "killed", *sets))
+
+
+@pytest.mark.gpu
+def test_an_estimate_is_of_graphs_where_the_run_has_them_on_a_gpu(tmp_path):
+    line = [*on_gpu("replayed", tmp_path / "run"), "--estimate"]
+    done = subprocess.run(line, check=True, timeout=300, capture_output=True, text=True)
+    assert "not compiled, each step one CUDA graph, as the run will be" in done.stdout
