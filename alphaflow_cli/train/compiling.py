@@ -17,7 +17,7 @@ from alphaflow_cli.model.compiling import can_compile, compile_faults, keep_comp
 from alphaflow_cli.nn.dit import DiT
 from alphaflow_cli.recipe.plan import phases
 from alphaflow_cli.recipe.schema import Recipe
-from alphaflow_cli.recipe.speed import compiling_pays, phase_flops
+from alphaflow_cli.recipe.speed import compiling_pays, graphs_may_pay
 from alphaflow_cli.runtime.processes import World
 from alphaflow_cli.runtime.progress import Progress, say
 from alphaflow_cli.train.graphs import MOST_GRAPHS, StepGraphs, is_capture_fault
@@ -26,7 +26,6 @@ from alphaflow_cli.train.run import Run
 from alphaflow_cli.train.state import StateFacts
 from alphaflow_cli.train.step import random_rows, training_step
 
-SMALL = 2e12  # floating-point operations of a step: from here on any GPU computes for longer than launches take
 GAIN = 1.25  # times as fast a replayed step has to be: below, it is not worth what rounds otherwise
 
 
@@ -117,9 +116,7 @@ def choose_graphs(recipe: Recipe, world: World, split: Split, saved: StateFacts 
     if unable and wanted and world.is_main:
         so_far = " so far, and is" if choice == "auto" else " by the recipe, but it is"
         say(f"a step was to be one CUDA graph{so_far} launched operator by operator: {unable}")
-    if wanted is None and max(flops for _, _, flops in phase_flops(recipe)) > SMALL:
-        return False
-    return False if unable else wanted
+    return False if unable or (wanted is None and not graphs_may_pay(recipe, world.size)) else wanted
 
 
 def why_launched(recipe: Recipe, world: World, split: Split) -> str:
