@@ -114,8 +114,8 @@ def choose_graphs(recipe: Recipe, world: World, split: Split, saved: StateFacts 
         return False
     unable = why_launched(recipe, world, split)
     if unable and wanted and world.is_main:
-        so_far = " so far, and is" if choice == "auto" else " by the recipe, but it is"
-        say(f"a step was to be one CUDA graph{so_far} launched operator by operator: {unable}")
+        so_far = "each step was one CUDA graph so far, and now" if choice == "auto" else "train.graphs: true, but"
+        say(f"{so_far} every operator of a step is launched: {unable}")
     return False if unable or (wanted is None and not graphs_may_pay(recipe, world.size)) else wanted
 
 
