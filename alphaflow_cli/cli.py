@@ -152,9 +152,11 @@ def run(args: Sequence[str]) -> int:
         click.echo(fault.format_message(), err=True)
         return _traced(debug, 2)
     except click.UsageError as fault:
-        ctx = fault.ctx or click.Context(group, info_name="alphaflow")  # click does not always know the command
+        from alphaflow_cli.commands.common import usage_message
+
+        ctx = fault.ctx or _context(rest)
         click.echo(ctx.get_usage(), err=True)
-        say_error(fault.format_message())
+        say_error(usage_message(fault, ctx, rest))
         return _traced(debug, 2)
     except click.ClickException as fault:
         say_error(fault.format_message())
@@ -170,6 +172,17 @@ def run(args: Sequence[str]) -> int:
             raise  # a bug of ours: its traceback is what we want to see
         say_error(line)
         return _traced(debug, 1)
+
+
+def _context(args: Sequence[str]) -> click.Context:
+    """The context of the command that the arguments name, whose usage click does not always know."""
+    ctx = click.Context(group, info_name="alphaflow", **SETTINGS)  # type: ignore[arg-type]
+    for word in args:
+        command = ctx.command.get_command(ctx, word) if isinstance(ctx.command, click.Group) else None
+        if command is None:
+            break
+        ctx = click.Context(command, info_name=word, parent=ctx)
+    return ctx
 
 
 def _without_output(lost: LostOutput) -> int:

@@ -50,9 +50,10 @@ class AlphaflowError(Exception):
     """An error that says what is wrong, where, and what to do. The command line prints it as `error: …` and exits 1."""
 
 
-def no_such_source(text: str) -> AlphaflowError:
-    """The error for a source of pictures that is a path and leads nowhere."""
-    return AlphaflowError(f"{brief(text)}: no such folder or archive. Others: hf://datasets/USER/NAME, shapes:4000")
+def no_such_source(text: str, likely: str = "") -> AlphaflowError:
+    """The error for a source of pictures that is a path and leads nowhere; `likely` is what may have been meant."""
+    advice = f"Did you mean {brief(likely)}?" if likely else "Others: hf://datasets/USER/NAME, shapes:4000"
+    return AlphaflowError(f"{brief(text)}: no such folder or archive. {advice}")
 
 
 class LostOutput(AlphaflowError):

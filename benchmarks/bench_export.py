@@ -6,6 +6,9 @@ Each form is written as `alphaflow export` writes it, then draws pictures of one
 thread. Each round runs every form once, in rotated order; round 0 is dropped. Reported are the medians of the process's
 own CPU time. `sample` is the generator of `alphaflow sample`, which computes whole groups of 16 rows at any batch.
 
+Before that, every form draws 16 seeds of each class (of ten at most), and the values that differ from those of `sample`
+are counted.
+
 --page adds the page in headless Chromium: wall-clock milliseconds of one graph run at each batch, median of 20.
 """
 
@@ -76,11 +79,25 @@ def size_of(path: Path) -> int:
     return sum(each.stat().st_size for each in ([path] if path.is_file() else path.rglob("*")) if each.is_file())
 
 
+def differences(source: Exported, folder: Path) -> dict[str, dict[str, float]]:
+    """How far every form is from `sample`: the largest difference of 255, and the share of the values that differ."""
+    classes = min(10, max(1, source.generator.recipe.data.classes))
+    works = drawing(source, folder, list(range(16)) * classes, [label for label in range(classes) for _ in range(16)])
+    drawn = {name: torch.as_tensor(work()) for name, work in works.items()}
+    apart = {name: (images.int() - drawn["sample"].int()).abs() for name, images in drawn.items() if name != "sample"}
+    return {name: {"largest": int(a.max()), "share": float((a > 0).double().mean())} for name, a in apart.items()}
+
+
 def makers(source: Exported, folder: Path, batch: int) -> dict[str, Callable[[int], Work]]:
-    """One way to draw `batch` pictures for each form."""
+    """One way to draw `batch` pictures for each form, as `paired` wants it."""
+    works = drawing(source, folder, list(range(batch)), [0] * batch)
+    return {name: partial(lambda work, _: work, work) for name, work in works.items()}
+
+
+def drawing(source: Exported, folder: Path, seeds: list[int], labels: list[int]) -> dict[str, Callable[[], Any]]:
+    """One way to draw these pictures for each form."""
     from diffusers import DiffusionPipeline
 
-    seeds, labels = list(range(batch)), [0] * batch
     given = dict(zip(source.names, source.inputs(seeds, labels), strict=True))
     arrays = {name: value.numpy() for name, value in given.items()}
     options = onnxruntime.SessionOptions()
@@ -89,19 +106,18 @@ def makers(source: Exported, folder: Path, batch: int) -> dict[str, Callable[[in
     module = torch.export.load(folder / "torch.pt2").module()
     pipe = DiffusionPipeline.from_pretrained(folder / "diffusers", trust_remote_code=True)
     pipe.set_progress_bar_config(disable=True)
-    chosen: dict[str, Any] = {"class_labels": labels} if "label" in given else {"num_images": batch}
+    chosen: dict[str, Any] = {"class_labels": labels} if "label" in given else {"num_images": len(seeds)}
 
-    def draw_by_diffusers() -> None:
-        pipe(**chosen, generator=[torch.Generator().manual_seed(seed) for seed in seeds], output_type="pt")
+    def draw_by_diffusers() -> Any:
+        return pipe(**chosen, generator=[torch.Generator().manual_seed(s) for s in seeds], output_type="pt").images
 
-    works: dict[str, Work] = {
+    return {
         "sample": lambda: source.generator.images(seeds, labels, source.walk),
-        "onnx": lambda: sessions[0].run(None, arrays),
-        "onnx fp16": lambda: sessions[1].run(None, arrays),
+        "onnx": lambda: sessions[0].run(None, arrays)[0],
+        "onnx fp16": lambda: sessions[1].run(None, arrays)[0],
         "torch": lambda: module(*given.values()),
         "diffusers": draw_by_diffusers,
     }
-    return {name: partial(lambda work, _: work, work) for name, work in works.items()}
 
 
 class Probe(SimpleHTTPRequestHandler):
@@ -163,11 +179,17 @@ def main(words: Sequence[str] | None = None) -> None:
             sizes["web"] = size_of(folder / "web")
             page = page_times(folder / "web")
         source = open_exported(options.checkpoint)
+        apart = differences(source, folder)
         times = {}
         for batch in BATCHES:
             table = paired(makers(source, folder, batch), options.rounds, "cpu")
             times[batch] = {form: 1000 * median(row[form] for row in table) / batch for form in table[0]}
-    figures: dict[str, object] = {"bytes": sizes, "milliseconds_per_picture": times, "page_milliseconds_per_run": page}
+    figures: dict[str, object] = {
+        "bytes": sizes,
+        "apart": apart,
+        "milliseconds_per_picture": times,
+        "page_milliseconds_per_run": page,
+    }
     record("export", "cpu", model=source.generator.recipe.name, rounds=options.rounds, **figures)
 
 

@@ -11,6 +11,9 @@ are hidden from them and from the processes that they start. `pytest -m gpu` lea
 written for one, and start new processes instead of forking. tests/test_other_device.py walks every verb over a device
 that is not the CPU on any machine.
 
+**The disk.** What a test writes is deleted when it has passed. It lies in memory where there is room (quick_folder),
+for the package syncs every file that it writes, and thousands of such waits are minutes.
+
 **Where things are.** The folders mirror the rooms of the package. What several tests use is in tests/helpers, which
 pyproject.toml puts on the path; tests/test_tests.py holds this. What takes more than 20 seconds has the marker `slow`.
 """
@@ -19,9 +22,10 @@ import gc
 import os
 
 import pytest
-from workers import count_workers, wants_gpu
+from workers import count_workers, quick_folder, wants_gpu
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", quick_folder())  # of tmp_path
 
 
 def pytest_configure(config):
@@ -36,14 +40,20 @@ def pytest_collection():
 
 
 def pytest_collection_finish():
-    """What is imported stays: the collector need not walk over it, nor a fork copy what the collector marks."""
+    """What is imported stays: the collector need not walk over it, nor a fork copy its marks. It comes rarely."""
     gc.enable()
     gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
 
 
 def pytest_xdist_auto_num_workers(config):
     """What `-n auto` means; 0 runs the tests in this process, as `-n 0` does."""
     return count_workers(config)
+
+
+def pytest_make_parametrize_id(val, argname):
+    """A long text is no name of a case: one with a clock in it would be another name in every process."""
+    return argname if isinstance(val, str | bytes) and len(val) > 120 else None
 
 
 @pytest.fixture

@@ -14,11 +14,9 @@ import pytest
 import torch
 from other_device import GPU, Elsewhere, other_device
 from PIL import Image
-from ruler import random_inception
+from ruler import Small, random_inception
 from snapshots import published_snapshot
 from tiny_autoencoders import tiny_kl
-from torch import nn
-from torch.nn import functional
 from train_helpers import largest_difference
 from workers import wants_gpu
 
@@ -27,7 +25,6 @@ from alphaflow_cli.analyze import analyze
 from alphaflow_cli.cli import run
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.evaluate import measure, score
-from alphaflow_cli.evaluate.features import Extractor
 from alphaflow_cli.evaluate.networks import BUILDERS
 from alphaflow_cli.runtime import precision, processes
 from alphaflow_cli.sample import generator, plan
@@ -40,6 +37,8 @@ TINY = (
     "optim.warmup_steps=2", "eval.images=100", "eval.reference=glyphs:200", "guidance.omega=0.7", "guidance.kappa=0.2",
     "guidance.label_dropout=0.1", "train.graphs=false",
 )  # fmt: skip
+
+FEW = ("train.steps=6", "alpha.start=1", "alpha.end=5", "train.conflict_every=0", "train.sample_every=6")
 
 
 @pytest.fixture
@@ -126,8 +125,7 @@ def test_train_runs_all_phases_and_draws_grids(trained):
     ],
 )
 def test_other_recipes_train_and_sample_too(device, tmp_path, sets):
-    short = ("train.steps=6", "alpha.start=1", "alpha.end=5", "train.conflict_every=0", "train.sample_every=6")
-    assert train_run("run", *short, *sets, options=["--micro-batch", "6"]) == 0
+    assert train_run("run", *FEW, *sets, options=["--micro-batch", "6"]) == 0
     assert run(["sample", "run", "--seeds", "0-2", "--nfe", "2", "--weights", "raw", "--latents", "l.npy"]) == 0
 
 
@@ -197,7 +195,7 @@ def test_a_gradient_that_is_not_finite_rolls_a_run_back(device, tmp_path, monkey
     assert "rolled back to step 6, with other draws" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("memory", ["resident", "streamed"])
+@pytest.mark.parametrize("memory", [pytest.param("resident", marks=pytest.mark.slow), "streamed"])
 def test_a_stopped_run_goes_on_to_the_same_weights(device, trained, tmp_path, monkeypatch, memory):
     if memory == "streamed":
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *args: (0, 0))
@@ -217,7 +215,7 @@ def test_a_stopped_run_goes_on_to_the_same_weights(device, trained, tmp_path, mo
 
 
 def test_train_begins_with_other_weights_and_estimates(device, trained, tmp_path, capsys):
-    assert train_run(tmp_path / "run", options=["--init-from", str(trained)]) == 0
+    assert train_run(tmp_path / "run", *FEW, options=["--init-from", str(trained)]) == 0
     assert train_run(tmp_path / "none", options=["--estimate"]) == 0
     assert "together:" in capsys.readouterr().out
 
@@ -236,24 +234,6 @@ def test_sample_draws_the_cpus_pictures(trained, tmp_path, monkeypatch):
         pictures = alphaflow_cli.load(trained).sample(2, classes=3, nfe=2)
     np.testing.assert_allclose(np.load("gpu.npy"), np.load("cpu.npy"), rtol=1e-4, atol=1e-4)
     assert pictures.tensor.device.type == "cpu"
-
-
-class Small(Extractor):
-    """A real network in Inception's place, which takes a minute for these pictures."""
-
-    id, dim, weights_sha256, preprocessing, known = "small", 8, "", "", True
-
-    def __init__(self, weights):
-        super().__init__()
-        draw = torch.Generator().manual_seed(0)
-        self.fc = nn.Parameter(torch.randn(5, 8, generator=draw))
-        self.kernel = nn.Parameter(torch.randn(8, 3, 4, 4, generator=draw) / 255)
-
-    def features(self, images):
-        return functional.conv2d(images.float(), self.kernel).relu().mean((2, 3))
-
-    def logits(self, features):
-        return features.to(self.fc.device) @ self.fc.T
 
 
 def measured(trained, capsys, *, weights=()):
@@ -308,7 +288,7 @@ def test_a_latent_model_is_prepared_trained_decoded_and_measured(device, tmp_pat
     assert run(["prep-latents", "set", "--size", "32", "--autoencoder", "kl", "--flips", "--out", "store"]) == 0
     sets = ("data.autoencoder=kl", "data.image_size=32", "data.channels=4", "data.latent_size=4", "data.classes=2",
             "data.flips=true", "model.patch=1", "eval.reference=glyphs:100")  # fmt: skip
-    assert train_run(tmp_path / "run", *sets, options=["--data", "store"]) == 0
+    assert train_run(tmp_path / "run", *FEW, *sets, options=["--data", "store"]) == 0
     assert run(["sample", "run", "--seeds", "0-4", "--grid", "g.png", "--autoencoder", "kl"]) == 0
     assert run(["eval", "run", "--decoder", "fp32", "--autoencoder", "kl"]) == 0
 

@@ -2,6 +2,8 @@
 
 import ast
 import os
+import tempfile
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -129,3 +131,9 @@ def test_one_file_one_test_and_whoever_watches_gets_one_process(monkeypatch):
     assert processes([one]) == processes([f"{one}::test_x", f"{one}::test_y[a::b]"]) == processes(["nowhere"]) == 0
     for options in ({"capture": "no"}, {"collectonly": True}, {"markexpr": "gpu"}):
         assert processes(["tests"], **options) == 0
+
+
+def test_the_tests_write_in_memory_only_where_there_is_room(tmp_path):
+    assert workers.quick_folder(tmp_path / "none") == tempfile.gettempdir()
+    assert workers.quick_folder("/proc") == tempfile.gettempdir(), "no room"
+    assert Path(os.environ["PYTEST_DEBUG_TEMPROOT"]).is_dir()

@@ -8,7 +8,6 @@ import click
 
 from alphaflow_cli.commands.common import (
     BATCH,
-    PROCESSES,
     SEED,
     Destination,
     WholeWithin,
@@ -20,6 +19,7 @@ from alphaflow_cli.commands.common import (
     json_option,
     print_json,
     print_table,
+    processes_option,
     share,
     tell,
 )
@@ -46,7 +46,7 @@ NAMES = {"tfm": "∇L_TFM", "tc": "∇L_TC", "fm": "∇L_FM'", "mean_flow": "∇
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Seed of rows, noise and times.")
 @click.option("--weights", type=click.Choice(["ema", "raw"]), default="ema", show_default=True, help="Which weights.")
 @click.option("--all-checkpoints", is_flag=True, help="Analyze every checkpoint that the run kept.")
-@click.option("--processes", type=PROCESSES, help="Processes to share the work. Default: one per GPU.")
+@processes_option
 @device_option
 @click.option("--out", type=Destination(is_folder=True), help="Folder for numbers and pictures. Default: RUN/analysis.")
 @json_option

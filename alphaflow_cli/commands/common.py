@@ -9,7 +9,9 @@ import stat
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
     from alphaflow_cli.runtime.processes import Processes
 
 UNSAFE = r"[\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u2069\ud800-\udfff\ufeff]"  # JSON itself escapes what is below
+SOURCE_LIKENESS = 0.7  # how alike two names of folders are before one is taken for a slip: fotos and photos are .73
+FIRST_RECIPES = ("quickstart", "cifar10", "b2")  # of many; named where one is missing
 LONGEST = 100_000  # letters of one printed text
 Command = TypeVar("Command", bound=Callable[..., Any])
 Shown = TypeVar("Shown")
@@ -170,6 +174,12 @@ def device_option(function: Command) -> Command:
     return click.option("--device", type=choice, help="What computes. Default: a GPU where there is one.")(function)
 
 
+def processes_option(function: Command) -> Command:
+    """Add `--processes N`; the command receives the number, or None for what the machine suggests."""
+    text = "Processes to share the work. Default: one per GPU."
+    return click.option("--processes", type=PROCESSES, help=text)(function)
+
+
 class NumberOrAuto(click.ParamType):  # type: ignore[type-arg]
     """A whole number, or auto, which becomes 0."""
 
@@ -216,7 +226,11 @@ def check_source(text: str) -> None:
         if ":" not in text and not re.search(r"\{\d+\.\.\d+\}|[*?[]", text):
             Path(text).expanduser().stat()
     except (FileNotFoundError, NotADirectoryError):
-        raise no_such_source(text) from None
+        from alphaflow_cli.model.find import alike
+
+        path = Path(text).expanduser()
+        likely = [str(path.with_name(name)) for name in alike(path.name, path.parent, likeness=SOURCE_LIKENESS)]
+        raise no_such_source(text, (likely or [""])[0]) from None
     except (OSError, ValueError, RuntimeError):  # opening it says why
         pass
 
@@ -227,6 +241,36 @@ def check_checkpoint(address: str, classes: str = "") -> None:
 
     check_address(address)
     check_named_classes(address, classes)
+
+
+def usage_message(fault: click.UsageError, ctx: click.Context, args: Sequence[str]) -> str:
+    """What is wrong, and what to write instead: a value of the recipe for an option, or what an argument may be."""
+    message = fault.format_message()
+    if isinstance(fault, click.NoSuchOption) and any(param.name == "sets" for param in ctx.command.params):
+        assignment = _assignment(fault.option_name, args)
+        return f"No such option {fault.option_name!r}. Write: --set {assignment}" if assignment else message
+    if not (isinstance(fault, click.MissingParameter) and isinstance(fault.param, click.Argument)):
+        return message
+    wanted = fault.param.make_metavar(ctx)
+    if wanted == "RECIPE":
+        return f"{message} Give a file, or a shipped recipe: {', '.join(FIRST_RECIPES)}, … (alphaflow recipe ls)"
+    if "RUN" in wanted or "CKPT" in wanted:
+        from alphaflow_cli.model.find import runs_here
+
+        return f"{message} Runs here: {', '.join(runs_here()) or 'none yet; alphaflow train quickstart makes one'}"
+    return message
+
+
+def _assignment(option: str, args: Sequence[str]) -> str:
+    """What to give --set in place of an option that has the name of a recipe's value; empty where none has."""
+    from alphaflow_cli.recipe.loader import flatten
+    from alphaflow_cli.recipe.schema import Recipe
+
+    name = option.removeprefix("--").replace("-", "_")
+    field = next((field for field in flatten(Recipe()) if field.split(".")[-1] == name), "")
+    joined = next((word.partition("=")[2] for word in args if word.startswith(f"{option}=")), "")
+    after = next((after for before, after in pairwise([*args, ""]) if before == option and after[:1] != "-"), "")
+    return f"{field}={quote(joined or after or 'VALUE')}" if field else ""
 
 
 def begin(what: str) -> None:

@@ -10,20 +10,19 @@ import click
 from alphaflow_cli.commands.common import (
     IMAGES,
     NFE,
-    PROCESSES,
     Destination,
     NumberWithin,
     WholeWithin,
     begin,
-    complete_path,
     device_option,
     examples,
     json_option,
     print_json,
     print_table,
+    processes_option,
     share,
 )
-from alphaflow_cli.commands.measuring import Metrics, metrics_option
+from alphaflow_cli.commands.measuring import Metrics, metrics_option, reference_option
 from alphaflow_cli.text import shorten
 
 if TYPE_CHECKING:
@@ -81,14 +80,9 @@ def to_merges(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]
 @click.option("--scores/--no-scores", "scored", default=True, help="Draw and measure each average, or only make it.")
 @click.option("--nfe", multiple=True, type=NFE, help="Evaluations per picture; repeatable. Default: the recipe's.")
 @metrics_option
-@click.option(
-    "--reference",
-    metavar="FILE|SOURCE",
-    shell_complete=complete_path,
-    help="What to compare with. Default: the recipe's.",
-)
+@reference_option("What to compare with. Default: the recipe's.")
 @click.option("--images", type=IMAGES, help="Number of pictures. Default: the recipe's eval.quick_images.")
-@click.option("--processes", type=PROCESSES, help="Processes to share the work. Default: one per GPU.")
+@processes_option
 @device_option
 @click.option(
     "--out", type=Destination(is_folder=True, holds_weights=True), help="Folder. Default: RUN/averages/step-N."
@@ -112,8 +106,8 @@ def command(
 ) -> None:
     """Make averages of the weights that a run did not keep, of those that it kept, and score all in one table.
 
-    Each becomes a checkpoint, which sample, eval and push take. The table says how near its profile over the steps
-    comes to the wanted one. The averages that the run kept are in it too; as a check, each is made of the others.
+    Each becomes a checkpoint, which sample, eval and push take. The table says how far it is expected to be
+    from the true average. The averages that the run kept are in it too; as a check, each is made of the others.
     """
     from alphaflow_cli.model.find import check_run
 
@@ -133,7 +127,7 @@ def show(made: "tuple[list[Average], Path, int]", *, as_json: bool) -> None:
     averages, folder, step = made
     if as_json:
         listed = [
-            {"name": each.name, "path": str(each.path), "profile_error": each.profile_error, "check": each.check}
+            {"name": each.name, "path": str(each.path), "expected_error": each.expected_error, "check": each.check}
             | {"evaluations": [evaluation.as_dict() for evaluation in each.evaluations]}
             for each in averages
         ]
@@ -155,6 +149,6 @@ def table(averages: "list[Average]") -> tuple[tuple[str, ...], list[tuple[str, .
     columns = list(dict.fromkeys(name for each in cells for name in each))
     lines = []
     for average, scores in zip(averages, cells, strict=True):
-        errors = ("" if error is None else f"{error:.1e}" for error in (average.profile_error, average.check))
+        errors = ("" if error is None else f"{error:.1e}" for error in (average.expected_error, average.check))
         lines.append((average.name, *errors, *(scores.get(name, "") for name in columns)))
-    return ("average", "profile error", "check", *columns), lines
+    return ("average", "expected error", "check", *columns), lines

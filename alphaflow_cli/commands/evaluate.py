@@ -9,25 +9,31 @@ import click
 
 from alphaflow_cli.commands.common import (
     IMAGES,
-    PROCESSES,
     Destination,
     autoencoder_option,
     begin,
     check_source,
     checkpoint_argument,
-    complete_path,
     decoder_option,
     device_option,
     examples,
     json_option,
     print_json,
     print_table,
+    processes_option,
     share,
     tell,
     threads_option,
 )
 from alphaflow_cli.commands.labelling import given_labelling, image_column_option
-from alphaflow_cli.commands.measuring import Metrics, Weights, batch_option, metrics_option, weights_option
+from alphaflow_cli.commands.measuring import (
+    Metrics,
+    Weights,
+    batch_option,
+    metrics_option,
+    reference_option,
+    weights_option,
+)
 from alphaflow_cli.commands.walking import walk_options
 from alphaflow_cli.recipe.schema import LabelDraw
 
@@ -51,12 +57,7 @@ EXAMPLES = examples(
 @walk_options(nfe="Evaluations per picture; repeatable. Default: the recipe's.")
 @click.option("--sweep-midpoint", is_flag=True, help="Two steps, with the midpoint at 0.1, 0.2, … 0.9.")
 @metrics_option
-@click.option(
-    "--reference",
-    metavar="FILE|SOURCE",
-    shell_complete=complete_path,
-    help="Reference statistics, or the real pictures themselves.",
-)
+@reference_option("Reference statistics, or the real pictures themselves.")
 @click.option("--images", type=IMAGES, help="Number of pictures. Default: the recipe's; for IMAGES, all.")
 @click.option(
     "--draw", type=click.Choice(["random", "balanced"]), help="How the labels of generated pictures are drawn."
@@ -65,7 +66,7 @@ EXAMPLES = examples(
 @decoder_option
 @image_column_option
 @batch_option
-@click.option("--processes", type=PROCESSES, help="Processes to share the work. Default: one per GPU.")
+@processes_option
 @device_option
 @threads_option
 @weights_option

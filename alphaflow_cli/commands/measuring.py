@@ -1,11 +1,12 @@
-"""What `eval` and `reference` share on the command line: metrics, weights, batch."""
+"""What `eval`, `reference` and `ema` share on the command line: metrics, weights, batch."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import get_args
 
 import click
 
-from alphaflow_cli.commands.common import BATCH, Command
+from alphaflow_cli.commands.common import BATCH, Command, complete_path
 from alphaflow_cli.recipe.schema import Metric
 
 Metrics = tuple[Metric, ...]
@@ -18,6 +19,11 @@ def metrics_option(function: Command) -> Command:
     names = ", ".join(get_args(Metric))
     option = click.option("--metrics", callback=_parse_metrics, metavar="NAME,...", help=f"Any of {names}.")
     return option(function)
+
+
+def reference_option(text: str) -> Callable[[Command], Command]:
+    """Add `--reference FILE|SOURCE`, completed by paths; `text` says what it is for."""
+    return click.option("--reference", metavar="FILE|SOURCE", shell_complete=complete_path, help=text)
 
 
 def weights_option(function: Command) -> Command:

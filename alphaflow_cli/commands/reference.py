@@ -8,7 +8,6 @@ import click
 
 from alphaflow_cli.commands.common import (
     IMAGES,
-    PROCESSES,
     SIZE,
     Destination,
     WholeWithin,
@@ -20,6 +19,7 @@ from alphaflow_cli.commands.common import (
     json_option,
     print_json,
     print_table,
+    processes_option,
     share,
     tell,
 )
@@ -53,7 +53,7 @@ EXAMPLES = examples(
 )  # fmt: skip
 @image_column_option
 @batch_option
-@click.option("--processes", type=PROCESSES, help="Processes to share the work. Default: one per GPU.")
+@processes_option
 @device_option
 @weights_option
 @click.option(

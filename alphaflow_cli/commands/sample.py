@@ -9,7 +9,6 @@ import click
 
 from alphaflow_cli.commands.common import (
     BATCH,
-    PROCESSES,
     Destination,
     autoencoder_option,
     begin,
@@ -18,6 +17,7 @@ from alphaflow_cli.commands.common import (
     decoder_option,
     device_option,
     examples,
+    processes_option,
     share,
     threads_option,
 )
@@ -104,7 +104,7 @@ class PicturesOut(click.ParamType):  # type: ignore[type-arg]
 @click.option("--grid", type=Destination(), help="One picture of all, at most the first 1,000: .png, .jpg or .webp.")
 @click.option("--latents", type=Destination(), help="The network's own latents as .npy (n, C, h, w).")
 @click.option("--batch", type=BATCH, default=64, show_default=True, help="Pictures at once.")
-@click.option("--processes", type=PROCESSES, help="Processes to share the work. Default: one per GPU.")
+@processes_option
 @device_option
 @threads_option
 def command(

@@ -189,6 +189,8 @@ def show_plan(
     resolved: "Resolved", options: "TrainOptions", processes: int, *, estimate: bool, hours: float | None, as_json: bool
 ) -> None:
     """Print what the run would be: by arithmetic for --dry-run, by timed steps too for --estimate and --hours."""
+    if estimate or hours:
+        begin(f"timing a few steps of each phase of {resolved.recipe.name} on this machine")
     from alphaflow_cli.train.estimate import describe_run, estimate_training
     from alphaflow_cli.train.hours import fit_hours, measure_phases_of
     from alphaflow_cli.train.start import doubts

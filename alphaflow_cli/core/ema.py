@@ -17,6 +17,16 @@ profiles, with the same factors, add up to it (arXiv:2312.02696, section 3). The
     p(k) = ((k + 1)/N)^(γ+1) − (k/N)^(γ+1),   relative width σ = √(γ+1) / ((γ+2) √(γ+3))
 
 σ is the standard deviation of k/N.
+
+How far such a sum Σ c_j A_j is from the wanted average, relative to the weights' size, can be expected beforehand. Let
+p be the wanted profile, p_j that of A_j. Step k moves the weights by m_k of their size, in a direction that the
+optimiser's momentum b keeps for a while (the directions of two steps have the cosine b to the power of their distance):
+
+    x_k = m_{k+1} Σ_{i ≤ k} (Σ_j c_j p_j(i) − p(i)),   y_k = b y_{k−1} + √(1 − b²) x_k
+    error² = Σ_k y_k² + Σ_h rounding_h²
+
+An average is kept in float32, and each of its steps rounds it by a ROUNDING of its size. The next steps let that fade
+as they let the weights fade, so averages of one half-life h share it: rounding_h is what Σ c_j leaves of it.
 """
 
 import math
@@ -25,6 +35,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+# rms of rounding to float32, relative: half a unit of the last place at most, evenly, of values spread over all sizes
+ROUNDING = 2.0**-23 / math.sqrt(12 * 1.5 / math.log(2))
 
 
 def ema_beta(step: int, *, half_life: float, ramp: float, every: int) -> float:
@@ -62,6 +75,15 @@ class Decay:
         initial = [torch.exp(end + self.first)[None]] if places.start < 0 else []
         return torch.cat([*initial, shares, shares.new_zeros(max(0, places.stop - max(places.start, step)))])
 
+    def roundings(self, steps: Sequence[int]) -> Tensor:
+        """What rounding left in the averages of these steps: born up to average i, after the one before, still in j."""
+        ends, before = self.total[torch.tensor(steps) - 1], [0, *steps[:-1]]
+        born = []
+        for end, first, last in zip(ends, before, steps, strict=True):
+            moved = self.logs[first:last] < 0.0
+            born.append((torch.exp(2 * (end - self.total[first:last])) * moved).sum().sqrt())
+        return ROUNDING * torch.stack(born)[:, None] * torch.exp(ends - ends[:, None]).triu()
+
 
 def power_profile(gamma: float, step: int, places: range) -> Tensor:
     """The shares of the weights after the steps in `places` in the power-function average of `step` steps."""
@@ -80,10 +102,24 @@ def power_of_width(width: float) -> float:
     return (low + high) / 2
 
 
-def factors(triangle: Tensor, columns: Sequence[int], target: int) -> Tensor:
-    """The factors, which sum to 1, of the profiles in `columns` whose sum is nearest to that in column `target`.
+def with_momentum(rows: Tensor, before: Tensor, b: float) -> Tensor:
+    """The y of these x, row by row, from the y before the first; by doubling how far back the sums reach."""
+    y, reach = torch.cat([before, math.sqrt(1 - b * b) * rows]), 1
+    while reach < len(y) and b**reach > 1e-18:
+        y[reach:] += b**reach * y[:-reach]
+        reach *= 2
+    return y[1:]
 
-    `triangle`: R of the QR decomposition of all profiles, which has their inner products.
+
+def momentum_tail(last: Tensor, b: float) -> Tensor:
+    """One row that stands for the endless ones after the last step, where x is 0 and y fades."""
+    return last * b / math.sqrt(1 - b * b)
+
+
+def factors(triangle: Tensor, columns: Sequence[int], target: int) -> Tensor:
+    """The factors, which sum to 1, of the averages in `columns` whose sum is nearest to the one in column `target`.
+
+    `triangle`: R of the QR decomposition of what each of them adds to the error, which has all inner products.
     """
     base, rest = triangle[:, columns[0]], triangle[:, list(columns[1:])]
     solved = torch.linalg.lstsq(

@@ -1,11 +1,12 @@
 """`ema`: averages that a run did not keep, made of those that it did, sampled and scored in one table.
 
-Every average of a run is a sum of its weights over the steps, with the shares of its profile (core/ema.py). The factors
-whose sum of kept profiles is nearest to the wanted profile, applied to the kept weights, give the wanted average, as
-far as the profiles go. How far that is, the table says in two ways:
+Every average of a run is a sum of its weights over the steps, with the shares of its profile (core/ema.py). Of what the
+run kept, the command takes the sum that is expected to be nearest to the wanted average. Three things decide that: the
+profiles, how far and how straight the weights move from step to step, and what rounding left in the kept averages. How
+near that is, the table says in two ways:
 
-    profile error   the distance of the two profiles, relative to the wanted one's size: no weights are needed for it
-    check           of an average that the run kept: it is made of all the others, and its weights are compared
+    expected   the expected distance from the wanted average, relative to the weights' size
+    check      of an average that the run kept: it is made of all the others, and its weights are compared
 """
 
 import json
@@ -13,6 +14,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from alphaflow_cli.core.ema import Decay, factors, power_of_width, power_profile
+from alphaflow_cli.core.ema import Decay, factors, momentum_tail, power_of_width, power_profile, with_momentum
 from alphaflow_cli.errors import AlphaflowError, blamed_on
 from alphaflow_cli.evaluate.evaluate import EvalRequest, evaluate_checkpoint
 from alphaflow_cli.evaluate.results import Evaluation
@@ -37,7 +39,7 @@ from alphaflow_cli.sample.grid import grid_by_walk
 from alphaflow_cli.sample.walk import draw_labels, plan_walk
 
 BLOCK = 1 << 16  # steps of all profiles at once: a run of a million steps takes no more memory
-COARSE = 0.1  # profile error above which a line warns
+COARSE = 1e-3  # expected error above which a line warns: rounding to bf16 changes the weights as much
 NOTHING = 1e-12  # a smaller factor adds less than a float32 can show
 SEEDS = 8  # pictures of each average in the grid
 Profile = Callable[[range], Tensor]
@@ -75,7 +77,7 @@ class Average:
 
     name: str
     path: Path
-    profile_error: float | None = None  # None: there is nothing else to make it of
+    expected_error: float | None = None  # relative to its size; None: there is nothing to make it of, or to measure by
     check: float | None = None  # of a kept one: how far what the others make of it is from it, relative to its size
     factors: tuple[tuple[str, float], ...] = ()
     evaluations: Sequence[Evaluation] = ()
@@ -137,22 +139,26 @@ def plan_averages(
     request: EmaRequest, recipe: Recipe, step: int, snapshots: list[Snapshot], folder: Path
 ) -> list[Average]:
     """Find the factors of every average: of those kept at this step, made of the others, then of the wanted ones."""
-    kept = [each for each in snapshots if each.step == step and each.half_life > 0]
-    own: list[float | None] = [each.half_life for each in kept]
-    lives = [life for life in request.half_lives if life not in own]
+    kept = [j for j, each in enumerate(snapshots) if each.step == step and each.half_life > 0]
+    lives = [life for life in request.half_lives if life not in [snapshots[j].half_life for j in kept]]
     decay = {life: _decay(recipe, step, life) for life in {*lives, *(s.half_life for s in snapshots if s.half_life)}}
-    profiles = [_exponential(decay[life], step) for life in [*(each.half_life for each in kept), *lives]]
-    profiles += [_power(power_of_width(width), step) for width in request.widths]
-    triangle = triangle_of([*(_column(each, decay) for each in snapshots), *profiles], step)
-    names = [(f"half-life {each.half_life:g}, kept", each.path) for each in kept]
+    wanted = [_exponential(decay[life], step) for life in lives]
+    wanted += [_power(power_of_width(width), step) for width in request.widths]
+    columns = [*(_column(each, decay) for each in snapshots), *wanted]
+    momentum, roundings = recipe.optim.betas[0], rounding_rows(snapshots, decay, len(columns))
+    motion = motion_of(snapshots, columns, step, momentum)
+    triangle = triangle_of(columns, torch.ones(step + 1) if motion is None else motion, momentum, roundings)
+    targets = [*kept, *range(len(snapshots), len(columns))]
+    names = [(f"half-life {snapshots[j].half_life:g}, kept", snapshots[j].path) for j in kept]
     names += [(f"half-life {life:g}", folder / f"ema-{life:g}.safetensors") for life in lives]
     names += [(f"power {width:g}", folder / f"power-{width:g}.safetensors") for width in request.widths]
-    own += [None] * (len(names) - len(own))
-    merged = [_merged(snapshots, step, *each, folder) for each in request.merges]
-    return [
-        _made_of(Average(name, path), snapshots, triangle, len(snapshots) + i, without=half_life)
-        for i, ((name, path), half_life) in enumerate(zip(names, own, strict=True))
-    ] + merged
+    made = [
+        _made_of(Average(name, path), snapshots, triangle, target)
+        for target, (name, path) in zip(targets, names, strict=True)
+    ]
+    if motion is None:
+        made = [replace(each, expected_error=None) for each in made]
+    return made + [_merged(snapshots, step, *each, folder) for each in request.merges]
 
 
 def _merged(snapshots: list[Snapshot], step: int, earlier: int, factor: float, folder: Path) -> Average:
@@ -166,17 +172,16 @@ def _merged(snapshots: list[Snapshot], step: int, earlier: int, factor: float, f
     return Average(f"merge {earlier}:{factor:g}", path, factors=factors)
 
 
-def _made_of(
-    average: Average, snapshots: list[Snapshot], triangle: Tensor, target: int, *, without: float | None
-) -> Average:
-    """The average with its factors; a kept one is made without any of its own half-life."""
-    others = [j for j, each in enumerate(snapshots) if each.half_life != without]
+def _made_of(average: Average, snapshots: list[Snapshot], triangle: Tensor, target: int) -> Average:
+    """The average with its factors; a kept one, whose column is its own, is made without any of its own half-life."""
+    own = snapshots[target].half_life if target < len(snapshots) else None
+    others = [j for j, each in enumerate(snapshots) if each.half_life != own]
     if not others:
         return average
     chosen = factors(triangle, others, target)
     gap = triangle[:, others] @ chosen - triangle[:, target]
     listed = tuple((str(snapshots[j].path), float(c)) for j, c in zip(others, chosen, strict=True))
-    return replace(average, profile_error=float(gap.norm() / triangle[:, target].norm()), factors=listed)
+    return replace(average, expected_error=float(gap.norm()), factors=listed)
 
 
 def _decay(recipe: Recipe, steps: int, half_life: float) -> Decay:
@@ -198,24 +203,77 @@ def _power(gamma: float, step: int) -> Profile:
     return lambda places: power_profile(gamma, step, places)
 
 
-def triangle_of(columns: Sequence[Profile], steps: int) -> Tensor:
-    """R of the QR decomposition of the profiles over all steps, block by block: it has all their inner products."""
-    triangle = torch.zeros((0, len(columns)), dtype=torch.float64)
+def rounding_rows(snapshots: list[Snapshot], decay: dict[float, Decay], width: int) -> Tensor:
+    """What rounding left in each kept average, as rows of the least squares; the weights themselves are exact."""
+    rows = [torch.zeros((0, width), dtype=torch.float64)]
+    for half_life in sorted({each.half_life for each in snapshots} - {0.0}):
+        of_it = [j for j, each in enumerate(snapshots) if each.half_life == half_life]
+        block = torch.zeros((len(of_it), width), dtype=torch.float64)
+        block[:, of_it] = decay[half_life].roundings([snapshots[j].step for j in of_it])
+        rows.append(block)
+    return torch.cat(rows)
+
+
+def motion_of(snapshots: list[Snapshot], columns: Sequence[Profile], step: int, momentum: float) -> Tensor | None:
+    """How far each step moves the weights, relative to their size: as between the kept weights around it.
+
+    Where those of one step only were kept, it is measured between two of the averages. None: there is one file alone.
+    """
+    kept = [j for j, each in enumerate(snapshots) if each.half_life == 0] or [0]
+    pairs = list(pairwise(kept)) or [(0, len(snapshots) - 1)] * (len(snapshots) > 1)
+    if not pairs:
+        return None
+    lengths = distances([(snapshots[i].path, snapshots[j].path) for i, j in pairs])
+    motion, places, done = torch.zeros(step + 1, dtype=torch.float64), range(-1, step), 0
+    for (i, j), length in zip(pairs, lengths, strict=True):
+        shares = (columns[j](places) - columns[i](places)).cumsum(0)[:, None]
+        moved = with_momentum(shares, torch.zeros((1, 1), dtype=torch.float64), momentum)
+        apart = torch.cat([moved, momentum_tail(moved[-1:], momentum)]).norm()
+        motion[done:] = length / max(float(apart), NOTHING)
+        done = snapshots[j].step
+    return motion
+
+
+def distances(pairs: Sequence[tuple[Path, Path]]) -> list[float]:
+    """How far the weights of each two files are apart, relative to the size of the last file's."""
+    lengths, size = [], 0.0
+    with Progress("compare", len(pairs), unit="pair") as bar:
+        for paths in pairs:
+            with _opened(paths[0]) as before, _opened(paths[1]) as after:
+                names = [name for name in after.keys() if name.startswith("net.")]  # noqa: SIM118 (it is no mapping)
+                apart = size = 0.0
+                for name in names:
+                    here = after.get_tensor(name).double()
+                    there = _part(before, paths[0], name, here)
+                    apart += float((here - there).square().sum())
+                    size += float(here.square().sum())
+            lengths.append(math.sqrt(apart))
+            bar.advance(1)
+    return [length / math.sqrt(size) for length in lengths]
+
+
+def triangle_of(columns: Sequence[Profile], motion: Tensor, momentum: float, roundings: Tensor) -> Tensor:
+    """R of the QR decomposition of what each column adds to the error, block by block: it has all inner products."""
+    triangle, steps = roundings, len(motion) - 1
+    shares = moved = torch.zeros((1, len(columns)), dtype=torch.float64)
     for first in range(-1, steps, BLOCK):
         places = range(first, min(first + BLOCK, steps))
-        rows = torch.stack([column(places) for column in columns], dim=1)
-        triangle = torch.linalg.qr(torch.cat([triangle, rows]), mode="r").R
+        sums = shares + torch.stack([column(places) for column in columns], dim=1).cumsum(0)
+        rows = with_momentum(sums * motion[places.start + 1 : places.stop + 1, None], moved, momentum)
+        shares, moved = sums[-1:], rows[-1:]
+        tail = [momentum_tail(moved, momentum)] if places.stop == steps else []
+        triangle = torch.linalg.qr(torch.cat([triangle, rows, *tail]), mode="r").R
     return triangle
 
 
 def warn_of_coarse(averages: list[Average]) -> None:
     """Say which of the new averages are far from what was wanted."""
     for average in averages:
-        if not average.is_kept and average.profile_error is not None and average.profile_error > COARSE:
+        if not average.is_kept and average.expected_error is not None and average.expected_error > COARSE:
             say(
-                f"beware: {average.name}: its profile is met to {average.profile_error:.0%} only, by the "
-                f"{len(average.factors)} files that the run kept. Keep more of them next time: train.keep, "
-                "train.milestone_every, ema.half_lives"
+                f"beware: {average.name}: its weights are expected to be {average.expected_error:.1%} of their size "
+                f"away from the true average, made of the {len(average.factors)} files that the run kept. Keep more "
+                "of them next time: train.keep, train.milestone_every, ema.half_lives"
             )
 
 
@@ -236,6 +294,13 @@ def _opened(path: Path) -> Any:
         return safe_open(str(path), framework="pt")
 
 
+def _part(file: Any, path: str | Path, name: str, like: Tensor) -> Tensor:
+    part: Tensor = file.get_tensor(name)
+    if part.shape != like.shape:
+        raise AlphaflowError(f"{path}: {name} has another shape than in the run's other checkpoints.")
+    return part.double()
+
+
 def _write_average(average: Average, template: Checkpoint, files: dict[str, Any]) -> Average:
     kept = files.get(str(average.path))
     apart = size = 0.0
@@ -245,10 +310,7 @@ def _write_average(average: Average, template: Checkpoint, files: dict[str, Any]
         for path, factor in average.factors:
             if abs(factor) < NOTHING:
                 continue
-            part = files[path].get_tensor(f"net.{name}")
-            if part.shape != like.shape:
-                raise AlphaflowError(f"{path}: {name} has another shape than in the run's newest checkpoint.")
-            total += factor * part.double()
+            total += factor * _part(files[path], path, f"net.{name}", like)
         if kept is not None:
             true = kept.get_tensor(f"net.{name}").double()
             apart += float((total.float().double() - true).square().sum())
@@ -257,7 +319,7 @@ def _write_average(average: Average, template: Checkpoint, files: dict[str, Any]
     if kept is not None:
         return replace(average, check=math.sqrt(apart / size))
     half_life = float(average.name.removeprefix("half-life ")) if average.name.startswith("half-life") else None
-    made = {"name": average.name, "files": len(average.factors), "profile_error": average.profile_error}
+    made = {"name": average.name, "files": len(average.factors), "expected_error": average.expected_error}
     origin = template.origin | {"weights": "ema", "half_life": half_life, "averaged_again": made}
     save_checkpoint(average.path, replace(template, weights=weights, origin=origin))
     return average
@@ -300,7 +362,7 @@ def _document(averages: list[Average], step: int, folder: Path) -> dict[str, Any
             {
                 "name": each.name,
                 "file": each.path.name,
-                "profile_error": each.profile_error,
+                "expected_error": each.expected_error,
                 "check": each.check,
                 "factors": [[f"{Path(path).parent.name}/{Path(path).name}", factor] for path, factor in each.factors],
                 "evaluations": [evaluation.as_dict() for evaluation in each.evaluations],

@@ -42,7 +42,7 @@ from alphaflow_cli.evaluate.reference import (
 from alphaflow_cli.evaluate.results import NEEDS_MOMENTS, NETWORK, TITLE, Evaluation, Row, save_results
 from alphaflow_cli.evaluate.score import Measured, check_reference, score
 from alphaflow_cli.files import make_folder, sha256_of, write_whole
-from alphaflow_cli.model.find import run_folder
+from alphaflow_cli.model.find import model_name, run_folder
 from alphaflow_cli.nn.weights import FILES, MissingWeights, missing_weights
 from alphaflow_cli.recipe.schema import Eval, LabelDraw, Metric
 from alphaflow_cli.runtime.lock import NAME as LOCK
@@ -283,7 +283,8 @@ def evaluate_checkpoint(request: EvalRequest, processes: Processes) -> Report | 
             f"{request.checkpoint}: nothing to compare with. Give --reference FILE|SOURCE (alphaflow reference makes "
             "a file), or set eval.reference in the recipe."
         )
-    sources = [GeneratedImages(generator, walk, count=count, draw=draw) for walk in walks]
+    name = model_name(request.checkpoint, generator.recipe)
+    sources = [GeneratedImages(generator, walk, count=count, draw=draw, name=name) for walk in walks]
     run = run_folder(request.checkpoint)
     folder = request.out or (run / "evals" if run else Path("evals"))
     evaluations = evaluate_all(request, processes, sources, metrics, reference, folder)

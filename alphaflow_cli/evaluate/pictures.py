@@ -203,7 +203,7 @@ def _spread(lines: Sequence[int], limit: int | None) -> Sequence[int]:
 class GeneratedImages(ImageSource):
     """The pictures that a checkpoint draws by one walk through time, picture i with seed i."""
 
-    def __init__(self, generator: Generator, walk: Walk, *, count: int, draw: str) -> None:
+    def __init__(self, generator: Generator, walk: Walk, *, count: int, draw: str, name: str = "") -> None:
         self._generator, self._walk, self._draw = generator, walk, draw
         self.count, self.seconds = count, {"network": 0.0, "decoder": 0.0}
         side, learnt = generator.recipe.data.image_size, generator.origin.get("crop") or generator.recipe.data.crop
@@ -212,7 +212,7 @@ class GeneratedImages(ImageSource):
         self._seeds = range(FIRST_SEED, FIRST_SEED + count)
         classes = generator.recipe.data.classes
         self._labels = LazyLabels(self._seeds, lambda places, seeds: draw_labels(seeds, classes, draw))
-        self.label = f"{generator.recipe.name or 'checkpoint'}, {walk.nfe} NFE, {walk}"
+        self.label = f"{name or generator.recipe.name or 'checkpoint'}, {walk.nfe} NFE, {walk}"
         self.task = f"{walk.nfe} NFE: sampling, features"
         self._queued = deque[tuple[Arriving, Laps]]()
 

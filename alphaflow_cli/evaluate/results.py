@@ -40,7 +40,7 @@ NEEDS_FEATURES: tuple[Metric, ...] = ("kid", "pr")  # of single pictures of the 
 NEEDS_MOMENTS: tuple[Metric, ...] = ("fid", "fdd", "fcd", "fd-tiny")  # the reference's mean and covariance
 MOST_KEPT = 900  # evaluations of one results.json; up to 1,000 are read again
 RESULTS_SCHEMA = "alphaflow-results/1"
-DIGITS = {"KID": 6, "precision": 4, "recall": 4, "density": 4, "coverage": 4}  # after the point; others: 4 significant
+DIGITS = {"KID": 6, "precision": 4, "recall": 4, "density": 4, "coverage": 4}  # after the point; others: 2
 
 SPACE = Table({"network": Text(200), "weights_sha256": Text(64), "preprocessing": Text(300), "dim": Whole(0)})
 PICTURES = Table(optional={"checkpoint_sha256": Maybe(Text(64)), "nfe": Maybe(Whole(0, 10**9))}, others=Anything())
@@ -152,10 +152,10 @@ def environment() -> dict[str, str]:
 
 
 def value_text(row: Row) -> str:
-    """Write a value with as many digits as mean something, and its spread: `12.34`, `0.001234 ± 0.0002`."""
+    """Write a value with two decimals, or more where it is small, and its spread: `12.30`, `0.001234 ± 0.0002`."""
     title = row.name.split("(")[0].split("-")[0]
     digits = DIGITS.get(title)
-    form, spread = (f".{digits}f",) * 2 if digits else (".1f" if row.value >= 1000 else ".4g", ".2g")
+    form, spread = (f".{digits}f",) * 2 if digits else (".2f" if abs(row.value) >= 0.1 else ".4g", ".2g")
     return f"{row.value:{form}}" + ("" if row.spread is None else f" ± {row.spread:{spread}}")
 
 

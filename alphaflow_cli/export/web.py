@@ -20,6 +20,7 @@ from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.export.graph import Difference, Exported, open_exported, reference_pictures
 from alphaflow_cli.export.onnx import build_model, check_onnx, pack, write_graph
 from alphaflow_cli.files import make_folder, write_whole
+from alphaflow_cli.model.find import model_name
 from alphaflow_cli.recipe.plan import label_rows, parameter_count
 from alphaflow_cli.remote.registry import NpmPackage, fetch_package
 from alphaflow_cli.sample.walk import plan_walk
@@ -72,8 +73,9 @@ def export_web(
         raise AlphaflowError(f"{address}: its noise has fewer than {LEAST_NOISE} values, which the page cannot draw.")
     sources = [replace(first, walk=plan_walk(first.generator.recipe, nfe=nfe)) for nfe in STEPS]
     references = [reference_pictures(source) for source in sources]  # before the network is touched
+    name = model_name(address, first.generator.recipe, unnamed="A picture in one step")
     make_folder(folder / "ort")
-    write_whole(folder / FACTS, json.dumps(_facts(sources, half=half), indent=1, ensure_ascii=False) + "\n")
+    write_whole(folder / FACTS, json.dumps(_facts(sources, name, half=half), indent=1, ensure_ascii=False) + "\n")
     for name, content in archive.items():
         write_whole(folder / "ort" / name, content)
     for path in sorted(PAGE.iterdir()):
@@ -101,14 +103,14 @@ def _runtime_files(archive: bytes) -> dict[str, bytes]:
     return files
 
 
-def _facts(sources: Sequence[Exported], *, half: bool) -> dict[str, Any]:
+def _facts(sources: Sequence[Exported], name: str, *, half: bool) -> dict[str, Any]:
     """What the page needs to know about the model."""
     generator = sources[0].generator
     recipe = generator.recipe
     size = f"{recipe.data.image_size} × {recipe.data.image_size} pixels"
     return {
         "made_by": f"alphaflow {__version__}",
-        "name": recipe.name or "A picture in one step",
+        "name": name,
         "about": f"A one-step image generator: {size}, {parameter_count(recipe):,} parameters.",
         "side": recipe.data.image_size,
         "shape": list(generator.shape),

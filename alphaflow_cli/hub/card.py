@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from alphaflow_cli.evaluate.results import best_founded, row_of
+from alphaflow_cli.evaluate.results import best_founded, row_of, value_text
 from alphaflow_cli.recipe import Recipe, dump_recipe
 from alphaflow_cli.recipe.plan import draws_scale, effective_scale, has_null_label, is_guided, needs_many_steps
 from alphaflow_cli.text import code_span, counted, for_markdown, for_terminal
@@ -304,8 +304,7 @@ def _results(facts: CardFacts) -> str:
         return "## Results\n\nNot measured yet: `alphaflow eval " + facts.repo + "`."
     lines = ["## Results", "", "| metric | value | protocol |", "|---|---|---|"]
     for row in rows:
-        spread = f" ± {row['spread']:.2g}" if row.get("spread") is not None else ""
-        cells = for_markdown(row["name"]), f"{row['value']:.4g}{spread}", for_markdown(protocol(row), limit=2000)
+        cells = for_markdown(row["name"]), value_text(row_of(row)), for_markdown(protocol(row), limit=2000)
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, "", "A number means its protocol: compare only where all of it is the same."])
 

@@ -30,7 +30,7 @@ from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.files import is_there, to_json, write_pieces
 from alphaflow_cli.latents.encode import writing_to
 from alphaflow_cli.latents.foreign import ForeignLatents, Second, described_count, open_foreign
-from alphaflow_cli.latents.plan import STORED_DTYPES, UNNAMED, shard_size
+from alphaflow_cli.latents.plan import STORED_DTYPES, record_of, shard_size
 from alphaflow_cli.latents.prepare import check_room
 from alphaflow_cli.nn.autoencoder import load_autoencoder, public_id
 from alphaflow_cli.runtime.lock import hold
@@ -128,17 +128,7 @@ def _record(request: ImportRequest, foreign: ForeignLatents) -> AutoencoderRecor
                 f"{brief(request.source)}: latents of {counted(foreign.latent[0], 'channel')}, and {model.id} makes "
                 f"{model.channels}. Give the autoencoder that made them: --autoencoder"
             )
-        record = AutoencoderRecord(
-            id=model.id,
-            revision=model.revision,
-            weights_sha256=model.weights_sha256,
-            downscale=model.downscale,
-            scale=model.scale,
-            shift=model.shift,
-            precision="unknown",
-            precision_error=None,
-            kind=None if model.kind in UNNAMED else model.kind,
-        )
+        record = record_of(model, "unknown", None)
     side = foreign.latent[1] * record.downscale
     if side != request.size:
         raise AlphaflowError(

@@ -159,20 +159,26 @@ def _encoder(
         )
     side = request.size // model.downscale
     chosen, error = _precision(request, listing, model, before, device)
-    record = AutoencoderRecord(
+    record = record_of(model, chosen, error)
+    return Encoder(record, (model.channels, side, side), "moments" if model.has_posterior else "mean", model)
+
+
+def record_of(model: Autoencoder, precision: str, error: float | None) -> AutoencoderRecord:
+    """What a manifest keeps of an autoencoder, and of the precision in which it encoded."""
+    mean, std = model.statistics or (None, None)
+    return AutoencoderRecord(
         id=model.id,
         revision=model.revision,
         weights_sha256=model.weights_sha256,
         downscale=model.downscale,
         scale=model.scale,
         shift=model.shift,
-        precision=chosen,
+        precision=precision,
         precision_error=error,
         kind=None if model.kind in UNNAMED else model.kind,
-        channel_mean=model.statistics[0] if model.statistics else None,
-        channel_std=model.statistics[1] if model.statistics else None,
+        channel_mean=mean,
+        channel_std=std,
     )
-    return Encoder(record, (model.channels, side, side), "moments" if model.has_posterior else "mean", model)
 
 
 def _autoencoder(request: StoreRequest, device: torch.device) -> Autoencoder:

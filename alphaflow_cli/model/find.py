@@ -19,6 +19,7 @@ from alphaflow_cli.remote.address import Repo, parse_address
 from alphaflow_cli.text import shorten
 
 MOST_LOOKED_AT, LIKENESS = 1000, 0.75  # names of a folder, and how alike two are before one is taken for a slip
+MOST_NAMED = 5  # runs in a message
 
 
 def step_name(step: int) -> str:
@@ -57,21 +58,30 @@ def nearby(path: Path) -> str:
     """A run or checkpoint here whose path is nearly this one, for a message; empty where there is none."""
     folders = [path.parent]
     if not path.parent.is_dir():
-        folders = [path.parent.with_name(name) for name in _alike(path.parent.name, path.parent.parent)]
+        folders = [path.parent.with_name(name) for name in alike(path.parent.name, path.parent.parent)]
     elif path.parent == Path():
         folders = [Path(), Path("runs")]
-    places = (folder / name for folder in folders for name in _alike(path.name, folder))
+    places = (folder / name for folder in folders for name in alike(path.name, folder))
     models = (place for place in places if place.suffix == ".safetensors" or (place / "recipe.yaml").is_file())
     return str(next(models, ""))
 
 
-def _alike(name: str, folder: Path) -> list[str]:
+def runs_here() -> list[str]:
+    """The runs in ./runs, the newest first, as many as a message takes."""
+    try:
+        runs = [path for path in islice(Path("runs").iterdir(), MOST_LOOKED_AT) if (path / "recipe.yaml").is_file()]
+        return [str(path) for path in sorted(runs, key=lambda path: path.stat().st_mtime, reverse=True)[:MOST_NAMED]]
+    except OSError:
+        return []
+
+
+def alike(name: str, folder: Path, *, likeness: float = LIKENESS) -> list[str]:
     """The names in a folder that this one may be a slip of, the likeliest first."""
     try:
         there = [entry.name for entry in islice(folder.iterdir(), MOST_LOOKED_AT)]
     except OSError:
         return []
-    return get_close_matches(name, there, cutoff=LIKENESS)
+    return get_close_matches(name, there, cutoff=likeness)
 
 
 def check_address(address: str) -> None:
@@ -142,6 +152,12 @@ def is_checkpoint(text: str) -> bool:
     if path.exists() or ":" in text:
         return path.suffix == ".safetensors"
     return path.suffix == ".safetensors" or (text.count("/") == 1 and not text.startswith((".", "/", "~")))
+
+
+def model_name(address: str, recipe: Recipe, *, unnamed: str = "checkpoint") -> str:
+    """What to call a model: as its run's folder, for several runs may be of one recipe; else as its recipe."""
+    run = run_folder(address)
+    return run.resolve().name if run else recipe.name or unnamed
 
 
 def default_grid(address: str) -> Path:

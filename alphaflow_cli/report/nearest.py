@@ -1,4 +1,4 @@
-"""Is it learnt by heart? For a run on few pictures: samples beside the training pictures that are nearest to them.
+"""For a run on few pictures: samples beside the training pictures that are nearest to them.
 
 A distance is the root mean square over all values of two pictures: in grey levels where the network makes pixels, else
 between latents, in units of their deviation. The mirror images that a run trains on count as training pictures. Beside
@@ -96,14 +96,15 @@ def _sentences(samples: Tensor, others: Tensor, count: int, unit: str) -> list[s
     close = float(others.quantile(0.05))
     copies = int((samples < close).sum())
     return [
-        f"Samples of seeds 0 to {SHOWN - 1}, and of the {count:,} training pictures those nearest to each; below them, "
-        f"the distance in {unit}.",
+        f"A model of few pictures may repeat some. The first line shows samples of seeds 0 to {SHOWN - 1}. Below each "
+        f"are the nearest of the {count:,} training pictures, with the distance in {unit}.",
         f"Of {len(samples)} samples, the nearest training picture is {float(samples.median()):.3g} away (median), and "
         f"{float(samples.min()):.3g} at least. Of {len(others)} training pictures, the nearest other one is "
         f"{float(others.median()):.3g} away (median), and {float(others.min()):.3g} at least. New pictures of the same "
         "kind would be as far away as these.",
         f"{copies} of {len(samples)} samples are nearer to a training picture than 95 of 100 training pictures are to "
-        f"another one ({close:.3g}). About 5 in 100 would be by chance; many mean that pictures were learnt by heart.",
+        f"another one ({close:.3g}). About 5 in 100 are expected by chance. Many more mean that the model repeats "
+        "training pictures.",
         "Blurred pictures are near to everything by this measure. Look at the pictures, too.",
     ]
 

@@ -62,7 +62,7 @@ def run_page(page: RunPage) -> str:
     sections = [
         ("samples", "Samples", _samples(page)),
         ("scores", "Scores", _scores(page)),
-        *([("nearest", "Learnt by heart?", _nearest(page.nearest))] if page.nearest else []),
+        *([("nearest", "Nearest training pictures", _nearest(page.nearest))] if page.nearest else []),
         ("curves", "Curves", _curves(page)),
         ("alpha", "Alpha and its phases", drawn(page.plan)),
         ("conflict", "The conflict", _conflict(page)),

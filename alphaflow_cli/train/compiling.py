@@ -131,27 +131,27 @@ def why_launched(recipe: Recipe, world: World, split: Split) -> str:
 
 
 def prepare_graphs(run: Run) -> None:
-    """Capture the forms of the steps ahead, where graphs are wanted, or are found to be faster; a line says which."""
+    """Capture the forms of the steps ahead, where graphs are wanted, or turn out to be faster; a line says which."""
     if run.graphed is False or run.step >= run.recipe.train.steps:
         return
     graphs = StepGraphs(run.recipe, net=run.net, wrapped=run.wrapped, optimiser=run.optimiser, sums=run.sums)
     try:
-        found = [times for one in _steps_ahead(run) if (times := graphs.prepare(*one))]
+        each_form = [times for one in _steps_ahead(run) if (times := graphs.prepare(*one))]
     except RuntimeError as error:
         if not is_capture_fault(error):
             raise
         say(f"CUDA graphs failed, so every operator of a step is launched: {why_not(error)}")
         return
-    kept = run.graphed or graphs_pay(found)
+    kept = run.graphed or graphs_pay(each_form)
     run.graphs = graphs if kept else None
     verb = "each step is one CUDA graph" if kept else "every operator of a step is launched"
-    launched, replayed = (1000 * sum(each) / len(found) for each in zip(*found, strict=True))
+    launched, replayed = (1000 * sum(each) / len(each_form) for each in zip(*each_form, strict=True))
     say(f"{verb}: {launched:.3g} ms launched, {replayed:.3g} ms as a graph")
 
 
-def graphs_pay(found: list[tuple[float, float]]) -> bool:
+def graphs_pay(each_form: list[tuple[float, float]]) -> bool:
     """Whether replayed steps are plainly faster, by the seconds of each form, launched and replayed."""
-    launched, replayed = (sum(each) for each in zip(*found, strict=True))
+    launched, replayed = (sum(each) for each in zip(*each_form, strict=True))
     return bool(launched > GAIN * replayed)
 
 

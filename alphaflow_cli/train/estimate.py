@@ -23,7 +23,8 @@ from alphaflow_cli.recipe.loader import set_text
 from alphaflow_cli.recipe.plan import alpha_at, equal_share_at, phases
 from alphaflow_cli.recipe.schema import Recipe
 from alphaflow_cli.runtime.processes import World, join_world
-from alphaflow_cli.runtime.progress import duration, say
+from alphaflow_cli.runtime.progress import Progress, duration, say
+from alphaflow_cli.text import counted
 from alphaflow_cli.train.compiling import choose_compile, choose_graphs, graphs_pay
 from alphaflow_cli.train.graphs import StepGraphs, is_capture_fault, on_own_stream
 from alphaflow_cli.train.journal import Sums
@@ -32,6 +33,8 @@ from alphaflow_cli.train.parallel import largest_that_fits, split_batch
 from alphaflow_cli.train.step import Objective, random_rows, training_step
 
 TIMED_STEPS = 5  # of which the median counts
+LONG = 4.0  # seconds of timed steps in a phase after which no other is begun
+LEAST_ROWS = 4  # of a timed step on a slow CPU
 
 
 def micro_batch_that_fits(recipe: Recipe, world: World, *, compiled: bool) -> int:
@@ -98,20 +101,39 @@ class PhaseTime:
 
 
 def measure_phases(
-    recipe: Recipe, micro_batch: int, *, per_process: int, device: torch.device, compiled: bool, graphed: bool | None
+    recipe: Recipe,
+    micro_batch: int,
+    rows: int,
+    *,
+    per_process: int,
+    device: torch.device,
+    compiled: bool,
+    graphed: bool | None,
 ) -> list[PhaseTime]:
-    """Time a few steps of every phase on this machine; the median counts. `graphed` as `choose_graphs` says."""
+    """Time a few steps of every phase, on `rows` rows of a micro-batch, on this machine; the median counts.
+
+    `graphed` is what `choose_graphs` says.
+    """
     trial = Trial(recipe, device, compiled=compiled)
-    turns = -(-per_process // micro_batch)
-    times = []
-    for phase in phases(recipe):
-        middle = (phase.first + phase.until) // 2
-        trial.step(micro_batch, middle)  # warm up, and compile
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        each = statistics.median(timed(partial(trial.step, micro_batch, middle)) for _ in range(TIMED_STEPS)) * turns
-        memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
-        times.append(PhaseTime(phase.kind, phase.until - phase.first, each, memory))
+    times, all_phases = [], phases(recipe)
+    turns = -(-per_process // micro_batch) * micro_batch / rows
+    with Progress("timing", len(all_phases) * (1 + TIMED_STEPS), unit="step") as bar:
+        for phase in all_phases:
+            step = partial(trial.step, rows, (phase.first + phase.until) // 2)
+            step()  # warm up, and compile
+            bar.advance(1, phase.kind)
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            seconds: list[float] = []
+            while len(seconds) < TIMED_STEPS and sum(seconds) < LONG:
+                seconds.append(timed(step))
+                bar.advance(1, phase.kind)
+            bar.advance(TIMED_STEPS - len(seconds), phase.kind)
+            memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
+            # a part of the rows pays the optimiser in full
+            fixed = min(timed(partial(trial.optimiser.step, 1)), min(seconds)) if rows < micro_batch else 0.0
+            each = fixed + (statistics.median(seconds) - fixed) * turns
+            times.append(PhaseTime(phase.kind, phase.until - phase.first, each, memory))
     if graphed is not False:
         times = _as_graphs(trial, times, wanted=bool(graphed))
     if compiled:
@@ -124,16 +146,16 @@ def _as_graphs(trial: Trial, times: list[PhaseTime], *, wanted: bool) -> list[Ph
     recipe = trial.recipe
     sums = Sums(trial.device, has_head=recipe.model.velocity_head is not None)
     steps = StepGraphs(recipe, net=trial.net, wrapped=trial.net, optimiser=trial.optimiser, sums=sums)
-    alpha, share, found = alpha_at(recipe), equal_share_at(recipe), []
+    alpha, share, pairs = alpha_at(recipe), equal_share_at(recipe), []
     try:
         for phase in phases(recipe):
             middle = (phase.first + phase.until) // 2
-            found.append(steps.prepare(middle, equal_rows(recipe.train.batch, share(middle)), alpha(middle)))
+            pairs.append(steps.prepare(middle, equal_rows(recipe.train.batch, share(middle)), alpha(middle)))
     except RuntimeError as error:  # the run meets it too, says so, and goes on with launched steps
         if not is_capture_fault(error):
             raise
         return times
-    each = [pair or (time.seconds_per_step, time.seconds_per_step) for pair, time in zip(found, times, strict=True)]
+    each = [pair or (time.seconds_per_step, time.seconds_per_step) for pair, time in zip(pairs, times, strict=True)]
     if not (wanted or graphs_pay(each)):
         return times
     return [
@@ -141,11 +163,22 @@ def _as_graphs(trial: Trial, times: list[PhaseTime], *, wanted: bool) -> list[Ph
     ]
 
 
-def _measure(
-    recipe: Recipe, rows: int, *, per_process: int, device: torch.device, compiled: bool, graphed: bool | None
-) -> tuple[list[PhaseTime], bool]:
+def _rows_to_time(recipe: Recipe, rows: int, device: torch.device) -> int:
+    """The rows of a timed step: all of a micro-batch, or on a CPU where that takes long, a part of them."""
+    if device.type != "cpu" or rows <= LEAST_ROWS:
+        return rows
+    step = partial(Trial(recipe, device, compiled=False).step, LEAST_ROWS, recipe.train.steps - 1)
+    step()  # the first step of a program also loads what later ones have
+    fit = int(LEAST_ROWS * LONG / 2 / timed(step))
+    if fit >= rows:
+        return rows
+    part = max(LEAST_ROWS, fit)
+    say(f"steps of {rows} rows take long here: steps of {part} are timed, and their time is multiplied")
+    return part
+
+
+def _measure(measure: Callable[..., list[PhaseTime]], *, compiled: bool) -> tuple[list[PhaseTime], bool]:
     """The phases' times, and whether they are of compiled blocks; where compiling fails, eagerly, as the run would."""
-    measure = partial(measure_phases, recipe, rows, per_process=per_process, device=device, graphed=graphed)
     try:
         return measure(compiled=compiled), compiled
     except compile_faults() as error:
@@ -181,9 +214,14 @@ def describe_run(
     text.append(f"{'split'.ljust(width)}  {cut}")
     text.append(f"{'folder'.ljust(width)}  {folder}{', resumes' if (folder / 'state').exists() else ''}")
     for field, old, new in changes:
-        both = f"{set_text(old)} in the shipped {recipe.name}, {set_text(new)} here"
+        both = f"{_value_text(field, old)} in the shipped {recipe.name}, {_value_text(field, new)} here"
         text.append(f"{'changed'.ljust(width)}  {field}: {both}")
     return document, text
+
+
+def _value_text(field: str, value: Any) -> str:
+    """A value as --set takes it; expected scores, which it does not take, by their number."""
+    return counted(len(value), "score") if field == "expected" else set_text(value)
 
 
 def measure_run(
@@ -201,11 +239,13 @@ def measure_run(
     if compiled:
         say("compiling the blocks: up to 20 s per phase on a GPU, minutes on a CPU")
     rows = min(micro_batch or micro_batch_that_fits(recipe, world, compiled=compiled), per_process)
-    ready(world, rows)
+    timed_rows = rows if compiled else _rows_to_time(recipe, rows, world.device)
+    ready(world, timed_rows)
     split = split_batch(recipe.train.batch, processes=processes, micro_batch=rows)
     graphed = choose_graphs(recipe, world, split, None) if processes == 1 else False
+    measure = partial(measure_phases, recipe, rows, timed_rows, per_process=per_process, device=world.device)
     with on_own_stream(graphed is not False):
-        return _measure(recipe, rows, per_process=per_process, device=world.device, compiled=compiled, graphed=graphed)
+        return _measure(partial(measure, graphed=graphed), compiled=compiled)
 
 
 def estimate_training(

@@ -22,6 +22,7 @@ SHAPE = tuple(f"data.{name}" for name in ("autoencoder", "image_size", "channels
 CONSTANTS = ("data.channel_mean", "data.channel_std")
 CONTENT = (*(f"data.{name}" for name in ("flips", "source", "normalise", "scale", "shift")), *CONSTANTS)
 YIELDING = (*SHAPE, *CONTENT, "data.crop", "model.patch", "eval.reference", "eval.images", "expected")
+OWN_SIDE = 32  # of the user's own pictures on a shipped recipe of pixels, as docs/your-own-pictures.md begins with
 PREPARED = {  # field → the option of prep-latents that decides it in a store; two follow from the others
     "data.autoencoder": "--autoencoder {}",
     "data.image_size": "--size {}",
@@ -66,7 +67,8 @@ def check_is_store(data: Path, name: str) -> None:
     """Refuse pictures where their latents are due, with the command that makes them; other faults show up later."""
     if is_there(data) and not any(is_there(data / f"{name}.json") for name in ("manifest", "plan")):
         made, wanted = quote(f"latents/{data.stem}"), load_recipe(name).data
-        pixels = f" --size {wanted.image_size} --autoencoder none" if wanted.autoencoder == "none" else ""
+        side = max(wanted.image_size, OWN_SIDE) if name in shipped() else wanted.image_size
+        pixels = f" --size {side} --autoencoder none" if wanted.autoencoder == "none" else ""
         raise AlphaflowError(
             f"{data}: no latent store. If these are pictures, make one of them: "
             f"alphaflow prep-latents {quote(str(data))}{pixels} --out {made}, then train with --data {made}"

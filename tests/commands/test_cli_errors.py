@@ -17,7 +17,13 @@ USAGE = {
     "unknown subcommand": (["recipe", "chek"], "No such command 'chek'. Did you mean 'check'?"),
     "unknown option": (["recipe", "show", "b2", "--jsom"], "No such option '--jsom'. Did you mean '--json'?"),
     "unknown option of the group": (["--verbose"], "No such option '--verbose'. Did you mean '--version'?"),
-    "missing argument": (["recipe", "show"], "Missing argument 'RECIPE'"),
+    "missing argument": (
+        ["recipe", "show"],
+        "Missing argument 'RECIPE'. Give a file, or a shipped recipe: quickstart,",
+    ),
+    "a recipe's value as an option": (["train", "b2", "--steps", "100"], "'--steps'. Write: --set train.steps=100"),
+    "the same with =": (["train", "b2", "--lr=1e-4", "--dry-run"], "'--lr'. Write: --set optim.lr=1e-4"),
+    "the same without a value": (["recipe", "show", "b2", "--batch", "--json"], "Write: --set train.batch=VALUE"),
     "missing files": (["recipe", "check"], "Missing argument 'FILE...'"),
     "missing option": (["convert", "x.pt"], "Missing option '-o'"),
     "missing value": (["recipe", "show", "b2", "--set"], "Option '--set' requires an argument"),
@@ -48,6 +54,40 @@ def test_a_wrong_command_line_shows_its_usage_and_exits_2(args, message, capsys)
     assert err.startswith("Usage: alphaflow")
     assert out == ""
     assert "Traceback" not in err
+
+
+def test_the_usage_is_that_of_the_command_where_a_value_is_missing(capsys):
+    for args, usage in (
+        (["train", "b2", "--data"], "train [OPTIONS] RECIPE"),
+        (["recipe", "show", "b2", "--set"], "recipe show"),
+    ):
+        assert run(args) == 2
+        assert capsys.readouterr().err.startswith(f"Usage: alphaflow {usage}")
+
+
+def test_a_missing_run_is_answered_by_the_runs_that_are_here(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert run(["sample"]) == 2
+    assert (
+        "Missing argument 'CKPT'. Runs here: none yet; alphaflow train quickstart makes one" in capsys.readouterr().err
+    )
+    for name in ("mine", "b2", "notes"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+    for name, when in (("mine", 2), ("b2", 1)):
+        (tmp_path / "runs" / name / "recipe.yaml").touch()
+        os.utime(tmp_path / "runs" / name, (when, when))
+    for args in (["report"], ["ema"], ["eval"]):
+        assert run(args) == 2
+        assert capsys.readouterr().err.endswith("Runs here: runs/mine, runs/b2\n")
+
+
+def test_a_mistyped_folder_of_pictures_is_looked_up_nearby(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").mkdir()
+    assert run(["prep-latents", "fotos/"]) == 1
+    assert "fotos/: no such folder or archive. Did you mean photos?" in capsys.readouterr().err
+    assert run(["prep-latents", "cats"]) == 1
+    assert "cats: no such folder or archive. Others: hf://datasets/USER/NAME" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("args", [[], ["recipe"]])

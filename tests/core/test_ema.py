@@ -3,7 +3,16 @@
 import pytest
 import torch
 
-from alphaflow_cli.core.ema import Decay, ema_beta, factors, power_of_width, power_profile, update_ema
+from alphaflow_cli.core.ema import (
+    Decay,
+    ema_beta,
+    factors,
+    momentum_tail,
+    power_of_width,
+    power_profile,
+    update_ema,
+    with_momentum,
+)
 
 
 def test_the_first_average_is_the_weights_themselves():
@@ -73,6 +82,35 @@ def test_a_profile_is_what_the_running_average_makes_of_each_step(half_life, ram
     assert profile.sum().item() == pytest.approx(1.0, rel=1e-12)
     expected = averaged(history, half_life, ramp, every, steps)
     torch.testing.assert_close(profile @ history, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("half_life", "ramp", "every"), [(20.0, 0.5, 1), (60.0, 0.0, 3)])
+def test_what_rounding_leaves_in_kept_averages_is_known_with_what_they_share(half_life, ramp, every):
+    moves = torch.randn(301, 4000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    history = (1 + 0.03 * moves.cumsum(0)).float()
+    exact, rounded, apart = history[0].double(), history[0].clone(), {}
+    for step in range(300):
+        beta = ema_beta(step, half_life=half_life, ramp=ramp, every=every)
+        update_ema([rounded], [history[step + 1]], beta)
+        update_ema([exact], [history[step + 1].double()], beta)
+        apart[step + 1] = (rounded.double() - exact) / exact.square().mean().sqrt()
+    decay = Decay.of(300, half_life=half_life, ramp=ramp, every=every)
+    born = decay.roundings([280, 290, 300])
+    for sum_of in ([0.0, 0.0, 1.0], [0.0, -10.0, 10.0], [5.0, -10.0, 5.0]):
+        left = sum(factor * apart[at] for factor, at in zip(sum_of, (280, 290, 300), strict=True))
+        expected = float((born @ torch.tensor(sum_of, dtype=torch.float64)).norm())
+        assert float(left.square().mean().sqrt()) == pytest.approx(expected, rel=0.35), sum_of
+
+
+def test_rows_with_momentum_have_the_length_of_a_walk_whose_directions_last():
+    x, b = torch.randn(50, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0)), 0.9
+    first = with_momentum(x[:17], torch.zeros(1, 1, dtype=torch.float64), b)
+    rows = torch.cat([first, with_momentum(x[17:], first[-1:], b)])
+    k = torch.arange(50)
+    cosines = b ** (k - k[:, None]).abs().double()
+    length = torch.cat([rows, momentum_tail(rows[-1:], b)]).square().sum().item()
+    assert length == pytest.approx(float(x.T @ cosines @ x), rel=1e-12)
+    torch.testing.assert_close(with_momentum(x, x[:1], 0.0), x, rtol=0, atol=0)
 
 
 def test_a_power_profile_has_the_width_that_it_was_made_for():

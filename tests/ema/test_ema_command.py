@@ -39,13 +39,23 @@ def test_an_average_that_the_run_kept_is_made_of_the_others_to_a_millionth(run, 
     made = averages_of(run, capsys)
     assert set(made) == {f"half-life {life}, kept" for life in (3, 6, 12)}
     for each in made.values():
-        assert each["profile_error"] < 1e-6, each
+        assert each["expected_error"] < 1e-6, each
         assert each["check"] < 1e-6, each
+
+
+@pytest.mark.parametrize("every", [2, 4])
+def test_the_expected_error_is_what_the_check_finds(every, run, tmp_path, capsys):
+    thin = shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("averages"))
+    for folder in (thin / "checkpoints").iterdir():
+        if int(folder.name[5:]) % every:
+            shutil.rmtree(folder)
+    for name, each in averages_of(thin, capsys).items():
+        assert 0.4 * each["check"] < each["expected_error"] < 2.5 * each["check"], name
 
 
 def test_an_average_that_was_not_kept_is_what_training_would_have_kept(run, tmp_path, capsys):
     made = averages_of(run, capsys, "--half-life", "4.5", "--out", str(tmp_path / "averages"))["half-life 4.5"]
-    assert made["profile_error"] < 1e-6
+    assert made["expected_error"] < 1e-6
     raw = [weights(run / "checkpoints" / f"step-{step:08d}" / "raw.safetensors") for step in range(1, 17)]
     expected = {name: tensor.clone() for name, tensor in raw[0].items()}
     for step, each in enumerate(raw):
@@ -79,7 +89,7 @@ def test_a_power_function_weighs_the_steps_by_a_power(run, tmp_path, capsys):
 def test_a_merge_moves_the_average_on_along_its_change(run, tmp_path, capsys):
     out = tmp_path / "averages"
     made = averages_of(run, capsys, "--merge", "8:0.5", "--merge", "12:-1", "--out", str(out))
-    assert made["merge 8:0.5"]["profile_error"] is None
+    assert made["merge 8:0.5"]["expected_error"] is None
     folders = {step: run / "checkpoints" / f"step-{step:08d}" / "model.safetensors" for step in (8, 12, 16)}
     then, back, now = (weights(folders[step]) for step in (8, 12, 16))
     ours = weights(out / "merge-8-0.5.safetensors")
@@ -95,13 +105,13 @@ def test_few_kept_files_make_a_coarse_average_and_a_line_says_so(run, tmp_path, 
         shutil.rmtree(folder)
     assert cli.run(["ema", str(thin), "--no-scores", "--power", "0.05", "--half-life", "1"]) == 0
     told = capsys.readouterr()
-    assert "beware: half-life 1: its profile is met to" in told.err
+    assert "beware: half-life 1: its weights are expected to be" in told.err
     assert "half-life 1 " in told.out
 
 
 def test_an_earlier_step_takes_no_later_weights(run, capsys):
     made = averages_of(run, capsys, "--step", "12", "--half-life", "4")
-    assert made["half-life 4"]["profile_error"] < 1e-6
+    assert made["half-life 4"]["expected_error"] < 1e-6
     document = json.loads((run / "averages" / "step-00000012" / "averages.json").read_text())
     steps = {int(name[5:13]) for each in document["averages"] for name, _ in each["factors"]}
     assert max(steps) == 12

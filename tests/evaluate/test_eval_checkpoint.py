@@ -15,7 +15,7 @@ from small_models import pixel_checkpoint
 from alphaflow_cli import cli
 from alphaflow_cli.evaluate import measure
 from alphaflow_cli.evaluate.evaluate import score_chart
-from alphaflow_cli.evaluate.results import Evaluation, read_results
+from alphaflow_cli.evaluate.results import Evaluation, read_results, value_text
 from alphaflow_cli.hub.card import result_rows
 from alphaflow_cli.model.checkpoint import load_checkpoint, save_checkpoint
 from alphaflow_cli.model.find import run_folder
@@ -67,6 +67,7 @@ def test_every_nfe_is_a_row_with_its_whole_protocol(run, real, capsys):
     assert told["times"] == [1.0, 0.0]
     assert len(told["checkpoint_sha256"]) == 64
     assert one["reference"]["count"] == 120
+    assert one["label"].startswith(f"{run.name}, 1 NFE"), "several runs may be of one recipe"
     assert (run / "scores.png").is_file()
     assert len((run / "evals" / "history.jsonl").read_text().splitlines()) == 2
 
@@ -114,6 +115,14 @@ def test_the_midpoint_is_swept(run, real):
     found = rows(run / "results.json")
     assert [row["pictures"]["times"][1] for row in found] == pytest.approx([0.1 * i for i in range(1, 10)])
     assert (run / "midpoints.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(15.0, "15.00"), (7.963, "7.96"), (123.456, "123.46"), (1234.5, "1234.50"), (0.5, "0.50"), (0.001234, "0.001234")],
+)
+def test_a_distance_has_two_decimals_in_every_table(value, text):
+    assert value_text(score(1, value)) == text
 
 
 def test_a_guided_sweep_is_guided(run, real):

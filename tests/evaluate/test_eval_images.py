@@ -112,6 +112,23 @@ def test_the_count_is_in_the_name_and_the_bias_is_noted(capsys: pytest.CaptureFi
     assert "biased upwards" in lines[4]
 
 
+@pytest.fixture(scope="module")
+def faulty(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pictures of several kinds, of which some cannot be measured, and references."""
+    folder = tmp_path_factory.mktemp("faulty")
+    ruler.write_pictures(folder / "samples", ruler.pictures(120))
+    ruler.write_pictures(folder / "large", ruler.pictures(120, size=48))
+    ruler.write_pictures(folder / "mixed", ruler.pictures(120))
+    ruler.write_pictures(folder / "mixed/z", ruler.pictures(1, size=40))
+    broken = ruler.write_pictures(folder / "broken", ruler.pictures(120)) / "00007.png"
+    broken.write_bytes(broken.read_bytes()[:200])
+    np.savez(folder / "floats.npz", arr_0=np.full((120, 32, 32, 3), np.nan, np.float32))
+    np.savez(folder / "adm.npz", mu=np.zeros(2048), sigma=np.eye(2048))
+    made = folder / "real.safetensors"
+    assert alphaflow(f"reference glyphs:200 --metrics fd-tiny -o {made} --work {folder / 'work'}") == 0
+    return folder
+
+
 @pytest.mark.parametrize(
     ("line", "code", "said"),
     [
@@ -135,17 +152,9 @@ def test_the_count_is_in_the_name_and_the_bias_is_noted(capsys: pytest.CaptureFi
     ],
 )
 def test_a_fault_is_one_clear_line_and_nothing_that_looks_like_a_score(
-    line: str, code: int, said: str, capsys: pytest.CaptureFixture[str]
+    line: str, code: int, said: str, faulty: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    ruler.write_pictures(Path("samples"), ruler.pictures(120))
-    ruler.write_pictures(Path("large"), ruler.pictures(120, size=48))
-    ruler.write_pictures(Path("mixed"), ruler.pictures(120))
-    ruler.write_pictures(Path("mixed/z"), ruler.pictures(1, size=40))
-    broken = ruler.write_pictures(Path("broken"), ruler.pictures(120)) / "00007.png"
-    broken.write_bytes(broken.read_bytes()[:200])
-    np.savez("floats.npz", arr_0=np.full((120, 32, 32, 3), np.nan, np.float32))
-    np.savez("adm.npz", mu=np.zeros(2048), sigma=np.eye(2048))
-    assert alphaflow("reference glyphs:200 --metrics fd-tiny -o real.safetensors") == 0
+    monkeypatch.chdir(faulty)
     capsys.readouterr()
     assert alphaflow(line) == code
     captured = capsys.readouterr()

@@ -9,13 +9,14 @@ import ruler
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
+from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.evaluate import measure, score
 from alphaflow_cli.evaluate.evaluate import Ruler, evaluate, make_reference
 from alphaflow_cli.evaluate.features import Extractor
 from alphaflow_cli.evaluate.measure import Clock, Pass, content_of, gather_moments, load_all, run_pass
-from alphaflow_cli.evaluate.networks import build_extractor
+from alphaflow_cli.evaluate.networks import BUILDERS, build_extractor
 from alphaflow_cli.evaluate.reference import Reference, Stats
 from alphaflow_cli.evaluate.results import space_of
 from alphaflow_cli.evaluate.score import Measured
@@ -70,16 +71,22 @@ class Pictures(Dataset[Tensor]):
         return self.images[i]
 
 
-def both_rulers(folder: Path, fake: Tensor, real: Tensor, monkeypatch: pytest.MonkeyPatch) -> tuple[dict, dict]:
-    """Torch-fidelity's `calculate_metrics` and ours, with one random Inception in the hub cache."""
+def both_rulers(
+    folder: Path, fake: Tensor, real: Tensor, monkeypatch: pytest.MonkeyPatch, network: str = "inception-v3-compat"
+) -> tuple[dict, dict]:
+    """Torch-fidelity's `calculate_metrics` and ours, with one random Inception in the hub cache, or a small network."""
     from torch_fidelity import calculate_metrics
 
-    ruler.random_inception(folder / "hub" / "checkpoints" / ruler.INCEPTION_FILE)
+    if network == "small":
+        monkeypatch.setitem(FEATURE_EXTRACTORS_REGISTRY, "small", ruler.TheirSmall)
+        monkeypatch.setitem(BUILDERS, "inception", ruler.Small)
+    else:
+        ruler.random_inception(folder / "hub" / "checkpoints" / ruler.INCEPTION_FILE)
     monkeypatch.setenv("TORCH_HOME", str(folder))
     size, splits = min(len(fake), len(real), 100), 2 if len(fake) < 100 else 10
     theirs = calculate_metrics(
         input1=Pictures(fake), input2=Pictures(real), isc=True, fid=True, kid=True, prc=True,
-        kid_subset_size=size, isc_splits=splits, feature_extractor="inception-v3-compat",
+        kid_subset_size=size, isc_splits=splits, feature_extractor=network,
         cuda=False, verbose=False, save_cpu_ram=True, batch_size=16,
     )  # fmt: skip
     extractors = {"inception": build_extractor("inception", device=CPU, weights=None)}
@@ -95,7 +102,8 @@ def both_rulers(folder: Path, fake: Tensor, real: Tensor, monkeypatch: pytest.Mo
 
 
 def check_both(theirs: dict, ours: dict, *, rel: float) -> None:
-    assert ours["FD"].value == pytest.approx(theirs["frechet_inception_distance"], rel=rel)
+    fd = ours["FID" if "FID" in ours else "FD"]  # random weights: not to be called FID
+    assert fd.value == pytest.approx(theirs["frechet_inception_distance"], rel=rel)
     assert ours["KID"].value == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-3, abs=1e-6)
     assert ours["KID"].spread == pytest.approx(theirs["kernel_inception_distance_std"], rel=1e-2, abs=1e-6)
     assert ours["IS"].value == pytest.approx(theirs["inception_score_mean"], rel=1e-4)
@@ -104,6 +112,14 @@ def check_both(theirs: dict, ours: dict, *, rel: float) -> None:
     assert ours["recall"].value == pytest.approx(theirs["recall"], abs=1e-6)
 
 
+def test_all_metrics_of_a_small_network_equal_torch_fidelitys_own_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake, real = ruler.pictures(210, contrast=0.9), ruler.pictures(190, seed=1, contrast=1.1)
+    check_both(*both_rulers(tmp_path, fake, real, monkeypatch, "small"), rel=1e-5)
+
+
+@pytest.mark.slow  # half a minute for two roots of 2,048 dimensions; test_features.py has the network itself
 @pytest.mark.timeout(900)
 def test_fid_kid_is_and_precision_recall_equal_torch_fidelitys_own_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -1,9 +1,11 @@
-"""How many processes run the tests, and whether they see a GPU."""
+"""How many processes run the tests, where they write, and whether they see a GPU."""
 
 import os
 import re
+import tempfile
 
 MOST = 8
+ROOM = 2 << 30  # bytes: many times what the tests that run at one time have written
 MEMORY_EACH = 2 << 30  # bytes: torch, the networks of a test, and the processes that it starts
 
 
@@ -35,3 +37,16 @@ def memory():
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):  # this system does not say
         return MOST * MEMORY_EACH
+
+
+def quick_folder(folder="/dev/shm"):
+    """Where the tests write: in memory where there is room, for the disk costs minutes; else where temporary files go.
+
+    What the package writes it syncs to the disk, file by file, and the tests delete it at once.
+    """
+    try:
+        facts = os.statvfs(folder)
+        fits = facts.f_bavail * facts.f_frsize > ROOM and os.access(folder, os.W_OK)
+        return folder if fits and not facts.f_flag & os.ST_NOEXEC else tempfile.gettempdir()
+    except (AttributeError, OSError):  # another system
+        return tempfile.gettempdir()

@@ -69,7 +69,7 @@ def test_the_card_tells_the_weights_the_recipe_and_the_scores(finished, tmp_path
     parameters = sum(value.numel() for value in load_checkpoint(finished / "model.safetensors").weights.values())
     assert f"{parameters:,} parameters" in text
     assert "the exponential average at step 100" in text
-    assert "| FD-tiny-2k | 3.142 |" in text
+    assert "| FD-tiny-2k | 3.14 |" in text
     assert "alpha goes from 1 to 0 (sigmoid" in text
     recipe = re.search(r"```yaml\n(.*?)```", text, re.DOTALL)[1]
     assert yaml.safe_load(recipe)["model"]["dim"] == 32

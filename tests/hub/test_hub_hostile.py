@@ -142,7 +142,8 @@ def test_an_unknown_compression_is_refused(published, hub, capsys):  # noqa: F81
 
 
 @pytest.mark.parametrize("part", ["/api/models/", "/resolve/"])
-def test_a_server_that_drips_is_left_in_time(published, hub, capsys, part):  # noqa: F811
+def test_a_server_that_drips_is_left_in_time(published, hub, capsys, monkeypatch, part):  # noqa: F811
+    monkeypatch.setattr(client, "PATIENCE", 0.7)
     name = "model.safetensors"
     body = hub.files("me/tiny")[name] if part == "/resolve/" else b" " * 5_000
     hub.faults["GET", f"{part}{published}/{name}" if part == "/resolve/" else part] = Fault(200, body=body, drip=0.2)
@@ -153,8 +154,9 @@ def test_a_server_that_drips_is_left_in_time(published, hub, capsys, part):  # n
     assert time.monotonic() - start < 30
 
 
-def test_the_cache_serves_where_a_server_drips(published, hub, capsys):  # noqa: F811
+def test_the_cache_serves_where_a_server_drips(published, hub, capsys, monkeypatch):  # noqa: F811
     resolve_checkpoint("me/tiny")
+    monkeypatch.setattr(client, "PATIENCE", 0.7)
     hub.faults["GET", "/api/models/"] = Fault(200, body=b" " * 5_000, drip=0.2)
     assert resolve_checkpoint("me/tiny").is_file()
     assert "using the cache" in capsys.readouterr().err

@@ -105,7 +105,7 @@ def test_scores_of_one_protocol_share_a_line_and_others_do_not(folder, capsys):
             row["reference"]["sha256"] = "99" * 32
     (other / "results.json").write_text(json.dumps(document([]) | {"evaluations": results["evaluations"]}))
     text = compare(folder, other, capsys).text
-    assert "FD-tiny-2k 1 7.5 1.25 fd_haar192" in text
+    assert "FD-tiny-2k 1 7.50 1.25 fd_haar192" in text
     assert "FD-tiny-2k 2 3.25  fd_haar192" in text.replace("3.25 fd", "3.25  fd")
     assert "1.25 fd_haar192; reference glyphs (99999999)" in text
 

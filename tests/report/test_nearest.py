@@ -1,4 +1,4 @@
-"""Is it learnt by heart? The nearest training pictures of samples, and what a new picture would have."""
+"""The nearest training pictures of samples, and what a new picture would have."""
 
 import pytest
 import torch
@@ -68,8 +68,8 @@ def test_the_training_pictures_are_those_of_the_store_and_their_mirror_images(st
 def test_the_page_shows_samples_beside_their_nearest_training_pictures(run, capsys):
     folder, _ = run
     page = Page(report(folder, capsys).read_text(encoding="utf-8"))
-    assert "Learnt by heart?" in page.text
-    assert "of the 40 training pictures those nearest to each" in page.text
+    assert "Nearest training pictures" in page.text
+    assert "the nearest of the 40 training pictures" in page.text
     assert any(source.startswith("data:image/webp;base64,") for source in page.sources)
     assert "0 of 64 samples are nearer" in page.text, "an untrained network draws noise"
 

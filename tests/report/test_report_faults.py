@@ -186,6 +186,7 @@ def test_results_of_any_shape_are_a_page_or_one_line(folder, capsys):
 
 @pytest.mark.parametrize("value", VALUES, ids=range(len(VALUES)))
 def test_a_row_of_results_of_any_shape_is_a_page_or_one_line(folder, capsys, value):
+    (folder / "metrics.jsonl").unlink()  # its curves would be drawn every time
     good = json.loads(rows_text([score(1, 7.5)]))
     for place in (
         ("evaluations",),
@@ -197,6 +198,7 @@ def test_a_row_of_results_of_any_shape_is_a_page_or_one_line(folder, capsys, val
 
 @pytest.mark.parametrize("value", VALUES, ids=range(len(VALUES)))
 def test_an_origin_of_any_shape_is_a_page_or_one_line(folder, capsys, value):
+    (folder / "metrics.jsonl").unlink()  # its curves would be drawn every time
     good = load_checkpoint(folder / "model.safetensors").origin
     for key in ("step", "weights", "autoencoder", "versions", "init_from", "class_names", "converted"):
         saved_with(folder, **{key: None if value is DELETED else value})
@@ -228,6 +230,7 @@ def test_an_origin_that_is_no_json_is_one_line(folder, capsys, text):
 
 @pytest.mark.parametrize("value", VALUES, ids=range(len(VALUES)))
 def test_a_journal_of_any_shape_is_a_page_or_one_line(folder, capsys, value):
+    (folder / "results.json").unlink()  # its scores would be drawn every time
     path = folder / "metrics.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     for key in ("step", "images_seen", "l", "l_tfm", "grad_norm", "seconds_per_step", "memory_gb", "conflict"):

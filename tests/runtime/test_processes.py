@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from new_process import torchrun
+from new_process import alphaflow, torchrun
 from torch import distributed as dist
 from train_helpers import fork
 
@@ -81,12 +81,11 @@ def test_processes_wait_for_each_other_with_our_patience(monkeypatch, tmp_path, 
 
 
 @pytest.mark.distributed
+@pytest.mark.usefixtures("forked_workers")
 def test_when_all_fail_to_exchange_their_message_is_shown(tmp_path):
     """The workers' faults all look like echoes of another's, so none was shown: and the exit code was a signal's."""
     line = ["eval", "glyphs:100", "--reference", "glyphs:100", "--metrics", "fd-tiny", "--processes", "2"]
-    outside = {**os.environ, "GLOO_SOCKET_IFNAME": "nowhere", "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-m", "alphaflow_cli", *line]
-    done = subprocess.run(command, cwd=tmp_path, env=outside, capture_output=True, text=True, timeout=200)
+    done = alphaflow(line, cwd=tmp_path, env={"GLOO_SOCKET_IFNAME": "nowhere"})
     assert done.returncode == 1
     assert re.search(r"error: process [01]: .*nowhere", done.stderr), done.stderr
 

@@ -11,6 +11,7 @@ from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.recipe import load_recipe
 from alphaflow_cli.recipe.loader import set_text
 from alphaflow_cli.recipe.plan import phases
+from alphaflow_cli.train import estimate
 from alphaflow_cli.train.estimate import PhaseTime
 from alphaflow_cli.train.hours import changes, fit_hours, run_seconds, shortened
 
@@ -82,3 +83,20 @@ def test_the_command_prints_sets_that_the_command_takes_and_changes_nothing(tmp_
     assert document["hours"]["sets"]["train.steps"] == document["hours"]["steps"]
     assert not (tmp_path / "runs").exists()
     assert cli(["train", "tiny.yaml", "--hours", "0"]) == 2
+
+
+def test_where_steps_take_long_a_part_of_the_rows_is_timed_and_it_is_said(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    make_recipe(tmp_path)
+    monkeypatch.setattr(estimate, "LONG", 1e-6)
+    assert cli(["train", "tiny.yaml", "--estimate", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert err.index("timing a few steps of each phase of tiny") < err.index(
+        "steps of 16 rows take long here: steps of 4"
+    )
+    assert all(phase["seconds_per_step"] > 0 for phase in json.loads(out)["estimate"])
+
+
+def test_the_plan_says_how_many_expected_scores_a_recipe_has_and_not_their_fields(capsys):
+    assert cli(["train", "quickstart", "--set", "expected=[]", "--dry-run"]) == 0
+    assert "expected: 2 scores in the shipped quickstart, 0 scores here" in capsys.readouterr().out

@@ -214,7 +214,7 @@ def test_the_plan_is_of_the_data_that_were_given(here, capsys):
 
 
 def test_pictures_in_place_of_a_store_are_answered_by_the_command_that_makes_one(place):
-    line = r"alphaflow prep-latents \S+/photos --size 24 --autoencoder none --out latents/photos, then train with"
+    line = r"alphaflow prep-latents \S+/photos --size 32 --autoencoder none --out latents/photos, then train with"
     with pytest.raises(AlphaflowError, match=line):
         resolved(data=place / "photos")
 

@@ -18,7 +18,7 @@ TORCH = tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2])
 def share_of(rows, rank, processes):
     """Every other row, r = t rows first."""
     places = [torch.arange(rows.n_equal)[rank::processes], torch.arange(rows.n_equal, len(rows.t))[rank::processes]]
-    names = [f.name for f in fields(Rows) if f.name not in ("n_equal", "question", "factor", "guide")]
+    names = [f.name for f in fields(Rows) if f.name not in ("n_equal", "question", "factor", "guide", "ratio")]
     values = {name: getattr(rows, name)[torch.cat(places)] for name in names}
     return Rows(**values, n_equal=len(places[0]))
 
@@ -55,4 +55,4 @@ def one_process(rank, kinds, folder):
 @pytest.mark.distributed
 def test_gradients_on_two_processes_are_those_of_one(tmp_path):
     kinds = ["ddp", "fsdp2"] if TORCH >= (2, 13) else ["ddp"]  # FSDP2 on a CPU is whole from torch 2.13 on
-    multiprocessing.spawn(one_process, (kinds, str(tmp_path)), nprocs=2)
+    multiprocessing.start_processes(one_process, (kinds, str(tmp_path)), nprocs=2, start_method="fork")

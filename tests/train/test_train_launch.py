@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from new_process import Command
 from train_helpers import assert_same, make_recipe, make_store, saved_step, train
 
 from alphaflow_cli.cli import run as cli
@@ -107,8 +108,12 @@ def test_a_signal_to_the_parent_saves_on_every_rank_and_leaves_no_orphan(number,
     assert not any(is_alive(pid) for pid in workers)
 
 
-def test_a_killed_rank_is_named_once_and_the_rest_ends(store, tmp_path):
-    parent = popen(command(tmp_path, store, "--processes", "2", *LONG), tmp_path)
+@pytest.mark.usefixtures("forked_workers")
+@pytest.mark.parametrize("new", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_killed_rank_is_named_once_and_the_rest_ends(new, store, tmp_path):
+    """Forks of this process, launched and watched like the new interpreters of the slow one."""
+    line = command(tmp_path, store, "--processes", "2", *LONG)
+    parent = popen(line, tmp_path) if new else Command(line[3:], cwd=tmp_path)
     wait_until(lambda: saved_step(tmp_path / "run") >= 50, "no save")
     workers = workers_of(parent)
     os.kill(workers[1], signal.SIGKILL)

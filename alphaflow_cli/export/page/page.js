@@ -76,6 +76,7 @@ function begin() {
   at("classes").hidden = !facts.classes;
   at("half").hidden = !facts.half;
   at("picture").classList.toggle("small", facts.side <= 128);
+  at("picture").style.maxWidth = `${16 * facts.side}px`; // larger, the squares hide what they show
   at("seed").value = wanted.get("seed") ?? "0";
   if (facts.classes) at("class").value = wanted.get("class") ?? "0";
   for (const radio of document.querySelectorAll("[name=steps]")) radio.checked = radio.value === (wanted.get("steps") ?? "1");
