@@ -7,8 +7,9 @@
 
 parts: pictures of a checkpoint, measured as `alphaflow eval` does it, by networks of the published shapes with random
 weights (the distances mean nothing), which are written to a temporary folder first and loaded from there. Wall time;
-a GPU is waited for at the end of each part. Before the clock starts, --warm-up pictures go through the networks. The
-network's part includes drawing the noise, which is done on the CPU.
+on a GPU, whose work is queued, the parts of the network, the decoder and the features are the device's own time.
+Before the clock starts, --warm-up pictures go through the networks. The noise is drawn on the CPU: there it is a part
+of the network's time, on a GPU it is drawn beside the device's work.
 
 features: WEIGHTS is the Inception file (random weights of its shapes time the same). Each block of pictures of CIFAR's
 size goes through both, in rotated order; block 0 is dropped from the times. On the CPU a time is the process's own CPU
@@ -30,7 +31,7 @@ from torch import Tensor
 from torch_fidelity import FeatureExtractorInceptionV3
 from workload import SIZES
 
-from alphaflow_cli.evaluate.measure import CHUNK
+from alphaflow_cli.evaluate.measure import CHUNK, usual_batch
 from alphaflow_cli.evaluate.networks import build_extractor
 from alphaflow_cli.files import sha256_of
 from alphaflow_cli.runtime.precision import true_float32
@@ -52,7 +53,7 @@ def compare_features(options: argparse.Namespace) -> dict[str, object]:
     def maker(name: str) -> Callable[[int], Work]:
         def make(turn: int) -> Work:
             def work() -> None:
-                parts = torch.split(blocks[turn], options.batch)
+                parts = torch.split(blocks[turn], options.batch or usual_batch("inception", device))
                 found[name][turn] = torch.cat([networks[name](part.to(device)).cpu() for part in parts])
 
             return work
@@ -63,7 +64,7 @@ def compare_features(options: argparse.Namespace) -> dict[str, object]:
     return {
         "pictures": side * options.blocks,
         "blocks": options.blocks,
-        "batch": options.batch,
+        "batch": options.batch or usual_batch("inception", device),
         "weights_sha256": sha256_of(options.weights),
         "seconds_per_1000": {name: spread(1000 * each[name] / side for each in table) for name in networks},
         "ours_over": {name: ratio(table, OURS, name) for name in networks if name.startswith(THEIRS)},
@@ -103,7 +104,7 @@ JOBS = {"features": compare_features, "parts": time_parts}
 def arguments(words: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
     shared = argparse.ArgumentParser(add_help=False)
-    shared.add_argument("--batch", type=int, default=64, help="pictures at a time through a feature network")
+    shared.add_argument("--batch", type=int, default=0, help="pictures at a time through a feature network")
     shared.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     shared.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: torch's own choice")
     shared.add_argument("--seed", type=int, default=0)

@@ -14,13 +14,13 @@ from workload import SIZES
 
 from alphaflow_cli.evaluate.evaluate import Ruler, build_extractors
 from alphaflow_cli.evaluate.features import Extractor
-from alphaflow_cli.evaluate.measure import Clock, content_of, gather_moments, run_pass
+from alphaflow_cli.evaluate.measure import Clock, content_of, gather_moments, run_pass, usual_batch
 from alphaflow_cli.evaluate.pictures import GeneratedImages
 from alphaflow_cli.evaluate.reference import Reference, Stats
 from alphaflow_cli.evaluate.results import space_of
 from alphaflow_cli.evaluate.score import Measured, score
 from alphaflow_cli.runtime.processes import Processes
-from alphaflow_cli.sample.generator import COMPILED_FROM, Generator, open_generator
+from alphaflow_cli.sample.generator import Generator, decoder_pays, open_generator
 from alphaflow_cli.sample.walk import plan_walk
 
 MODEL, INCEPTION = "model.safetensors", "inception.pth"
@@ -28,7 +28,7 @@ MODEL, INCEPTION = "model.safetensors", "inception.pth"
 
 def time_parts(options: argparse.Namespace) -> dict[str, object]:
     """Writes the networks, loads them, warms them up, and clocks one evaluation."""
-    clock = Clock()
+    clock, options.batch = Clock(), options.batch or usual_batch("inception", torch.device(options.device))
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         write_networks(folder, options)
@@ -71,11 +71,12 @@ def load(folder: Path, options: argparse.Namespace) -> Loaded:
     """All weights on the device; the autoencoder now, not with the first picture."""
     device = torch.device(options.device)
     generator = open_generator(str(folder / MODEL), device=device, decoder=options.decoder)
-    generator.expect(options.images, compiled=options.images >= COMPILED_FROM, autoencoder="")
+    generator.expect(options.images, compiled=decoder_pays(generator.recipe, options.images), autoencoder="")
     assert generator.autoencoder.module is not None, options.autoencoder
     weights = {"inception": folder / INCEPTION} if "fid" in options.metrics else {}
     extractors = build_extractors(tuple(options.metrics), device, weights)[0]
-    generator.synchronise()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
     return Loaded(generator, extractors, random_reference(extractors))
 
 
@@ -113,13 +114,16 @@ def evaluate(
 
 
 def disjoint(clock: Mapping[str, float], source: Mapping[str, float]) -> dict[str, float]:
-    """Parts that do not overlap: a pass contains its pictures, and those the network and the decoder."""
+    """Parts that do not overlap: a pass contains its pictures, and those the network and the decoder.
+
+    On a GPU the parts of a pass are the device's own time; what remains is the time in which it waits for the host.
+    """
     features = {part: spent for part, spent in clock.items() if part.startswith("features ")}
     return {
         "labels": clock["pictures"] - source["network"] - source["decoder"],
         **source,
         **features,
-        "hashes and files": clock["pass"] - clock["pictures"] - sum(features.values()),
+        "files and waiting": clock["pass"] - clock["pictures"] - sum(features.values()),
         **{part: clock[part] for part in ("moments", "content", "distances") if part in clock},
     }
 

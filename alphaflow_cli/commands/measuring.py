@@ -36,7 +36,7 @@ def weights_option(function: Command) -> Command:
 
 def batch_option(function: Command) -> Command:
     """Add `--batch N`, the number of pictures that a feature network sees at once."""
-    text = "Pictures that a feature network sees at once. Changes no number. Default: 64; on a GPU of 16 GB 256."
+    text = "Pictures that a feature network sees at once. Changes no number. Default: 64; Inception on a GPU 256."
     return click.option("--batch", type=BATCH, help=text)(function)
 
 

@@ -27,7 +27,6 @@ from alphaflow_cli.evaluate.measure import (
     evaluation_id,
     gather_moments,
     run_pass,
-    usual_batch,
 )
 from alphaflow_cli.evaluate.networks import build_extractor
 from alphaflow_cli.evaluate.pictures import GeneratedImages, ImageSource, crop_of, open_pictures
@@ -49,7 +48,7 @@ from alphaflow_cli.runtime.lock import NAME as LOCK
 from alphaflow_cli.runtime.lock import hold
 from alphaflow_cli.runtime.processes import Processes, all_or_none, check_same, check_seen
 from alphaflow_cli.runtime.progress import say
-from alphaflow_cli.sample.generator import DecoderChoice, Generator, decoder_pays, network_pays, open_generator
+from alphaflow_cli.sample.generator import DecoderChoice, Generator, decoder_pays, open_generator
 from alphaflow_cli.sample.walk import Walk, plan_walk
 
 FEWEST_PICTURES = 100  # pictures; below it nothing is printed that looks like a score
@@ -115,7 +114,7 @@ class Ruler:
     extractors: dict[str, Extractor]
     processes: Processes
     folder: Path
-    batch: int
+    batch: int | None  # None: by the network and the device
     chunk: int = CHUNK
 
     def start(self, source: ImageSource) -> Pass:
@@ -198,7 +197,7 @@ def measure_reference(request: ReferenceRequest, processes: Processes) -> tuple[
     extractors, lacking = build_extractors(metrics, processes.device, request.weights)
     if lacking:  # a reference must have all that it was asked for
         raise AlphaflowError(lacking[0].removeprefix("not measured: "))
-    ruler = Ruler(extractors, processes, request.work, request.batch or usual_batch(processes.device))
+    ruler = Ruler(extractors, processes, request.work, request.batch)
     return make_reference(pictures, ruler, request.path, name=request.name, kept=request.kept)
 
 
@@ -274,9 +273,7 @@ def evaluate_checkpoint(request: EvalRequest, processes: Processes) -> Report | 
     published = generator.recipe.eval
     walks = choose_walks(request, generator)
     count, draw = request.images or published.images, request.draw or published.draw
-    expected = walks if network_pays(generator.recipe, count) else ()
-    compiled = decoder_pays(generator.recipe, count)
-    generator.expect(count, compiled=compiled, autoencoder=request.autoencoder, walks=expected)
+    generator.expect(count, compiled=decoder_pays(generator.recipe, count), autoencoder=request.autoencoder)
     metrics, reference = request.metrics or published.metrics, request.reference or published.reference
     if not reference and set(metrics) != {"is"}:
         raise AlphaflowError(
@@ -314,7 +311,7 @@ def evaluate_all(
     for line in lacking if processes.rank == 0 else ():
         say(f"warning: {line}")
     metrics = tuple(metric for metric in metrics if NETWORK[metric] in extractors)
-    ruler = Ruler(extractors, processes, folder, request.batch or usual_batch(processes.device))
+    ruler = Ruler(extractors, processes, folder, request.batch)
     compared = find_reference(reference, sources[0].size, ruler, sources[0].crop) if reference else None
     real, images = (compared.facts.get("count") if compared else None), sources[0].count
     if real and real < images and not processes.rank:

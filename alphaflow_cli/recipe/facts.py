@@ -16,7 +16,7 @@ PHASE_WORDS = {
 }
 
 
-GPUS = (1, 8)  # H100s of one machine that the speed is shown for
+MANY = 8  # H100s of one machine that the speed is shown for, beside one
 
 
 def facts(recipe: Recipe) -> dict[str, Any]:
@@ -46,7 +46,7 @@ def facts(recipe: Recipe) -> dict[str, Any]:
             "weights": 4 * plan.parameter_count(recipe),
             "latents_per_image": plan.latent_bytes(recipe),
         },
-        "speed": {f"{gpus} x H100": asdict(pace) for gpus in GPUS if (pace := speed.pace(recipe, gpus))},
+        "speed": {card: asdict(pace) for card, pace in _paces(recipe).items() if pace is not None},
         "warnings": plan.warnings_of(recipe),
     }
 
@@ -188,16 +188,22 @@ def _disk(recipe: Recipe, f: dict[str, Any]) -> str:
 
 
 def _speed(recipe: Recipe) -> list[str]:
-    """One line: the hours on one H100 from measured figures, and on eight by arithmetic."""
-    one, many = (speed.pace(recipe, gpus) for gpus in GPUS)
-    if one is None or many is None:
+    """One line: the hours on one H100 from measured figures, and on one H200 and on eight H100s by arithmetic."""
+    one, newer, many = _paces(recipe).values()
+    if one is None or newer is None or many is None:
         return []
     source = "steps measured once there" if one.measured else "by arithmetic from measured steps of another network"
     form = "compiled" if one.compiled else "not compiled"
     return [
         f"one H100, {form}: about {one.images_per_second:,.0f} images/s, {_hours(one.hours)} ({source}); "
-        f"{GPUS[1]} in one machine: {many.images_per_second:,.0f} images/s, {_hours(many.hours)} (arithmetic)"
+        f"one H200: {newer.images_per_second:,.0f} images/s, {_hours(newer.hours)}, and {MANY} H100s in one machine: "
+        f"{many.images_per_second:,.0f} images/s, {_hours(many.hours)} (arithmetic)"
     ]
+
+
+def _paces(recipe: Recipe) -> dict[str, speed.Pace | None]:
+    newer = speed.pace(recipe, h200=True)
+    return {"1 x H100": speed.pace(recipe), "1 x H200": newer, f"{MANY} x H100": speed.pace(recipe, MANY)}
 
 
 def _hours(hours: float) -> str:

@@ -2,6 +2,7 @@
 
 Measured once, on one H100 80 GB with torch 2.11 in bf16: B/2 with batch 256 and XL/2 with batch 96, compiled, as shares
 of the card's 989 TFLOP/s; DiT-S/2 on 32 px, not compiled. A network of another size is taken as the nearest of these.
+Nothing was measured on an H200: it has the same arithmetic, and what waits for memory is as much faster as its memory.
 Nothing was measured on several GPUs: they share the rows, and then exchange the gradients over the link, which may
 take place beside the backward pass, but is counted in full.
 
@@ -28,6 +29,8 @@ from alphaflow_cli.recipe.schema import Recipe
 
 TANGENT = 1.05  # forwards of a row that a riding tangent costs
 PEAK = 989e12  # FLOP/s of an H100 (SXM) in bf16, by its data sheet
+WAITING = 0.43  # of a compiled step's time: kernels that wait for memory (B/2 at α = 1: 43 of 100 ms, measured)
+BANDWIDTH = 4.8 / 3.35  # of an H200 over an H100, by the data sheets; their arithmetic is the same
 LINK = 450e9  # bytes/s in one direction between the H100s of one machine, by the same sheet
 TRAINER = 1.02  # what the trainer takes, over the bare step (measured)
 SAVED = 0.078 / 35.3e12  # seconds per FLOP that compiling saves: a step of B/2, .182 s before and .104 after (measured)
@@ -157,7 +160,7 @@ def will_compile(recipe: Recipe, processes: int = 1) -> bool:
 
 @dataclass(frozen=True)
 class Pace:
-    """How fast a run is on so many H100s of one machine."""
+    """How fast a run is on so many GPUs of one machine."""
 
     images_per_second: float
     hours: float
@@ -165,19 +168,20 @@ class Pace:
     measured: bool  # whether the steps of this network were measured; otherwise the nearest one's utilisation is taken
 
 
-def pace(recipe: Recipe, gpus: int = 1) -> Pace | None:
-    """The pace of the whole run; None where nothing was measured that comes near (other precisions than bf16)."""
+def pace(recipe: Recipe, gpus: int = 1, *, h200: bool = False) -> Pace | None:
+    """The pace of the whole run on H100s, or on H200s; None where nothing measured comes near (not in bf16)."""
     if recipe.train.precision != "bf16":
         return None
     size, guided = nearest_network(recipe), is_guided_run(recipe)
     compiled = size in UTILISATION and will_compile(recipe, gpus)
     exchange = 0.0 if gpus == 1 else 4 * parameter_count(recipe) * 2 * (gpus - 1) / gpus / LINK
-    seconds, measured = 0.0, _is_network(recipe, size) and gpus == 1 and (compiled or size == "S/2")
+    seconds, measured = 0.0, _is_network(recipe, size) and gpus == 1 and not h200 and (compiled or size == "S/2")
+    card = 1 - WAITING * (1 - 1 / BANDWIDTH) if h200 else 1.0  # its time over that of an H100
     for kind, steps, flops in phase_flops(recipe):
         share = UTILISATION[size].get((kind, guided)) if compiled else NOT_COMPILED
         measured = measured and share is not None
         share = share or min(UTILISATION[size].values())
-        seconds += steps * (flops / (share * PEAK) / gpus * TRAINER + exchange)
+        seconds += steps * (flops / (share * PEAK) / gpus * TRAINER * card + exchange)
     return Pace(recipe.train.steps * recipe.train.batch / seconds, seconds / 3600, compiled, measured)
 
 

@@ -19,8 +19,8 @@ class Arriving:
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self._here = {name: _begin_copy(tensor) for name, tensor in tensors.items()}
-        on_gpu = any(tensor.device.type == "cuda" for tensor in tensors.values())
-        self._event = _recorded(blocking=True) if on_gpu else None  # the thread that waits for it sleeps
+        gpus = [tensor.device for tensor in tensors.values() if tensor.device.type == "cuda"]
+        self._event = _recorded(gpus[0], blocking=True) if gpus else None  # the thread that waits for it sleeps
 
     def fetch(self) -> dict[str, Tensor]:
         """Wait until the device has made and copied them; another thread may do this."""
@@ -41,7 +41,7 @@ class Laps:
     """The seconds that each part of the queued work takes, from one mark in the queue to the next."""
 
     def __init__(self, device: torch.device) -> None:
-        self._on_gpu = device.type == "cuda"
+        self._device, self._on_gpu = device, device.type == "cuda"
         self._parts: list[str] = []
         self._marks = [self._mark()]
 
@@ -58,12 +58,12 @@ class Laps:
         return spent
 
     def _mark(self) -> Any:
-        return _recorded(enable_timing=True) if self._on_gpu else time.perf_counter()
+        return _recorded(self._device, enable_timing=True) if self._on_gpu else time.perf_counter()
 
 
-def _recorded(**options: bool) -> Any:
-    """An event behind all that is queued on the GPU now."""
+def _recorded(device: torch.device, **options: bool) -> Any:
+    """An event behind all that is queued on this GPU now, which need not be the one that torch takes by default."""
     make: Any = torch.cuda.Event  # it has no types
     event = make(**options)
-    event.record()
+    event.record(torch.cuda.current_stream(device))
     return event

@@ -21,7 +21,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -34,13 +34,11 @@ from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.files import changed, sha256_of, stamp_of
 from alphaflow_cli.model.build import DTYPES, build_network
 from alphaflow_cli.model.checkpoint import Checkpoint, check_autoencoder, load_checkpoint
-from alphaflow_cli.model.compiling import can_compile, compile_blocks, compile_by, compile_part, plain_blocks
+from alphaflow_cli.model.compiling import can_compile, compile_by, compile_part
 from alphaflow_cli.model.find import find_checkpoint
 from alphaflow_cli.nn.autoencoder import Autoencoder, load_autoencoder
-from alphaflow_cli.nn.dit import DiT
 from alphaflow_cli.recipe.plan import null_label
 from alphaflow_cli.recipe.schema import Recipe
-from alphaflow_cli.recipe.speed import forward_flops
 from alphaflow_cli.runtime.precision import exact_device, true_float32
 from alphaflow_cli.runtime.processes import choose_device
 from alphaflow_cli.runtime.transfer import Laps
@@ -52,8 +50,6 @@ DECODER_DTYPES: dict[DecoderPrecision, torch.dtype] = {"fp32": torch.float32, "b
 GROUP = 16
 MANY, MANY_FROM, MANY_MEMORY = 64, 1_000, 40e9  # rows, pictures, a GPU's bytes: 371 pictures/s, not 294 (one H100)
 COMPILED_FROM = 12_000  # pictures of 256 px: 14 s / (1/371 s − 1/658 s), eager and compiled pictures/s of an H100
-NETWORK_FROM = 2.3e15  # FLOPs of the network's evaluations
-NETWORK_ROWS = 256  # that a compiled network sees at once: one form, as many as `eval` draws together
 
 
 @dataclass(frozen=True)
@@ -90,11 +86,6 @@ def plan_decoder(choice: DecoderChoice, device: torch.device, *, pictures: int, 
 def decoder_pays(recipe: Recipe, pictures: int) -> bool:
     """Whether compiling the decoder pays for so many pictures."""
     return pictures * recipe.data.image_size**2 / 256**2 >= COMPILED_FROM
-
-
-def network_pays(recipe: Recipe, pictures: int) -> bool:
-    """Whether compiling the network pays for so many pictures at one evaluation each."""
-    return pictures * forward_flops(recipe) >= NETWORK_FROM
 
 
 def _is_large(device: torch.device) -> bool:
@@ -162,7 +153,6 @@ class Generator:
         self.mean, self.std = checkpoint.mean.to(self.exact), checkpoint.std.to(self.exact)
         self.net = net or load_network(checkpoint).to(device).eval()
         self.bf16 = self.recipe.train.precision == "bf16" and device.type == "cuda"
-        self.rows = GROUP  # the network sees whole groups of so many
         self.decoder = plan_decoder(decoder, device, pictures=0, compiled=False)
         record: dict[str, Any] = self.origin.get("autoencoder") or {}  # of the one that made the latents
         self._record = record if record.get("id") else {**record, "id": self.recipe.data.autoencoder}
@@ -201,25 +191,16 @@ class Generator:
     def precision(self) -> str:
         """The precision of the network and of the decoder, as the protocol says it."""
         trained = self.recipe.train.precision
-        network: str = "fp32" if trained == "bf16" and not self.bf16 else trained
-        network = f"compiled {network}" if self.rows == NETWORK_ROWS else network
+        network = "fp32" if trained == "bf16" and not self.bf16 else trained
         compiled = ", compiled" if self.decoder.compiled else ""
         return precision_text(network, self.decoder.precision if self.has_decoder else None) + compiled
 
-    def synchronise(self) -> None:
-        """Wait for the device, so that a clock tells the truth."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-
-    def expect(self, pictures: int, *, compiled: bool, autoencoder: str, walks: Sequence[Walk] = ()) -> None:
+    def expect(self, pictures: int, *, compiled: bool, autoencoder: str) -> None:
         """Get ready for so many pictures of all processes together, with a compiled decoder where that can be.
 
-        `autoencoder`: another copy of the checkpoint's. `walks`: compile the network, too, by these, where it can be.
-        Where compiling fails, a line says so, and nothing is compiled.
+        `autoencoder`: another copy of the checkpoint's. Where compiling fails, a line says so, and nothing is compiled.
         """
         assert "autoencoder" not in vars(self), "expect comes before the first picture"
-        if walks and self.bf16 and can_compile(self.device):
-            self._compile_network(walks)
         compiled = compiled and self.has_decoder
         self.decoder = plan_decoder(self.decoder.precision, self.device, pictures=pictures, compiled=compiled)
         if autoencoder:
@@ -237,20 +218,6 @@ class Generator:
         if self.decoder.compiled:
             compile_by(first, undo=undo, what="the decoder")
 
-    def _compile_network(self, walks: Sequence[Walk]) -> None:
-        self.rows, net = NETWORK_ROWS, cast(DiT, self.net)
-        compile_blocks(net)
-
-        def first() -> None:
-            for walk in walks:
-                self.latents(range(self.rows), [0] * self.rows, walk)
-
-        def undo() -> None:
-            self.rows = GROUP
-            plain_blocks(net)
-
-        compile_by(first, undo=undo, what="the network")
-
     def use_autoencoder(self, name: str) -> None:
         """Decode with this copy of the checkpoint's autoencoder."""
         self.autoencoder = self._load_autoencoder(name)
@@ -264,7 +231,7 @@ class Generator:
         return torch.cat([self._group(seeds[part], labels[part], walk) for part in groups])
 
     def _group(self, seeds: Sequence[int], labels: Sequence[int], walk: Walk) -> Tensor:
-        spare = -len(seeds) % self.rows
+        spare = -len(seeds) % GROUP
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
         def draw(dtype: torch.dtype) -> Tensor:

@@ -1,6 +1,6 @@
 """A ruler that sees class and shape: a small classifier of CIFAR-10 at 16 px, trained here and then frozen.
 
-    python benchmarks/convergence/cnn_ruler.py runs/evidence     # trains it there if need be, and prints its ladders
+    python benchmarks/convergence/cnn_ruler.py runs/evidence > benchmarks/convergence/ladders.md    # trains it first
 
 FD-tiny sees texture and colour, and hardly the class. This one is trained on the 50,000 training pictures and compares
 with the 10,000 test pictures, which it has not seen: their features are not sharper than those of other pictures. Of a

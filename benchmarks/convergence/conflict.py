@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Sequence
 from statistics import correlation, median
 
-from members import MEMBERS, STEPS, Line
+from members import MEMBERS, WIDTH, Line
 
 BELOW = -0.4
 LAST = 0.7  # of a run: from here on it is in its last part
@@ -77,11 +77,11 @@ def curve(lines: Iterable[Line], window: int = 3) -> list[tuple[float, float]]:
     ]
 
 
-def table_along(lines: Sequence[Line], members: Iterable[str]) -> list[str]:
-    """One line per member, all seeds and budgets of the narrow network together."""
+def table_along(lines: Sequence[Line], members: Iterable[str], steps: int) -> list[str]:
+    """One line per member, all seeds of the narrow network together."""
     rows = []
     for member in members:
-        mine = [line for line in lines if line["member"] == member and line["steps"] == STEPS]
+        mine = [line for line in lines if (line["member"], line["steps"], line["width"]) == (member, steps, WIDTH)]
         if any(line["conflict"] for line in mine):
             rows.append(f"| {MEMBERS[member].label} | {len(mine)} | {' | '.join(cells(mine))} |")
     head = [f"| member | runs | {' | '.join(PARTS)} |", "|---|---|---|---|---|"]

@@ -1,6 +1,7 @@
 """What a finished run is worth: both rulers at 1, 2 and 4 NFE, a strip of pictures, and the conflict along the way."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -9,11 +10,12 @@ import torch
 from cnn_ruler import Ruler
 from torch import Tensor
 
-from alphaflow_cli.analyze.analyze import AnalyzeRequest, analyze
-from alphaflow_cli.runtime.processes import Processes
 from alphaflow_cli.sample.generator import Generator, open_generator, spans_of
 from alphaflow_cli.sample.grid import picture_png
 from alphaflow_cli.sample.walk import draw_labels, plan_walk
+from alphaflow_cli.train.conflict import conflict_rows, measure_conflict, prepare_rows
+from alphaflow_cli.train.start import recipe_stream
+from alphaflow_cli.train.step import Objective
 
 NFE = (1, 2, 4)
 PART = 1_000  # pictures drawn at a time
@@ -69,19 +71,34 @@ def rounded(value: float | None) -> float | None:
     return None if value is None else float(f"{value:.4g}")
 
 
-def at_rest(run: Path, store: Path, device: torch.device) -> list[dict[str, Any]]:
-    """What `alphaflow analyze` finds at the last checkpoint, averaged weights, for small and for large batches."""
-    found = []
-    for batches, rows in BATCHES:
-        request = AnalyzeRequest(
-            address=str(run), data=store, out=run / f"analysis-{rows}", batches=batches, batch=rows, seed=0,
-            weights="ema", all_checkpoints=False,
-        )  # fmt: skip
-        result = analyze(request, Processes(device))
-        assert result is not None, "one process is always the first"
-        last = result[0]["checkpoints"][-1]
-        cosines = {
-            name: {part: rounded(each[part]) for part in ("p5", "p50", "p95")} for name, each in last["cosines"].items()
+def at_rest(
+    run: Path, store: Path, device: torch.device, sizes: Sequence[tuple[int, int]] = BATCHES
+) -> list[dict[str, Any]]:
+    """The conflict at the last checkpoint, averaged weights, for small and for large batches."""
+    generator = open_generator(str(run), device=device)
+    recipe, found = generator.recipe, []
+    for batches, rows in sizes:
+        stream = recipe_stream(recipe, store, batch=rows, seed=0, device=device, resident=False, verify="sizes")
+        cosines: dict[str, list[float]] = {"tfm.tc": [], "tfm.fm": []}
+        for index in range(batches):
+            batch = stream.batch_at(index, slice(0, rows))
+            drawn = conflict_rows(recipe, batch.latents, batch.y, seed=0, index=index)
+            objective = Objective.of(recipe)
+            measured = measure_conflict(generator.net, prepare_rows(generator.net, drawn, objective), objective)
+            dots = {name: sum(groups.values()) for name, groups in measured["products"].items()}
+            for name, values in cosines.items():
+                a, b = name.split(".")
+                values.append(dots[name] / max((dots[f"{a}.{a}"] * dots[f"{b}.{b}"]) ** 0.5, 1e-30))
+        stream.close()
+        below = mean(value < -0.4 for value in cosines["tfm.tc"])
+        spreads = {
+            name: dict(zip(("p5", "p50", "p95"), percentiles(values), strict=True)) for name, values in cosines.items()
         }
-        found.append({"batches": batches, "rows": rows, "cosines": cosines, "below": rounded(last["share_below_-0.4"])})
+        found.append({"batches": batches, "rows": rows, "cosines": spreads, "below": below})
     return found
+
+
+def percentiles(values: list[float]) -> list[float]:
+    """The 5th, 50th and 95th percentile."""
+    wanted = torch.tensor([0.05, 0.5, 0.95], dtype=torch.float64)
+    return [round(float(value), 4) for value in torch.tensor(values, dtype=torch.float64).quantile(wanted)]

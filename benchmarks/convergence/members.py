@@ -174,17 +174,17 @@ def plan(lines: Sequence[Line]) -> list[Job]:
     best, others = best_curriculum(lines), [member for member in NEWER if member not in RUNGS]
     winners = [best] if best else []
     jobs = [
-        *jobs_of("budget", CLAIMED, (LONG,), SEEDS),
-        *jobs_of("budget", shares, BUDGETS[::-1], SEEDS),
+        *jobs_of("newer", others, (STEPS,), SEEDS),
+        *jobs_of("newer", RUNGS, (STEPS,), SEEDS),
         *jobs_of("curriculum", ["meanflow-25", *CURRICULA], (STEPS,), SEEDS),
         *jobs_of("confirm", dict.fromkeys([*winners, *CLAIMED]), (STEPS,), NEW_SEEDS),
-        *jobs_of("newer", others, (STEPS,), SEEDS),
-        *jobs_of("budget", CLAIMED, BUDGETS[::-1], MORE_SEEDS),
-        *jobs_of("confirm", winners, BUDGETS[::-1], SEEDS),
+        *jobs_of("budget", shares, (*BUDGETS, STEPS), SEEDS),
         *jobs_of("first", [member for member in FIRST if member not in ALONE], (STEPS,), SEEDS),
         *jobs_of("first", ALONE, (STEPS,), SEEDS[:1]),
         *jobs_of("size", dict.fromkeys([*winners, *CLAIMED]), (STEPS,), SEEDS, width=2 * WIDTH),
-        *jobs_of("newer", RUNGS, (STEPS,), SEEDS),
+        *jobs_of("budget", CLAIMED, BUDGETS, MORE_SEEDS),
+        *jobs_of("confirm", winners, BUDGETS, SEEDS),
+        *jobs_of("budget", CLAIMED, (LONG,), SEEDS),
         *jobs_of("curriculum", PRECISIONS, (STEPS,), SEEDS),
         *jobs_of("budget", CLAIMED, (LONG,), MORE_SEEDS),
         *jobs_of("budget", [member for member in better_shares(lines) if member not in CLAIMED], (LONG,), SEEDS),
@@ -193,7 +193,15 @@ def plan(lines: Sequence[Line]) -> list[Job]:
         *jobs_of("size", CLAIMED, (LONG,), SEEDS, width=2 * WIDTH),
         *jobs_of("curriculum", ["meanflow-25", *CURRICULA], (STEPS,), MORE_SEEDS),
     ]
-    return list({job.name: job for job in reversed(jobs)}.values())[::-1]
+    first: dict[str, Job] = {}
+    for job in jobs:
+        first.setdefault(job.name, job)
+    return [*first.values()]
+
+
+def kind_of(line: Line) -> str:
+    """Whether a run was on a GPU or on a CPU: their draws differ, so they are never in one table."""
+    return "cuda" if " x " in line["device"] else "cpu"
 
 
 def valid(lines: Sequence[Line]) -> dict[str, Line]:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
+from statistics import mean
 
 from conflict import BIAS, cells, table_along, table_at_rest, with_grades
 from members import (
@@ -31,7 +32,7 @@ from table import RULERS, factor, runs_of, scores, table, verdict
 
 from alphaflow_cli.charts.draw import to_png
 
-COMMAND = "    python benchmarks/convergence/run.py CIFAR10 --device cuda --jobs 16"
+COMMAND = "    python benchmarks/convergence/run.py CIFAR10 --jobs 16"
 LIMITS = """## What it does not support
 
 - FD-tiny and FD-cnn are no FID. The one sees texture and colour, the other class and shape as a small classifier of
@@ -62,10 +63,9 @@ GROUPS_NEWER = (
 )
 
 
-def write_pages(
-    lines: Sequence[Line], faults: Mapping[str, str], left: Sequence[str], results: Path, out: Path
-) -> Iterator[Path]:
-    """Write every page of whose members all have runs; pictures of samples only where their strips are there."""
+def write_pages(lines: Sequence[Line], faults: Mapping[str, str], left: Sequence[str], results: Path) -> Iterator[Path]:
+    """Write the pages of whose members all have runs, and EVIDENCE.md; samples only where their strips are there."""
+    results.mkdir(parents=True, exist_ok=True)
     ready = {line["member"] for line in lines if line["steps"] == STEPS and line["width"] == WIDTH}
     tail = [*unfinished(faults, left), LIMITS]
     if {*FIRST} <= ready:
@@ -75,12 +75,12 @@ def write_pages(
     if {*NEWER} - {*RUNGS} <= ready:
         (results / "newer").mkdir(exist_ok=True)
         (results / "newer" / "results.png").write_bytes(to_png(over_nfe(lines, GROUPS_NEWER)))
-        save(results / "newer" / "samples.png", grid_of(out / "strips", strips_of(NEWER)))
+        save(results / "newer" / "samples.png", grid_of(results / "strips", strips_of(NEWER)))
         text = [*head("The newer members at equal budget", lines), *newer_page(lines), *tail]
         yield write(results / "newer" / "RESULTS.md", text)
-    if {*CLAIMED} <= ready:
+    if lines:
         best = best_curriculum(lines)
-        draw_evidence(lines, best, results, out)
+        draw_evidence(lines, best, results)
         text = [*head("When does the curriculum pay?", lines), *evidence_page(lines, best, results), *tail]
         yield write(results / "EVIDENCE.md", text)
 
@@ -157,7 +157,7 @@ def first_page(lines: Sequence[Line]) -> list[str]:
         "cos(∇L_TFM, ∇L_TC) while training, raw weights, batches of 64 rows, all seeds together: the median, and the",
         "share of points below -0.4.",
         "",
-        *table_along(lines, FIRST),
+        *table_along(lines, FIRST, STEPS),
         "",
         "At the last step, averaged weights, the median over batches with the 5th and 95th percentile:",
         "",
@@ -191,19 +191,19 @@ def newer_page(lines: Sequence[Line]) -> list[str]:
     ]
 
 
-def draw_evidence(lines: Sequence[Line], best: str | None, results: Path, out: Path) -> None:
+def draw_evidence(lines: Sequence[Line], best: str | None, results: Path) -> None:
     """The pictures of EVIDENCE.md."""
     shares = [member for pair in SHARES for member in pair]
     members = ["meanflow-25", "alphaflow-25", *([best] if best else []), "alphaflow-50", "meanflow-75"]
     budgets = (BUDGETS[0], STEPS, BUDGETS[1], LONG, LONGEST)
     (results / "budget.png").write_bytes(to_png(over_budget(lines, members, budgets)))
-    groups = [
-        ("shares", shares),
-        ("curricula", ["meanflow-25", "alphaflow-25", *([best] if best else []), "floor-002", "alpha-0-30"]),
-    ]
+    some = dict.fromkeys(
+        ["meanflow-25", "alphaflow-25", *([best] if best else []), "low-002", "alpha-0-30", "alpha-30-100"]
+    )
+    groups = [("6,000 steps", shares, BUDGETS[1]), ("3,000 steps", [*some], STEPS)]
     (results / "conflict.png").write_bytes(to_png(conflict_chart(lines, groups)))
-    save(results / "samples.png", grid_of(out / "strips", budget_rows(best)))
-    save(results / "curricula.png", grid_of(out / "strips", strips_of(("meanflow-25", *CURRICULA))))
+    save(results / "samples.png", grid_of(results / "strips", budget_rows(best)))
+    save(results / "curricula.png", grid_of(results / "strips", strips_of(("meanflow-25", *CURRICULA))))
 
 
 def evidence_page(lines: Sequence[Line], best: str | None, results: Path) -> list[str]:
@@ -221,15 +221,22 @@ def evidence_page(lines: Sequence[Line], best: str | None, results: Path) -> lis
 
 def budget_part(lines: Sequence[Line], best: str | None) -> list[str]:
     shares = [member for pair in SHARES for member in pair]
+    members = [*shares, *([best] if best else [])]
+    pairs = [("alphaflow-25", "meanflow-25"), ("alphaflow-50", "meanflow-75"), ("alphaflow-25", "meanflow-75")]
+    pairs += [("meanflow-75", "meanflow-25"), ("alphaflow-50", "alphaflow-25")]
+    pairs += [(best, "meanflow-25")] if best else []
     text = ["## (a) Budget", ""]
     for steps in (BUDGETS[0], STEPS, BUDGETS[1], LONG, LONGEST):
-        text += [f"### {steps:,} steps", "", *table(lines, [*shares, *([best] if best else [])], steps), ""]
-        pairs = [("alphaflow-25", "meanflow-25"), ("alphaflow-50", "meanflow-75"), ("meanflow-75", "meanflow-25")]
-        pairs += [("alphaflow-50", "alphaflow-25")] + ([(best, "meanflow-25")] if best else [])
-        text += [*judged(lines, [pair for pair in pairs if both(lines, pair, steps)], steps), ""]
+        there = [pair for pair in pairs if both(lines, pair, steps)]
+        text += [f"### {steps:,} steps", "", *table(lines, members, steps), "", *judged(lines, there, steps), ""]
     return [
         *text,
         "![score over budget](budget.png)",
+        "",
+        "The conflict, cos(∇L_TFM, ∇L_TC), on 64 rows at twelve points of each run of 6,000 steps: the median, and the",
+        "share of points below -0.4.",
+        "",
+        *table_along(lines, members, BUDGETS[1]),
         "",
         "The same seeds by budget:",
         "",
@@ -258,7 +265,7 @@ def curriculum_part(lines: Sequence[Line], best: str | None) -> list[str]:
     return [
         "## (b) Curriculum",
         "",
-        "3,000 steps, share .25, seeds 0, 1, 2, least grade first. × is FD at 1 NFE as a multiple of MeanFlow's of the",
+        "3,000 steps, share .25, least grade first. × is FD at 1 NFE as a multiple of MeanFlow's of the",
         "same seeds. The conflict is cos(∇L_TFM, ∇L_TC): its median, and the share of points below -0.4.",
         "",
         *curriculum_table(lines, members),
@@ -276,20 +283,29 @@ def curriculum_part(lines: Sequence[Line], best: str | None) -> list[str]:
     ]
 
 
+def common_seeds(lines: Sequence[Line]) -> tuple[int, ...]:
+    """Those of SEEDS that every curriculum has which was run at all."""
+    found = [runs_of(lines, member, STEPS, seeds=SEEDS).keys() for member in CURRICULA]
+    there = [{*seeds} for seeds in found if seeds]
+    return tuple(sorted(set.intersection(*there))) if there else ()
+
+
 def curriculum_table(lines: Sequence[Line], members: Sequence[str]) -> list[str]:
-    base = runs_of(lines, "meanflow-25", STEPS, seeds=SEEDS)
-    graded = [(value, member) for member in members if (value := grade(lines, member, STEPS, SEEDS)) is not None]
+    seeds = common_seeds(lines)
+    base = runs_of(lines, "meanflow-25", STEPS, seeds=seeds)
+    graded = [(value, member) for member in members if (value := grade(lines, member, STEPS, seeds)) is not None]
     rows = []
     for value, member in sorted(graded):
-        runs = runs_of(lines, member, STEPS, seeds=SEEDS)
+        runs = runs_of(lines, member, STEPS, seeds=seeds)
         factors = [factor(scores(runs, ruler, 1), scores(base, ruler, 1)) for ruler in RULERS]
         shown = [str(each) if each and member != "meanflow-25" else "–" for each in factors]
-        means = [f"{sum(found.values()) / len(found):.2f}" for found in
-                 (scores(runs, ruler, nfe) for ruler in RULERS for nfe in (1, 2))]  # fmt: skip
-        asked = f"{sum(scores(runs, 'as_asked', 1).values()) / len(runs):.1%}"
-        columns = [MEMBERS[member].label, f"{value:.2f}", *means, asked, *shown, *cells(runs.values())]
-        rows.append(f"| {' | '.join(columns)} |")
+        means = [mean(scores(runs, ruler, nfe).values()) for ruler in RULERS for nfe in (1, 2)]
+        asked = f"{mean(scores(runs, 'as_asked', 1).values()):.1%}"
+        figures = [f"{value:.2f}", *(f"{each:.2f}" for each in means), asked]
+        rows.append(f"| {' | '.join([MEMBERS[member].label, *figures, *shown, *cells(runs.values())])} |")
     return [
+        f"Seeds that all of them have: {', '.join(map(str, seeds)) or 'none'}.",
+        "",
         "| curriculum | grade | FD-tiny, 1 NFE | 2 NFE | FD-cnn, 1 NFE | 2 NFE | as asked | × FD-tiny | × FD-cnn "
         "| conflict | last 30% | 0 < α < .1 |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
@@ -298,10 +314,11 @@ def curriculum_table(lines: Sequence[Line], members: Sequence[str]) -> list[str]
 
 
 def grades_and_conflict(lines: Sequence[Line]) -> list[str]:
+    seeds = common_seeds(lines)
     graded = [
-        (value, [*runs_of(lines, member, STEPS, seeds=SEEDS).values()])
+        (value, [*runs_of(lines, member, STEPS, seeds=seeds).values()])
         for member in CURRICULA
-        if (value := grade(lines, member, STEPS, SEEDS)) is not None
+        if (value := grade(lines, member, STEPS, seeds)) is not None
     ]
     texts = with_grades(graded)
     if not texts:

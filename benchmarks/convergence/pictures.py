@@ -74,18 +74,19 @@ def over_nfe(lines: Sequence[Line], groups: Sequence[tuple[str, Sequence[str]]])
     )
 
 
-def conflict_chart(lines: Sequence[Line], groups: Sequence[tuple[str, Sequence[str]]]) -> Chart:
-    """cos(∇L_TFM, ∇L_TC) along the runs of 3,000 steps."""
+def conflict_chart(lines: Sequence[Line], groups: Sequence[tuple[str, Sequence[str], int]]) -> Chart:
+    """cos(∇L_TFM, ∇L_TC) along the runs, a panel for each group of members and number of steps."""
     panels = []
-    for title, members in groups:
-        curves = []
-        for member, colour in zip(members, COLOURS, strict=False):
-            mine = [*runs_of(lines, member, STEPS).values()]
-            if curve(mine):
-                curves.append(Curve(MEMBERS[member].label, curve(mine), colour))
+    for title, members, steps in groups:
+        found = {member: curve(runs_of(lines, member, steps).values()) for member in members}
+        curves = [
+            Curve(MEMBERS[member].label, points, colour)
+            for (member, points), colour in zip(found.items(), COLOURS, strict=False)
+            if points
+        ]
         panels.append(Panel(f"cos(∇L_TFM, ∇L_TC), {title}", curves, y_range=(-1.0, 0.5), height=220))
     return Chart(
-        title="The conflict along 3,000 steps",
+        title="The conflict along the run",
         subtitle="64 rows; median over seeds and neighbouring points; below −0.4 the halves undo each other",
         x_label="share of the run",
         panels=panels,
@@ -110,12 +111,18 @@ def grid_of(strips: Path, runs: Iterable[tuple[str, str]]) -> bytes | None:
     rows = [one + two for _, (one, two) in there]
     count = len(rows[0]) // 2
     columns = ["1 NFE"] * count + ["2 NFE"] * count
-    return grid_png(rows, row_names=[label for label, _ in there], column_names=columns)
+    return grid_png(rows, row_names=[spelled(label) for label, _ in there], column_names=columns)
+
+
+def spelled(label: str) -> str:
+    """A label in letters that the font of a grid has."""
+    return label.replace("α", "alpha").replace("→", "to").replace("…", "...")
 
 
 def budget_rows(best: str | None) -> list[tuple[str, str]]:
     """Labels and runs of the grid over budgets."""
-    pairs = [(member, steps) for steps in (2_000, 6_000, LONG) for member in ("meanflow-25", "alphaflow-25")]
+    shares = ("meanflow-25", "alphaflow-25", "meanflow-75", "alphaflow-50")
+    pairs = [(member, steps) for steps in (2_000, 6_000, LONG) for member in shares]
     rows = [(f"{MEMBERS[member].label}, {steps:,}", f"{member}-{steps}-s0") for member, steps in pairs]
     confirmed = [("meanflow-25", "MeanFlow .25, 3,000"), ("alphaflow-25", "α-Flow .25, 3,000")]
     confirmed += [(best, f"{MEMBERS[best].label}, 3,000")] if best else []

@@ -1,13 +1,15 @@
 """All comparisons of the family: trains or resumes what is missing, measures it, and writes every page anew.
 
-    python benchmarks/convergence/run.py                                              # the pages, and what is missing
-    python benchmarks/convergence/run.py CIFAR10 --out runs/evidence                  # all runs: days of two cores
-    python benchmarks/convergence/run.py CIFAR10 --device cuda --jobs 16 --minutes 8  # most of them on one H100
+    python benchmarks/convergence/run.py                                # the pages, and what is missing
+    python benchmarks/convergence/run.py CIFAR10 --jobs 16 --minutes 8  # about 100 runs of 3,000 steps on one H100
+    python benchmarks/convergence/run.py CIFAR10 --device cpu           # the same on two cores: weeks
 
 CIFAR10 is a folder with `train` and `test`, each with a folder per class. What is measured, and in which order, was
 written down before (PROTOCOL.md, newer/PROTOCOL.md). A finished run is a line of results.jsonl; those that are there
 are not done again, so that the pages are made from this repository alone. The same command again goes on. To begin
 anew, give another folder of results: --results DIR. A run that fails is named on the pages, and the exit code is 1.
+Of runs on another machine, `lines`, `strips` and `faults` of its --out come into a folder here, which --out names.
+Runs on a GPU and runs on a CPU draw other numbers, so they are other runs: the pages of the latter are in `cpu`.
 """
 
 import argparse
@@ -17,6 +19,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Collection
 from multiprocessing import get_context
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -24,9 +27,10 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
-from members import CUTS  # noqa: E402
-from slots import Work, lines_of, missing, slot, write  # noqa: E402
+from members import CUTS, kind_of, valid  # noqa: E402
+from slots import Work, all_lines, lines_of, missing, slot, write  # noqa: E402
 
+KINDS = ("cuda", "cpu")
 FOLDERS = ("runs", "lines", "claims", "faults", "strips", "logs")
 STOPS = 12  # seconds that a slot has for saving; what is measured then is measured again
 FAULTS = 24  # after so many the machine is at fault, not a run
@@ -79,11 +83,20 @@ def work_off(work: Work, jobs: int) -> None:
 
 
 def keep(work: Work) -> None:
-    """Write all lines to results.jsonl, in the order of their names."""
-    found = lines_of(work)
+    """Write all lines to results.jsonl, of every kind of device, in the order of their names."""
+    lines = all_lines(work)
+    kinds = [valid([line for line in lines if kind_of(line) == kind]) for kind in KINDS]
     work.results.mkdir(parents=True, exist_ok=True)
-    texts = (json.dumps(found[name], ensure_ascii=False) + "\n" for name in sorted(found))
+    texts = (json.dumps(found[name], ensure_ascii=False) + "\n" for found in kinds for name in sorted(found))
     write(work.results / "results.jsonl", "".join(texts).encode())
+
+
+def keep_strips(fresh: Path, kept: Path, found: Collection[str]) -> None:
+    """Put the new strips of finished runs beside the pages, so that the grids can be drawn from there."""
+    for strip in sorted(fresh.glob("*.png")):
+        if strip.stem in found:
+            kept.mkdir(parents=True, exist_ok=True)
+            write(kept / strip.name, strip.read_bytes())
 
 
 def say(text: str) -> None:
@@ -95,7 +108,9 @@ def parser() -> argparse.ArgumentParser:
     each.add_argument("pictures", type=Path, nargs="?", help="folder of CIFAR-10 with train and test")
     each.add_argument("--out", type=Path, default=Path("runs/evidence"), help="of the runs, the stores and the ruler")
     each.add_argument("--results", type=Path, default=HERE, help="of results.jsonl and the pages")
-    each.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    each.add_argument(
+        "--device", choices=KINDS, default="cuda", help="whose runs: those of another kind are in no table of these"
+    )
     each.add_argument("--jobs", type=int, default=2, help="runs at a time, one core each")
     each.add_argument("--minutes", type=float, default=math.inf, help="what is unfinished then resumes next time")
     each.add_argument("--cuts", nargs="+", choices=CUTS, default=CUTS, help="only these questions")
@@ -125,7 +140,9 @@ def main() -> None:
     if not options.runs:
         from pages import write_pages
 
-        for path in write_pages(list(found.values()), faults, left, results, out):
+        pages = results if options.device == "cuda" else results / options.device
+        keep_strips(out / "strips", pages / "strips", found)
+        for path in write_pages(list(found.values()), faults, left, pages):
             print(path)
     for name, text in faults.items():
         say(f"{name} failed: {text.strip().splitlines()[-1]}")

@@ -21,7 +21,7 @@ from statistics import median
 from types import FrameType
 from typing import Any
 
-from members import MEMBERS, NEW_SEEDS, Job, Line, plan, valid
+from members import CURRICULA, MEMBERS, NEW_SEEDS, STEPS, WIDTH, Job, Line, kind_of, plan, valid
 from record import git, hardware
 
 from alphaflow_cli.recipe.schema import Train
@@ -29,7 +29,7 @@ from alphaflow_cli.recipe.schema import Train
 STOPPED = (130, 143)
 START, LAST = 4.0, 3.0  # seconds that a run takes besides its steps; that a slot waits for others' runs
 TOY = 500  # of so many steps a toy run has one
-ANALYZED = ("meanflow-25", "alphaflow-25")  # whose conflict at rest is measured, at 3,000 steps and seed 0
+ANALYZED = [("meanflow-25", STEPS, 0, WIDTH), ("alphaflow-25", STEPS, 0, WIDTH)]  # their conflict at rest is measured
 
 
 @dataclass(frozen=True)
@@ -58,9 +58,14 @@ def read_lines(path: Path) -> list[Line]:
 
 
 def lines_of(work: Work) -> dict[str, Line]:
-    """The line of every finished run, by its name."""
+    """The line of every run that is finished on this kind of device, by its name."""
+    return valid([line for line in all_lines(work) if kind_of(line) == work.device])
+
+
+def all_lines(work: Work) -> list[Line]:
+    """The lines of earlier times, then those of this folder."""
     fresh = [line for path in sorted((work.out / "lines").glob("*.json")) for line in read_lines(path)]
-    return valid([*read_lines(work.results / "results.jsonl"), *fresh])
+    return [*read_lines(work.results / "results.jsonl"), *fresh]
 
 
 def missing(work: Work, lines: dict[str, Line]) -> list[Job]:
@@ -102,7 +107,7 @@ def expected(job: Job, lines: dict[str, Line], work: Work) -> float:
 
 def sets_of(job: Job, work: Work) -> list[str]:
     """The settings of a run: those that its name stands for, and those that change no weight."""
-    points = 30 if job.cut in ("curriculum", "confirm") else 12
+    points = 30 if job.steps == STEPS and job.member in ("meanflow-25", *CURRICULA) else 12
     log = 50 if job.steps <= 6_000 else 200 if job.steps <= 20_000 else 600
     if work.toy:
         return [*job.sets, f"train.steps={steps_of(job, work)}", "train.log_every=2", "train.conflict_every=2",
@@ -134,7 +139,7 @@ def train(job: Job, work: Work) -> bool:
 def measure(job: Job, work: Work, ruler: Any) -> Line:
     """The line of a trained run; its strip of pictures goes to `strips/`."""
     import torch
-    from measure import at_rest, journal_of, scores_of, strip_of
+    from measure import BATCHES, at_rest, journal_of, scores_of, strip_of
 
     run, device, scales = work.out / "runs" / job.name, torch.device(work.device), MEMBERS[job.member].scales
     scores = [scores_of(run, ruler, device, images=work.images, scale=scale) for scale in scales]
@@ -143,8 +148,8 @@ def measure(job: Job, work: Work, ruler: Any) -> Line:
     line: Line = {"scores": scores[0], **journal_of(run)}
     if len(scales) > 1:
         line |= {"guided": scores[1], "scale": scales[1]}
-    if job.member in ANALYZED and job.seed == 0 and job.cut == "curriculum" and not work.toy:
-        line["at_rest"] = at_rest(run, work.out / "store", device)
+    if (job.member, job.steps, job.seed, job.width) in ANALYZED:
+        line["at_rest"] = at_rest(run, work.out / "store", device, ((1, 16),) if work.toy else BATCHES)
     return line
 
 

@@ -22,7 +22,16 @@ from alphaflow_cli.files import sha256_of
 
 HEAD = {"benchmark", "date", "command", "hardware", "versions", "commit", "dirty"}
 TINY = ["parts", "--size", "tiny", "--autoencoder", "tiny", "--metrics", "fd-tiny", "--images", "8", "--device", "cpu"]
-PARTS = ["labels", "network", "decoder", "features tiny", "hashes and files", "moments", "content", "distances"]
+PARTS = [
+    "labels",
+    "network",
+    "decoder",
+    "features tiny",
+    "files and waiting",
+    "moments",
+    "content",
+    "distances",
+]
 STORE = ["--gigabytes", "0.003", "--batch", "64", "--steps", "2", "--device", "cpu"]
 
 

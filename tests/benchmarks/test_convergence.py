@@ -6,6 +6,7 @@ from math import exp
 import members
 import pages
 import pytest
+import run
 import slots
 import torch
 from cnn_ruler import HOLE, Ruler, augmented, train_classifier
@@ -91,6 +92,31 @@ def test_curricula_are_one_until_their_first_share_and_nought_from_their_last():
         assert abs(sum(v > 0 for v in values) - 10 * last) <= 2
 
 
+def test_a_run_of_several_parts_keeps_its_first_place():
+    names = [job.name for job in plan([])]
+    assert names[0] == "meanflow-25-3000-s0"
+    assert (
+        names.index("alphaflow-25-3000-s2") < names.index("meanflow-75-6000-s0") < names.index("meanflow-25-20000-s0")
+    )
+
+
+def test_runs_on_a_gpu_and_on_a_cpu_are_not_mixed(tmp_path):
+    job = plan([])[0]
+    lines = [line_of(job), line_of(job) | {"device": "EPYC, 2 cores, 1 thread(s) used"}]
+    (tmp_path / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for device, line in zip(("cuda", "cpu"), lines, strict=True):
+        assert slots.lines_of(work_in(tmp_path, device=device)) == {job.name: line}
+    run.keep(work_in(tmp_path))
+    assert slots.read_lines(tmp_path / "results.jsonl") == lines
+
+
+def test_strips_of_finished_runs_are_kept_beside_the_pages(tmp_path):
+    for name in ("done", "half"):
+        (tmp_path / f"{name}.png").write_bytes(b"x")
+    run.keep_strips(tmp_path, tmp_path / "kept", {"done"})
+    assert [path.name for path in (tmp_path / "kept").iterdir()] == ["done.png"]
+
+
 def test_the_plan_has_every_run_once_and_three_seeds_of_all_but_the_baselines():
     jobs = plan(all_lines())
     assert len({job.name for job in jobs}) == len(jobs)
@@ -148,9 +174,7 @@ def test_the_pages_are_made_of_the_lines_alone_and_name_what_is_missing(tmp_path
     lines, drawn = all_lines(), []
     monkeypatch.setattr(pages, "to_png", lambda chart: drawn.append(chart) or b"")  # they take a second each
     written = [
-        *pages.write_pages(
-            lines, {"flow-3000-s1": "Traceback\nValueError: x"}, ["alpha-0-30-3000-s9"], tmp_path, tmp_path
-        )
+        *pages.write_pages(lines, {"flow-3000-s1": "Traceback\nValueError: x"}, ["alpha-0-30-3000-s9"], tmp_path)
     ]
     assert [path.relative_to(tmp_path).as_posix() for path in written] == [
         "RESULTS.md",
@@ -168,8 +192,17 @@ def test_the_pages_are_made_of_the_lines_alone_and_name_what_is_missing(tmp_path
     assert to_png(drawn[2]).startswith(b"\x89PNG")
 
 
-def test_a_page_waits_until_every_member_has_a_run(tmp_path):
-    assert [*pages.write_pages(lines_of("meanflow-25", 1.0), {}, [], tmp_path, tmp_path)] == []
+def test_a_comparison_waits_until_every_member_has_a_run_and_curricula_are_compared_on_common_seeds(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(pages, "to_png", lambda chart: b"")
+    lines = [*lines_of("alpha-0-30", 1.0, 5.0), *lines_of("low-002", 2.0), *lines_of("meanflow-25", 3.0)]
+    (page,) = pages.write_pages(lines, {}, [], tmp_path)
+    text = page.read_text()
+    assert page.name == "EVIDENCE.md"
+    assert "Seeds that all of them have: 0." in text
+    assert "| α 1 until 0%, 0 from 30% | 0.00 | 1.00 |" in text
+    assert "On new seeds" not in text
 
 
 def test_points_without_a_cosine_are_left_out_of_the_conflict():
@@ -199,7 +232,7 @@ def test_a_strip_is_cut_into_the_pictures_it_was_made_of(tmp_path):
 def work_in(tmp_path, **more):
     for name in ("claims", "lines", "faults"):
         (tmp_path / name).mkdir(exist_ok=True)
-    options = {"device": "cpu", "until": 1e12, "images": 100, "cuts": members.CUTS, "longest": 10**9, "toy": True}
+    options = {"device": "cuda", "until": 1e12, "images": 100, "cuts": members.CUTS, "longest": 10**9, "toy": True}
     return slots.Work(out=tmp_path, results=tmp_path, **(options | more))
 
 
@@ -222,9 +255,9 @@ def test_a_run_that_would_not_be_done_in_time_is_not_begun(tmp_path, monkeypatch
     line = line_of(plan([])[-1]) | {"seconds": slots.START + 6000.0}
     (work_in(tmp_path).out / "lines" / f"{line['run']}.json").write_text(json.dumps(line) + "\n")
     rate = 6000 / line["steps"]
-    first = slots.claim(work_in(tmp_path, until=slots.START + rate * 5000))
+    first = slots.claim(work_in(tmp_path, until=slots.START + rate * 2500))
     assert first is not None
-    assert first.steps == 2000  # neither 20,000 nor 6,000, which are wanted more
+    assert first.steps == 2000  # not 3,000, which are wanted more
 
 
 def test_the_ruler_learns_two_classes_and_measures_them(tmp_path):

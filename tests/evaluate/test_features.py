@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ruler
@@ -11,7 +12,14 @@ from torch import Tensor, nn
 
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.evaluate.features import resize_bicubic
-from alphaflow_cli.evaluate.networks import Clip, DinoV2, Inception, build_extractor, resample_positions
+from alphaflow_cli.evaluate.networks import (
+    Clip,
+    DinoV2,
+    Inception,
+    build_extractor,
+    fuse_convolutions,
+    resample_positions,
+)
 from alphaflow_cli.evaluate.tiny import FLOOR, Tiny
 from alphaflow_cli.files import sha256_of
 from alphaflow_cli.nn.weights import load_weights
@@ -332,3 +340,29 @@ def test_tf32_is_off_inside_and_as_before_outside() -> None:
         assert torch.backends.cudnn.conv.fp32_precision == "ieee"
         assert torch.backends.cuda.matmul.fp32_precision == "ieee"
     assert torch.backends.cudnn.conv.fp32_precision == before
+
+
+def test_fused_convolutions_give_the_same_features_up_to_rounding(
+    inception_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, where cuDNN's call takes the place of these three; a network of float64 is the measure."""
+    calls = []
+
+    def in_one(x: Tensor, weight: Tensor, bias: Tensor, *form: Any) -> Tensor:
+        calls.append(weight.shape)
+        return torch.conv2d(x, weight, bias, *form).relu()
+
+    monkeypatch.setattr(torch, "cudnn_convolution_relu", in_one)
+    plain, fused = (Inception.load(inception_file).eval() for _ in range(2))
+    exact = Inception.load(inception_file).eval().double()
+    exact.net.feature_extractor_internal_dtype = torch.float64
+    fuse_convolutions(fused.net)
+    images = ruler.pictures(3)
+    with torch.inference_mode():
+        truth = exact.net(images)[0].double()
+    unit = truth.abs().mean()
+    errors = [float((each(images) - truth).abs().max() / unit) for each in (plain, fused)]
+    assert len(calls) == 94
+    assert max(errors) < 3e-4
+    assert errors[1] < 2 * errors[0]
+    assert torch.equal(plain.logits(truth.float()), fused.logits(truth.float()))

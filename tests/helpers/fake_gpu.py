@@ -82,8 +82,9 @@ class Event:
     def __init__(self, **options):
         """Any event is as good as any other."""
 
-    def record(self):
-        """It stands in the queue."""
+    def record(self, stream):
+        """It stands in the queue of this device."""
+        assert stream.type == "cuda"
 
     def synchronize(self):
         """The host waits."""
@@ -109,6 +110,7 @@ def fake_gpu(monkeypatch):
     if not torch.cuda.is_available():
         monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: None)
     monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: device)
     monkeypatch.setattr(Event, "waits", [])
     with FakeGpu() as gpu:
         yield gpu

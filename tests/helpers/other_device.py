@@ -147,8 +147,9 @@ class Event:
     def __init__(self, **options):
         """Any event is as good as any other."""
 
-    def record(self):
-        """It stands in the queue."""
+    def record(self, stream):
+        """It stands in the queue of this device."""
+        assert stream.type == "cuda"
 
     def synchronize(self):
         """Nobody waits long."""
@@ -185,6 +186,7 @@ def other_device(monkeypatch):
     monkeypatch.setattr(torch, "tensor", tensor)
     monkeypatch.setattr(torch, "empty", lambda *args, pin_memory=False, **more: empty(*args, **more))
     monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: device)
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda values: values.clone())  # in threads too
     stream = SimpleNamespace(wait_stream=lambda other: None)
     card = SimpleNamespace(name="test device", total_memory=BYTES, major=9, minor=0, multi_processor_count=1)

@@ -23,11 +23,9 @@ from alphaflow_cli.data.manifest import read_manifest
 from alphaflow_cli.data.store import open_store, verify_store
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.files import free_bytes
-from alphaflow_cli.latents import encode
 from alphaflow_cli.latents.encode import choose_precision
 from alphaflow_cli.latents.plan import default_out, shard_size
 from alphaflow_cli.latents.prepare import check_room
-from alphaflow_cli.model.compiling import compile_part
 from alphaflow_cli.nn.autoencoder import load_autoencoder
 from alphaflow_cli.runtime.precision import encoder_precision
 
@@ -448,56 +446,3 @@ def test_a_fault_in_a_worker_is_said_once_without_a_traceback(tmp_path):
     assert code == 1
     assert err.count("'400.png': an empty file") == 1
     assert "Traceback" not in err
-
-
-@pytest.fixture
-def compiling(monkeypatch):
-    """The encoder is compiled from the first picture on, by the quickest backend; yields the rows that it saw."""
-    seen = []
-
-    def backend(graph, inputs):
-        return graph.forward
-
-    def part(module, *_):
-        module.register_forward_pre_hook(lambda _, given: seen.append(len(given[0])))
-        compile_part(module, backend)
-
-    torch._dynamo.reset()
-    monkeypatch.setattr(encode, "COMPILED_FROM", 1e-9)
-    monkeypatch.setattr(encode, "can_compile", lambda device: True)
-    monkeypatch.setattr(encode, "compile_part", part)
-    return seen
-
-
-def test_a_compiled_encoder_sees_whole_batches_and_gives_the_same_store(
-    vae, tree, tmp_path, compiling, monkeypatch, capsys
-):
-    options = {"size": 32, "autoencoder": str(vae[0]), "precision": "bf16", "batch": 16, "flips": True}
-    with monkeypatch.context() as patch:
-        patch.setattr(encode, "COMPILED_FROM", 1e9)
-        plain = prepare(tree, tmp_path / "plain", **options)
-    assert not compiling
-    found = prepare(tree, tmp_path / "compiled", **options)
-    assert set(compiling) == {16}
-    assert len(compiling) == 1 + 2 * 6  # the first call, then 90 pictures and their mirror images
-    assert "compiled the encoder in " in capsys.readouterr().err
-    for name in ("moments", "moments_flip"):
-        np.testing.assert_allclose(all_rows(found, name), all_rows(plain, name), atol=0.02)
-    (found / "train-00000.safetensors").unlink()
-    before = contents(tmp_path / "compiled")
-    prepare(tree, tmp_path / "compiled", **options)
-    after = contents(tmp_path / "compiled")
-    assert {name: after[name] for name in before} == before
-
-
-def test_where_the_encoder_cannot_be_compiled_a_line_says_so(vae, tree, tmp_path, compiling, monkeypatch, capsys):
-    def broken(graph, inputs):
-        raise ValueError("no such machine\nand more")
-
-    monkeypatch.setattr(encode, "compile_part", lambda module: compile_part(module, broken))
-    options = {"size": 32, "autoencoder": str(vae[0]), "precision": "bf16"}
-    found = prepare(tree, tmp_path / "s", **options)
-    assert "torch.compile failed, so the encoder runs eagerly" in capsys.readouterr().err
-    monkeypatch.setattr(encode, "can_compile", lambda device: False)
-    plain = prepare(tree, tmp_path / "plain", **options)
-    assert contents(found) == contents(plain)

@@ -318,6 +318,10 @@ def test_the_pace_says_what_it_rests_on():
     assert facts(load_recipe("quickstart"))["speed"] == {}
     shown = dict(lines(load_recipe("b2-cfg")))["speed"]
     assert shown.startswith(
-        "one H100, compiled: about 1,395 images/s, 61 h (steps measured once there); 8 in one machine:"
+        "one H100, compiled: about 1,395 images/s, 61 h (steps measured once there); one H200: 1,603 images/s, "
+        "53 h, and 8 H100s in one machine: 10,247 images/s, 8.3 h (arithmetic)"
     )
+    newer = speed.pace(load_recipe("b2-cfg"), h200=True)
+    assert not newer.measured
+    assert 1 < newer.images_per_second / speed.pace(load_recipe("b2-cfg")).images_per_second < 4.8 / 3.35
     assert "by arithmetic from measured steps of another network" in dict(lines(load_recipe("l2-cfg")))["speed"]

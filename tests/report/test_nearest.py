@@ -82,7 +82,7 @@ def test_a_network_that_repeats_its_training_pictures_is_found_out(run, store, m
     def repeat(self, latents):
         return copies[torch.arange(len(latents)) % len(copies)]
 
-    monkeypatch.setattr(room.Generator, "decode", repeat)
+    monkeypatch.setattr(room.Generator, "_decoded", repeat)
     shown = nearest_of(folder, recipe)
     assert shown.texts[2].startswith("64 of 64 samples are nearer")
     assert torch.equal(from_uint8(copies), real)

@@ -12,11 +12,13 @@ from tiny_autoencoders import tiny_dc, tiny_kl, tiny_taesd
 import alphaflow_cli
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.model import compiling
+from alphaflow_cli.recipe import load_recipe
 from alphaflow_cli.sample import generator as decoder
 from alphaflow_cli.sample.generator import (
     Decoder,
     Generator,
     decode_in_groups,
+    decoder_pays,
     open_generator,
     plan_decoder,
     precision_text,
@@ -187,3 +189,10 @@ def test_a_model_of_pixels_tells_no_decoder(tmp_path):
 def test_a_precision_that_is_none_is_named(checkpoint):
     with pytest.raises(AlphaflowError, match="'fp16': there are auto, fp32, bf16"):
         alphaflow_cli.load(checkpoint, device="cpu", decoder="fp16")  # type: ignore[arg-type]
+
+
+def test_the_threshold_of_compiling_follows_from_the_pixels(folder):
+    small = open_generator(str(folder / "bf16.safetensors"), device=CPU).recipe
+    b2 = load_recipe("b2")
+    assert [decoder_pays(b2, count) for count in (11_999, 12_000)] == [False, True]
+    assert not decoder_pays(small, 1_000_000)  # 16 px
