@@ -159,6 +159,16 @@ class Event:
         return 1.0
 
 
+class Stream:
+    """A stream of a device; whatever is queued there is done at once."""
+
+    def __init__(self, device=GPU):
+        self.type = device.type
+
+    def wait_stream(self, other):
+        """The other one has done everything."""
+
+
 class AnyGenerator(torch.Generator):
     """A generator that says which device it is for; its numbers are the host's."""
 
@@ -186,16 +196,16 @@ def other_device(monkeypatch):
     monkeypatch.setattr(torch, "tensor", tensor)
     monkeypatch.setattr(torch, "empty", lambda *args, pin_memory=False, **more: empty(*args, **more))
     monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: device)
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda values: values.clone())  # in threads too
-    stream = SimpleNamespace(wait_stream=lambda other: None)
     card = SimpleNamespace(name="test device", total_memory=BYTES, major=9, minor=0, multi_processor_count=1)
     answers = {
         "_lazy_init": None, "is_available": True, "device_count": 1, "current_device": 0, "set_device": None,
         "synchronize": None, "empty_cache": None, "mem_get_info": (BYTES, BYTES), "max_memory_allocated": 0,
         "reset_peak_memory_stats": None, "get_device_name": card.name, "get_device_properties": card,
         "get_device_capability": (9, 0), "is_bf16_supported": True, "is_current_stream_capturing": False,
-        "Stream": stream, "current_stream": stream, "stream": nullcontext(),
+        "stream": nullcontext(),
     }  # fmt: skip
     for name, answer in answers.items():
         monkeypatch.setattr(torch.cuda, name, lambda *args, answer=answer, **more: answer)
