@@ -29,7 +29,7 @@ from alphaflow_cli.recipe.schema import Recipe
 
 TANGENT = 1.05  # forwards of a row that a riding tangent costs
 PEAK = 989e12  # FLOP/s of an H100 (SXM) in bf16, by its data sheet
-WAITING = 0.43  # of a compiled step's time: kernels that wait for memory (B/2 at α = 1: 43 of 100 ms, measured)
+WAITING = 0.37  # of a compiled step's time: kernels that wait for memory (B/2 at α = 1: 37 of 101 ms, measured)
 BANDWIDTH = 4.8 / 3.35  # of an H200 over an H100, by the data sheets; their arithmetic is the same
 LINK = 450e9  # bytes/s in one direction between the H100s of one machine, by the same sheet
 TRAINER = 1.02  # what the trainer takes, over the bare step (measured)

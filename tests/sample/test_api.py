@@ -183,7 +183,7 @@ def test_train_evaluate_and_load_recipe_are_doors(tmp_path, monkeypatch):
     (row,) = alphaflow_cli.evaluate("run", images=100, nfe=[2], reference="shapes:100", device="cpu")
     assert row.name == "FD-tiny-100"
     assert row.value > 0
-    assert "100 pictures: quickstart, 2 NFE" in row.protocol()
+    assert "100 pictures: run, 2 NFE" in row.protocol()
 
 
 @pytest.mark.parametrize(
