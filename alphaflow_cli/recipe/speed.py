@@ -35,6 +35,8 @@ LINK = 450e9  # bytes/s in one direction between the H100s of one machine, by th
 TRAINER = 1.02  # what the trainer takes, over the bare step (measured)
 SAVED = 0.078 / 35.3e12  # seconds per FLOP that compiling saves: a step of B/2, .182 s before and .104 after (measured)
 SAVED_LAUNCHES = 0.0036  # seconds per step, at least: a tiny network's step, 10.4 ms before and 6.8 after (measured)
+SAVED_REPLAYED = 0.0003  # the same where the step is a CUDA graph: 1.28 ms before and .95 after (measured)
+GRAPH_FLOPS = 2e12  # of a step: from here on any GPU computes for longer than the host takes to launch it
 COMPILING = 20.0  # seconds per phase at most (measured: 3 to 20)
 WORTH = 2  # times the cost that must be saved: the probe of memory compiles too, and a run may end early
 SMALL, LARGE = 60_000_000, 600_000_000  # parameters: below, S/2 is the nearest measured network; from there on, XL/2
@@ -139,8 +141,15 @@ def compiling_pays(recipe: Recipe, processes: int) -> bool:
     if recipe.train.precision == "fp64" or share(0) != share(steps - 1):
         return False
     listed = phase_flops(recipe)
-    saved = sum(count * max(flops / processes * SAVED, SAVED_LAUNCHES) for _, count, flops in listed)
+    least = SAVED_REPLAYED if recipe.train.graphs and graphs_may_pay(recipe, processes) else SAVED_LAUNCHES
+    saved = sum(count * max(flops / processes * SAVED, least) for _, count, flops in listed)
     return saved > WORTH * COMPILING * len(listed)
+
+
+def graphs_may_pay(recipe: Recipe, processes: int) -> bool:
+    """Whether launches may be most of a step of one process, so that replaying it as a CUDA graph is worth a try."""
+    most = max(flops for _, _, flops in phase_flops(recipe))
+    return processes == 1 and recipe.optim.kind == "adam" and most < GRAPH_FLOPS
 
 
 def will_compile(recipe: Recipe, processes: int = 1) -> bool:

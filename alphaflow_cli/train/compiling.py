@@ -17,16 +17,15 @@ from alphaflow_cli.model.compiling import can_compile, compile_faults, keep_comp
 from alphaflow_cli.nn.dit import DiT
 from alphaflow_cli.recipe.plan import phases
 from alphaflow_cli.recipe.schema import Recipe
-from alphaflow_cli.recipe.speed import compiling_pays, phase_flops
+from alphaflow_cli.recipe.speed import compiling_pays, graphs_may_pay
 from alphaflow_cli.runtime.processes import World
 from alphaflow_cli.runtime.progress import Progress, say
-from alphaflow_cli.train.graphs import MOST_GRAPHS, Capturing, StepGraphs, is_capture_fault
+from alphaflow_cli.train.graphs import MOST_GRAPHS, StepGraphs, is_capture_fault
 from alphaflow_cli.train.parallel import Split
 from alphaflow_cli.train.run import Run
 from alphaflow_cli.train.state import StateFacts
 from alphaflow_cli.train.step import random_rows, training_step
 
-SMALL = 2e12  # floating-point operations of a step: from here on any GPU computes for longer than launches take
 GAIN = 1.25  # times as fast a replayed step has to be: below, it is not worth what rounds otherwise
 
 
@@ -115,11 +114,9 @@ def choose_graphs(recipe: Recipe, world: World, split: Split, saved: StateFacts 
         return False
     unable = why_launched(recipe, world, split)
     if unable and wanted and world.is_main:
-        so_far = " so far, and is" if choice == "auto" else " by the recipe, but it is"
-        say(f"a step was to be one CUDA graph{so_far} launched operator by operator: {unable}")
-    if wanted is None and max(flops for _, _, flops in phase_flops(recipe)) > SMALL:
-        return False
-    return False if unable else wanted
+        so_far = "each step was one CUDA graph so far, and now" if choice == "auto" else "train.graphs: true, but"
+        say(f"{so_far} every operator of a step is launched: {unable}")
+    return False if unable or (wanted is None and not graphs_may_pay(recipe, world.size)) else wanted
 
 
 def why_launched(recipe: Recipe, world: World, split: Split) -> str:
@@ -134,25 +131,28 @@ def why_launched(recipe: Recipe, world: World, split: Split) -> str:
 
 
 def prepare_graphs(run: Run) -> None:
-    """Capture the forms of the steps ahead, where graphs are wanted, or are found to be faster; a line says which."""
+    """Capture the forms of the steps ahead, where graphs are wanted, or turn out to be faster; a line says which."""
     if run.graphed is False or run.step >= run.recipe.train.steps:
         return
-    graphs = StepGraphs(
-        run.recipe, net=run.net, wrapped=run.wrapped, optimiser=run.optimiser, sums=run.sums, capture=Capturing()
-    )
+    graphs = StepGraphs(run.recipe, net=run.net, wrapped=run.wrapped, optimiser=run.optimiser, sums=run.sums)
     try:
-        each = [graphs.prepare(*one) for one in _steps_ahead(run)]
+        each_form = [times for one in _steps_ahead(run) if (times := graphs.prepare(*one))]
     except RuntimeError as error:
         if not is_capture_fault(error):
             raise
         say(f"CUDA graphs failed, so every operator of a step is launched: {why_not(error)}")
         return
-    launched, replayed = (sum(times) for times in zip(*(one for one in each if one), strict=True))
-    kept = run.graphed or launched > GAIN * replayed
+    kept = run.graphed or graphs_pay(each_form)
     run.graphs = graphs if kept else None
     verb = "each step is one CUDA graph" if kept else "every operator of a step is launched"
-    count = len(graphs.works)
-    say(f"{verb}: {1000 * launched / count:.3g} ms launched, {1000 * replayed / count:.3g} ms as a graph")
+    launched, replayed = (1000 * sum(each) / len(each_form) for each in zip(*each_form, strict=True))
+    say(f"{verb}: {launched:.3g} ms launched, {replayed:.3g} ms as a graph")
+
+
+def graphs_pay(each_form: list[tuple[float, float]]) -> bool:
+    """Whether replayed steps are plainly faster, by the seconds of each form, launched and replayed."""
+    launched, replayed = (sum(each) for each in zip(*each_form, strict=True))
+    return bool(launched > GAIN * replayed)
 
 
 def _steps_ahead(run: Run) -> list[tuple[int, int, float]]:

@@ -1,13 +1,13 @@
 """What a run would be, without running it: --dry-run by arithmetic, --estimate by a few timed steps of each phase.
 
 The steps are also how training finds out how many rows fit the memory (--micro-batch auto). What is measured is what
-will run: the recipe's network, with compiled blocks where the recipe compiles them.
+will run: the recipe's network, with compiled blocks where the run has them, and as graphs where its steps are.
 """
 
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,9 @@ from alphaflow_cli.recipe.schema import Recipe
 from alphaflow_cli.runtime.processes import World, join_world
 from alphaflow_cli.runtime.progress import Progress, duration, say
 from alphaflow_cli.text import counted
-from alphaflow_cli.train.compiling import choose_compile
+from alphaflow_cli.train.compiling import choose_compile, choose_graphs, graphs_pay
+from alphaflow_cli.train.graphs import StepGraphs, is_capture_fault, on_own_stream
+from alphaflow_cli.train.journal import Sums
 from alphaflow_cli.train.optimise import Optimiser
 from alphaflow_cli.train.parallel import largest_that_fits, split_batch
 from alphaflow_cli.train.step import Objective, random_rows, training_step
@@ -90,6 +92,7 @@ class PhaseTime:
     steps: int
     seconds_per_step: float
     memory_bytes: int
+    graphed: bool = False  # whether it was replayed as a CUDA graph, without the draws and the data of a step
 
     @property
     def seconds(self) -> float:
@@ -98,9 +101,19 @@ class PhaseTime:
 
 
 def measure_phases(
-    recipe: Recipe, micro_batch: int, rows: int, *, per_process: int, device: torch.device, compiled: bool
+    recipe: Recipe,
+    micro_batch: int,
+    rows: int,
+    *,
+    per_process: int,
+    device: torch.device,
+    compiled: bool,
+    graphed: bool | None,
 ) -> list[PhaseTime]:
-    """Time a few steps of every phase, on `rows` rows of a micro-batch, on this machine; the median counts."""
+    """Time a few steps of every phase, on `rows` rows of a micro-batch, on this machine; the median counts.
+
+    `graphed` is what `choose_graphs` says.
+    """
     trial = Trial(recipe, device, compiled=compiled)
     times, all_phases = [], phases(recipe)
     turns = -(-per_process // micro_batch) * micro_batch / rows
@@ -121,9 +134,33 @@ def measure_phases(
             fixed = min(timed(partial(trial.optimiser.step, 1)), min(seconds)) if rows < micro_batch else 0.0
             each = fixed + (statistics.median(seconds) - fixed) * turns
             times.append(PhaseTime(phase.kind, phase.until - phase.first, each, memory))
+    if graphed is not False:
+        times = _as_graphs(trial, times, wanted=bool(graphed))
     if compiled:
         forget_compiled()
     return times
+
+
+def _as_graphs(trial: Trial, times: list[PhaseTime], *, wanted: bool) -> list[PhaseTime]:
+    """The times of replayed steps, where graphs are wanted or pay, and can be captured; else those that are given."""
+    recipe = trial.recipe
+    sums = Sums(trial.device, has_head=recipe.model.velocity_head is not None)
+    steps = StepGraphs(recipe, net=trial.net, wrapped=trial.net, optimiser=trial.optimiser, sums=sums)
+    alpha, share, pairs = alpha_at(recipe), equal_share_at(recipe), []
+    try:
+        for phase in phases(recipe):
+            middle = (phase.first + phase.until) // 2
+            pairs.append(steps.prepare(middle, equal_rows(recipe.train.batch, share(middle)), alpha(middle)))
+    except RuntimeError as error:  # the run meets it too, says so, and goes on with launched steps
+        if not is_capture_fault(error):
+            raise
+        return times
+    each = [pair or (time.seconds_per_step, time.seconds_per_step) for pair, time in zip(pairs, times, strict=True)]
+    if not (wanted or graphs_pay(each)):
+        return times
+    return [
+        replace(time, seconds_per_step=replayed, graphed=True) for time, (_, replayed) in zip(times, each, strict=True)
+    ]
 
 
 def _rows_to_time(recipe: Recipe, rows: int, device: torch.device) -> int:
@@ -140,16 +177,13 @@ def _rows_to_time(recipe: Recipe, rows: int, device: torch.device) -> int:
     return part
 
 
-def _measure(
-    recipe: Recipe, micro_batch: int, rows: int, *, per_process: int, device: torch.device, compiled: bool
-) -> tuple[list[PhaseTime], bool]:
+def _measure(measure: Callable[..., list[PhaseTime]], *, compiled: bool) -> tuple[list[PhaseTime], bool]:
     """The phases' times, and whether they are of compiled blocks; where compiling fails, eagerly, as the run would."""
     try:
-        measured = measure_phases(recipe, micro_batch, rows, per_process=per_process, device=device, compiled=compiled)
-        return measured, compiled
+        return measure(compiled=compiled), compiled
     except compile_faults() as error:
         say(f"torch.compile failed, so the steps are measured eagerly: {why_not(error)}")
-    return measure_phases(recipe, micro_batch, rows, per_process=per_process, device=device, compiled=False), False
+    return measure(compiled=False), False
 
 
 def timed(work: Callable[[], None]) -> float:
@@ -207,7 +241,11 @@ def measure_run(
     rows = min(micro_batch or micro_batch_that_fits(recipe, world, compiled=compiled), per_process)
     timed_rows = rows if compiled else _rows_to_time(recipe, rows, world.device)
     ready(world, timed_rows)
-    return _measure(recipe, rows, timed_rows, per_process=per_process, device=world.device, compiled=compiled)
+    split = split_batch(recipe.train.batch, processes=processes, micro_batch=rows)
+    graphed = choose_graphs(recipe, world, split, None) if processes == 1 else False
+    measure = partial(measure_phases, recipe, rows, timed_rows, per_process=per_process, device=world.device)
+    with on_own_stream(graphed is not False):
+        return _measure(partial(measure, graphed=graphed), compiled=compiled)
 
 
 def estimate_training(
@@ -222,6 +260,7 @@ def estimate_training(
             "seconds_per_step": p.seconds_per_step,
             "memory_bytes": p.memory_bytes,
             "compiled": compiled,
+            "graph": p.graphed,
         }
         for p in measured
     ]
@@ -232,5 +271,6 @@ def estimate_training(
     ]
     seen = recipe.train.steps * recipe.train.batch
     text.append(f"together: {duration(total)} on this machine, {seen / max(total, 1e-9):,.0f} images/s")
-    text.append("compiled, as the run will be" if compiled else "not compiled, as the run will be")
+    graphed = ", each step one CUDA graph" if any(p.graphed for p in measured) else ""
+    text.append(f"{'' if compiled else 'not '}compiled{graphed}, as the run will be")
     return document, text

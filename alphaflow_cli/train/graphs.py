@@ -12,6 +12,7 @@ Warming up and capturing leave nothing behind. A form that cannot be captured, o
 same lines: they compute the same, bit for bit. train/compiling.py decides whether a run has graphs at all.
 """
 
+import gc
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -77,9 +78,13 @@ class Capturing:
         for _ in range(WARM_UPS):
             work()
         graph = torch.cuda.CUDAGraph()
-        # other threads may pin memory meanwhile: the one that reads latents ahead does
-        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
-            work()
+        gc.collect()
+        gc.disable()  # what an earlier run has left on the GPU is not to be freed within the capture
+        try:  # other threads may pin memory meanwhile: the one that reads latents ahead does
+            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
+                work()
+        finally:
+            gc.enable()
         return graph.replay
 
 
@@ -94,10 +99,10 @@ class StepGraphs:
         wrapped: nn.Module,
         optimiser: Optimiser,
         sums: Sums,
-        capture: Callable[[_Work], _Work],
+        capture: Callable[[_Work], _Work] | None = None,
     ) -> None:
         self.recipe, self.net, self.wrapped, self.optimiser, self.sums = recipe, net, wrapped, optimiser, sums
-        self.objective, self.capture = Objective.of(recipe), capture
+        self.objective, self.capture = Objective.of(recipe), capture or Capturing()
         self.works: dict[StepForm, _Work] = {}
         data, batch, device = recipe.data, recipe.train.batch, optimiser.counters.device
         shape, dtype = (batch, data.channels, data.latent_size, data.latent_size), DTYPES[recipe.train.precision]

@@ -333,6 +333,7 @@ def train_run(run: Run, journal: Journal, *, requeues: bool) -> int:
     with StopFlag() as stop:
         done = scores.catch_up(stop, journal, trackers)
         finished = done and train_steps(run, journal, stop, trackers=trackers, after_save=after_save)
+    run.graphs = None  # their memory goes now, not when another run in this process captures its own
     run.stream.close()
     trackers.close()
     world.wait()

@@ -7,7 +7,7 @@ A CUDA graph of a step is the step itself, launched. What it does not show: kern
 memory, streams, and torch.compile.
 """
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 
 import torch
@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from alphaflow_cli.train import compiling, graphs
+from alphaflow_cli.train import graphs
 
 with torch.device("cpu"):
     torch.empty(0)  # torch lists once what makes tensors: before anything of it is replaced here
@@ -159,6 +159,16 @@ class Event:
         return 1.0
 
 
+class Stream:
+    """A stream of a device; whatever is queued there is done at once."""
+
+    def __init__(self, device=GPU):
+        self.type = device.type
+
+    def wait_stream(self, other):
+        """The other one has done everything."""
+
+
 class AnyGenerator(torch.Generator):
     """A generator that says which device it is for; its numbers are the host's."""
 
@@ -186,7 +196,8 @@ def other_device(monkeypatch):
     monkeypatch.setattr(torch, "tensor", tensor)
     monkeypatch.setattr(torch, "empty", lambda *args, pin_memory=False, **more: empty(*args, **more))
     monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: device)
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda values: values.clone())  # in threads too
     card = SimpleNamespace(name="test device", total_memory=BYTES, major=9, minor=0, multi_processor_count=1)
     answers = {
@@ -194,6 +205,7 @@ def other_device(monkeypatch):
         "synchronize": None, "empty_cache": None, "mem_get_info": (BYTES, BYTES), "max_memory_allocated": 0,
         "reset_peak_memory_stats": None, "get_device_name": card.name, "get_device_properties": card,
         "get_device_capability": (9, 0), "is_bf16_supported": True, "is_current_stream_capturing": False,
+        "stream": nullcontext(),
     }  # fmt: skip
     for name, answer in answers.items():
         monkeypatch.setattr(torch.cuda, name, lambda *args, answer=answer, **more: answer)
@@ -205,7 +217,7 @@ def other_device(monkeypatch):
         return {(lists[0][0].device, key[1]): found for key, found in group(lists).items()}
 
     monkeypatch.setattr(clip_grad, "_group_tensors_by_device_and_dtype", groups)
-    monkeypatch.setattr(compiling, "Capturing", lambda: lambda work: work)
+    monkeypatch.setattr(graphs, "Capturing", lambda: lambda work: work)
     monkeypatch.setattr(graphs, "TIMED_STEPS", 1)
     for state in (AcceleratorState, GradientState):  # what earlier tests joined in this process
         state._reset_state(*[True] * (state is AcceleratorState))

@@ -62,6 +62,8 @@ def test_a_resume_keeps_the_decision_whatever_the_rule_says_now(gpu, capsys):
         (("train.steps=3000",), True),
         (("times.equal_share={kind: linear, initial: 0.25, final: 0.75, start: 0, end: 100%}",), False),
         (("train.precision=fp64",), False),
+        (("model.dim=96", "model.heads=4", "model.depth=2", "train.steps=100000"), False),
+        (("model.dim=96", "model.heads=4", "model.depth=2", "train.steps=100000", "train.graphs=false"), True),
     ],
 )
 def test_compiling_pays_from_a_length_on(sets, pays):

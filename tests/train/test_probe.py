@@ -8,7 +8,7 @@ from other_device import other_device
 from train_helpers import CPU, fork, make_recipe
 
 from alphaflow_cli.model.compiling import compile_blocks
-from alphaflow_cli.train import estimate, start
+from alphaflow_cli.train import compiling, estimate, graphs, start
 
 KINDS = ("flow", "between", "derivative")
 
@@ -44,6 +44,22 @@ def test_an_estimate_compiles_what_the_run_compiles(compiled, tmp_path, monkeypa
 
     started = fork(check, tmp_path / "errors")
     assert started.wait() == [0], started.said()
+
+
+@pytest.mark.parametrize(
+    ("setting", "gain", "graphed"), [("auto", 0.0, True), ("auto", 1e9, False), ("true", 1e9, True)]
+)
+def test_an_estimate_replays_what_the_run_replays(tmp_path, monkeypatch, setting, gain, graphed):
+    assert estimate.choose_graphs is start.choose_graphs
+    monkeypatch.setattr(compiling, "why_launched", lambda *facts: "")
+    monkeypatch.setattr(compiling, "GAIN", gain)
+    monkeypatch.setattr(graphs, "Capturing", lambda: lambda work: work)
+    recipe = make_recipe(tmp_path, f"train.graphs={setting}")
+    measured, _ = estimate.measure_run(recipe, None, 1, "cpu", ready=lambda world, rows: None)
+    rows, text = estimate.estimate_training(recipe, measured, compiled=False)
+    assert [(row["phase"], row["graph"]) for row in rows] == [(kind, graphed) for kind in KINDS]
+    assert text[-1] == f"not compiled{', each step one CUDA graph' if graphed else ''}, as the run will be"
+    assert estimate.measure_run(recipe, 8, 2, "cpu", ready=lambda world, rows: None)[0][0].graphed is False
 
 
 def test_the_probe_of_memory_tries_compiled_blocks_on_what_fits_eagerly(monkeypatch, tmp_path):
