@@ -79,7 +79,7 @@ def measure_threads(recipe: Recipe, rows: int, most: int, steps: int, world: Wor
     if 3 * guess < max(MOST_SECONDS, MOST_SHARE * guess * steps):
         with torch.random.fork_rng(devices=[]):
             _time_rounds(recipe, rows, steps, times, world.device)
-    each = [world.largest(statistics.mean(values) if values else math.inf) for values in times.values()]
+    each = [world.largest(statistics.median(values) if values else math.inf) for values in times.values()]
     return (each[0], each[1]) if max(each) < math.inf else (0.0, 0.0)
 
 
@@ -90,7 +90,9 @@ def _time_rounds(recipe: Recipe, rows: int, steps: int, times: dict[int, list[fl
     torch.set_num_threads(1)
     trial, middle = Trial(recipe, device, compiled=False), (longest.first + longest.until) // 2
     step, last = partial(trial.step, rows, middle), 0.0
-    trial.step(1, middle)  # the first step of a program also loads what later ones have
+    for count in (1, most):  # the first step of a program also loads, and starts threads, what later ones have
+        torch.set_num_threads(count)
+        trial.step(1, middle)
     began = time.perf_counter()
     until = began + MOST_SECONDS
     while len(times[1]) < MOST_ROUNDS and time.perf_counter() + last < until:
