@@ -175,7 +175,8 @@ def plan(lines: Sequence[Line]) -> list[Job]:
     winners = [best] if best else []
     jobs = [
         *jobs_of("newer", others, (STEPS,), SEEDS),
-        *jobs_of("newer", RUNGS, (STEPS,), SEEDS),
+        *(job for rung in RUNGS for job in jobs_of("newer", [rung], (STEPS,), SEEDS)),
+        *jobs_of("newer", PRECISIONS, (STEPS,), SEEDS),
         *jobs_of("curriculum", ["meanflow-25", *CURRICULA], (STEPS,), SEEDS),
         *jobs_of("confirm", dict.fromkeys([*winners, *CLAIMED]), (STEPS,), NEW_SEEDS),
         *jobs_of("budget", shares, (*BUDGETS, STEPS), SEEDS),
@@ -185,7 +186,6 @@ def plan(lines: Sequence[Line]) -> list[Job]:
         *jobs_of("budget", CLAIMED, BUDGETS, MORE_SEEDS),
         *jobs_of("confirm", winners, BUDGETS, SEEDS),
         *jobs_of("budget", CLAIMED, (LONG,), SEEDS),
-        *jobs_of("curriculum", PRECISIONS, (STEPS,), SEEDS),
         *jobs_of("budget", CLAIMED, (LONG,), MORE_SEEDS),
         *jobs_of("budget", [member for member in better_shares(lines) if member not in CLAIMED], (LONG,), SEEDS),
         *jobs_of("confirm", winners, (LONG,), SEEDS),
