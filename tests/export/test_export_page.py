@@ -18,6 +18,7 @@ from places import ROOT
 from small_models import pixel_checkpoint
 
 from alphaflow_cli.cli import run
+from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.export import web
 from alphaflow_cli.remote.registry import NpmPackage
 
@@ -79,6 +80,13 @@ def test_without_a_network_one_line_says_how_to_bring_the_runtime(runtime, tmp_p
     assert "http://127.0.0.1:9/onnxruntime-web/-/onnxruntime-web-1.2.3.tgz: cannot be fetched" in line
     assert "npm pack onnxruntime-web@1.2.3; then export with --runtime onnxruntime-web-1.2.3.tgz" in line
     assert not (tmp_path / "page").exists()
+
+
+@pytest.mark.parametrize("address", ["http://localhost:port", "http://[::1", "http://two words", "http://a..b"])
+def test_a_registry_that_is_no_address_is_named_in_one_line(address, runtime, monkeypatch):
+    monkeypatch.setenv("npm_config_registry", address)
+    with pytest.raises(AlphaflowError, match="cannot be fetched"):
+        web.fetch_package(web.RUNTIME, None)
 
 
 def test_another_file_than_the_known_one_is_refused(runtime, tmp_path, monkeypatch, capsys):
