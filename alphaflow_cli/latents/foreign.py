@@ -156,6 +156,7 @@ def open_shards_of(source: Path, tensor: str, second: Second | None) -> ForeignL
     kind: RowKind = "moments" if tensor == "moments" else "mean"
     latent = (shape[0] // 2 if tensor == "moments" else shape[0], shape[1], shape[2])
     labels = np.concatenate([head.labels for head in heads])
+    _some(names, source, tensor)
     return ForeignLatents(kind, latent, flips, names, labels, read, _stated(source / "latents_stats.pt", latent[0]))
 
 

@@ -242,6 +242,11 @@ BROKEN = {  # form, what is done to the source, and the words of the line
     "another side": ("lightningdit", lambda f: shard(f, LAST, side=2), OTHER),
     "no mirror images": ("lightningdit", lambda f: shard(f, LAST, flips=False), OTHER),
     "a cut shard": ("lightningdit", lambda f: cut(f / FIRST), "cannot be read as safetensors"),
+    "no rows": (
+        "lightningdit",
+        lambda f: [shard(f, name, count=0) for name in [path.name for path in f.glob("*.safetensors")]],
+        "holds no latents",
+    ),
     "no shard": ("lightningdit", lambda f: [x.unlink() for x in f.glob("*.safetensors")], "holds no *.safetensors"),
 }
 
