@@ -218,6 +218,14 @@ def test_pull_copies_the_published_files_and_names_the_commit(hub, published, tm
     assert load_checkpoint(tmp_path / "here" / "model.safetensors").recipe.name == "tiny"
 
 
+def test_pull_copies_nothing_else_that_the_cache_holds_of_the_commit(hub, published, tmp_path, capsys):  # noqa: F811
+    hub.repos["me/tiny"].commit(hub.files("me/tiny") | {"theirs.pt": b"x"})
+    resolve_file("me/tiny:theirs.pt")
+    for _ in range(2):
+        assert run(["pull", "me/tiny", "-o", str(tmp_path / "here")]) == 0, capsys.readouterr().err
+    assert {path.name for path in (tmp_path / "here").iterdir()} == LAYOUT - {"results.json"}
+
+
 def test_offline_the_cache_serves_and_that_is_said(hub, published, capsys):  # noqa: F811
     online = resolve_checkpoint("me/tiny").read_bytes()
     hub.faults["GET", "/"] = Fault(0)
