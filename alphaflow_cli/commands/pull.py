@@ -18,7 +18,7 @@ def command(repo: str, out: Path | None) -> None:
     Into the cache, checked against the Hub's checksums, for use without a network; with -o also as a folder. The commit
     is printed on stderr: REPO@COMMIT is that very model for ever.
     """
-    from alphaflow_cli.hub import pull
+    from alphaflow_cli.remote.download import pull
 
     pulled = pull(repo, out)
     click.echo(f"{pulled.repo}@{pulled.commit}", err=True)
