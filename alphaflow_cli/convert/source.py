@@ -74,11 +74,9 @@ def read_source(path: Path) -> dict[str, Any]:
         raise AlphaflowError(f"{path}: no such file. Give a .pt or .safetensors checkpoint.")
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
-    if zipfile.is_zipfile(path):
-        _check_zip(path)
-    else:
-        _check_legacy(path)
-    return _load(path, mmap=zipfile.is_zipfile(path))
+    is_zip = zipfile.is_zipfile(path)
+    (_check_zip if is_zip else _check_legacy)(path)
+    return _load(path, mmap=is_zip)
 
 
 def _read_safetensors(path: Path) -> dict[str, Any]:
