@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING
 
 import click
@@ -177,7 +178,8 @@ def prepared(recipe: Recipe, options: "TrainOptions") -> Iterator[None]:
 
 def finish(folder: Path) -> None:
     """Print where the run is and what to do with it. It is saved: a stdout that is full or gone does not undo that."""
-    lines = [f"Look at it:  {folder / 'samples'}", f"Sample it:   alphaflow sample {folder} --grid grid.png"]
+    sample = f"alphaflow sample {quote(str(folder))} --grid grid.png"
+    lines = [f"Look at it:  {folder / 'samples'}", f"Sample it:   {sample}"]
     lines += [f"Best so far: {best}" for best in sorted(folder.glob("best-nfe*.safetensors"))]
     try:
         click.echo("\n".join([*lines, str(folder / "model.safetensors")]))
