@@ -37,7 +37,7 @@ from alphaflow_cli.model.checkpoint import Checkpoint, check_autoencoder, load_c
 from alphaflow_cli.model.compiling import can_compile, compile_by, compile_part
 from alphaflow_cli.model.find import find_checkpoint
 from alphaflow_cli.nn.autoencoder import Autoencoder, load_autoencoder
-from alphaflow_cli.recipe.plan import null_label
+from alphaflow_cli.recipe.plan import label_rows, null_label
 from alphaflow_cli.recipe.schema import Recipe
 from alphaflow_cli.runtime.precision import exact_device, true_float32
 from alphaflow_cli.runtime.processes import choose_device
@@ -166,8 +166,9 @@ class Generator:
 
     @property
     def class_names(self) -> list[str]:
-        """By index; empty where the checkpoint has none."""
-        return [str(name) for name in self.origin.get("class_names") or []]
+        """By index; empty where the checkpoint has none, and for a model without labels, whatever its store had."""
+        known = self.origin.get("class_names") if label_rows(self.recipe) else None
+        return [str(name) for name in known or []]
 
     @cached_property
     def autoencoder(self) -> Autoencoder:

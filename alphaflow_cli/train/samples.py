@@ -56,7 +56,7 @@ class SampleGrids:
         seeds = list(range(COLUMNS * ROWS))
         labels = [seed % COLUMNS * max(1, classes // COLUMNS) % classes if classes else 0 for seed in seeds]
         halves = [(f"{nfe} NFE", self._half(generator, nfe, seeds, labels)) for nfe in (1, 2)]
-        names = generator.origin.get("class_names") or []
+        names = generator.class_names
         chosen = [names[label] if label < len(names) else "" for label in labels[:COLUMNS]]
         return grid_side_by_side(halves, COLUMNS, chosen)
 

@@ -13,8 +13,9 @@ from alphaflow_cli import cli
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.model.checkpoint import load_checkpoint, save_checkpoint
 from alphaflow_cli.recipe.schema import Sample
-from alphaflow_cli.sample.generator import Generator
+from alphaflow_cli.sample.generator import Generator, open_generator
 from alphaflow_cli.sample.walk import draw_labels, plan_walk
+from alphaflow_cli.train.samples import SampleGrids
 
 
 @pytest.fixture
@@ -99,6 +100,15 @@ def test_guidance_at_sampling_mixes_both_velocities(tmp_path):
     expected = noise - (u_null + 3.0 * (u_y - u_null))
     torch.testing.assert_close(generator.latents([5], [4], walk), expected, rtol=1e-12, atol=1e-12)
     assert walk.nfe == 2
+
+
+def test_a_model_without_labels_shows_no_class_though_its_store_had_some(tmp_path):
+    """Every row of the training's grid bore the name of the first class."""
+    generator = open_generator(str(pixel_checkpoint(tmp_path / "c.safetensors", classes=0)))
+    shown = SampleGrids()._grid(generator)
+    assert generator.class_names == []
+    generator.origin["class_names"] = []
+    assert SampleGrids()._grid(generator) == shown
 
 
 @pytest.mark.parametrize(
