@@ -111,6 +111,12 @@ def test_a_model_without_labels_shows_no_class_though_its_store_had_some(tmp_pat
     assert SampleGrids()._grid(generator) == shown
 
 
+def test_the_grid_of_a_run_is_drawn_by_heun_at_evaluations_that_it_has(tmp_path):
+    generator = open_generator(str(pixel_checkpoint(tmp_path / "c.safetensors")))
+    generator.recipe = replace(generator.recipe, sample=Sample(sampler="heun"))
+    assert SampleGrids()._grid(generator).startswith(b"\x89PNG")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
