@@ -157,6 +157,7 @@ class Generator:
         record: dict[str, Any] = self.origin.get("autoencoder") or {}  # of the one that made the latents
         self._record = record if record.get("id") else {**record, "id": self.recipe.data.autoencoder}
         self.has_decoder = self._record["id"] != "none"  # the network makes latents, not pixels
+        self.named_decoder = ""  # sha256 of the weights that were named, where the checkpoint does not know its own
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -222,6 +223,8 @@ class Generator:
     def use_autoencoder(self, name: str) -> None:
         """Decode with this copy of the checkpoint's autoencoder."""
         self.autoencoder = self._load_autoencoder(name)
+        if not self._record.get("weights_sha256"):
+            self.named_decoder = self.autoencoder.weights_sha256
 
     @torch.no_grad()
     def latents(self, seeds: Sequence[int], labels: Sequence[int], walk: Walk) -> Tensor:

@@ -63,7 +63,8 @@ class Plan:
             + (f", told {walk.guide!r}" if walk.guide else "")
             for walk in self.walks
         ]
-        return {
+        named = {"autoencoder": generator.named_decoder} if generator.named_decoder else {}
+        return named | {
             "checkpoint": generator.digest,
             "weights": str(generator.origin.get("weights", "ema")),
             "walk": "; ".join(walks),
