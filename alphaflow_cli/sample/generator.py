@@ -221,8 +221,18 @@ class Generator:
             compile_by(first, undo=undo, what="the decoder")
 
     def use_autoencoder(self, name: str) -> None:
-        """Decode with this copy of the checkpoint's autoencoder."""
-        self.autoencoder = self._load_autoencoder(name)
+        """Decode with this copy of the checkpoint's autoencoder; one that does not fit the latents is refused."""
+        if not self.has_decoder:
+            raise AlphaflowError(f"--autoencoder {name}: this model makes pixels without one; leave it out.")
+        there, data = self._load_autoencoder(name), self.recipe.data
+        side = there.downscale * data.latent_size
+        if (there.channels, side) != (data.channels, data.image_size):
+            raise AlphaflowError(
+                f"--autoencoder {name}: makes {side} px of {there.channels}×{data.latent_size}×{data.latent_size} "
+                f"latents, and this model's are of {data.image_size} px and {data.channels} channels. Give the one "
+                "that made the latents."
+            )
+        self.autoencoder = there
         if not self._record.get("weights_sha256"):
             self.named_decoder = self.autoencoder.weights_sha256
 

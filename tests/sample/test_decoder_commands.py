@@ -10,7 +10,7 @@ import pytest
 from latent_models import latent_models
 from new_process import alphaflow
 from small_models import pixel_checkpoint
-from tiny_autoencoders import tiny_kl
+from tiny_autoencoders import tiny_dc, tiny_kl
 
 import alphaflow_cli
 from alphaflow_cli import cli
@@ -161,6 +161,21 @@ def test_pictures_of_another_autoencoder_are_not_taken_for_those_of_the_first(fo
     one, other = (evaluation(converted, reference, tmp_path / "e", *which) for which in (first, second))
     assert one["id"] != other["id"]
     assert one["pictures_sha256"] != other["pictures_sha256"]
+
+
+def test_an_autoencoder_of_other_latents_or_for_a_model_of_pixels_is_refused(checkpoint, tmp_path, capsys):
+    tiny_dc(tmp_path / "dc")
+    kept = load_checkpoint(Path(checkpoint))
+    converted = str(tmp_path / "converted.safetensors")
+    save_checkpoint(Path(converted), replace(kept, origin={**kept.origin, "autoencoder": {"id": "tiny-kl"}}))
+    pixels = str(pixel_checkpoint(tmp_path / "pixels.safetensors"))
+    for path, fault in (
+        (converted, "makes 8 px of 4×2×2 latents, and this model's are of 16 px"),
+        (pixels, "this model makes pixels without one; leave it out"),
+    ):
+        line = ["sample", path, "--autoencoder", str(tmp_path / "dc"), "--grid", str(tmp_path / "g.png")]
+        assert cli.run(line) == 1
+        assert f"--autoencoder {tmp_path / 'dc'}: {fault}" in capsys.readouterr().err
 
 
 def test_a_decoder_is_not_asked_of_who_has_none(tmp_path, reference, capsys):
