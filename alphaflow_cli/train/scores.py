@@ -26,7 +26,7 @@ from alphaflow_cli.core.frechet import Moments
 from alphaflow_cli.documents import Maybe, Number, Table, Text, Whole, check_shape
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.evaluate.evaluate import Ruler, build_extractors, check_crop, evaluate, find_reference
-from alphaflow_cli.evaluate.measure import Clock, Pass, gather_moments, run_pass
+from alphaflow_cli.evaluate.measure import Clock, Pass, add_up, own_moments, run_pass
 from alphaflow_cli.evaluate.pictures import GeneratedImages, ImageSource
 from alphaflow_cli.evaluate.reference import Reference
 from alphaflow_cli.evaluate.results import NETWORK, Evaluation, read_results, save_results, value_text
@@ -107,13 +107,15 @@ class SharedRuler(Ruler):
         work = self.start(source)
         with ExitStack() as held:
 
-            def fill() -> None:
+            def fill() -> dict[str, Moments]:
                 if self.processes.rank == 0:
                     held.enter_context(hold(work.folder, "the scores of a training run"))
                 run_pass(work, self.processes, batch=self.batch, clock=clock, task=task)
+                return own_moments(work, self.processes)
 
-            together(self.processes, fill)
-            return work, gather_moments(work, self.processes)
+            moments = together(self.processes, fill)
+            add_up(moments, self.processes, source.count)
+            return work, moments
 
 
 class Scores:
