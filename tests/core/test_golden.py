@@ -121,7 +121,7 @@ class LossCase:
         if len(z) == 0 or self.alpha == 1:
             return v
         if self.alpha > 0:
-            return objective.between_target(self.net, z, v, t=t, r=r, y=y, alpha=self.alpha)
+            return objective.between_target(self.net, z, v, v, t=t, r=r, y=y, alpha=self.alpha)
         math = lambda z, t, r, y: self.net(z, t, r, y, "math")  # noqa: E731
         return objective.mean_target(v, objective.jvp_derivative(math, z, v, t=t, r=r, y=y), t, r)
 
