@@ -93,9 +93,8 @@ class LossCase:
         null = LABEL_ROWS[self.model] - 1
         y = tensor("loss_inputs.npz", "label")
         uniforms = tensor("loss_inputs.npz", "label_rand", torch.float32)
-        self.y = guidance.drop_labels(
-            y, self.t, uniforms, dropout=self.meta["label_dropout"], y_null=null, **self.interval
-        )
+        lost = guidance.dropped(self.t, uniforms, dropout=self.meta["label_dropout"], **self.interval)
+        self.y = torch.where(lost, null, y)
         z_t = path.interpolate(self.x, self.noise, self.t)
         v = path.velocity(self.x, self.noise)
         with torch.no_grad():
