@@ -39,7 +39,7 @@ from alphaflow_cli.recipe.schema import Metric, Recipe
 from alphaflow_cli.runtime.launch import StopFlag
 from alphaflow_cli.runtime.lock import hold
 from alphaflow_cli.runtime.precision import as_torch_begins
-from alphaflow_cli.runtime.processes import World
+from alphaflow_cli.runtime.processes import World, all_or_none
 from alphaflow_cli.runtime.progress import say
 from alphaflow_cli.sample.generator import Generator, decoder_pays, open_generator
 from alphaflow_cli.sample.walk import plan_walk
@@ -74,15 +74,8 @@ def check_quick(recipe: Recipe) -> None:
 
 
 def together(world: World, work: Callable[[], OwnShare]) -> OwnShare:
-    """Do every process's own work; where one failed, all raise, since alone it would leave the others waiting."""
-    fault: AlphaflowError | None = None
-    try:
-        result = work()
-    except AlphaflowError as error:
-        fault = error
-    if world.agree(fault is not None):
-        raise fault or AlphaflowError("another process could not do its share; its line says why")
-    return result
+    """Do every process's own work; where one failed, all raise an error that the run survives."""
+    return all_or_none(world, work, others=AlphaflowError("another process could not do its share; its line says why"))
 
 
 class Interruptible(GeneratedImages):
