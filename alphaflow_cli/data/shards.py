@@ -145,10 +145,15 @@ def is_pattern(text: str) -> bool:
 
 
 def files_of(pattern: Path) -> list[Path]:
-    """The files that a pattern names: all numbers between braces must be there; of * and ? those that are."""
+    """The files that a pattern names: all numbers between braces must be there; of * and ? those that are.
+
+    As in a shell, * names no hidden file.
+    """
     braces = BRACES.search(pattern.name)
     if braces is None:
-        paths = [path for path in pattern.parent.glob(pattern.name) if path.is_file()]
+        may_be_hidden = pattern.name.startswith(".")
+        there = [path for path in pattern.parent.glob(pattern.name) if may_be_hidden or not path.name.startswith(".")]
+        paths = [path for path in there if path.is_file()]
         if not paths:
             raise AlphaflowError(f"{brief(pattern)}: no such file. Put a pattern in quotes, and check the path")
         return [pattern.parent / name for name in in_order([path.name for path in paths])]

@@ -98,7 +98,7 @@ def choose_column(head: Sequence[str], wanted: str, usual: Sequence[str]) -> str
 
 def label_of(value: object, where: str) -> str:
     """The class that a cell holds, as a text; what is no class is an error that begins with `where`."""
-    if value is None or value == "":
+    if value is None or (isinstance(value, str) and not value.strip()):
         raise AlphaflowError(f"{where} has no label. Give it one, or take all pictures as one class: --unlabelled")
     if isinstance(value, bool) or not isinstance(value, (str, int)):
         kind = {list: "a list", dict: "a table", float: "a fraction", bool: "true or false"}.get(type(value), "no text")
@@ -132,7 +132,7 @@ def _csv(text: str, where: str) -> tuple[list[str], Sequence[NumberedRow]]:
 def _json_lines(text: str, where: str) -> tuple[list[str], Sequence[NumberedRow]]:
     rows = [
         (number, parse_json(line, f"{where}: line {number}", Shape(others=Anything()), advice="Mend it."))
-        for number, line in enumerate(text.splitlines(), 1)
+        for number, line in enumerate(text.split("\n"), 1)  # splitlines would part a caption at its U+2028
         if line.strip()
     ]
     return list(dict.fromkeys(key for _, row in rows for key in row)), rows

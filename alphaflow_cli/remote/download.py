@@ -11,9 +11,9 @@ import contextlib
 import re
 import shutil
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from fnmatch import fnmatch
+from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 
@@ -125,13 +125,10 @@ def pull(address: str, out: Path | None) -> Pulled:
     return Pulled(out, pulled.repo, pulled.commit)
 
 
-def _copy(folder: Path, out: Path, patterns: Sequence[str]) -> None:
-    """Copy the files that match; the cache may hold more of that commit.
-
-    config.json goes first: it marks a copy that broke off as one of ours.
-    """
+def _copy(folder: Path, out: Path, patterns: list[str]) -> None:
+    """Copy what matches, for the cache may have more; config.json first: it marks a copy that broke off as ours."""
     there = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
-    names = [name for name in there if any(fnmatch(name, pattern) for pattern in patterns)]
+    names = [name for name in there if any(fnmatchcase(name, pattern) for pattern in patterns)]
     remove_stale(out, names)
     for name in sorted(names, key=lambda name: (name != CONFIG_FILE, name)):
         target = out / name

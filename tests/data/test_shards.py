@@ -86,6 +86,11 @@ def test_the_archives_are_in_the_order_of_their_numbers(tmp_path):
     assert open_source(str(root / "p-*.zip")).names == open_source(str(root)).names
 
 
+def test_a_pattern_names_no_hidden_file(tmp_path):
+    files = {"p0.tar": tar_of([("1.png", PNG)]), "._p0.tar": b"what a Mac leaves beside it"}
+    assert open_source(str(write_files(tmp_path / "set", files) / "*.tar")).names == ["1.png"]
+
+
 def test_archives_named_by_the_classes_of_imagenet_are_classes(tmp_path):
     files = {f"n0000000{n}.tar": tar_of([(f"n0000000{n}_{i}.JPEG", PNG) for i in range(2)]) for n in (2, 1)}
     assert labels_of(write_files(tmp_path / "set", files)) == (["n00000001", "n00000002"], [0, 0, 1, 1])

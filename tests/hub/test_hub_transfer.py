@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import os
 
+import huggingface_hub
 import pytest
 import torch
 from hub_fixtures import hub, write_checkpoint, write_results  # noqa: F401 (a fixture)
@@ -218,10 +220,10 @@ def test_pull_copies_the_published_files_and_names_the_commit(hub, published, tm
     assert load_checkpoint(tmp_path / "here" / "model.safetensors").recipe.name == "tiny"
 
 
-def test_pull_copies_nothing_else_that_the_cache_holds_of_the_commit(hub, published, tmp_path, capsys):  # noqa: F811
-    hub.repos["me/tiny"].commit(hub.files("me/tiny") | {"theirs.pt": b"x"})
-    resolve_file("me/tiny:theirs.pt")
-    for _ in range(2):
+def test_pull_copies_nothing_else_that_the_cache_has_of_the_model(hub, published, staged, tmp_path, capsys):  # noqa: F811
+    hub.repos["me/tiny"].commit(staged[1] | {"raw.safetensors": b"weights", "notes/a.txt": b"notes"})
+    huggingface_hub.snapshot_download("me/tiny", cache_dir=os.environ["HF_HUB_CACHE"], endpoint=hub.url)
+    for _ in range(2):  # the second one finds the folder of the first, and knows it
         assert run(["pull", "me/tiny", "-o", str(tmp_path / "here")]) == 0, capsys.readouterr().err
     assert {path.name for path in (tmp_path / "here").iterdir()} == LAYOUT - {"results.json"}
 
