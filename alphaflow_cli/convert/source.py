@@ -243,6 +243,11 @@ def in_brief(value: object) -> str:
     return " ".join(str(value).split())[:60]
 
 
+def as_table(value: object) -> dict[Any, Any]:
+    """A table of a foreign file as it is; an empty one for anything else."""
+    return value if isinstance(value, dict) else {}
+
+
 def bare_name(name: object) -> str:
     """A weight's name without the prefixes that compiled and wrapped networks add."""
     text = name if isinstance(name, str) else in_brief(name)
