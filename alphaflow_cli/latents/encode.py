@@ -33,7 +33,10 @@ from alphaflow_cli.text import brief
 Bad = Literal["stop", "skip"]
 Tell = Callable[[int], None]
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-SOURCE_DOWN = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EMFILE, errno.ENFILE}  # no fault of the picture
+SOURCE_DOWN = {  # no fault of the picture: a disk that fails, a mount that is gone, a machine without room
+    *(errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN, errno.ENODEV),
+    *(errno.EMFILE, errno.ENFILE, errno.ENOMEM),
+}
 PRECISIONS = ("bf16", "tf32", "fp32")  # fastest first
 MAX_ERROR, MAX_ERROR_PLAIN = 0.25, 0.01  # see choose_precision
 COMPILED_FROM = 18_000  # pictures of 256 px: 21 s / (1/519 s − 1/1,307 s), eager and compiled pictures/s of an H100

@@ -282,12 +282,12 @@ def big_archive(path: Path, form: str, seed: int) -> None:
     path.write_bytes(zip_of(members) if form == "zip" else tar_of(members, form == "tar.gz"))
 
 
-@pytest.mark.parametrize("kind", ["tar", "zip"])
-def test_a_disk_that_fails_ends_the_run_and_makes_no_picture_a_bad_one(kind, tmp_path, monkeypatch, capfd):
+@pytest.mark.parametrize(("kind", "number"), [("tar", errno.EIO), ("zip", errno.EIO), ("tar", errno.ENOTCONN)])
+def test_a_disk_that_fails_ends_the_run_and_makes_no_picture_a_bad_one(kind, number, tmp_path, monkeypatch, capfd):
     (tmp_path / "x").write_bytes({"tar": tar_of, "zip": zip_of}[kind]([(f"{n}.png", PNG) for n in range(3)]))
 
     def fail(*_):
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
+        raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(*{"tar": (archives, "_exactly"), "zip": (zipfile.ZipFile, "read")}[kind], fail)
     assert run(["prep-latents", str(tmp_path / "x"), *OPTIONS, "--bad", "skip", "--out", str(tmp_path / "s")]) == 1
