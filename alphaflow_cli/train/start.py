@@ -23,6 +23,7 @@ from alphaflow_cli.latents.encode import StoreRequest
 from alphaflow_cli.latents.prepare import prepare_store
 from alphaflow_cli.model.find import saved_steps
 from alphaflow_cli.recipe import diff_recipes, dump_recipe
+from alphaflow_cli.recipe.facts import lines
 from alphaflow_cli.recipe.plan import schedules_of, warnings_of
 from alphaflow_cli.recipe.schema import Recipe, Schedule, resolve_step
 from alphaflow_cli.runtime.launch import WARNING, StopFlag, has_parent, is_worker, requeue
@@ -137,13 +138,18 @@ def prepare_run(recipe: Recipe, options: TrainOptions) -> Path:
         prepare_store(wanted, store, Processes(choose_device(options.device, apple=False)))
     begun = options.out if recipe_of_run(options.out) else None
     check_store(recipe, store, begun, given=options.data is not None)
-    for line in (
-        [*options.notes, *(f"beware: {text}" for text in doubts(recipe, store, options.device))] if is_new else ()
-    ):
+    for line in beforehand(recipe, options, store) if is_new else ():
         say(line)
     for field, old, new in changes:
         say(f"{options.out}: {field} was {old}, and is {new} from here on")
     return store
+
+
+def beforehand(recipe: Recipe, options: TrainOptions, store: Path) -> list[str]:
+    """What a new run says before it begins: what it took over, the guidance that it builds in, and doubts."""
+    guidance = dict(lines(recipe))["guidance"]
+    built_in = [] if guidance == "none" else [f"guidance: {guidance}"]
+    return [*options.notes, *built_in, *(f"beware: {text}" for text in doubts(recipe, store, options.device))]
 
 
 def doubts(recipe: Recipe, store: Path | None = None, device: str | None = None) -> list[str]:
