@@ -19,7 +19,7 @@ def command(repo: str, out: Path | None) -> None:
     is printed on stderr: REPO@COMMIT is that very model for ever.
     """
     begin(f"pull {repo}")
-    from alphaflow_cli.hub import pull
+    from alphaflow_cli.remote.download import pull
 
     pulled = pull(repo, out)
     click.echo(f"{pulled.repo}@{pulled.commit}", err=True)

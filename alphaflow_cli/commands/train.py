@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING
 
 import click
@@ -179,7 +180,7 @@ def finish(folder: Path, *, as_json: bool) -> None:
     """Print where the run is and what to do with it. It is saved: a stdout that is full or gone does not undo that."""
     samples, model = folder / "samples", str(folder / "model.safetensors")
     best = [str(path) for path in sorted(folder.glob("best-nfe*.safetensors"))]
-    lines = [f"Look at it:  {samples}", f"Sample it:   alphaflow sample {folder} --grid grid.png"]
+    lines = [f"Look at it:  {samples}", f"Sample it:   alphaflow sample {quote(str(folder))} --grid grid.png"]
     lines += [f"Best so far: {path}" for path in best]
     try:
         if as_json:
