@@ -65,11 +65,14 @@ def devices() -> dict[str, Any]:
         import torch  # slow, and the one import that a broken installation fails on
     except (ImportError, OSError) as fault:
         return {**present, "error": f"torch cannot be imported: {str(fault).splitlines()[0]}"}
+    from alphaflow_cli.model.compiling import can_compile
+
     present["mps"] = torch.backends.mps.is_available()
     present["built_for"] = torch.version.cuda or ""
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         card = torch.cuda.get_device_properties(index)
-        present["cuda"].append({"name": card.name, "bytes": card.total_memory, "bf16": card.major >= 8})
+        facts = {"bf16": card.major >= 8, "compiles": can_compile(torch.device("cuda", index))}
+        present["cuda"].append({"name": card.name, "bytes": card.total_memory, **facts})
     return present
 
 
@@ -139,6 +142,10 @@ def problems(report: dict[str, Any]) -> list[str]:
         if devices.get("built_for"):
             remarks.append(CUDA_BUILD.format(devices["built_for"]))
     remarks += [f"{c['name']} has no bf16: set train.precision=fp32" for c in devices["cuda"] if not c["bf16"]]
+    if slow := [card["name"] for card in devices["cuda"] if not card["compiles"]]:
+        from alphaflow_cli.model.compiling import EAGERLY
+
+        remarks.append(f"{slow[0]}: {EAGERLY}")
     for entry in report["weights"]:
         if not entry["present"] and entry["get"].startswith("https:"):
             remarks.append(f"{entry['for']} will not be measured: {entry['what']} is missing. Get {entry['get']}")

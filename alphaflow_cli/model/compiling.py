@@ -32,6 +32,10 @@ from alphaflow_cli.runtime.progress import say
 
 FORMS = 32  # torch's own limit of 8 is less than the phases of a guided run in micro-batches of two sizes
 OLDEST_GPU = (7, 0)  # compute capability that Triton writes for
+EAGERLY = (  # on an H100 a step of B/2 takes .290 s eagerly and .159 compiled (measured)
+    "torch.compile lacks Triton, a C compiler such as gcc, or a newer GPU here, so nothing is compiled. A compiled "
+    "step takes about half as long."
+)
 FOLDER = "TORCHINDUCTOR_CACHE_DIR"  # torch's name for the folder of compiled code
 
 
