@@ -30,7 +30,7 @@ def evaluate(
     draw: LabelDraw | None = None,
     guidance: float | None = None,
     device: str | None = None,
-    batch: int = 64,
+    batch: int | None = None,
     out: str | Path | None = None,
 ) -> list[Row]:
     """Measure a checkpoint, or pictures, as `alphaflow eval` does; results.json is written too.
