@@ -79,7 +79,7 @@ def open_pictures(
 ) -> ImageSource:
     """Open what a user may point at: a folder, archives, parquet, hf://…, shapes:N, or a .npz of pictures."""
     if text.endswith(".npz"):
-        return PictureArray(Path(text), limit=limit)
+        return PictureArray(Path(text).expanduser(), limit=limit)
     return PictureFiles(open_source(text, image_column), size=size, limit=limit, crop=crop)
 
 

@@ -7,6 +7,7 @@ import numpy as np
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.files import make_folder, write_whole
 from alphaflow_cli.model.find import step_name
+from alphaflow_cli.runtime.processes import smaller_batch_if_full
 from alphaflow_cli.runtime.progress import say
 from alphaflow_cli.sample.generator import Generator, pictures
 from alphaflow_cli.sample.grid import grid_side_by_side
@@ -33,17 +34,17 @@ class SampleGrids:
         return run.folder / "samples" / f"{step_name(run.step)}.png"
 
     def draw(self, run: Run) -> Path | None:
-        """Draw the grid of the present weights; None where the autoencoder cannot be had. All processes call it."""
+        """Draw the grid of the present weights; None where it cannot be drawn. All processes call it."""
         checkpoint = run.model()  # all processes: the weights may be cut over them
         if self.broken or not run.world.is_main:
             return None
-        if self.generator is None:
-            self.generator = Generator(checkpoint, device=run.world.device)
-        self.generator.net.load_state_dict(checkpoint.weights)
         try:
-            picture = self._grid(self.generator)
+            with smaller_batch_if_full(1):  # a grid is drawn at once
+                self.generator = self.generator or Generator(checkpoint, device=run.world.device)
+                self.generator.net.load_state_dict(checkpoint.weights)
+                picture = self._grid(self.generator)
         except AlphaflowError as error:  # training goes on without pictures, and says why
-            self.broken = str(error)
+            self.generator, self.broken = None, str(error)
             say(f"no sample grids: {error}")
             return None
         path = self.path(run)
