@@ -205,7 +205,7 @@ def show_plan(
         begin(f"timing a few steps of each phase of {resolved.recipe.name} on this machine")
     from alphaflow_cli.train.estimate import describe_run, estimate_training
     from alphaflow_cli.train.hours import fit_hours, measure_phases_of
-    from alphaflow_cli.train.start import count_processes, doubts
+    from alphaflow_cli.train.start import count_processes, doubts, why_refused
     from alphaflow_cli.train.store import check_store
 
     recipe = resolved.recipe
@@ -215,6 +215,7 @@ def show_plan(
     began = time.monotonic()
     document, lines = describe_run(recipe, resolved.folder, processes=processes, micro_batch=options.micro_batch)
     more = [text for text in doubts(recipe, device=options.device) if text not in document["warnings"]]
+    more += why_refused(recipe, resolved.folder)
     document["warnings"] += more
     lines = [*resolved.notes, *lines, *(f"beware: {text}" for text in more)]
     if estimate or hours:

@@ -50,6 +50,7 @@ from alphaflow_cli.runtime.processes import Processes, all_or_none, check_same, 
 from alphaflow_cli.runtime.progress import say
 from alphaflow_cli.sample.generator import DecoderChoice, Generator, decoder_pays, open_generator
 from alphaflow_cli.sample.walk import Walk, plan_walk
+from alphaflow_cli.text import counted
 
 FEWEST_PICTURES = 100  # pictures; below it nothing is printed that looks like a score
 MIDPOINTS = tuple(round(0.1 * i, 1) for i in range(1, 10))  # of --sweep-midpoint
@@ -243,7 +244,7 @@ def check_count(source: ImageSource) -> None:
     """Refuse a set of pictures that is too small for any score."""
     if source.count < FEWEST_PICTURES:
         raise AlphaflowError(
-            f"{source.label}: {source.count} pictures; a score needs at least {FEWEST_PICTURES} "
+            f"{source.label}: {counted(source.count, 'picture')}; a score needs at least {FEWEST_PICTURES} "
             "(and 50,000 to be compared with published ones)"
         )
 

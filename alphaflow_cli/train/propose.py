@@ -20,7 +20,7 @@ from typing import Any
 from alphaflow_cli.data.manifest import BEWARE, Manifest, StorePlan, read_manifest
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.files import is_there
-from alphaflow_cli.recipe import load_recipe, recipe_from_text
+from alphaflow_cli.recipe import load_recipe, recipe_from_text, shipped
 from alphaflow_cli.recipe.facts import human
 from alphaflow_cli.recipe.loader import find_recipe, flatten, to_dict
 from alphaflow_cli.recipe.migrations import FORMAT_KEY, current_format
@@ -178,9 +178,12 @@ def _without_labels(like: Recipe) -> Choices:
 
 
 def written_for(recipe: Recipe) -> int:
-    """How many pictures a recipe was written for."""
+    """How many pictures a recipe was written for: of a file of one's own, those of its store, where that is here."""
     if recipe.data.source:
         return int(recipe.data.source.partition(":")[2])
+    store = Path(recipe.data.store)
+    if recipe.data.store and recipe.name not in shipped() and is_there(store / "manifest.json"):
+        return read_manifest(store).count
     return IMAGENET_TRAIN if recipe.data.classes == 1000 else CIFAR_TRAIN
 
 

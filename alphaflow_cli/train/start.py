@@ -108,6 +108,15 @@ def check_recipe(recipe: Recipe, out: Path) -> list[tuple[str, str, str]]:
     return changes
 
 
+def why_refused(recipe: Recipe, out: Path) -> list[str]:
+    """Why a folder would not take this run, for its plan; empty where it would, or where there is none yet."""
+    try:
+        check_recipe(recipe, out)
+    except AlphaflowError as fault:
+        return [str(fault)]
+    return []
+
+
 def check_longer(there: Recipe, longer: Recipe, out: Path) -> None:
     """Refuse more steps where what follows the share of the run that is done would have gone another way."""
     moved = [path for path, here in schedules_of(longer) if ends_of(here, longer) != ends_of(here, there)]

@@ -66,7 +66,7 @@ def resolve_run(name: str, sets: Sequence[str], *, data: Path | None, out: Path 
 def check_is_store(data: Path, name: str) -> None:
     """Refuse pictures where their latents are due, with the command that makes them; other faults show up later."""
     if is_there(data) and not any(is_there(data / f"{name}.json") for name in ("manifest", "plan")):
-        made, wanted = quote(f"latents/{data.stem}"), load_recipe(name).data
+        made, wanted = quote(f"latents/{data.resolve().stem}"), load_recipe(name).data
         side = max(wanted.image_size, OWN_SIDE) if name in shipped() else wanted.image_size
         pixels = f" --size {side} --autoencoder none" if wanted.autoencoder == "none" else ""
         raise AlphaflowError(
