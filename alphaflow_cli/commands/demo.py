@@ -23,11 +23,11 @@ def command(checkpoint: str, port: int, device: str | None) -> None:
 
     It listens on 127.0.0.1 only, until it is interrupted. push --space publishes the same app.
     """
+    check_checkpoint(checkpoint)
+    begin(f"demo {checkpoint}")
     from alphaflow_cli.demo import HOST, build_app, check_gradio, check_port
 
     check_gradio()
-    check_checkpoint(checkpoint)
     check_port(port)
-    begin(f"demo {checkpoint}")
     app = build_app(checkpoint, device=device)
     app.launch(server_name=HOST, server_port=port)

@@ -113,6 +113,13 @@ def test_a_class_may_be_a_key_of_the_json(tmp_path):
     assert labels_of(tmp_path / "x.tar", unlabelled=True) == ([""], [0, 0])
 
 
+def test_a_json_whose_key_ends_like_a_list_of_classes_is_a_note_of_its_picture(tmp_path):
+    members = [("my-classes.jpg", PNG), ("my-classes.json", b'{"label": 3}')]
+    members += [("2.jpg", PNG), ("2.json", b'{"label": 5}')]
+    (tmp_path / "x.tar").write_bytes(tar_of(members))
+    assert labels_of(tmp_path / "x.tar") == (["3", "5"], [1, 0])
+
+
 def test_captions_beside_the_pictures_are_no_classes(tmp_path):
     (tmp_path / "x.tar").write_bytes(tar_of([("1.jpg", PNG), ("1.json", b'{"caption": "a cat"}'), ("1.txt", b"a cat")]))
     assert labels_of(tmp_path / "x.tar") == ([""], [0])

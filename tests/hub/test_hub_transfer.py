@@ -12,9 +12,9 @@ from hub_server import Fault
 
 import alphaflow_cli
 from alphaflow_cli.cli import run
-from alphaflow_cli.hub import pull, resolve_checkpoint, resolve_file
 from alphaflow_cli.hub.stage import open_publication, stage
 from alphaflow_cli.model.checkpoint import load_checkpoint
+from alphaflow_cli.remote.download import pull, resolve_checkpoint, resolve_file
 
 # huggingface_hub 2.x hands its HTTP library bytes in a way that library no longer likes.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
