@@ -48,7 +48,7 @@ from alphaflow_cli.train.parallel import Split, check_sharding, split_batch
 from alphaflow_cli.train.run import Run, build_run, check_start, newest_for_all, start_from
 from alphaflow_cli.train.samples import SampleGrids
 from alphaflow_cli.train.scores import Scores, check_quick
-from alphaflow_cli.train.store import check_store, recipe_of_run, store_of
+from alphaflow_cli.train.store import check_store, recipe_of_run, stated_store, store_of
 from alphaflow_cli.train.threads import choose_threads
 
 ADJUSTABLE = {  # what a run may change when it goes on: none of it changes what is learnt, beyond rounding
@@ -156,8 +156,7 @@ def doubts(recipe: Recipe, store: Path | None = None, device: str | None = None)
     """What a run does although it might not be meant: by its recipe, on this machine, with this many pictures."""
     on_cpu = device == "cpu" or (device is None and not torch.cuda.is_available())
     texts = warnings_of(recipe, on_cpu=on_cpu)
-    if store is None and recipe.data.store:
-        store = Path(recipe.data.store)
+    store = store or stated_store(recipe)
     manifest = read_manifest(store) if store is not None and (store / "manifest.json").is_file() else None
     if manifest and (beware := BEWARE.get(manifest.plan.autoencoder.kind or "")):
         texts.append(beware)
