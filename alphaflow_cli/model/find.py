@@ -174,16 +174,14 @@ def find_checkpoint(address: str, *, weights: str = "ema") -> Path:
     """A file, a run folder (its newest), or an address on the Hub."""
     path = Path(address).expanduser()
     if path.is_dir():
-        if weights == "ema" and (path / "model.safetensors").exists():
-            return path / "model.safetensors"
         name = "model.safetensors" if weights == "ema" else "raw.safetensors"
-        kept = [folder / name for folder in checkpoint_folders(path) if (folder / name).exists()]
-        checkpoints = [path / name] if (path / name).exists() else kept
-        if not checkpoints:
+        files = [*(folder / name for folder in checkpoint_folders(path)), path / name]
+        there = [file for file in files if file.exists()]
+        if not there:
             raise AlphaflowError(
                 f"{path}: no checkpoint in this folder yet. Train one: alphaflow train RECIPE --out {path}"
             )
-        return checkpoints[-1]
+        return there[-1]
     check_address(address)
     from alphaflow_cli.remote.download import resolve_checkpoint
 
