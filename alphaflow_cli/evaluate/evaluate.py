@@ -7,7 +7,7 @@ called by every process that shares the work; the first one returns the result.
 
 from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -61,22 +61,22 @@ class EvalRequest:
     """What the command line says about an evaluation; empty or None: as the recipe says."""
 
     checkpoint: str
-    nfe: Sequence[int]
-    sampler: str
-    times: Sequence[float] | None
-    guidance: float | None
-    guidance_channels: int | None
-    interval: tuple[float, float] | None
-    sweep_midpoint: bool
-    metrics: tuple[Metric, ...]
-    reference: str | None
-    images: int | None
-    draw: LabelDraw | None
-    autoencoder: str
-    decoder: DecoderChoice
-    batch: int | None
-    weights: dict[str, Path]
-    out: Path | None
+    nfe: Sequence[int] = ()
+    sampler: str = "auto"
+    times: Sequence[float] | None = None
+    guidance: float | None = None
+    guidance_channels: int | None = None
+    interval: tuple[float, float] | None = None
+    sweep_midpoint: bool = False
+    metrics: tuple[Metric, ...] = ()
+    reference: str | None = None
+    images: int | None = None
+    draw: LabelDraw | None = None
+    autoencoder: str = ""
+    decoder: DecoderChoice = "auto"
+    batch: int | None = None  # None: by the network and the device
+    weights: dict[str, Path] = field(default_factory=dict)
+    out: Path | None = None
     image_column: str = ""  # of pictures in parquet files
 
 
