@@ -266,6 +266,7 @@ def recipe_stream(
 ) -> LatentStream:
     """Open a store as the recipe reads it: its posterior, flips and normalisation; batch and seed may be others."""
     data = recipe.data
+    constants = None if data.channel_mean is None or data.channel_std is None else (data.channel_mean, data.channel_std)
     return LatentStream(
         store,
         batch=batch,
@@ -276,9 +277,7 @@ def recipe_stream(
         scale=data.scale,
         shift=data.shift,
         stats_images=data.stats_images,
-        constants=None
-        if data.channel_mean is None or data.channel_std is None
-        else (data.channel_mean, data.channel_std),
+        constants=constants,
         device=device,
         resident=resident,
         verify=verify,
