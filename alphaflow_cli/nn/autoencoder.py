@@ -185,15 +185,11 @@ def _from_folder(folder: Path) -> Any:
     if (package := CLASSES[name].needs) and not find_spec(package):
         raise AlphaflowError(f"{folder}: {name} needs the package {package}, which is not here: pip install {package}")
     try:
-        return getattr(diffusers, name).from_pretrained(folder, use_safetensors=_safe_weights(folder))
+        safe = any(folder.glob("*.safetensors"))  # diffusers reads a .bin with weights_only, which executes nothing
+        return getattr(diffusers, name).from_pretrained(folder, use_safetensors=safe)
     except READING as fault:
         reason = for_terminal(fault, limit=300)
         raise AlphaflowError(f"{folder}: the autoencoder cannot be loaded ({reason})") from fault
-
-
-def _safe_weights(folder: Path) -> bool:
-    """Whether a folder has weights as safetensors. diffusers reads a .bin with weights_only, which executes nothing."""
-    return any(folder.glob("*.safetensors"))
 
 
 def _from_file(path: Path) -> Any:

@@ -1,4 +1,4 @@
-"""The weights of the feature networks: finding the file, hashing it, and saying what to do when it is not there.
+"""Files of weights: where those of the feature networks lie, what to do without one, and how any is read and checked.
 
 Nothing is downloaded here: an evaluation that starts a 1.2 GB download by surprise, or hangs behind a firewall, is
 worse than one clear line. Pickles are read with `weights_only=True`, so a file from anywhere may be tried.
