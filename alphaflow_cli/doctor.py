@@ -105,8 +105,12 @@ def caches() -> list[dict[str, Any]]:
 
 def _writable(folder: Path) -> bool:
     """Whether the folder, or the first parent that exists, takes files."""
-    while not folder.exists() and folder != folder.parent:
-        folder = folder.parent
+    try:
+        folder.stat()
+    except FileNotFoundError:
+        return _writable(folder.parent)
+    except OSError:  # the path cannot be walked: no permission, a file on the way, a name too long
+        return False
     return folder.is_dir() and os.access(folder, os.W_OK)
 
 

@@ -29,7 +29,7 @@ from alphaflow_cli.train.compiling import choose_compile, choose_graphs, graphs_
 from alphaflow_cli.train.graphs import StepGraphs, is_capture_fault, on_own_stream
 from alphaflow_cli.train.journal import Sums
 from alphaflow_cli.train.optimise import Optimiser
-from alphaflow_cli.train.parallel import largest_that_fits, split_batch
+from alphaflow_cli.train.parallel import has_buckets, largest_that_fits, split_batch
 from alphaflow_cli.train.step import Objective, random_rows, training_step
 
 TIMED_STEPS = 5  # of which the median counts
@@ -42,18 +42,19 @@ def micro_batch_that_fits(recipe: Recipe, world: World, *, compiled: bool) -> in
     rows = -(-recipe.train.batch // world.size)
     if world.device.type != "cuda":
         return rows
-    fits = _rows_that_fit(recipe, world.device, rows, compiled=compiled)
+    fits = _rows_that_fit(recipe, world.device, rows, compiled=compiled, processes=world.size)
     torch.cuda.empty_cache()
     return -int(world.largest(-fits))  # the fewest that fit anywhere
 
 
-def _rows_that_fit(recipe: Recipe, device: torch.device, rows: int, *, compiled: bool) -> int:
+def _rows_that_fit(recipe: Recipe, device: torch.device, rows: int, *, compiled: bool, processes: int) -> int:
     """Try without compiled blocks first, then the rows that fitted with them."""
-    fits = largest_that_fits(rows, Trial(recipe, device, compiled=False).phases)
+    fits = largest_that_fits(rows, Trial(recipe, device, compiled=False, processes=processes).phases)
     if not compiled:
         return fits
     try:  # not at once: compiling takes a minute for each number of rows
-        fits = largest_that_fits(fits, lambda count: Trial(recipe, device, compiled=True).phases(count))
+        make = partial(Trial, recipe, device, compiled=True, processes=processes)
+        fits = largest_that_fits(fits, lambda count: make().phases(count))
     except compile_faults():  # the run meets the same fault, says so, and goes on eagerly
         pass
     forget_compiled()
@@ -61,18 +62,22 @@ def _rows_that_fit(recipe: Recipe, device: torch.device, rows: int, *, compiled:
 
 
 class Trial:
-    """A network and an optimiser for steps that are only measured; both are thrown away afterwards."""
+    """A network and an optimiser for steps that are only measured; both are thrown away afterwards.
 
-    def __init__(self, recipe: Recipe, device: torch.device, *, compiled: bool) -> None:
+    Its gradients take memory as those of a run of so many `processes`.
+    """
+
+    def __init__(self, recipe: Recipe, device: torch.device, *, compiled: bool, processes: int = 1) -> None:
         self.recipe, self.device, self.objective = recipe, device, Objective.of(recipe)
         self.net = build_network(recipe).to(device, DTYPES[recipe.train.precision])
         if compiled:
             forget_compiled()
             compile_blocks(self.net)
-        self.optimiser = Optimiser(self.net, recipe)
+        self.optimiser = Optimiser(self.net, recipe, in_buckets=has_buckets(recipe.train.strategy, processes))
 
     def phases(self, count: int) -> None:
         """Take one step of every phase on `count` rows, where the phase has the most r < t rows."""
+        self.optimiser_step()  # so the first one already has beside it what all but a run's first step have
         for phase in phases(self.recipe):
             self.step(count, min(phase.first, phase.until - 1, key=equal_share_at(self.recipe)))
 
@@ -81,6 +86,12 @@ class Trial:
         alpha, n_equal = alpha_at(self.recipe)(at), equal_rows(count, equal_share_at(self.recipe)(at))
         rows = random_rows(self.recipe, count, n_equal, self.device)
         training_step(self.net, self.net, rows, alpha=alpha, objective=self.objective).loss.backward()  # type: ignore[no-untyped-call]
+        self.optimiser.step(1)
+
+    def optimiser_step(self) -> None:
+        """Take the optimiser's step alone, by gradients of zero: it makes Adam's moments, and DDP's memory."""
+        for weight in self.optimiser.trained:
+            weight.grad = torch.zeros_like(weight)
         self.optimiser.step(1)
 
 
@@ -109,12 +120,13 @@ def measure_phases(
     device: torch.device,
     compiled: bool,
     graphed: bool | None,
+    processes: int,
 ) -> list[PhaseTime]:
     """Time a few steps of every phase, on `rows` rows of a micro-batch, on this machine; the median counts.
 
     `graphed` is what `choose_graphs` says.
     """
-    trial = Trial(recipe, device, compiled=compiled)
+    trial = Trial(recipe, device, compiled=compiled, processes=processes)
     times, all_phases = [], phases(recipe)
     turns = -(-per_process // micro_batch) * micro_batch / rows
     with Progress("timing", len(all_phases) * (1 + TIMED_STEPS), unit="step") as bar:
@@ -131,7 +143,7 @@ def measure_phases(
             bar.advance(TIMED_STEPS - len(seconds), phase.kind)
             memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
             # a part of the rows pays the optimiser in full
-            fixed = min(timed(partial(trial.optimiser.step, 1)), min(seconds)) if rows < micro_batch else 0.0
+            fixed = min(timed(trial.optimiser_step), min(seconds)) if rows < micro_batch else 0.0
             each = fixed + (statistics.median(seconds) - fixed) * turns
             times.append(PhaseTime(phase.kind, phase.until - phase.first, each, memory))
     if graphed is not False:
@@ -245,7 +257,7 @@ def measure_run(
     graphed = choose_graphs(recipe, world, split, None) if processes == 1 else False
     measure = partial(measure_phases, recipe, rows, timed_rows, per_process=per_process, device=world.device)
     with on_own_stream(graphed is not False):
-        return _measure(partial(measure, graphed=graphed), compiled=compiled)
+        return _measure(partial(measure, graphed=graphed, processes=processes), compiled=compiled)
 
 
 def estimate_training(

@@ -171,7 +171,6 @@ class StepGraphs:
     def _work(self, form: StepForm) -> None:
         """The step itself: nothing here is read on the host, but what the form says."""
         rows, objective = self._rows(form), replace(self.objective, bf16=form.bf16, precise_below=0.0)
-        self.optimiser.give_back_gradients()
         result = training_step(self.wrapped, self.net, rows, alpha=STANDS_FOR[form.kind], objective=objective)
         (result.loss * (1 / len(self.y))).backward()  # type: ignore[no-untyped-call]
         self.sums.add(result.terms, rows.t, rows.r, rows.n_equal)
@@ -207,7 +206,7 @@ class StepGraphs:
                 for value in self.optimiser.changed():
                     if id(value) not in kept:  # moments, which begin at zero
                         value.zero_()
-            self.optimiser.give_back_gradients()
+            self.optimiser.forget_gradients()
 
 
 def _seconds(work: _Work) -> float:

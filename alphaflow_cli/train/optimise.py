@@ -34,12 +34,13 @@ KINDS: dict[str, Callable[..., torch.optim.Optimizer]] = {  # without decay Adam
 class Optimiser:
     """Adam, or its like, and the running averages (EMA) of one network's weights.
 
-    A weight that is not trained (a fixed positional table) is kept, averaged and saved like the others.
+    A weight that is not trained (a fixed positional table) is kept, averaged and saved like the others. `in_buckets`:
+    DDP keeps the gradients, which are views of its buckets.
     """
 
-    def __init__(self, net: nn.Module, recipe: Recipe) -> None:
+    def __init__(self, net: nn.Module, recipe: Recipe, *, in_buckets: bool = False) -> None:
         optim = recipe.optim
-        self.recipe = recipe
+        self.recipe, self.in_buckets = recipe, in_buckets
         self.rate_at = learning_rate_at(recipe)
         self.parameters = dict(net.named_parameters())
         self.weights = [local(parameter) for parameter in self.parameters.values()]
@@ -75,7 +76,7 @@ class Optimiser:
         return [self.rate_at(step), *(1.0 - beta for beta in betas)]
 
     def step_by(self, numbers: Tensor) -> None:
-        """As `step`, by `numbers_at` on the device (1 + averages,), float64. The gradients are given back.
+        """As `step`, by `numbers_at` on the device (1 + averages,), float64.
 
         On a GPU fused Adam reads a rate in float32; elsewhere it is what `step` takes.
         """
@@ -84,16 +85,11 @@ class Optimiser:
             group["lr"], group["capturable"] = numbers[0].float() if numbers.is_cuda else numbers[0], numbers.is_cuda
         self.adam.grad_scale, self.adam.found_inf = None, bad.float()  # type: ignore[attr-defined]
         self.adam.step()
-        self.give_back_gradients()
+        self.forget_gradients()
         moves = numbers[1:].to(self.weights[0].dtype).unbind()
         for ema, move in zip(self.emas, moves, strict=True):
             move_ema(ema, self.weights, move)
         self._count(norm, bad)
-
-    def give_back_gradients(self) -> None:
-        """Let go of every gradient's memory; the next backward pass makes new ones, and has nothing to add them to."""
-        for parameter in self.parameters.values():
-            parameter.grad = None
 
     def changed(self) -> list[Tensor]:
         """Every tensor that a step changes, as far as they are there: before the first one Adam has no moments."""
@@ -101,10 +97,17 @@ class Optimiser:
         return [*self.weights, *(value for ema in self.emas for value in ema), *moments, self.counters]
 
     def forget_gradients(self) -> None:
-        """Set every gradient to zero in place: DDP's buckets are views of them."""
-        grads = [local(p.grad) for p in self.parameters.values() if p.grad is not None]
-        if grads:
-            torch._foreach_zero_(grads)
+        """Let go of every gradient: the next backward pass hands its own over, and has nothing to add them to.
+
+        DDP's buckets stay where they are, and are set to zero.
+        """
+        if self.in_buckets:
+            grads = [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
+            if grads:
+                torch._foreach_zero_(grads)
+            return
+        for parameter, w in zip(self.parameters.values(), self.weights, strict=True):
+            parameter.grad = w.grad = None
 
     def _gradients(self) -> list[Tensor]:
         """The gradient of every parameter, whole or cut; the parts that Adam steps on get theirs."""

@@ -157,6 +157,11 @@ def part(parameter: Tensor, value: Tensor) -> Tensor:
     return chunks[rank] if rank < len(chunks) else value[:0]
 
 
+def has_buckets(strategy: Strategy, processes: int) -> bool:
+    """Whether the gradients are views of DDP's buckets, whose memory is taken from before the first step on."""
+    return strategy == "ddp" and processes > 1
+
+
 def wrap_network(net: nn.Module, world: World, strategy: Strategy) -> nn.Module:
     """The network whose gradients synchronise over the processes; FSDP2 cuts the given one in place."""
     if strategy == "fsdp2" and world.size > 1:

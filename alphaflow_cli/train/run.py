@@ -33,7 +33,7 @@ from alphaflow_cli.train import state
 from alphaflow_cli.train.graphs import StepGraphs
 from alphaflow_cli.train.journal import Sums
 from alphaflow_cli.train.optimise import MOMENTS, Optimiser
-from alphaflow_cli.train.parallel import Split, wrap_network
+from alphaflow_cli.train.parallel import Split, has_buckets, wrap_network
 from alphaflow_cli.train.step import Objective
 
 SAME_MEANING = (
@@ -219,7 +219,7 @@ def build_run(recipe: Recipe, folder: Path, *, world: World, stream: LatentStrea
         split=split,
         net=net,
         wrapped=wrapped,
-        optimiser=Optimiser(net, recipe),
+        optimiser=Optimiser(net, recipe, in_buckets=has_buckets(recipe.train.strategy, world.size)),
         sums=Sums(world.device, has_head=recipe.model.velocity_head is not None),
         objective=Objective.of(recipe),
         class_names=class_names(stream.store.path),

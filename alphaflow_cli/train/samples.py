@@ -1,4 +1,4 @@
-"""Grids of samples while training: fixed seeds, 1 and 2 network evaluations side by side."""
+"""Grids of samples while training: fixed seeds, 1 and 2 network evaluations (of heun 1 and 3) side by side."""
 
 from pathlib import Path
 
@@ -54,8 +54,9 @@ class SampleGrids:
         classes = generator.recipe.data.classes
         seeds = list(range(COLUMNS * ROWS))
         labels = [seed % COLUMNS * max(1, classes // COLUMNS) % classes if classes else 0 for seed in seeds]
-        halves = [(f"{nfe} NFE", self._half(generator, nfe, seeds, labels)) for nfe in (1, 2)]
-        names = generator.origin.get("class_names") or []
+        counts = (1, 3) if generator.recipe.sample.sampler == "heun" else (1, 2)  # heun has odd ones only
+        halves = [(f"{nfe} NFE", self._half(generator, nfe, seeds, labels)) for nfe in counts]
+        names = generator.class_names
         chosen = [names[label] if label < len(names) else "" for label in labels[:COLUMNS]]
         return grid_side_by_side(halves, COLUMNS, chosen)
 

@@ -108,9 +108,10 @@ def check_recipe(recipe: Recipe, out: Path) -> list[tuple[str, str, str]]:
 
 
 def check_longer(there: Recipe, longer: Recipe, out: Path) -> None:
-    """Refuse more steps where a schedule in shares of the run would have gone another way from the first one on."""
+    """Refuse more steps where what follows the share of the run that is done would have gone another way."""
     moved = [path for path, here in schedules_of(longer) if ends_of(here, longer) != ends_of(here, there)]
     moved += ["the learning rate"] if longer.optim.final_lr is not None else []
+    moved += ["loss.short_first"] if longer.loss.short_first else []
     if moved:
         raise AlphaflowError(
             f"{out}: this run is planned for {there.train.steps:,} steps, and cannot be made longer: with "

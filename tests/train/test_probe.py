@@ -66,19 +66,20 @@ def test_the_probe_of_memory_tries_compiled_blocks_on_what_fits_eagerly(monkeypa
     tried = []
 
     class Trial:
-        def __init__(self, recipe, device, *, compiled):
-            self.compiled = compiled
+        def __init__(self, recipe, device, *, compiled, processes):
+            self.compiled, self.processes = compiled, processes
 
         def phases(self, count):
+            assert self.processes == 2
             tried.append((self.compiled, count))
             if count > (4 if self.compiled else 8):
                 raise torch.OutOfMemoryError("full")
 
     monkeypatch.setattr(estimate, "Trial", Trial)
-    assert estimate._rows_that_fit(make_recipe(tmp_path), CPU, 32, compiled=True) == 4
+    assert estimate._rows_that_fit(make_recipe(tmp_path), CPU, 32, compiled=True, processes=2) == 4
     assert tried == [(False, 32), (False, 16), (False, 8), (True, 8), (True, 4)]
     tried.clear()
-    assert estimate._rows_that_fit(make_recipe(tmp_path), CPU, 32, compiled=False) == 8
+    assert estimate._rows_that_fit(make_recipe(tmp_path), CPU, 32, compiled=False, processes=2) == 8
     assert tried == [(False, 32), (False, 16), (False, 8)]
 
 
@@ -94,6 +95,23 @@ def test_a_trial_takes_the_shares_of_the_step_that_it_stands_for(monkeypatch, tm
     for at in (0, 19):
         estimate.Trial.step(trial, 16, at)
     assert rows == [12, 4]
+
+
+@pytest.mark.parametrize(("processes", "strategy"), [(1, "ddp"), (2, "fsdp2"), (2, "ddp")])
+def test_a_trials_first_step_has_beside_it_what_a_runs_later_steps_have(monkeypatch, tmp_path, processes, strategy):
+    """Adam's moments, and where DDP keeps gradients in its buckets, their memory."""
+    recipe = make_recipe(tmp_path, "alpha.kind=constant", "alpha.initial=0", f"train.strategy={strategy}")
+    trial, seen = estimate.Trial(recipe, CPU, compiled=False, processes=processes), []
+    step = trial.step
+
+    def look(count, at):
+        trained, moments = trial.optimiser.trained, trial.optimiser.adam.state
+        seen.append((all(moments[w] for w in trained), {w.grad is None for w in trained}))
+        step(count, at)
+
+    monkeypatch.setattr(trial, "step", look)
+    trial.phases(4)
+    assert seen == [(True, {(processes, strategy) != (2, "ddp")})]
 
 
 def test_on_a_gpu_the_rows_of_the_whole_batch_are_tried(monkeypatch, tmp_path):

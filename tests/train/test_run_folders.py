@@ -44,6 +44,15 @@ def whole(store, tmp_path_factory):
     return train(make_recipe(folder, *FEW), store, folder / "run")
 
 
+def test_a_finished_run_is_one_document_with_json(whole, store, capsys):
+    line = ["train", str(whole / "recipe.yaml"), "--data", str(store), "--out", str(whole), "--json"]
+    assert cli(line) == 0
+    model = whole / "model.safetensors"
+    assert json.loads(capsys.readouterr().out) == {
+        "run": str(whole), "samples": str(whole / "samples"), "best": [], "path": str(model)
+    }  # fmt: skip
+
+
 def killed_at(recipe, store, out, step, **more):
     from alphaflow_cli.train import start
 

@@ -35,6 +35,10 @@ def awake(net):
             local(parameter).copy_(part(parameter, 0.2 * torch.randn(parameter.shape, dtype=parameter.dtype)))
 
 
+def place_of(grad):
+    return 0 if grad is None else local(grad).data_ptr()
+
+
 def write_gradients(recipe, store, folder, micro_batch):
     """Of one step of every phase, by name, in one file; and the rows of each kind that this process saw."""
     world = join_world()
@@ -43,7 +47,10 @@ def write_gradients(recipe, store, folder, micro_batch):
     found = {}
     for phase, alpha in ALPHAS.items():
         run.alpha_at = lambda step, alpha=alpha: alpha
+        kept = {name: place_of(parameter.grad) for name, parameter in run.net.named_parameters()}
         run.optimiser.forget_gradients()
+        for name, parameter in run.net.named_parameters():  # DDP's stay in its buckets, the others' memory is free
+            assert place_of(parameter.grad) == (kept[name] if run.wrapped is not run.net else 0), name
         gradients(run, 7)
         for name, parameter in run.net.named_parameters():
             cut = recipe.train.strategy == "fsdp2" and world.size > 1
