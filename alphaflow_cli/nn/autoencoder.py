@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from alphaflow_cli.documents import read_json
 from alphaflow_cli.errors import DAMAGE, AlphaflowError
+from alphaflow_cli.files import user_path
 from alphaflow_cli.nn.autoencoder_classes import (
     CLASSES,
     CONFIG_SHAPE,
@@ -161,7 +162,7 @@ def public_id(name: str) -> str:
 
 
 def _load_module(name: str) -> tuple[Any, str]:
-    path = Path(name).expanduser()
+    path = user_path(name)
     if path.is_dir():
         return _from_folder(path), ""
     if path.is_file():

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from alphaflow_cli.errors import AlphaflowError
-from alphaflow_cli.files import is_there
+from alphaflow_cli.files import is_there, user_path
 from alphaflow_cli.remote.cache import cached_file
 
 
@@ -100,7 +100,7 @@ def missing_weights(wanted: WeightFile) -> str | None:
 def _candidates(wanted: WeightFile, given: Path | None) -> list[Path]:
     folders = [given] if given is not None else []
     if os.environ.get("ALPHAFLOW_WEIGHTS"):
-        folders.append(Path(os.environ["ALPHAFLOW_WEIGHTS"]).expanduser())
+        folders.append(user_path(os.environ["ALPHAFLOW_WEIGHTS"]))
     folders.append(Path(torch.hub.get_dir()) / "checkpoints")
     paths = [folder / name for folder in folders for name in wanted.names]
     for repo in wanted.hub_repos:

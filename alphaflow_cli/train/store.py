@@ -13,7 +13,7 @@ from typing import Any
 
 from alphaflow_cli.data.manifest import StorePlan, read_manifest
 from alphaflow_cli.errors import AlphaflowError
-from alphaflow_cli.files import is_there, read_document
+from alphaflow_cli.files import is_there, read_document, user_path
 from alphaflow_cli.recipe import load_recipe, recipe_from_text, shipped
 from alphaflow_cli.recipe.loader import flatten, load_for_data, set_text
 from alphaflow_cli.recipe.schema import Recipe
@@ -152,7 +152,7 @@ def facts_of(plan: StorePlan) -> dict[str, Any]:
 
 def stated_store(recipe: Recipe) -> Path | None:
     """The folder of latents that the recipe names; `~` in it is the home folder."""
-    return Path(recipe.data.store).expanduser() if recipe.data.store else None
+    return user_path(recipe.data.store) if recipe.data.store else None
 
 
 def store_of(recipe: Recipe, *, data: Path | None, out: Path) -> Path:
