@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from alphaflow_cli import __version__
+from alphaflow_cli.files import user_path
 from alphaflow_cli.remote.cache import cache_folder, cached_file, has_token, is_offline
 
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"  # of torch's builds without CUDA
@@ -97,12 +98,12 @@ def weights() -> list[dict[str, Any]]:
 def caches() -> list[dict[str, Any]]:
     """Folders that weights are kept in, by the libraries' documented variables."""
     base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
-    torch_home = Path(os.environ.get("TORCH_HOME") or base / "torch").expanduser()
+    torch_home = user_path(os.environ.get("TORCH_HOME") or base / "torch")
     folders = {"torch": torch_home / "hub" / "checkpoints"}
     with suppress(ImportError):  # then huggingface_hub is listed as missing
         folders = {"Hugging Face": cache_folder(), **folders}
     if os.environ.get("ALPHAFLOW_WEIGHTS"):
-        folders["$ALPHAFLOW_WEIGHTS"] = Path(os.environ["ALPHAFLOW_WEIGHTS"]).expanduser()
+        folders["$ALPHAFLOW_WEIGHTS"] = user_path(os.environ["ALPHAFLOW_WEIGHTS"])
     return [{"what": what, "path": str(path), "writable": _writable(path)} for what, path in folders.items()]
 
 

@@ -20,13 +20,13 @@ import time
 import warnings
 from collections.abc import Callable
 from importlib.util import find_spec
-from pathlib import Path
 from shutil import which
 from typing import Any
 
 import torch
 from torch import nn
 
+from alphaflow_cli.files import user_path
 from alphaflow_cli.nn.dit import DiT
 from alphaflow_cli.runtime.progress import say
 
@@ -53,7 +53,7 @@ def keep_compiled_code() -> str:
     $TORCHINDUCTOR_CACHE_DIR comes first. Returns the folder, as far as it is known here.
     """
     if FOLDER not in os.environ:
-        home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "alphaflow" / "compiled"
+        home = user_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "alphaflow" / "compiled"
         try:
             home.mkdir(parents=True, exist_ok=True)
         except OSError:  # a home that cannot be written to: then in torch's own place

@@ -138,7 +138,7 @@ def _of_store(store: Path, plan: StorePlan, count: int, like: Recipe) -> Choices
     choices["data.crop"] = (plan.crop, "of the store; references are made with the same --crop")
     patch = fields.get("model.patch", like.model.patch)
     per_side = side // patch
-    choices["model.patch"] = (patch, f"{per_side}×{per_side} = {per_side**2} tokens; {_tokens(like)} in {like.name}")
+    choices["model.patch"] = (patch, f"{per_side}×{per_side} = {per_side**2} tokens; {tokens(like):,} in {like.name}")
     normalise = fields.get("data.normalise", like.data.normalise)
     record = plan.autoencoder
     if record.channel_mean and record.channel_std:
@@ -160,10 +160,6 @@ def _about(autoencoder: str) -> str:
         return "pixels, no autoencoder"
     local = "; a local one: write its folder here, or give --autoencoder to sample and eval"
     return "that made the latents" + ("" if "/" in autoencoder else local)
-
-
-def _tokens(recipe: Recipe) -> str:
-    return f"{tokens(recipe):,}"
 
 
 def _without_labels(like: Recipe) -> Choices:
@@ -316,11 +312,8 @@ def _notes(request: RecipeRequest, plan: StorePlan, count: int, recipe: Recipe) 
 
 def _header(request: RecipeRequest, name: str, why: str, recipe: Recipe, manifest: Manifest) -> str:
     """What the file is, the commands, and where its numbers come from."""
-    stem, store, pictures = (
-        for_terminal(request.out.stem),
-        for_terminal(request.store),
-        counted(manifest.count, "picture"),
-    )
+    stem, store = for_terminal(request.out.stem), for_terminal(request.store)
+    pictures = counted(manifest.count, "picture")
     hours = f"{request.hours:g} h requested" if request.hours is not None else "add --estimate to the train command"
     images = recipe.train.steps * recipe.train.batch
     lines = [

@@ -31,7 +31,7 @@ from alphaflow_cli.evaluate.pictures import GeneratedImages, ImageSource
 from alphaflow_cli.evaluate.reference import Reference
 from alphaflow_cli.evaluate.results import NETWORK, Evaluation, read_results, save_results, value_text
 from alphaflow_cli.evaluate.score import check_reference
-from alphaflow_cli.files import is_there
+from alphaflow_cli.files import is_there, user_path
 from alphaflow_cli.model.checkpoint import Checkpoint
 from alphaflow_cli.model.find import best_name, step_name
 from alphaflow_cli.nn.weights import FILES, missing_weights
@@ -67,7 +67,7 @@ def check_quick(recipe: Recipe) -> None:
         lacking = missing_weights(FILES[network])
         if lacking:
             raise AlphaflowError(f"eval.quick_metrics: {lacking}")
-    if wanted.reference and ":" not in wanted.reference and not is_there(Path(wanted.reference).expanduser()):
+    if wanted.reference and ":" not in wanted.reference and not is_there(user_path(wanted.reference)):
         raise AlphaflowError(
             f"eval.reference: {wanted.reference}: no such file or source of pictures. Make a file: alphaflow reference "
             "SOURCE -o FILE, or train without scores: --set eval.every=0"

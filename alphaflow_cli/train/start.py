@@ -49,7 +49,7 @@ from alphaflow_cli.train.parallel import Split, check_sharding, split_batch
 from alphaflow_cli.train.run import Run, build_run, check_start, newest_for_all, start_from
 from alphaflow_cli.train.samples import SampleGrids
 from alphaflow_cli.train.scores import Scores, check_quick
-from alphaflow_cli.train.store import check_store, recipe_of_run, store_of
+from alphaflow_cli.train.store import check_store, recipe_of_run, stated_store, store_of
 from alphaflow_cli.train.threads import choose_threads
 
 ADJUSTABLE = {  # what a run may change when it goes on: none of it changes what is learnt, beyond rounding
@@ -173,8 +173,7 @@ def doubts(recipe: Recipe, store: Path | None = None, device: str | None = None)
     """What a run does although it might not be meant: by its recipe, on this machine, with this many pictures."""
     on_cpu = device == "cpu" or (device is None and not torch.cuda.is_available())
     texts = warnings_of(recipe, on_cpu=on_cpu)
-    if store is None and recipe.data.store:
-        store = Path(recipe.data.store)
+    store = store or stated_store(recipe)
     manifest = read_manifest(store) if store is not None and (store / "manifest.json").is_file() else None
     if manifest and (beware := BEWARE.get(manifest.plan.autoencoder.kind or "")):
         texts.append(beware)
@@ -284,6 +283,7 @@ def recipe_stream(
 ) -> LatentStream:
     """Open a store as the recipe reads it: its posterior, flips and normalisation; batch and seed may be others."""
     data = recipe.data
+    constants = None if data.channel_mean is None or data.channel_std is None else (data.channel_mean, data.channel_std)
     return LatentStream(
         store,
         batch=batch,
@@ -294,9 +294,7 @@ def recipe_stream(
         scale=data.scale,
         shift=data.shift,
         stats_images=data.stats_images,
-        constants=None
-        if data.channel_mean is None or data.channel_std is None
-        else (data.channel_mean, data.channel_std),
+        constants=constants,
         device=device,
         resident=resident,
         verify=verify,

@@ -214,6 +214,12 @@ def test_another_store_for_the_same_run_is_refused(store, tmp_path):
     refused(begin(recipe, make_store(tmp_path / "other", 50), out), "was trained on a latent store with the digest")
 
 
+def test_a_recipe_may_name_its_store_by_a_tilde(store, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(store.parent))
+    recipe = make_recipe(tmp_path, f"data.store=~/{store.name}")
+    assert start.prepare_run(recipe, start.TrainOptions(tmp_path / "run")) == store
+
+
 def test_no_store_at_all_says_what_to_do(tmp_path):
     with pytest.raises(AlphaflowError, match="alphaflow prep-latents SOURCE --out DIR"):
         start.prepare_run(make_recipe(tmp_path), start.TrainOptions(tmp_path / "run"))
