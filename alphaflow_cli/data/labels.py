@@ -6,7 +6,7 @@ of which nothing says the class are one class.
 """
 
 import posixpath
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -165,15 +165,11 @@ class _Names:
 
     def find(self, base: str, name: str) -> int | None:
         for known in (self.whole, self.stems):
-            for start in self._starts(base):
+            for start in (base, self.prefix):
                 line = known.get(posixpath.normpath(posixpath.join(start, name.replace("\\", "/"))))
                 if line is not None and line >= 0:
                     return line
         return None
-
-    def _starts(self, base: str) -> Iterator[str]:
-        yield base
-        yield self.prefix
 
 
 def _inside(source: Source, table: Path) -> str:
