@@ -10,12 +10,14 @@
 docs/python.md goes through it step by step. `train` and `evaluate` are in doors.py.
 """
 
-from collections.abc import Iterator, Sequence
+import math
+import operator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from numbers import Integral
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, SupportsIndex, get_args
 
 import numpy as np
 import torch
@@ -23,7 +25,7 @@ from PIL import Image
 from torch import Tensor
 
 from alphaflow_cli.errors import AlphaflowError
-from alphaflow_cli.files import make_folder, write_whole
+from alphaflow_cli.files import make_folder, user_path, write_whole
 from alphaflow_cli.model.find import find_class
 from alphaflow_cli.recipe import Recipe
 from alphaflow_cli.recipe.plan import (
@@ -74,7 +76,7 @@ class Pictures:
 
         A folder is made where it is missing; its files are named like those of `alphaflow sample --out`.
         """
-        path = Path(path).expanduser()
+        path = user_path(path)
         if path.suffix and not path.is_dir():
             write_whole(path, self._grid(len(self), path))
             return path
@@ -152,7 +154,7 @@ class Model:
         count: int | None = None,
         *,
         classes: ChosenClasses | None = None,
-        seeds: Sequence[int] | None = None,
+        seeds: Iterable[int] | None = None,
         nfe: int = 1,
         sampler: SamplerChoice = "auto",
         times: Sequence[float] | None = None,
@@ -177,6 +179,8 @@ class Model:
         """
         seeds = _seeds(count, seeds)
         _check_walk(nfe, times, sampler, batch)
+        if guidance is not None and not math.isfinite(guidance):
+            raise AlphaflowError(f"sample: guidance {guidance}: it is a number, 1 for none.")
         walk = plan_walk(
             self.recipe, nfe=nfe, kind=sampler, times=times, guidance=guidance, interval=interval,
             guidance_channels=guidance_channels,
@@ -216,17 +220,28 @@ def _check_walk(nfe: int, times: Sequence[float] | None, sampler: str, batch: in
         raise AlphaflowError(f"sample: sampler {sampler!r}: there are {', '.join(get_args(SamplerChoice))}.")
 
 
-def _seeds(count: int | None, seeds: Sequence[int] | None) -> list[int]:
+def _seeds(count: int | None, seeds: Iterable[int] | None) -> list[int]:
     """The seeds that a call means: the first `count`, or those that it lists."""
-    if not isinstance(count, Integral | None) or isinstance(seeds, Integral):
+    if not isinstance(count, Integral | None) or isinstance(seeds, Integral | str):
         raise AlphaflowError("sample: the first value is a number of pictures; seeds are a list: sample(seeds=[3, 7]).")
     if seeds is None:
         seeds = range(16 if count is None else count)
     elif count is not None:
         raise AlphaflowError("sample: give a number of pictures or their seeds, not both.")
-    if not len(seeds):
+    listed = [_seed(each) for each in seeds]
+    if not listed:
         raise AlphaflowError("sample: at least one picture is needed, such as sample(8) or sample(seeds=[0]).")
-    return [int(seed) for seed in seeds]
+    return listed
+
+
+def _seed(value: SupportsIndex) -> int:
+    try:
+        seed = operator.index(value)
+    except TypeError:  # a fraction, which would be cut off
+        seed = -1
+    if not 0 <= seed < 2**64:
+        raise AlphaflowError(f"sample: seed {value}: a seed is a whole number from 0 to 2^64 − 1.")
+    return seed
 
 
 def _name_of(label: int, names: Sequence[str]) -> str:

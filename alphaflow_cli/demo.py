@@ -6,6 +6,7 @@
 The picture of a class and a seed is that of `alphaflow sample`. Needs the extra `demo`.
 """
 
+import socket
 import time
 from importlib.util import find_spec
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 from alphaflow_cli.api import Model, load
 from alphaflow_cli.errors import AlphaflowError
 
+HOST = "127.0.0.1"  # nobody else can reach it
 MOST_PICTURES, COLUMNS = 16, 4
 LARGEST_SEED = 2**31 - 1
 ANY_CLASS = "one drawn per seed"
@@ -23,6 +25,17 @@ def check_gradio() -> None:
     """Refuse in one line when the package of the extra is missing."""
     if find_spec("gradio") is None:
         raise AlphaflowError("demo: gradio is not installed. Run: pip install 'alphaflow-cli[demo]'")
+
+
+def check_port(port: int) -> None:
+    """Refuse a port that another program listens on: Gradio would say so in a traceback, when all is loaded."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # one that was just given up is free
+        try:
+            probe.bind((HOST, port))
+        except OSError as fault:
+            why = fault.strerror or fault
+            raise AlphaflowError(f"demo: port {port} cannot be used ({why}). Choose another one with --port") from fault
 
 
 def build_app(address: str, *, device: str | None = None) -> Any:

@@ -30,7 +30,7 @@ def evaluate(
     draw: LabelDraw | None = None,
     guidance: float | None = None,
     device: str | None = None,
-    batch: int = 64,
+    batch: int | None = None,
     out: str | Path | None = None,
 ) -> list[Row]:
     """Measure a checkpoint, or pictures, as `alphaflow eval` does; results.json is written too.
@@ -38,11 +38,13 @@ def evaluate(
     What is left out is as the recipe says. Of each row, `name` and `value` are the number, and `protocol()` says how it
     was made. The same call again resumes.
     """
+    if isinstance(metrics, str) or isinstance(nfe, int):
+        raise AlphaflowError('evaluate: metrics and nfe are lists: metrics=["fid"], nfe=[1, 2].')
+    if batch < 1 or (images is not None and images < 1):
+        raise AlphaflowError("evaluate: images and batch are numbers from 1.")
     request = EvalRequest(
-        checkpoint=str(subject), nfe=tuple(nfe), sampler="auto", times=None, guidance=guidance, guidance_channels=None,
-        interval=None, sweep_midpoint=False, metrics=tuple(metrics),
-        reference=None if reference is None else str(reference), images=images, draw=draw, autoencoder="",
-        decoder="auto", batch=batch, weights={}, out=None if out is None else Path(out),
+        str(subject), nfe=tuple(nfe), guidance=guidance, metrics=tuple(metrics), images=images, draw=draw, batch=batch,
+        reference=None if reference is None else str(reference), out=None if out is None else Path(out),
     )  # fmt: skip
     if wrong := [name for name in metrics if name not in get_args(Metric)]:
         raise AlphaflowError(f"evaluate: metrics {wrong[0]!r}: there are {', '.join(get_args(Metric))}.")
@@ -71,6 +73,10 @@ def train(
     recipe: a file, or the name of a shipped recipe. sets: changes of single values, such as ["train.steps=2000"].
     out: the run's folder; default: runs/ and the recipe's name. The same call again resumes, or returns at once.
     """
+    if isinstance(sets, str):
+        raise AlphaflowError('train: sets is a list: sets=["train.steps=2000"].')
+    if micro_batch is not None and micro_batch < 1:
+        raise AlphaflowError("train: micro_batch is a number from 1.")
     data, out = (None if path is None else Path(path) for path in (data, out))
     resolved = resolve_run(str(recipe), sets, data=data, out=out)
     folder = resolved.folder

@@ -175,6 +175,18 @@ def changed(path: Path) -> AlphaflowError:
     )
 
 
+def user_path(text: str | Path) -> Path:
+    """The path that a user's text names: `~` at its start is the home folder, `~name` that of a user who is known here.
+
+    Of any other name it is a path like others, which leads nowhere; whoever opens it says so.
+    """
+    path = Path(text)
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        return path
+
+
 def is_there(path: Path) -> bool:
     """Whether something stands there that can be reached; a path that cannot be walked is not there."""
     try:

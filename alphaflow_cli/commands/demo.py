@@ -25,8 +25,9 @@ def command(checkpoint: str, port: int, device: str | None) -> None:
     """
     check_checkpoint(checkpoint)
     begin(f"demo {checkpoint}")
-    from alphaflow_cli.demo import build_app, check_gradio
+    from alphaflow_cli.demo import HOST, build_app, check_gradio, check_port
 
     check_gradio()
+    check_port(port)
     app = build_app(checkpoint, device=device)
-    app.launch(server_name="127.0.0.1", server_port=port)
+    app.launch(server_name=HOST, server_port=port)

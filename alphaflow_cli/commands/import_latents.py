@@ -61,6 +61,8 @@ def command(
 
     What SOURCE does not say has to be given. Nothing in it is executed.
     """
+    if not Path(source).exists():
+        raise AlphaflowError(f"{source}: no such folder or file. Check the path")
     if form is None or autoencoder is None or size is None or crop is None or classes is None:
         given = (form, autoencoder, size, crop, classes)
         missing = next(name for name, value in zip(NEEDED, given, strict=True) if value is None)

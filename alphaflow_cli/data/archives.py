@@ -11,6 +11,7 @@ The pictures are listed once. Every process opens the file anew for each pass ov
 until the last fetch of that pass is over. Its size and time must stay what they were at the listing.
 """
 
+import bz2
 import itertools
 import lzma
 import os
@@ -22,6 +23,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -39,6 +41,9 @@ _OF_THE_LIBRARIES = (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMA
 BROKEN = (*_OF_THE_LIBRARIES, OSError, EOFError, ValueError, OverflowError, IndexError, RuntimeError)
 ZIP_MAGIC = (b"PK\3\4", b"PK\5\6", b"PK\7\x08")
 MAX_TARGET = 4096  # bytes of a link's target
+PACKED_PIECE = 4096  # bytes that are unpacked at once of LZMA, which makes at most 7,000 of each
+MAX_NAMING = 1 << 24  # bytes of a tar's header that only names another one
+NAMING = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,10 +137,28 @@ def _from_zip(archive: Archive, file: BinaryIO, lines: Sequence[int]) -> Iterato
 
     def read(place: Place) -> bytes:
         with lock:
-            return opened.read(members[place.offset])
+            return _unpacked(opened, members[place.offset])
 
     for line in lines:
         yield line, partial(archive.checked, file, read, archive.place(line))
+
+
+def _unpacked(opened: zipfile.ZipFile, member: zipfile.ZipInfo) -> bytes:
+    """The bytes of a member, without asking for more memory than it claims: `ZipFile.read` unpacks all that there is.
+
+    Of bzip2 a few bytes may become gigabytes, and the library unpacks them in one go; so it gives them packed here.
+    """
+    if member.compress_type == zipfile.ZIP_BZIP2:
+        packed = copy(member)
+        packed.compress_type, packed.file_size = zipfile.ZIP_STORED, member.compress_size
+        del packed.CRC  # of the unpacked bytes
+        data = bz2.BZ2Decompressor().decompress(opened.read(packed), member.file_size + 1)
+        if len(data) != member.file_size or zlib.crc32(data) != member.CRC:
+            raise zipfile.BadZipFile(f"Bad CRC-32 for file {member.filename!r}")
+        return data
+    step = PACKED_PIECE if member.compress_type == zipfile.ZIP_LZMA else max(member.file_size, 1)
+    with opened.open(member) as file:
+        return b"".join(iter(partial(file.read, step), b""))
 
 
 def _from_tar(archive: Archive, file: BinaryIO, lines: Sequence[int]) -> Iterator[tuple[int, Fetch]]:
@@ -149,7 +172,7 @@ def _from_stream(archive: Archive, file: BinaryIO, lines: Sequence[int]) -> Iter
     The lines are in the order of their places; several names of one place are neighbours.
     """
     with _named(archive.path):
-        opened = tarfile.open(fileobj=file)  # noqa: SIM115 (`file` is what has to be closed)
+        opened = tarfile.open(fileobj=file, tarinfo=_Header)  # noqa: SIM115 (`file` is what has to be closed)
     members = _members(archive.path, opened)
     for place, same in itertools.groupby(lines, key=archive.place):
         fetch: Fetch = partial(archive.checked, file, partial(_dense, file), place)
@@ -208,7 +231,7 @@ def _is_zip(file: BinaryIO) -> bool:
     if begin in ZIP_MAGIC:
         return True
     try:
-        with tarfile.open(fileobj=file):
+        with tarfile.open(fileobj=file, tarinfo=_Header):
             return False
     except BROKEN:
         return zipfile.is_zipfile(file)  # behind a program that unpacks it
@@ -225,14 +248,14 @@ def _open_zip(path: Path, file: BinaryIO, stamp: Stamp) -> Archive:
             entry = Place(0, 0, fault="it claims more bytes than the archive has")
         elif stat.S_ISLNK(member.external_attr >> 16):
             is_sane = member.file_size <= MAX_TARGET
-            entry = Link(opened.read(member).decode(errors="surrogateescape")) if is_sane else NO_TARGET
+            entry = Link(_unpacked(opened, member).decode(errors="surrogateescape")) if is_sane else NO_TARGET
         if not member.is_dir():
             entries.add(member.filename, entry)
     return _archive(entries, path, "zip", stamp)
 
 
 def _open_tar(path: Path, file: BinaryIO, stamp: Stamp) -> Archive:
-    opened = tarfile.open(fileobj=file)  # noqa: SIM115 (`file` is what has to be closed)
+    opened = tarfile.open(fileobj=file, tarinfo=_Header)  # noqa: SIM115 (`file` is what has to be closed)
     kind, entries = "tar" if opened.fileobj is file else "compressed tar", Entries()
     for member in _members(path, opened):
         if not member.isdir():
@@ -270,6 +293,18 @@ def _members(path: Path, opened: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
             raise AlphaflowError(f"{path}: not a whole zip or tar archive (a member has a negative size)")
         at = opened.offset
         yield member
+
+
+class _Header(tarfile.TarInfo):
+    """A header of a tar. The library reads at once what names the next member, however long it claims to be."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "_Header":
+        """Read a header, and refuse one that claims a name longer than any is."""
+        header = super().frombuf(buf, encoding, errors)
+        if header.type in NAMING and header.size > MAX_NAMING:
+            raise tarfile.ReadError(f"a name of {header.size:,} bytes")
+        return header
 
 
 class _Watched:

@@ -58,9 +58,9 @@ class Entries:
             end, place = self._follow(path)
             if isinstance(entry, Link) and end in folders:
                 linked += 1
-            elif is_picture(name) and not _hidden(name):
+            elif is_picture(name) and not is_hidden(name):
                 places[name] = place
-            elif tells_classes(name) and not _hidden(name):
+            elif tells_classes(name) and not is_hidden(name):
                 asides[name] = place
             else:
                 aside += 1
@@ -90,6 +90,7 @@ class Entries:
         return folders - {""} | {"."}
 
 
-def _hidden(name: str) -> bool:
+def is_hidden(name: str) -> bool:
+    """Whether a path leads through what no source takes: hidden files and folders, and what a Mac adds to a zip."""
     parts = [part for part in name.split("/") if part not in (".", "..")]
     return any(part.startswith(".") or part == "__MACOSX" for part in parts)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from alphaflow_cli.data.classes import choose_files
+from alphaflow_cli.data.entries import is_hidden
 from alphaflow_cli.data.pictures import CLASS_LIST, TABLES, Loose, Source, is_picture
 from alphaflow_cli.data.shards import ARCHIVES, PARQUET, in_order, open_archives
 from alphaflow_cli.errors import AlphaflowError
@@ -79,12 +80,13 @@ def open_hub(text: str, image_column: str = "") -> Source:
 
 
 def _list(repo: str, revision: str | None) -> tuple[str, Mapping[str, int]]:
-    """The commit that a revision means now, and the sizes of all its files."""
+    """The commit that a revision means now, and the sizes of all its files that are not hidden."""
     with hub_faults(f"hf://datasets/{repo}: cannot be listed"):
         info = hub_api().dataset_info(repo, revision=revision)
         assert info.sha is not None, repo
         entries = hub_api().list_repo_tree(repo, repo_type="dataset", revision=info.sha, recursive=True)
-        return info.sha, {entry.path: entry.size for entry in entries if hasattr(entry, "size")}
+        files = (entry for entry in entries if hasattr(entry, "size") and not is_hidden(entry.path))
+        return info.sha, {file.path: file.size for file in files}
 
 
 def _cached(repo: str, commit: str, file: str) -> Path:

@@ -18,12 +18,12 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
-from alphaflow_cli.data.columns import LabelColumn, Layout, layout_of, parquet_library
+from alphaflow_cli.data.columns import LabelColumn, Layout, choice_of, layout_of, parquet_library
 from alphaflow_cli.data.pictures import Fetch, Labels, Source, fetch_now
 from alphaflow_cli.data.tables import label_of
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.files import MAX_BYTES, Stamp, changed, path_and_stamp, read_file, stamp_of
-from alphaflow_cli.remote.ranges import Ranges
+from alphaflow_cli.remote.ranges import LEADS_OUT, Ranges
 from alphaflow_cli.text import brief
 
 MOST_OF_A_GROUP = 2 << 30  # bytes of pictures in one row group, unpacked: two of them lie in memory
@@ -93,9 +93,12 @@ class LocalFile:
 
     def beside(self, path: str) -> bytes:
         """Read a picture that lies below the file's folder; any other path is none of the data set's."""
-        target = (self.path.parent / path).resolve()
+        try:
+            target = (self.path.parent / path).resolve()
+        except RuntimeError as fault:  # Python 3.13 leaves it to `read_file`
+            raise OSError("its path leads nowhere (a circle of links)") from fault
         if not target.is_relative_to(self.path.parent.resolve()):
-            raise OSError("its path leads out of the folder of the parquet file")
+            raise OSError(LEADS_OUT)
         return read_file(target)
 
 
@@ -125,7 +128,7 @@ class Parquet(Source):
         return [name.rpartition("/")[2] for name in self.names]
 
     def facts(self) -> dict[str, Any]:
-        """The commit on the Hub, or the size of all files here."""
+        """The commit on the Hub, or the size of all files here; the column of the pictures, where one was chosen."""
         return self.given_facts
 
     def stamps(self, lines: Sequence[int]) -> list[Any]:
@@ -224,6 +227,7 @@ def open_parquet(name: str, files: Sequence[TableFile], image_column: str, facts
     with ThreadPoolExecutor(READERS) as pool:
         footers = list(pool.map(_footer, files))
     layout = layout_of(footers[0][0], files[0].where, image_column)
+    facts = facts | choice_of(footers[0][0], files[0].where, image_column)
     groups: list[Group] = []
     names: list[str] = []
     for index, (place, (schema, sizes)) in enumerate(zip(files, footers, strict=True)):
@@ -316,7 +320,7 @@ def _picture(cells: Any, row: int, place: TableFile) -> bytes:
     if cells.type.num_fields:  # a struct of bytes and path
         cell, path = (cell["bytes"], cell.get("path")) if cell.is_valid else (cell, None)
     if not cell.is_valid and path is not None and path.is_valid:
-        return place.beside(_text(path))
+        return place.beside(_path(path))
     if not cell.is_valid:
         raise OSError("there is no picture in this row")
     data = cell.as_py()
@@ -325,8 +329,11 @@ def _picture(cells: Any, row: int, place: TableFile) -> bytes:
     return bytes(data)
 
 
-def _text(path: Any) -> str:
+def _path(cell: Any) -> str:
     try:
-        return str(path.as_py())
+        path = str(cell.as_py())
     except UnicodeDecodeError as fault:
         raise OSError("its path is no text") from fault
+    if "\0" in path:
+        raise OSError("its path holds a null byte")
+    return path

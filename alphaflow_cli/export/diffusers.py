@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alphaflow_cli.documents import Anything, ListOf, Table, Text, read_json
+from alphaflow_cli.documents import Anything, Table, Text, read_json
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.export.graph import Difference, Exported, checked, reference_pictures, refuse_far
 from alphaflow_cli.files import make_folder, write_whole
@@ -23,8 +23,8 @@ from alphaflow_cli.tensors import save_tensors
 PIPELINE, TRANSFORMER = "AlphaFlowPipeline", "AlphaFlowTransformer2DModel"
 SCHEDULER = "FlowMapEulerDiscreteScheduler"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-INDEX = "model_index.json"
-OUR_INDEX = Table({"_class_name": ListOf(Text(200), least=2, most=2)}, others=Anything())
+INDEX, TRANSFORMER_CONFIG = "model_index.json", "transformer/config.json"
+OUR_TRANSFORMER = Table({"_class_name": Text(one_of=(TRANSFORMER,))}, others=Anything())
 SAMPLERS = ("trajectory", "consistency", "flow")  # that the scheduler's steps make
 HERE = Path(__file__).parent
 
@@ -52,11 +52,12 @@ def check_pipeline_folder(folder: Path) -> None:
 
 
 def is_our_pipeline(folder: Path) -> bool:
-    """Whether an earlier export wrote this folder."""
+    """Whether an earlier export wrote this folder, or broke off in it."""
     try:
-        return bool(read_json(folder / INDEX, OUR_INDEX, limit=1 << 24)["_class_name"][1] == PIPELINE)
+        read_json(folder / TRANSFORMER_CONFIG, OUR_TRANSFORMER, limit=1 << 24)
     except AlphaflowError:
         return False
+    return True
 
 
 def export_diffusers(source: Exported, folder: Path) -> Difference:
@@ -74,15 +75,16 @@ def export_diffusers(source: Exported, folder: Path) -> Difference:
 
 
 def write_pipeline(source: Exported, folder: Path) -> None:
-    """Write every file of the pipeline; model_index.json last, so that half a folder is none."""
+    """Write every file of the pipeline; model_index.json last, so that half a folder is none, nor two halves one."""
     import diffusers
 
+    (folder / INDEX).unlink(missing_ok=True)  # of an earlier export
     version = {"_diffusers_version": diffusers.__version__}
     for name in ("transformer", "scheduler"):
         make_folder(folder / name)
     config = {"_class_name": TRANSFORMER, **version, **transformer_config(source)}
     _check_form(source, config)
-    write_whole(folder / "transformer" / "config.json", _to_text(config))
+    write_whole(folder / TRANSFORMER_CONFIG, _to_text(config))  # first: the folder is known as ours by it
     save_tensors(folder / "transformer" / WEIGHTS, _weights(source), {"format": "pt"})
     for name, place in (("transformer_alphaflow.py", "transformer"), ("pipeline_alphaflow.py", "")):
         write_whole(folder / place / name, (HERE / name).read_text(encoding="utf-8"))

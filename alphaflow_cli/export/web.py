@@ -75,6 +75,8 @@ def export_web(
     references = [reference_pictures(source) for source in sources]  # before the network is touched
     name = model_name(address, first.generator.recipe, unnamed="A picture in one step")
     make_folder(folder / "ort")
+    for nfe in STEPS:  # of an earlier page: its graphs must not run the new weights
+        (folder / _graph_file(nfe)).unlink(missing_ok=True)
     write_whole(folder / FACTS, json.dumps(_facts(sources, name, half=half), indent=1, ensure_ascii=False) + "\n")
     for name, content in archive.items():
         write_whole(folder / "ort" / name, content)

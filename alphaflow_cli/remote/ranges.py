@@ -6,6 +6,7 @@ how often it is asked, and it is looked up anew when it has expired.
 """
 
 import io
+import posixpath
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from typing import Any
 from alphaflow_cli.remote.client import endpoint, session
 from alphaflow_cli.remote.faults import Distrusted, HubFault, hub_faults
 
+LEADS_OUT = "its path leads out of the folder of the parquet file"
 GONE = 404
 REFUSED = (401, 403, GONE)  # final: to ask again does not help
 TRIES, PAUSE = 4, 1.0  # of one answer, seconds before the second try; doubled each time
@@ -70,8 +72,12 @@ class RemoteFile:
         return [self.name, self.size, self.commit]
 
     def beside(self, path: str) -> bytes:
-        """A file that a row names instead of holding it."""
-        return download(self.repo, self.commit, path)
+        """Download a picture that lies below the file's folder; any other path is none of the data set's."""
+        folder = posixpath.dirname(self.name)
+        target = posixpath.normpath(posixpath.join(folder, path))
+        if path.startswith("/") or target.startswith("../") or not target.startswith(f"{folder}/" * bool(folder)):
+            raise OSError(LEADS_OUT)
+        return download(self.repo, self.commit, target)
 
 
 class Ranges(io.RawIOBase):

@@ -4,7 +4,9 @@ import errno
 import json
 import os
 import signal
+import tarfile
 import time
+import tracemalloc
 import zipfile
 from pathlib import Path
 
@@ -198,6 +200,44 @@ def test_a_zip_that_claims_more_than_it_has_asks_for_no_memory(tmp_path):
     path = tmp_path / "set.zip"
     path.write_bytes(data)
     assert fetched(open_source(str(path)))["a/1.png"] == "it claims more bytes than the archive has"
+
+
+PACKINGS = {  # and the most bytes of memory: LZMA makes 29 MB of a piece of 4,096 bytes, and holds them twice
+    "deflate": (zipfile.ZIP_DEFLATED, 16 << 20),
+    "bzip2": (zipfile.ZIP_BZIP2, 16 << 20),
+    "LZMA": (zipfile.ZIP_LZMA, 72 << 20),
+}
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_a_zip_unpacks_to_what_it_claims_and_asks_for_no_more_memory(tmp_path, packing):
+    path, bomb = tmp_path / "set.zip", 50_123_457  # bytes
+    with zipfile.ZipFile(path, "w", PACKINGS[packing][0]) as archive:
+        archive.writestr("a/1.png", PNG)
+        archive.writestr("a/2.png", b"")
+        archive.writestr("a/3.png", bytes(bomb))
+    data = path.read_bytes()
+    assert data.count(bomb.to_bytes(4, "little")) == 2
+    path.write_bytes(data.replace(bomb.to_bytes(4, "little"), (100).to_bytes(4, "little")))
+    source = open_source(str(path))
+    tracemalloc.start()
+    found = fetched(source)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert (found["a/1.png"], found["a/2.png"]) == (PNG, b"")
+    assert found["a/3.png"] == "Bad CRC-32 for file 'a/3.png'"
+    assert peak < PACKINGS[packing][1]
+
+
+@pytest.mark.parametrize("kind", [tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE])
+def test_a_tar_that_claims_a_name_of_a_terabyte_asks_for_no_memory(tmp_path, kind):
+    header = tarfile.TarInfo("name")
+    header.type, header.size = kind, 1 << 40
+    path, whole = tmp_path / "set.tar", tar_of([("a/1.png", PNG)])
+    for before in (b"", whole[: 512 - len(PNG) // -512 * 512]):  # as the first header, and as a later one
+        path.write_bytes(before + header.tobuf(tarfile.GNU_FORMAT) + bytes(2048))
+        with pytest.raises(AlphaflowError, match="not a whole zip or tar archive"):
+            open_source(str(path))
 
 
 def test_a_compressed_tar_keeps_its_own_order(tmp_path):

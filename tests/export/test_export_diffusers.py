@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -14,6 +15,7 @@ from hub_fixtures import hub, project_run  # noqa: F401 (fixtures)
 from small_models import pixel_checkpoint
 
 from alphaflow_cli.cli import run
+from alphaflow_cli.export import diffusers
 
 TWO = {"two_step_sampler": "consistency", "two_step_times": (1.0, 0.55, 0.0)}
 
@@ -108,6 +110,20 @@ def test_a_folder_with_other_files_is_kept(latents, tmp_path, capsys):
     (tmp_path / "mine.txt").write_text("mine")
     assert run(["export", str(latents), "--to", "diffusers", "-o", str(tmp_path)]) == 1
     assert "holds other files; nothing was overwritten" in capsys.readouterr().err
+
+
+def test_an_export_that_breaks_off_leaves_no_pipeline_and_is_gone_on_with(latents, tmp_path, monkeypatch):
+    line = ["export", str(latents), "--to", "diffusers", "-o", str(tmp_path / "pipeline")]
+
+    def break_off():
+        with monkeypatch.context() as broken:
+            broken.setattr(diffusers, "save_tensors", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+            assert run(line) == 130
+        assert not (tmp_path / "pipeline" / "model_index.json").exists()
+
+    break_off()
+    assert run(line) == 0
+    break_off()  # new weights beside the old index would be a pipeline that nobody wrote
 
 
 @pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 import time
@@ -64,6 +65,15 @@ def test_without_gradio_one_line_names_the_extra(project_run, capsys, monkeypatc
     code, err = alphaflow("demo", "runs/tiny", capsys=capsys)
     assert code == 1
     assert "demo: gradio is not installed. Run: pip install 'alphaflow-cli[demo]'" in err
+
+
+def test_a_port_that_is_taken_is_one_line_before_anything_is_loaded(project_run, capsys, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(demo, "find_spec", lambda name: name)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        code, err = alphaflow("demo", "runs/tiny", "--port", port, capsys=capsys)
+    assert code == 1
+    assert f"demo: port {port} cannot be used (Address already in use). Choose another one with --port" in err
 
 
 def answer_of(address, data):

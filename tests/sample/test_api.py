@@ -59,6 +59,13 @@ def test_a_number_of_pictures_means_the_first_seeds(model):
     assert torch.equal(few.tensor[0], model.sample(3).tensor[2])
 
 
+def test_seeds_may_come_in_any_kind_of_list(model):
+    wanted = model.sample(seeds=[0, 2**64 - 1])
+    for seeds in ((0, 2**64 - 1), (seed for seed in (0, 2**64 - 1)), np.array([0, 2**64 - 1], np.uint64)):
+        assert torch.equal(model.sample(seeds=seeds).tensor, wanted.tensor)
+    assert model.sample(seeds=torch.arange(2)).seeds == [0, 1]
+
+
 def test_classes_go_by_name_and_by_number(model):
     by_name = model.sample(3, classes=["class 4", "class 7"])
     assert by_name.names == ["class 4", "class 7", "class 4"]
@@ -126,6 +133,11 @@ def test_progress_is_shown_on_request_only(model, capsys):
         ({"seeds": 3}, "seeds are a list"),
         ({"count": 2, "seeds": [1]}, "not both"),
         ({"count": 0}, "at least one picture is needed"),
+        ({"seeds": [3, 1.5]}, "seed 1.5: a seed is a whole number from 0 to 2\\^64 − 1"),
+        ({"seeds": [-1]}, "seed -1: a seed is a whole number"),
+        ({"seeds": [2**64]}, "seed 18446744073709551616: a seed is a whole number"),
+        ({"seeds": "12"}, "seeds are a list"),
+        ({"guidance": float("nan")}, "sample: guidance nan: it is a number"),
         ({"classes": []}, "classes is empty"),
         ({"classes": "cat"}, "classes cat: not a class of this model: 0 to 9, class 0"),
     ],
@@ -191,6 +203,12 @@ def test_train_evaluate_and_load_recipe_are_doors(tmp_path, monkeypatch):
     [
         (lambda: alphaflow_cli.evaluate("x.safetensors", metrics=["fdi"]), "evaluate: metrics 'fdi': there are fid, "),
         (lambda: alphaflow_cli.evaluate("shapes:100", nfe=[1]), "shapes:100 is a source of pictures"),
+        (lambda: alphaflow_cli.evaluate("shapes:100", metrics="fid"), r'lists: metrics=\["fid"\], nfe=\[1, 2\]'),
+        (lambda: alphaflow_cli.evaluate("x.safetensors", nfe=1), r'lists: metrics=\["fid"\], nfe=\[1, 2\]'),
+        (lambda: alphaflow_cli.evaluate("x.safetensors", images=0), "images and batch are numbers from 1"),
+        (lambda: alphaflow_cli.evaluate("x.safetensors", batch=0), "images and batch are numbers from 1"),
+        (lambda: alphaflow_cli.train("quickstart", sets="train.steps=2"), r'a list: sets=\["train.steps=2000"\]'),
+        (lambda: alphaflow_cli.train("quickstart", micro_batch=0, data="nowhere"), "micro_batch is a number from 1"),
         (lambda: alphaflow_cli.train("quikstart"), "quickstart"),
         (lambda: alphaflow_cli.train("quickstart", data="nowhere"), "nowhere: no latent store here"),
     ],
