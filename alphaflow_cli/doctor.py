@@ -22,8 +22,8 @@ CUDA_BUILD = (
     f"one, the CPU's build is 4 GB smaller: pip install --force-reinstall torch torchvision --index-url {CPU_INDEX}"
 )
 NO_CODE = (
-    "{} (compute capability {}) cannot be used: this torch has no code for it. A newer torch has code for newer GPUs; a "
-    "build for an older CUDA for older ones: pip install --force-reinstall torch torchvision --index-url {}"
+    "{} (compute capability {}) cannot be used: this torch has no code for it. A newer torch has code for newer GPUs, "
+    "a build for an older CUDA for older ones: pip install --force-reinstall torch torchvision --index-url {}"
 )
 OLDER_INDEX = "https://download.pytorch.org/whl/cu126"
 AUTOENCODERS = ("stabilityai/sd-vae-ft-ema", "stabilityai/sd-vae-ft-mse")
@@ -124,8 +124,12 @@ def caches() -> list[dict[str, Any]]:
 
 def _writable(folder: Path) -> bool:
     """Whether the folder, or the first parent that exists, takes files."""
-    while not folder.exists() and folder != folder.parent:
-        folder = folder.parent
+    try:
+        folder.stat()
+    except FileNotFoundError:
+        return _writable(folder.parent)
+    except OSError:  # the path cannot be walked: no permission, a file on the way, a name too long
+        return False
     return folder.is_dir() and os.access(folder, os.W_OK)
 
 

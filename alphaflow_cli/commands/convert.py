@@ -84,7 +84,7 @@ def command(
     check_there(source)
     begin(f"convert {source}")
     from alphaflow_cli.convert import ConvertOptions, convert
-    from alphaflow_cli.hub import resolve_file
+    from alphaflow_cli.remote.download import resolve_file
 
     if target:
         if recipe or sets or latents or weights or as_json or family != "auto":
@@ -112,7 +112,7 @@ def check_there(source: str) -> None:
 
 def _export(source: Path, out: Path, autoencoder: str | None, template: str | None) -> None:
     from alphaflow_cli.convert import export
-    from alphaflow_cli.hub import resolve_file
+    from alphaflow_cli.remote.download import resolve_file
 
     snapshot = resolve_file(template) if template else None
     click.echo(export(source, out, autoencoder=autoencoder or "", template=snapshot))

@@ -23,10 +23,10 @@ def command(checkpoint: str, port: int, device: str | None) -> None:
 
     It listens on 127.0.0.1 only, until it is interrupted. push --space publishes the same app.
     """
+    check_checkpoint(checkpoint)
+    begin(f"demo {checkpoint}")
     from alphaflow_cli.demo import build_app, check_gradio
 
     check_gradio()
-    check_checkpoint(checkpoint)
-    begin(f"demo {checkpoint}")
     app = build_app(checkpoint, device=device)
     app.launch(server_name="127.0.0.1", server_port=port)

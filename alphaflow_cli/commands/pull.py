@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from alphaflow_cli.commands.common import Destination, examples
+from alphaflow_cli.commands.common import Destination, begin, examples
 
 EPILOG = examples("alphaflow pull user/b2", "alphaflow pull user/b2@v1.0 -o b2")
 
@@ -18,7 +18,8 @@ def command(repo: str, out: Path | None) -> None:
     Into the cache, checked against the Hub's checksums, for use without a network; with -o also as a folder. The commit
     is printed on stderr: REPO@COMMIT is that very model for ever.
     """
-    from alphaflow_cli.hub import pull
+    begin(f"pull {repo}")
+    from alphaflow_cli.remote.download import pull
 
     pulled = pull(repo, out)
     click.echo(f"{pulled.repo}@{pulled.commit}", err=True)

@@ -1,13 +1,16 @@
 """`alphaflow push`: a run to the Hub."""
 
 import re
+import shlex
 import tempfile
+from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from alphaflow_cli.commands.common import Destination, begin, complete_path, examples, print_table
+from alphaflow_cli.commands.common import Destination, begin, command_line, complete_path, examples, print_table
 
 if TYPE_CHECKING:
     from alphaflow_cli.hub.stage import Publication
@@ -59,9 +62,11 @@ def local_source(source: str, repo: str | None) -> Path:
     return path
 
 
-def after_dry_run(path: Path, repo: str | None, *, best: bool) -> str:
-    """What a dry run says at its end: the command that sends, where the repository was named."""
-    line = f"alphaflow push {path} {repo}{' --best' * best}"
+def after_dry_run(words: Sequence[str], repo: str | None) -> str:
+    """What a dry run says at its end: this very command without --dry-run, where the repository was named."""
+    pairs = pairwise(["", *words])
+    kept = [word for before, word in pairs if word not in ("--dry-run", "--debug") and "--out" not in (before, word)]
+    line = shlex.join(["alphaflow", *(word for word in kept if not word.startswith("--out="))])
     return f"nothing was sent; to send it: {line}" if repo else "nothing was sent"
 
 
@@ -135,7 +140,7 @@ def command(
         return
     folder = out or (path / "hub" if path.is_dir() else path.with_name(f"{path.stem}-hub"))
     _dry_run(opened, folder, repo or f"user/{opened.name}", space, more)
-    say(after_dry_run(path, repo, best=best))
+    say(after_dry_run(command_line(), repo))
     click.echo(folder)
 
 

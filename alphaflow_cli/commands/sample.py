@@ -35,6 +35,8 @@ EXAMPLES = examples(
 )
 
 MOST_SEEDS = 100_000_000  # more is a slip of the hand
+ONE_PICTURE = (".png", ".jpg", ".jpeg", ".webp", ".gif")  # a folder of such a name is not what was meant
+OTHER_FILES = (".npy", ".tar", ".zip")
 
 
 class Seeds(Sequence[int]):
@@ -86,7 +88,21 @@ class PicturesOut(click.ParamType):  # type: ignore[type-arg]
     name = "path"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
-        return Destination(is_folder=not str(value).endswith(".npz")).convert(value, param, ctx)
+        path = Path(value)
+        if path.suffix.lower() in (*ONE_PICTURE, *OTHER_FILES) and not path.is_dir():
+            grid = f"; for one picture of all: --grid {path}" if path.suffix.lower() in ONE_PICTURE else ""
+            self.fail(f"{str(path)!r}: --out is a folder for pictures, or FILE.npz{grid}.", param, ctx)
+        return Destination(is_folder=path.suffix != ".npz").convert(value, param, ctx)
+
+
+class LatentsOut(Destination):
+    """An .npy file: what numpy writes under another name is not found again."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        path = super().convert(value, param, ctx)
+        if path.suffix != ".npy":
+            self.fail(f"{str(path)!r}: latents are a file .npy.", param, ctx)
+        return path
 
 
 @click.command("sample", epilog=EXAMPLES)
@@ -102,7 +118,7 @@ class PicturesOut(click.ParamType):  # type: ignore[type-arg]
 @click.option("--compile", "compiled", is_flag=True, help="Compile the decoder: for 12,000 pictures and more on a GPU.")
 @click.option("--out", type=PicturesOut(), help="Folder for one PNG per picture, or FILE.npz for one array of all.")
 @click.option("--grid", type=Destination(), help="One picture of all, at most the first 1,000: .png, .jpg or .webp.")
-@click.option("--latents", type=Destination(), help="The network's own latents as .npy (n, C, h, w).")
+@click.option("--latents", type=LatentsOut(), help="The network's own latents as .npy (n, C, h, w).")
 @click.option("--batch", type=BATCH, default=64, show_default=True, help="Pictures at once.")
 @processes_option
 @device_option

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING
 
 import click
@@ -119,18 +120,18 @@ def command(
         device=device, notes=resolved.notes, threads=threads or None, requeue=requeue,
     )  # fmt: skip
     if plans:
-        show_plan(resolved, options, processes or 1, estimate=estimate, hours=hours, as_json=as_json)
+        show_plan(resolved, options, processes, estimate=estimate, hours=hours, as_json=as_json)
     else:
-        start(resolved.recipe, options, processes)
+        start(resolved.recipe, options, processes, as_json=as_json)
 
 
-def start(recipe: Recipe, options: "TrainOptions", processes: int | None) -> None:
+def start(recipe: Recipe, options: "TrainOptions", processes: int | None, *, as_json: bool) -> None:
     """Train here or in N processes, and say where the run is."""
     from alphaflow_cli.runtime.processes import run_shared
     from alphaflow_cli.train.start import count_processes
 
     code = run_shared(
-        lambda: join(recipe, options),
+        lambda: join(recipe, options, as_json=as_json),
         command_line(),
         requested=processes,
         count=lambda requested: count_processes(recipe, requested, options.device),
@@ -138,7 +139,7 @@ def start(recipe: Recipe, options: "TrainOptions", processes: int | None) -> Non
     )
     if code:
         sys.exit(code)
-    finish(options.out)
+    finish(options.out, as_json=as_json)
 
 
 def check_inputs(data: Path | None, init_from: str) -> None:
@@ -151,7 +152,7 @@ def check_inputs(data: Path | None, init_from: str) -> None:
         check_checkpoint(init_from)
 
 
-def join(recipe: Recipe, options: "TrainOptions") -> int:
+def join(recipe: Recipe, options: "TrainOptions", *, as_json: bool) -> int:
     """Train, alone or as one of several; under a launcher of others the first process has the last word."""
     from alphaflow_cli.runtime.launch import has_parent, is_worker
     from alphaflow_cli.train.start import train
@@ -159,7 +160,7 @@ def join(recipe: Recipe, options: "TrainOptions") -> int:
     code = train(recipe, options)
     if code == 0 and is_worker() and not has_parent() and os.environ["RANK"] == "0":
         with contextlib.suppress(OSError):  # the run is whole, whether or not its last words can be written
-            finish(options.out)
+            finish(options.out, as_json=as_json)
     return code
 
 
@@ -175,28 +176,40 @@ def prepared(recipe: Recipe, options: "TrainOptions") -> Iterator[None]:
         yield
 
 
-def finish(folder: Path) -> None:
+def finish(folder: Path, *, as_json: bool) -> None:
     """Print where the run is and what to do with it. It is saved: a stdout that is full or gone does not undo that."""
-    lines = [f"Look at it:  {folder / 'samples'}", f"Sample it:   alphaflow sample {folder} --grid grid.png"]
-    lines += [f"Best so far: {best}" for best in sorted(folder.glob("best-nfe*.safetensors"))]
+    samples, model = folder / "samples", str(folder / "model.safetensors")
+    best = [str(path) for path in sorted(folder.glob("best-nfe*.safetensors"))]
+    lines = [f"Look at it:  {samples}", f"Sample it:   alphaflow sample {quote(str(folder))} --grid grid.png"]
+    lines += [f"Best so far: {path}" for path in best]
     try:
-        click.echo("\n".join([*lines, str(folder / "model.safetensors")]))
+        if as_json:
+            print_json({"run": str(folder), "samples": str(samples), "best": best, "path": model})
+        else:
+            click.echo("\n".join([*lines, model]))
     except LostOutput as lost:
         click.echo(f"{lost} The run is finished and saved: {folder}", err=True)
 
 
 def show_plan(
-    resolved: "Resolved", options: "TrainOptions", processes: int, *, estimate: bool, hours: float | None, as_json: bool
+    resolved: "Resolved",
+    options: "TrainOptions",
+    requested: int | None,
+    *,
+    estimate: bool,
+    hours: float | None,
+    as_json: bool,
 ) -> None:
     """Print what the run would be: by arithmetic for --dry-run, by timed steps too for --estimate and --hours."""
     if estimate or hours:
         begin(f"timing a few steps of each phase of {resolved.recipe.name} on this machine")
     from alphaflow_cli.train.estimate import describe_run, estimate_training
     from alphaflow_cli.train.hours import fit_hours, measure_phases_of
-    from alphaflow_cli.train.start import doubts
+    from alphaflow_cli.train.start import count_processes, doubts
     from alphaflow_cli.train.store import check_store
 
     recipe = resolved.recipe
+    processes = requested or count_processes(recipe, None, options.device)  # a plan may be for another machine
     if recipe.data.store and (Path(recipe.data.store) / "manifest.json").is_file():
         check_store(recipe, Path(recipe.data.store))
     began = time.monotonic()

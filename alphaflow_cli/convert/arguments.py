@@ -23,9 +23,8 @@ WORDS: dict[str, dict[object, dict[str, Any]]] = {  # argument → its value →
     "time_sampler": {"uniform": {"times.law": "uniform"}, "logit_normal": {"times.law": "logit_normal"}},
     "allow_tf32": {True: {"train.tf32": True}, False: {"train.tf32": False}},
 }
-WEIGHTING: dict[
-    object, dict[str, Any]
-] = {  # of zhuyu-cs: the squared error is summed over C·H·W; REPA has another loss
+# of zhuyu-cs: the squared error is summed over C·H·W; REPA has another loss
+WEIGHTING: dict[object, dict[str, Any]] = {
     "adaptive": {"loss.weight": "adaptive", "loss.reduction": "sum", "loss.c": 1e-3},
     "uniform": {"loss.weight": "none", "loss.reduction": "sum"},
 }

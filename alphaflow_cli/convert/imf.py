@@ -94,16 +94,6 @@ def bare_names(table: dict[str, Tensor]) -> dict[str, Tensor]:
     return {re.sub(wrapped, "", name.removeprefix("net.")): value for name, value in table.items()}
 
 
-def to_imf(weights: dict[str, Tensor], names: dict[str, tuple[str, ...]]) -> dict[str, Tensor]:
-    """Take our tables apart into theirs, under their names without wrappers. The prefix has 8, 4, 2, 2, 4 tokens."""
-    apart: dict[str, Tensor] = {}
-    for ours, theirs in names.items():
-        value = weights[ours]
-        sizes = TOKENS if theirs == PREFIX else [len(value) // len(theirs)] * len(theirs)
-        apart |= dict(zip(theirs, torch.split(value, sizes), strict=True))
-    return apart
-
-
 def from_imf(weights: dict[str, Tensor], names: dict[str, tuple[str, ...]]) -> dict[str, Tensor]:
     """Put their tables together into ours; all must be there."""
     return {

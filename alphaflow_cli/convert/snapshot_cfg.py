@@ -281,18 +281,11 @@ def _sampling(leaves: Mapping[str, Any], training: Training, where: str) -> None
 
 def _sampling_guidance(leaves: Mapping[str, Any], training: Training) -> None:
     """Read the guidance at sampling of a network that was trained without and knows the null label."""
-    scale, dropout = leaves.get("sampling.cfg.scale"), leaves.get("model.label_dropout")
+    scale, dropout = leaves.get("sampling.cfg.scale", 0), leaves.get("model.label_dropout", 0)
     ends = [leaves.get(place, default) for place, default in zip(INTERVAL, (0, 1), strict=True)]
     whole = all(map(_is_number, ends)) and ends == [0, 1]
-    if (
-        whole
-        and _is_plain(training.facts)
-        and _is_number(scale)
-        and _is_number(dropout)
-        and float(scale or 0) > 0
-        and float(dropout or 0) > 0
-    ):
-        training.facts["sample.guidance"] = training.read["sampling.cfg.scale"] = float(scale or 0)
+    if whole and _is_plain(training.facts) and all(_is_number(value) and value > 0 for value in (scale, dropout)):
+        training.facts["sample.guidance"] = training.read["sampling.cfg.scale"] = float(scale)
         training.read |= {place: leaves[place] for place in INTERVAL if place in leaves}
 
 

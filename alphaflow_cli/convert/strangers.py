@@ -60,7 +60,7 @@ def refuse_strangers(tree: dict[str, Any], path: Path, arguments: dict[str, Any]
             f"{path.name}: a checkpoint of alphaflow already: sample it as it is, or write the published form: --to "
             "alphaflow"
         )
-    if "finished_steps" in tree and not any(_starts(names, ("network.s_embedder.", "s_embedder."))):
+    if "finished_steps" in tree and not _any_starts(names, ("network.s_embedder.", "s_embedder.")):
         raise AlphaflowError(
             f"{path.name}: a SoFlow checkpoint without s_embedder: its U-Net of CIFAR-10. The networks here are DiTs."
         )
@@ -69,15 +69,11 @@ def refuse_strangers(tree: dict[str, Any], path: Path, arguments: dict[str, Any]
             f"{path.name}: a Decoupled MeanFlow (DMF): one embedder serves both times, the last blocks take the "
             "second. No network here is built so."
         )
-    if any(
-        _starts(names, ("input_blocks.", "middle_block.", "enc.", "dec.", "map_layer0.", "map_noise."), anywhere=True)
-    ):
+    if _any_starts(names, ("input_blocks.", "middle_block.", "enc.", "dec.", "map_layer0.", "map_noise."), inside=True):
         raise AlphaflowError(
             f"{path.name}: a U-Net, as py-meanflow, EDM and FastGen train on CIFAR-10. The networks here are DiTs."
         )
-    if any(
-        _starts(names, ("encoder.down.", "decoder.up.", "encoder.down_blocks.", "decoder.up_blocks."), anywhere=True)
-    ):
+    if _any_starts(names, ("encoder.down.", "decoder.up.", "encoder.down_blocks.", "decoder.up_blocks."), inside=True):
         raise AlphaflowError(
             f"{path.name}: an autoencoder (KL-16, VA-VAE, an AutoencoderKL), no generator. It decodes another model's "
             "latents: --autoencoder takes a diffusers folder or file of it."
@@ -90,13 +86,10 @@ def refuse_strangers(tree: dict[str, Any], path: Path, arguments: dict[str, Any]
         )
 
 
-def _starts(names: Iterable[str], beginnings: tuple[str, ...], *, anywhere: bool = False) -> Iterable[bool]:
-    """Yield, for each name, whether it begins so.
-
-    `anywhere` also takes names that have it after a prefix, such as model. or first_stage_model.
-    """
-    inner = tuple(f".{each}" for each in beginnings) if anywhere else ()
-    return (
+def _any_starts(names: Iterable[str], beginnings: tuple[str, ...], *, inside: bool = False) -> bool:
+    """Whether a name begins so; `inside`: or has it after a prefix, such as model. or first_stage_model."""
+    inner = tuple(f".{each}" for each in beginnings) if inside else ()
+    return any(
         name.startswith(beginnings) or (not name.startswith("autoencoder.") and any(each in name for each in inner))
         for name in names
     )

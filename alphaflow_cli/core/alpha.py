@@ -47,9 +47,7 @@ def schedule_value(
 def _unclamped(step: int, kind: str, initial: float, final: float, start: int, end: int, gamma: float) -> float:
     if kind == "constant":
         return initial
-    if kind == "step" or start == end:
-        return initial if step < start else final
-    if step < start or step > end:
+    if kind == "step" or start == end or not start <= step <= end:
         return initial if step < start else final
     return PROGRESS[kind]((step - start) / (end - start), initial, final, gamma)
 

@@ -61,7 +61,7 @@ def _check(mean_a: Tensor, cov_a: Tensor, mean_b: Tensor, cov_b: Tensor) -> None
 
 
 class Moments:
-    """Running float64 sums of features: count, Σf, Σf·fᵀ. Sums add up, so ranks and chunks merge in any order."""
+    """Running float64 sums of features: count, Σf, Σf·fᵀ. The sums of several processes add up."""
 
     def __init__(self, dim: int) -> None:
         self.dim = dim
@@ -81,12 +81,6 @@ class Moments:
         rows = features.to(self.sums.device, torch.float64)
         rows = torch.cat([rows, rows.new_ones(len(rows), 1)], dim=1)
         self.sums += rows.T @ rows
-
-    def merge(self, other: "Moments") -> None:
-        """Add the sums of another process or chunk."""
-        if other.dim != self.dim:
-            raise AlphaflowError(f"moments of dimension {other.dim} cannot join moments of dimension {self.dim}")
-        self.sums += other.sums.to(self.sums.device)
 
     def finalise(self) -> tuple[Tensor, Tensor]:
         """The mean and the covariance of all features so far; the covariance is divided by N − 1."""

@@ -68,13 +68,6 @@ def dropped(t: Tensor, uniforms: Tensor, *, dropout: float, t_min: float, t_max:
     return (uniforms < dropout) & inside(t, t_min, t_max)
 
 
-def drop_labels(
-    y: Tensor, t: Tensor, uniforms: Tensor, *, dropout: float, y_null: int, t_min: float, t_max: float
-) -> Tensor:
-    """Replace y by y_null where the row loses its label."""
-    return torch.where(dropped(t, uniforms, dropout=dropout, t_min=t_min, t_max=t_max), y_null, y)
-
-
 def rows_to_ask(
     acts: Tensor, unlabelled: Tensor, n_equal: int, *, own: bool, null: bool, tangent: bool
 ) -> tuple[Tensor, Tensor]:

@@ -55,16 +55,10 @@ def mix_target(v_guided: Tensor, u_s: Tensor, alpha: Ratio) -> Tensor:
 
 
 @torch.no_grad()
-def between_target(net: Net, z_t: Tensor, v_guided: Tensor, *, t: Tensor, r: Tensor, y: Tensor, alpha: Ratio) -> Tensor:
-    """The target for 0 < α < 1 with ṽ from the data: one network call, at (z_s, r, s)."""
-    return boundary_target(net, z_t, v_guided, v_guided, t=t, r=r, y=y, alpha=alpha)
-
-
-@torch.no_grad()
-def boundary_target(
+def between_target(
     net: Net, z_t: Tensor, v_guided: Tensor, along: Tensor, *, t: Tensor, r: Tensor, y: Tensor, alpha: Ratio
 ) -> Tensor:
-    """The same where z_s lies along another velocity than ṽ: z_s = z_t − (t − s) along."""
+    """The target for 0 < α < 1: one network call, at (z_s, r, s) with z_s = z_t − (t − s) along; usually along ṽ."""
     s = intermediate_time(t, r, alpha)
     u_s = net(step_back(z_t, along, t, s), s, r, y)
     return mix_target(v_guided, u_s.to(v_guided.dtype), alpha)
@@ -76,7 +70,8 @@ def shortcut_target(
 ) -> Tensor:
     """The target for 0 < α < 1 with ṽ = u⁻(z_t, s, t): the first part of the step is the network's own."""
     s = intermediate_time(t, r, alpha)
-    return between_target(net, z_t, net(z_t, t, s, y).to(v_guided.dtype), t=t, r=r, y=y, alpha=alpha)
+    own = net(z_t, t, s, y).to(v_guided.dtype)
+    return between_target(net, z_t, own, own, t=t, r=r, y=y, alpha=alpha)
 
 
 def jvp_derivative(net: Net, z_t: Tensor, v_guided: Tensor, *, t: Tensor, r: Tensor, y: Tensor) -> Tensor:

@@ -62,7 +62,8 @@ def choose_split(names: Sequence[str]) -> tuple[list[int], str]:
     """The lines of the pictures to take, and the prefix that all their names share (it ends with / or is empty)."""
     shared = _shared_folder(names)
     below = {name[len(shared) :].split("/")[0] for name in names if "/" in name[len(shared) :]}
-    train = next((part for part in below if part.lower() in ("train", "training")), None)
+    training = [part for part in below if part.lower() in ("train", "training")]
+    train = min(training, key=lambda part: (part != "train", part), default=None)  # a set has no order of its own
     if train is None or not {part.lower() for part in below} <= SPLITS:
         return list(range(len(names))), shared
     kept = [line for line, name in enumerate(names) if name.startswith(f"{shared}{train}/")]

@@ -77,7 +77,6 @@ def layout_of(schema: Any, where: str, wanted: str) -> Layout:
     features = _features(schema, where)
     shown = tuple(f"{column.name}: {_short(column.type)}" for column in schema)
     image = _image_column(schema, features, where, wanted, shown)
-    kind = _kind_of(schema.field(image).type)
     labels = tuple(
         LabelColumn(column.name, kind == "text", _names(features, column.name, where))
         for column in schema

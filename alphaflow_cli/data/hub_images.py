@@ -14,7 +14,7 @@ from typing import Any
 
 from alphaflow_cli.data.classes import choose_files
 from alphaflow_cli.data.pictures import CLASS_LIST, TABLES, Loose, Source, is_picture
-from alphaflow_cli.data.shards import ARCHIVES, in_order, open_archives
+from alphaflow_cli.data.shards import ARCHIVES, PARQUET, in_order, open_archives
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.remote.cache import cache_folder
 from alphaflow_cli.remote.client import hub_api
@@ -23,7 +23,6 @@ from alphaflow_cli.remote.ranges import RemoteFile, download
 from alphaflow_cli.text import brief
 
 ADDRESS = re.compile(r"hf://datasets/(?P<repo>[^/@:]+/[^/@:]+|[^/@:]+)(@(?P<revision>[^:]+))?(:(?P<split>[\w./-]+))?$")
-PARQUET = ".parquet"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,7 @@ pyarrow reads the files (`pip install 'alphaflow-cli[parquet]'`). It is imported
 """
 
 import posixpath
+from bisect import bisect
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -152,9 +153,8 @@ class Parquet(Source):
     def _walk(
         self, lines: Sequence[int], fetch: Callable[[Group, list[int]], "Future[list[Fetch]]"]
     ) -> Iterator[tuple[int, Fetch]]:
-        parts = self._parts(lines)
         pending: list[tuple[list[int], Future[list[Fetch]]]] = []
-        for group, wanted in parts:
+        for group, wanted in self._parts(lines):
             pending.append((wanted, fetch(group, [line - group.first for line in wanted])))
             if len(pending) == 2:
                 here, pictures = pending.pop(0)
@@ -164,15 +164,8 @@ class Parquet(Source):
 
     def _parts(self, lines: Sequence[int]) -> Iterator[tuple[Group, list[int]]]:
         """Cut the lines where one row group ends and the next begins."""
-        at = 0
-
-        def group_of(line: int) -> int:
-            nonlocal at
-            while line >= self.groups[at].first + self.groups[at].rows:
-                at += 1
-            return at
-
-        for index, same in groupby(lines, key=group_of):
+        starts = [group.first for group in self.groups]
+        for index, same in groupby(lines, key=lambda line: bisect(starts, line) - 1):
             yield self.groups[index], list(same)
 
 
@@ -272,8 +265,7 @@ def _labels_of(label: LabelColumn, place: TableFile) -> list[str | None]:
     with ExitStack() as held:
         with _readable(place, f"its column {label.name}"):
             opened = _opened(place, held, texts=[label.name] if label.holds_texts else [])
-            values = opened.table.read(columns=[label.name]).column(label.name).combine_chunks()
-            cells = [values[row].as_py() for row in range(len(values))]
+            cells = opened.table.read(columns=[label.name]).column(label.name).to_pylist()
         return [None if cell is None else _key(cell, label, place, row) for row, cell in enumerate(cells)]
 
 
@@ -292,7 +284,7 @@ def _key(cell: object, label: LabelColumn, place: TableFile, row: int) -> str:
     return label.order[cell] if label.order is not None else str(cell)
 
 
-def _opened(place: TableFile, held: ExitStack, layout: Layout | None = None, texts: Sequence[str] = ()) -> "_Opened":
+def _opened(place: TableFile, held: ExitStack, layout: Layout | None = None, texts: Sequence[str] = ()) -> _Opened:
     """Open a file with pyarrow. Bytes are kept as a dictionary: one huge value in many rows is in memory once."""
     shared = [layout.bytes_column] if layout else list(texts)
     file = held.enter_context(place.open())

@@ -140,6 +140,8 @@ def open_picture(file: Path | BinaryIO) -> Image.Image:
 def decode(data: bytes | Image.Image, size: int, max_pixels: int, crop: Crop = "square") -> Array:
     """Decode a picture to (3, size, size) uint8; raises BadPicture."""
     image = _rgb(_open(data, max_pixels)) if isinstance(data, bytes) else data
+    if crop == "adm":
+        _check_enlarged(image, size, max(max_pixels, MAX_PIXELS))
     return np.ascontiguousarray(np.asarray(CROPS[crop](image, size)).transpose(2, 0, 1))
 
 
@@ -169,6 +171,16 @@ def adm_square(image: Image.Image, size: int) -> Image.Image:
     image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
     left, top = (image.width - size) // 2, (image.height - size) // 2
     return image.crop((left, top, left + size, top + size))
+
+
+def _check_enlarged(image: Image.Image, size: int, most: int) -> None:
+    """Refuse a thread of pixels: enlarged as a whole, as ADM does before it cuts, it would fill the memory."""
+    enlarged = size**2 * max(image.size) // min(image.size)
+    if enlarged > most:
+        raise BadPicture(
+            f"{image.width} x {image.height} pixels, which ADM's crop would enlarge to {enlarged / 1e6:.0f} million, "
+            f"the limit is {most / 1e6:g} million"
+        )
 
 
 CROPS: dict[Crop, Callable[[Image.Image, int], Image.Image]] = {"square": square, "adm": adm_square}

@@ -6,6 +6,7 @@ picture is ARCHIVE/NAME. Each archive is opened when its turn comes, and closed 
 
 import re
 import threading
+from bisect import bisect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from alphaflow_cli.text import brief, counted
 
 BRACES = re.compile(r"\{(\d{1,12})\.\.(\d{1,12})\}")
 MOST_FILES = 1_000_000  # of a pattern
+PARQUET = ".parquet"
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.xz", ".txz")
 
 
@@ -83,15 +85,7 @@ class Archives(Source):
                 each.close()
 
     def _walk(self, lines: Sequence[int], opened: "list[_Open]") -> Iterator[tuple[int, Fetch]]:
-        at = 0
-
-        def archive_of(line: int) -> int:
-            nonlocal at
-            while line >= self.starts[at + 1]:
-                at += 1
-            return at
-
-        for index, same in groupby(lines, key=archive_of):
+        for index, same in groupby(lines, key=lambda line: bisect(self.starts, line) - 1):
             start = self.starts[index]
             here = [line - start for line in same]
             one = _Open(self.archives[index].reading(here), len(here))
@@ -151,10 +145,15 @@ def is_pattern(text: str) -> bool:
 
 
 def files_of(pattern: Path) -> list[Path]:
-    """The files that a pattern names: all numbers between braces must be there; of * and ? those that are."""
+    """The files that a pattern names: all numbers between braces must be there; of * and ? those that are.
+
+    As in a shell, * names no hidden file.
+    """
     braces = BRACES.search(pattern.name)
     if braces is None:
-        paths = [path for path in pattern.parent.glob(pattern.name) if path.is_file()]
+        may_be_hidden = pattern.name.startswith(".")
+        there = [path for path in pattern.parent.glob(pattern.name) if may_be_hidden or not path.name.startswith(".")]
+        paths = [path for path in there if path.is_file()]
         if not paths:
             raise AlphaflowError(f"{brief(pattern)}: no such file. Put a pattern in quotes, and check the path")
         return [pattern.parent / name for name in in_order([path.name for path in paths])]

@@ -20,14 +20,14 @@ from PIL import Image
 from alphaflow_cli.data.classes import SPLITS, choose_files
 from alphaflow_cli.data.glyphs import GLYPHS, draw_glyph, draw_shape
 from alphaflow_cli.data.pictures import TABLES, Loose, Source, is_picture
-from alphaflow_cli.data.shards import ARCHIVES, files_of, in_order, is_pattern, open_archives
+from alphaflow_cli.data.shards import ARCHIVES, PARQUET, files_of, in_order, is_pattern, open_archives
 from alphaflow_cli.errors import AlphaflowError, no_such_source
 from alphaflow_cli.files import path_and_stamp, read_file
 from alphaflow_cli.text import brief
 
 Identity = tuple[int, int]  # of a folder: its device and inode
 MAX_WAYS = 1000  # see open_folder
-PARQUET, PARQUET_MAGIC = ".parquet", b"PAR1"
+PARQUET_MAGIC = b"PAR1"
 PACKED = (*ARCHIVES, PARQUET)
 DRAWERS = {"glyphs": draw_glyph, "shapes": draw_shape}  # of the embedded sets, by name
 

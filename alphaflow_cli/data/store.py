@@ -159,8 +159,11 @@ def _faults(path: Path, manifest: Manifest, verify: Verify) -> list[str]:
     if verify == "full":
         sums += [(path / shard.file, shard.sha256) for shard in manifest.shards]
     digests = sha256_of_all([file for file, _ in sums])
-    changed = [file for (file, wanted), is_now in zip(sums, digests, strict=True) if is_now != wanted]
-    return [f"{file}: its bytes changed since it was written (checksum)" for file in changed]
+    return [
+        f"{file}: its bytes changed since it was written (checksum)"
+        for (file, wanted), is_now in zip(sums, digests, strict=True)
+        if is_now != wanted
+    ]
 
 
 def _size_fault(file: Path, size: int) -> str:

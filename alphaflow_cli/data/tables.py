@@ -7,7 +7,7 @@ one table per line. Classes are texts or whole numbers; as texts they are what t
 
 import csv
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ LABEL_COLUMNS = ("label", "class", "class_name", "category", "target", "cls")
 MOST_BYTES = 1 << 28  # of one table: ten million rows
 LONGEST_LABEL = 1000  # letters
 JSON_LINES = (".jsonl", ".ndjson")
+NumberedRow = tuple[int, Mapping[str, Any]]  # the number of the line, and its cells by column
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ def choose_column(head: Sequence[str], wanted: str, usual: Sequence[str]) -> str
 
 def label_of(value: object, where: str) -> str:
     """The class that a cell holds, as a text; what is no class is an error that begins with `where`."""
-    if value is None or value == "":
+    if value is None or (isinstance(value, str) and not value.strip()):
         raise AlphaflowError(f"{where} has no label. Give it one, or take all pictures as one class: --unlabelled")
     if isinstance(value, bool) or not isinstance(value, (str, int)):
         kind = {list: "a list", dict: "a table", float: "a fraction", bool: "true or false"}.get(type(value), "no text")
@@ -111,7 +112,7 @@ def label_of(value: object, where: str) -> str:
     return text
 
 
-def _csv(text: str, where: str) -> tuple[list[str], Iterator[tuple[int, Mapping[str, Any]]]]:
+def _csv(text: str, where: str) -> tuple[list[str], Sequence[NumberedRow]]:
     first = text.partition("\n")[0]
     mark = next((each for each in (",", ";", "\t") if each in first), ",")
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=mark, strict=True)
@@ -125,16 +126,16 @@ def _csv(text: str, where: str) -> tuple[list[str], Iterator[tuple[int, Mapping[
         if None in row or None in row.values():
             count = len(head) + len(row.get(None) or []) - sum(value is None for value in row.values())
             raise AlphaflowError(f"{where}: line {number} has {count} columns, the first line has {len(head)}. Mend it")
-    return head, iter(rows)
+    return head, rows
 
 
-def _json_lines(text: str, where: str) -> tuple[list[str], Iterator[tuple[int, Mapping[str, Any]]]]:
+def _json_lines(text: str, where: str) -> tuple[list[str], Sequence[NumberedRow]]:
     rows = [
         (number, parse_json(line, f"{where}: line {number}", Shape(others=Anything()), advice="Mend it."))
-        for number, line in enumerate(text.splitlines(), 1)
+        for number, line in enumerate(text.split("\n"), 1)  # splitlines would part a caption at its U+2028
         if line.strip()
     ]
-    return list(dict.fromkeys(key for _, row in rows for key in row)), iter(rows)
+    return list(dict.fromkeys(key for _, row in rows for key in row)), rows
 
 
 def _row(number: int, row: Mapping[str, Any], file: str, label: str, where: str) -> TableRow:

@@ -22,7 +22,8 @@ def labels_beside(
 ) -> Labels | None:
     """The class of each picture by the file beside it; None where no such file says a class."""
     classes = {key_of(name): name for name in asides if name.endswith(".cls")}
-    tables = {key_of(name): name for name in asides if name.endswith(".json") and not name.endswith(CLASS_LIST)}
+    notes = (name for name in asides if name.endswith(".json") and name.rpartition("/")[2] != CLASS_LIST)
+    tables = {key_of(name): name for name in notes}
     keys = [key_of(name) for name in names]
     if column or not classes:
         tables = {key: tables[key] for key in keys if key in tables}

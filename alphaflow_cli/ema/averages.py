@@ -37,6 +37,7 @@ from alphaflow_cli.runtime.progress import Progress, say
 from alphaflow_cli.sample.generator import open_generator, pictures
 from alphaflow_cli.sample.grid import grid_by_walk
 from alphaflow_cli.sample.walk import draw_labels, plan_walk
+from alphaflow_cli.train.run import texts_apart
 
 BLOCK = 1 << 16  # steps of all profiles at once: a run of a million steps takes no more memory
 COARSE = 1e-3  # expected error above which a line warns: rounding to bf16 changes the weights as much
@@ -77,15 +78,12 @@ class Average:
 
     name: str
     path: Path
+    half_life: float | None = None  # steps; None: it is no exponential average
+    is_kept: bool = False  # whether the run kept it
     expected_error: float | None = None  # relative to its size; None: there is nothing to make it of, or to measure by
     check: float | None = None  # of a kept one: how far what the others make of it is from it, relative to its size
     factors: tuple[tuple[str, float], ...] = ()
     evaluations: Sequence[Evaluation] = ()
-
-    @property
-    def is_kept(self) -> bool:
-        """Whether the run kept it."""
-        return self.name.endswith(", kept")
 
 
 def average_again(request: EmaRequest, processes: Processes) -> tuple[list[Average], Path, int] | None:
@@ -149,13 +147,11 @@ def plan_averages(
     motion = motion_of(snapshots, columns, step, momentum)
     triangle = triangle_of(columns, torch.ones(step + 1) if motion is None else motion, momentum, roundings)
     targets = [*kept, *range(len(snapshots), len(columns))]
-    names = [(f"half-life {snapshots[j].half_life:g}, kept", snapshots[j].path) for j in kept]
-    names += [(f"half-life {life:g}", folder / f"ema-{life:g}.safetensors") for life in lives]
-    names += [(f"power {width:g}", folder / f"power-{width:g}.safetensors") for width in request.widths]
-    made = [
-        _made_of(Average(name, path), snapshots, triangle, target)
-        for target, (name, path) in zip(targets, names, strict=True)
-    ]
+    named = zip(lives, texts_apart(lives), strict=True)
+    made = [Average(f"half-life {snapshots[j].half_life:g}, kept", snapshots[j].path, is_kept=True) for j in kept]
+    made += [Average(f"half-life {text}", folder / f"ema-{text}.safetensors", life) for life, text in named]
+    made += [Average(f"power {text}", folder / f"power-{text}.safetensors") for text in texts_apart(request.widths)]
+    made = [_made_of(each, snapshots, triangle, target) for each, target in zip(made, targets, strict=True)]
     if motion is None:
         made = [replace(each, expected_error=None) for each in made]
     return made + [_merged(snapshots, step, *each, folder) for each in request.merges]
@@ -318,9 +314,8 @@ def _write_average(average: Average, template: Checkpoint, files: dict[str, Any]
         weights[name] = total.float()
     if kept is not None:
         return replace(average, check=math.sqrt(apart / size))
-    half_life = float(average.name.removeprefix("half-life ")) if average.name.startswith("half-life") else None
     made = {"name": average.name, "files": len(average.factors), "expected_error": average.expected_error}
-    origin = template.origin | {"weights": "ema", "half_life": half_life, "averaged_again": made}
+    origin = template.origin | {"weights": "ema", "half_life": average.half_life, "averaged_again": made}
     save_checkpoint(average.path, replace(template, weights=weights, origin=origin))
     return average
 

@@ -226,7 +226,7 @@ def check_crop(reference: Reference | None, crop: Crop | None, size: tuple[int, 
 
 def find_reference(text: str, size: tuple[int, int], ruler: Ruler, crop: Crop | None = None) -> Reference:
     """Read a file of statistics, or measure the source of pictures once and keep what was measured beside the work."""
-    path = Path(text)
+    path = Path(text).expanduser()
     if path.suffix in (".safetensors", ".pkl", ".pickle", ".pt") or (path.suffix == ".npz" and holds_statistics(path)):
         return load_reference(path)
     if size[0] != size[1]:
@@ -253,7 +253,7 @@ def default_metrics(reference: str | None) -> tuple[Metric, ...]:
     recipe's defaults."""
     if reference is None or Path(reference).suffix != ".safetensors":
         return Eval().metrics
-    there = load_reference(Path(reference)).stats
+    there = load_reference(Path(reference).expanduser()).stats
     return tuple(metric for metric in NEEDS_MOMENTS if NETWORK[metric] in there)
 
 

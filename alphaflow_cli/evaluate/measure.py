@@ -234,20 +234,29 @@ def load_all(work: Pass, name: str) -> Tensor:
     return torch.cat([load_part(work, name, *each) for each in work.chunks()])
 
 
-def gather_moments(work: Pass, processes: Processes) -> dict[str, Moments]:
-    """Add up every network's moments over all processes; each reads its own chunks, and takes part even without one."""
-    totals = {}
+def own_moments(work: Pass, processes: Processes) -> dict[str, Moments]:
+    """Every network's moments of the chunks that are this process's own; of none, if it has none."""
+    own = {}
     for name in sorted(work.extractors):  # the same order everywhere, whatever was loaded or computed
-        moments = Moments(work.extractors[name].dim)
+        own[name] = Moments(work.extractors[name].dim)
         for first, stop in work.chunks()[processes.rank :: processes.size]:
-            moments.update(load_part(work, name, first, stop))
+            own[name].update(load_part(work, name, first, stop))
+    return own
+
+
+def add_up(own: dict[str, Moments], processes: Processes, count: int) -> None:
+    """Make every process's own moments those of all `count` pictures, in place. Every process must call it."""
+    for moments in own.values():
         moments.sums = processes.sum(moments.sums.to(exact_device(processes.device))).cpu()
-        if moments.count != work.source.count:
-            raise AlphaflowError(
-                f"{moments.count:,} of {work.source.count:,} pictures were counted; run the same command again"
-            )
-        totals[name] = moments
-    return totals
+        if moments.count != count:
+            raise AlphaflowError(f"{moments.count:,} of {count:,} pictures were counted; run the same command again")
+
+
+def gather_moments(work: Pass, processes: Processes) -> dict[str, Moments]:
+    """Every network's moments over all processes; each reads its own chunks."""
+    moments = own_moments(work, processes)
+    add_up(moments, processes, work.source.count)
+    return moments
 
 
 def content_of(work: Pass) -> tuple[str, int]:

@@ -79,7 +79,7 @@ def open_pictures(
 ) -> ImageSource:
     """Open what a user may point at: a folder, archives, parquet, hf://…, shapes:N, or a .npz of pictures."""
     if text.endswith(".npz"):
-        return PictureArray(Path(text), limit=limit)
+        return PictureArray(Path(text).expanduser(), limit=limit)
     return PictureFiles(open_source(text, image_column), size=size, limit=limit, crop=crop)
 
 
@@ -240,6 +240,8 @@ class GeneratedImages(ImageSource):
         origin, recipe = self._generator.origin, self._generator.recipe
         channels = self._walk.guidance_channels  # only where it is not all: earlier numbers keep their fingerprint
         partly: dict[str, Any] = {} if channels is None else {"guidance_channels": channels}
+        if self._generator.named_decoder:
+            partly["autoencoder_sha256"] = self._generator.named_decoder
         if self._walk.scale is not None:
             mix = recipe.guidance
             partly |= {"guidance_scale": self._walk.scale, "guidance_interval": self._walk.interval}

@@ -85,8 +85,6 @@ def open_exported(
         option = "--decoder" if decoder else "--no-decoder"
         raise AlphaflowError(f"{option}: this model makes pixels without a decoder; leave it out.")
     if autoencoder:
-        if not generator.has_decoder:
-            raise AlphaflowError(f"--autoencoder {autoencoder}: this model makes pixels without one; leave it out.")
         generator.use_autoencoder(autoencoder)
     return Exported(generator, plan_walk(generator.recipe, nfe=nfe), decoder is not False)
 

@@ -68,13 +68,14 @@ def check_space(name: str) -> None:
     api = hub_api()
     try:
         with hub_faults(name):
-            files = api.list_repo_files(name, repo_type="space")
-            if set(files) <= {".gitattributes", "README.md"}:
-                return
-            app = api.hf_hub_download(name, "app.py", repo_type="space", cache_dir=cache_folder())
+            files = set(api.list_repo_files(name, repo_type="space"))
+            is_ours = files <= {".gitattributes", "README.md"}
+            if "app.py" in files:
+                app = api.hf_hub_download(name, "app.py", repo_type="space", cache_dir=cache_folder())
+                is_ours = MARK in Path(app).read_text(encoding="utf-8", errors="replace")
     except NotThere:
         return
-    if MARK not in Path(app).read_text(encoding="utf-8", errors="replace"):
+    if not is_ours:
         raise AlphaflowError(f"{name}: this Space is something else. Choose another name: --space=user/name")
 
 

@@ -6,7 +6,7 @@ import shutil
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -30,22 +30,13 @@ from alphaflow_cli.nn.autoencoder import load_autoencoder
 from alphaflow_cli.recipe import Recipe, dump_recipe, load_recipe
 from alphaflow_cli.recipe.plan import draws_scale, effective_scale, has_null_label, parameter_count
 from alphaflow_cli.remote.address import is_repository
-from alphaflow_cli.remote.download import (
-    AUTOENCODER,
-    CONFIG_FILE,
-    MODEL,
-    prepare_folder,
-    remove_stale,
-)
+from alphaflow_cli.remote.download import AUTOENCODER, CONFIG_FILE, MODEL, prepare_folder, remove_stale
 from alphaflow_cli.runtime.progress import say
 from alphaflow_cli.sample.generator import open_generator, pictures
 from alphaflow_cli.sample.grid import grid_in_rows, plain_png
 from alphaflow_cli.sample.walk import plan_walk
 from alphaflow_cli.train.curves import recipe_chart
 from alphaflow_cli.train.scores import why_best
-
-if TYPE_CHECKING:
-    pass
 
 HUB_ID = re.compile(r"\w[\w.-]*(?:/\w[\w.-]*){1,2}(?:@\S+)?")  # user/repo or user/repo/subfolder
 GRID = (4, 8)  # rows and columns of a sample grid drawn for the card

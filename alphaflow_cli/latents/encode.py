@@ -110,11 +110,6 @@ class EncoderInput:
     why: str
 
 
-def work(job: Job, shards: Sequence[int], device: torch.device, tell: Tell) -> None:
-    """Load the encoder, and make these shards."""
-    encode_shards(job, shards, load_encoder(job, device), device, tell)
-
-
 def encode_shards(job: Job, shards: Sequence[int], encoder: Autoencoder, device: torch.device, tell: Tell) -> None:
     """Make these shards; the source is walked through once, in order. A shard is written while the next is encoded."""
     lines = [line for shard in shards for line in job.span(shard)]

@@ -92,6 +92,11 @@ def open_dit(source: Path, scale: float) -> ForeignLatents:
     features, labels = folders["features"][0], folders["labels"][0]
     names = sorted((path.name for path in features.glob("*.npy")), key=_numbered)
     _some(names, features, "N.npy")
+    if lost := sorted({path.name for path in labels.glob("*.npy")} - set(names), key=_numbered):
+        raise AlphaflowError(
+            f"{brief(source)}: {lost[0]} is in {labels.name} and not in {features.name} "
+            f"({counted(len(lost), 'such file')}). Copy the latents again"
+        )
     shape = _array(features / names[0]).shape
     if len(shape) != 4 or shape[0] != 1 or shape[2] != shape[3]:
         raise AlphaflowError(f"{features / names[0]}: has the shape {shape}; dit-npy writes (1, C, side, side)")
@@ -153,6 +158,7 @@ def open_shards_of(source: Path, tensor: str, second: Second | None) -> ForeignL
         return _rows_of(files, starts, (start, stop), tensor, flips=flips, second=second)
 
     names = [f"{path.name}/{row}" for path, head in zip(files, heads, strict=True) for row in range(len(head.labels))]
+    _some(names, source, tensor)
     kind: RowKind = "moments" if tensor == "moments" else "mean"
     latent = (shape[0] // 2 if tensor == "moments" else shape[0], shape[1], shape[2])
     labels = np.concatenate([head.labels for head in heads])
@@ -182,7 +188,7 @@ def _head(path: Path, tensor: str) -> ShardHead:
     except DAMAGED as fault:
         raise AlphaflowError(f"{path}: cannot be read as safetensors ({brief(fault)})") from fault
     shape = shapes[tensor]
-    if len(shape) != 4 or shape[2] != shape[3] or shape[0] != len(labels) or set(shapes.values()) != {shape}:
+    if len(shape) != 4 or shape[2] != shape[3] or shape[:1] != labels.shape or set(shapes.values()) != {shape}:
         raise AlphaflowError(f"{path}: {tensor} of the shape {shape} and {labels.shape} labels do not go together")
     return ShardHead(shape[1:], f"{tensor}_flip" in shapes, _labels(labels, path))
 
@@ -289,7 +295,7 @@ def _array(path: Path, shape: tuple[int, ...] | None = None) -> Array:
 
 def _labels(labels: Array, where: Path) -> Array:
     """Labels as int64; anything but one whole number per picture is refused."""
-    if labels.ndim != 1 or labels.dtype.kind not in "iu" or (len(labels) and int(labels.min()) < 0):
+    if labels.ndim != 1 or labels.dtype.kind not in "iu" or (labels.astype(np.int64) < 0).any():  # or beyond int64
         raise AlphaflowError(f"{where}: labels should be one whole number, 0 or more, for each picture")
     return labels.astype(np.int64)
 

@@ -16,7 +16,6 @@ import numpy as np
 import torch
 
 from alphaflow_cli.data.manifest import (
-    BEWARE,
     TRANSFORMS,
     AutoencoderRecord,
     Crop,
@@ -27,14 +26,14 @@ from alphaflow_cli.data.manifest import (
 )
 from alphaflow_cli.data.writing import finish_store, is_done, write_shard
 from alphaflow_cli.errors import AlphaflowError
-from alphaflow_cli.files import is_there, to_json, write_pieces
+from alphaflow_cli.files import is_there
 from alphaflow_cli.latents.encode import writing_to
 from alphaflow_cli.latents.foreign import ForeignLatents, Second, described_count, open_foreign
 from alphaflow_cli.latents.plan import STORED_DTYPES, record_of, shard_size
-from alphaflow_cli.latents.prepare import check_room
+from alphaflow_cli.latents.prepare import begin_store, check_room
 from alphaflow_cli.nn.autoencoder import load_autoencoder, public_id
 from alphaflow_cli.runtime.lock import hold
-from alphaflow_cli.runtime.progress import Progress, say, size
+from alphaflow_cli.runtime.progress import Progress, size
 from alphaflow_cli.tensors import Array
 from alphaflow_cli.text import brief, counted
 
@@ -72,7 +71,9 @@ def import_latents(request: ImportRequest, *, shown: bool = True) -> Path:
     with ExitStack() as held:
         held.enter_context(writing_to(out))
         held.enter_context(hold(out, "import-latents"))
-        _begin(out, plan, foreign, shown=shown)
+        classes = {str(number): number for number in range(plan.classes)}
+        words = f"{plan.source['name']}: {described_count(foreign)}"
+        begin_store(out, plan, _list(foreign), classes, [words] if shown else [])
         with Progress("import", plan.images, unit="img", shown=shown) as bar:
             for shard in range(total):
                 span = range(shard * plan.shard_size, min((shard + 1) * plan.shard_size, plan.images))
@@ -145,20 +146,6 @@ def _list(foreign: ForeignLatents) -> Iterator[bytes]:
     for number, (name, label) in enumerate(pairs):
         yield (b",\n" if number else b"[\n") + json.dumps([name, label]).encode()
     yield b"\n]\n"
-
-
-def _begin(out: Path, plan: StorePlan, foreign: ForeignLatents, *, shown: bool) -> None:
-    """Write what is known before the first row, the plan last."""
-    there = {entry.name for entry in out.iterdir() if entry.name[0] != "."}
-    if there and "plan.json" not in there and not there <= {"images.json", "classes.json"}:
-        raise AlphaflowError(f"{out}: holds files that belong to no latent store; give a new or an empty --out")
-    write_pieces(out / "images.json", _list(foreign))
-    write_pieces(out / "classes.json", [to_json({str(number): number for number in range(plan.classes)})])
-    write_pieces(out / "plan.json", [to_json(plan_to_dict(plan))])
-    if shown:
-        say(f"{plan.source['name']}: {described_count(foreign)}")
-        if beware := BEWARE.get(plan.autoencoder.kind or ""):
-            say(f"beware: {beware}")
 
 
 def _write(out: Path, plan: StorePlan, shard: int, foreign: ForeignLatents, span: range) -> None:

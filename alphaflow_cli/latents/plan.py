@@ -21,6 +21,7 @@ from alphaflow_cli.data.manifest import (
     read_plan,
 )
 from alphaflow_cli.data.sources import Folder, open_source
+from alphaflow_cli.data.writing import is_done
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.files import is_there
 from alphaflow_cli.latents.encode import Job, Listing, StoreRequest, choose_precision, sample_pixels
@@ -58,8 +59,7 @@ def plan_job(request: StoreRequest, out: Path, processes: Processes) -> Job:
         listing = _as_begun(listing, out)
     if before and request.bad == "skip":
         listing = _with_the_removed(listing, out)
-    finished = is_there(out / "manifest.json")
-    encoder = _encoder(request, listing, before, finished=finished, device=device)
+    encoder = _encoder(request, listing, before, finished=_is_whole(out, before), device=device)
     plan = _plan(request, listing, encoder)
     if before and (lines := differences(plan_to_dict(plan), plan_to_dict(before), "this command", "the store")):
         raise AlphaflowError(f"{out}: holds another preparation: {_in_brief(lines)}. Give another --out, or delete it")
@@ -109,6 +109,12 @@ def default_batch(request: StoreRequest, device: torch.device) -> int:
     return max(1, min(256 if device.type == "cuda" else 16, 32 * 256**2 // request.size**2))
 
 
+def _is_whole(out: Path, before: StorePlan | None) -> bool:
+    """Whether a store is finished and has all its shards; else one of them is made again, by the same encoder only."""
+    shards = range(-(-before.images // before.shard_size)) if before else range(0)
+    return is_there(out / "manifest.json") and all(is_done(out, shard) for shard in shards)
+
+
 def _has_one_class(out: Path) -> bool:
     """Whether a store was begun with all pictures as one class; tables of labels were once not read."""
     return is_there(out / "classes.json") and read_class_file(out / "classes.json").folders == [""]
@@ -143,7 +149,7 @@ def _encoder(
 ) -> Encoder:
     """What the plan must know of the encoder.
 
-    A finished store is believed: its encoder is not loaded again to say that nothing is to be done.
+    A whole store is believed: its encoder is not loaded again to say that nothing is to be done.
     """
     if request.autoencoder == "none":
         record = AutoencoderRecord("none", "", "", 1, 1.0, 0.0, "exact", None)

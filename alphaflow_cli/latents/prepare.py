@@ -10,13 +10,14 @@ And what there is to say about a store: what making it will take, what is in it,
 
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from alphaflow_cli.data.manifest import BEWARE, plan_to_dict, read_manifest
+from alphaflow_cli.data.manifest import BEWARE, StorePlan, plan_to_dict, read_manifest
 from alphaflow_cli.data.store import verify_store
 from alphaflow_cli.data.writing import finish_store, is_done
 from alphaflow_cli.errors import AlphaflowError
@@ -27,9 +28,9 @@ from alphaflow_cli.latents.encode import (
     StoreRequest,
     decoded_pictures,
     encode_rows,
+    encode_shards,
     fetch_rows,
     load_encoder,
-    work,
     writing_to,
 )
 from alphaflow_cli.latents.plan import plan_job
@@ -41,6 +42,7 @@ from alphaflow_cli.text import counted
 FINISHED = ("images.json", "stats.safetensors", "manifest.json")  # beside the shards
 BEFORE_THE_PLAN = ("images.json", "classes.json")  # in the order of writing
 SPARE = 64_000_000  # bytes that the disk should keep free beyond the store
+TRIAL_SECONDS = 3.0  # no batch of the trial begins later
 
 
 def prepare_store(request: StoreRequest, out: Path, processes: Processes, *, shown: bool = True) -> Path | None:
@@ -100,22 +102,31 @@ def check_room(out: Path, needed: int) -> None:
 
 
 def _begin(job: Job, shown: bool) -> None:
-    """Write the plan before the first picture is read, and remove what a kill left behind."""
-    out, listing = job.out, job.listing
+    """Write the plan before the first picture is read."""
+    listing, source = job.listing, job.listing.source
+    words = [", ".join([f"{source.name}: {job.images} pictures", *source.notes]), listing.classes.summary()]
+    begin_store(job.out, job.plan, [listing.to_bytes()], listing.classes.as_dict(), words if shown else [])
+
+
+def begin_store(
+    out: Path, plan: StorePlan, images: Iterable[bytes], classes: dict[str, Any], words: Sequence[str]
+) -> None:
+    """Write what is known before the first row, the plan last, and remove what a kill left behind.
+
+    `images` is the content of images.json. `words` are said of the store; without any, nothing is.
+    """
     there = {entry.name for entry in out.iterdir() if entry.name[0] != "."}
     begun = there <= set(BEFORE_THE_PLAN) and "images.json" in there  # a kill came between these and the plan
     if there and "plan.json" not in there and not begun:
         raise AlphaflowError(f"{out}: holds files that belong to no latent store; give a new or an empty --out")
     for left in out.glob(".*.tmp"):
         left.unlink(missing_ok=True)  # a worker that outlives its killed parent renames its own
-    write_pieces(out / "images.json", [listing.to_bytes()])
-    write_pieces(out / "classes.json", [to_json(listing.classes.as_dict())])
-    write_pieces(out / "plan.json", [to_json(plan_to_dict(job.plan))])
-    if shown:
-        say(", ".join([f"{listing.source.name}: {job.images} pictures", *listing.source.notes]))
-        say(listing.classes.summary())
-        if beware := BEWARE.get(job.plan.autoencoder.kind or ""):
-            say(f"beware: {beware}")
+    write_pieces(out / "images.json", images)
+    write_pieces(out / "classes.json", [to_json(classes)])
+    write_pieces(out / "plan.json", [to_json(plan_to_dict(plan))])
+    beware = BEWARE.get(plan.autoencoder.kind or "")
+    for line in [*words, *([f"beware: {beware}"] if beware and words else [])]:
+        say(line)
 
 
 def _work_shown(job: Job, processes: Processes, shown: bool) -> None:
@@ -134,16 +145,13 @@ def _work_shown(job: Job, processes: Processes, shown: bool) -> None:
         mine = [shard for shard in shards if not is_done(job.out, shard)]
         try:
             if mine:
-                work(job, mine, processes.device, advance)
+                encode_shards(job, mine, load_encoder(job, processes.device), processes.device, advance)
             processes.wait()
         except (KeyboardInterrupt, SystemExit):
             if shown:
                 say(f"{job.out}: interrupted; what is finished is kept, the same command goes on from there")
             raise
         advance(total)
-
-
-TRIAL_SECONDS = 3.0  # no batch of the trial begins later
 
 
 def estimate_store(job: Job, processes: Processes) -> list[str]:

@@ -128,6 +128,9 @@ def find_class(text: str, names: Sequence[str], count: int, *, where: str = "--c
     matches = [i for i, name in enumerate(names) if text.lower() in (part.strip().lower() for part in name.split(","))]
     if len(matches) == 1:
         return matches[0]
+    if matches:
+        listed = ", ".join(map(str, matches[:12])) + (", …" if len(matches) > 12 else "")
+        raise AlphaflowError(f"{where} {shorten(text, 100)}: the name of several classes: {listed}. Give a number.")
     known = ", ".join(names[:12]) + (", …" if len(names) > 12 else "")
     raise AlphaflowError(
         f"{where} {shorten(text, 100)}: not a class of this model: 0 to {count - 1}" + (f", {known}" if names else "")

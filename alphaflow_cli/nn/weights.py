@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from alphaflow_cli.errors import AlphaflowError
+from alphaflow_cli.files import is_there
 from alphaflow_cli.remote.cache import cached_file
 
 
@@ -93,7 +94,7 @@ def find_weights(wanted: WeightFile, given: Path | None) -> Path:
 
 def missing_weights(wanted: WeightFile) -> str | None:
     """The line to show when the file is in none of its usual places; None when it is there."""
-    return None if any(path.is_file() for path in _candidates(wanted, None)) else _how_to_get(wanted)
+    return None if any(map(is_there, _candidates(wanted, None))) else _how_to_get(wanted)
 
 
 def _candidates(wanted: WeightFile, given: Path | None) -> list[Path]:

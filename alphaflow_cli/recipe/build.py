@@ -223,11 +223,9 @@ def _text(node: Scalar) -> tuple[str, Any]:
     if not node.text.isprintable():  # it names files and folders
         return ": a line break, a null byte or half a character cannot stand here", None
     trap = node.text.lower() in SWITCHES | {"true", "false"} or FLOAT.fullmatch(node.text)
-    return (
-        (f': YAML reads that as something else: write "{node.text}"', None)
-        if trap and not node.quoted
-        else ("", node.text)
-    )
+    if trap and not node.quoted:
+        return f': YAML reads that as something else: write "{node.text}"', None
+    return "", node.text
 
 
 def _step(node: Scalar) -> tuple[str, Any]:

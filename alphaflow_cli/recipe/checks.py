@@ -119,8 +119,9 @@ def _model(recipe: Recipe) -> Iterator[Fault]:
         yield "model.t_floor", f"model.t_floor must lie between 0 and 1, got {model.t_floor:g}: it divides z - x̂"
     if model.prediction != "data" and model.t_floor != Model.t_floor:
         yield "model.t_floor", f"model.t_floor acts with prediction: data only, not {model.prediction}: leave it out"
-    if recipe.name and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]*", recipe.name):
-        yield "name", f"name {recipe.name!r} names folders: use letters, digits, dot, dash, plus and underscore"
+    if recipe.name in (".", "..") or re.search(r"[/\\]", recipe.name) or not recipe.name.isprintable():
+        what = f"name {recipe.name!r} names a folder: write one without / and \\ and signs that cannot be seen"
+        yield "name", f"{what} (name: …; a recipe without it has its file's)"
 
 
 def _rungs(recipe: Recipe) -> Iterator[Fault]:
@@ -355,6 +356,6 @@ def _quick(recipe: Recipe) -> Iterator[Fault]:
 
 def _expected(recipe: Recipe) -> Iterator[Fault]:
     for i, point in enumerate(recipe.expected):
-        for name, least in (("step", 1), ("nfe", 1), ("images", 1)):
-            if getattr(point, name) < least:
-                yield f"expected[{i}].{name}", f"expected[{i}].{name} must be {least} or more"
+        for name in ("step", "nfe", "images"):
+            if getattr(point, name) < 1:
+                yield f"expected[{i}].{name}", f"expected[{i}].{name} must be 1 or more"

@@ -14,8 +14,6 @@ PHASE_WORDS = {
     "shortcut": ("0 < α < 1", "Shortcut, two more forwards per step"),
     "derivative": ("α = 0", "MeanFlow, a derivative (JVP) per step"),
 }
-
-
 MANY = 8  # H100s of one machine that the speed is shown for, beside one
 
 

@@ -90,9 +90,10 @@ def recipe_from_text(text: str, where: str, sets: Sequence[str] = (), *, name: s
 
 def _checked(tree: Mapping, where: str, faults: Faults, *, name: str) -> Recipe:
     recipe, places = build(tree, faults)
+    recipe = recipe if recipe.name else replace(recipe, name=name)
     check(recipe, lambda path: _place(path, places, where), faults)
     faults.stop(where)
-    return recipe if recipe.name else replace(recipe, name=name)
+    return recipe
 
 
 def _assigned(tree: Mapping, sets: Sequence[str], faults: Faults) -> Mapping:

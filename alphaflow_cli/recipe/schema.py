@@ -174,10 +174,8 @@ class Loss:
     """From a target to a number."""
 
     velocity: Velocity = "data"  # ṽ on the first part of the step: the data's v, or u⁻(z_t, s, t) (Shortcut)
-    tangent: Tangent = (
-        "data"  # along what z moves in an r < t row's target, in du/dt at α = 0 and from z_t to z_s above:
-    )
-    #                            ṽ (published), or the network's own u⁻(z_t, t, t | y) (improved MeanFlow)
+    tangent: Tangent = "data"  # along what z moves in an r < t row's target, in du/dt at α = 0 and from z_t to z_s
+    #                            above: ṽ (published), or the network's own u⁻(z_t, t, t | y) (improved MeanFlow)
     weight: Weight = "adaptive"  # a / (l + c) with a = α on r < t rows while α > 0 (published); converging:
     #                              α / (l + α² c), whose gradient tends to MeanFlow's as α → 0; none: 1 (1/α on r < t)
     power: float = 1.0  # p of the weight: a / (l + c)^p, or α^(2p-1) / (l + α² c)^p

@@ -13,6 +13,7 @@ import shutil
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 
@@ -116,18 +117,18 @@ def pull(address: str, out: Path | None) -> Pulled:
         raise AlphaflowError(f"{address}: not a repository. The form is user/repo or user/repo@revision.")
     if out is not None:
         prepare_folder(out, also=[place.file.split("/")[0]] if place.file else [])
-    pulled = fetch(
-        place, PUBLISHED_FILES if not place.file else [place.file, *FOR_SAMPLING], wanted=place.file or MODEL
-    )
+    patterns = [place.file, *FOR_SAMPLING] if place.file else PUBLISHED_FILES
+    pulled = fetch(place, patterns, wanted=place.file or MODEL)
     if out is None:
         return pulled
-    _copy(pulled.folder, out)
+    _copy(pulled.folder, out, patterns)
     return Pulled(out, pulled.repo, pulled.commit)
 
 
-def _copy(folder: Path, out: Path) -> None:
-    """Copy config.json first: it marks a copy that broke off as one of ours."""
-    names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+def _copy(folder: Path, out: Path, patterns: list[str]) -> None:
+    """Copy what matches, for the cache may have more; config.json first: it marks a copy that broke off as ours."""
+    there = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+    names = [name for name in there if any(fnmatchcase(name, pattern) for pattern in patterns)]
     remove_stale(out, names)
     for name in sorted(names, key=lambda name: (name != CONFIG_FILE, name)):
         target = out / name

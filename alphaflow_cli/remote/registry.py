@@ -9,6 +9,7 @@ import hashlib
 import os
 import urllib.request
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 
 from alphaflow_cli.errors import AlphaflowError
@@ -74,7 +75,7 @@ def _download(package: NpmPackage) -> bytes:
     try:
         with urllib.request.urlopen(address, timeout=PATIENCE) as answer:
             content = bytes(answer.read(LARGEST + 1))
-    except OSError as fault:  # URLError, HTTPError, a timeout, a broken connection
+    except (OSError, HTTPException, ValueError) as fault:  # no connection or half an answer; no answer, or no address
         reason = for_terminal(getattr(fault, "reason", None) or fault, limit=200)
         advice = f"{_by_hand(package)}; then export with --runtime {package.file}"
         raise AlphaflowError(f"{for_terminal(address, limit=200)}: cannot be fetched ({reason}). {advice}") from fault

@@ -37,6 +37,10 @@ from alphaflow_cli.train.scores import score_rows
 
 MOST_RUNS = 12
 BESIDE = "display: grid; gap: 12px; grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr))"
+WALK = (  # what makes a line of the scores, beside the name; the last three are of some pictures only
+    *("nfe", "sampler", "times", "guidance_at_sampling", "labels"),
+    *("guidance_scale", "guidance_interval", "guidance_channels"),
+)
 FIELDS = {  # of the journal: what may be compared between runs, and its panel's title
     "l_tfm": "TFM: trajectory flow matching",
     "v_loss": "r = t: plain flow matching",
@@ -134,16 +138,23 @@ def _measured(runs: Sequence[ComparedRun]) -> Cells:
         evaluations = read_results(path)["evaluations"] if path.is_file() else []
         for row in (row_of(each) for each in best_founded([row for each in evaluations for row in each["rows"]])):
             pictures, reference = row.pictures, row.reference or {}
-            walk = [str(pictures.get(key)) for key in ("nfe", "sampler", "times", "guidance_at_sampling", "labels")]
+            walk = [str(pictures.get(key)) for key in WALK]
             space = (row.space.network, row.space.weights_sha256, row.space.preprocessing)
             key = (row.name, *walk, *space, str(reference.get("sha256")))
             lines.setdefault(key, {})[run.label] = value_text(row)
             against = f"; reference {reference['name']} ({reference['sha256'][:8]})" if reference else ""
             protocols[key] = f"{row.space.network}{against}; {pictures.get('sampler')} {pictures.get('times')}"
+            protocols[key] += _guidance(pictures)
     return [
         (key[0], key[1], *(lines[key].get(run.label, "") for run in runs), protocols[key])
         for key in sorted(lines, key=lambda key: (key[0], int(key[1]) if key[1].isdecimal() else 0, key))
     ]
+
+
+def _guidance(pictures: dict[str, Any]) -> str:
+    """The scale that a network was told, and the interval, where it takes them as inputs."""
+    scale, interval = pictures.get("guidance_scale"), pictures.get("guidance_interval")
+    return "" if scale is None else f"; guidance {scale}" + (f" in {interval}" if interval else "")
 
 
 def _while_training(runs: Sequence[ComparedRun]) -> Cells:

@@ -158,7 +158,7 @@ def curves_of(recipe: Recipe, rows: Sequence[dict[str, Any]]) -> chart.Chart | N
     """Draw losses, gradient and speed over the steps; None before the first row."""
     if not rows:
         return None
-    cuts, there = [float(phase.until) for phase in phases(recipe)], rows[-1].keys()
+    cuts, there = [float(phase.until) for phase in phases(recipe)], {name for row in rows for name in row}
     panels = [
         chart.Panel(
             title,

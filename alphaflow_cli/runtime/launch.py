@@ -4,16 +4,13 @@ torch's elastic agent starts the workers, forwards signals and ends the others w
 say about its failure it writes to a file; the parent prints the root cause, once. Started by torchrun,
 accelerate launch or Slurm, a worker has no parent of ours and says it itself.
 
-Ctrl-C and SIGTERM: finish the step, save, leave. A second one, a second later, leaves at once.
+Ctrl-C and SIGTERM: finish the step, save, leave. A second one, a second later, leaves at once. Sooner it is an echo: a
+terminal, a launcher and a job system each pass on the same Ctrl-C. SIGUSR1, by which Slurm warns of the end of a job's
+time, also saves and leaves; with --requeue the job is then asked for again.
 
-SIGUSR1, by which Slurm warns of the end of a job's time, does the same; with --requeue the job is then asked for again.
-
-Sooner it is an echo: a terminal, a launcher and a job system each pass on the same Ctrl-C.
-
-`srun alphaflow train …`: one process per task. Slurm says who is who in its own variables; torch reads others.
-
-A port is not something Slurm hands out: it follows from the job's number, so that all tasks find the same one. Set
-MASTER_PORT yourself where it is taken.
+`srun alphaflow train …`: one process per task. Slurm says who is who in its own variables; torch reads others. Slurm
+hands out no port: it follows from the job's number, so that all tasks find the same one. Set MASTER_PORT yourself where
+it is taken.
 """
 
 import contextlib
@@ -45,6 +42,9 @@ PARENT = "ALPHAFLOW_PARENT"  # the process that started them
 JOINED = threading.Event()  # whether this process and the others have found each other
 LOOK_EVERY = 0.5  # seconds between a worker's looks at whether its parent is still there
 SAVE_SECONDS = 300  # a worker may take so long to save after SIGTERM before the agent kills it
+ECHO_SECONDS = 1.0  # after a signal, in which another one counts as its echo
+WARNING = signal.SIGUSR1  # sbatch --signal=USR1@120
+PORTS = range(20_000, 60_000)  # of a Slurm job
 ECHOES = ("Connection closed by peer", "Connection reset", "Socket Timeout", "NCCL", "Broken pipe", "gloo")
 
 
@@ -237,10 +237,6 @@ def _leave(record: dict[str, Any]) -> bool:
     return True
 
 
-ECHO_SECONDS = 1.0
-WARNING = signal.SIGUSR1  # sbatch --signal=USR1@120
-
-
 class StopFlag:
     """`with StopFlag() as stop:` … `stop.is_set`, `stop.signal`."""
 
@@ -269,9 +265,6 @@ class StopFlag:
     ) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
-
-
-PORTS = range(20_000, 60_000)
 
 
 def slurm_environment(there: Mapping[str, str]) -> dict[str, str]:

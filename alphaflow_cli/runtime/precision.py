@@ -12,22 +12,17 @@ from typing import Any
 
 import torch
 
+TF32, IEEE = ("tf32", "tf32"), ("ieee", "ieee")  # the modes of products and convolutions
+
 
 def set_tf32(allowed: bool) -> None:
     """Allow or forbid TF32 for the matrix products and convolutions of this process."""
-    mode = "tf32" if allowed else "ieee"
-    _set_modes(mode, mode)
+    _set_modes(*(TF32 if allowed else IEEE))
 
 
-@contextmanager
-def tf32(allowed: bool) -> Iterator[None]:
+def tf32(allowed: bool) -> AbstractContextManager[None]:
     """Allow or forbid TF32 inside, and put the old setting back."""
-    before = _modes()
-    set_tf32(allowed)
-    try:
-        yield
-    finally:
-        _set_modes(*before)
+    return _inside(*(TF32 if allowed else IEEE))
 
 
 def true_float32() -> AbstractContextManager[None]:
@@ -35,15 +30,9 @@ def true_float32() -> AbstractContextManager[None]:
     return tf32(False)
 
 
-@contextmanager
-def as_torch_begins() -> Iterator[None]:
+def as_torch_begins() -> AbstractContextManager[None]:
     """Compute inside as a command does that leaves torch's settings alone, and put the present ones back."""
-    before = _modes()
-    _set_modes(*AT_START)
-    try:
-        yield
-    finally:
-        _set_modes(*before)
+    return _inside(*AT_START)
 
 
 @contextmanager
@@ -69,6 +58,16 @@ def exact_device(device: torch.device) -> torch.device:
 def exact_dtype(device: torch.device) -> torch.dtype:
     """The widest type of a device's numbers, for sums that stay there: float64, on Apple's GPUs float32."""
     return torch.float32 if device.type == "mps" else torch.float64
+
+
+@contextmanager
+def _inside(products: str, convolutions: str) -> Iterator[None]:
+    before = _modes()
+    _set_modes(products, convolutions)
+    try:
+        yield
+    finally:
+        _set_modes(*before)
 
 
 def _modes() -> tuple[str, str]:

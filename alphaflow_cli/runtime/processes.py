@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from torch.distributed.tensor import DTensor
 
+KINDS = {"cpu": "", "cuda": "no NVIDIA or AMD GPU", "mps": "no Apple GPU"}  # kind of device → what one misses
+PATIENCE = timedelta(hours=2)  # one process may work so long while the others wait; a dead one is noticed at once
+SAME = 1e-6  # relative difference of the processes' gradient checksums that rounding may cause
 Done = TypeVar("Done")
 
 
@@ -92,10 +95,10 @@ def run_shared(
         return work() if number == 1 else launch(arguments, number)
 
 
-def all_or_none(processes: Processes, work: Callable[[], Done]) -> Done:
+def all_or_none(processes: Processes, work: Callable[[], Done], *, others: BaseException | None = None) -> Done:
     """Do a part of the work that may be refused. If any process is refused, all leave: one message is enough.
 
-    Otherwise the others would wait for it: for hours, where no agent ends them.
+    Otherwise the others would wait for it: for hours, where no agent ends them. They raise `others`; None: they end.
     """
     fault: AlphaflowError | None = None
     try:
@@ -104,7 +107,7 @@ def all_or_none(processes: Processes, work: Callable[[], Done]) -> Done:
         fault = error
     refused = processes.sum(torch.tensor([float(fault is not None)], device=processes.device))
     if refused.item():
-        raise fault or SystemExit(1)
+        raise fault or others or SystemExit(1)
     return result
 
 
@@ -154,9 +157,6 @@ def choose_device(name: str | torch.device | None, *, apple: bool = True) -> tor
     return device
 
 
-KINDS = {"cpu": "", "cuda": "no NVIDIA or AMD GPU", "mps": "no Apple GPU"}  # kind of device → what one misses
-
-
 def _has_mps() -> bool:
     return torch.backends.mps.is_available()
 
@@ -175,10 +175,6 @@ def processes_here(requested: int | None, device: str | None = None) -> int:
 def is_cut(value: Tensor) -> "TypeGuard[DTensor]":
     """Whether FSDP2 cut the tensor over the processes: a DTensor, whose class takes a second to import."""
     return hasattr(value, "placements")
-
-
-PATIENCE = timedelta(hours=2)  # one process may work so long while the others wait; a dead one is noticed at once
-SAME = 1e-6  # relative difference of the processes' gradient checksums that rounding may cause
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -279,9 +275,8 @@ def _accelerator(on_cpu: bool, trackers: Sequence[str], folder: Path | None) -> 
         gradient_accumulation_steps=1,
         log_with=list(trackers) or None,
         project_config=utils.ProjectConfiguration(str(folder), str(folder / "trackers")) if folder else None,
-        kwargs_handlers=[
-            utils.DistributedDataParallelKwargs(gradient_as_bucket_view=True)
-        ],  # else gradients exist twice
+        # else gradients exist twice
+        kwargs_handlers=[utils.DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
 
 

@@ -98,17 +98,13 @@ def threads_granted(requested: int | None) -> Threads:
     return Threads(max(1, min(torch.get_num_threads(), cores.count // processes)), reason)
 
 
-def counted_threads(number: int) -> str:
-    return counted(number, "thread")
-
-
 def crowded(threads: Threads) -> str:
     """A line on more threads than cores, where the user wants them; otherwise nothing."""
     cores = cores_here()
     if threads.count <= cores.count:
         return ""
     return (
-        f"beware: {counted_threads(threads.count)} ({threads.reason}) on {cores.bound}: those that wait for a core "
+        f"beware: {counted(threads.count, 'thread')} ({threads.reason}) on {cores.bound}: those that wait for a core "
         f"make every step many times as long. --threads {cores.count} is the most that helps."
     )
 

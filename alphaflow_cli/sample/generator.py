@@ -37,7 +37,7 @@ from alphaflow_cli.model.checkpoint import Checkpoint, check_autoencoder, load_c
 from alphaflow_cli.model.compiling import can_compile, compile_by, compile_part
 from alphaflow_cli.model.find import find_checkpoint
 from alphaflow_cli.nn.autoencoder import Autoencoder, load_autoencoder
-from alphaflow_cli.recipe.plan import null_label
+from alphaflow_cli.recipe.plan import label_rows, null_label
 from alphaflow_cli.recipe.schema import Recipe
 from alphaflow_cli.runtime.precision import exact_device, has_bf16, true_float32
 from alphaflow_cli.runtime.processes import choose_device
@@ -157,6 +157,7 @@ class Generator:
         record: dict[str, Any] = self.origin.get("autoencoder") or {}  # of the one that made the latents
         self._record = record if record.get("id") else {**record, "id": self.recipe.data.autoencoder}
         self.has_decoder = self._record["id"] != "none"  # the network makes latents, not pixels
+        self.named_decoder = ""  # sha256 of the weights that were named, where the checkpoint does not know its own
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -166,8 +167,9 @@ class Generator:
 
     @property
     def class_names(self) -> list[str]:
-        """By index; empty where the checkpoint has none."""
-        return [str(name) for name in self.origin.get("class_names") or []]
+        """By index; empty where the checkpoint has none, and for a model without labels, whatever its store had."""
+        known = self.origin.get("class_names") if label_rows(self.recipe) else None
+        return [str(name) for name in known or []]
 
     @cached_property
     def autoencoder(self) -> Autoencoder:
@@ -219,8 +221,20 @@ class Generator:
             compile_by(first, undo=undo, what="the decoder")
 
     def use_autoencoder(self, name: str) -> None:
-        """Decode with this copy of the checkpoint's autoencoder."""
-        self.autoencoder = self._load_autoencoder(name)
+        """Decode with this copy of the checkpoint's autoencoder; one that does not fit the latents is refused."""
+        if not self.has_decoder:
+            raise AlphaflowError(f"--autoencoder {name}: this model makes pixels without one; leave it out.")
+        there, data = self._load_autoencoder(name), self.recipe.data
+        side = there.downscale * data.latent_size
+        if (there.channels, side) != (data.channels, data.image_size):
+            raise AlphaflowError(
+                f"--autoencoder {name}: makes {side} px of {there.channels}×{data.latent_size}×{data.latent_size} "
+                f"latents, and this model's are of {data.image_size} px and {data.channels} channels. Give the one "
+                "that made the latents."
+            )
+        self.autoencoder = there
+        if not self._record.get("weights_sha256"):
+            self.named_decoder = self.autoencoder.weights_sha256
 
     @torch.no_grad()
     def latents(self, seeds: Sequence[int], labels: Sequence[int], walk: Walk) -> Tensor:

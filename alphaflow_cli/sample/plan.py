@@ -11,6 +11,7 @@ from alphaflow_cli.runtime.progress import say
 from alphaflow_cli.sample.generator import GROUP, DecoderChoice, Generator, open_generator, spans_of
 from alphaflow_cli.sample.grid import grid_form
 from alphaflow_cli.sample.walk import LazyLabels, Walk, choose_labels, plan_walk
+from alphaflow_cli.text import counted
 
 Record = dict[str, str]  # what decides a picture's bytes: sha256 of the checkpoint, walk, precision, …
 
@@ -63,7 +64,8 @@ class Plan:
             + (f", told {walk.guide!r}" if walk.guide else "")
             for walk in self.walks
         ]
-        return {
+        named = {"autoencoder": generator.named_decoder} if generator.named_decoder else {}
+        return named | {
             "checkpoint": generator.digest,
             "weights": str(generator.origin.get("weights", "ema")),
             "walk": "; ".join(walks),
@@ -115,5 +117,5 @@ def plan_sampling(request: SampleRequest, processes: Processes) -> Plan:
 def summary(plan: Plan) -> str:
     """What will be drawn, by which weights."""
     origin = plan.generator.origin
-    what = f"{len(plan.request.seeds):,} pictures by {'; '.join(str(walk) for walk in plan.walks)}"
+    what = f"{counted(len(plan.request.seeds), 'picture')} by {'; '.join(str(walk) for walk in plan.walks)}"
     return f"{what}; {origin.get('weights', 'ema')} weights of step {origin.get('step', 'unknown')}"

@@ -223,10 +223,10 @@ class RowFile:
         """Go on with the unfinished file, or begin one of full length: a disk that is too small shows at once."""
         remove_leftovers(self.target.parent, f".{glob.escape(self.target.name)}.*")
         with self._writing():
-            if self.state.exists() and self.part.exists() and self.part.stat().st_size >= self.end:
+            if self.state.exists() and self.part.exists():
                 with self.state.open("rb") as file:
                     line = file.readline(100_000)
-                if self.goes_on(line):
+                if self.goes_on(line) and self.part.stat().st_size >= self.end:
                     return True
             self.state.unlink(missing_ok=True)
             with self.part.open("wb") as file:

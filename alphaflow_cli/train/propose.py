@@ -273,12 +273,14 @@ def _of_hours(request: RecipeRequest, name: str, choices: Choices, like: Recipe,
 def _timed(recipe: Recipe) -> tuple[float, str]:
     """The hours of a run, as `train --estimate` measures them on this machine."""
     from alphaflow_cli.train.hours import measure_phases_of
-    from alphaflow_cli.train.start import TrainOptions
+    from alphaflow_cli.train.start import TrainOptions, count_processes
 
-    phases, _ = measure_phases_of(recipe, TrainOptions(Path()), 1)
+    processes = count_processes(recipe, None)
+    phases, _ = measure_phases_of(recipe, TrainOptions(Path()), processes)
     seconds = sum(phase.seconds for phase in phases)
     each = seconds / recipe.train.steps
-    return seconds / 3600, f"a step takes {each:.3g} s on the machine that made this file, one process"
+    crew = counted(processes, "process", "processes")
+    return seconds / 3600, f"a step takes {each:.3g} s on the machine that made this file, {crew}"
 
 
 def _on_an_h100(recipe: Recipe) -> tuple[float, str]:

@@ -1,4 +1,4 @@
-"""Grids of samples while training: fixed seeds, 1 and 2 network evaluations side by side."""
+"""Grids of samples while training: fixed seeds, 1 and 2 network evaluations (of heun 1 and 3) side by side."""
 
 from pathlib import Path
 
@@ -7,6 +7,7 @@ import numpy as np
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.files import make_folder, write_whole
 from alphaflow_cli.model.find import step_name
+from alphaflow_cli.runtime.processes import smaller_batch_if_full
 from alphaflow_cli.runtime.progress import say
 from alphaflow_cli.sample.generator import Generator, pictures
 from alphaflow_cli.sample.grid import grid_side_by_side
@@ -33,17 +34,17 @@ class SampleGrids:
         return run.folder / "samples" / f"{step_name(run.step)}.png"
 
     def draw(self, run: Run) -> Path | None:
-        """Draw the grid of the present weights; None where the autoencoder cannot be had. All processes call it."""
+        """Draw the grid of the present weights; None where it cannot be drawn. All processes call it."""
         checkpoint = run.model()  # all processes: the weights may be cut over them
         if self.broken or not run.world.is_main:
             return None
-        if self.generator is None:
-            self.generator = Generator(checkpoint, device=run.world.device)
-        self.generator.net.load_state_dict(checkpoint.weights)
         try:
-            picture = self._grid(self.generator)
+            with smaller_batch_if_full(1):  # a grid is drawn at once
+                self.generator = self.generator or Generator(checkpoint, device=run.world.device)
+                self.generator.net.load_state_dict(checkpoint.weights)
+                picture = self._grid(self.generator)
         except AlphaflowError as error:  # training goes on without pictures, and says why
-            self.broken = str(error)
+            self.generator, self.broken = None, str(error)
             say(f"no sample grids: {error}")
             return None
         path = self.path(run)
@@ -55,8 +56,9 @@ class SampleGrids:
         classes = generator.recipe.data.classes
         seeds = list(range(COLUMNS * ROWS))
         labels = [seed % COLUMNS * max(1, classes // COLUMNS) % classes if classes else 0 for seed in seeds]
-        halves = [(f"{nfe} NFE", self._half(generator, nfe, seeds, labels)) for nfe in (1, 2)]
-        names = generator.origin.get("class_names") or []
+        counts = (1, 3) if generator.recipe.sample.sampler == "heun" else (1, 2)  # heun has odd ones only
+        halves = [(f"{nfe} NFE", self._half(generator, nfe, seeds, labels)) for nfe in counts]
+        names = generator.class_names
         chosen = [names[label] if label < len(names) else "" for label in labels[:COLUMNS]]
         return grid_side_by_side(halves, COLUMNS, chosen)
 

@@ -26,7 +26,7 @@ from alphaflow_cli.core.frechet import Moments
 from alphaflow_cli.documents import Maybe, Number, Table, Text, Whole, check_shape
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.evaluate.evaluate import Ruler, build_extractors, check_crop, evaluate, find_reference
-from alphaflow_cli.evaluate.measure import Clock, Pass, gather_moments, run_pass
+from alphaflow_cli.evaluate.measure import Clock, Pass, add_up, own_moments, run_pass
 from alphaflow_cli.evaluate.pictures import GeneratedImages, ImageSource
 from alphaflow_cli.evaluate.reference import Reference
 from alphaflow_cli.evaluate.results import NETWORK, Evaluation, read_results, save_results, value_text
@@ -39,7 +39,7 @@ from alphaflow_cli.recipe.schema import Metric, Recipe
 from alphaflow_cli.runtime.launch import StopFlag
 from alphaflow_cli.runtime.lock import hold
 from alphaflow_cli.runtime.precision import as_torch_begins
-from alphaflow_cli.runtime.processes import World
+from alphaflow_cli.runtime.processes import World, all_or_none
 from alphaflow_cli.runtime.progress import say
 from alphaflow_cli.sample.generator import Generator, decoder_pays, open_generator
 from alphaflow_cli.sample.walk import plan_walk
@@ -74,15 +74,8 @@ def check_quick(recipe: Recipe) -> None:
 
 
 def together(world: World, work: Callable[[], OwnShare]) -> OwnShare:
-    """Do every process's own work; where one failed, all raise, since alone it would leave the others waiting."""
-    fault: AlphaflowError | None = None
-    try:
-        result = work()
-    except AlphaflowError as error:
-        fault = error
-    if world.agree(fault is not None):
-        raise fault or AlphaflowError("another process could not do its share; its line says why")
-    return result
+    """Do every process's own work; where one failed, all raise an error that the run survives."""
+    return all_or_none(world, work, others=AlphaflowError("another process could not do its share; its line says why"))
 
 
 class Interruptible(GeneratedImages):
@@ -107,13 +100,15 @@ class SharedRuler(Ruler):
         work = self.start(source)
         with ExitStack() as held:
 
-            def fill() -> None:
+            def fill() -> dict[str, Moments]:
                 if self.processes.rank == 0:
                     held.enter_context(hold(work.folder, "the scores of a training run"))
                 run_pass(work, self.processes, batch=self.batch, clock=clock, task=task)
+                return own_moments(work, self.processes)
 
-            together(self.processes, fill)
-            return work, gather_moments(work, self.processes)
+            moments = together(self.processes, fill)
+            add_up(moments, self.processes, source.count)
+            return work, moments
 
 
 class Scores:

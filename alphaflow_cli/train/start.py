@@ -6,7 +6,6 @@ embedded set. `train` is what every process then does: take the folder, open the
 
 import os
 import signal
-import socket
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -29,7 +28,15 @@ from alphaflow_cli.runtime.launch import WARNING, StopFlag, has_parent, is_worke
 from alphaflow_cli.runtime.lock import NAME as LOCK
 from alphaflow_cli.runtime.lock import hold
 from alphaflow_cli.runtime.precision import has_bf16
-from alphaflow_cli.runtime.processes import Processes, World, choose_device, join_world, processes_here
+from alphaflow_cli.runtime.processes import (
+    Processes,
+    World,
+    all_or_none,
+    check_seen,
+    choose_device,
+    join_world,
+    processes_here,
+)
 from alphaflow_cli.runtime.progress import say
 from alphaflow_cli.runtime.threads import threads_kept
 from alphaflow_cli.train import state
@@ -102,9 +109,10 @@ def check_recipe(recipe: Recipe, out: Path) -> list[tuple[str, str, str]]:
 
 
 def check_longer(there: Recipe, longer: Recipe, out: Path) -> None:
-    """Refuse more steps where a schedule in shares of the run would have gone another way from the first one on."""
+    """Refuse more steps where what follows the share of the run that is done would have gone another way."""
     moved = [path for path, here in schedules_of(longer) if ends_of(here, longer) != ends_of(here, there)]
     moved += ["the learning rate"] if longer.optim.final_lr is not None else []
+    moved += ["loss.short_first"] if longer.loss.short_first else []
     if moved:
         raise AlphaflowError(
             f"{out}: this run is planned for {there.train.steps:,} steps, and cannot be made longer: with "
@@ -138,10 +146,9 @@ def prepare_run(recipe: Recipe, options: TrainOptions) -> Path:
         prepare_store(wanted, store, Processes(choose_device(options.device, apple=False)))
     begun = options.out if recipe_of_run(options.out) else None
     check_store(recipe, store, begun, given=options.data is not None)
-    for line in (
-        [*options.notes, *(f"beware: {text}" for text in doubts(recipe, store, options.device))] if is_new else ()
-    ):
-        say(line)
+    if is_new:
+        for line in (*options.notes, *(f"beware: {text}" for text in doubts(recipe, store, options.device))):
+            say(line)
     for field, old, new in changes:
         say(f"{options.out}: {field} was {old}, and is {new} from here on")
     return store
@@ -205,24 +212,19 @@ def train(recipe: Recipe, options: TrainOptions) -> int:
 @contextmanager
 def one_owner(recipe: Recipe, options: TrainOptions, world: World) -> Iterator[None]:
     """Hold the run folder: the first process holds it for all, and prepares the run where no parent of ours did."""
-    fault: AlphaflowError | None = None
     alone = is_worker() and not has_parent()
     with ExitStack() as held:
-        if world.is_main:
-            try:
+
+        def take() -> None:
+            if world.is_main:
                 held.enter_context(hold(options.out, "train"))
                 if alone:
                     count_rows(recipe, world.size)
                     prepare_run(recipe, options)
-            except AlphaflowError as error:
-                fault = error
-        if world.agree(fault is not None):
-            raise fault or SystemExit(1)  # one message is enough
-        if alone and not (options.out / LOCK).exists():
-            raise AlphaflowError(
-                f"{options.out}: process {world.rank} on {socket.gethostname()} does not see what process 0 wrote "
-                "there. All machines need the run folder and the latents on a shared file system."
-            )
+
+        all_or_none(world, take)
+        if alone:
+            check_seen(options.out / LOCK, world, "the run folder and the latents")
         yield
 
 

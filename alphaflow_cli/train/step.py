@@ -26,7 +26,7 @@ from alphaflow_cli.core.draws import StepDraws
 from alphaflow_cli.core.objective import (
     Ratio,
     Terms,
-    boundary_target,
+    between_target,
     clamp_target,
     loss_terms,
     loss_weight,
@@ -311,7 +311,7 @@ def _later_target(
     with precision(rows.x, objective):
         if objective.loss.velocity == "network":
             return shortcut_target(net, z_t[k:], v_later, **point, alpha=ratio)
-        return boundary_target(net, z_t[k:], v_later, along, **point, alpha=ratio)
+        return between_target(net, z_t[k:], v_later, along, **point, alpha=ratio)
 
 
 def _loss(

@@ -23,7 +23,8 @@ from alphaflow_cli.recipe.schema import Recipe
 from alphaflow_cli.recipe.speed import phase_flops
 from alphaflow_cli.runtime.processes import World
 from alphaflow_cli.runtime.progress import say
-from alphaflow_cli.runtime.threads import Threads, counted_threads, crowded, threads_granted
+from alphaflow_cli.runtime.threads import Threads, crowded, threads_granted
+from alphaflow_cli.text import counted
 from alphaflow_cli.train.estimate import Trial, timed
 from alphaflow_cli.train.run import Run
 from alphaflow_cli.train.state import StateFacts
@@ -49,7 +50,7 @@ def choose_threads(
     if world.is_main:
         say(crowded(threads) or f"threads: {count} ({threads.reason})")
         if before and before != count:
-            say(f"beware: the run computed with {counted_threads(before)} so far: other threads round otherwise")
+            say(f"beware: the run computed with {counted(before, 'thread')} so far: other threads round otherwise")
     torch.set_num_threads(count)
     return replace(threads, count=count)
 

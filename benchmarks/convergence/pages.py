@@ -26,13 +26,17 @@ from members import (
     Line,
     best_curriculum,
     grade,
+    kind_of,
 )
 from pictures import budget_rows, conflict_chart, grid_of, over_budget, over_nfe
 from table import RULERS, factor, runs_of, scores, table, verdict
 
 from alphaflow_cli.charts.draw import to_png
 
-COMMAND = "    python benchmarks/convergence/run.py CIFAR10 --jobs 16"
+COMMANDS = {  # by the kind of device whose runs a page shows: the pages anew, then every run anew
+    "cuda": ("run.py", "run.py CIFAR10 --jobs 16"),
+    "cpu": ("run.py --device cpu", "run.py CIFAR10 --device cpu --jobs 2"),
+}
 LIMITS = """## What it does not support
 
 - FD-tiny and FD-cnn are no FID. The one sees texture and colour, the other class and shape as a small classifier of
@@ -101,14 +105,15 @@ def strips_of(members: Sequence[str]) -> list[tuple[str, str]]:
 
 def head(title: str, lines: Sequence[Line]) -> list[str]:
     """What every page begins with: its command and the conditions of its runs."""
+    again, anew = COMMANDS[kind_of(lines[0])]
     facts = {name: sorted({str(line[name]) for line in lines}) for name in ("device", "commit", "ruler", "images")}
     return [
         f"# {title}",
         "",
         "Written by `run.py` from results.jsonl; do not edit. The pages anew from finished runs; then every run anew:",
         "",
-        "    python benchmarks/convergence/run.py",
-        COMMAND + " --results NEW",
+        f"    python benchmarks/convergence/{again}",
+        f"    python benchmarks/convergence/{anew} --results NEW",
         "",
         "- Data: CIFAR-10 at 16 px (Lanczos), pixel space, ten classes, no flips, no guidance; named cifar10-jpeg.",
         "- Network: DiT dim 64, depth 4, heads 4, patch 2; Adam, lr 0.001, batch 64; float32, TF32 off, unless said.",
@@ -170,6 +175,7 @@ def first_page(lines: Sequence[Line]) -> list[str]:
 
 def newer_page(lines: Sequence[Line]) -> list[str]:
     others = [(member, base) for base in CLAIMED for member in NEWER if member not in (*CLAIMED, *RUNGS)]
+    rounding = [*((member, "alphaflow-25") for member in PRECISIONS), PRECISIONS[::-1]]
     ladder = [("meanflow-25-boundary", "meanflow-25"), *((b, a) for a, b in pairwise(("meanflow-25-boundary", *RUNGS)))]
     return [
         *table(lines, NEWER, STEPS),
@@ -187,6 +193,12 @@ def newer_page(lines: Sequence[Line]) -> list[str]:
         "Each step of improved MeanFlow against the one before it:",
         "",
         *judged(lines, ladder),
+        "",
+        "Rounding at small α:",
+        "",
+        *table(lines, ("alphaflow-25", *PRECISIONS), STEPS),
+        "",
+        *judged(lines, rounding),
         "",
     ]
 
@@ -250,7 +262,7 @@ def both(lines: Sequence[Line], pair: tuple[str, str], steps: int) -> bool:
 
 
 def curriculum_part(lines: Sequence[Line], best: str | None) -> list[str]:
-    members = ["meanflow-25", *CURRICULA, *PRECISIONS]
+    members = ["meanflow-25", *CURRICULA]
     chosen = []
     if best:
         chosen = [

@@ -192,6 +192,14 @@ def test_the_pages_are_made_of_the_lines_alone_and_name_what_is_missing(tmp_path
     assert to_png(drawn[2]).startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize(
+    ("device", "jobs"), [("1 x GPU", "CIFAR10 --jobs 16"), ("Xeon", "CIFAR10 --device cpu --jobs 2")]
+)
+def test_a_page_names_the_command_of_its_own_runs(device, jobs):
+    text = pages.head("Title", [line_of(plan([])[0]) | {"device": device}])
+    assert f"    python benchmarks/convergence/run.py {jobs} --results NEW" in text
+
+
 def test_a_comparison_waits_until_every_member_has_a_run_and_curricula_are_compared_on_common_seeds(
     tmp_path, monkeypatch
 ):

@@ -50,6 +50,14 @@ def test_weights_are_found_where_they_are_kept(monkeypatch, tmp_path, capsys):
     assert not any("fid," in p for p in after["problems"])
 
 
+def test_a_cache_at_a_path_that_cannot_be_walked_is_listed_as_not_writable(monkeypatch, tmp_path, capsys):
+    for name in ("HF_HUB_CACHE", "TORCH_HOME", "ALPHAFLOW_WEIGHTS"):
+        monkeypatch.setenv(name, str(tmp_path / ("x" * 300) / "hub"))
+    report = json.loads(run_doctor(capsys, "--json"))
+    assert [cache["writable"] for cache in report["caches"]] == [False] * 3
+    assert any("cannot be written" in problem for problem in report["problems"])
+
+
 def test_no_server_is_asked(monkeypatch, capsys):
     def refuse(*args, **kwargs):
         raise AssertionError("doctor opened a connection")

@@ -20,6 +20,9 @@ WRONG = {  # command line → what it is answered
     "eval runs/quikstart": "Did you mean runs/quickstart?",
     "eval pictures": "error: pictures: no such folder or archive.",
     "analyze runs/quikstart": "Did you mean runs/quickstart?",
+    "export runs/quikstart --to onnx -o x.onnx": "Did you mean runs/quickstart?",
+    "ema runs/quikstart": "Did you mean runs/quickstart?",
+    "demo runs/quikstart": "Did you mean runs/quickstart?",
     "report runs/quikstart": "not a run folder (no recipe.yaml in it). Did you mean runs/quickstart?",
     "report runs/other": "Make one: alphaflow train RECIPE --out runs/other",
     "push runs/quikstart": "Did you mean runs/quickstart?",
@@ -33,6 +36,7 @@ WRONG = {  # command line → what it is answered
 LINES = (
     "sample {m}", "eval {m} --reference x.npz", "analyze {m}", "report {r}", "push {m}", "convert {m} -o x.safetensors",
     "reference glyphs:100 -o x.safetensors", "prep-latents glyphs:100 --estimate", "train quickstart", "doctor",
+    "export {m} --to torch -o x.pt2", "ema {r} --half-life 2", "demo {m}", "pull user/repo",
 )  # fmt: skip
 
 

@@ -5,11 +5,11 @@ import json
 import pytest
 import torch
 from golden_data import FOLDER, arrays, assert_close, tensor
-from imf_nets import AT_INFERENCE, SIZES, guide_of, recipe_of
+from imf_nets import AT_INFERENCE, SIZES, guide_of, recipe_of, to_imf
 
 from alphaflow_cli.cli import run
 from alphaflow_cli.convert import ConvertOptions, convert
-from alphaflow_cli.convert.imf import imf_names, to_imf
+from alphaflow_cli.convert.imf import imf_names
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.model.build import network_shapes
 from alphaflow_cli.model.checkpoint import load_checkpoint

@@ -93,9 +93,8 @@ class LossCase:
         null = LABEL_ROWS[self.model] - 1
         y = tensor("loss_inputs.npz", "label")
         uniforms = tensor("loss_inputs.npz", "label_rand", torch.float32)
-        self.y = guidance.drop_labels(
-            y, self.t, uniforms, dropout=self.meta["label_dropout"], y_null=null, **self.interval
-        )
+        lost = guidance.dropped(self.t, uniforms, dropout=self.meta["label_dropout"], **self.interval)
+        self.y = torch.where(lost, null, y)
         z_t = path.interpolate(self.x, self.noise, self.t)
         v = path.velocity(self.x, self.noise)
         with torch.no_grad():
@@ -121,7 +120,7 @@ class LossCase:
         if len(z) == 0 or self.alpha == 1:
             return v
         if self.alpha > 0:
-            return objective.between_target(self.net, z, v, t=t, r=r, y=y, alpha=self.alpha)
+            return objective.between_target(self.net, z, v, v, t=t, r=r, y=y, alpha=self.alpha)
         math = lambda z, t, r, y: self.net(z, t, r, y, "math")  # noqa: E731
         return objective.mean_target(v, objective.jvp_derivative(math, z, v, t=t, r=r, y=y), t, r)
 

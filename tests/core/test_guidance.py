@@ -69,7 +69,8 @@ def test_a_constant_network_velocity_is_moved_by_the_effective_scale():
 
 def dropped(t, uniforms, dropout=0.1, t_min=0.25, t_max=0.75):
     y = torch.arange(len(t))
-    return guidance.drop_labels(y, t, uniforms, dropout=dropout, y_null=99, t_min=t_min, t_max=t_max).tolist()
+    lost = guidance.dropped(t, uniforms, dropout=dropout, t_min=t_min, t_max=t_max)
+    return torch.where(lost, 99, y).tolist()
 
 
 def test_labels_are_dropped_inside_the_interval_only():
@@ -81,13 +82,6 @@ def test_a_label_is_dropped_where_the_uniform_is_below_the_rate():
     assert dropped(t, torch.tensor([0.0, 0.0999, 0.1, 0.9])) == [99, 99, 2, 3]
     assert dropped(t, torch.zeros(4), dropout=0.0) == [0, 1, 2, 3]
     assert dropped(t, torch.rand(4), dropout=1.0) == [99] * 4
-
-
-def test_dropping_gives_new_labels_and_leaves_the_old():
-    y, t = torch.arange(3), torch.full((3,), 0.5)
-    new = guidance.drop_labels(y, t, torch.zeros(3), dropout=1.0, y_null=7, t_min=0.0, t_max=1.0)
-    assert y.tolist() == [0, 1, 2]
-    assert new.dtype == torch.int64
 
 
 def test_a_rows_own_interval_includes_both_its_ends():

@@ -38,7 +38,7 @@ def gradient(alpha: float, weight: str) -> Tensor:
     if alpha == 0.0:
         target = objective.mean_target(v, derivative(), t, r)
     else:
-        target = objective.between_target(net, z_t, v, t=t, r=r, y=y, alpha=alpha)
+        target = objective.between_target(net, z_t, v, v, t=t, r=r, y=y, alpha=alpha)
     error = objective.squared_error(net(z_t, t, r, y), target, "mean")
     return flat_gradient(
         (objective.loss_weight(error, 0, alpha=alpha, kind=weight, c=C, power=1.0, later=1.0) * error).mean()

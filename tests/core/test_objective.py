@@ -21,8 +21,9 @@ def later_target(field, alpha, velocity, z, t, r, y):
         return v
     if alpha == 0.0:
         return objective.mean_target(v, objective.jvp_derivative(field, z, v, t=t, r=r, y=y), t, r)
-    target = {"data": objective.between_target, "network": objective.shortcut_target}[velocity]
-    return target(field, z, v, t=t, r=r, y=y, alpha=alpha)
+    if velocity == "network":
+        return objective.shortcut_target(field, z, v, t=t, r=r, y=y, alpha=alpha)
+    return objective.between_target(field, z, v, v, t=t, r=r, y=y, alpha=alpha)
 
 
 def assert_same(actual, expected, tolerance=1e-12):
@@ -52,7 +53,7 @@ def test_the_exact_average_velocity_is_a_fixed_point_of_the_shortcut_target(name
 def test_with_the_average_velocity_of_its_own_part_the_between_target_is_exact(name, alpha):
     field, (z, t, r, y) = FIELDS[name], batch()
     own = field(z, t, objective.intermediate_time(t, r, alpha), y)
-    assert_same(objective.between_target(field, z, own, t=t, r=r, y=y, alpha=alpha), field(z, t, r, y))
+    assert_same(objective.between_target(field, z, own, own, t=t, r=r, y=y, alpha=alpha), field(z, t, r, y))
 
 
 @pytest.mark.parametrize("name", FIELDS)
@@ -87,7 +88,7 @@ def test_the_between_target_sees_the_point_the_time_and_the_interval_of_the_pape
         seen.append(inputs)
         return torch.zeros_like(z)
 
-    target = objective.between_target(net, z, v, t=t, r=r, y=y, alpha=0.25)
+    target = objective.between_target(net, z, v, v, t=t, r=r, y=y, alpha=0.25)
     ((z_s, s, r_seen, y_seen),) = seen
     assert_same(s, t - 0.25 * (t - r), 1e-15)
     assert_same(z_s, z - path.expand(t - s, z) * v, 1e-15)
@@ -107,7 +108,7 @@ def test_targets_carry_no_gradient_and_the_network_builds_no_graph_for_them():
     z, t, r, y = batch()
     v = torch.zeros_like(z)
     targets = [
-        objective.between_target(net, z, v, t=t, r=r, y=y, alpha=0.5),
+        objective.between_target(net, z, v, v, t=t, r=r, y=y, alpha=0.5),
         objective.shortcut_target(net, z, v, t=t, r=r, y=y, alpha=0.5),
         objective.jvp_derivative(net, z, v, t=t, r=r, y=y),
     ]

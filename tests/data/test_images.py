@@ -53,6 +53,14 @@ def test_adms_crop_halves_by_box_then_resizes_by_bicubic_then_cuts():
     np.testing.assert_array_equal(decode(as_it_is, 32, MAX_PIXELS, "adm"), values[:32, :32].transpose(2, 0, 1))
 
 
+def test_a_thread_of_pixels_is_not_enlarged_to_a_picture_that_no_memory_holds():
+    thread = encoded(Image.new("L", (1, 20_000)), "PNG")
+    with pytest.raises(BadPicture, match="1 x 20000 pixels, which ADM's crop would enlarge to 328 million"):
+        decode(thread, 128, MAX_PIXELS, "adm")
+    assert decode(thread, 128, MAX_PIXELS).shape == (3, 128, 128)
+    assert decode(encoded(Image.new("L", (1, 1000)), "PNG"), 16, 1000, "adm").shape == (3, 16, 16)
+
+
 def test_grey_modes_agree_with_each_other():
     grey = pixels(encoded(gradient("L"), "PNG"))
     assert (grey[0] == grey[1]).all()
@@ -213,6 +221,13 @@ def test_the_class_is_the_folder_below_what_all_share(names, folders, labels):
     classes, found = classes_of(names)
     assert classes.folders == folders
     assert found == labels
+
+
+def test_of_several_folders_of_a_training_split_the_same_is_taken_each_time():
+    spelled = ["train", "Train", "TRAIN", "tRAIN", "trAIN", "training", "Training", "TRAINING", "trainING"]
+    names = [f"{split}/{i}.png" for split in (*spelled, "val") for i in range(2)]
+    assert choose_split(names) == ([0, 1], "train/")
+    assert choose_split(names[2:]) == ([2, 3], "TRAIN/")  # the first in sorted order
 
 
 def test_imagenet_is_recognised_in_its_order():

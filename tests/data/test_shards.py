@@ -86,6 +86,11 @@ def test_the_archives_are_in_the_order_of_their_numbers(tmp_path):
     assert open_source(str(root / "p-*.zip")).names == open_source(str(root)).names
 
 
+def test_a_pattern_names_no_hidden_file(tmp_path):
+    files = {"p0.tar": tar_of([("1.png", PNG)]), "._p0.tar": b"what a Mac leaves beside it"}
+    assert open_source(str(write_files(tmp_path / "set", files) / "*.tar")).names == ["1.png"]
+
+
 def test_archives_named_by_the_classes_of_imagenet_are_classes(tmp_path):
     files = {f"n0000000{n}.tar": tar_of([(f"n0000000{n}_{i}.JPEG", PNG) for i in range(2)]) for n in (2, 1)}
     assert labels_of(write_files(tmp_path / "set", files)) == (["n00000001", "n00000002"], [0, 0, 1, 1])
@@ -106,6 +111,13 @@ def test_a_class_may_be_a_key_of_the_json(tmp_path):
     (tmp_path / "x.tar").write_bytes(tar_of(members))
     assert labels_of(tmp_path / "x.tar", columns=Columns(label="kind")) == (["ant", "cat"], [1, 0])
     assert labels_of(tmp_path / "x.tar", unlabelled=True) == ([""], [0, 0])
+
+
+def test_a_json_whose_key_ends_like_a_list_of_classes_is_a_note_of_its_picture(tmp_path):
+    members = [("my-classes.jpg", PNG), ("my-classes.json", b'{"label": 3}')]
+    members += [("2.jpg", PNG), ("2.json", b'{"label": 5}')]
+    (tmp_path / "x.tar").write_bytes(tar_of(members))
+    assert labels_of(tmp_path / "x.tar") == (["3", "5"], [1, 0])
 
 
 def test_captions_beside_the_pictures_are_no_classes(tmp_path):

@@ -156,6 +156,7 @@ FAULTS = {
     "a,b,c\n1,2,3\n": "has no column file_name (a, b, c). Name it: --image-column",
     "file_name,b,c\n00.png,2,3\n": "has no column label (file_name, b, c). Name it: --label-column",
     "file_name,label\n00.png,\n": "line 2 (00.png) has no label. Give it one, or take all pictures as one class",
+    "file_name,label\n00.png, \n": "line 2 (00.png) has no label. Give it one, or take all pictures as one class",
     "file_name,label\n,cat\n": "line 2 has no file_name. Name the picture, or remove the line",
     "file_name,label\n00.png,cat,3\n": "line 2 has 3 columns, the first line has 2. Mend it",
     "file_name,label\n00.png\n": "line 2 has 1 columns, the first line has 2. Mend it",
@@ -188,6 +189,13 @@ def test_a_broken_jsonl_is_one_clear_line(tmp_path):
     (tmp_path / "t.jsonl").write_bytes(b"\xff\xfe")
     assert "is not text (byte 0 is not UTF-8)" in fault_of(source, table=str(tmp_path / "t.jsonl"))
     assert "cannot be read (No such file" in fault_of(source, table=str(tmp_path / "nowhere.csv"))
+
+
+def test_a_line_of_jsonl_ends_at_a_line_feed_and_at_no_separator_inside_a_caption(tmp_path):
+    rows = [{"file_name": name, "label": "cat", "text": "a\u2028b\x85c\u2029d"} for name in PICTURES]
+    table = "\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    source = folder_of({**PICTURES, "metadata.jsonl": table}, tmp_path / "set")
+    assert labels_of(source) == (["cat"], [0] * 12)
 
 
 def test_two_tables_in_one_folder_need_a_choice(tmp_path):

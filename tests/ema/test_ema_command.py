@@ -69,6 +69,13 @@ def test_an_average_that_was_not_kept_is_what_training_would_have_kept(run, tmp_
     assert checkpoint.origin["averaged_again"]["files"] > 15
 
 
+def test_half_lives_that_look_the_same_have_files_of_their_own_and_keep_every_digit(run, tmp_path, capsys):
+    lives = (1234567.0, 1234567.5)
+    averages_of(run, capsys, *(f"--half-life={life}" for life in lives), "--out", str(tmp_path / "averages"))
+    files = sorted((tmp_path / "averages").glob("*.safetensors"))
+    assert [load_checkpoint(file).origin["half_life"] for file in files] == list(lives)
+
+
 def test_a_power_function_weighs_the_steps_by_a_power(run, tmp_path, capsys):
     averages_of(run, capsys, "--power", "0.2", "--out", str(tmp_path / "averages"))
     raw = [weights(run / "checkpoints" / f"step-{step:08d}" / "raw.safetensors") for step in range(1, 17)]

@@ -13,7 +13,7 @@ import ruler
 import torch
 
 from alphaflow_cli.errors import AlphaflowError
-from alphaflow_cli.evaluate.evaluate import Ruler, make_reference
+from alphaflow_cli.evaluate.evaluate import Ruler, default_metrics, find_reference, make_reference
 from alphaflow_cli.evaluate.pictures import open_pictures
 from alphaflow_cli.evaluate.reference import (
     HALF_PIXEL,
@@ -77,6 +77,15 @@ def test_a_reference_built_again_has_the_same_hash_and_another_mean_another(tmp_
     reference.stats["tiny"].mean[0] += 1e-9
     save_reference(reference, tmp_path / "moved.safetensors")
     assert load_reference(tmp_path / "moved.safetensors").facts["sha256"] not in hashes
+
+
+def test_files_of_the_home_folder_may_be_named_by_a_tilde(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    np.savez(tmp_path / "real.npz", arr_0=ruler.pictures(100).permute(0, 2, 3, 1).numpy())
+    built = build(tmp_path, "~/real.npz")
+    found = find_reference("~/r.safetensors", (32, 32), None)  # as a recipe's eval.reference may be written
+    assert found.facts["sha256"] == built.facts["sha256"]
+    assert default_metrics("~/r.safetensors") == ("fd-tiny",)
 
 
 def test_adm_edm_and_meanflow_npz_are_told_apart(tmp_path: Path) -> None:

@@ -7,6 +7,8 @@ import io
 import json
 import re
 import tarfile
+import threading
+from socketserver import BaseRequestHandler, TCPServer
 
 import numpy as np
 import pytest
@@ -18,8 +20,9 @@ from places import ROOT
 from small_models import pixel_checkpoint
 
 from alphaflow_cli.cli import run
+from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.export import web
-from alphaflow_cli.remote.registry import NpmPackage
+from alphaflow_cli.remote.registry import NpmPackage, fetch_package
 
 NEEDS_BROWSER = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on the PATH")
 DRAWN = r'id="picture"[^>]*src="data:image/png;base64,([^"]+)"'
@@ -79,6 +82,31 @@ def test_without_a_network_one_line_says_how_to_bring_the_runtime(runtime, tmp_p
     assert "http://127.0.0.1:9/onnxruntime-web/-/onnxruntime-web-1.2.3.tgz: cannot be fetched" in line
     assert "npm pack onnxruntime-web@1.2.3; then export with --runtime onnxruntime-web-1.2.3.tgz" in line
     assert not (tmp_path / "page").exists()
+
+
+ANSWERS = {
+    "no port": "http://127.0.0.1:abc",
+    "no host": "http://[::1",
+    "a blank": "http://127.0.0.1/a b",
+    "noise": b"what is this?\r\n\r\n",
+    "half an answer": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nffff\r\nab",
+}
+
+
+@pytest.mark.parametrize("answer", ANSWERS)
+def test_a_registry_that_is_none_is_one_line(runtime, answer, monkeypatch):
+    class Answers(BaseRequestHandler):
+        def handle(self):
+            self.request.recv(4096)
+            self.request.sendall(ANSWERS[answer])
+
+    with TCPServer(("127.0.0.1", 0), Answers) as server:
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        here = f"http://127.0.0.1:{server.server_address[1]}"
+        monkeypatch.setenv("npm_config_registry", here if isinstance(ANSWERS[answer], bytes) else ANSWERS[answer])
+        with pytest.raises(AlphaflowError, match=r"cannot be fetched \(.*then export with --runtime"):
+            fetch_package(web.RUNTIME, None)
+        server.shutdown()
 
 
 def test_another_file_than_the_known_one_is_refused(runtime, tmp_path, monkeypatch, capsys):

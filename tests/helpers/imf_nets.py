@@ -4,7 +4,7 @@ import torch
 from golden_data import arrays
 from torch import Tensor
 
-from alphaflow_cli.convert.imf import bare_names, from_imf, imf_names
+from alphaflow_cli.convert.imf import PREFIX, TOKENS, bare_names, from_imf, imf_names
 from alphaflow_cli.model.build import build_network
 from alphaflow_cli.nn.dit import DiT
 from alphaflow_cli.recipe import Recipe
@@ -34,6 +34,16 @@ def network_a(dtype: torch.dtype = torch.float64) -> DiT:
     state = {name: torch.tensor(value) for name, value in arrays("imf_state_A.npz").items()}
     net.load_state_dict(from_imf(bare_names(state), NAMES_A))
     return net
+
+
+def to_imf(weights: dict[str, Tensor], names: dict[str, tuple[str, ...]]) -> dict[str, Tensor]:
+    """Take our tables apart into theirs, under their names without wrappers."""
+    apart: dict[str, Tensor] = {}
+    for ours, theirs in names.items():
+        value = weights[ours]
+        sizes = TOKENS if theirs == PREFIX else [len(value) // len(theirs)] * len(theirs)
+        apart |= dict(zip(theirs, torch.split(value, sizes), strict=True))
+    return apart
 
 
 def guide_of(file: str, prefix: str = "") -> Tensor:

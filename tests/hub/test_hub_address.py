@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from alphaflow_cli.errors import AlphaflowError
-from alphaflow_cli.hub import Repo, parse_address
+from alphaflow_cli.remote.address import Repo, parse_address
 
 REPOSITORIES = {
     "user/model": Repo("user/model", None, None),

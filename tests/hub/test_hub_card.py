@@ -88,6 +88,13 @@ def test_the_card_bears_the_runs_name_and_says_by_which_recipe(finished, tmp_pat
     assert "alphaflow sample user/mine " in card.text
 
 
+def test_a_dry_run_ends_with_the_command_that_sends_the_same(finished, tmp_path, capsys):
+    line = ["push", str(finished), "me/run", "--private", "--license", "mit", "--dry-run"]
+    assert run([*line, "--out", str(tmp_path / "hub")]) == 0
+    whole = f"to send it: alphaflow push {finished} me/run --private --license mit\n"
+    assert whole in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("step", "known"), [(40, True), (100, False)])
 def test_the_card_of_an_unfinished_run_says_so(step, known, tmp_path):
     text = (staged(write_checkpoint(tmp_path / "m.safetensors", step=step), tmp_path) / "README.md").read_text()

@@ -12,9 +12,9 @@ import pytest
 from hub_fixtures import alphaflow, hub, project_run, write_checkpoint  # noqa: F401 (fixtures)
 from hub_server import Fault
 
-from alphaflow_cli.hub import resolve_checkpoint
 from alphaflow_cli.hub.stage import open_publication, stage
 from alphaflow_cli.remote import client
+from alphaflow_cli.remote.download import resolve_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 LOGIN_PAGE = b"<!DOCTYPE html><html><title>Log in to the network</title></html>"

@@ -38,8 +38,9 @@ def test_a_space_is_pushed_beside_the_model_and_can_be_pushed_again(hub, project
     assert {name: head[name] for name in wanted} == wanted
 
 
-def test_a_space_that_is_something_else_is_kept_and_nothing_is_sent(hub, project_run, capsys):  # noqa: F811
-    hub.add("me/other.space", {"app.py": b"print('mine')"})
+@pytest.mark.parametrize("name", ["app.py", "index.html"])
+def test_a_space_that_is_something_else_is_kept_and_nothing_is_sent(name, hub, project_run, capsys):  # noqa: F811
+    hub.add("me/other.space", {name: b"print('mine')"})
     code, err = alphaflow("push", "runs/tiny", "me/tiny", "--space=me/other", capsys=capsys)
     assert code == 1
     assert "me/other: this Space is something else. Choose another name: --space=user/name" in err

@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import os
 
+import huggingface_hub
 import pytest
 import torch
 from hub_fixtures import hub, write_checkpoint, write_results  # noqa: F401 (a fixture)
@@ -10,9 +12,9 @@ from hub_server import Fault
 
 import alphaflow_cli
 from alphaflow_cli.cli import run
-from alphaflow_cli.hub import pull, resolve_checkpoint, resolve_file
 from alphaflow_cli.hub.stage import open_publication, stage
 from alphaflow_cli.model.checkpoint import load_checkpoint
+from alphaflow_cli.remote.download import pull, resolve_checkpoint, resolve_file
 
 # huggingface_hub 2.x hands its HTTP library bytes in a way that library no longer likes.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
@@ -216,6 +218,14 @@ def test_pull_copies_the_published_files_and_names_the_commit(hub, published, tm
     assert f"me/tiny@{published[1]}" in out.err
     assert {path.name for path in (tmp_path / "here").iterdir()} == LAYOUT - {"results.json"}
     assert load_checkpoint(tmp_path / "here" / "model.safetensors").recipe.name == "tiny"
+
+
+def test_pull_copies_nothing_else_that_the_cache_has_of_the_model(hub, published, staged, tmp_path, capsys):  # noqa: F811
+    hub.repos["me/tiny"].commit(staged[1] | {"raw.safetensors": b"weights", "notes/a.txt": b"notes"})
+    huggingface_hub.snapshot_download("me/tiny", cache_dir=os.environ["HF_HUB_CACHE"], endpoint=hub.url)
+    for _ in range(2):  # the second one finds the folder of the first, and knows it
+        assert run(["pull", "me/tiny", "-o", str(tmp_path / "here")]) == 0, capsys.readouterr().err
+    assert {path.name for path in (tmp_path / "here").iterdir()} == LAYOUT - {"results.json"}
 
 
 def test_offline_the_cache_serves_and_that_is_said(hub, published, capsys):  # noqa: F811

@@ -230,6 +230,7 @@ BROKEN = {  # form, what is done to the source, and the words of the line
     "no label": ("dit-npy", lambda f: (f / LABEL).unlink(), "imagenet256_labels/3.npy: cannot be read as .npy"),
     "two labels": ("dit-npy", lambda f: np.save(f / LABEL, np.array([1, 2])), "the shape (2,), the others have (1,)"),
     "half a label": ("dit-npy", lambda f: np.save(f / LABEL, np.array([1.5])), "should be one whole number"),
+    "lost latents": ("dit-npy", lambda f: (f / LATENT).unlink(), "3.npy is in imagenet256_labels and not in"),
     "not finite": ("dit-npy", lambda f: np.save(f / LATENT, NAN), "'3.npy': its latent is not finite in float16"),
     "out of range": (
         "lightningdit",
@@ -237,6 +238,13 @@ BROKEN = {  # form, what is done to the source, and the words of the line
         "label 7, out of range",
     ),
     "negative": ("lightningdit", lambda f: shard(f, FIRST, labels=torch.tensor([0, -1])), "should be one whole number"),
+    "one label for all": ("lightningdit", lambda f: shard(f, FIRST, labels=torch.tensor(3)), "do not go together"),
+    "no rows": ("lightningdit", lambda f: [shard(f, x.name, count=0) for x in f.glob("*.saf*")], "holds no latents"),
+    "beyond": (
+        "lightningdit",
+        lambda f: shard(f, FIRST, labels=torch.tensor([0, -1]).view(torch.uint64)),
+        "should be one whole number",
+    ),
     "fewer labels": ("lightningdit", lambda f: shard(f, FIRST, labels=torch.tensor([0])), "do not go together"),
     "no latents": ("lightningdit", lambda f: shard(f, FIRST, latents=None), "latents and labels are wanted"),
     "another side": ("lightningdit", lambda f: shard(f, LAST, side=2), OTHER),

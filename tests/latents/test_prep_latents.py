@@ -236,10 +236,11 @@ def test_an_autoencoder_that_cannot_be_fetched_names_the_way_without_one(tree, t
         prepare(tree, tmp_path / "s", autoencoder="stabilityai/sd-vae-ft-ema")
 
 
-def test_other_weights_of_the_same_name_are_refused(vae, tree, tmp_path):
+@pytest.mark.parametrize("lost", [("manifest.json", "train-00000.json"), ("train-00000.safetensors",)])
+def test_other_weights_of_the_same_name_are_refused(vae, tree, tmp_path, lost):
     out = prepare(tree, tmp_path / "s", size=32, autoencoder=str(vae[0]), limit=4)
-    (out / "manifest.json").unlink()
-    (out / "train-00000.json").unlink()
+    for name in lost:
+        (out / name).unlink()
     tiny_kl(tmp_path / "other" / "tiny-kl", seed=5)
     with pytest.raises(AlphaflowError, match=r"autoencoder\.weights_sha256 is"):
         prepare(tree, out, size=32, autoencoder=str(tmp_path / "other" / "tiny-kl"), limit=4)

@@ -16,7 +16,7 @@ from tiny_autoencoders import tiny_kl
 from alphaflow_cli.data.manifest import read_manifest
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.latents import encode
-from alphaflow_cli.latents.encode import StoreRequest, work
+from alphaflow_cli.latents.encode import StoreRequest, encode_shards, load_encoder
 from alphaflow_cli.latents.plan import plan_job
 from alphaflow_cli.latents.prepare import prepare_store
 from alphaflow_cli.model.compiling import compile_part
@@ -70,7 +70,7 @@ def test_the_host_waits_once_for_a_batch_that_has_the_next_one_behind_it(vae, tr
             for name, value in part._parameters.items():
                 part._parameters[name] = value.detach().to(GPU) if value is not None else None
         gpu.found.clear()
-        work(job, [0, 1], GPU, lambda count: None)
+        encode_shards(job, [0, 1], load_encoder(job, GPU), GPU, lambda count: None)
     assert gpu.found == []
     assert gpu.on_device > 300
     assert len(Event.waits) == 4 + 1  # of 64 pictures: 256 in the first shard, 44 in the second

@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 from golden_data import FOLDER, arrays, assert_close, tensor
-from imf_nets import AT_INFERENCE, NAMES_A, SIZES, TRAINED, guide_of, network_a, recipe_a, recipe_of
+from imf_nets import AT_INFERENCE, NAMES_A, SIZES, TRAINED, guide_of, network_a, recipe_a, recipe_of, to_imf
 
-from alphaflow_cli.convert.imf import bare_names, to_imf
+from alphaflow_cli.convert.imf import bare_names
 from alphaflow_cli.model.build import build_network, network_shapes
 from alphaflow_cli.nn.layers import time_features, time_features_speed
 from alphaflow_cli.nn.modern import turned, turns

@@ -1,6 +1,7 @@
 """Recipes that are sound: the shipped ones, the dump, `--set`, and what `recipe show` says of them."""
 
 import json
+import os
 from dataclasses import fields, is_dataclass
 
 import pytest
@@ -8,6 +9,7 @@ import yaml
 from places import ROOT
 
 from alphaflow_cli.cli import run
+from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.recipe import Recipe, diff_recipes, dump_recipe, load_recipe, recipe_from_text, shipped
 from alphaflow_cli.recipe import schema as schema_module
 from alphaflow_cli.recipe.loader import set_text
@@ -116,6 +118,23 @@ def test_any_text_survives_the_dump(value):
     recipe = recipe_from_text(f"data: {{store: {json.dumps(value, ensure_ascii=False)}}}", "r")
     assert recipe.data.store == value
     assert recipe_from_text(dump_recipe(recipe), "r") == recipe
+
+
+@pytest.mark.parametrize("name", ["my gulls", "Möwen", "写真", "b2 (1)", "-x", "10", "no", "v1.5+a"])
+def test_a_recipe_is_named_as_its_file_and_what_a_run_writes_of_it_is_read_again(name, tmp_path):
+    """A name that only the file has was written into the run and its checkpoints, and refused there."""
+    (tmp_path / f"{name}.yaml").write_text("train: {steps: 400}\nalpha: 0\n")
+    recipe = load_recipe(str(tmp_path / f"{name}.yaml"))
+    assert recipe.name == name
+    assert recipe_from_text(dump_recipe(recipe), "recipe.yaml") == recipe
+
+
+def test_a_file_whose_name_can_name_no_folder_is_refused_before_anything_is_written_under_it(tmp_path):
+    for name in ("...yaml", "a\\b.yaml", "a\nb.yaml", os.fsdecode(b"\xff.yaml")):
+        (tmp_path / name).write_text("train: {steps: 400}\nalpha: 0\n")
+        with pytest.raises(AlphaflowError, match="names a folder"):
+            load_recipe(str(tmp_path / name))
+        assert load_recipe(str(tmp_path / name), ["name=good"]).name == "good"
 
 
 def test_expected_scores_survive_the_dump_and_a_set_and_other_yaml_readers_understand_them():

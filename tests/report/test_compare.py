@@ -11,7 +11,9 @@ from alphaflow_cli.evaluate.results import document, read_results
 from alphaflow_cli.model.find import best_name
 from alphaflow_cli.recipe import dump_recipe, load_recipe
 from alphaflow_cli.report.compare import read_run
+from alphaflow_cli.report.run import curves_of
 from alphaflow_cli.report.scores import curves_of_scores, expected_notes, scores_chart
+from alphaflow_cli.train.journal import read_rows
 from alphaflow_cli.train.scores import score_rows
 
 
@@ -45,6 +47,15 @@ def test_the_page_shows_scores_over_steps_above_what_the_recipe_expects(folder, 
     assert "Scores while training" in page.text
     assert "FD-tiny of 2,000 pictures, measured" in page.text
     assert "best-nfe1.safetensors: step 300, FD-tiny-2k 20." in page.text
+
+
+def test_the_curve_of_a_velocity_head_is_drawn_though_the_last_row_of_the_journal_holds_scores(folder):
+    recipe, rows = load_recipe(str(folder / "recipe.yaml")), read_rows(folder / "metrics.jsonl")
+    for row in rows:
+        row |= {} if "scores" in row else {"l_head": 0.5}
+    drawn = [line.label for panel in curves_of(recipe, rows).panels for line in panel.lines]
+    assert "velocity head" in drawn
+    assert "velocity head" not in [line.label for panel in curves_of(recipe, rows[3:]).panels for line in panel.lines]
 
 
 def test_a_run_without_scores_draws_none_and_one_of_another_metric_expects_nothing(tmp_path):
@@ -108,6 +119,25 @@ def test_scores_of_one_protocol_share_a_line_and_others_do_not(folder, capsys):
     assert "FD-tiny-2k 1 7.50 1.25 fd_haar192" in text
     assert "FD-tiny-2k 2 3.25  fd_haar192" in text.replace("3.25 fd", "3.25  fd")
     assert "1.25 fd_haar192; reference glyphs (99999999)" in text
+
+
+def test_scores_at_two_scales_of_guidance_are_two_lines(folder, capsys):
+    """Of a network that takes the scale as an input the last one measured stood for all, beside any other run's."""
+    results = read_results(folder / "results.json")
+    (evaluation,) = results["evaluations"]
+    told = {2.0: None, 7.0: [0.4, 0.65]}
+    rows = [
+        row | {"value": scale, "pictures": row["pictures"] | {"guidance_scale": scale, "guidance_interval": interval}}
+        for scale, interval in told.items()
+        for row in evaluation["rows"][:1]
+    ]
+    evaluations = [{**evaluation, "rows": [row]} for row in rows]
+    (folder / "results.json").write_text(json.dumps(document([]) | {"evaluations": evaluations}))
+    text = compare(folder, pair(folder), capsys).text
+    assert "FD-tiny-2k 2 2.00 2.00 fd_haar192" in text
+    assert "FD-tiny-2k 2 7.00 7.00 fd_haar192" in text
+    assert "; guidance 2.0" in text
+    assert "; guidance 7.0 in [0.4, 0.65]" in text
 
 
 def test_runs_of_other_batches_are_compared_over_pictures_seen(folder, capsys):

@@ -1,6 +1,7 @@
 """`sample` and `eval` with `--decoder`: it reaches every process, the protocol tells it, no pass mixes precisions."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
@@ -9,12 +10,14 @@ import pytest
 from latent_models import latent_models
 from new_process import alphaflow
 from small_models import pixel_checkpoint
+from tiny_autoencoders import tiny_dc, tiny_kl
 
 import alphaflow_cli
 from alphaflow_cli import cli
 from alphaflow_cli.commands import evaluate, sample
 from alphaflow_cli.evaluate.measure import CHUNK
 from alphaflow_cli.evaluate.pictures import GeneratedImages
+from alphaflow_cli.model.checkpoint import load_checkpoint, save_checkpoint
 from alphaflow_cli.sample.generator import DecoderChoice, Generator
 
 
@@ -101,7 +104,7 @@ def evaluation(checkpoint, reference, out: Path, *options) -> dict:
     """The one row of an evaluation of 300 pictures: two chunks."""
     line = ["eval", checkpoint, "--metrics", "fd-tiny", "--nfe", "1", "--images", "300", "--out", str(out)]
     assert cli.run([*line, "--reference", str(reference), *options]) == 0
-    (results,) = out.glob("*/results.json")
+    results = max(out.glob("*/results.json"), key=lambda path: path.stat().st_mtime_ns)
     (found,) = json.loads(results.read_text())["evaluations"]
     return found
 
@@ -141,6 +144,38 @@ def test_a_pass_begun_in_float32_is_not_continued_in_bf16(checkpoint, reference,
     found = evaluation(checkpoint, reference, tmp_path / "cut", "--decoder", "bf16")
     assert found["rows"][0]["value"] == whole["bf16"]["rows"][0]["value"]
     assert found["pictures_sha256"] == whole["bf16"]["pictures_sha256"]
+
+
+def test_pictures_of_another_autoencoder_are_not_taken_for_those_of_the_first(folder, checkpoint, reference, tmp_path):
+    """A converted checkpoint does not know the weights of its autoencoder, so that any may be named."""
+    tiny_kl(tmp_path / "other", seed=3)
+    kept = load_checkpoint(Path(checkpoint))
+    origin = {**kept.origin, "autoencoder": {"id": "tiny-kl", "revision": "", "weights_sha256": ""}}
+    converted = str(tmp_path / "converted.safetensors")
+    save_checkpoint(Path(converted), replace(kept, origin=origin))
+    first, second = (("--autoencoder", str(place)) for place in (folder / "tiny-kl", tmp_path / "other"))
+
+    drawn(converted, tmp_path / "p", *first)
+    assert cli.run(["sample", converted, "--seeds", "0-20", *second, "--out", str(tmp_path / "p")]) == 1
+
+    one, other = (evaluation(converted, reference, tmp_path / "e", *which) for which in (first, second))
+    assert one["id"] != other["id"]
+    assert one["pictures_sha256"] != other["pictures_sha256"]
+
+
+def test_an_autoencoder_of_other_latents_or_for_a_model_of_pixels_is_refused(checkpoint, tmp_path, capsys):
+    tiny_dc(tmp_path / "dc")
+    kept = load_checkpoint(Path(checkpoint))
+    converted = str(tmp_path / "converted.safetensors")
+    save_checkpoint(Path(converted), replace(kept, origin={**kept.origin, "autoencoder": {"id": "tiny-kl"}}))
+    pixels = str(pixel_checkpoint(tmp_path / "pixels.safetensors"))
+    for path, fault in (
+        (converted, "makes 8 px of 4×2×2 latents, and this model's are of 16 px"),
+        (pixels, "this model makes pixels without one; leave it out"),
+    ):
+        line = ["sample", path, "--autoencoder", str(tmp_path / "dc"), "--grid", str(tmp_path / "g.png")]
+        assert cli.run(line) == 1
+        assert f"--autoencoder {tmp_path / 'dc'}: {fault}" in capsys.readouterr().err
 
 
 def test_a_decoder_is_not_asked_of_who_has_none(tmp_path, reference, capsys):

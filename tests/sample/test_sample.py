@@ -12,9 +12,11 @@ from small_models import checkpoint_m, pixel_checkpoint, recipe_m
 from alphaflow_cli import cli
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.model.checkpoint import load_checkpoint, save_checkpoint
+from alphaflow_cli.model.find import find_class
 from alphaflow_cli.recipe.schema import Sample
-from alphaflow_cli.sample.generator import Generator
+from alphaflow_cli.sample.generator import Generator, open_generator
 from alphaflow_cli.sample.walk import draw_labels, plan_walk
+from alphaflow_cli.train.samples import SampleGrids
 
 
 @pytest.fixture
@@ -101,6 +103,21 @@ def test_guidance_at_sampling_mixes_both_velocities(tmp_path):
     assert walk.nfe == 2
 
 
+def test_a_model_without_labels_shows_no_class_though_its_store_had_some(tmp_path):
+    """Every row of the training's grid bore the name of the first class."""
+    generator = open_generator(str(pixel_checkpoint(tmp_path / "c.safetensors", classes=0)))
+    shown = SampleGrids()._grid(generator)
+    assert generator.class_names == []
+    generator.origin["class_names"] = []
+    assert SampleGrids()._grid(generator) == shown
+
+
+def test_the_grid_of_a_run_is_drawn_by_heun_at_evaluations_that_it_has(tmp_path):
+    generator = open_generator(str(pixel_checkpoint(tmp_path / "c.safetensors")))
+    generator.recipe = replace(generator.recipe, sample=Sample(sampler="heun"))
+    assert SampleGrids()._grid(generator).startswith(b"\x89PNG")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -126,6 +143,32 @@ def test_a_wish_that_cannot_be_granted_gets_one_line(tmp_path, capsys, options, 
     assert message in said
     assert "Traceback" not in said
     assert not (tmp_path / "x.npy").exists()
+
+
+def test_a_name_that_two_classes_bear_is_answered_with_their_numbers():
+    """ImageNet has two cranes; the message said that it had none."""
+    names = ["tench, Tinca tinca", "crane", "dog", "Crane, lifting device"]
+    assert find_class("dog", names, 4) == 2
+    assert find_class("lifting device", names, 4) == 3
+    with pytest.raises(AlphaflowError, match=r"--classes crane: the name of several classes: 1, 3\. Give a number"):
+        find_class("crane", names, 4)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--out", "cat.png"), "a folder for pictures, or FILE.npz; for one picture of all: --grid cat.png"),
+        (("--out", "all.tar"), "a folder for pictures, or FILE.npz"),
+        (("--out", "all.npy"), "a folder for pictures, or FILE.npz"),
+        (("--latents", "z.png"), "latents are a file .npy"),
+    ],
+)
+def test_a_name_that_would_hide_what_is_in_the_file_is_refused(tmp_path, monkeypatch, capsys, options, message):
+    monkeypatch.chdir(tmp_path)
+    path = pixel_checkpoint(tmp_path / "c.safetensors")
+    assert cli.run(["sample", str(path), "--seeds", "0", *options]) == 2
+    assert message in capsys.readouterr().err
+    assert [*tmp_path.iterdir()] == [path]
 
 
 @pytest.mark.parametrize(

@@ -209,7 +209,7 @@ def test_another_checkpoint_is_another_request_and_other_seeds_of_a_folder_are_n
     assert "record damaged there" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("other", [("--classes", "3"), ("--seeds", f"1-{COUNT}")])
+@pytest.mark.parametrize("other", [("--classes", "3"), ("--seeds", f"1-{COUNT}"), ("--seeds", f"0-{COUNT}")])
 def test_an_unfinished_array_knows_its_seeds_and_classes(model, tmp_path, capsys, other):
     out = tmp_path / "all.npz"
     killed_in_the_middle(model, out, 1, tmp_path / "killed")

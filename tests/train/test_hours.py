@@ -100,3 +100,17 @@ def test_where_steps_take_long_a_part_of_the_rows_is_timed_and_it_is_said(tmp_pa
 def test_the_plan_says_how_many_expected_scores_a_recipe_has_and_not_their_fields(capsys):
     assert cli(["train", "quickstart", "--set", "expected=[]", "--dry-run"]) == 0
     assert "expected: 2 scores in the shipped quickstart, 0 scores here" in capsys.readouterr().out
+
+
+def test_a_plan_is_for_as_many_processes_as_the_run_would_start(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    make_recipe(tmp_path)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+
+    def processes(*options):
+        assert cli(["train", "tiny.yaml", "--dry-run", "--json", *options]) == 0
+        return json.loads(capsys.readouterr().out)["split"]["processes"]
+
+    assert processes() == 4
+    assert processes("--device", "cpu") == 1
+    assert processes("--processes", "8") == 8  # a plan may be for another machine

@@ -8,8 +8,9 @@ import json
 import pytest
 import torch
 from golden_data import FOLDER, arrays, assert_close, tensor
+from imf_nets import to_imf
 
-from alphaflow_cli.convert.imf import bare_names, from_imf, imf_names, to_imf
+from alphaflow_cli.convert.imf import bare_names, from_imf, imf_names
 from alphaflow_cli.core import guidance, sampler
 from alphaflow_cli.core.draws import StepDraws
 from alphaflow_cli.core.times import sample_times

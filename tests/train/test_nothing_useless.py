@@ -75,6 +75,7 @@ def test_a_finished_run_goes_on_where_more_steps_change_nothing_of_it(store, tmp
     [
         (("alpha.end=50%",), "alpha"),
         (("alpha=0.5", "optim.final_lr=0"), "the learning rate"),
+        (("alpha=0.5", "loss.short_first=true"), "loss.short_first"),
         (("alpha=0.5", "times.equal_share.kind=step", "times.equal_share.start=50%"), "times.equal_share"),
     ],
 )

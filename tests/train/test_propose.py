@@ -18,6 +18,7 @@ from alphaflow_cli.data.manifest import read_manifest
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.recipe import load_recipe, recipe_from_text, shipped
 from alphaflow_cli.recipe.plan import warnings_of
+from alphaflow_cli.train.estimate import PhaseTime
 from alphaflow_cli.train.propose import RecipeRequest, of_count, of_steps, propose_recipe, rounded, written_for
 from alphaflow_cli.train.store import disagreements
 
@@ -178,6 +179,20 @@ def test_hours_on_a_gpu_elsewhere_are_those_of_an_h100(tmp_path):
     assert any("H100" in note for note in one.notes)
     with pytest.raises(AlphaflowError, match="nothing is known of the speed of fp32 on a GPU that is not here"):
         proposal(store, like="soflow-b2", memory=24e9, hours=8)
+
+
+def test_hours_are_those_of_as_many_processes_as_the_run_would_start(tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    timed = []
+
+    def measure(recipe, options, processes):
+        timed.append(processes)
+        return [PhaseTime("flow", recipe.train.steps, 1e-3, 0)], False
+
+    monkeypatch.setattr("alphaflow_cli.train.hours.measure_phases_of", measure)
+    store = pixels(tmp_path / "pixels", 300, 16, 4)
+    assert "4 processes" in proposal(store, like="quickstart", hours=0.02).text
+    assert timed == [4]
 
 
 @pytest.mark.slow

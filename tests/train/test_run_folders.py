@@ -19,7 +19,7 @@ from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.model.checkpoint import load_checkpoint, save_checkpoint
 from alphaflow_cli.nn.weights import fit_weights
 from alphaflow_cli.tensors import SEAL
-from alphaflow_cli.train import state
+from alphaflow_cli.train import samples, start, state
 from alphaflow_cli.train.run import texts_apart
 
 FEW = ("train.steps=8", "alpha=0.5", "train.save_every=4", "train.log_every=2")
@@ -42,6 +42,15 @@ def whole(store, tmp_path_factory):
     """The run that nobody disturbed."""
     folder = tmp_path_factory.mktemp("whole")
     return train(make_recipe(folder, *FEW), store, folder / "run")
+
+
+def test_a_finished_run_is_one_document_with_json(whole, store, capsys):
+    line = ["train", str(whole / "recipe.yaml"), "--data", str(store), "--out", str(whole), "--json"]
+    assert cli(line) == 0
+    model = whole / "model.safetensors"
+    assert json.loads(capsys.readouterr().out) == {
+        "run": str(whole), "samples": str(whole / "samples"), "best": [], "path": str(model)
+    }  # fmt: skip
 
 
 def killed_at(recipe, store, out, step, **more):
@@ -263,6 +272,21 @@ def test_a_grid_that_a_kill_took_is_drawn_when_the_run_resumes(tmp_path):
     assert names == sorted(path.relative_to(out) for path in out.rglob("*"))
     for name in (path for path in names if path.suffix == ".png"):
         assert (out / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_a_grid_for_which_memory_is_short_costs_the_grids_and_the_run_goes_on(store, tmp_path):
+    recipe = make_recipe(tmp_path, *FEW, "train.sample_every=4")
+
+    def work():
+        samples.pictures = run_out
+        return start.train(recipe, start.TrainOptions(tmp_path / "run", store))
+
+    def run_out(*_, **__):
+        raise torch.OutOfMemoryError("simulated")
+
+    started = begin(recipe, store, tmp_path / "run", work=work)
+    assert started.wait() == [0], started.said()
+    assert started.said().count("no sample grids: out of memory (simulated)") == 1
 
 
 def test_averages_whose_half_lives_look_the_same_have_files_of_their_own(store, tmp_path):

@@ -11,6 +11,7 @@ from train_helpers import TIMING, begin, left_behind, make_recipe, train
 
 from alphaflow_cli import cli
 from alphaflow_cli.errors import AlphaflowError
+from alphaflow_cli.evaluate import measure
 from alphaflow_cli.files import sha256_of
 from alphaflow_cli.latents.encode import StoreRequest
 from alphaflow_cli.latents.prepare import prepare_store
@@ -170,7 +171,8 @@ def test_two_processes_share_an_evaluation_and_die_and_resume_together(store, tm
     assert (out / "best-nfe1.safetensors").is_file()
 
 
-def test_an_evaluation_that_fails_on_one_process_costs_its_row_and_the_run_goes_on(store, tmp_path):
+@pytest.mark.parametrize("lost", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["written", "read"])
+def test_an_evaluation_that_fails_on_one_process_costs_its_row_and_the_run_goes_on(lost, store, tmp_path):
     recipe = make_recipe(tmp_path, SCORED, *SHARED, text=PIXELS)
     out = tmp_path / "run"
 
@@ -178,10 +180,21 @@ def test_an_evaluation_that_fails_on_one_process_costs_its_row_and_the_run_goes_
         if os.environ.get("RANK") == "1":
             raise AlphaflowError("features: cannot be written: No space left on device.")
 
-    work = lambda: dying(recipe, store, out, 1, full_disk)  # noqa: E731
+    def lost_chunk():
+        read = measure.load_part
+
+        def fail(*part):
+            measure.load_part = read
+            raise AlphaflowError("features: cannot be read.")
+
+        if os.environ.get("RANK") == "1":
+            measure.load_part = fail
+
+    work = lambda: dying(recipe, store, out, 1, lost_chunk if lost else full_disk)  # noqa: E731
     started = begin(recipe, store, out, processes=2, work=work)
     assert started.wait() == [0, 0], started.said()
-    assert "no scores at step 3, and the training goes on: features: cannot be written" in started.said()
+    reason = "features: cannot be " + ("read" if lost else "written")
+    assert f"no scores at step 3, and the training goes on: {reason}" in started.said()
     assert [row["step"] for row in rows_of(out, scored=True)] == [4]
 
 
