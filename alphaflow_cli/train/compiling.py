@@ -62,7 +62,7 @@ def compile_forms(run: Run) -> None:
                 fault = why_not(error)
                 break
             bar.advance(1)
-    run.optimiser.forget_gradients()
+    run.net.zero_grad()  # to None: DDP has not taken them into its buckets yet, and they would lie beside these
     if run.world.agree(bool(fault)):
         plain_blocks(run.net)
         if fault:

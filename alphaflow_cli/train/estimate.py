@@ -44,6 +44,7 @@ def micro_batch_that_fits(recipe: Recipe, world: World, *, compiled: bool) -> in
         return rows
     fits = _rows_that_fit(recipe, world.device, rows, compiled=compiled, processes=world.size)
     torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()  # the journal tells what the run takes, not what was tried
     return -int(world.largest(-fits))  # the fewest that fit anywhere
 
 
@@ -202,7 +203,7 @@ def timed(work: Callable[[], None]) -> float:
     """Seconds until the work is done, on the device too."""
     started = time.perf_counter()
     work()
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():
         torch.cuda.synchronize()
     return time.perf_counter() - started
 

@@ -211,12 +211,12 @@ class StepGraphs:
 
 def _seconds(work: _Work) -> float:
     """Seconds of one of several such steps in a row."""
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():
         torch.cuda.synchronize()
     began = time.perf_counter()
     for _ in range(TIMED_STEPS):
         work()
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():
         torch.cuda.synchronize()
     return (time.perf_counter() - began) / TIMED_STEPS
 

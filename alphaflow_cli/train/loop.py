@@ -203,6 +203,7 @@ def within_memory(run: Run, gradients: Callable[[], None]) -> None:
         run.optimiser.forget_gradients()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
 
 
 def _runs_out(run: Run, gradients: Callable[[], None]) -> bool:
