@@ -268,7 +268,7 @@ def load(
 
     device: "cpu", "cuda" (or "cuda:1"), or "mps". Default: a GPU where there is one.
     weights: "ema" are averaged over the last part of the training and give the better pictures; "raw" are not.
-    decoder: precision of the autoencoder's decoder; auto is bf16 on a GPU, fp32 on a CPU.
+    decoder: precision of the autoencoder's decoder; auto is bf16 on a GPU that has it, else fp32.
     """
     if weights not in ("ema", "raw"):
         raise AlphaflowError(f"load: weights {weights!r}: there are ema and raw.")

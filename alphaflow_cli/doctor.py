@@ -7,6 +7,7 @@ import os
 import platform
 import re
 import shutil
+from collections.abc import Sequence
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
@@ -21,6 +22,11 @@ CUDA_BUILD = (
     "torch is the build for CUDA {}, and sees no GPU. A GPU that is there needs its driver. On a machine without "
     f"one, the CPU's build is 4 GB smaller: pip install --force-reinstall torch torchvision --index-url {CPU_INDEX}"
 )
+NO_CODE = (
+    "{} (compute capability {}) cannot be used: this torch has no code for it. A newer torch has code for newer GPUs, "
+    "a build for an older CUDA for older ones: pip install --force-reinstall torch torchvision --index-url {}"
+)
+OLDER_INDEX = "https://download.pytorch.org/whl/cu126"
 AUTOENCODERS = ("stabilityai/sd-vae-ft-ema", "stabilityai/sd-vae-ft-mse")
 LITTLE_DISK = 20 * 10**9  # bytes: about what a run of XL/2 keeps
 
@@ -72,9 +78,22 @@ def devices() -> dict[str, Any]:
     present["built_for"] = torch.version.cuda or ""
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         card = torch.cuda.get_device_properties(index)
-        facts = {"bf16": card.major >= 8, "compiles": can_compile(torch.device("cuda", index))}
-        present["cuda"].append({"name": card.name, "bytes": card.total_memory, **facts})
+        facts = {"name": card.name, "bytes": card.total_memory, "bf16": card.major >= 8}
+        facts["compiles"] = can_compile(torch.device("cuda", index))
+        code = torch.version.hip is not None or has_code(card.major, card.minor, torch.cuda.get_arch_list())
+        present["cuda"].append({**facts, "capability": f"{card.major}.{card.minor}", "code": code})
     return present
+
+
+def has_code(major: int, minor: int, architectures: Sequence[str]) -> bool:
+    """Whether a build of torch for these architectures (sm_80, compute_90, …) runs on an NVIDIA card.
+
+    Code for sm_XY runs on the same X from minor number Y on; what is made for compute_XY, on all from there on.
+    """
+    built = [re.match(r"(sm|compute)_(\d+)(\d)", each) for each in architectures]
+    kinds = [(each[1], int(each[2]), int(each[3])) for each in built if each]
+    fits = [(kind == "compute" or x == major) and (x, y) <= (major, minor) for kind, x, y in kinds]
+    return any(fits) or not kinds
 
 
 def weights() -> list[dict[str, Any]]:
@@ -142,8 +161,10 @@ def problems(report: dict[str, Any]) -> list[str]:
         )
         if devices.get("built_for"):
             remarks.append(CUDA_BUILD.format(devices["built_for"]))
+    lacking = [c for c in devices["cuda"] if not c.get("code", True)]
+    remarks += [NO_CODE.format(c["name"], c["capability"], OLDER_INDEX) for c in lacking]
     remarks += [f"{c['name']} has no bf16: set train.precision=fp32" for c in devices["cuda"] if not c["bf16"]]
-    if slow := [card["name"] for card in devices["cuda"] if not card["compiles"]]:
+    if slow := [card["name"] for card in devices["cuda"] if not card.get("compiles", True)]:
         from alphaflow_cli.model.compiling import EAGERLY
 
         remarks.append(f"{slow[0]}: {EAGERLY}")

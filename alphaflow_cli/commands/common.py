@@ -163,7 +163,7 @@ def autoencoder_option(function: Command) -> Command:
 
 def decoder_option(function: Command) -> Command:
     """Add `--decoder auto|fp32|bf16`, the precision in which `sample` and `eval` decode."""
-    help_text = "Precision of the autoencoder's decoder. auto: bf16 on a GPU, fp32 on a CPU."
+    help_text = "Precision of the autoencoder's decoder. auto: bf16 on a GPU that has it, else fp32."
     choice = click.Choice(["auto", "fp32", "bf16"])
     return click.option("--decoder", type=choice, default="auto", show_default=True, help=help_text)(function)
 

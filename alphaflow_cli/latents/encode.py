@@ -24,7 +24,7 @@ from alphaflow_cli.data.writing import write_shard
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.model.compiling import can_compile, compile_by, compile_part
 from alphaflow_cli.nn.autoencoder import Autoencoder, load_autoencoder
-from alphaflow_cli.runtime.precision import encoder_precision, exact_device
+from alphaflow_cli.runtime.precision import encoder_precision, exact_device, has_bf16
 from alphaflow_cli.runtime.processes import smaller_batch_if_full
 from alphaflow_cli.runtime.transfer import Arriving
 from alphaflow_cli.tensors import Array
@@ -240,7 +240,8 @@ def choose_precision(
     reference, std = _moments(encoder, sample, "fp32", device)
     yardstick, bound = (std, MAX_ERROR) if encoder.has_posterior else (reference - reference.mean(), MAX_ERROR_PLAIN)
     unit = float(yardstick.square().mean().sqrt()) or 1.0
-    for name in PRECISIONS if requested == "auto" else [requested]:
+    fast = device.type != "cuda" or has_bf16(device)  # a GPU without bf16 has no TF32 either
+    for name in (PRECISIONS if fast else ["fp32"]) if requested == "auto" else [requested]:
         mean, _ = _moments(encoder, sample, name, device)
         error = float((mean - reference).square().mean().sqrt()) / unit
         if requested == name or error <= bound:

@@ -43,6 +43,13 @@ def encoder_precision(name: str, device: torch.device) -> Iterator[None]:
         yield
 
 
+def has_bf16(device: torch.device) -> bool:
+    """Whether a GPU multiplies in bf16: NVIDIA's before the A100 (V100, T4) imitate it, slower than in float32."""
+    if device.type != "cuda":
+        return False
+    return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 def exact_device(device: torch.device) -> torch.device:
     """Where float64 is computed for a device: there, but for Apple's GPUs, which have none, on the CPU."""
     return torch.device("cpu") if device.type == "mps" else device

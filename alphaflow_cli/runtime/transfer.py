@@ -37,6 +37,12 @@ def _begin_copy(tensor: Tensor) -> Tensor:
     return here.copy_(tensor.contiguous(), non_blocking=True)
 
 
+def wait_for_gpu() -> None:
+    """Wait until the GPU has done all that is queued; nothing where this process uses none, though there may be one."""
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.synchronize()
+
+
 class Laps:
     """The seconds that each part of the queued work takes, from one mark in the queue to the next."""
 

@@ -39,7 +39,7 @@ from alphaflow_cli.model.find import find_checkpoint
 from alphaflow_cli.nn.autoencoder import Autoencoder, load_autoencoder
 from alphaflow_cli.recipe.plan import label_rows, null_label
 from alphaflow_cli.recipe.schema import Recipe
-from alphaflow_cli.runtime.precision import exact_device, true_float32
+from alphaflow_cli.runtime.precision import exact_device, has_bf16, true_float32
 from alphaflow_cli.runtime.processes import choose_device
 from alphaflow_cli.runtime.transfer import Laps
 from alphaflow_cli.sample.walk import LazyLabels, Walk
@@ -72,11 +72,11 @@ class Decoder:
 
 
 def plan_decoder(choice: DecoderChoice, device: torch.device, *, pictures: int, compiled: bool) -> Decoder:
-    """Auto is bf16 on a GPU, fp32 on a CPU. `pictures`: of all processes, so that sharing them changes none."""
+    """Auto is bf16 on a GPU that has it, else fp32. `pictures`: of all processes, so that sharing them changes none."""
     if choice not in get_args(DecoderChoice):
         raise AlphaflowError(f"decoder {choice!r}: there are {', '.join(get_args(DecoderChoice))}")
     on_gpu = device.type == "cuda"
-    if choice == "fp32" or (choice == "auto" and not on_gpu):
+    if choice == "fp32" or (choice == "auto" and not has_bf16(device)):
         return Decoder("fp32")
     if compiled and can_compile(device):
         return Decoder("bf16", compiled=True)
@@ -152,7 +152,7 @@ class Generator:
         self.exact = exact_device(device)
         self.mean, self.std = checkpoint.mean.to(self.exact), checkpoint.std.to(self.exact)
         self.net = net or load_network(checkpoint).to(device).eval()
-        self.bf16 = self.recipe.train.precision == "bf16" and device.type == "cuda"
+        self.bf16 = self.recipe.train.precision == "bf16" and has_bf16(device)
         self.decoder = plan_decoder(decoder, device, pictures=0, compiled=False)
         record: dict[str, Any] = self.origin.get("autoencoder") or {}  # of the one that made the latents
         self._record = record if record.get("id") else {**record, "id": self.recipe.data.autoencoder}

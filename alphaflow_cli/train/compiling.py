@@ -25,6 +25,7 @@ from alphaflow_cli.nn.dit import DiT
 from alphaflow_cli.recipe.plan import phases
 from alphaflow_cli.recipe.schema import Recipe
 from alphaflow_cli.recipe.speed import compiling_pays, graphs_may_pay
+from alphaflow_cli.runtime.precision import has_bf16
 from alphaflow_cli.runtime.processes import World
 from alphaflow_cli.runtime.progress import Progress, say
 from alphaflow_cli.train.graphs import MOST_GRAPHS, StepGraphs, is_capture_fault
@@ -44,9 +45,10 @@ def choose_compile(recipe: Recipe, world: World, saved: bool | None, processes: 
     wanted = compiling_pays(recipe, processes) if saved is None else saved
     if not wanted:
         return False
-    unable = world.agree(not can_compile(world.device))
+    able = can_compile(world.device) and (recipe.train.precision != "bf16" or has_bf16(world.device))
+    unable = world.agree(not able)
     if unable and saved and world.is_main:
-        say("compiled so far, the run goes on eagerly: here torch.compile lacks a GPU, Triton or a C compiler")
+        say("compiled so far, the run goes on eagerly: here torch.compile lacks a GPU, bf16, Triton or a C compiler")
     elif unable and world.device.type == "cuda" and world.is_main:
         say(f"beware: {EAGERLY}")
     return not unable
@@ -69,7 +71,7 @@ def compile_forms(run: Run) -> None:
                 fault = why_not(error)
                 break
             bar.advance(1)
-    run.optimiser.forget_gradients()
+    run.net.zero_grad()  # to None: DDP has not taken them into its buckets yet, and they would lie beside these
     if run.world.agree(bool(fault)):
         plain_blocks(run.net)
         if fault:

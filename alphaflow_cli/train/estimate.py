@@ -24,6 +24,7 @@ from alphaflow_cli.recipe.plan import alpha_at, equal_share_at, phases
 from alphaflow_cli.recipe.schema import Recipe
 from alphaflow_cli.runtime.processes import World, join_world
 from alphaflow_cli.runtime.progress import Progress, duration, say
+from alphaflow_cli.runtime.transfer import wait_for_gpu
 from alphaflow_cli.text import counted
 from alphaflow_cli.train.compiling import choose_compile, choose_graphs, graphs_pay
 from alphaflow_cli.train.graphs import StepGraphs, is_capture_fault, on_own_stream
@@ -44,6 +45,7 @@ def micro_batch_that_fits(recipe: Recipe, world: World, *, compiled: bool) -> in
         return rows
     fits = _rows_that_fit(recipe, world.device, rows, compiled=compiled, processes=world.size)
     torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()  # the journal tells what the run takes, not what was tried
     return -int(world.largest(-fits))  # the fewest that fit anywhere
 
 
@@ -202,8 +204,7 @@ def timed(work: Callable[[], None]) -> float:
     """Seconds until the work is done, on the device too."""
     started = time.perf_counter()
     work()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    wait_for_gpu()
     return time.perf_counter() - started
 
 

@@ -29,6 +29,7 @@ from alphaflow_cli.model.compiling import why_not
 from alphaflow_cli.recipe.plan import PhaseKind, draws_scale, phase_kind
 from alphaflow_cli.recipe.schema import Recipe
 from alphaflow_cli.runtime.progress import say
+from alphaflow_cli.runtime.transfer import wait_for_gpu
 from alphaflow_cli.train.journal import Sums
 from alphaflow_cli.train.optimise import Optimiser
 from alphaflow_cli.train.step import Objective, Rows, guide_of, random_rows, row_factor, training_step
@@ -211,13 +212,11 @@ class StepGraphs:
 
 def _seconds(work: _Work) -> float:
     """Seconds of one of several such steps in a row."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    wait_for_gpu()
     began = time.perf_counter()
     for _ in range(TIMED_STEPS):
         work()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    wait_for_gpu()
     return (time.perf_counter() - began) / TIMED_STEPS
 
 

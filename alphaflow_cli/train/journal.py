@@ -264,8 +264,11 @@ def _run_id(path: Path) -> str:
 
 
 def peak_of(device_name: str, precision: str) -> float | None:
-    """The device's peak in FLOP/s; None where it is not known, or another precision than bf16 is used."""
-    if precision != "bf16":
+    """The device's peak in FLOP/s; None where it is not known, or another precision than bf16 is used.
+
+    A part of a card (MIG) and a laptop's have less than the card whose name they bear.
+    """
+    if precision != "bf16" or "MIG" in device_name or "Laptop" in device_name:
         return None
     return next((peak for name, peak in PEAKS.items() if name in device_name), None)
 

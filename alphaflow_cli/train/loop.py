@@ -57,6 +57,8 @@ def train_steps(
     train, world = run.recipe.train, run.world
     look_every = 1 if world.device.type == "cpu" else CHECK_EVERY
     watch = Watch(run)
+    if run.step < train.steps:
+        settle_buckets(run)
     with Progress("train", train.steps, unit="step", done=run.step, shown=world.is_main) as bar:
         while run.step < train.steps:
             with watch:
@@ -83,6 +85,19 @@ def train_steps(
             if stopping or cut_short:
                 return last and not cut_short
     return True
+
+
+def settle_buckets(run: Run) -> None:
+    """Let DDP arrange its buckets before the first step: it does so anew after its first backward pass.
+
+    The place of a gradient in them decides how its sum over three or more processes is rounded. So without this the
+    first step after every start would be rounded otherwise than the same step of a run that was not interrupted.
+    """
+    if run.optimiser.in_buckets and run.world.size > 2:
+        before = run.sums.values.clone()
+        within_memory(run, lambda: gradients(run, 0))
+        run.sums.values.copy_(before)
+        run.optimiser.forget_gradients()
 
 
 def one_step(run: Run, step: int) -> None:
@@ -188,6 +203,7 @@ def within_memory(run: Run, gradients: Callable[[], None]) -> None:
         run.optimiser.forget_gradients()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
 
 
 def _runs_out(run: Run, gradients: Callable[[], None]) -> bool:

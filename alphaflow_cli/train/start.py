@@ -28,6 +28,7 @@ from alphaflow_cli.recipe.schema import Recipe, Schedule, resolve_step
 from alphaflow_cli.runtime.launch import WARNING, StopFlag, has_parent, is_worker, requeue
 from alphaflow_cli.runtime.lock import NAME as LOCK
 from alphaflow_cli.runtime.lock import hold
+from alphaflow_cli.runtime.precision import has_bf16
 from alphaflow_cli.runtime.processes import (
     Processes,
     World,
@@ -61,7 +62,7 @@ ADJUSTABLE = {  # what a run may change when it goes on: none of it changes what
     *(f"eval.{name}" for name in ("every", "quick_metrics", "quick_images", "quick_nfe", "best_by", "reference")),
     "expected",
 }
-RESIDENT_SHARE = 0.25  # of a GPU's memory that the latents may take
+RESIDENT_SHARE = 0.25  # of a GPU's free memory that the latents may take
 
 
 @dataclass(frozen=True)
@@ -267,7 +268,7 @@ def open_run(recipe: Recipe, options: TrainOptions, world: World) -> Run:
 
 
 def open_stream(recipe: Recipe, store: Path, world: World, *, verify: bool) -> LatentStream:
-    """Open the recipe's stream of latents; a store that fits a quarter of the GPU's memory is kept there."""
+    """Open the recipe's stream of latents; a store that fits a quarter of the GPU's free memory is kept there."""
     resident = fits_on_device(store, recipe.data.flips, world.device)
     if resident and world.is_main:
         say(f"{store}: kept in the GPU's memory")
@@ -302,12 +303,12 @@ def recipe_stream(
 
 
 def fits_on_device(store: Path, flips: bool, device: torch.device) -> bool:
-    """Whether a GPU can hold all latents and still has three quarters of its memory for the training."""
+    """Whether a GPU can hold all latents and still has three quarters of its free memory for the training."""
     if device.type != "cuda":
         return False
     manifest = read_manifest(store)
     halves = 2 if manifest.plan.stores_flips and not flips else 1  # mirror images that are not used stay on disk
-    return manifest.count * manifest.plan.sample_bytes / halves <= torch.cuda.mem_get_info(device)[1] * RESIDENT_SHARE
+    return manifest.count * manifest.plan.sample_bytes / halves <= torch.cuda.mem_get_info(device)[0] * RESIDENT_SHARE
 
 
 def choose_batch_split(
@@ -374,3 +375,6 @@ def say_where(run: Run, options: TrainOptions) -> None:
         say(f"resuming {run.folder} at step {run.step:,} of {steps:,}; {run.split}{unused}")
     else:
         say(f"training {run.folder}: {steps:,} steps; {run.split}")
+        device = run.world.device
+        if device.type == "cuda" and run.recipe.train.precision == "bf16" and not has_bf16(device):
+            say(f"beware: {torch.cuda.get_device_name(device)} imitates bf16, slowly: --set train.precision=fp32")

@@ -105,6 +105,22 @@ def test_a_gpu_that_cannot_compile_is_named_with_what_it_lacks():
     assert doctor.problems(here) == []
 
 
+def test_a_card_that_this_torch_has_no_code_for_is_told():
+    cu130 = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "compute_120"]
+    cards = {(7, 0): False, (7, 5): True, (8, 9): True, (9, 0): True, (10, 3): True, (12, 1): True, (13, 0): True}
+    assert {card: doctor.has_code(*card, cu130) for card in cards} == cards
+    assert not doctor.has_code(12, 0, cu130[:5])
+    assert doctor.has_code(9, 0, ["sm_90a"])
+    assert doctor.has_code(9, 0, []), "a build that says nothing"
+    card = {"name": "Tesla V100", "bytes": 0, "bf16": True, "capability": "7.0", "code": False}
+    devices = {"cuda": [card], "mps": False, "error": ""}
+    here = {"packages": {"click": "8"}, "weights": [], "caches": [], "free_bytes": 10**12, "devices": devices}
+    (remark,) = doctor.problems({**here, "hub": {"token": True, "offline": False}})
+    assert remark.startswith("Tesla V100 (compute capability 7.0) cannot be used: this torch has no code for it")
+    devices["cuda"] = [{**card, "code": True}]
+    assert doctor.problems({**here, "hub": {"token": True, "offline": False}}) == []
+
+
 def test_every_required_package_is_listed_with_its_version():
     listed = doctor.packages()
     assert {"torch", "click", "pyyaml", "timm", "torch-fidelity", "pillow"} <= set(listed)

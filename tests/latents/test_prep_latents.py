@@ -23,6 +23,7 @@ from alphaflow_cli.data.manifest import read_manifest
 from alphaflow_cli.data.store import open_store, verify_store
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.files import free_bytes
+from alphaflow_cli.latents import encode
 from alphaflow_cli.latents.encode import choose_precision
 from alphaflow_cli.latents.plan import default_out, shard_size
 from alphaflow_cli.latents.prepare import check_room
@@ -359,6 +360,14 @@ def test_low_precision_is_measured_and_taken_only_where_its_error_is_small(vae, 
     assert error > 0
     assert choose_precision(model, sample, CPU, "fp32") == ("fp32", 0.0)
     assert choose_precision(model, sample, CPU, "auto")[0] == ("bf16" if expected <= 0.25 else "tf32")
+
+
+@pytest.mark.parametrize(("has", "chosen"), [(True, "bf16"), (False, "fp32")])
+def test_a_gpu_without_bf16_encodes_in_float32(vae, monkeypatch, has, chosen):
+    model = load_autoencoder(str(vae[0]), device=CPU)
+    monkeypatch.setattr(encode, "has_bf16", lambda device: has)
+    monkeypatch.setattr(encode, "_moments", lambda *_: (torch.ones(1), torch.ones(1)))
+    assert choose_precision(model, np.zeros(1), torch.device("cuda"), "auto") == (chosen, 0.0)
 
 
 def test_bf16_encoding_is_recorded_with_its_error(vae, tree, tmp_path):

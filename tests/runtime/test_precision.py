@@ -3,7 +3,15 @@
 import pytest
 import torch
 
-from alphaflow_cli.runtime.precision import AT_START, as_torch_begins, encoder_precision, set_tf32, tf32, true_float32
+from alphaflow_cli.runtime.precision import (
+    AT_START,
+    as_torch_begins,
+    encoder_precision,
+    has_bf16,
+    set_tf32,
+    tf32,
+    true_float32,
+)
 from alphaflow_cli.runtime.processes import join_world
 
 CPU = torch.device("cpu")
@@ -30,6 +38,16 @@ def test_every_name_tells_the_same(allowed):
     assert modes() == {allowed}
     join_world(allow_tf32=not allowed)
     assert modes() == {not allowed}
+
+
+def test_an_nvidia_card_before_the_a100_has_no_bf16(monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", None)
+    for capability, there in (((7, 0), False), ((7, 5), False), ((8, 0), True), ((12, 0), True)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, now=capability: now)
+        assert has_bf16(torch.device("cuda")) is there
+    monkeypatch.setattr(torch.version, "hip", "6.4")  # AMD counts otherwise
+    assert has_bf16(torch.device("cuda"))
+    assert not has_bf16(CPU)
 
 
 @pytest.mark.parametrize("outside", [True, False])

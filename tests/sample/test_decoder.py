@@ -62,6 +62,7 @@ def tf32_mode():
 )
 def test_a_gpu_decodes_in_bf16_and_compiles_where_it_is_wanted(asked, device, compiled, expected, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=80e9))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
     monkeypatch.setattr(decoder, "can_compile", lambda there: there.type == "cuda")
     assert plan_decoder(asked, device, pictures=50_000, compiled=compiled) == expected
     monkeypatch.setattr(decoder, "can_compile", lambda there: False)
@@ -70,6 +71,9 @@ def test_a_gpu_decodes_in_bf16_and_compiles_where_it_is_wanted(asked, device, co
     assert plan_decoder(asked, device, pictures=100, compiled=False).group == 16
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=16e9))
     assert plan_decoder(asked, device, pictures=50_000, compiled=False).group == 16
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))  # a T4, which imitates bf16
+    without = plan_decoder(asked, device, pictures=100, compiled=False)
+    assert without == Decoder("bf16" if asked == "bf16" else "fp32")
 
 
 @pytest.mark.parametrize(("triton", "compiler", "can"), [(True, "gcc", True), (True, "", False), (False, "gcc", False)])

@@ -25,8 +25,9 @@ def store(tmp_path_factory):
 @pytest.fixture
 def gpu(monkeypatch):
     """A process with a GPU that can compile, or cannot."""
-    can = {"can": True}
+    can = {"can": True, "bf16": True}
     monkeypatch.setattr(compiling, "can_compile", lambda device: device.type == "cuda" and can["can"])
+    monkeypatch.setattr(compiling, "has_bf16", lambda device: can["bf16"])
     world = SimpleNamespace(device=torch.device("cuda"), agree=lambda flag: flag, is_main=True)
     return SimpleNamespace(world=world, can=can)
 
@@ -39,7 +40,10 @@ def test_auto_compiles_long_runs_on_gpus_and_nothing_on_a_cpu(gpu, capsys):
     assert not compiling.choose_compile(short, gpu.world, None, 1)
     assert not compiling.choose_compile(long, cpu, None, 1)
     assert capsys.readouterr().err == ""
-    gpu.can["can"] = False
+    gpu.can["bf16"] = False  # Triton writes none for such a card
+    assert not compiling.choose_compile(long, gpu.world, None, 1)
+    assert compiling.choose_compile(load_recipe("b2-cfg", ["train.precision=fp32"]), gpu.world, None, 1)
+    gpu.can |= {"can": False, "bf16": True}
     assert not compiling.choose_compile(long, gpu.world, None, 1)
     assert "beware: torch.compile lacks Triton, a C compiler such as gcc" in capsys.readouterr().err
     for word in (True, False):

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+from counting import peak_bytes
 from train_helpers import MEMBERS, make_recipe, make_store
 
 from alphaflow_cli.runtime.processes import join_world
 from alphaflow_cli.train import conflict, start
 from alphaflow_cli.train.loop import gradients, one_step
-from benchmarks.counting import peak_bytes
 
 
 @pytest.fixture(scope="module")

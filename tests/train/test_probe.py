@@ -116,6 +116,9 @@ def test_a_trials_first_step_has_beside_it_what_a_runs_later_steps_have(monkeypa
 
 def test_on_a_gpu_the_rows_of_the_whole_batch_are_tried(monkeypatch, tmp_path):
     with other_device(monkeypatch) as device:
+        resets = []
+        monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: resets.append(device.ran))
         world = SimpleNamespace(size=2, device=torch.device("cuda"), largest=lambda value: value)
         assert estimate.micro_batch_that_fits(make_recipe(tmp_path), world, compiled=False) == 8
     assert device.ran > 0
+    assert resets == [device.ran], "the run's peak is told without what was tried"

@@ -15,7 +15,7 @@ from alphaflow_cli.core.times import sample_times
 from alphaflow_cli.recipe.plan import equal_share_at
 from alphaflow_cli.runtime.processes import join_world
 from alphaflow_cli.train import start
-from alphaflow_cli.train.loop import gradients, rows_at
+from alphaflow_cli.train.loop import gradients, rows_at, settle_buckets
 from alphaflow_cli.train.parallel import Split, local, part, split_batch, whole, wrap_network
 from alphaflow_cli.train.step import time_laws, training_step
 
@@ -103,6 +103,28 @@ def test_gradients_on_several_processes_are_those_of_one(way, alone, store, tmp_
     assert min(largest.values()) > 1e-3, "the comparison is about something"
     rows = [json.loads(path.read_text()) for path in (tmp_path / "together").glob("rows-*.json")]
     assert sum(row["equal"] for row in rows) == rows[0]["wanted"] == 4
+
+
+def same_at_every_start(recipe, store, folder):
+    """A step's gradient right after the start, and again after other steps."""
+    world = join_world()
+    run = start.open_run(recipe, start.TrainOptions(folder, store, 3), world)
+    awake(run.net)
+    settle_buckets(run)
+    assert not run.sums.values.any()
+    found = []
+    for step in (7, 6, 7):
+        gradients(run, step)
+        found.append([parameter.grad.clone() for parameter in run.net.parameters()])
+        run.optimiser.forget_gradients()
+    assert all(map(torch.equal, found[0], found[2]))
+
+
+def test_on_three_processes_the_first_step_after_a_start_rounds_as_all_others_do(store, tmp_path):
+    recipe = make_recipe(tmp_path, "train.strategy=ddp")
+    start.prepare_run(recipe, start.TrainOptions(tmp_path / "run", store))
+    started = fork(lambda: same_at_every_start(recipe, store, tmp_path / "run"), tmp_path / "errors", 3)
+    assert started.wait() == [0] * 3, started.said()
 
 
 MEMBER_WAYS = {

@@ -11,11 +11,13 @@ import torch
 from counting import count
 from train_helpers import CPU, MEMBERS, begin, make_recipe, make_store, train
 
+from alphaflow_cli.data.manifest import read_manifest
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.model.build import build_network
 from alphaflow_cli.model.checkpoint import load_checkpoint
 from alphaflow_cli.recipe import load_recipe, speed
 from alphaflow_cli.runtime.launch import StopFlag, check_processes, first_host, slurm_environment
+from alphaflow_cli.runtime.processes import join_world
 from alphaflow_cli.train import start
 from alphaflow_cli.train.estimate import random_rows
 from alphaflow_cli.train.journal import (
@@ -162,7 +164,30 @@ def test_the_peak_is_known_for_bf16_on_known_devices_only():
     assert peak_of("NVIDIA H200", "bf16") == 989e12
     assert peak_of("NVIDIA H100 PCIe", "bf16") == 756e12
     assert peak_of("NVIDIA H200", "fp32") is None
+    assert peak_of("NVIDIA H100 80GB HBM3 MIG 1g.10gb", "bf16") is None
+    assert peak_of("NVIDIA GeForce RTX 4090 Laptop GPU", "bf16") is None
     assert peak_of("Some other GPU", "bf16") is None
+
+
+def test_latents_that_other_programs_leave_no_room_for_are_not_kept_on_the_gpu(store, monkeypatch):
+    gpu, size = torch.device("cuda"), 48 * 2 * read_manifest(store).plan.sample_bytes
+    for free, fits in ((4 * size, True), (size, False)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 100 * size))
+        assert start.fits_on_device(store, False, gpu) is fits
+    assert not start.fits_on_device(store, False, CPU)
+
+
+@pytest.mark.parametrize(("capability", "warned"), [((7, 5), True), ((9, 0), False)])
+def test_a_run_in_bf16_on_a_gpu_without_it_says_so(store, tmp_path, monkeypatch, capsys, capability, warned):
+    options = start.TrainOptions(tmp_path, store)
+    run = start.open_run(make_recipe(tmp_path, "train.precision=bf16"), options, join_world(device="cpu"))
+    run.world = replace(run.world, device=torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    capsys.readouterr()
+    start.say_where(run, options)
+    line = "beware: Tesla T4 imitates bf16, slowly: --set train.precision=fp32"
+    assert (line in capsys.readouterr().err) is warned
 
 
 def test_b4_needs_the_published_gigaflops():
