@@ -329,7 +329,7 @@ def test_a_disk_that_fails_ends_the_run_and_makes_no_picture_a_bad_one(kind, num
     def fail(*_):
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(*{"tar": (archives, "_exactly"), "zip": (zipfile.ZipFile, "read")}[kind], fail)
+    monkeypatch.setattr(archives, {"tar": "_exactly", "zip": "_unpacked"}[kind], fail)
     assert run(["prep-latents", str(tmp_path / "x"), *OPTIONS, "--bad", "skip", "--out", str(tmp_path / "s")]) == 1
     assert "the source cannot be read any more" in capfd.readouterr().err
     assert not list(tmp_path.glob("s/train-*"))
