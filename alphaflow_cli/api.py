@@ -25,7 +25,7 @@ from PIL import Image
 from torch import Tensor
 
 from alphaflow_cli.errors import AlphaflowError
-from alphaflow_cli.files import make_folder, write_whole
+from alphaflow_cli.files import make_folder, user_path, write_whole
 from alphaflow_cli.model.find import find_class
 from alphaflow_cli.recipe import Recipe
 from alphaflow_cli.recipe.plan import (
@@ -76,7 +76,7 @@ class Pictures:
 
         A folder is made where it is missing; its files are named like those of `alphaflow sample --out`.
         """
-        path = Path(path).expanduser()
+        path = user_path(path)
         if path.suffix and not path.is_dir():
             write_whole(path, self._grid(len(self), path))
             return path

@@ -143,9 +143,8 @@ def run(args: Sequence[str]) -> int:
     """Run one command line in this process; returns the exit code."""
     debug, rest = split_debug(args)
     try:
-        code = group.main(
-            rest, prog_name="alphaflow", standalone_mode=False, obj=tuple(args)
-        )  # see common.command_line
+        # obj: see common.command_line
+        code = group.main(rest, prog_name="alphaflow", standalone_mode=False, obj=tuple(args))
         sys.stdout.flush()
         return code if isinstance(code, int) else 0
     except click.exceptions.NoArgsIsHelpError as fault:  # its message is the help, which has the usage in it

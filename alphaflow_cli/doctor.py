@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from alphaflow_cli import __version__
+from alphaflow_cli.files import user_path
 from alphaflow_cli.remote.cache import cache_folder, cached_file, has_token, is_offline
 
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"  # of torch's builds without CUDA
@@ -65,11 +66,14 @@ def devices() -> dict[str, Any]:
         import torch  # slow, and the one import that a broken installation fails on
     except (ImportError, OSError) as fault:
         return {**present, "error": f"torch cannot be imported: {str(fault).splitlines()[0]}"}
+    from alphaflow_cli.model.compiling import can_compile
+
     present["mps"] = torch.backends.mps.is_available()
     present["built_for"] = torch.version.cuda or ""
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         card = torch.cuda.get_device_properties(index)
-        present["cuda"].append({"name": card.name, "bytes": card.total_memory, "bf16": card.major >= 8})
+        facts = {"bf16": card.major >= 8, "compiles": can_compile(torch.device("cuda", index))}
+        present["cuda"].append({"name": card.name, "bytes": card.total_memory, **facts})
     return present
 
 
@@ -94,12 +98,12 @@ def weights() -> list[dict[str, Any]]:
 def caches() -> list[dict[str, Any]]:
     """Folders that weights are kept in, by the libraries' documented variables."""
     base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
-    torch_home = Path(os.environ.get("TORCH_HOME") or base / "torch").expanduser()
+    torch_home = user_path(os.environ.get("TORCH_HOME") or base / "torch")
     folders = {"torch": torch_home / "hub" / "checkpoints"}
     with suppress(ImportError):  # then huggingface_hub is listed as missing
         folders = {"Hugging Face": cache_folder(), **folders}
     if os.environ.get("ALPHAFLOW_WEIGHTS"):
-        folders["$ALPHAFLOW_WEIGHTS"] = Path(os.environ["ALPHAFLOW_WEIGHTS"]).expanduser()
+        folders["$ALPHAFLOW_WEIGHTS"] = user_path(os.environ["ALPHAFLOW_WEIGHTS"])
     return [{"what": what, "path": str(path), "writable": _writable(path)} for what, path in folders.items()]
 
 
@@ -139,6 +143,10 @@ def problems(report: dict[str, Any]) -> list[str]:
         if devices.get("built_for"):
             remarks.append(CUDA_BUILD.format(devices["built_for"]))
     remarks += [f"{c['name']} has no bf16: set train.precision=fp32" for c in devices["cuda"] if not c["bf16"]]
+    if slow := [card["name"] for card in devices["cuda"] if not card["compiles"]]:
+        from alphaflow_cli.model.compiling import EAGERLY
+
+        remarks.append(f"{slow[0]}: {EAGERLY}")
     for entry in report["weights"]:
         if not entry["present"] and entry["get"].startswith("https:"):
             remarks.append(f"{entry['for']} will not be measured: {entry['what']} is missing. Get {entry['get']}")

@@ -30,7 +30,7 @@ def evaluate(
     draw: LabelDraw | None = None,
     guidance: float | None = None,
     device: str | None = None,
-    batch: int = 64,
+    batch: int | None = None,
     out: str | Path | None = None,
 ) -> list[Row]:
     """Measure a checkpoint, or pictures, as `alphaflow eval` does; results.json is written too.
@@ -43,10 +43,8 @@ def evaluate(
     if batch < 1 or (images is not None and images < 1):
         raise AlphaflowError("evaluate: images and batch are numbers from 1.")
     request = EvalRequest(
-        checkpoint=str(subject), nfe=tuple(nfe), sampler="auto", times=None, guidance=guidance, guidance_channels=None,
-        interval=None, sweep_midpoint=False, metrics=tuple(metrics),
-        reference=None if reference is None else str(reference), images=images, draw=draw, autoencoder="",
-        decoder="auto", batch=batch, weights={}, out=None if out is None else Path(out),
+        str(subject), nfe=tuple(nfe), guidance=guidance, metrics=tuple(metrics), images=images, draw=draw, batch=batch,
+        reference=None if reference is None else str(reference), out=None if out is None else Path(out),
     )  # fmt: skip
     if wrong := [name for name in metrics if name not in get_args(Metric)]:
         raise AlphaflowError(f"evaluate: metrics {wrong[0]!r}: there are {', '.join(get_args(Metric))}.")

@@ -19,6 +19,7 @@ from pathlib import Path
 from alphaflow_cli.errors import AlphaflowError
 
 MAX_BYTES = 1 << 30  # of one file that is read as a whole
+MAX_DOCUMENT = 10_000_000  # bytes of one that people may have edited
 BESIDE = 1 << 20  # bytes of a piece from which a thread pays that hashes it while it is written
 TORCH_WRITER = "inline_container"  # torch.save's writer names itself so in the RuntimeError of a full disk
 
@@ -99,13 +100,13 @@ def check_regular(path: Path) -> None:
             raise AlphaflowError(f"{path}: is a folder, a pipe or a device, not a file. Move it away.")
 
 
-def read_document(path: Path, *, largest: int = 10_000_000) -> str:
+def read_document(path: Path) -> str:
     """Read the text of a small file that people may have edited."""
     check_regular(path)
     try:
-        if path.stat().st_size > largest:
+        if path.stat().st_size > MAX_DOCUMENT:
             raise AlphaflowError(
-                f"{path}: has more than {largest:,} bytes, so it is not the file that belongs here. Move it away."
+                f"{path}: has more than {MAX_DOCUMENT:,} bytes, so it is not the file that belongs here. Move it away."
             )
         return path.read_text(encoding="utf-8")
     except OSError as error:
@@ -172,6 +173,18 @@ def changed(path: Path) -> AlphaflowError:
         f"{path}: was changed or replaced while it was read. Leave it alone, and run the same command again: "
         "it checks every byte"
     )
+
+
+def user_path(text: str | Path) -> Path:
+    """The path that a user's text names: `~` at its start is the home folder, `~name` that of a user who is known here.
+
+    Of any other name it is a path like others, which leads nowhere; whoever opens it says so.
+    """
+    path = Path(text)
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        return path
 
 
 def is_there(path: Path) -> bool:

@@ -62,9 +62,9 @@ def for_markdown(text: object, *, limit: int = 400) -> str:
     return OPENING.sub(lambda mark: f"{mark[1]}{mark[2][:-1]}\\{mark[2][-1]}", shown)
 
 
-def code_span(text: object, *, limit: int = 400) -> str:
+def code_span(text: object) -> str:
     """Write a text as code inside a line of Markdown; backticks in it become apostrophes."""
-    return f"`{for_terminal(text, limit=limit).replace('`', chr(39)).strip() or ' '}`"
+    return f"`{for_terminal(text).replace('`', chr(39)).strip() or ' '}`"
 
 
 def _is_harmless(letter: str, lines: bool) -> bool:

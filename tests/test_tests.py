@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import tempfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -72,6 +73,16 @@ def test_every_folder_is_a_room_of_the_package_or_has_a_reason():
     assert folders - set(OTHERS) <= ROOMS
     assert set(OTHERS) <= folders
     assert {path.name for path in TESTS.glob("test_*.py")} == ABOUT_ALL_ROOMS
+
+
+def test_the_tests_that_other_files_name_are_there():
+    named = {
+        (name, test)
+        for name in (".pre-commit-config.yaml", ".ci/run", "CONTRIBUTING.md", "pyproject.toml")
+        for test in re.findall(r"tests/[\w/]+\.py", (ROOT / name).read_text())
+    }
+    assert named
+    assert [(name, test) for name, test in sorted(named) if not (ROOT / test).is_file()] == []
 
 
 def test_no_two_test_files_have_one_name():

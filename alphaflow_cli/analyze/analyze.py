@@ -33,7 +33,7 @@ from alphaflow_cli.train import conflict
 from alphaflow_cli.train.conflict import conflict_rows, renormalised
 from alphaflow_cli.train.start import recipe_stream
 from alphaflow_cli.train.step import Objective
-from alphaflow_cli.train.store import check_store
+from alphaflow_cli.train.store import check_store, stated_store
 
 SCHEMA = "alphaflow-conflict/1"
 SIZE_BATCHES = 8  # batches on which the gradient's size over α is measured too: it costs 17 gradients each
@@ -141,7 +141,7 @@ def analyze_one(address: str, request: AnalyzeRequest, out: Path, processes: Pro
 def store_to_analyze(recipe: Recipe, request: AnalyzeRequest) -> Path:
     """The latent store: --data, else the recipe's, else the one in the run's folder."""
     here = home_of(request) / "latents"
-    for path in (request.data, Path(recipe.data.store) if recipe.data.store else None, here):
+    for path in (request.data, stated_store(recipe), here):
         if path is not None and (path == request.data or (path / "manifest.json").is_file()):
             return path
     raise AlphaflowError(

@@ -18,7 +18,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from alphaflow_cli.errors import OF_A_PATH, AlphaflowError, no_such_source
-from alphaflow_cli.files import check_new, write_whole
+from alphaflow_cli.files import check_new, user_path, write_whole
 from alphaflow_cli.recipe.schema import MOST_NFE
 from alphaflow_cli.text import brief, for_terminal
 
@@ -224,11 +224,11 @@ def check_source(text: str) -> None:
     """Refuse a source of pictures that is a path and leads nowhere, before anything is loaded."""
     try:
         if ":" not in text and not re.search(r"\{\d+\.\.\d+\}|[*?[]", text):
-            Path(text).expanduser().stat()
+            user_path(text).stat()
     except (FileNotFoundError, NotADirectoryError):
         from alphaflow_cli.model.find import alike
 
-        path = Path(text).expanduser()
+        path = user_path(text)
         likely = [str(path.with_name(name)) for name in alike(path.name, path.parent, likeness=SOURCE_LIKENESS)]
         raise no_such_source(text, (likely or [""])[0]) from None
     except (OSError, ValueError, RuntimeError):  # opening it says why

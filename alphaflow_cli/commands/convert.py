@@ -16,7 +16,7 @@ from alphaflow_cli.commands.common import (
     tell,
 )
 from alphaflow_cli.errors import AlphaflowError
-from alphaflow_cli.files import is_there
+from alphaflow_cli.files import is_there, user_path
 
 if TYPE_CHECKING:
     from alphaflow_cli.convert import Outcome
@@ -106,7 +106,7 @@ def command(
 
 def check_there(source: str) -> None:
     """Refuse a file that is not there, before anything is loaded."""
-    if ":" not in source and not is_there(Path(source).expanduser()):
+    if ":" not in source and not is_there(user_path(source)):
         raise AlphaflowError(f"{source}: no such file. Give a .pt or .safetensors checkpoint.")
 
 

@@ -5,15 +5,7 @@ from typing import Literal
 
 import click
 
-from alphaflow_cli.commands.common import (
-    Destination,
-    NumberWithin,
-    WholeWithin,
-    begin,
-    complete_path,
-    examples,
-    tell,
-)
+from alphaflow_cli.commands.common import Destination, NumberWithin, WholeWithin, begin, complete_path, examples, tell
 from alphaflow_cli.errors import AlphaflowError
 
 FORMS = "dit-npy|lightningdit|repa|lmdb|moments-safetensors"
@@ -69,6 +61,8 @@ def command(
 
     What SOURCE does not say has to be given. Nothing in it is executed.
     """
+    if not Path(source).exists():
+        raise AlphaflowError(f"{source}: no such folder or file. Check the path")
     if form is None or autoencoder is None or size is None or crop is None or classes is None:
         given = (form, autoencoder, size, crop, classes)
         missing = next(name for name, value in zip(NEEDED, given, strict=True) if value is None)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from alphaflow_cli.commands.common import Destination, begin, command_line, complete_path, examples, print_table
+from alphaflow_cli.files import user_path
 
 if TYPE_CHECKING:
     from alphaflow_cli.hub.stage import Publication
@@ -42,7 +43,7 @@ def check_repository(_context: click.Context, _parameter: click.Parameter, value
 
 def check_space_name(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
     """Refuse what cannot be a Space's name; a run's path behind a bare --space is one that slipped in there."""
-    if value and Path(value).expanduser().exists():
+    if value and user_path(value).exists():
         raise click.BadParameter(f"{value} lies here. Write --space at the end, or --space=user/name.")
     return check_repository(context, parameter, value) if value else value
 
@@ -51,7 +52,7 @@ def local_source(source: str, repo: str | None) -> Path:
     """The run or checkpoint on this machine; a name on the Hub is refused, for only what lies here is published."""
     from alphaflow_cli.remote.address import is_repository
 
-    path = Path(source).expanduser()
+    path = user_path(source)
     if not path.exists():
         from alphaflow_cli.model.find import nearby
 

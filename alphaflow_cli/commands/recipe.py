@@ -47,8 +47,8 @@ def list_recipes(as_json: bool) -> None:
     entries = []
     for name, path in shipped().items():
         recipe, line = load_recipe(name), title(read_text(path))
-        entry = {"name": name, "title": line, "parameters": parameter_count(recipe)}
-        entries.append({**entry, "steps": recipe.train.steps, "batch": recipe.train.batch, "path": str(path)})
+        facts = {"parameters": parameter_count(recipe), "steps": recipe.train.steps, "batch": recipe.train.batch}
+        entries.append({"name": name, "title": line, **facts, "path": str(path)})
     if as_json:
         print_json(entries)
         return
@@ -96,9 +96,8 @@ def check_command(ctx: click.Context, files: tuple[str, ...], sets: tuple[str, .
     """
     verdicts = [(file, *_verdict(file, sets)) for file in files]
     if as_json:
-        keys = ("file", "ok", "error", "warnings")
         print_json(
-            [dict(zip(keys, (f, not fault, fault or None, doubts), strict=True)) for f, fault, doubts in verdicts]
+            [{"file": f, "ok": not fault, "error": fault or None, "warnings": doubts} for f, fault, doubts in verdicts]
         )
     for file, fault, doubts in () if as_json else verdicts:
         tell(f"error: {fault}" if fault else f"{file}: good", err=bool(fault))

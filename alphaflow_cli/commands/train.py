@@ -205,16 +205,17 @@ def show_plan(
         begin(f"timing a few steps of each phase of {resolved.recipe.name} on this machine")
     from alphaflow_cli.train.estimate import describe_run, estimate_training
     from alphaflow_cli.train.hours import fit_hours, measure_phases_of
-    from alphaflow_cli.train.start import count_processes, doubts
-    from alphaflow_cli.train.store import check_store
+    from alphaflow_cli.train.start import count_processes, doubts, why_refused
+    from alphaflow_cli.train.store import check_store, stated_store
 
     recipe = resolved.recipe
     processes = requested or count_processes(recipe, None, options.device)  # a plan may be for another machine
-    if recipe.data.store and (Path(recipe.data.store) / "manifest.json").is_file():
-        check_store(recipe, Path(recipe.data.store))
+    if (stated := stated_store(recipe)) and (stated / "manifest.json").is_file():
+        check_store(recipe, stated)
     began = time.monotonic()
     document, lines = describe_run(recipe, resolved.folder, processes=processes, micro_batch=options.micro_batch)
     more = [text for text in doubts(recipe, device=options.device) if text not in document["warnings"]]
+    more += why_refused(recipe, resolved.folder)
     document["warnings"] += more
     lines = [*resolved.notes, *lines, *(f"beware: {text}" for text in more)]
     if estimate or hours:

@@ -167,8 +167,9 @@ class Imported:
 
 def step_in_file(value: object) -> int | None:
     """Read a training step from a checkpoint; None for anything that cannot be one."""
-    good = isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 10**12
-    return value if isinstance(value, int) and good else None
+    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 10**12:
+        return value
+    return None
 
 
 def check_out(out: Path) -> None:
@@ -194,6 +195,7 @@ def complete(foreign: Imported, out: Path) -> Recipe:
     requested = options.number("guidance.label_dropout")
     dropout = (base.guidance.label_dropout if requested is None else requested) if shape.label_rows else 0.0
     classes = max(shape.label_rows - (dropout > 0), 0)
+    scale, shift = _scale(foreign)
     model = replace(
         base.model,
         dim=shape.dim,
@@ -213,8 +215,8 @@ def complete(foreign: Imported, out: Path) -> Recipe:
         normalise=foreign.latents.normalise,
         channel_mean=_constants(foreign.latents.mean, foreign),
         channel_std=_constants(foreign.latents.std, foreign),
-        scale=_scale(foreign)[0],
-        shift=_scale(foreign)[1],
+        scale=scale,
+        shift=shift,
         store="",
         source="",
     )
@@ -285,9 +287,7 @@ def per_channel(mean: tuple[float, ...], std: tuple[float, ...], source: str) ->
 
 def meanflow(source: str) -> Latents:
     """The per-channel statistics of zhuyu-cs/MeanFlow; its x has a standard deviation of 0.5."""
-    mean = torch.tensor(MEANFLOW_MEAN, dtype=torch.float64)[:, None, None]
-    std = torch.tensor(MEANFLOW_STD, dtype=torch.float64)[:, None, None] / 0.5
-    return Latents(mean=mean, std=std, normalise="channel", source=source)
+    return replace(per_channel(MEANFLOW_MEAN, tuple(std / 0.5 for std in MEANFLOW_STD), source), constants=False)
 
 
 def parse_latents(text: str) -> Latents:

@@ -27,7 +27,7 @@ from alphaflow_cli.convert.imported import (
     with_facts,
 )
 from alphaflow_cli.convert.sit import TABLES, check_straight, label_dropout, note_arguments, read_network
-from alphaflow_cli.convert.source import bare_name, state_dict
+from alphaflow_cli.convert.source import as_table, bare_name, state_dict
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.recipe import Recipe
 from alphaflow_cli.recipe.schema import Guidance
@@ -67,9 +67,7 @@ def read_meanflow(file: ForeignFile) -> Imported:
 
 def fastgen_tables(tree: dict[str, Any]) -> dict[str, Any]:
     """The tables of a FastGen checkpoint by name (net, ema, ema_9999, …); empty for any other file."""
-    inner = tree.get("model")
-    inner = inner if isinstance(inner, dict) else {}
-    tables = {key: table for key, table in inner.items() if isinstance(table, dict)}
+    tables = {key: table for key, table in as_table(tree.get("model")).items() if isinstance(table, dict)}
     return tables if any(FASTGEN in map(bare_name, table) for table in tables.values()) else {}
 
 

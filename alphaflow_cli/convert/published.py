@@ -8,7 +8,7 @@ from torch import Tensor
 from alphaflow_cli.convert.imported import ForeignFile, Imported, Latents, parse_latents, statistics, with_facts
 from alphaflow_cli.convert.shape import NetworkShape, read_shape, to_our_names
 from alphaflow_cli.convert.snapshot_cfg import Training, check_against, read_training
-from alphaflow_cli.convert.source import in_brief, state_dict
+from alphaflow_cli.convert.source import as_table, in_brief, state_dict
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.recipe import Recipe
 
@@ -65,24 +65,17 @@ def _under(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 def _configuration(cfg: object, shape: NetworkShape, where: str) -> dict[str, Any]:
     """Read what cfg says of the network. A contradiction with the shapes is refused, and both sides are named."""
-    if not isinstance(cfg, dict):
-        return {}
-    model = _section(cfg, "model")
-    resolution = _section(model, "tokenizer").get("resolution")
+    model, dataset = (as_table(as_table(cfg).get(name)) for name in ("model", "dataset"))
+    resolution = as_table(model.get("tokenizer")).get("resolution")
     keys = ("dim", "num_blocks", "num_heads", "mlp_ratio", "label_dropout")
     stated: dict[str, Any] = {key: model[key] for key in keys if key in model}
     if isinstance(resolution, (list, tuple)) and resolution:
         stated["patch"] = resolution[-1]
-    labels = _section(cfg, "dataset").get("label_shape")
+    labels = dataset.get("label_shape")
     if isinstance(labels, (list, tuple)) and labels:
         stated["classes"] = labels[0]
     _check(stated, shape, where)
     return stated
-
-
-def _section(tree: dict[str, Any], name: str) -> dict[str, Any]:
-    section = tree.get(name)
-    return section if isinstance(section, dict) else {}
 
 
 def _check(stated: dict[str, Any], shape: NetworkShape, where: str) -> None:

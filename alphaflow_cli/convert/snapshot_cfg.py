@@ -13,7 +13,7 @@ from operator import attrgetter
 from typing import Any, cast, get_args
 
 from alphaflow_cli.convert.imported import step_in_file
-from alphaflow_cli.convert.source import in_brief
+from alphaflow_cli.convert.source import as_table, in_brief
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.recipe import Recipe
 from alphaflow_cli.recipe.plan import is_guided
@@ -47,8 +47,7 @@ class Training:
 
 def read_training(tree: Mapping[str, Any], where: str) -> Training:
     """Read everything that a snapshot's cfg says, but for the sizes of the network."""
-    cfg = tree.get("cfg")
-    leaves = dict(walk_cfg(cfg)) if isinstance(cfg, dict) else {}
+    leaves = dict(walk_cfg(as_table(tree.get("cfg"))))
     _refuse_other_networks(leaves, where)
     training = Training()
     _mix(leaves, training, where)
@@ -56,9 +55,7 @@ def read_training(tree: Mapping[str, Any], where: str) -> Training:
     _sampling(leaves, training, where)
     _sampling_guidance(leaves, training)
     _optimiser(tree.get("optimizer"), training)
-    stats = tree.get("stats")
-    step = stats.get("cur_step") if isinstance(stats, dict) else None
-    training.step = step_in_file(step)
+    training.step = step_in_file(as_table(tree.get("stats")).get("cur_step"))
     if training.step is not None:
         training.read["stats.cur_step"] = training.step
     training.unread += _unread(leaves, training.read.keys() | SHAPES)
@@ -172,10 +169,9 @@ def _mix(leaves: Mapping[str, Any], training: Training, where: str) -> None:
     mix: dict[str, float] = {}
     places: dict[str, float] = {}
     for name, value in _named(leaves, ("cfg_params",), "loss."):
-        stated = value if isinstance(value, dict) else {}
         for key in MIX:
-            if stated.get(key) is not None:
-                mix[key] = _number(stated[key], f"{name}.{key}", where)
+            if (stated := as_table(value).get(key)) is not None:
+                mix[key] = _number(stated, f"{name}.{key}", where)
                 places[f"{name}.{key}"] = mix[key]
     if "omega" not in mix or "kappa" not in mix:
         return
@@ -254,9 +250,7 @@ def _schedule(value: Any, name: str, where: str) -> Schedule:
 
 def _sampling(leaves: Mapping[str, Any], training: Training, where: str) -> None:
     """Read sampler and grid: one step needs none, two steps have a published one, more have a grid of their own."""
-    stated = leaves.get("sampling")
-    stated = stated if isinstance(stated, dict) else {}
-    flow = _is_flow(training)
+    stated, flow = as_table(leaves.get("sampling")), _is_flow(training)
     if flow:
         training.facts |= {"sample.sampler": "flow", "sample.two_step_sampler": "flow", "sample.nfe": 100}
     consistent = stated.get("enable_consistency_sampling") is True
@@ -291,8 +285,8 @@ def _sampling_guidance(leaves: Mapping[str, Any], training: Training) -> None:
 
 def _optimiser(state: object, training: Training) -> None:
     """Read Adam's constants, and the learning rate before the schedule scaled it, as torch keeps them."""
-    groups = state.get("param_groups") if isinstance(state, dict) else None
-    group = groups[0] if isinstance(groups, list) and groups and isinstance(groups[0], dict) else {}
+    groups = as_table(state).get("param_groups")
+    group = as_table(groups[0]) if isinstance(groups, list) and groups else {}
     for key, ours in (("initial_lr", "lr"), ("eps", "eps"), ("weight_decay", "weight_decay")):
         value = group.get(key)
         if value is not None and _is_number(value):

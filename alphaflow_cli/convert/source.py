@@ -74,11 +74,9 @@ def read_source(path: Path) -> dict[str, Any]:
         raise AlphaflowError(f"{path}: no such file. Give a .pt or .safetensors checkpoint.")
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
-    if zipfile.is_zipfile(path):
-        _check_zip(path)
-    else:
-        _check_legacy(path)
-    return _load(path, mmap=zipfile.is_zipfile(path))
+    is_zip = zipfile.is_zipfile(path)
+    (_check_zip if is_zip else _check_legacy)(path)
+    return _load(path, mmap=is_zip)
 
 
 def _read_safetensors(path: Path) -> dict[str, Any]:
@@ -243,6 +241,11 @@ def in_brief(value: object) -> str:
     if isinstance(value, (dict, list, tuple, set)):
         return f"a {type(value).__name__} of {len(value)}"
     return " ".join(str(value).split())[:60]
+
+
+def as_table(value: object) -> dict[Any, Any]:
+    """A table of a foreign file as it is; an empty one for anything else."""
+    return value if isinstance(value, dict) else {}
 
 
 def bare_name(name: object) -> str:

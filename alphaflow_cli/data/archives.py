@@ -112,7 +112,8 @@ class Archive(Source):
         if stamp_of(file.fileno()) != self.stamp:
             raise changed(self.path) from fault
         if fault:
-            raise OSError(brief(fault)) from fault
+            number = getattr(fault, "errno", None)  # of a disk that fails: no fault of the picture
+            raise (OSError(number, brief(fault)) if number else OSError(brief(fault))) from fault
         return data
 
 

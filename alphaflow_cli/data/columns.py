@@ -86,6 +86,14 @@ def layout_of(schema: Any, where: str, wanted: str) -> Layout:
     return Layout(image, f"{image}.bytes" if kind == "struct" else image, labels, shown)
 
 
+def choice_of(schema: Any, where: str, wanted: str) -> dict[str, str]:
+    """What has to be recorded of --image-column: its name, where the file alone would give other pictures, or none."""
+    try:
+        return {"image_column": wanted} if wanted and layout_of(schema, where, "").image != wanted else {}
+    except AlphaflowError:  # of several columns none is the one
+        return {"image_column": wanted}
+
+
 def _image_column(schema: Any, features: dict[str, Any], where: str, wanted: str, shown: Sequence[str]) -> str:
     kinds = {column.name: _kind_of(column.type) for column in schema}
     has = f"it has {brief(', '.join(shown))}"

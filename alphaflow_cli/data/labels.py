@@ -6,7 +6,7 @@ of which nothing says the class are one class.
 """
 
 import posixpath
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from alphaflow_cli.data.classes import Classes, choose_split, folders_of, read_c
 from alphaflow_cli.data.pictures import TABLES, Labels, Source
 from alphaflow_cli.data.tables import Columns, Labelling, TableRow, parse_table
 from alphaflow_cli.errors import AlphaflowError
-from alphaflow_cli.files import read_file
+from alphaflow_cli.files import read_file, user_path
 from alphaflow_cli.text import brief, counted
 
 
@@ -165,26 +165,22 @@ class _Names:
 
     def find(self, base: str, name: str) -> int | None:
         for known in (self.whole, self.stems):
-            for start in self._starts(base):
+            for start in (base, self.prefix):
                 line = known.get(posixpath.normpath(posixpath.join(start, name.replace("\\", "/"))))
                 if line is not None and line >= 0:
                     return line
         return None
 
-    def _starts(self, base: str) -> Iterator[str]:
-        yield base
-        yield self.prefix
-
 
 def _inside(source: Source, table: Path) -> str:
     """The folder of a table as a path in the source, where it lies in it; else the source's own."""
     root = getattr(source, "root", None)
-    folder = table.expanduser().resolve().parent
+    folder = user_path(table).resolve().parent
     return folder.relative_to(root).as_posix() if root and folder.is_relative_to(root) else ""
 
 
 def _read(path: Path) -> bytes:
     try:
-        return read_file(path.expanduser())
+        return read_file(user_path(path))
     except OSError as fault:
         raise AlphaflowError(f"{path}: the table of labels cannot be read ({fault.strerror or fault})") from fault

@@ -18,7 +18,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
-from alphaflow_cli.data.columns import LabelColumn, Layout, layout_of, parquet_library
+from alphaflow_cli.data.columns import LabelColumn, Layout, choice_of, layout_of, parquet_library
 from alphaflow_cli.data.pictures import Fetch, Labels, Source, fetch_now
 from alphaflow_cli.data.tables import label_of
 from alphaflow_cli.errors import AlphaflowError
@@ -128,7 +128,7 @@ class Parquet(Source):
         return [name.rpartition("/")[2] for name in self.names]
 
     def facts(self) -> dict[str, Any]:
-        """The commit on the Hub, or the size of all files here."""
+        """The commit on the Hub, or the size of all files here; the column of the pictures, where one was chosen."""
         return self.given_facts
 
     def stamps(self, lines: Sequence[int]) -> list[Any]:
@@ -227,6 +227,7 @@ def open_parquet(name: str, files: Sequence[TableFile], image_column: str, facts
     with ThreadPoolExecutor(READERS) as pool:
         footers = list(pool.map(_footer, files))
     layout = layout_of(footers[0][0], files[0].where, image_column)
+    facts = facts | choice_of(footers[0][0], files[0].where, image_column)
     groups: list[Group] = []
     names: list[str] = []
     for index, (place, (schema, sizes)) in enumerate(zip(files, footers, strict=True)):

@@ -22,7 +22,7 @@ from alphaflow_cli.data.glyphs import GLYPHS, draw_glyph, draw_shape
 from alphaflow_cli.data.pictures import TABLES, Loose, Source, is_picture
 from alphaflow_cli.data.shards import ARCHIVES, PARQUET, files_of, in_order, is_pattern, open_archives
 from alphaflow_cli.errors import AlphaflowError, no_such_source
-from alphaflow_cli.files import path_and_stamp, read_file
+from alphaflow_cli.files import path_and_stamp, read_file, user_path
 from alphaflow_cli.text import brief
 
 Identity = tuple[int, int]  # of a folder: its device and inode
@@ -41,10 +41,10 @@ def open_source(text: str, image_column: str = "") -> Source:
 
         return open_hub(text, image_column)
     try:
-        path = Path(text).expanduser()
+        path = user_path(text)
         is_folder, is_file = path.is_dir(), path.is_file()
         path = path.resolve()
-    except (OSError, RuntimeError) as fault:  # no permission, too long; no home folder of that name, links in circles
+    except (OSError, RuntimeError) as fault:  # no permission, too long, links in circles
         raise AlphaflowError(f"{brief(text)}: cannot be opened ({getattr(fault, 'strerror', '') or fault})") from fault
     if is_folder:
         return _below(open_folder(path), image_column)

@@ -108,9 +108,7 @@ def statistics_tensors(stats: Statistics, name: str) -> dict[str, Array]:
 def read_statistics(file: TensorFile) -> dict[str, Statistics]:
     """Read all statistics in a file, by name."""
     end = "_squares"
-    names = [key.removesuffix(end) for key in file.places if key.endswith(end)]
-    return {name: _read_one(file, name) for name in names}
-
-
-def _read_one(file: TensorFile, name: str) -> Statistics:
-    return Statistics(int(file.read(f"{name}_count")[0]), file.read(f"{name}_mean"), file.read(f"{name}_squares"))
+    return {
+        name: Statistics(int(file.read(f"{name}_count")[0]), file.read(f"{name}_mean"), file.read(f"{name}{end}"))
+        for name in (key.removesuffix(end) for key in file.places if key.endswith(end))
+    }

@@ -8,14 +8,7 @@ from typing import Literal
 import numpy as np
 
 from alphaflow_cli.data.classes import read_class_file
-from alphaflow_cli.data.manifest import (
-    AGAIN,
-    Manifest,
-    Shard,
-    StorePlan,
-    read_manifest,
-    read_plan,
-)
+from alphaflow_cli.data.manifest import AGAIN, Manifest, Shard, StorePlan, read_manifest, read_plan
 from alphaflow_cli.data.stats import Statistics, read_statistics, statistics_of
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.files import Stamp, changed, is_there, sha256_of_all, stamp_of

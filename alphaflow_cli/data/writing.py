@@ -5,14 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from alphaflow_cli.data.manifest import (
-    AGAIN,
-    STATISTICS_FILE,
-    Shard,
-    StorePlan,
-    manifest_to_bytes,
-    read_sidecar,
-)
+from alphaflow_cli.data.manifest import AGAIN, STATISTICS_FILE, Shard, StorePlan, manifest_to_bytes, read_sidecar
 from alphaflow_cli.data.stats import (
     Statistics,
     merge_all,

@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -125,7 +126,7 @@ def snapshots_of(request: EmaRequest) -> tuple[int, list[Snapshot]]:
 
 
 def _snapshot(path: Path) -> Snapshot:
-    with blamed_on(path, "a checkpoint", SafetensorError), safe_open(str(path), framework="pt") as file:
+    with _opened(path) as file:
         origin = read_origin((file.metadata() or {}).get("origin", "{}"), path)
     step, half_life = origin.get("step"), origin.get("half_life")
     if step != step_of(path.parent) or half_life is None or origin.get("weights") not in ("ema", "raw"):
@@ -139,10 +140,13 @@ def plan_averages(
     """Find the factors of every average: of those kept at this step, made of the others, then of the wanted ones."""
     kept = [j for j, each in enumerate(snapshots) if each.step == step and each.half_life > 0]
     lives = [life for life in request.half_lives if life not in [snapshots[j].half_life for j in kept]]
-    decay = {life: _decay(recipe, step, life) for life in {*lives, *(s.half_life for s in snapshots if s.half_life)}}
-    wanted = [_exponential(decay[life], step) for life in lives]
-    wanted += [_power(power_of_width(width), step) for width in request.widths]
-    columns = [*(_column(each, decay) for each in snapshots), *wanted]
+    decay = {
+        life: Decay.of(step, half_life=life, ramp=recipe.ema.ramp, every=recipe.ema.every)
+        for life in {*lives, *(each.half_life for each in snapshots if each.half_life)}
+    }
+    columns = [_column(each, decay) for each in snapshots]
+    columns += [partial(decay[life].profile, step) for life in lives]
+    columns += [partial(power_profile, power_of_width(width), step) for width in request.widths]
     momentum, roundings = recipe.optim.betas[0], rounding_rows(snapshots, decay, len(columns))
     motion = motion_of(snapshots, columns, step, momentum)
     triangle = triangle_of(columns, torch.ones(step + 1) if motion is None else motion, momentum, roundings)
@@ -180,23 +184,11 @@ def _made_of(average: Average, snapshots: list[Snapshot], triangle: Tensor, targ
     return replace(average, expected_error=float(gap.norm()), factors=listed)
 
 
-def _decay(recipe: Recipe, steps: int, half_life: float) -> Decay:
-    return Decay.of(steps, half_life=half_life, ramp=recipe.ema.ramp, every=recipe.ema.every)
-
-
 def _column(snapshot: Snapshot, decay: dict[float, Decay]) -> Profile:
     if snapshot.half_life:
-        return _exponential(decay[snapshot.half_life], snapshot.step)
+        return partial(decay[snapshot.half_life].profile, snapshot.step)
     last = snapshot.step - 1
     return lambda places: (torch.arange(places.start, places.stop) == last).double()
-
-
-def _exponential(decay: Decay, step: int) -> Profile:
-    return lambda places: decay.profile(step, places)
-
-
-def _power(gamma: float, step: int) -> Profile:
-    return lambda places: power_profile(gamma, step, places)
 
 
 def rounding_rows(snapshots: list[Snapshot], decay: dict[float, Decay], width: int) -> Tensor:
@@ -325,13 +317,11 @@ def _scores(
 ) -> Sequence[Evaluation]:
     """Measure one average as `eval` does; empty on all processes but the first."""
     quick = recipe.eval
-    asked_for = EvalRequest(
-        checkpoint=str(average.path), nfe=request.nfe or quick.quick_nfe, sampler="auto", times=None, guidance=None,
-        interval=None, guidance_channels=None, sweep_midpoint=False, metrics=request.metrics or quick.quick_metrics,
-        reference=request.reference, images=request.images or quick.quick_images, draw=None, autoencoder="",
-        decoder="auto", batch=64, weights={}, out=folder / "evals",
+    wanted = EvalRequest(
+        str(average.path), nfe=request.nfe or quick.quick_nfe, metrics=request.metrics or quick.quick_metrics,
+        reference=request.reference, images=request.images or quick.quick_images, batch=64, out=folder / "evals",
     )  # fmt: skip
-    report = evaluate_checkpoint(asked_for, processes)
+    report = evaluate_checkpoint(wanted, processes)
     return report.evaluations if report else ()
 
 

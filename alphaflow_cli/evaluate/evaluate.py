@@ -7,7 +7,7 @@ called by every process that shares the work; the first one returns the result.
 
 from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -40,7 +40,7 @@ from alphaflow_cli.evaluate.reference import (
 )
 from alphaflow_cli.evaluate.results import NEEDS_MOMENTS, NETWORK, TITLE, Evaluation, Row, save_results
 from alphaflow_cli.evaluate.score import Measured, check_reference, score
-from alphaflow_cli.files import make_folder, sha256_of, write_whole
+from alphaflow_cli.files import make_folder, sha256_of, user_path, write_whole
 from alphaflow_cli.model.find import model_name, run_folder
 from alphaflow_cli.nn.weights import FILES, MissingWeights, missing_weights
 from alphaflow_cli.recipe.schema import Eval, LabelDraw, Metric
@@ -50,6 +50,7 @@ from alphaflow_cli.runtime.processes import Processes, all_or_none, check_same, 
 from alphaflow_cli.runtime.progress import say
 from alphaflow_cli.sample.generator import DecoderChoice, Generator, decoder_pays, open_generator
 from alphaflow_cli.sample.walk import Walk, plan_walk
+from alphaflow_cli.text import counted
 
 FEWEST_PICTURES = 100  # pictures; below it nothing is printed that looks like a score
 MIDPOINTS = tuple(round(0.1 * i, 1) for i in range(1, 10))  # of --sweep-midpoint
@@ -61,22 +62,22 @@ class EvalRequest:
     """What the command line says about an evaluation; empty or None: as the recipe says."""
 
     checkpoint: str
-    nfe: Sequence[int]
-    sampler: str
-    times: Sequence[float] | None
-    guidance: float | None
-    guidance_channels: int | None
-    interval: tuple[float, float] | None
-    sweep_midpoint: bool
-    metrics: tuple[Metric, ...]
-    reference: str | None
-    images: int | None
-    draw: LabelDraw | None
-    autoencoder: str
-    decoder: DecoderChoice
-    batch: int | None
-    weights: dict[str, Path]
-    out: Path | None
+    nfe: Sequence[int] = ()
+    sampler: str = "auto"
+    times: Sequence[float] | None = None
+    guidance: float | None = None
+    guidance_channels: int | None = None
+    interval: tuple[float, float] | None = None
+    sweep_midpoint: bool = False
+    metrics: tuple[Metric, ...] = ()
+    reference: str | None = None
+    images: int | None = None
+    draw: LabelDraw | None = None
+    autoencoder: str = ""
+    decoder: DecoderChoice = "auto"
+    batch: int | None = None  # None: by the network and the device
+    weights: dict[str, Path] = field(default_factory=dict)
+    out: Path | None = None
     image_column: str = ""  # of pictures in parquet files
 
 
@@ -226,7 +227,7 @@ def check_crop(reference: Reference | None, crop: Crop | None, size: tuple[int, 
 
 def find_reference(text: str, size: tuple[int, int], ruler: Ruler, crop: Crop | None = None) -> Reference:
     """Read a file of statistics, or measure the source of pictures once and keep what was measured beside the work."""
-    path = Path(text).expanduser()
+    path = user_path(text)
     if path.suffix in (".safetensors", ".pkl", ".pickle", ".pt") or (path.suffix == ".npz" and holds_statistics(path)):
         return load_reference(path)
     if size[0] != size[1]:
@@ -243,7 +244,7 @@ def check_count(source: ImageSource) -> None:
     """Refuse a set of pictures that is too small for any score."""
     if source.count < FEWEST_PICTURES:
         raise AlphaflowError(
-            f"{source.label}: {source.count} pictures; a score needs at least {FEWEST_PICTURES} "
+            f"{source.label}: {counted(source.count, 'picture')}; a score needs at least {FEWEST_PICTURES} "
             "(and 50,000 to be compared with published ones)"
         )
 
@@ -253,7 +254,7 @@ def default_metrics(reference: str | None) -> tuple[Metric, ...]:
     recipe's defaults."""
     if reference is None or Path(reference).suffix != ".safetensors":
         return Eval().metrics
-    there = load_reference(Path(reference).expanduser()).stats
+    there = load_reference(user_path(reference)).stats
     return tuple(metric for metric in NEEDS_MOMENTS if NETWORK[metric] in there)
 
 

@@ -141,18 +141,10 @@ def _measure_chunks(
             bar.advance(writing[0].result())
             clock.add(writing[1].seconds())
         if part is not None and queued is not None:
-            writing = beside.submit(_finish, work, part, queued.content), queued.laps
+            writing = beside.submit(_finish, work, part, queued[0]), queued[1]
 
 
-@dataclass(frozen=True)
-class _Queued:
-    """A chunk that the device works on."""
-
-    content: Arriving  # the pictures, and the features by network
-    laps: Laps
-
-
-def _queue(work: Pass, part: tuple[int, int], device: torch.device, *, batch: int | None) -> _Queued:
+def _queue(work: Pass, part: tuple[int, int], device: torch.device, *, batch: int | None) -> tuple[Arriving, Laps]:
     """Queue the pictures of a chunk, their features and the way of both to the host; a CPU computes them here."""
     first, stop = part
     laps = Laps(device)
@@ -167,7 +159,7 @@ def _queue(work: Pass, part: tuple[int, int], device: torch.device, *, batch: in
             rows = [work.extractors[name](to_device(few, device)) for few in torch.split(images, size)]
             content[name] = torch.cat(rows)
         laps.end(f"features {name}")
-    return _Queued(Arriving(content), laps)
+    return Arriving(content), laps
 
 
 def _finish(work: Pass, part: tuple[int, int], content: Arriving) -> int:

@@ -29,7 +29,7 @@ from alphaflow_cli.data.manifest import Crop
 from alphaflow_cli.data.pictures import MAX_PIXELS, BadPicture, Fetch, Source, decode, decode_whole
 from alphaflow_cli.data.sources import open_source
 from alphaflow_cli.errors import DAMAGE, AlphaflowError
-from alphaflow_cli.files import path_and_stamp
+from alphaflow_cli.files import path_and_stamp, user_path
 from alphaflow_cli.runtime.transfer import Arriving, Laps
 from alphaflow_cli.sample.generator import Generator
 from alphaflow_cli.sample.walk import LazyLabels, Walk, draw_labels
@@ -79,7 +79,7 @@ def open_pictures(
 ) -> ImageSource:
     """Open what a user may point at: a folder, archives, parquet, hf://…, shapes:N, or a .npz of pictures."""
     if text.endswith(".npz"):
-        return PictureArray(Path(text).expanduser(), limit=limit)
+        return PictureArray(user_path(text), limit=limit)
     return PictureFiles(open_source(text, image_column), size=size, limit=limit, crop=crop)
 
 

@@ -114,9 +114,8 @@ def _subsets(fakes: int, reals: int, size: int) -> Iterator[tuple[Tensor, Tensor
 
 def _inception_score(measured: Measured, metric: Metric) -> Iterator[Scored]:
     features = load_all(measured.work, NETWORK[metric])
-    order = torch.from_numpy(
-        np.random.RandomState(DRAW_SEED).permutation(len(features))
-    )  # class-sorted sets would collapse
+    shuffled = np.random.RandomState(DRAW_SEED).permutation(len(features))  # class-sorted sets would collapse
+    order = torch.from_numpy(shuffled)
     extractor = measured.work.extractors[NETWORK[metric]]
     with true_float32():
         logits = torch.cat([extractor.logits(part).cpu() for part in torch.split(features[order], BLOCK)])

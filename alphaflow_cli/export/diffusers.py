@@ -65,11 +65,11 @@ def export_diffusers(source: Exported, folder: Path) -> Difference:
     check_diffusers(source)
     reference = reference_pictures(source)
     write_pipeline(source, folder)
-    difference = checked(source, lambda inputs: run_pipeline(folder, source, inputs), reference)
     try:
+        difference = checked(source, lambda inputs: run_pipeline(folder, source, inputs), reference)
         refuse_far(difference, folder)
-    except AlphaflowError:
-        (folder / INDEX).unlink()
+    except BaseException:
+        (folder / INDEX).unlink()  # without it nobody takes the folder for a pipeline
         raise
     return difference
 

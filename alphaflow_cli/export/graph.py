@@ -15,8 +15,6 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -223,37 +221,22 @@ def quiet() -> Iterator[None]:
         yield
 
 
-def need(extra: str, modules: tuple[str, ...], what: str) -> None:
-    """Refuse in one line that names the extra when a package is not installed."""
-    missing = [name for name in modules if find_spec(name) is None]
-    if missing:
-        names = " and ".join(missing)
-        verb = "is" if len(missing) == 1 else "are"
-        raise AlphaflowError(f"{what}: {names} {verb} not installed. Run: pip install 'alphaflow-cli[{extra}]'")
-
-
 @torch.no_grad()
 def export_torch(source: Exported, out: Path) -> Difference:
     """Write the graph as a `.pt2` of torch.export, which torch reads without this package."""
     reference = reference_pictures(source)
+    differences: list[Difference] = []
+
+    def write(path: Path) -> None:
+        with path.open("wb") as file:
+            torch.export.save(program, file)
+        with path.open("rb") as file:
+            module = torch.export.load(file).module()
+        differences.append(checked(source, lambda inputs: module(*inputs).numpy(), reference))
+        refuse_far(differences[0], out)
+
     with quiet():
         example = tuple(source.inputs([0, 1], [0, 0]))
         program = torch.export.export(OneGraph(source), example, dynamic_shapes=dynamic_shapes(len(example)))
-        differences: list[Difference] = []
-        write_by(out, partial(_save_torch, program, source, reference, differences))
+        write_by(out, write)
     return differences[0]
-
-
-def _save_torch(
-    program: Any,
-    source: Exported,
-    reference: Wanted,
-    differences: list[Difference],
-    path: Path,
-) -> None:
-    with path.open("wb") as file:
-        torch.export.save(program, file)
-    with path.open("rb") as file:
-        module = torch.export.load(file).module()
-    differences.append(checked(source, lambda inputs: module(*inputs).numpy(), reference))
-    refuse_far(differences[0], path)

@@ -7,6 +7,7 @@ no kernels for half precision, and times and statistics need more of it.
 import hashlib
 import json
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.export.graph import (
     Difference,
     Exported,
@@ -21,7 +23,6 @@ from alphaflow_cli.export.graph import (
     Wanted,
     checked,
     dynamic_shapes,
-    need,
     quiet,
     reference_pictures,
     refuse_far,
@@ -37,7 +38,10 @@ ALIGNED = 64
 
 def check_onnx() -> None:
     """Refuse early when a package of the extra is missing."""
-    need("onnx", ("onnx", "onnxscript", "onnxruntime"), "ONNX")
+    missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]
+    if missing:
+        names = f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'}"
+        raise AlphaflowError(f"ONNX: {names} not installed. Run: pip install 'alphaflow-cli[onnx]'")
 
 
 def export_onnx(source: Exported, out: Path, *, half: bool) -> Difference:

@@ -257,16 +257,12 @@ def _training(facts: CardFacts) -> str:
         lines += [f"{_again(recipe)}.{named} {planned}{ended}"]
         lines[-1] += f"; {seen:,} pictures seen" if isinstance(seen, int) else ""
         lines[-1] += f", from {code_span(recipe.data.source)}." if recipe.data.source else "."
-        lines += [_objective(recipe), *_choice(facts), ""]
+        chosen = [f"These weights are {for_markdown(facts.chosen)}."] if facts.chosen else []
+        lines += [_objective(recipe), *chosen, ""]
     lines += ["![alpha, the share of r = t rows and the learning rate over the steps](alpha.png)", ""]
     lines += ["<details><summary>The whole recipe</summary>", "", *_fenced(dump_recipe(recipe), "yaml"), ""]
     lines += ["</details>"]
     return "\n".join(lines)
-
-
-def _choice(facts: CardFacts) -> list[str]:
-    """Which of the run's checkpoints this is, where a score chose it."""
-    return [f"These weights are {for_markdown(facts.chosen)}."] if facts.chosen else []
 
 
 def _again(recipe: Recipe) -> str:

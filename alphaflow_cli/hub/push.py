@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 
-def newest_run(root: Path = Path("runs")) -> Path:
+def newest_run() -> Path:
     """The run folder in runs/ whose weights are newest."""
-    models = sorted(root.glob("*/model.safetensors"), key=lambda path: path.stat().st_mtime)
+    models = sorted(Path("runs").glob("*/model.safetensors"), key=lambda path: path.stat().st_mtime)
     if not models:
-        raise AlphaflowError(f"{root}/: no run with weights to push. Train one, or name it: alphaflow push RUN")
+        raise AlphaflowError("runs/: no run with weights to push. Train one, or name it: alphaflow push RUN")
     return models[-1].parent
 
 

@@ -16,7 +16,7 @@ from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.evaluate.results import RESULTS_SCHEMA, read_results
 from alphaflow_cli.export.diffusers import export_diffusers
 from alphaflow_cli.export.graph import open_exported
-from alphaflow_cli.files import sha256_of, write_by, write_whole
+from alphaflow_cli.files import sha256_of, user_path, write_by, write_whole
 from alphaflow_cli.hub.card import CardFacts, last_part, model_card, result_rows, scrub
 from alphaflow_cli.model.checkpoint import (
     CHECKPOINT_FORMAT,
@@ -259,7 +259,7 @@ def local_autoencoder(source: Publication, given: Path | None) -> Path | None:
         return None
     on_hub = HUB_ID.fullmatch(name)
     names = [name] if on_hub or in_recipe == "none" else [name, in_recipe]
-    places = [place for each in names for place in (source.path.parent / each, Path(each).expanduser())]
+    places = [place for each in names for place in (source.path.parent / each, user_path(each))]
     here = given or next((place for place in places if place.is_file() or (place / CONFIG_FILE).is_file()), None)
     if here is None and not on_hub:
         raise AlphaflowError(

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from alphaflow_cli.documents import Anything, ListOf, Maybe, Table, Text, parse_json
 from alphaflow_cli.errors import AlphaflowError
-from alphaflow_cli.files import is_there
+from alphaflow_cli.files import is_there, user_path
 from alphaflow_cli.recipe import recipe_from_text
 from alphaflow_cli.recipe.plan import label_rows
 from alphaflow_cli.recipe.schema import Recipe
@@ -89,7 +89,7 @@ def check_address(address: str) -> None:
     place = parse_address(address)
     if isinstance(place, Path) and is_there(place):
         return
-    slip = "" if any(mark in address for mark in "@:") else nearby(Path(address).expanduser())
+    slip = "" if any(mark in address for mark in "@:") else nearby(user_path(address))
     if slip:
         hub = f" (A model of that name on the Hub: hf://{address})" if isinstance(place, Repo) else ""
         raise AlphaflowError(f"{address}: no such run or checkpoint here. Did you mean {slip}?{hub}")
@@ -99,7 +99,7 @@ def check_address(address: str) -> None:
 
 def check_named_classes(address: str, classes: str) -> None:
     """Refuse classes that a checkpoint on this machine does not have, by its header alone."""
-    path = Path(address).expanduser()
+    path = user_path(address)
     if not classes or not path.exists():
         return
     from alphaflow_cli.tensors import open_tensors  # numpy comes with it
@@ -147,7 +147,7 @@ def check_run(run: Path) -> None:
 
 def is_checkpoint(text: str) -> bool:
     """Whether the text names a weights file, a run folder or a model on the Hub, and not a source of pictures."""
-    path = Path(text).expanduser()
+    path = user_path(text)
     if path.is_dir():
         return (path / "model.safetensors").is_file() or (path / "checkpoints").is_dir()
     if text.startswith("hf://"):
@@ -165,7 +165,7 @@ def model_name(address: str, recipe: Recipe, *, unnamed: str = "checkpoint") -> 
 
 def default_grid(address: str) -> Path:
     """Where a grid goes when nobody says where: into the run; beside a checkpoint file; else here."""
-    path = Path(address).expanduser()
+    path = user_path(address)
     if run := run_folder(address):
         return run / "grid.png"
     if path.exists():
@@ -175,18 +175,16 @@ def default_grid(address: str) -> Path:
 
 def find_checkpoint(address: str, *, weights: str = "ema") -> Path:
     """A file, a run folder (its newest), or an address on the Hub."""
-    path = Path(address).expanduser()
+    path = user_path(address)
     if path.is_dir():
-        if weights == "ema" and (path / "model.safetensors").exists():
-            return path / "model.safetensors"
         name = "model.safetensors" if weights == "ema" else "raw.safetensors"
-        kept = [folder / name for folder in checkpoint_folders(path) if (folder / name).exists()]
-        checkpoints = [path / name] if (path / name).exists() else kept
-        if not checkpoints:
+        files = [*(folder / name for folder in checkpoint_folders(path)), path / name]
+        there = [file for file in files if file.exists()]
+        if not there:
             raise AlphaflowError(
                 f"{path}: no checkpoint in this folder yet. Train one: alphaflow train RECIPE --out {path}"
             )
-        return checkpoints[-1]
+        return there[-1]
     check_address(address)
     from alphaflow_cli.remote.download import resolve_checkpoint
 
@@ -195,7 +193,7 @@ def find_checkpoint(address: str, *, weights: str = "ema") -> Path:
 
 def run_folder(address: str) -> Path | None:
     """The run that a checkpoint belongs to: RUN, RUN/model.safetensors, RUN/checkpoints/step-N/model.safetensors."""
-    path = Path(address).expanduser()
+    path = user_path(address)
     folder = path if path.is_dir() else path.parent
     run = folder.parent.parent if folder.parent.name == "checkpoints" else folder
     return run if path.exists() and (run / "recipe.yaml").is_file() else None

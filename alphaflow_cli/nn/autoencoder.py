@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from alphaflow_cli.documents import read_json
 from alphaflow_cli.errors import DAMAGE, AlphaflowError
+from alphaflow_cli.files import user_path
 from alphaflow_cli.nn.autoencoder_classes import (
     CLASSES,
     CONFIG_SHAPE,
@@ -161,7 +162,7 @@ def public_id(name: str) -> str:
 
 
 def _load_module(name: str) -> tuple[Any, str]:
-    path = Path(name).expanduser()
+    path = user_path(name)
     if path.is_dir():
         return _from_folder(path), ""
     if path.is_file():
@@ -185,15 +186,11 @@ def _from_folder(folder: Path) -> Any:
     if (package := CLASSES[name].needs) and not find_spec(package):
         raise AlphaflowError(f"{folder}: {name} needs the package {package}, which is not here: pip install {package}")
     try:
-        return getattr(diffusers, name).from_pretrained(folder, use_safetensors=_safe_weights(folder))
+        safe = any(folder.glob("*.safetensors"))  # diffusers reads a .bin with weights_only, which executes nothing
+        return getattr(diffusers, name).from_pretrained(folder, use_safetensors=safe)
     except READING as fault:
         reason = for_terminal(fault, limit=300)
         raise AlphaflowError(f"{folder}: the autoencoder cannot be loaded ({reason})") from fault
-
-
-def _safe_weights(folder: Path) -> bool:
-    """Whether a folder has weights as safetensors. diffusers reads a .bin with weights_only, which executes nothing."""
-    return any(folder.glob("*.safetensors"))
 
 
 def _from_file(path: Path) -> Any:

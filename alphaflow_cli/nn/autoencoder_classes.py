@@ -78,7 +78,7 @@ def _rae_side(config: Config) -> int:
     return grid * int(config["patch_size"])
 
 
-PLAIN, DOWN = _halvings("block_out_channels"), _halvings("down_block_out_channels")
+PLAIN, ENCODER = _halvings("block_out_channels"), _halvings("encoder_block_out_channels")
 CLASSES: dict[str, AutoencoderClass] = {
     "AutoencoderKL": AutoencoderClass("kl", _latent_channels, PLAIN),
     "AsymmetricAutoencoderKL": AutoencoderClass(
@@ -101,12 +101,8 @@ CLASSES: dict[str, AutoencoderClass] = {
     "AutoencoderKLWan": AutoencoderClass(
         "kl-wan", lambda config: int(config["z_dim"]), lambda config: int(config["scale_factor_spatial"]), frames=True
     ),
-    "AutoencoderTiny": AutoencoderClass(
-        "tiny", _latent_channels, _halvings("encoder_block_out_channels"), posterior=False, output="latents"
-    ),
-    "AutoencoderDC": AutoencoderClass(
-        "dc", _latent_channels, _halvings("encoder_block_out_channels"), posterior=False, output="latent"
-    ),
+    "AutoencoderTiny": AutoencoderClass("tiny", _latent_channels, ENCODER, posterior=False, output="latents"),
+    "AutoencoderDC": AutoencoderClass("dc", _latent_channels, ENCODER, posterior=False, output="latent"),
     "VQModel": AutoencoderClass(
         "vq",
         lambda config: int(config.get("vq_embed_dim") or config["latent_channels"]),

@@ -28,23 +28,18 @@ class CleanDiT(DiT):
     t_floor: float  # set by model/build.py, from the recipe
 
     def read(self, out: Tensor | Dual, z: Tensor, t: Tensor, tangent: Tensor | None) -> Tensor | Dual:
-        """The data that the network sees in z becomes a velocity: u = velocity(x̂, z, t)."""
+        """The data x̂ that the network sees in z becomes a velocity, in the precision of z."""
+        x_hat = out if isinstance(out, Tensor) else out.value
+        u = (z - x_hat) * self._factor(t, z)
         if isinstance(out, Tensor):
-            return self.velocity(out, z, t)
+            return u
         assert tangent is not None
-        return self._with_tangent(out, z, t, tangent)
-
-    def velocity(self, x_hat: Tensor, z: Tensor, t: Tensor) -> Tensor:
-        """The average velocity (z − x̂) / max(t, t_floor), in the precision of z."""
-        return (z - x_hat) * self._factor(t, z)
-
-    def _with_tangent(self, x_hat: Dual, z: Tensor, t: Tensor, tangent: Tensor) -> Dual:
-        u, rows = self.velocity(x_hat.value, z, t), len(tangent)
         with torch.no_grad():
+            rows = len(tangent)
             t_last = last_rows(t, rows)
             f = self._factor(t_last, z)
             falls = torch.where(expand(t_last, z) > self.t_floor, last_rows(u, rows) * f, 0.0)  # −u d(log f)/dt
-            return Dual(u, (tangent - x_hat.tangent) * f - falls)
+            return Dual(u, (tangent - out.tangent) * f - falls)
 
     def _factor(self, t: Tensor, like: Tensor) -> Tensor:
         """1 / max(t, t_floor), in the form that multiplies rows of `like`."""

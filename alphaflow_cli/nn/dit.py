@@ -173,7 +173,7 @@ class DiT(nn.Module):
         x: Tensor | Dual = self.patch_embed(z)
         if self.pos_embed is None:  # the tokens' sums stay in the precision of the weights
             wide = self.patch_embed.proj.weight.dtype
-            return x.to(wide) if isinstance(x, Tensor) else each(lambda a: a.to(wide), x)
+            return each(lambda a: a.to(wide), x)
         return add(x, self.pos_embed)
 
     def unpatchify(self, tokens: Tensor) -> Tensor:

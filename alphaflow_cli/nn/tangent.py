@@ -51,13 +51,14 @@ class Beside(NamedTuple):
     others: Tensor  # (B', ...) without gradient
 
 
+WIDE = (torch.float32, torch.float64)
 # z, t, r, y of the rows beside, and their guide where the network takes one
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]
 Stream = Tensor | Dual | Beside  # what flows through the blocks
 # What one call takes and gives: plain tensors throughout, or Duals throughout
 PlainOrDual = TypeVar("PlainOrDual", Tensor, Dual)
 OneValue = TypeVar("OneValue", Tensor, Dual, Tensor | Dual)
-OneStream = TypeVar("OneStream", Tensor, Dual, Beside, Stream)
+OneStream = TypeVar("OneStream", Tensor, Dual, Beside, Tensor | Dual, Stream)
 
 
 def last_rows(x: Tensor, rows: int) -> Tensor:
@@ -135,16 +136,13 @@ def _linear(layer: nn.Linear, x: Dual) -> Dual:
 
 def _layer_norm(layer: nn.LayerNorm, x: Dual) -> Dual:
     shape, rows = layer.normalized_shape, x.tangent.shape[0]
-    if x.value.dtype in (
-        torch.float32,
-        torch.float64,
-    ):  # the residual stream: one kernel for value and statistics
+    if x.value.dtype in WIDE:  # the residual stream: one kernel for value and statistics
         value, mean, rstd = torch.native_layer_norm(x.value, shape, layer.weight, layer.bias, layer.eps)
     else:  # q and k under autocast, whose value is the device's affair
         value = layer(x.value)
     with torch.no_grad():
         wide, dx = last(x), x.tangent
-        if wide.dtype not in (torch.float32, torch.float64):
+        if wide.dtype not in WIDE:
             wide, dx = wide.float(), dx.float()
             _, mean, rstd = torch.native_layer_norm(wide, shape, None, None, layer.eps)
         mean, rstd = last_rows(mean, rows), last_rows(rstd, rows)

@@ -34,8 +34,6 @@ class Prefix(nn.Module):
 
 def _repeat(embedding: Tensor | Dual, count: int) -> Tensor | Dual:
     """(B, D) → (B, count, D), without a copy."""
-    if isinstance(embedding, Tensor):
-        return embedding[:, None].expand(-1, count, -1)
     return each(lambda a: a[:, None].expand(-1, count, -1), embedding)
 
 

@@ -1,4 +1,4 @@
-"""The weights of the feature networks: finding the file, hashing it, and saying what to do when it is not there.
+"""Files of weights: where those of the feature networks lie, what to do without one, and how any is read and checked.
 
 Nothing is downloaded here: an evaluation that starts a 1.2 GB download by surprise, or hangs behind a firewall, is
 worse than one clear line. Pickles are read with `weights_only=True`, so a file from anywhere may be tried.
@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from alphaflow_cli.errors import AlphaflowError
-from alphaflow_cli.files import is_there
+from alphaflow_cli.files import is_there, user_path
 from alphaflow_cli.remote.cache import cached_file
 
 
@@ -100,7 +100,7 @@ def missing_weights(wanted: WeightFile) -> str | None:
 def _candidates(wanted: WeightFile, given: Path | None) -> list[Path]:
     folders = [given] if given is not None else []
     if os.environ.get("ALPHAFLOW_WEIGHTS"):
-        folders.append(Path(os.environ["ALPHAFLOW_WEIGHTS"]).expanduser())
+        folders.append(user_path(os.environ["ALPHAFLOW_WEIGHTS"]))
     folders.append(Path(torch.hub.get_dir()) / "checkpoints")
     paths = [folder / name for folder in folders for name in wanted.names]
     for repo in wanted.hub_repos:

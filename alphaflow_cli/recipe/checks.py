@@ -12,7 +12,7 @@ from operator import attrgetter
 
 from alphaflow_cli.recipe.guidance_checks import Fault, check_guidance
 from alphaflow_cli.recipe.plan import end_values, schedules_of
-from alphaflow_cli.recipe.schema import MOST_NFE, Loss, Model, Recipe, Schedule, TimeDraw, Tokens, resolve_step
+from alphaflow_cli.recipe.schema import MOST_NFE, Loss, Model, Recipe, TimeDraw, Tokens, resolve_step
 from alphaflow_cli.recipe.source import Faults
 
 AT_LEAST = {  # field: smallest value
@@ -53,7 +53,7 @@ def check(recipe: Recipe, place: Callable[[str], str], faults: Faults) -> None:
             _tokens,
             _data,
             _constants,
-            _alpha,
+            _schedules,
             _equal_share,
             _gap,
             _equal_draw,
@@ -204,26 +204,22 @@ def _constants(recipe: Recipe) -> Iterator[Fault]:
         yield "data.channel_std", f"data.channel_std must be more than 0, got {list(data.channel_std)}"
 
 
-def _alpha(recipe: Recipe) -> Iterator[Fault]:
-    for path, schedule in schedules_of(recipe):
-        if schedule.kind != "constant":
-            yield from _ends(path, schedule, recipe.train.steps)
-
-
-def _ends(path: str, schedule: Schedule, steps: int) -> Iterator[Fault]:
+def _schedules(recipe: Recipe) -> Iterator[Fault]:
     """A schedule copied from a longer run would keep its first value for the whole of a shorter one, silently."""
-    start, end = resolve_step(schedule.start, steps), resolve_step(schedule.end, steps)
-    if schedule.kind == "step":
-        end = start
-    if start > end:
-        yield f"{path}.start", f"{path} starts at step {start:,}, after its end at {end:,}"
-    elif (end > steps or start >= steps) and not schedule.unfinished:
-        line = "start" if schedule.kind == "step" else "end"
-        yield (
-            f"{path}.{line}",
-            f"{path} reaches its final value at step {end:,}, but the run has {steps:,} steps: "
-            f'write {line}: "{50 if line == "start" else 100}%" or another share, or unfinished: true if it is meant',
-        )
+    steps = recipe.train.steps
+    for path, schedule in schedules_of(recipe):
+        if schedule.kind == "constant":
+            continue
+        line, share = ("start", 50) if schedule.kind == "step" else ("end", 100)
+        start, end = resolve_step(schedule.start, steps), resolve_step(getattr(schedule, line), steps)
+        if start > end:
+            yield f"{path}.start", f"{path} starts at step {start:,}, after its end at {end:,}"
+        elif (end > steps or start >= steps) and not schedule.unfinished:
+            yield (
+                f"{path}.{line}",
+                f"{path} reaches its final value at step {end:,}, but the run has {steps:,} steps: "
+                f'write {line}: "{share}%" or another share, or unfinished: true if it is meant',
+            )
 
 
 def _equal_share(recipe: Recipe) -> Iterator[Fault]:

@@ -98,7 +98,7 @@ class Model:
 class Data:
     """What the latents are. `train` refuses a store that says otherwise."""
 
-    store: str = ""  # folder made by prep-latents; empty: latents/<source or recipe name>. --data overrides it
+    store: str = ""  # folder made by prep-latents; --data overrides it; empty: with a source the run's own latents/
     source: str = ""  # an embedded set ("shapes:4000") that train prepares itself when the store is missing
     autoencoder: str = "stabilityai/sd-vae-ft-ema"  # Hub id or folder; "none" trains on pixels
     image_size: int = 256  # pixels, side of the square picture

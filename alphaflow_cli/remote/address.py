@@ -10,7 +10,7 @@ from pathlib import Path
 from urllib.parse import unquote
 
 from alphaflow_cli.errors import AlphaflowError
-from alphaflow_cli.files import is_there
+from alphaflow_cli.files import is_there, user_path
 
 FILE_ENDINGS = (".safetensors", ".yaml", ".yml", ".pt", ".pth", ".ckpt", ".json", ".npz")
 PART = r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_-])?"  # a name on the Hub
@@ -43,7 +43,7 @@ def parse_address(text: str) -> Path | Repo:
     """A path or a repository; what is neither is said to be a missing path."""
     if text.startswith("hf://"):
         return _repo(LONG.fullmatch(text), text)
-    path = Path(text).expanduser()
+    path = user_path(text)
     if is_there(path) or (text.endswith(FILE_ENDINGS) and ":" not in text):
         return path
     match = SHORT.fullmatch(text)

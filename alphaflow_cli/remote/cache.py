@@ -8,12 +8,14 @@ commands never need it.
 import os
 from pathlib import Path
 
+from alphaflow_cli.files import user_path
+
 
 def cache_folder() -> Path:
     """Where downloads are kept: $HF_HUB_CACHE as it is now, else huggingface_hub's own place."""
     from huggingface_hub import constants
 
-    return Path(os.environ.get("HF_HUB_CACHE") or constants.HF_HUB_CACHE).expanduser()
+    return user_path(os.environ.get("HF_HUB_CACHE") or constants.HF_HUB_CACHE)
 
 
 def is_offline() -> bool:

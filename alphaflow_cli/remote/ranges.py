@@ -17,7 +17,8 @@ from alphaflow_cli.remote.client import endpoint, session
 from alphaflow_cli.remote.faults import Distrusted, HubFault, hub_faults
 
 LEADS_OUT = "its path leads out of the folder of the parquet file"
-REFUSED = (401, 403, 404)  # final: to ask again does not help
+GONE = 404
+REFUSED = (401, 403, GONE)  # final: to ask again does not help
 TRIES, PAUSE = 4, 1.0  # of one answer, seconds before the second try; doubled each time
 PIECE = 8 << 20  # bytes of one request
 
@@ -29,7 +30,7 @@ def download(repo: str, commit: str, file: str) -> bytes:
         try:
             with hub_faults(url):
                 answer = _get(url, {})
-                if answer.status_code not in REFUSED:
+                if answer.status_code != GONE:
                     _raise_for_status(answer)
                 if answer.headers.get("Content-Type", "").startswith("text/html"):
                     raise Distrusted("a web page came instead (does this network show a login page?)")
@@ -38,8 +39,8 @@ def download(repo: str, commit: str, file: str) -> bytes:
                 raise
             time.sleep(PAUSE * 2**attempt)
             continue
-        if answer.status_code in REFUSED:
-            raise OSError(f"the Hub answers {answer.status_code}")
+        if answer.status_code == GONE:
+            raise OSError(f"the Hub answers {GONE}")
         return bytes(answer.content)
     raise AssertionError("unreachable")
 

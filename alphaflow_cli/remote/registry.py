@@ -13,7 +13,7 @@ from http.client import HTTPException
 from pathlib import Path
 
 from alphaflow_cli.errors import AlphaflowError
-from alphaflow_cli.files import make_folder, read_file, write_whole
+from alphaflow_cli.files import make_folder, read_file, user_path, write_whole
 from alphaflow_cli.text import for_terminal
 
 REGISTRY = "https://registry.npmjs.org"
@@ -59,7 +59,7 @@ def fetch_package(package: NpmPackage, given: Path | None) -> bytes:
 
 
 def _cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "alphaflow" / "npm"
+    return user_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "alphaflow" / "npm"
 
 
 def _by_hand(package: NpmPackage) -> str:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from alphaflow_cli.charts import chart
-from alphaflow_cli.documents import check_shape
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.evaluate.results import best_founded, read_results, row_of, value_text
 from alphaflow_cli.files import write_whole
@@ -30,9 +29,8 @@ from alphaflow_cli.report.page import (
     spread_over,
     step_words,
 )
-from alphaflow_cli.report.run import JOURNAL_POINTS, JOURNAL_ROW, Cells, environment_of, status_of
+from alphaflow_cli.report.run import JOURNAL_POINTS, Cells, environment_of, journal_of, status_of
 from alphaflow_cli.report.scores import COLOURS, Points, curves_of_scores, title_of
-from alphaflow_cli.train.journal import read_rows
 from alphaflow_cli.train.scores import score_rows
 
 MOST_RUNS = 12
@@ -74,9 +72,7 @@ def write_comparison(runs: Sequence[Path], out: Path) -> Path:
 def read_run(folder: Path, label: str) -> ComparedRun:
     """Read a run's recipe and journal, and check what is drawn of them."""
     check_run(folder)
-    rows = read_rows(folder / "metrics.jsonl")
-    for row in rows:
-        check_shape(row, f"{folder / 'metrics.jsonl'}: the row of step {row['step']}", JOURNAL_ROW)
+    rows = journal_of(folder)
     return ComparedRun(label, folder, load_recipe(str(folder / "recipe.yaml")), rows, score_rows(folder))
 
 

@@ -5,6 +5,7 @@ The page also shows what a reader types to make the run again.
 
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -98,10 +99,7 @@ def page_of(run: Path) -> RunPage:
     path = run / "recipe.yaml"
     check_run(run)
     text = read_document(path)
-    journal = run / "metrics.jsonl"
-    recipe, rows = recipe_from_text(text, str(path)), read_rows(journal)
-    for row in rows:
-        check_shape(row, f"{journal}: the row of step {row['step']}", JOURNAL_ROW)
+    recipe, rows = recipe_from_text(text, str(path)), journal_of(run)
     model = run / "model.safetensors"
     origin, digest = (origin_of(model), sha256_of(model)) if model.is_file() else ({}, "")
     compared, other = counterpart(recipe)
@@ -128,6 +126,15 @@ def page_of(run: Path) -> RunPage:
         environment=environment_of(origin, digest, rows),
         commands=commands_of(recipe, run, origin, images=measured_images(run / "results.json")),
     )
+
+
+def journal_of(run: Path) -> list[dict[str, Any]]:
+    """The rows of a run's journal; what is drawn of them is checked."""
+    path = run / "metrics.jsonl"
+    rows = read_rows(path)
+    for row in rows:
+        check_shape(row, f"{path}: the row of step {row['step']}", JOURNAL_ROW)
+    return rows
 
 
 def best_steps(run: Path) -> dict[Path, int]:
@@ -273,7 +280,8 @@ def _train_command(recipe: Recipe, folder: str) -> tuple[str, list[str]]:
     if store and store != base.data.store:
         data = f" --data {quote(store)}"
         if (Path(store) / "manifest.json").is_file():  # the recipe takes over from it what need not be said
-            base = recipe_for(name, (), Path(store))[0]
+            with suppress(AlphaflowError):  # a damaged store makes the command longer, and costs no page
+                base = recipe_for(name, (), Path(store))[0]
     changes = [(field, here) for field, _, here in diff_recipes(base, recipe) if field not in ("name", "data.store")]
     sets = "".join(f" --set {field}={quote(set_text(here))}" for field, here in changes)
     return f"alphaflow train {name}{sets}{data} --out {folder}", []

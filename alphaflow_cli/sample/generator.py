@@ -239,9 +239,9 @@ class Generator:
     @torch.no_grad()
     def latents(self, seeds: Sequence[int], labels: Sequence[int], walk: Walk) -> Tensor:
         """(n, C, h, w) float64, the network's own normalised latents."""
-        groups = (
-            [slice(i, i + GROUP) for i in range(0, len(seeds), GROUP)] if self.device.type == "cpu" else [slice(None)]
-        )
+        groups = [slice(None)]
+        if self.device.type == "cpu":
+            groups = [slice(i, i + GROUP) for i in range(0, len(seeds), GROUP)]
         return torch.cat([self._group(seeds[part], labels[part], walk) for part in groups])
 
     def _group(self, seeds: Sequence[int], labels: Sequence[int], walk: Walk) -> Tensor:

@@ -13,7 +13,14 @@ from collections.abc import Iterator
 import torch
 
 from alphaflow_cli.core.alpha import equal_rows
-from alphaflow_cli.model.compiling import can_compile, compile_faults, keep_compiled_code, plain_blocks, why_not
+from alphaflow_cli.model.compiling import (
+    EAGERLY,
+    can_compile,
+    compile_faults,
+    keep_compiled_code,
+    plain_blocks,
+    why_not,
+)
 from alphaflow_cli.nn.dit import DiT
 from alphaflow_cli.recipe.plan import phases
 from alphaflow_cli.recipe.schema import Recipe
@@ -40,6 +47,8 @@ def choose_compile(recipe: Recipe, world: World, saved: bool | None, processes: 
     unable = world.agree(not can_compile(world.device))
     if unable and saved and world.is_main:
         say("compiled so far, the run goes on eagerly: here torch.compile lacks a GPU, Triton or a C compiler")
+    elif unable and world.device.type == "cuda" and world.is_main:
+        say(f"beware: {EAGERLY}")
     return not unable
 
 

@@ -100,15 +100,8 @@ class Later:
 
     def take(self, index: Tensor) -> "Later":
         """Choose some of the rows by their indices."""
-        return Later(
-            self.z_t[index],
-            self.v_guided[index],
-            self.t[index],
-            self.r[index],
-            self.y[index],
-            self.du[index],
-            None if self.guide is None else self.guide[index],
-        )
+        chosen: dict[str, Any] = {name: value if value is None else value[index] for name, value in vars(self).items()}
+        return Later(**chosen)
 
 
 class Measurement(TypedDict):

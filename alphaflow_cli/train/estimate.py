@@ -224,7 +224,7 @@ def describe_run(
     width = max(len(name) for name, _ in lines(recipe))
     text = [f"{name.ljust(width)}  {value}" for name, value in lines(recipe)]
     text.append(f"{'split'.ljust(width)}  {cut}")
-    text.append(f"{'folder'.ljust(width)}  {folder}{', resumes' if (folder / 'state').exists() else ''}")
+    text.append(f"{'folder'.ljust(width)}  {folder}{', where a run was begun' if (folder / 'state').exists() else ''}")
     for field, old, new in changes:
         both = f"{_value_text(field, old)} in the shipped {recipe.name}, {_value_text(field, new)} here"
         text.append(f"{'changed'.ljust(width)}  {field}: {both}")
@@ -277,7 +277,7 @@ def estimate_training(
         for p in measured
     ]
     text = [
-        f"{p.kind}: {p.steps:,} steps at {p.seconds_per_step:.3f} s = {duration(p.seconds)}"
+        f"{p.kind}: {counted(p.steps, 'step')} at {p.seconds_per_step:.3f} s = {duration(p.seconds)}"
         + (f", {human(p.memory_bytes)} of GPU memory" if p.memory_bytes else "")
         for p in measured
     ]

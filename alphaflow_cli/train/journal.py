@@ -142,22 +142,19 @@ class Journal:
         if self.device_flops:
             row["utilisation"] = round(flops / max(each, 1e-9) / self.device_flops, 4)
         self.started, self.last_step = now, step
-        if self.writes:
-            self._append(json.dumps(_without_nan(row), allow_nan=False) + "\n")
+        self.note(row)
         return row
 
     def note(self, values: dict[str, Any]) -> None:
-        """Write a row that is no mean over steps, such as the scores of a checkpoint; the clock runs on."""
+        """Write any row as it is, such as the scores of a checkpoint; the clock runs on."""
         if self.writes:
-            self._append(json.dumps(_without_nan(values), allow_nan=False) + "\n")
+            check_lock(self.path.parent)
+            line = json.dumps(_without_nan(values), allow_nan=False) + "\n"
+            append(self.path, line, kept="The last checkpoint is kept; the same command resumes.")
 
     def leave_out(self, seconds: float) -> None:
         """Do not count these seconds as training: the next row's speed is that of the steps."""
         self.started += seconds
-
-    def _append(self, line: str) -> None:
-        check_lock(self.path.parent)
-        append(self.path, line, kept="The last checkpoint is kept; the same command resumes.")
 
 
 def _without_nan(value: Any) -> Any:

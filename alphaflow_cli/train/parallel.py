@@ -54,10 +54,8 @@ class Split:
         return rows_of(self.batch, n_equal=n_equal, parts=parts, part=turn * self.processes + rank)
 
     def __str__(self) -> str:
-        processes, turns = (
-            counted(self.processes, "process", "processes"),
-            counted(self.accumulation, "micro-batch", "micro-batches"),
-        )
+        processes = counted(self.processes, "process", "processes")
+        turns = counted(self.accumulation, "micro-batch", "micro-batches")
         uneven = self.micro_batch * self.processes * self.accumulation != self.batch
         rows = f"{'at most ' if uneven else ''}{counted(self.micro_batch, 'row')}"
         return f"{processes} × {turns} of {rows} = batch {self.batch}"

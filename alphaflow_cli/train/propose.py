@@ -20,7 +20,7 @@ from typing import Any
 from alphaflow_cli.data.manifest import BEWARE, Manifest, StorePlan, read_manifest
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.files import is_there
-from alphaflow_cli.recipe import load_recipe, recipe_from_text
+from alphaflow_cli.recipe import load_recipe, recipe_from_text, shipped
 from alphaflow_cli.recipe.facts import human
 from alphaflow_cli.recipe.loader import find_recipe, flatten, to_dict
 from alphaflow_cli.recipe.migrations import FORMAT_KEY, current_format
@@ -138,7 +138,7 @@ def _of_store(store: Path, plan: StorePlan, count: int, like: Recipe) -> Choices
     choices["data.crop"] = (plan.crop, "of the store; references are made with the same --crop")
     patch = fields.get("model.patch", like.model.patch)
     per_side = side // patch
-    choices["model.patch"] = (patch, f"{per_side}×{per_side} = {per_side**2} tokens; {_tokens(like)} in {like.name}")
+    choices["model.patch"] = (patch, f"{per_side}×{per_side} = {per_side**2} tokens; {tokens(like):,} in {like.name}")
     normalise = fields.get("data.normalise", like.data.normalise)
     record = plan.autoencoder
     if record.channel_mean and record.channel_std:
@@ -162,10 +162,6 @@ def _about(autoencoder: str) -> str:
     return "that made the latents" + ("" if "/" in autoencoder else local)
 
 
-def _tokens(recipe: Recipe) -> str:
-    return f"{tokens(recipe):,}"
-
-
 def _without_labels(like: Recipe) -> Choices:
     """One class tells the network nothing, and guidance would lead from it to itself."""
     guided = is_guided(like.guidance.omega, like.guidance.kappa)
@@ -178,9 +174,12 @@ def _without_labels(like: Recipe) -> Choices:
 
 
 def written_for(recipe: Recipe) -> int:
-    """How many pictures a recipe was written for."""
+    """How many pictures a recipe was written for: of a file of one's own, those of its store, where that is here."""
     if recipe.data.source:
         return int(recipe.data.source.partition(":")[2])
+    store = Path(recipe.data.store)
+    if recipe.data.store and recipe.name not in shipped() and is_there(store / "manifest.json"):
+        return read_manifest(store).count
     return IMAGENET_TRAIN if recipe.data.classes == 1000 else CIFAR_TRAIN
 
 
@@ -313,11 +312,8 @@ def _notes(request: RecipeRequest, plan: StorePlan, count: int, recipe: Recipe) 
 
 def _header(request: RecipeRequest, name: str, why: str, recipe: Recipe, manifest: Manifest) -> str:
     """What the file is, the commands, and where its numbers come from."""
-    stem, store, pictures = (
-        for_terminal(request.out.stem),
-        for_terminal(request.store),
-        counted(manifest.count, "picture"),
-    )
+    stem, store = for_terminal(request.out.stem), for_terminal(request.store)
+    pictures = counted(manifest.count, "picture")
     hours = f"{request.hours:g} h requested" if request.hours is not None else "add --estimate to the train command"
     images = recipe.train.steps * recipe.train.batch
     lines = [

@@ -33,11 +33,11 @@ class SampleGrids:
         """The file of the grid of the run's present step."""
         return run.folder / "samples" / f"{step_name(run.step)}.png"
 
-    def draw(self, run: Run) -> Path | None:
-        """Draw the grid of the present weights; None where it cannot be drawn. All processes call it."""
+    def draw(self, run: Run) -> None:
+        """Draw the grid of the present weights, where it can be drawn. All processes call it."""
         checkpoint = run.model()  # all processes: the weights may be cut over them
         if self.broken or not run.world.is_main:
-            return None
+            return
         try:
             with smaller_batch_if_full(1):  # a grid is drawn at once
                 self.generator = self.generator or Generator(checkpoint, device=run.world.device)
@@ -46,11 +46,9 @@ class SampleGrids:
         except AlphaflowError as error:  # training goes on without pictures, and says why
             self.generator, self.broken = None, str(error)
             say(f"no sample grids: {error}")
-            return None
-        path = self.path(run)
-        make_folder(path.parent)
-        write_whole(path, picture)
-        return path
+            return
+        make_folder(self.path(run).parent)
+        write_whole(self.path(run), picture)
 
     def _grid(self, generator: Generator) -> bytes:
         classes = generator.recipe.data.classes

@@ -31,7 +31,7 @@ from alphaflow_cli.evaluate.pictures import GeneratedImages, ImageSource
 from alphaflow_cli.evaluate.reference import Reference
 from alphaflow_cli.evaluate.results import NETWORK, Evaluation, read_results, save_results, value_text
 from alphaflow_cli.evaluate.score import check_reference
-from alphaflow_cli.files import is_there
+from alphaflow_cli.files import is_there, user_path
 from alphaflow_cli.model.checkpoint import Checkpoint
 from alphaflow_cli.model.find import best_name, step_name
 from alphaflow_cli.nn.weights import FILES, missing_weights
@@ -43,6 +43,7 @@ from alphaflow_cli.runtime.processes import World, all_or_none
 from alphaflow_cli.runtime.progress import say
 from alphaflow_cli.sample.generator import Generator, decoder_pays, open_generator
 from alphaflow_cli.sample.walk import plan_walk
+from alphaflow_cli.text import counted
 from alphaflow_cli.train import state
 from alphaflow_cli.train.journal import Journal, Trackers, read_rows
 from alphaflow_cli.train.run import Run
@@ -66,7 +67,7 @@ def check_quick(recipe: Recipe) -> None:
         lacking = missing_weights(FILES[network])
         if lacking:
             raise AlphaflowError(f"eval.quick_metrics: {lacking}")
-    if wanted.reference and ":" not in wanted.reference and not is_there(Path(wanted.reference).expanduser()):
+    if wanted.reference and ":" not in wanted.reference and not is_there(user_path(wanted.reference)):
         raise AlphaflowError(
             f"eval.reference: {wanted.reference}: no such file or source of pictures. Make a file: alphaflow reference "
             "SOURCE -o FILE, or train without scores: --set eval.every=0"
@@ -217,14 +218,19 @@ class Scores:
             features.unlink()  # of every checkpoint they would fill the disk
 
     def _keep_best(self, evaluations: list[Evaluation]) -> str:
-        """Put the checkpoint at the top of the run where its score is the best so far; says for which NFE."""
+        """Put the checkpoint at the top of the run where its score is the best so far; says for which NFE.
+
+        Scores against another reference, which the run had before, do not count.
+        """
         run, metric = self.run, chosen_metric(self.run.recipe)
         earlier, best = [row for row in self._rows() if row["step"] < run.step], []
         for evaluation in evaluations:
             row = next(each for each in evaluation.rows if each.metric == metric)
             nfe = row.pictures["nfe"]
-            values = [each["scores"].get(row.name, {}).get(f"nfe{nfe}") for each in earlier]
-            if all(is_better(metric, row.value, value) for value in values if value is not None):
+            values = [(each, each["scores"].get(row.name, {}).get(f"nfe{nfe}")) for each in earlier]
+            rivals = [each for each, value in values if value is not None and not is_better(metric, row.value, value)]
+            reference = str((row.reference or {}).get("sha256", ""))
+            if all(reference_of(run.folder, each, nfe) not in ("", reference) for each in rivals):
                 model = run.folder / "checkpoints" / step_name(run.step) / "model.safetensors"
                 state.publish(run.folder, model, best_name(nfe))
                 best.append(str(nfe))
@@ -254,13 +260,27 @@ def why_best(run: Path, nfe: int, checkpoint: Checkpoint) -> str:
         return ""
     measured = [row for each in read_results(path)["evaluations"] for row in each["rows"]]
     name = next((row["name"] for row in measured if row["metric"] == metric), "")
-    values = {row["step"]: row["scores"].get(name, {}).get(f"nfe{nfe}") for row in rows}
+    alike = [row for row in rows if reference_of(run, row, nfe) in ("", reference_of(run, here, nfe))]
+    values = {row["step"]: row["scores"].get(name, {}).get(f"nfe{nfe}") for row in alike}
     values = {at: value for at, value in values.items() if value is not None}
     if step not in values:
         return ""
     last = max(values)
     after = f" (the last one, of step {last:,}, has {values[last]:.4g})" if last != step else ""
-    return f"the best of {len(values)} checkpoints by {name} at {nfe} NFE: {values[step]:.4g} at step {step:,}{after}"
+    of = counted(len(values), "checkpoint")
+    return f"the best of {of} by {name} at {nfe} NFE: {values[step]:.4g} at step {step:,}{after}"
+
+
+def reference_of(run: Path, row: dict[str, Any], nfe: int) -> str:
+    """The checksum of what a row's pictures were compared with; empty where the run does not record it (any more)."""
+    path = run / "evals" / str(row.get("evals", {}).get(f"nfe{nfe}")) / "results.json"
+    try:
+        measured = [each for one in read_results(path)["evaluations"] for each in one["rows"]]
+    except AlphaflowError:  # gone or damaged: the scores in the journal count all the same
+        return ""
+    return next(
+        (str(each["reference"]["sha256"]) for each in reversed(measured) if each["reference"]), ""
+    )  # the newest
 
 
 def score_rows(run: Path) -> list[dict[str, Any]]:

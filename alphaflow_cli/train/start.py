@@ -22,6 +22,7 @@ from alphaflow_cli.latents.encode import StoreRequest
 from alphaflow_cli.latents.prepare import prepare_store
 from alphaflow_cli.model.find import saved_steps
 from alphaflow_cli.recipe import diff_recipes, dump_recipe
+from alphaflow_cli.recipe.facts import lines
 from alphaflow_cli.recipe.plan import schedules_of, warnings_of
 from alphaflow_cli.recipe.schema import Recipe, Schedule, resolve_step
 from alphaflow_cli.runtime.launch import WARNING, StopFlag, has_parent, is_worker, requeue
@@ -48,7 +49,7 @@ from alphaflow_cli.train.parallel import Split, check_sharding, split_batch
 from alphaflow_cli.train.run import Run, build_run, check_start, newest_for_all, start_from
 from alphaflow_cli.train.samples import SampleGrids
 from alphaflow_cli.train.scores import Scores, check_quick
-from alphaflow_cli.train.store import check_store, recipe_of_run, store_of
+from alphaflow_cli.train.store import check_store, recipe_of_run, stated_store, store_of
 from alphaflow_cli.train.threads import choose_threads
 
 ADJUSTABLE = {  # what a run may change when it goes on: none of it changes what is learnt, beyond rounding
@@ -107,6 +108,15 @@ def check_recipe(recipe: Recipe, out: Path) -> list[tuple[str, str, str]]:
     return changes
 
 
+def why_refused(recipe: Recipe, out: Path) -> list[str]:
+    """Why a folder would not take this run, for its plan; empty where it would, or where there is none yet."""
+    try:
+        check_recipe(recipe, out)
+    except AlphaflowError as fault:
+        return [str(fault)]
+    return []
+
+
 def check_longer(there: Recipe, longer: Recipe, out: Path) -> None:
     """Refuse more steps where what follows the share of the run that is done would have gone another way."""
     moved = [path for path, here in schedules_of(longer) if ends_of(here, longer) != ends_of(here, there)]
@@ -145,20 +155,25 @@ def prepare_run(recipe: Recipe, options: TrainOptions) -> Path:
         prepare_store(wanted, store, Processes(choose_device(options.device, apple=False)))
     begun = options.out if recipe_of_run(options.out) else None
     check_store(recipe, store, begun, given=options.data is not None)
-    if is_new:
-        for line in (*options.notes, *(f"beware: {text}" for text in doubts(recipe, store, options.device))):
-            say(line)
+    for line in beforehand(recipe, options, store) if is_new else ():
+        say(line)
     for field, old, new in changes:
         say(f"{options.out}: {field} was {old}, and is {new} from here on")
     return store
+
+
+def beforehand(recipe: Recipe, options: TrainOptions, store: Path) -> list[str]:
+    """What a new run says before it begins: what it took over, the guidance that it builds in, and doubts."""
+    guidance = dict(lines(recipe))["guidance"]
+    built_in = [] if guidance == "none" else [f"guidance: {guidance}"]
+    return [*options.notes, *built_in, *(f"beware: {text}" for text in doubts(recipe, store, options.device))]
 
 
 def doubts(recipe: Recipe, store: Path | None = None, device: str | None = None) -> list[str]:
     """What a run does although it might not be meant: by its recipe, on this machine, with this many pictures."""
     on_cpu = device == "cpu" or (device is None and not torch.cuda.is_available())
     texts = warnings_of(recipe, on_cpu=on_cpu)
-    if store is None and recipe.data.store:
-        store = Path(recipe.data.store)
+    store = store or stated_store(recipe)
     manifest = read_manifest(store) if store is not None and (store / "manifest.json").is_file() else None
     if manifest and (beware := BEWARE.get(manifest.plan.autoencoder.kind or "")):
         texts.append(beware)
@@ -268,6 +283,7 @@ def recipe_stream(
 ) -> LatentStream:
     """Open a store as the recipe reads it: its posterior, flips and normalisation; batch and seed may be others."""
     data = recipe.data
+    constants = None if data.channel_mean is None or data.channel_std is None else (data.channel_mean, data.channel_std)
     return LatentStream(
         store,
         batch=batch,
@@ -278,9 +294,7 @@ def recipe_stream(
         scale=data.scale,
         shift=data.shift,
         stats_images=data.stats_images,
-        constants=None
-        if data.channel_mean is None or data.channel_std is None
-        else (data.channel_mean, data.channel_std),
+        constants=constants,
         device=device,
         resident=resident,
         verify=verify,

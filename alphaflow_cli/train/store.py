@@ -13,7 +13,7 @@ from typing import Any
 
 from alphaflow_cli.data.manifest import StorePlan, read_manifest
 from alphaflow_cli.errors import AlphaflowError
-from alphaflow_cli.files import is_there, read_document
+from alphaflow_cli.files import is_there, read_document, user_path
 from alphaflow_cli.recipe import load_recipe, recipe_from_text, shipped
 from alphaflow_cli.recipe.loader import flatten, load_for_data, set_text
 from alphaflow_cli.recipe.schema import Recipe
@@ -66,7 +66,7 @@ def resolve_run(name: str, sets: Sequence[str], *, data: Path | None, out: Path 
 def check_is_store(data: Path, name: str) -> None:
     """Refuse pictures where their latents are due, with the command that makes them; other faults show up later."""
     if is_there(data) and not any(is_there(data / f"{name}.json") for name in ("manifest", "plan")):
-        made, wanted = quote(f"latents/{data.stem}"), load_recipe(name).data
+        made, wanted = quote(f"latents/{data.resolve().stem}"), load_recipe(name).data
         side = max(wanted.image_size, OWN_SIDE) if name in shipped() else wanted.image_size
         pixels = f" --size {side} --autoencoder none" if wanted.autoencoder == "none" else ""
         raise AlphaflowError(
@@ -90,7 +90,8 @@ def recipe_of_run(folder: Path) -> Recipe | None:
 def as_remembered(name: str, sets: Sequence[str], recipe: Recipe, folder: Path) -> Recipe:
     """The recipe with the data of the folder's run, where that was begun with `--data`."""
     there = recipe_of_run(folder)
-    if there is None or there.data.store == recipe.data.store or not is_there(Path(there.data.store, "manifest.json")):
+    stated = stated_store(there) if there else None
+    if not there or there.data.store == recipe.data.store or not stated or not is_there(stated / "manifest.json"):
         return recipe
     if any(text.partition("=")[0].strip() == "data.store" for text in sets):
         return recipe
@@ -149,10 +150,15 @@ def facts_of(plan: StorePlan) -> dict[str, Any]:
     return {**dict(zip(SHAPE, values, strict=True)), "data.flips": plan.flips, "data.crop": plan.crop}
 
 
+def stated_store(recipe: Recipe) -> Path | None:
+    """The folder of latents that the recipe names; `~` in it is the home folder."""
+    return user_path(recipe.data.store) if recipe.data.store else None
+
+
 def store_of(recipe: Recipe, *, data: Path | None, out: Path) -> Path:
     """The folder where the recipe's latents are, or will be made; --data comes first."""
-    if data is not None or recipe.data.store:
-        return data or Path(recipe.data.store)
+    if store := data or stated_store(recipe):
+        return store
     if recipe.data.source:
         return out / "latents"
     raise AlphaflowError(

@@ -43,6 +43,9 @@ FAULTS = {
         "no/b2.png: cannot be written (no: no such file or folder)",
     ),
     "copy into nowhere": (["recipe", "cp", "b2", "no/b2.yaml"], "no/b2.yaml: cannot be written"),
+    "run of no user": (["sample", "~nobodyhere/run", "--grid", "a.png"], "~nobodyhere/run: no such checkpoint"),
+    "file of no user": (["eval", "~nobodyhere/m.safetensors"], "~nobodyhere/m.safetensors: no such checkpoint"),
+    "pictures of no user": (["reference", "~nobodyhere/x", "-o", "a.safetensors"], "~nobodyhere/x: no such folder"),
 }
 
 

@@ -94,6 +94,17 @@ def test_a_cuda_build_on_a_machine_without_gpu_is_told_with_the_smaller_one():
     assert len(doctor.problems({**here, "devices": {**devices, "built_for": ""}})) == 1
 
 
+def test_a_gpu_that_cannot_compile_is_named_with_what_it_lacks():
+    card = {"name": "A100", "bytes": 4 * 10**10, "bf16": True, "compiles": False}
+    devices = {"cuda": [card], "mps": False, "built_for": "13.0", "error": ""}
+    here = {"packages": {"click": "8"}, "weights": [], "caches": [], "free_bytes": 10**12, "devices": devices}
+    here["hub"] = {"token": True, "offline": False}
+    (remark,) = doctor.problems(here)
+    assert remark.startswith("A100: torch.compile lacks Triton, a C compiler such as gcc, or a newer GPU")
+    card["compiles"] = True
+    assert doctor.problems(here) == []
+
+
 def test_every_required_package_is_listed_with_its_version():
     listed = doctor.packages()
     assert {"torch", "click", "pyyaml", "timm", "torch-fidelity", "pillow"} <= set(listed)

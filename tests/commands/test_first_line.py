@@ -23,6 +23,7 @@ WRONG = {  # command line → what it is answered
     "export runs/quikstart --to onnx -o x.onnx": "Did you mean runs/quickstart?",
     "ema runs/quikstart": "Did you mean runs/quickstart?",
     "demo runs/quikstart": "Did you mean runs/quickstart?",
+    "import-latents nowhere --from repa": "error: nowhere: no such folder or file.",
     "report runs/quikstart": "not a run folder (no recipe.yaml in it). Did you mean runs/quickstart?",
     "report runs/other": "Make one: alphaflow train RECIPE --out runs/other",
     "push runs/quikstart": "Did you mean runs/quickstart?",

@@ -1,5 +1,6 @@
 """Archives as people make them: every form gives the pictures that unpacking it would, to every verb that reads one."""
 
+import errno
 import json
 import os
 import signal
@@ -319,6 +320,19 @@ def big_archive(path: Path, form: str, seed: int) -> None:
     pictures = [encoded(Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)), "PNG") for _ in range(40)]
     members = [(f"a/{index:04d}.png", pictures[index % 40]) for index in range(1200)]
     path.write_bytes(zip_of(members) if form == "zip" else tar_of(members, form == "tar.gz"))
+
+
+@pytest.mark.parametrize("kind", ["tar", "zip"])
+def test_a_disk_that_fails_ends_the_run_and_makes_no_picture_a_bad_one(kind, tmp_path, monkeypatch, capfd):
+    (tmp_path / "x").write_bytes({"tar": tar_of, "zip": zip_of}[kind]([(f"{n}.png", PNG) for n in range(3)]))
+
+    def fail(*_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(*{"tar": (archives, "_exactly"), "zip": (zipfile.ZipFile, "read")}[kind], fail)
+    assert run(["prep-latents", str(tmp_path / "x"), *OPTIONS, "--bad", "skip", "--out", str(tmp_path / "s")]) == 1
+    assert "the source cannot be read any more" in capfd.readouterr().err
+    assert not list(tmp_path.glob("s/train-*"))
 
 
 @pytest.mark.parametrize("form", ["zip", "tar", "tar.gz"])

@@ -51,9 +51,9 @@ REPOS = {
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """Facts, file lists and files of REPOS; `failures` answers 503 so many times first."""
+    """Facts, file lists and files of REPOS; `failures` answers `status` so many times first."""
 
-    failures = 0
+    failures, status = 0, 503
     asked: tuple[str, ...] = ()
 
     def do_GET(self):
@@ -77,7 +77,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
     def file(self, data):
         if type(self).failures:
             type(self).failures -= 1
-            return self.refuse(503)
+            return self.refuse(type(self).status)
         return self.refuse(404) if data is None else self.answer(data)
 
     def refuse(self, code):
@@ -110,7 +110,7 @@ def hub(tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(ranges, "PAUSE", 0.01)
-    Hub.asked, Hub.failures = (), 0
+    Hub.asked, Hub.failures, Hub.status = (), 0, 503
     yield Hub
     server.shutdown()
     server.server_close()
@@ -177,10 +177,18 @@ def test_a_hub_that_stumbles_is_asked_again(hub):
         assert [fetch() for _, fetch in fetches] == [PICTURE]
 
 
-def test_a_hub_that_stays_down_ends_the_run_and_no_picture_counts_as_bad(hub, tmp_path):
-    hub.failures = 100
+@pytest.mark.parametrize(
+    ("status", "line"),
+    [
+        (503, r"the Hub is in trouble \(HTTP 503\). Run the same command again"),
+        (403, r"your token has no right to do this \(HTTP 403\)"),
+        (401, r"the Hub does not accept the token \(HTTP 401\)"),
+    ],
+)
+def test_a_hub_that_stays_down_or_refuses_ends_the_run_and_no_picture_counts_as_bad(hub, tmp_path, status, line):
+    hub.failures, hub.status = 100, status
     where, options = "hf://datasets/user/files", {"size": 8, "autoencoder": "none", "bad": "skip", "shown": False}
-    with pytest.raises(AlphaflowError, match=r"the Hub is in trouble \(HTTP 503\). Run the same command again"):
+    with pytest.raises(AlphaflowError, match=line):
         prepare_latents(where, tmp_path / "s", **options)
     hub.failures = 0
     assert verify_store(prepare_latents(where, tmp_path / "s", **options)) == []

@@ -303,6 +303,29 @@ def test_eval_and_reference_read_parquet_as_they_read_the_folder(tmp_path, monke
     assert contents["pq"] == contents["tree"]
 
 
+def test_pictures_of_another_column_are_measured_and_prepared_anew(tmp_path, monkeypatch, capfd):
+    """Real pictures beside drawn ones in one file: the second column got the numbers of the first."""
+    monkeypatch.chdir(tmp_path)
+    columns = {name: [data for _, data in pictures(120, side=16, seed=seed)] for seed, name in enumerate("ab")}
+    Path("two.parquet").write_bytes(bytes_of(pa.table(columns)))
+    contents = set()
+    for name in columns:
+        line = ["reference", "two.parquet", "--metrics", "fd-tiny", "--image-column", name]
+        assert run([*line, "-o", f"{name}.safetensors"]) == 0, capfd.readouterr().err
+        contents.add(load_reference(tmp_path / f"{name}.safetensors").facts["pictures_sha256"])
+    assert len(contents) == 2
+
+    line = ["prep-latents", "two.parquet", "--size", "16", "--autoencoder", "none", "--unlabelled", "--out", "store"]
+    assert [run([*line, "--image-column", name]) for name in ("a", "a", "b")] == [0, 0, 1]
+    assert "source.image_column is 'b' in this command, 'a' in the store" in capfd.readouterr().err
+
+
+def test_the_only_column_of_pictures_is_no_choice_to_record(tmp_path):
+    write_files(tmp_path, {"x.parquet": parquet_of(pictures(4))})
+    facts = [open_source(str(tmp_path / "x.parquet"), column).facts() for column in ("", "image")]
+    assert facts[0] == facts[1] == {"bytes": (tmp_path / "x.parquet").stat().st_size}
+
+
 def test_a_file_that_changes_while_it_is_read_is_one_line(rows, tmp_path):
     path = tmp_path / "x.parquet"
     path.write_bytes(parquet_of(rows[:200]))

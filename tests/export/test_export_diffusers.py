@@ -98,6 +98,14 @@ def test_what_diffusers_cannot_do_is_refused_in_one_line(tmp_path, capsys, sampl
     assert not (tmp_path / "pipeline").exists()
 
 
+def test_a_pipeline_of_other_pictures_is_refused_and_cannot_be_loaded(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("alphaflow_cli.export.graph.MOST_LEVELS", -1)
+    model = pixel_checkpoint(tmp_path / "m.safetensors")
+    assert run(["export", str(model), "--to", "diffusers", "-o", str(tmp_path / "pipe")]) == 1
+    assert "pipe: not written, because it would give other pictures" in capsys.readouterr().err
+    assert not (tmp_path / "pipe" / "model_index.json").exists()
+
+
 def test_a_folder_with_other_files_is_kept(latents, tmp_path, capsys):
     (tmp_path / "mine.txt").write_text("mine")
     assert run(["export", str(latents), "--to", "diffusers", "-o", str(tmp_path)]) == 1

@@ -89,6 +89,14 @@ def test_torch_export_gives_the_pictures_of_sample_at_any_batch(latents, tmp_pat
         same_pictures(f"torch.export, latents, batch {batch}", made.permute(0, 2, 3, 1).numpy(), wanted[:batch])
 
 
+@pytest.mark.slow
+def test_a_graph_of_other_pictures_is_refused_by_the_name_that_was_given(pixels, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("alphaflow_cli.export.graph.MOST_LEVELS", -1)
+    assert export(pixels, "--to", "torch", "-o", tmp_path / "m.pt2") == 1
+    assert f"error: {tmp_path / 'm.pt2'}: not written, because" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_fp16_halves_the_file_and_weights_of_many_graphs_lie_in_one_file(graph, tmp_path):
     small = onnx_ir.load(graph)
     halve(small)
@@ -124,7 +132,7 @@ def test_what_cannot_be_exported_is_refused_in_one_line(pixels, tmp_path, capsys
 
 def test_without_onnx_one_line_names_the_extra(pixels, tmp_path, capsys, monkeypatch):
     find = importlib.util.find_spec
-    monkeypatch.setattr("alphaflow_cli.export.graph.find_spec", lambda name: None if "onnx" in name else find(name))
+    monkeypatch.setattr("alphaflow_cli.export.onnx.find_spec", lambda name: None if "onnx" in name else find(name))
     assert export(pixels, "--to", "onnx", "-o", tmp_path / "m.onnx") == 1
     assert "onnxruntime are not installed. Run: pip install 'alphaflow-cli[onnx]'" in capsys.readouterr().err
 

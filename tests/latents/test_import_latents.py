@@ -278,7 +278,8 @@ SAYS = {  # a change of the command line, and the words of the line
     ("--size 32", "--size 64"): "are of pictures of 32 px. Give --size 32, or the right autoencoder",
     ("--crop adm", "--crop adm --scale 2"): "the latents of repa are not scaled. Leave --scale out",
     ("--crop adm", "--crop adm --second std"): "repa says itself what its second half is",
-    ("theirs ", "nowhere "): "nowhere: no folder",
+    ("theirs ", "nowhere "): "nowhere: no such folder or file",
+    ("theirs ", "VAE/config.json "): "no folder. Latents of the form repa lie in one: unpack an archive",
 }  # fmt: skip
 
 

@@ -47,6 +47,24 @@ PUBLISHED = {
 }
 
 
+# name: sampler and midpoint behind the published scores at two evaluations (docs/evaluation.md, "How do I reproduce")
+TWO_STEPS = {
+    "b2": ("trajectory", 0.5),
+    "b2-cfg": ("trajectory", 0.5),
+    "meanflow-b2": ("trajectory", 0.5),
+    "meanflow-b2-cfg": ("trajectory", 0.5),
+    "meanflow-xl2-cfg": ("trajectory", 0.5),
+    "xl2-cfg": ("consistency", 0.55),
+    "xl2-plus-cfg": ("consistency", 0.5),
+}
+
+
+@pytest.mark.parametrize("name", TWO_STEPS)
+def test_two_evaluations_are_those_of_the_published_scores(name):
+    sample = load_recipe(name).sample
+    assert (sample.two_step_sampler, sample.two_step_times[1]) == TWO_STEPS[name]
+
+
 def test_the_promised_recipes_are_shipped():
     assert set(shipped()) >= EXPECTED
 

@@ -117,6 +117,9 @@ def test_a_run_on_data_of_ones_own_is_made_again_by_data_alone(tmp_path, monkeyp
     assert "alphaflow train quickstart --data mine --out runs/run" in commands
     assert any(line.startswith("alphaflow prep-latents SOURCE --size 32 ") for line in commands)
     assert "alphaflow eval runs/run --reference SOURCE --images 300" in commands
+    (tmp_path / "mine" / "manifest.json").write_text("{")  # damaged since: its values are said one by one
+    (line,) = (line for line in commands_of(recipe, tmp_path / "run", {}) if line.startswith("alphaflow train "))
+    assert re.fullmatch(r"alphaflow train quickstart (--set \S+ )+--data mine --out runs/run", line)
 
 
 def test_scores_stand_in_the_order_of_nfe(page):

@@ -31,15 +31,17 @@ def gpu(monkeypatch):
     return SimpleNamespace(world=world, can=can)
 
 
-def test_auto_compiles_long_runs_on_gpus_and_nothing_on_a_cpu(gpu):
+def test_auto_compiles_long_runs_on_gpus_and_nothing_on_a_cpu(gpu, capsys):
     cpu = SimpleNamespace(device=torch.device("cpu"), agree=lambda flag: flag, is_main=True)
     long, short = load_recipe("b2-cfg"), load_recipe("quickstart")
     assert (long.train.compile, short.train.compile) == ("auto", "auto")
     assert compiling.choose_compile(long, gpu.world, None, 1)
     assert not compiling.choose_compile(short, gpu.world, None, 1)
     assert not compiling.choose_compile(long, cpu, None, 1)
+    assert capsys.readouterr().err == ""
     gpu.can["can"] = False
     assert not compiling.choose_compile(long, gpu.world, None, 1)
+    assert "beware: torch.compile lacks Triton, a C compiler such as gcc" in capsys.readouterr().err
     for word in (True, False):
         said = load_recipe("b2-cfg", [f"train.compile={str(word).lower()}"])
         assert compiling.choose_compile(said, cpu, None, 1) is will_compile(said) is word

@@ -14,6 +14,7 @@ from alphaflow_cli.recipe.plan import phases
 from alphaflow_cli.train import estimate
 from alphaflow_cli.train.estimate import PhaseTime
 from alphaflow_cli.train.hours import changes, fit_hours, run_seconds, shortened
+from alphaflow_cli.train.start import keep_recipe
 
 TIMES = {"flow": 0.1, "between": 0.15, "derivative": 0.2}
 MEASURED = [PhaseTime(kind, 0, seconds, 0) for kind, seconds in TIMES.items()]
@@ -100,6 +101,17 @@ def test_where_steps_take_long_a_part_of_the_rows_is_timed_and_it_is_said(tmp_pa
 def test_the_plan_says_how_many_expected_scores_a_recipe_has_and_not_their_fields(capsys):
     assert cli(["train", "quickstart", "--set", "expected=[]", "--dry-run"]) == 0
     assert "expected: 2 scores in the shipped quickstart, 0 scores here" in capsys.readouterr().out
+
+
+def test_the_plan_for_a_folder_that_holds_another_run_says_so(tmp_path, monkeypatch, capsys):
+    """It said that the run resumes, which train then refused."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "tiny").mkdir(parents=True)
+    keep_recipe(make_recipe(tmp_path), tmp_path / "runs" / "tiny")
+    for sets, fits in ((("train.keep=3",), True), (("train.batch=8",), False)):
+        assert cli(["train", "tiny.yaml", "--dry-run", "--json", "--set", *sets]) == 0
+        warnings = json.loads(capsys.readouterr().out)["warnings"]
+        assert any("runs/tiny: holds a run of another recipe" in text for text in warnings) != fits
 
 
 def test_a_plan_is_for_as_many_processes_as_the_run_would_start(tmp_path, monkeypatch, capsys):

@@ -14,7 +14,7 @@ from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.recipe import dump_recipe, load_recipe, shipped
 from alphaflow_cli.train.propose import RecipeRequest, propose_recipe
 from alphaflow_cli.train.start import check_recipe
-from alphaflow_cli.train.store import check_store, disagreements, resolve_run, store_of
+from alphaflow_cli.train.store import check_is_store, check_store, disagreements, resolve_run, store_of
 
 TINY = (
     "--set model.dim=16 --set model.depth=1 --set model.heads=2 --set train.steps=4 --set train.batch=4 "
@@ -232,3 +232,10 @@ def test_constants_of_other_latents_are_estimated_on_the_store_instead(here):
     assert (made.data.channels, made.data.normalise, made.data.channel_mean) == (3, "channel", None)
     same = propose_recipe(RecipeRequest(Path("latents"), Path("new.yaml"), like="like.yaml")).recipe
     assert same.data.channel_mean == (1, 2, 3, 4)
+
+
+def test_the_folder_one_stands_in_gets_latents_of_its_name(tmp_path, monkeypatch):
+    (tmp_path / "birds").mkdir()
+    monkeypatch.chdir(tmp_path / "birds")
+    with pytest.raises(AlphaflowError, match=r"--out latents/birds, then train with --data latents/birds$"):
+        check_is_store(Path(), "quickstart")

@@ -115,6 +115,20 @@ def test_fewer_pictures_train_for_fewer_steps_and_more_epochs():
     assert [of_count(count, like)[0] for count in (10_000, 50_000)] == [31_500, 105_000]
 
 
+def test_a_recipe_of_ones_own_was_written_for_the_pictures_of_its_own_store(tmp_path, monkeypatch):
+    """It was taken for one of 50,000 pictures, so that a second preparation of a set trained for a few steps only."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("mine", "again"):
+        pixels(tmp_path / name, 400, 8, 2)
+    small = shlex.split(SMALL.replace("train.steps=50", "train.steps=4000"))
+    assert cli(["recipe", "new", "mine", *small]) == 0
+    first = load_recipe("mine.yaml")
+    assert cli(["recipe", "new", "again", "--like", "mine.yaml"]) == 0
+    again = load_recipe("again.yaml")
+    assert (again.train.steps, again.train.batch) == (first.train.steps, first.train.batch)
+    assert written_for(load_recipe("b2")) == 1_281_167, "whatever lies at the place that a shipped recipe names"
+
+
 @pytest.mark.parametrize("name", QUICK)
 def test_any_recipe_fits_any_store(name, tmp_path):
     store = QUICK[name](tmp_path)

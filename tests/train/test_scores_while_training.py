@@ -111,6 +111,19 @@ def test_a_worse_score_leaves_the_best_checkpoint_as_it_is(recipe, store, scored
     assert load_checkpoint(run / "best-nfe2.safetensors").origin["step"] == 8
 
 
+def test_scores_against_another_reference_do_not_choose_the_best_checkpoint(store, scored, tmp_path):
+    """eval.reference may be changed on the way; a distance to other pictures was never beaten again."""
+    run = shutil.copytree(scored, tmp_path / "run")
+    rows = read_rows(run / "metrics.jsonl")[:-1]
+    for row in (row for row in rows if "scores" in row):
+        row["scores"] = {"FD-tiny-120": {"nfe1": 1e-3, "nfe2": 1e-3}}
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    train(make_recipe(tmp_path, SCORED, "eval.reference=shapes:160", text=PIXELS), store, run)
+    checkpoint = load_checkpoint(run / "best-nfe1.safetensors")
+    assert checkpoint.origin["step"] == 8
+    assert scores.why_best(run, 1, checkpoint).startswith("the best of 1 checkpoint by FD-tiny-120 at 1 NFE")
+
+
 def dying(recipe, store, out, call, way):
     """Train until the n-th batch of pictures of the scores is due, then do `way` to this process there and then."""
     options, calls = start.TrainOptions(out, store), []

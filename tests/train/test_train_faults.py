@@ -177,6 +177,15 @@ def test_a_store_that_disagrees_is_refused_with_both_sides(store, tmp_path):
         assert line in str(fault.value)
 
 
+@pytest.mark.parametrize(("sets", "shown"), [((), True), (("guidance.omega=1", "guidance.kappa=0"), False)])
+def test_a_new_run_says_which_guidance_it_builds_in(sets, shown, store, tmp_path, capsys):
+    recipe = make_recipe(tmp_path, *sets)
+    start.prepare_run(recipe, start.TrainOptions(tmp_path / "run", store))
+    line = "guidance: omega 0.6, kappa 0.2 for 0 < t < 1: effective scale 0.75, built into the weights"
+    err = capsys.readouterr().err
+    assert (line in err) == ("guidance:" in err) == shown
+
+
 def test_a_folder_of_another_recipe_is_refused_with_the_differences(store, tmp_path):
     (tmp_path / "run").mkdir()
     start.keep_recipe(make_recipe(tmp_path), tmp_path / "run")
@@ -203,6 +212,12 @@ def test_another_store_for_the_same_run_is_refused(store, tmp_path):
     recipe = make_recipe(tmp_path)
     out = train(recipe, store, tmp_path / "run")
     refused(begin(recipe, make_store(tmp_path / "other", 50), out), "was trained on a latent store with the digest")
+
+
+def test_a_recipe_may_name_its_store_by_a_tilde(store, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(store.parent))
+    recipe = make_recipe(tmp_path, f"data.store=~/{store.name}")
+    assert start.prepare_run(recipe, start.TrainOptions(tmp_path / "run")) == store
 
 
 def test_no_store_at_all_says_what_to_do(tmp_path):
