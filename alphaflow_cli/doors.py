@@ -40,7 +40,7 @@ def evaluate(
     """
     if isinstance(metrics, str) or isinstance(nfe, int):
         raise AlphaflowError('evaluate: metrics and nfe are lists: metrics=["fid"], nfe=[1, 2].')
-    if batch < 1 or (images is not None and images < 1):
+    if any(number is not None and number < 1 for number in (images, batch)):
         raise AlphaflowError("evaluate: images and batch are numbers from 1.")
     request = EvalRequest(
         str(subject), nfe=tuple(nfe), guidance=guidance, metrics=tuple(metrics), images=images, draw=draw, batch=batch,
