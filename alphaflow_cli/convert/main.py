@@ -171,9 +171,22 @@ def _write_autoencoder(weights: dict[str, Tensor], out: Path) -> Path:
     except (KeyError, ValueError, IndexError) as error:
         reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
         raise AlphaflowError(f"{out.name}: the autoencoder in the snapshot is no whole one ({reason}).") from error
-    folder.mkdir(exist_ok=True)
     tensors = {name: value.detach().float().contiguous() for name, value in weights.items()}
+    if (folder / AUTOENCODER_FILE).exists() and not _holds(folder / AUTOENCODER_FILE, tensors):
+        raise AlphaflowError(
+            f"{folder}: holds another autoencoder, which is not overwritten: a checkpoint may need it. Convert to "
+            "another name, or move the folder away."
+        )
+    folder.mkdir(exist_ok=True)
     write_by(folder / AUTOENCODER_FILE, partial(save_file, tensors))
     text = json.dumps({"_class_name": "AutoencoderKL", **config}, indent=2) + "\n"
     write_whole(folder / "config.json", text)
     return folder
+
+
+def _holds(path: Path, tensors: dict[str, Tensor]) -> bool:
+    """Whether a file holds these very tensors."""
+    held = read_source(path)
+    if {name: value.dtype for name, value in held.items()} != {name: value.dtype for name, value in tensors.items()}:
+        return False
+    return all(torch.equal(held[name], value) for name, value in tensors.items())

@@ -84,6 +84,20 @@ def test_the_autoencoder_inside_is_written_as_a_diffusers_folder(tmp_path):
     assert (recipe.data.autoencoder, recipe.data.image_size) == ("b2-autoencoder", 16)
 
 
+def test_the_autoencoder_of_another_checkpoint_is_not_overwritten(tmp_path):
+    out = tmp_path / "b2.safetensors"
+    for seed in (5, 5, 6):  # the same autoencoder again, as after an error, then another one
+        source = write(tmp_path, published_snapshot(autoencoder=tiny_autoencoder(seed)))
+        before = sorted((path.name, path.read_bytes()) for path in (tmp_path / "b2-autoencoder").glob("*"))
+        if seed == 5:
+            convert(source, out, ConvertOptions())
+            out.rename(tmp_path / "mine.safetensors")
+    with pytest.raises(AlphaflowError, match=r"b2-autoencoder: holds another autoencoder, which is not overwritten"):
+        convert(source, out, ConvertOptions())
+    assert before == sorted((path.name, path.read_bytes()) for path in (tmp_path / "b2-autoencoder").glob("*"))
+    assert not out.exists()
+
+
 def test_statistics_are_per_channel_and_position_and_the_file_holds_the_variance(tmp_path):
     tree = published_snapshot()
     convert(write(tmp_path, tree), tmp_path / "b2.safetensors", ConvertOptions())
