@@ -104,7 +104,7 @@ def check_room(out: Path, needed: int) -> None:
 def _begin(job: Job, shown: bool) -> None:
     """Write the plan before the first picture is read."""
     listing, source = job.listing, job.listing.source
-    words = [", ".join([f"{source.name}: {job.images} pictures", *source.notes]), listing.classes.summary()]
+    words = [", ".join([f"{source.name}: {counted(job.images, 'picture')}", *source.notes]), listing.classes.summary()]
     begin_store(job.out, job.plan, [listing.to_bytes()], listing.classes.as_dict(), words if shown else [])
 
 

@@ -174,7 +174,7 @@ def _answer(fault: Exception, again: str) -> str:
         )
     by_status = {
         401: f"the Hub does not accept the token (HTTP 401). {LOGIN}.",
-        403: "your token has no right to do this (HTTP 403). Use a token with write access, or offer it with --pr.",
+        403: _forbidden(fault),
         409: f"somebody else changed it at the same moment (HTTP 409). {again}.",
         413: "the Hub refuses files of this size (HTTP 413).",
         429: f"too many requests (HTTP 429){_patience(fault)}. {again}.",
@@ -184,6 +184,14 @@ def _answer(fault: Exception, again: str) -> str:
     if status is not None and status >= 500:
         return f"the Hub is in trouble (HTTP {status}). {again}."
     return f"the Hub answers {status or 'nothing'}: {_one_line(fault)}"
+
+
+def _forbidden(fault: Exception) -> str:
+    """What a token lacks: the right to read, or that to write."""
+    request = getattr(getattr(fault, "response", None), "request", None)  # the error itself loses its own
+    if getattr(request, "method", "") in ("GET", "HEAD"):
+        return "your token may not read this (HTTP 403). Look at its rights on the Hub, or make another one."
+    return "your token has no right to do this (HTTP 403). Use a token with write access, or offer it with --pr."
 
 
 def _patience(fault: Exception) -> str:

@@ -8,6 +8,7 @@ run: warm-up, half-lives, and the ends of schedules that are numbers. A batch an
 import dataclasses
 import shlex
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 from alphaflow_cli.errors import AlphaflowError
@@ -125,7 +126,7 @@ def changes(recipe: Recipe, steps: int) -> dict[str, Any]:
                 f"{name}.start": part_of_run(schedule.start, share),
                 f"{name}.end": part_of_run(schedule.end, share),
             }
-    return {name: value for name, value in changed.items() if value != _value(recipe, name)}
+    return {name: value for name, value in changed.items() if value != attrgetter(name)(recipe)}
 
 
 def part_of_run(step: StepOrShare, share: float) -> StepOrShare:
@@ -138,13 +139,6 @@ def shortened(recipe: Recipe, steps: int) -> Recipe:
     for name, value in changes(recipe, steps).items():
         recipe = _replaced(recipe, name.split("."), value)
     return recipe
-
-
-def _value(recipe: Recipe, name: str) -> Any:
-    value: Any = recipe
-    for part in name.split("."):
-        value = getattr(value, part)
-    return value
 
 
 def _replaced(section: Any, names: list[str], value: Any) -> Any:

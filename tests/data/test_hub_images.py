@@ -181,7 +181,7 @@ def test_a_hub_that_stumbles_is_asked_again(hub):
     ("status", "line"),
     [
         (503, r"the Hub is in trouble \(HTTP 503\). Run the same command again"),
-        (403, r"your token has no right to do this \(HTTP 403\)"),
+        (403, r"your token may not read this \(HTTP 403\)"),
         (401, r"the Hub does not accept the token \(HTTP 401\)"),
     ],
 )

@@ -249,7 +249,7 @@ def test_a_damaged_download_is_found_removed_and_fetched_again(hub, published, c
 
 DOWN_FAULTS = {
     "401": (Fault(401), "the Hub does not accept the token"),
-    "403": (Fault(403), "no right"),
+    "403": (Fault(403), "may not read this"),
     "404": (Fault(404, code="RepoNotFound"), "no such repository on the Hub"),
     "gated": (Fault(403, code="GatedRepo"), "gated"),
     "429": (Fault(429), "too many requests"),
