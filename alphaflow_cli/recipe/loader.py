@@ -48,7 +48,7 @@ def find_recipe(name_or_path: str) -> Path:
 def load_recipe(name_or_path: str, sets: Sequence[str] = ()) -> Recipe:
     """The recipe, complete and checked; AlphaflowError lists every fault with its file and line."""
     path = find_recipe(name_or_path)
-    return recipe_from_text(read_text(path), str(path), sets, name=path.stem)
+    return recipe_from_text(read_text(path), str(path), sets, name=_name_of(path))
 
 
 def load_for_data(
@@ -68,8 +68,13 @@ def load_for_data(
         if yields or not _says(tree, keys):
             new = parse_value(_value(value), giver, faults)
             tree = tree if new is None else with_value(tree, keys, new, giver)
-    recipe = _checked(_assigned(tree, sets, faults), where, faults, name=path.stem)
+    recipe = _checked(_assigned(tree, sets, faults), where, faults, name=_name_of(path))
     return recipe, [row for row in diff_recipes(before, recipe) if row[0] != "name"]
+
+
+def _name_of(path: Path) -> str:
+    """The name of a recipe that does not say its own: its file's, with _ for signs that no folder should have."""
+    return "".join(sign if sign.isprintable() and sign not in "/\\" else "_" for sign in path.stem)
 
 
 def _says(tree: Tree, keys: Sequence[str]) -> bool:
