@@ -23,6 +23,7 @@ from members import (
     SHARES,
     STEPS,
     WIDTH,
+    Job,
     Line,
     best_curriculum,
     grade,
@@ -67,25 +68,26 @@ GROUPS_NEWER = (
 )
 
 
-def write_pages(lines: Sequence[Line], faults: Mapping[str, str], left: Sequence[str], results: Path) -> Iterator[Path]:
+def write_pages(lines: Sequence[Line], faults: Mapping[str, str], left: Sequence[Job], results: Path) -> Iterator[Path]:
     """Write the pages of whose members all have runs, and EVIDENCE.md; samples only where their strips are there."""
     results.mkdir(parents=True, exist_ok=True)
     ready = {line["member"] for line in lines if line["steps"] == STEPS and line["width"] == WIDTH}
-    tail = [*unfinished(faults, left), LIMITS]
     if {*FIRST} <= ready:
         (results / "results.png").write_bytes(to_png(over_nfe(lines, GROUPS_FIRST)))
-        text = [*head("The family at equal budget", lines), *first_page(lines), *tail]
+        text = [*head("The family at equal budget", lines), *first_page(lines), *tail(faults, of_page(left, FIRST))]
         yield write(results / "RESULTS.md", text)
     if {*NEWER} - {*RUNGS} <= ready:
         (results / "newer").mkdir(exist_ok=True)
         (results / "newer" / "results.png").write_bytes(to_png(over_nfe(lines, GROUPS_NEWER)))
         save(results / "newer" / "samples.png", grid_of(results / "strips", strips_of(NEWER)))
-        text = [*head("The newer members at equal budget", lines), *newer_page(lines), *tail]
+        text = [*head("The newer members at equal budget", lines), *newer_page(lines)]
+        text += tail(faults, of_page(left, (*NEWER, *PRECISIONS)))
         yield write(results / "newer" / "RESULTS.md", text)
     if lines:
         best = best_curriculum(lines)
         draw_evidence(lines, best, results)
-        text = [*head("When does the curriculum pay?", lines), *evidence_page(lines, best, results), *tail]
+        text = [*head("When does the curriculum pay?", lines), *evidence_page(lines, best, results)]
+        text += tail(faults, left)
         yield write(results / "EVIDENCE.md", text)
 
 
@@ -128,21 +130,28 @@ def head(title: str, lines: Sequence[Line]) -> list[str]:
     ]
 
 
-def unfinished(faults: Mapping[str, str], left: Sequence[str]) -> list[str]:
-    """The runs that are not there, by name."""
+def of_page(left: Sequence[Job], members: Sequence[str]) -> list[Job]:
+    """The missing runs of a page that compares members at one budget."""
+    own = (STEPS, WIDTH)
+    return [job for job in left if job.member in members and (job.steps, job.width) == own and job.seed in SEEDS]
+
+
+def tail(faults: Mapping[str, str], left: Sequence[Job]) -> list[str]:
+    """What every page ends with: the runs that are not there, by name, and what does not follow."""
     lines = [f"- Failed: {name}: {text.strip().splitlines()[-1]}" for name, text in faults.items()]
-    lines += [f"- Not run yet: {', '.join(left)}."] if left else []
-    return ["## What is missing", "", *(lines or ["- Nothing."]), ""]
+    lines += [f"- Not run yet: {', '.join(job.name for job in left)}."] if left else []
+    return ["## What is missing", "", *(lines or ["- Nothing."]), "", LIMITS]
 
 
 def judged(
     lines: Sequence[Line], pairs: Sequence[tuple[str, str]], steps: int = STEPS, width: int = WIDTH
 ) -> list[str]:
-    """A sentence for each pair at 1 and 2 NFE."""
+    """A sentence for each pair that has runs, at 1 and 2 NFE."""
+    there = [pair for pair in pairs if all(runs_of(lines, member, steps, width=width) for member in pair)]
     return [
         f"- {MEMBERS[a].label} against {MEMBERS[b].label}, {nfe} NFE: "
         + verdict(runs_of(lines, a, steps, width=width), runs_of(lines, b, steps, width=width), nfe)
-        for a, b in pairs
+        for a, b in there
         for nfe in (1, 2)
     ]
 
@@ -182,7 +191,9 @@ def newer_page(lines: Sequence[Line]) -> list[str]:
         "",
         "![both rulers over NFE](results.png)",
         "",
-        "The same seeds, a picture of each class; the last four with guidance of scale 2:",
+        "At 2 and 4 NFE SoFlow is sampled as all others are; its own sampler is the consistency one.",
+        "",
+        "The same seeds, a picture of each class; the members with the scale as an input by guidance of scale 2:",
         "",
         "![samples](samples.png)",
         "",
@@ -239,8 +250,7 @@ def budget_part(lines: Sequence[Line], best: str | None) -> list[str]:
     pairs += [(best, "meanflow-25")] if best else []
     text = ["## (a) Budget", ""]
     for steps in (BUDGETS[0], STEPS, BUDGETS[1], LONG, LONGEST):
-        there = [pair for pair in pairs if both(lines, pair, steps)]
-        text += [f"### {steps:,} steps", "", *table(lines, members, steps), "", *judged(lines, there, steps), ""]
+        text += [f"### {steps:,} steps", "", *table(lines, members, steps), "", *judged(lines, pairs, steps), ""]
     return [
         *text,
         "![score over budget](budget.png)",
@@ -255,10 +265,6 @@ def budget_part(lines: Sequence[Line], best: str | None) -> list[str]:
         "![samples](samples.png)",
         "",
     ]
-
-
-def both(lines: Sequence[Line], pair: tuple[str, str], steps: int) -> bool:
-    return all(runs_of(lines, member, steps) for member in pair)
 
 
 def curriculum_part(lines: Sequence[Line], best: str | None) -> list[str]:
@@ -353,7 +359,6 @@ def size_part(lines: Sequence[Line], best: str | None) -> list[str]:
     pairs = [("alphaflow-25", "meanflow-25"), *([(best, "meanflow-25"), (best, "alphaflow-25")] if best else [])]
     text = ["## (c) Twice the width", "", f"Dim {width}, heads {width // 16}.", ""]
     for steps in (STEPS, LONG):
-        there = [pair for pair in pairs if all(runs_of(lines, each, steps, width=width) for each in pair)]
         text += [f"### {steps:,} steps", "", *table(lines, members, steps, width=width), ""]
-        text += [*judged(lines, there, steps, width), ""]
+        text += [*judged(lines, pairs, steps, width), ""]
     return text

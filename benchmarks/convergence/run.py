@@ -136,7 +136,7 @@ def main() -> None:
     keep(work)
     found = lines_of(work)
     faults = {path.stem: path.read_text(encoding="utf-8") for path in sorted((out / "faults").glob("*.txt"))}
-    left = [job.name for job in missing(work, found)]
+    left = missing(work, found)
     if not options.runs:
         from pages import write_pages
 
@@ -149,7 +149,8 @@ def main() -> None:
     broken = (out / "ruler.failed").exists()
     if broken:
         say((out / "ruler.failed").read_text(encoding="utf-8"))
-    say(f"{len(found)} runs are finished, {len(left)} are missing: {' '.join(left[:8])}{' …' * (len(left) > 8)}")
+    next_ones = " ".join(job.name for job in left[:8]) + " …" * (len(left) > 8)
+    say(f"{len(found)} runs are finished, {len(left)} are missing: {next_ones}")
     raise SystemExit(1 if faults or broken else 0)
 
 

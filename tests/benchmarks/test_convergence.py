@@ -173,9 +173,8 @@ def test_a_verdict_says_where_the_rulers_differ():
 def test_the_pages_are_made_of_the_lines_alone_and_name_what_is_missing(tmp_path, monkeypatch):
     lines, drawn = all_lines(), []
     monkeypatch.setattr(pages, "to_png", lambda chart: drawn.append(chart) or b"")  # they take a second each
-    written = [
-        *pages.write_pages(lines, {"flow-3000-s1": "Traceback\nValueError: x"}, ["alpha-0-30-3000-s9"], tmp_path)
-    ]
+    left = [Job("curriculum", "alpha-0-30", STEPS, 2), Job("newer", "imf-head", STEPS, 2)]
+    written = [*pages.write_pages(lines, {"flow-3000-s1": "Traceback\nValueError: x"}, left, tmp_path)]
     assert [path.relative_to(tmp_path).as_posix() for path in written] == [
         "RESULTS.md",
         "newer/RESULTS.md",
@@ -183,7 +182,9 @@ def test_the_pages_are_made_of_the_lines_alone_and_name_what_is_missing(tmp_path
     ]
     text = written[2].read_text()
     assert "- Failed: flow-3000-s1: ValueError: x" in text
-    assert "- Not run yet: alpha-0-30-3000-s9." in text
+    assert "- Not run yet: alpha-0-30-3000-s2, imf-head-3000-s2." in text
+    assert "- Not run yet: imf-head-3000-s2." in written[1].read_text()
+    assert "Not run yet" not in written[0].read_text()
     assert "| α-Flow .25 | 10 | 2.00 ± 0.00 | 1.00 ± 0.00 | 0.50 ± 0.00 |" in text
     assert "the same, sampled with scale 2" in written[1].read_text()
     assert {path.name for path in tmp_path.glob("*.png")} == {"results.png", "budget.png", "conflict.png"}
