@@ -69,7 +69,7 @@ GROUPS_NEWER = (
 
 
 def write_pages(lines: Sequence[Line], faults: Mapping[str, str], left: Sequence[Job], results: Path) -> Iterator[Path]:
-    """Write the pages of whose members all have runs, and EVIDENCE.md; samples only where their strips are there."""
+    """Write the pages of whose members all have runs, and EVIDENCE.md where there is a run for its questions."""
     results.mkdir(parents=True, exist_ok=True)
     ready = {line["member"] for line in lines if line["steps"] == STEPS and line["width"] == WIDTH}
     if {*FIRST} <= ready:
@@ -83,7 +83,7 @@ def write_pages(lines: Sequence[Line], faults: Mapping[str, str], left: Sequence
         text = [*head("The newer members at equal budget", lines), *newer_page(lines)]
         text += tail(faults, of_page(left, (*NEWER, *PRECISIONS)))
         yield write(results / "newer" / "RESULTS.md", text)
-    if lines:
+    if any(line["steps"] != STEPS or line["member"] in CURRICULA[1:] for line in lines):
         best = best_curriculum(lines)
         draw_evidence(lines, best, results)
         text = [*head("When does the curriculum pay?", lines), *evidence_page(lines, best, results)]
@@ -199,7 +199,7 @@ def newer_page(lines: Sequence[Line]) -> list[str]:
         "",
         "## What the evidence supports",
         "",
-        *judged(lines, [*others, *((member, "meanflow-25") for member in RUNGS)]),
+        *judged(lines, [CLAIMED[::-1], *others, *((member, "meanflow-25") for member in RUNGS)]),
         "",
         "Each step of improved MeanFlow against the one before it:",
         "",
