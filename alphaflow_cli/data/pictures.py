@@ -195,7 +195,7 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
             raise BadPicture(f"{image.width} x {image.height} pixels, the limit is {max_pixels / 1e6:g} million")
         image.load()  # the first frame of an animation
         return _upright(image)
-    except BadPicture:
+    except (BadPicture, MemoryError):  # memory is the machine's: no picture is left out for it
         raise
     except UnidentifiedImageError as fault:  # its own words hold an address in memory
         raise BadPicture("not a whole picture (not of a form that is read here: JPEG, PNG, WebP, TIFF, …)") from fault

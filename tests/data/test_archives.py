@@ -18,7 +18,7 @@ from new_process import Command, alphaflow
 from safetensors.numpy import load_file
 
 from alphaflow_cli.cli import run
-from alphaflow_cli.data import archives
+from alphaflow_cli.data import archives, pictures
 from alphaflow_cli.data.manifest import read_manifest
 from alphaflow_cli.data.sources import open_source
 from alphaflow_cli.errors import AlphaflowError
@@ -332,6 +332,18 @@ def test_a_disk_that_fails_ends_the_run_and_makes_no_picture_a_bad_one(kind, num
     monkeypatch.setattr(archives, {"tar": "_exactly", "zip": "_unpacked"}[kind], fail)
     assert run(["prep-latents", str(tmp_path / "x"), *OPTIONS, "--bad", "skip", "--out", str(tmp_path / "s")]) == 1
     assert "the source cannot be read any more" in capfd.readouterr().err
+    assert not list(tmp_path.glob("s/train-*"))
+
+
+def test_memory_that_is_used_up_ends_the_run_and_makes_no_picture_a_bad_one(tmp_path, monkeypatch, capfd):
+    (tmp_path / "x").write_bytes(tar_of([(f"{n}.png", PNG) for n in range(3)]))
+
+    def fail(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(pictures, "open_picture", fail)
+    assert run(["prep-latents", str(tmp_path / "x"), *OPTIONS, "--bad", "skip", "--out", str(tmp_path / "s")]) == 1
+    assert "memory is used up" in capfd.readouterr().err
     assert not list(tmp_path.glob("s/train-*"))
 
 
