@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from alphaflow_cli.runtime.processes import Processes
     from alphaflow_cli.sample.generator import DecoderChoice
 
-OF_CHECKPOINTS = "--nfe, --sampler, --times, --guidance, --interval, --draw, --autoencoder and --decoder"
+OF_CHECKPOINTS = "--nfe, --sampler, --times, --guidance, --interval, --draw, --repeat, --autoencoder and --decoder"
 EXAMPLES = examples(
     "alphaflow eval runs/quickstart --nfe 1 --nfe 2",
     "alphaflow eval runs/b2 --metrics fid,fdd --reference imagenet.safetensors --processes 8",
@@ -61,6 +61,13 @@ EXAMPLES = examples(
 @click.option("--images", type=IMAGES, help="Number of pictures. Default: the recipe's; for IMAGES, all.")
 @click.option(
     "--draw", type=click.Choice(["random", "balanced"]), help="How the labels of generated pictures are drawn."
+)
+@click.option(
+    "--repeat",
+    type=click.IntRange(1, 100),
+    default=1,
+    metavar="N",
+    help="Measure N sets, each of new seeds: mean and spread.",
 )
 @autoencoder_option
 @decoder_option
@@ -88,6 +95,7 @@ def command(
     reference: str | None,
     images: int | None,
     draw: LabelDraw | None,
+    repeat: int,
     autoencoder: str,
     decoder: "DecoderChoice",
     batch: int | None,
@@ -108,13 +116,12 @@ def command(
     begin_with(subject)
     from alphaflow_cli.evaluate.evaluate import EvalRequest
 
-    request = EvalRequest(
+    share(work_on(EvalRequest(
         checkpoint=subject, nfe=nfe, sampler=sampler, times=times, guidance=guidance, interval=interval,
         guidance_channels=guidance_channels, sweep_midpoint=sweep_midpoint, metrics=metrics, reference=reference,
         images=images, draw=draw, autoencoder=autoencoder, decoder=decoder, batch=batch, weights=weights, out=out,
-        image_column=given_labelling().columns.image,
-    )  # fmt: skip
-    share(work_on(request), partial(show_report, markdown=markdown, as_json=as_json), processes, device)
+        repeat=repeat, image_column=given_labelling().columns.image,
+    )), partial(show_report, markdown=markdown, as_json=as_json), processes, device)  # fmt: skip
 
 
 def begin_with(subject: str) -> None:
@@ -134,7 +141,7 @@ def work_on(request: "EvalRequest") -> "Callable[[Processes], Report | None]":
         return partial(evaluate_checkpoint, request)
     steps = (request.nfe, request.times, request.sweep_midpoint, request.guidance is not None)
     of_checkpoints = any((*steps, request.guidance_channels, request.interval, request.draw, request.autoencoder))
-    if of_checkpoints or request.sampler != "auto" or request.decoder != "auto":
+    if of_checkpoints or request.repeat > 1 or request.sampler != "auto" or request.decoder != "auto":
         raise click.UsageError(f"{request.checkpoint} is a source of pictures: {OF_CHECKPOINTS} are for checkpoints.")
     return partial(evaluate_pictures, request)
 

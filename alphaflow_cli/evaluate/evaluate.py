@@ -13,7 +13,6 @@ from pathlib import Path
 
 import torch
 
-from alphaflow_cli.charts.chart import BLUE, GREEN, ORANGE, RED, Chart, Line, Panel
 from alphaflow_cli.charts.draw import to_png
 from alphaflow_cli.core.frechet import Moments
 from alphaflow_cli.data.manifest import Crop
@@ -38,7 +37,15 @@ from alphaflow_cli.evaluate.reference import (
     load_reference,
     save_reference,
 )
-from alphaflow_cli.evaluate.results import NEEDS_MOMENTS, NETWORK, TITLE, Evaluation, Row, save_results
+from alphaflow_cli.evaluate.results import (
+    NEEDS_MOMENTS,
+    NETWORK,
+    TITLE,
+    Evaluation,
+    mean_of_sets,
+    save_results,
+    score_chart,
+)
 from alphaflow_cli.evaluate.score import Measured, check_reference, score
 from alphaflow_cli.files import make_folder, sha256_of, user_path, write_whole
 from alphaflow_cli.model.find import model_name, run_folder
@@ -54,7 +61,6 @@ from alphaflow_cli.text import counted
 
 FEWEST_PICTURES = 100  # pictures; below it nothing is printed that looks like a score
 MIDPOINTS = tuple(round(0.1 * i, 1) for i in range(1, 10))  # of --sweep-midpoint
-COLOURS = (BLUE, ORANGE, GREEN, RED)
 
 
 @dataclass(frozen=True)
@@ -79,6 +85,7 @@ class EvalRequest:
     weights: dict[str, Path] = field(default_factory=dict)
     out: Path | None = None
     image_column: str = ""  # of pictures in parquet files
+    repeat: int = 1  # sets of pictures, each of its own seeds
 
 
 @dataclass(frozen=True)
@@ -282,10 +289,11 @@ def evaluate_checkpoint(request: EvalRequest, processes: Processes) -> Report | 
             "a file), or set eval.reference in the recipe."
         )
     name = model_name(request.checkpoint, generator.recipe)
-    sources = [GeneratedImages(generator, walk, count=count, draw=draw, name=name) for walk in walks]
+    drawn = partial(GeneratedImages, generator, count=count, draw=draw, name=name)
+    sources = [drawn(walk, first=count * number) for walk in walks for number in range(request.repeat)]
     run = run_folder(request.checkpoint)
     folder = request.out or (run / "evals" if run else Path("evals"))
-    evaluations = evaluate_all(request, processes, sources, metrics, reference, folder)
+    evaluations = mean_of_sets(evaluate_all(request, processes, sources, metrics, reference, folder), request.repeat)
     return write_evaluation(request, evaluations, folder, generator.digest) if evaluations else None
 
 
@@ -360,32 +368,3 @@ def write_evaluation(request: EvalRequest, evaluations: list[Evaluation], folder
     make_folder(place)
     write_whole(picture, to_png(chart))
     return Report(evaluations, path, picture)
-
-
-def score_chart(evaluations: Sequence[Evaluation], *, sweep: bool) -> Chart | None:
-    """Draw each distance against evaluations per picture, or against the midpoint; None where there is one point."""
-    curves: dict[str, list[tuple[float, Row]]] = {}
-    for evaluation in evaluations:
-        for row in evaluation.rows:
-            if row.spread is None and row.reference is not None:
-                at = row.pictures["times"][1] if sweep else row.pictures["nfe"]
-                curves.setdefault(row.name, []).append((float(at), row))
-    longest = max((len(points) for points in curves.values()), default=0)
-    if longest < 2:
-        return None
-    panels = []
-    for i, (name, points) in enumerate(curves.items()):
-        better = "higher" if points[0][1].metric == "pr" else "lower"
-        line = Line(name, [(at, row.value) for at, row in points], COLOURS[i % len(COLOURS)], markers=True)
-        panels.append(Panel(f"{name}: {better} is better", [line]))
-    rows = [row for points in curves.values() for _, row in points]
-    ticks = sorted({at for points in curves.values() for at, _ in points})
-    label = "midpoint of a two-step grid" if sweep else "network evaluations per picture"
-    title = f"Scores of {rows[0].pictures.get('name') or 'the checkpoint'}"
-    return Chart(title, panels, label, subtitle=shared_protocol(rows), log_x=not sweep, x_ticks=ticks)
-
-
-def shared_protocol(rows: Sequence[Row]) -> str:
-    """The protocols of all rows, once each, without the walk that tells the rows apart."""
-    weights = [f"weights {str(row.pictures.get('checkpoint_sha256'))[:8]}" for row in rows]
-    return "; ".join(dict.fromkeys([*(row.protocol().partition(f": {row.label}")[0] for row in rows), *weights]))

@@ -201,18 +201,22 @@ def _spread(lines: Sequence[int], limit: int | None) -> Sequence[int]:
 
 
 class GeneratedImages(ImageSource):
-    """The pictures that a checkpoint draws by one walk through time, picture i with seed i."""
+    """The pictures that a checkpoint draws by one walk through time, one for each seed from the first one on."""
 
-    def __init__(self, generator: Generator, walk: Walk, *, count: int, draw: str, name: str = "") -> None:
+    def __init__(
+        self, generator: Generator, walk: Walk, *, count: int, draw: str, name: str = "", first: int = FIRST_SEED
+    ) -> None:
+        """`first`: the seed of picture 0."""
         self._generator, self._walk, self._draw = generator, walk, draw
         self.count, self.seconds = count, {"network": 0.0, "decoder": 0.0}
         side, learnt = generator.recipe.data.image_size, generator.origin.get("crop") or generator.recipe.data.crop
         self.crop = next((name for name in WAYS if name == learnt), None)
         self.size = (side, side)
-        self._seeds = range(FIRST_SEED, FIRST_SEED + count)
+        self._seeds = range(first, first + count)
         classes = generator.recipe.data.classes
         self._labels = LazyLabels(self._seeds, lambda places, seeds: draw_labels(seeds, classes, draw))
         self.label = f"{name or generator.recipe.name or 'checkpoint'}, {walk.nfe} NFE, {walk}"
+        self.label += f", seeds {first:,} to {first + count - 1:,}" if first != FIRST_SEED else ""
         self.task = f"{walk.nfe} NFE: sampling, features"
         self._queued = deque[tuple[Arriving, Laps]]()
 
@@ -260,7 +264,7 @@ class GeneratedImages(ImageSource):
             "guidance_at_sampling": self._walk.guidance,
             "guidance_in_training": {"omega": recipe.guidance.omega, "kappa": recipe.guidance.kappa},
             "labels": self._draw if recipe.data.classes else "none",
-            "seeds": [FIRST_SEED, FIRST_SEED + self.count - 1],
+            "seeds": [self._seeds[0], self._seeds[-1]],
             "noise": "torch.Generator on the CPU, one per seed",
             "pixels": recipe.data.pixels,
             "precision": self._generator.precision,

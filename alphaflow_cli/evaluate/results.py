@@ -2,21 +2,24 @@
 
 Two numbers may be compared only where network, weights, preprocessing, reference, count and the way the pictures were
 made are the same; so all of it is kept with the number, and "FID" is printed for one feature space only. They go to
-results.json with the whole protocol, to one line of history per evaluation, and into tables for people.
+results.json with the whole protocol, to one line of history per evaluation, and into tables and a chart for people.
 """
 
+import hashlib
 import json
 import platform
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any, get_args
 
 import torch
 
 import alphaflow_cli
+from alphaflow_cli.charts.chart import BLUE, GREEN, ORANGE, RED, Chart, Line, Panel
 from alphaflow_cli.documents import Anything, ListOf, Maybe, Number, Table, Text, Whole, read_json
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.evaluate.features import Extractor
@@ -38,12 +41,18 @@ NETWORK: dict[Metric, str] = {
 TITLE: dict[Metric, str] = {"fid": "FID", "kid": "KID", "is": "IS", "fdd": "FDD", "fcd": "FCD", "fd-tiny": "FD-tiny"}
 NEEDS_FEATURES: tuple[Metric, ...] = ("kid", "pr")  # of single pictures of the reference
 NEEDS_MOMENTS: tuple[Metric, ...] = ("fid", "fdd", "fcd", "fd-tiny")  # the reference's mean and covariance
+OF_PARTS: tuple[Metric, ...] = ("kid", "is")  # their spread is over subsets or splits of the pictures
 MOST_KEPT = 900  # evaluations of one results.json; up to 1,000 are read again
 RESULTS_SCHEMA = "alphaflow-results/1"
+COLOURS = (BLUE, ORANGE, GREEN, RED)
+OF_COUNT = ("count", "seeds", "sets")  # what of the pictures differs where only more or fewer were measured
 DIGITS = {"KID": 6, "precision": 4, "recall": 4, "density": 4, "coverage": 4}  # after the point; others: 2
 
 SPACE = Table({"network": Text(200), "weights_sha256": Text(64), "preprocessing": Text(300), "dim": Whole(0)})
-PICTURES = Table(optional={"checkpoint_sha256": Maybe(Text(64)), "nfe": Maybe(Whole(0, 10**9))}, others=Anything())
+PICTURES = Table(
+    optional={"checkpoint_sha256": Maybe(Text(64)), "nfe": Maybe(Whole(0, 10**9)), "sets": Whole(1, 10**6)},
+    others=Anything(),
+)
 REFERENCE = Table(
     {"name": Text(300), "kind": Text(100), "sha256": Text(64)}, {"count": Maybe(Whole(0))}, others=Anything()
 )
@@ -81,7 +90,7 @@ class Row:
 
     name: str  # FID-10k
     value: float
-    spread: float | None  # standard deviation over subsets or splits
+    spread: float | None  # standard deviation over sets of seeds; of one set over subsets or splits
     metric: Metric
     space: FeatureSpace
     count: int  # pictures measured
@@ -99,8 +108,9 @@ class Row:
             count = f"{self.reference['count']:,} pictures" if self.reference.get("count") else "count not stated"
             facts = f"{self.reference['kind']}, {count}, {self.reference['sha256'][:8]}"
             parts.append(f"reference {self.reference['name']} ({facts})")
-        parts.append(f"{self.count:,} pictures: {self.label}")
-        parts += [setting_text(key, value) for key, value in self.settings.items()]
+        sets = f"{self.pictures['sets']} sets of " if "sets" in self.pictures else ""
+        parts.append(f"{sets}{self.count:,} pictures: {self.label}")
+        parts += [setting_text(key, value) for key, value in self.settings.items() if key != "values"]
         return "; ".join(parts)
 
 
@@ -168,6 +178,35 @@ def notes(evaluation: Evaluation) -> dict[str, list[str]]:
     return names
 
 
+def mean_of_sets(evaluations: Sequence[Evaluation], sets: int) -> list[Evaluation]:
+    """Make one evaluation of each `sets` that differ in their seeds alone: means, and deviations over the sets."""
+    if sets == 1:
+        return [*evaluations]
+    return [_mean(evaluations[first : first + sets]) for first in range(0, len(evaluations), sets)]
+
+
+def _mean(sets: Sequence[Evaluation]) -> Evaluation:
+    rows = [_mean_row(rows) for rows in zip(*(each.rows for each in sets), strict=True)]
+    warnings = [*dict.fromkeys(warning for each in sets for warning in each.warnings)]
+    seconds = {part: round(sum(each.seconds.get(part, 0.0) for each in sets), 2) for part in sets[0].seconds}
+    name, content = (_joined(texts) for texts in zip(*((each.id, each.pictures_sha256) for each in sets), strict=True))
+    return Evaluation(name[:16], content, rows, warnings, seconds, sets[0].processes)
+
+
+def _joined(texts: Sequence[str]) -> str:
+    return hashlib.sha256("".join(texts).encode()).hexdigest()
+
+
+def _mean_row(rows: Sequence[Row]) -> Row:
+    one, values = rows[0], [row.value for row in rows]
+    settings = {**one.settings, "values": values}
+    if "times_the_floor" in settings:
+        settings["times_the_floor"] = round(fmean(row.settings["times_the_floor"] for row in rows), 2)
+    seeds = [one.pictures["seeds"][0], rows[-1].pictures["seeds"][1]]
+    pictures = {**one.pictures, "seeds": seeds, "sets": len(rows)}
+    return replace(one, value=fmean(values), spread=stdev(values), pictures=pictures, settings=settings)
+
+
 def document(evaluations: Sequence[Evaluation], earlier: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
     """The content of results.json: environment and evaluations, after those that it held before."""
     return {
@@ -202,20 +241,24 @@ def still_true(path: Path, evaluations: Sequence[Evaluation]) -> list[dict[str, 
 
 def _identity(row: dict[str, Any], *, counted: bool = True) -> str:
     """What makes two numbers the same number; without `counted`, of however many pictures."""
-    pictures = {name: value for name, value in row["pictures"].items() if counted or name not in ("count", "seeds")}
+    pictures = {name: value for name, value in row["pictures"].items() if counted or name not in OF_COUNT}
     name = row["name"] if counted else row["name"].rpartition("-")[0]
     reference = (row.get("reference") or {}).get("sha256")
     return json.dumps([name, row["metric"], row["space"], pictures, reference], sort_keys=True)
 
 
 def best_founded(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of the numbers that differ in nothing but how many pictures they were measured on, the one of most pictures."""
+    """Of the numbers that differ only in how much was measured, the one of most pictures, and of most sets of those."""
     best: dict[str, dict[str, Any]] = {}
     for row in rows:
         before = best.setdefault(_identity(row, counted=False), row)
-        if row["count"] >= before["count"]:
+        if _size(row) >= _size(before):
             best[_identity(row, counted=False)] = row
     return list(best.values())
+
+
+def _size(row: dict[str, Any]) -> tuple[int, int]:
+    return row["count"], row["pictures"].get("sets", 1)
 
 
 def read_results(path: Path, *, advice: str = "Move it away, or measure again: alphaflow eval.") -> dict[str, Any]:
@@ -250,3 +293,34 @@ def markdown(evaluations: Sequence[Evaluation]) -> str:
     texts = [f"{row.name}: {'; '.join([row.protocol(), *row.notes])}" for row in rows]
     protocols = [f"- {for_markdown(text, limit=2000)}" for text in texts]
     return "\n".join([*lines, "", *dict.fromkeys(protocols)]) + "\n"
+
+
+def score_chart(evaluations: Sequence[Evaluation], *, sweep: bool) -> Chart | None:
+    """Draw each distance against evaluations per picture, or against the midpoint; None where there is one point."""
+    curves: dict[str, list[tuple[float, Row]]] = {}
+    for evaluation in evaluations:
+        for row in evaluation.rows:
+            if row.metric not in OF_PARTS and row.reference is not None:
+                at = row.pictures["times"][1] if sweep else row.pictures["nfe"]
+                curves.setdefault(row.name, []).append((float(at), row))
+    longest = max((len(points) for points in curves.values()), default=0)
+    if longest < 2:
+        return None
+    panels = []
+    for i, (name, points) in enumerate(curves.items()):
+        better = "higher" if points[0][1].metric == "pr" else "lower"
+        bars = [(at, row.value - row.spread, row.value + row.spread) for at, row in points if row.spread is not None]
+        curve = [(at, row.value) for at, row in points]
+        line = Line(name, curve, COLOURS[i % len(COLOURS)], markers=True, spread=bars, spread_label="± 1 sd over seeds")
+        panels.append(Panel(f"{name}: {better} is better", [line]))
+    rows = [row for points in curves.values() for _, row in points]
+    ticks = sorted({at for points in curves.values() for at, _ in points})
+    label = "midpoint of a two-step grid" if sweep else "network evaluations per picture"
+    title = f"Scores of {rows[0].pictures.get('name') or 'the checkpoint'}"
+    return Chart(title, panels, label, subtitle=shared_protocol(rows), log_x=not sweep, x_ticks=ticks)
+
+
+def shared_protocol(rows: Sequence[Row]) -> str:
+    """The protocols of all rows, once each, without the walk that tells the rows apart."""
+    weights = [f"weights {str(row.pictures.get('checkpoint_sha256'))[:8]}" for row in rows]
+    return "; ".join(dict.fromkeys([*(row.protocol().partition(f": {row.label}")[0] for row in rows), *weights]))

@@ -14,8 +14,7 @@ from small_models import pixel_checkpoint
 
 from alphaflow_cli import cli
 from alphaflow_cli.evaluate import measure
-from alphaflow_cli.evaluate.evaluate import score_chart
-from alphaflow_cli.evaluate.results import Evaluation, read_results, value_text
+from alphaflow_cli.evaluate.results import Evaluation, read_results, score_chart, value_text
 from alphaflow_cli.hub.card import result_rows
 from alphaflow_cli.model.checkpoint import load_checkpoint, save_checkpoint
 from alphaflow_cli.model.find import run_folder
@@ -108,6 +107,39 @@ def test_a_second_run_measures_nothing_again(run, real, capsys):
 def _documents(text: str) -> list[str]:
     cut = text.index("\n}\n") + 3
     return [text[:cut], text[cut:]]
+
+
+def test_a_repeated_evaluation_gives_the_mean_and_spread_of_sets_of_new_seeds(run, real, tmp_path, capsys):
+    assert evaluate(run, real, "--nfe", "1") == 0
+    assert evaluate(run, real, "--nfe", "1", "--nfe", "2", "--repeat", "3") == 0
+    out, err = capsys.readouterr()
+    assert "110 of 110 pictures were measured before" in err, "the first set is that of an evaluation alone"
+    assert ", seeds 220 to 329" in err
+    alone, one, _ = rows(run / "results.json")
+    values = one["settings"]["values"]
+    assert (values[0], len(set(values))) == (alone["value"], 3)
+    assert one["value"] == pytest.approx(np.mean(values), rel=1e-14)
+    assert one["spread"] == pytest.approx(np.std(values, ddof=1), rel=1e-12)
+    assert (one["pictures"]["seeds"], one["count"], one["label"]) == ([0, 329], 110, alone["label"])
+    assert f"{one['value']:.2f} ± {one['spread']:.2g}" in out
+    assert out.count("3 sets of 110 pictures: run, ") == 2
+    assert {row["pictures"]["nfe"] for row in result_rows(read_results(run / "results.json"))} == {1, 2}
+    shown = result_rows(read_results(run / "results.json"))
+    assert [row["spread"] is None for row in shown] == [False, False], "of two, the one of more sets is shown"
+    assert cli.run(["sample", str(run), "--nfe", "1", "--seeds", "110-219", "--out", str(tmp_path / "second")]) == 0
+    told = ["--metrics", "fd-tiny", "--reference", str(real), "--out", str(tmp_path / "second-evals"), "--json"]
+    assert cli.run(["eval", str(tmp_path / "second"), *told]) == 0
+    said = capsys.readouterr().out
+    assert json.loads(said[said.index("{") :])["evaluations"][0]["rows"][0]["value"] == pytest.approx(
+        values[1], rel=1e-12
+    )
+
+
+def test_the_chart_of_a_repeated_evaluation_has_its_spread():
+    row = replace(score(1, 7.5), spread=0.5, pictures={**score(1, 7.5).pictures, "sets": 3})
+    two = [Evaluation("e", "ab", [each], [], {}, 1) for each in (row, score(2, 3.25))]
+    (panel,) = score_chart(two, sweep=False).panels
+    assert panel.lines[0].spread == [(1.0, 7.0, 8.0)]
 
 
 def test_the_midpoint_is_swept(run, real):
@@ -278,6 +310,11 @@ def test_a_wish_that_cannot_be_granted_gets_one_line(run, real, capsys, options,
 def test_a_checkpoint_without_a_reference_asks_for_one(run, capsys):
     assert cli.run(["eval", str(run), "--metrics", "fd-tiny", "--images", "110"]) == 1
     assert "--reference" in capsys.readouterr().err
+
+
+def test_pictures_are_not_repeated(real, capsys):
+    assert cli.run(["eval", str(real), "--repeat", "3", "--metrics", "fd-tiny", "--reference", str(real)]) == 2
+    assert "--repeat, --autoencoder and --decoder are for checkpoints" in capsys.readouterr().err
 
 
 def test_pictures_take_no_sampler(real, capsys):
