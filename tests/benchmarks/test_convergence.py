@@ -7,6 +7,7 @@ import members
 import pages
 import pytest
 import run
+import samplers
 import slots
 import torch
 from cnn_ruler import HOLE, Ruler, augmented, train_classifier
@@ -168,6 +169,18 @@ def test_a_verdict_says_where_the_rulers_differ():
     assert "**better by FD-tiny, no order by FD-cnn**" in verdict(a, b, 1)
     assert "**worse by FD-tiny, no order by FD-cnn**" in verdict(b, a, 1)
     assert verdict(a, {}, 1) == "not finished yet."
+
+
+def test_two_samplers_are_compared_on_the_same_runs_and_with_meanflow():
+    runs, base = (
+        runs_of(lines_of("soflow-0", 2.0, 2.2, 2.4), "soflow-0", STEPS),
+        runs_of(lines_of("meanflow-25", 1.0, 1.1, 1.2), "meanflow-25", STEPS),
+    )
+    halves_of_it = {seed: {"fd_tiny": value, "fd_cnn": 1.0} for seed, value in enumerate((0.5, 0.55, 0.6))}
+    assert samplers.row("soflow-0", runs, halves_of_it, base) == (
+        "| SoFlow, as on CIFAR-10 | 3 | 1.10 ± 0.10 | 0.55 ± 0.05 | 0.50 ± 0.00 | 1.00 ± 0.00 | × 0.50 (0.50 to 0.50) "
+        "| × 1.00 (1.00 to 1.00) | × 2.00 (2.00 to 2.00) | × 2.00 (2.00 to 2.00) |\n"
+    )
 
 
 def test_the_pages_are_made_of_the_lines_alone_and_name_what_is_missing(tmp_path, monkeypatch):
