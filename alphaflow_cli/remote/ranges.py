@@ -27,19 +27,21 @@ def download(repo: str, commit: str, file: str) -> bytes:
     """Download the bytes of one file. One that is not there is an OSError; a Hub that stays away ends the run."""
     url = _address(repo, commit, file)
     for attempt in range(TRIES):
+        status = 0
         try:
             with hub_faults(url):
                 answer = _get(url, {})
-                if answer.status_code != GONE:
+                status = answer.status_code
+                if status != GONE:
                     _raise_for_status(answer)
                 if answer.headers.get("Content-Type", "").startswith("text/html"):
                     raise Distrusted("a web page came instead (does this network show a login page?)")
         except HubFault:
-            if attempt == TRIES - 1:
+            if attempt == TRIES - 1 or status in REFUSED:
                 raise
             time.sleep(PAUSE * 2**attempt)
             continue
-        if answer.status_code == GONE:
+        if status == GONE:
             raise OSError(f"the Hub answers {GONE}")
         return bytes(answer.content)
     raise AssertionError("unreachable")

@@ -194,6 +194,13 @@ def test_a_hub_that_stays_down_or_refuses_ends_the_run_and_no_picture_counts_as_
     assert verify_store(prepare_latents(where, tmp_path / "s", **options)) == []
 
 
+def test_what_the_hub_refuses_is_asked_for_once(hub):
+    hub.failures, hub.status = 100, 403
+    with pytest.raises(AlphaflowError, match="HTTP 403"):
+        ranges.download("user/files", COMMIT, "train/cat/0.png")
+    assert hub.failures == 99
+
+
 def test_an_unknown_data_set_is_one_clear_line(hub):
     with pytest.raises(AlphaflowError, match=r"hf://datasets/user/nothing: cannot be listed"):
         open_source("hf://datasets/user/nothing")
