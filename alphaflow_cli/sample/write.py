@@ -6,6 +6,7 @@
     DIR/.sample.json                 what decides a picture's bytes: another request into the folder is refused
     FILE.part                        rows at their final places, written in any order by any process
     FILE.part.state                  one line that says what decides the rows, then a byte per row: 1 is done
+    FILE.npz                         finished; that line is the comment of the zip
 
 A batch that is there is not drawn again, so the same command goes on where it stopped. Nothing is held but the batch in
 hand: rows are read and written at their places, not mapped, for mapped pages would count as this process's memory.
@@ -222,6 +223,8 @@ class RowFile:
     def begin(self) -> bool:
         """Go on with the unfinished file, or begin one of full length: a disk that is too small shows at once."""
         remove_leftovers(self.target.parent, f".{glob.escape(self.target.name)}.*")
+        if self.is_finished():
+            return True
         with self._writing():
             if self.state.exists() and self.part.exists():
                 with self.state.open("rb") as file:
@@ -243,8 +246,14 @@ class RowFile:
         check_record(line.decode(errors="replace"), self.record, self.part, advice)
         return True
 
+    def is_finished(self) -> bool:
+        """Whether the file is there, says that it is this request's, and is not being written again."""
+        return False
+
     def has(self, walk: int, span: slice) -> bool:
-        """Whether the marks of all rows of the span are set."""
+        """Whether the marks of all rows of the span are set; a finished file has no marks any more."""
+        if self.is_finished():
+            return True
         rows = self._rows(walk, span)
         with self.state.open("rb", buffering=0) as file:
             return os.pread(file.fileno(), len(rows), len(self.line) + rows.start) == b"\1" * len(rows)
@@ -252,7 +261,7 @@ class RowFile:
     def put(self, walk: int, drawn: Drawn) -> None:
         """Write the rows, sync them, and only then mark them as done."""
         rows = self._rows(walk, drawn.span)
-        if not rows:
+        if not rows or self.is_finished():
             return
         batch = drawn.latents.cpu().numpy() if self.dtype.kind == "f" else drawn.arrays()
         content = np.ascontiguousarray(batch[: len(rows)], self.dtype)
@@ -287,11 +296,23 @@ class NpzFile(RowFile):
 
     before = ZIP_HEADER
 
+    def is_finished(self) -> bool:
+        """Whether no marks are left, and the zip's comment is the record of this request."""
+        if self.state.exists():
+            return False
+        try:
+            with zipfile.ZipFile(self.target) as archive:
+                return archive.comment == self.line[: zipfile.ZIP_MAX_COMMENT]
+        except (OSError, zipfile.BadZipFile):
+            return False
+
     def finish(self) -> None:
         """Walk over the array once for its checksum, and write what a zip has around it.
 
         zipfile writes every byte where it stands already, so that a kill leaves rows as they were.
         """
+        if self.is_finished():
+            return
         with (
             self._writing(),
             self.part.open("rb") as rows,
@@ -303,6 +324,7 @@ class NpzFile(RowFile):
                 assert file.tell() == self.before, file.tell()
                 while piece := rows.read(min(PIECE, self.end - rows.tell())):
                     member.write(piece)
+            archive.comment = self.line[: zipfile.ZIP_MAX_COMMENT]
             archive.close()
             file.truncate()
         super().finish()

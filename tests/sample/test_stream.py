@@ -101,16 +101,29 @@ def test_a_killed_command_goes_on_with_the_same_bytes_and_draws_no_batch_twice(
 
 
 @pytest.mark.parametrize("form", ["all.npz", "all"])
-def test_another_batch_goes_on_as_well_and_a_finished_folder_draws_nothing(model, whole, tmp_path, drawn, form):
+def test_another_batch_goes_on_as_well_and_what_is_finished_draws_nothing(model, whole, tmp_path, drawn, form):
     out = tmp_path / form
     killed_in_the_middle(model, out, 1, tmp_path / "killed")
     assert sample(model, *LINE, "--out", out, "--batch", 50) == 0
     assert content(out) == whole[form]
     assert len(drawn) < COUNT - 2 * BATCH + 50
-    if out.is_dir():
-        drawn.clear()
-        assert sample(model, *LINE, "--out", out) == 0
-        assert drawn == []
+    drawn.clear()
+    assert sample(model, *LINE, "--out", out) == 0
+    assert drawn == []
+    assert content(out) == whole[form]
+
+
+def test_a_finished_npz_of_another_request_is_drawn_anew_and_a_grid_beside_it_too(model, whole, tmp_path, drawn):
+    out = tmp_path / "all.npz"
+    assert sample(model, "--seeds", "1-20", "--out", out) == 0
+    drawn.clear()
+    assert sample(model, *LINE, "--out", out) == 0
+    assert len(drawn) == COUNT
+    assert content(out) == whole["all.npz"]
+    assert sample(model, *LINE, "--out", out, "--grid", tmp_path / "g.png") == 0
+    assert len(drawn) == 2 * COUNT
+    assert content(out) == whole["all.npz"]
+    assert not list(tmp_path.glob("*.part*"))
 
 
 @pytest.mark.distributed
