@@ -146,7 +146,8 @@ def check_inputs(data: Path | None, init_from: str) -> None:
     """Refuse a store or a checkpoint that is not there, before anything is loaded."""
     if data is not None and not any((data / name).is_file() for name in ("manifest.json", "plan.json")):
         raise AlphaflowError(
-            f"{data}: no latent store here (no manifest.json). Run: alphaflow prep-latents SOURCE --out {data}"
+            f"{data}: no latent store here (no manifest.json). "
+            f"Run: alphaflow prep-latents SOURCE --out {quote(str(data))}"
         )
     if init_from:
         check_checkpoint(init_from)

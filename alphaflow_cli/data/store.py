@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import Literal
 
 import numpy as np
@@ -131,7 +132,7 @@ def _manifest_of(path: Path) -> Manifest:
         total = -(-plan.images // plan.shard_size)
         raise AlphaflowError(f"{path}: unfinished, {done} of {total} shards. Run the same prep-latents command again")
     raise AlphaflowError(
-        f"{path}: no latent store here (no manifest.json). Run: alphaflow prep-latents SOURCE --out {path}"
+        f"{path}: no latent store here (no manifest.json). Run: alphaflow prep-latents SOURCE --out {quote(str(path))}"
     )
 
 

@@ -18,6 +18,7 @@ import json
 import pickle
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import numpy as np
@@ -111,7 +112,9 @@ def save_reference(reference: Reference, path: Path) -> None:
 def load_reference(path: Path) -> Reference:
     """Read a reference file: one of ours, or one of another system."""
     if not path.is_file():
-        raise AlphaflowError(f"{path}: no such reference; build one with: alphaflow reference SOURCE -o {path}")
+        raise AlphaflowError(
+            f"{path}: no such reference; build one with: alphaflow reference SOURCE -o {quote(str(path))}"
+        )
     if path.suffix == ".safetensors":
         return _load_own(path)
     return read_foreign(path)

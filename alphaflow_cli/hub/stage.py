@@ -6,6 +6,7 @@ import shutil
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import torch
@@ -286,14 +287,15 @@ def _results(run: Path, checkpoint: Path, ours: str) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     see_own(run, path)
-    results = read_results(path, advice=f"Measure again: alphaflow eval {run}; or push --without-results")
+    again = f"Measure again: alphaflow eval {quote(str(run))}; or push --without-results"
+    results = read_results(path, advice=again)
     rows = result_rows(results)
     for row in rows:
         theirs = str((row.get("pictures") or {}).get("checkpoint_sha256") or "")
         if theirs != ours:
             raise AlphaflowError(
                 f"{path}: {row.get('name')} was measured on other weights ({theirs[:12] or 'unknown'}) than "
-                f"{checkpoint.name} holds ({ours[:12]}). Measure again: alphaflow eval {run}; or push --without-results"
+                f"{checkpoint.name} holds ({ours[:12]}). {again}"
             )
     return results if rows else None
 

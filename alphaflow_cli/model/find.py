@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 from itertools import islice
 from pathlib import Path
+from shlex import quote
 
 from alphaflow_cli.documents import Anything, ListOf, Maybe, Table, Text, parse_json
 from alphaflow_cli.errors import AlphaflowError
@@ -141,7 +142,7 @@ def check_run(run: Path) -> None:
     """Refuse a folder that is no run, without loading anything."""
     if not (run / "recipe.yaml").exists():
         slip = nearby(run)
-        advice = f"Did you mean {slip}?" if slip else f"Make one: alphaflow train RECIPE --out {run}"
+        advice = f"Did you mean {slip}?" if slip else f"Make one: alphaflow train RECIPE --out {quote(str(run))}"
         raise AlphaflowError(f"{run}: not a run folder (no recipe.yaml in it). {advice}")
 
 
@@ -182,7 +183,7 @@ def find_checkpoint(address: str, *, weights: str = "ema") -> Path:
         there = [file for file in files if file.exists()]
         if not there:
             raise AlphaflowError(
-                f"{path}: no checkpoint in this folder yet. Train one: alphaflow train RECIPE --out {path}"
+                f"{path}: no checkpoint in this folder yet. Train one: alphaflow train RECIPE --out {quote(str(path))}"
             )
         return there[-1]
     check_address(address)

@@ -100,7 +100,8 @@ def _manifest_of(store: Path) -> Manifest:
     if is_there(store / "plan.json"):
         raise AlphaflowError(f"{where}: unfinished. Run the same prep-latents command again, then this one")
     raise AlphaflowError(
-        f"{where}: no latent store here (no manifest.json). Make one first: alphaflow prep-latents SOURCE --out {where}"
+        f"{where}: no latent store here (no manifest.json). "
+        f"Make one first: alphaflow prep-latents SOURCE --out {quote(where)}"
     )
 
 

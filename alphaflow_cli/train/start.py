@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 
 import torch
 
@@ -104,7 +105,8 @@ def check_recipe(recipe: Recipe, out: Path) -> list[tuple[str, str, str]]:
         listed = "\n".join(f"  {field}: {old} there, {new} requested" for field, old, new in changes)
         raise AlphaflowError(
             f"{out}: holds a run of another recipe:\n{listed}\nResume it with its own recipe: "
-            f"alphaflow train {out / 'recipe.yaml'} --out {out}, or choose another folder: --out RUN"
+            f"alphaflow train {quote(str(out / 'recipe.yaml'))} --out {quote(str(out))}, "
+            "or choose another folder: --out RUN"
         )
     return changes
 
