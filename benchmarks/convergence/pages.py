@@ -80,7 +80,7 @@ def write_pages(lines: Sequence[Line], faults: Mapping[str, str], left: Sequence
         (results / "newer").mkdir(exist_ok=True)
         (results / "newer" / "results.png").write_bytes(to_png(over_nfe(lines, GROUPS_NEWER)))
         save(results / "newer" / "samples.png", grid_of(results / "strips", strips_of(NEWER)))
-        text = [*head("The newer members at equal budget", lines), *newer_page(lines)]
+        text = [*head("The newer members at equal budget", lines), *newer_page(lines, results / "newer")]
         text += tail(faults, of_page(left, (*NEWER, *PRECISIONS)))
         yield write(results / "newer" / "RESULTS.md", text)
     if any(line["steps"] != STEPS or line["member"] in CURRICULA[1:] for line in lines):
@@ -182,7 +182,8 @@ def first_page(lines: Sequence[Line]) -> list[str]:
     ]
 
 
-def newer_page(lines: Sequence[Line]) -> list[str]:
+def newer_page(lines: Sequence[Line], folder: Path) -> list[str]:
+    own = " (measured: [two steps by consistency](samplers.md))" if (folder / "samplers.md").is_file() else ""
     others = [(member, base) for base in CLAIMED for member in NEWER if member not in (*CLAIMED, *RUNGS)]
     rounding = [*((member, "alphaflow-25") for member in PRECISIONS), PRECISIONS[::-1]]
     ladder = [("meanflow-25-boundary", "meanflow-25"), *((b, a) for a, b in pairwise(("meanflow-25-boundary", *RUNGS)))]
@@ -191,7 +192,7 @@ def newer_page(lines: Sequence[Line]) -> list[str]:
         "",
         "![both rulers over NFE](results.png)",
         "",
-        "At 2 and 4 NFE SoFlow is sampled as all others are; its own sampler is the consistency one.",
+        f"At 2 and 4 NFE SoFlow is sampled as all others are; its own sampler is the consistency one{own}.",
         "",
         "The same seeds, a picture of each class; the members with the scale as an input by guidance of scale 2:",
         "",

@@ -172,7 +172,8 @@ def commit() -> str:
     """The program's commit; where the checkout is a copy without git, what $COMMIT says."""
     if os.environ.get("COMMIT") or not shutil.which("git"):
         return os.environ.get("COMMIT", "unknown")
-    changed = "-dirty" if git("status", "--porcelain", "--untracked-files=no") else ""
+    decides = git("status", "--porcelain", "--untracked-files=no", "--", "*.py", "*.yaml")  # results do not
+    changed = "-dirty" if decides else ""
     return (git("rev-parse", "--short", "HEAD") or "unknown") + changed
 
 
