@@ -144,13 +144,18 @@ def tail(faults: Mapping[str, str], left: Sequence[Job]) -> list[str]:
 
 
 def judged(
-    lines: Sequence[Line], pairs: Sequence[tuple[str, str]], steps: int = STEPS, width: int = WIDTH
+    lines: Sequence[Line],
+    pairs: Sequence[tuple[str, str]],
+    steps: int = STEPS,
+    width: int = WIDTH,
+    *,
+    kind: str = "scores",
 ) -> list[str]:
-    """A sentence for each pair that has runs, at 1 and 2 NFE."""
+    """A sentence for each pair that has runs, at 1 and 2 NFE; `kind`: of which scores of the first one."""
     there = [pair for pair in pairs if all(runs_of(lines, member, steps, width=width) for member in pair)]
     return [
         f"- {MEMBERS[a].label} against {MEMBERS[b].label}, {nfe} NFE: "
-        + verdict(runs_of(lines, a, steps, width=width), runs_of(lines, b, steps, width=width), nfe)
+        + verdict(runs_of(lines, a, steps, width=width), runs_of(lines, b, steps, width=width), nfe, kind=kind)
         for a, b in there
         for nfe in (1, 2)
     ]
@@ -201,6 +206,10 @@ def newer_page(lines: Sequence[Line], folder: Path) -> list[str]:
         "## What the evidence supports",
         "",
         *judged(lines, [CLAIMED[::-1], *others, *((member, "meanflow-25") for member in RUNGS)]),
+        "",
+        "With guidance of scale 2, which those without the scale as an input do not have:",
+        "",
+        *judged(lines, [(member, "meanflow-25") for member in RUNGS[1:]], kind="guided"),
         "",
         "Each step of improved MeanFlow against the one before it:",
         "",

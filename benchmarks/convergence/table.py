@@ -62,9 +62,9 @@ def factor(a: dict[int, float], b: dict[int, float]) -> Factor | None:
     return Factor(exp(mean(ratios)), exp(mean(ratios) - reach), exp(mean(ratios) + reach), len(common))
 
 
-def verdict(a: dict[int, Line], b: dict[int, Line], nfe: int) -> str:
-    """What both rulers say of two members at so many evaluations."""
-    found = {name: factor(scores(a, ruler, nfe), scores(b, ruler, nfe)) for ruler, name in RULERS.items()}
+def verdict(a: dict[int, Line], b: dict[int, Line], nfe: int, *, kind: str = "scores") -> str:
+    """What both rulers say of two members at so many evaluations; `kind`: of which scores of the first."""
+    found = {name: factor(scores(a, ruler, nfe, kind=kind), scores(b, ruler, nfe)) for ruler, name in RULERS.items()}
     if any(each is None for each in found.values()):
         return "not finished yet."
     known = {name: each for name, each in found.items() if each is not None}
