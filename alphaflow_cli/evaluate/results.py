@@ -188,7 +188,8 @@ def mean_of_sets(evaluations: Sequence[Evaluation], sets: int) -> list[Evaluatio
 def _mean(sets: Sequence[Evaluation]) -> Evaluation:
     rows = [_mean_row(rows) for rows in zip(*(each.rows for each in sets), strict=True)]
     warnings = [*dict.fromkeys(warning for each in sets for warning in each.warnings)]
-    seconds = {part: round(sum(each.seconds.get(part, 0.0) for each in sets), 2) for part in sets[0].seconds}
+    parts = dict.fromkeys(part for each in sets for part in each.seconds)  # a set that was there took none of some
+    seconds = {part: round(sum(each.seconds.get(part, 0.0) for each in sets), 2) for part in parts}
     name, content = (_joined(texts) for texts in zip(*((each.id, each.pictures_sha256) for each in sets), strict=True))
     return Evaluation(name[:16], content, rows, warnings, seconds, sets[0].processes)
 

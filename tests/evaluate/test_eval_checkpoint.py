@@ -115,6 +115,7 @@ def test_a_repeated_evaluation_gives_the_mean_and_spread_of_sets_of_new_seeds(ru
     out, err = capsys.readouterr()
     assert "110 of 110 pictures were measured before" in err, "the first set is that of an evaluation alone"
     assert ", seeds 220 to 329" in err
+    assert err.count("features tiny") == 3, "of the first command, and of both rows of the second"
     alone, one, _ = rows(run / "results.json")
     values = one["settings"]["values"]
     assert (values[0], len(set(values))) == (alone["value"], 3)
