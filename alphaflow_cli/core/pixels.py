@@ -12,6 +12,7 @@ from torch import Tensor
 
 from alphaflow_cli.errors import AlphaflowError
 
+FAR = 1.2  # a few such values are strokes and light; many show that the guidance is too strong or the network astray
 RULES: dict[str, Callable[[Tensor], Tensor]] = {"truncate": torch.floor, "round": torch.round}
 
 
@@ -27,6 +28,11 @@ def to_uint8(pixels: Tensor, rule: str) -> Tensor:
 def bad_pictures(pixels: Tensor) -> Tensor:
     """Which of the pictures have values that are not finite: (B,) bool."""
     return (~torch.isfinite(pixels)).flatten(1).any(1)
+
+
+def far_values(pixels: Tensor) -> Tensor:
+    """How many values of each picture lie beyond ±1.2, well outside of what bytes can hold: (B,)."""
+    return (pixels.abs() > FAR).flatten(1).sum(1)
 
 
 def refuse_bad(bad: Tensor) -> None:

@@ -15,6 +15,7 @@ import torch
 
 from alphaflow_cli.charts.draw import to_png
 from alphaflow_cli.core.frechet import Moments
+from alphaflow_cli.core.pixels import FAR
 from alphaflow_cli.data.manifest import Crop
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.evaluate.features import Extractor
@@ -25,6 +26,7 @@ from alphaflow_cli.evaluate.measure import (
     content_of,
     evaluation_id,
     gather_moments,
+    oddities_of,
     run_pass,
 )
 from alphaflow_cli.evaluate.networks import build_extractor
@@ -60,6 +62,7 @@ from alphaflow_cli.sample.walk import Walk, plan_walk
 from alphaflow_cli.text import counted
 
 FEWEST_PICTURES = 100  # pictures; below it nothing is printed that looks like a score
+MOST_FAR = 0.01  # of the values; more is said
 MIDPOINTS = tuple(round(0.1 * i, 1) for i in range(1, 10))  # of --sweep-midpoint
 
 
@@ -184,15 +187,25 @@ def evaluate(
     say(f"computing {titles} of {source.count:,} pictures: {source.label}")
     with clock.part("distances"):
         rows = score(Measured(work, moments, reference, ruler.processes.device), metrics)
-    warnings = _warnings(copies, source, rows[0].notes if rows else ())
+    warnings = _warnings(copies, work, rows[0].notes if rows else ())
     seconds = {part: round(spent, 2) for part, spent in {**source.seconds, **clock.seconds}.items()}
     return Evaluation(work.folder.name, digest, rows, warnings, seconds, ruler.processes.size)
 
 
-def _warnings(copies: int, source: ImageSource, notes: tuple[str, ...]) -> list[str]:
-    warnings = [note for note in notes if note.startswith("weights are not")]
+def _warnings(copies: int, work: Pass, notes: tuple[str, ...]) -> list[str]:
+    """What makes the scores of a finished pass doubtful, a line each."""
+    warnings, count = [note for note in notes if note.startswith("weights are not")], work.source.count
+    far, plain = oddities_of(work)
+    share = far / (count * 3 * work.source.size[0] * work.source.size[1])
     if copies:
-        warnings.append(f"{copies:,} of {source.count:,} pictures are exact copies of others")
+        warnings.append(f"{copies:,} of {count:,} pictures are exact copies of others")
+    if plain:
+        warnings.append(f"{plain:,} of {count:,} pictures are of one colour throughout")
+    if share > MOST_FAR:
+        warnings.append(
+            f"{share:.1%} of the values lay beyond ±{FAR} and were cut to [−1, 1]: the guidance is too strong, or the "
+            "network hardly trained"
+        )
     return warnings
 
 
@@ -219,7 +232,7 @@ def make_reference(
         return None
     save_reference(build_reference(work, moments, name=name, kept=kept), path)
     reference = load_reference(path)
-    return reference, _warnings(reference.facts["copies"], source, ())
+    return reference, _warnings(reference.facts["copies"], work, ())
 
 
 def check_crop(reference: Reference | None, crop: Crop | None, size: tuple[int, int]) -> None:

@@ -166,19 +166,20 @@ def _finish(work: Pass, part: tuple[int, int], content: Arriving) -> int:
     """Fetch a measured chunk, check, hash and write it; the number of its pictures."""
     features = content.fetch()
     images = features.pop(PICTURES)
-    work.source.arrived()
+    far = work.source.arrived()
     for name, values in features.items():
         if not bool(torch.isfinite(values).all()):
             raise AlphaflowError(
                 f"{name}: features of pictures {part[0]}–{part[1] - 1} are not finite; the weights are broken"
             )
-    _write(work.path(*part), {"digests": _digests(images), **features})
+    plain = int((images == images[:, :1, :1]).flatten(1).all(1).sum())
+    _write(work.path(*part), {"digests": _digests(images), **features}, {"far": str(far), "plain": str(plain)})
     return len(images)
 
 
-def _write(path: Path, tensors: dict[str, Tensor]) -> None:
+def _write(path: Path, tensors: dict[str, Tensor], notes: dict[str, str]) -> None:
     try:
-        write_whole(path, save(tensors))
+        write_whole(path, save(tensors, notes))
     except AlphaflowError as fault:
         raise AlphaflowError(f"{fault} Make room and run the same command again; finished chunks are kept.") from fault
 
@@ -256,3 +257,13 @@ def content_of(work: Pass) -> tuple[str, int]:
     digests = load_all(work, "digests")
     distinct = len(torch.unique(digests, dim=0))
     return hashlib.sha256(digests.numpy().tobytes()).hexdigest(), len(digests) - distinct
+
+
+def oddities_of(work: Pass) -> tuple[int, int]:
+    """Of a finished pass: how many values lay beyond ±1.2, and how many pictures are of one colour throughout."""
+    far = plain = 0
+    for first, stop in work.chunks():
+        with safe_open(str(work.path(first, stop)), "pt") as file:
+            notes = file.metadata() or {}  # chunks of earlier versions have none
+        far, plain = far + int(notes.get("far", 0)), plain + int(notes.get("plain", 0))
+    return far, plain

@@ -55,8 +55,12 @@ class ImageSource(ABC):
     def images(self, start: int, stop: int) -> Tensor:
         """Pictures start … stop − 1 as uint8 (stop − start, 3, H, W); a GPU may not have made them yet."""
 
-    def arrived(self) -> None:  # noqa: B027 (most sources have their pictures at once)
-        """Look at what `images` gave, in the same order, now that the device has made it: refuse what is broken."""
+    def arrived(self) -> int:
+        """Look at what `images` gave, in the same order, now that the device has made it: refuse what is broken.
+
+        The number of values that lay beyond ±1.2 before they became bytes; 0 where bytes are all there is.
+        """
+        return 0
 
     def close(self) -> None:  # noqa: B027 (most sources have nothing open)
         """Close what is open; it is opened again when the next picture is wanted."""
@@ -225,15 +229,18 @@ class GeneratedImages(ImageSource):
         (drawn,) = self._generator.stream(self._seeds, self._labels, self._walk, [slice(start, stop)])
         assert drawn.unchecked is not None
         assert drawn.bad is not None
-        self._queued.append((Arriving({"bad": drawn.bad}), drawn.laps))
+        assert drawn.far is not None
+        self._queued.append((Arriving({"bad": drawn.bad, "far": drawn.far}), drawn.laps))
         return drawn.unchecked
 
-    def arrived(self) -> None:
+    def arrived(self) -> int:
         """Refuse values that are not finite; what the pictures took is added to `seconds`."""
-        bad, laps = self._queued.popleft()
-        refuse_bad(bad.fetch()["bad"])
+        flags, laps = self._queued.popleft()
+        seen = flags.fetch()
+        refuse_bad(seen["bad"])
         for part, spent in laps.seconds().items():
             self.seconds[part] += spent
+        return int(seen["far"].sum())
 
     def close(self) -> None:
         """Forget what was queued: a pass that failed left it behind."""

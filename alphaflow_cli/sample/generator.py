@@ -119,6 +119,7 @@ class Drawn:
     latents: Tensor  # (n, C, h, w) float64, as the network made them
     unchecked: Tensor | None  # (n, 3, H, W) uint8 on the generator's device; None where only latents are wanted
     bad: Tensor | None  # (n,) which pictures have values that are not finite; nobody has looked at it yet
+    far: Tensor | None  # (n,) how many values of each lie beyond ±1.2
     laps: Laps  # of the network and the decoder
 
     @property
@@ -299,14 +300,15 @@ class Generator:
         """
         for span in spans:
             some, classes = seeds[span], labels[span]
-            laps, images, bad = Laps(self.device), None, None
+            laps, images, bad, far = Laps(self.device), None, None, None
             latents = self.latents(some, classes, walk)
             laps.end("network")
             if decoded:
                 made = self._decoded(latents)
-                bad, images = pixels.bad_pictures(made), pixels.quantise(made, self.recipe.data.pixels)
+                bad, far = pixels.bad_pictures(made), pixels.far_values(made)
+                images = pixels.quantise(made, self.recipe.data.pixels)
             laps.end("decoder")
-            yield Drawn(span, some, classes, latents, images, bad, laps)
+            yield Drawn(span, some, classes, latents, images, bad, far, laps)
 
 
 def spans_of(count: int, batch: int) -> Iterator[slice]:

@@ -85,6 +85,15 @@ def test_more_pictures_than_real_ones_are_pointed_out(run, real, capsys):
     assert "beware: 130 pictures are compared with 120 real ones" in capsys.readouterr().err
 
 
+def test_values_far_beyond_what_bytes_hold_are_warned_of(run, real, tmp_path, capsys):
+    assert cli.run(["sample", str(run), "--seeds", "0-109", "--latents", str(tmp_path / "made.npy")]) == 0
+    share = (np.abs(np.load(tmp_path / "made.npy")) > 1.2).mean()
+    assert share > 0.05, "noise, as the network has learnt nothing in its few steps"
+    for _ in range(2):  # measured, then read from what is kept
+        assert evaluate(run, real, "--nfe", "1") == 0
+        assert f"{share:.1%} of the values lay beyond ±1.2 and were cut to [−1, 1]" in capsys.readouterr().err
+
+
 def test_measured_pictures_are_the_sampled_ones(run, real, tmp_path):
     assert evaluate(run, real, "--nfe", "1") == 0
     direct = rows(run / "results.json")[0]["value"]

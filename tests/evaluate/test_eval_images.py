@@ -170,6 +170,17 @@ def test_copies_among_the_pictures_are_warned_of(capsys: pytest.CaptureFixture[s
     assert "60 of 120 pictures are exact copies" in capsys.readouterr().err
 
 
+def test_pictures_of_one_colour_are_warned_of(capsys: pytest.CaptureFixture[str]) -> None:
+    pictures = ruler.pictures(110)
+    pictures[[3, 100]] = torch.tensor([5, 250, 9], dtype=torch.uint8)[:, None, None]
+    pictures[7] = torch.arange(3, dtype=torch.uint8)[:, None, None]  # three grounds, each of one value
+    pictures[7, 0, 0, 0] += 1  # and a single pixel that differs
+    ruler.write_pictures(Path("samples"), pictures)
+    for _ in range(2):  # measured, then read from what is kept
+        assert alphaflow("eval samples --metrics fd-tiny --reference glyphs:200") == 0
+        assert "2 of 110 pictures are of one colour throughout" in capsys.readouterr().err
+
+
 def test_ctrl_c_keeps_the_finished_chunks_and_the_same_command_goes_on() -> None:
     line = "eval glyphs:1500 --metrics fd-tiny --reference real.safetensors"
     assert alphaflow("reference glyphs:200 --metrics fd-tiny -o real.safetensors") == 0
