@@ -31,7 +31,7 @@ from alphaflow_cli.report.page import (
 )
 from alphaflow_cli.report.run import JOURNAL_POINTS, Cells, environment_of, journal_of, status_of
 from alphaflow_cli.report.scores import COLOURS, Points, curves_of_scores, title_of
-from alphaflow_cli.train.scores import score_rows
+from alphaflow_cli.train.scores import new_references, score_rows
 
 MOST_RUNS = 12
 BESIDE = "display: grid; gap: 12px; grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr))"
@@ -168,7 +168,7 @@ def _while_training(runs: Sequence[ComparedRun]) -> Cells:
 
 
 def _score_curves(run: ComparedRun, x: str) -> dict[tuple[str, int], Points]:
-    curves = curves_of_scores(run.scored)
+    curves = curves_of_scores(run.scored, new_references(run.folder, run.scored))
     batch = 1 if x == "step" else run.recipe.train.batch
     return {key: [(step * batch, value) for step, value in points] for key, points in curves.items()}
 
@@ -179,7 +179,7 @@ def _curves(runs: Sequence[ComparedRun]) -> str:
     panels = []
     for name, nfe in sorted({key for each in scores for key in each}):
         lines = [_line(i, runs[i], each[name, nfe]) for i, each in enumerate(scores) if (name, nfe) in each]
-        positive = all(value > 0 for line in lines for _, value in line.points)
+        positive = all(value > 0 for line in lines for _, value in line.points if value == value)
         panels.append(chart.Panel(f"{title_of(name)}, {nfe} NFE", lines, log_y=positive))
     for field, title in FIELDS.items():
         lines = [_line(i, run, _field(run, field, x)) for i, run in enumerate(runs)]

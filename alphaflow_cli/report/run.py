@@ -26,11 +26,11 @@ from alphaflow_cli.recipe.plan import phases
 from alphaflow_cli.recipe.schema import Recipe
 from alphaflow_cli.report.nearest import nearest_of
 from alphaflow_cli.report.page import RunPage, embed, run_page, spread_over
-from alphaflow_cli.report.scores import best_notes, expected_notes, scores_chart
+from alphaflow_cli.report.scores import best_notes, cut_notes, expected_notes, scores_chart
 from alphaflow_cli.text import for_terminal
 from alphaflow_cli.train.curves import BANDS, recipe_chart
 from alphaflow_cli.train.journal import read_rows
-from alphaflow_cli.train.scores import score_rows
+from alphaflow_cli.train.scores import new_references, score_rows
 from alphaflow_cli.train.store import recipe_for
 
 JOURNAL_POINTS = 800  # of a curve; of more rows, evenly spread ones
@@ -106,6 +106,7 @@ def page_of(run: Path) -> RunPage:
     changes = [each for each in diff_recipes(other, recipe) if each[0] != "name"]
     conflict, percentiles = conflict_of(run, recipe, rows)
     scored = score_rows(run)
+    cuts = new_references(run, scored)
     return RunPage(
         name=run.resolve().name,
         status=status_of(recipe, rows, origin),
@@ -117,8 +118,8 @@ def page_of(run: Path) -> RunPage:
         conflict_rows=percentiles,
         samples=embed(sorted(path for path in (run / "samples").glob("step-*.png") if path.is_file())),
         scores=scores_of(run / "results.json", digest),
-        score_curves=scores_chart(recipe, scored),
-        score_notes=[*expected_notes(recipe, scored), *best_notes(best_steps(run), scored)],
+        score_curves=scores_chart(recipe, scored, cuts),
+        score_notes=[*cut_notes(cuts), *expected_notes(recipe, scored), *best_notes(best_steps(run), scored)],
         nearest=nearest_of(run, recipe),
         compared_with=compared,
         changes=[(name, set_text(there), set_text(here)) for name, there, here in changes],

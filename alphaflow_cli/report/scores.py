@@ -1,6 +1,7 @@
 """The scores of a run while it trained, as curves: its own, and below them what its recipe expects."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +15,26 @@ COLOURS = (BLUE, ORANGE, GREEN, PURPLE, RED, GREY)
 Points = list[tuple[float, float]]
 
 
-def curves_of_scores(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, int], Points]:
-    """The points (step, value) of each score at each number of evaluations, of the journal's rows that have scores."""
+def curves_of_scores(rows: Sequence[dict[str, Any]], cuts: Collection[int] = ()) -> dict[tuple[str, int], Points]:
+    """The points (step, value) of each score at each number of evaluations, of the journal's rows that have scores.
+
+    At the steps `cuts`, where the scores were compared with something else for the first time, a curve has a gap.
+    """
     curves: dict[tuple[str, int], Points] = {}
     for row in rows:
         for name, values in row["scores"].items():
             for key, value in values.items():
                 nfe = key.removeprefix("nfe")
                 if value is not None and nfe.isdecimal():
-                    curves.setdefault((name, int(nfe)), []).append((float(row["step"]), float(value)))
+                    points = curves.setdefault((name, int(nfe)), [])
+                    points += [(float(row["step"]), math.nan)] if points and row["step"] in cuts else []
+                    points.append((float(row["step"]), float(value)))
     return curves
 
 
-def scores_chart(recipe: Recipe, rows: Sequence[dict[str, Any]]) -> Chart | None:
+def scores_chart(recipe: Recipe, rows: Sequence[dict[str, Any]], cuts: Collection[int] = ()) -> Chart | None:
     """Draw each score over the steps, a curve for each number of evaluations; dashed, what the recipe expects."""
-    curves = curves_of_scores(rows)
+    curves = curves_of_scores(rows, cuts)
     if not curves:
         return None
     counts = sorted({nfe for _, nfe in curves})
@@ -43,7 +49,7 @@ def scores_chart(recipe: Recipe, rows: Sequence[dict[str, Any]]) -> Chart | None
             points = curves[name, nfe]
             lines.append(Line(f"{nfe} NFE", points, colours[nfe], markers=len(points) < 30))
             furthest = max([furthest, *(point[0] for points in expected for point in points)])
-        values = [value for line in lines for _, value in line.points]
+        values = [value for line in lines for _, value in line.points if value == value]
         panels.append(Panel(title_of(name), lines, log_y=min(values) > 0))
     return Chart("Scores while training", panels, "step", x_range=(0, max(furthest, 1)))
 
@@ -67,6 +73,14 @@ def expected_notes(recipe: Recipe, rows: Sequence[dict[str, Any]]) -> list[str]:
     kinds = dict.fromkeys(f"{TITLE[each.metric]} of {counted(each.images, 'picture')}, {each.source}" for each in shown)
     note = "Expected: {}. A Fréchet distance of fewer pictures is larger: compare the same count only."
     return [note.format("; ".join(kinds))] if kinds else []
+
+
+def cut_notes(cuts: Collection[int]) -> list[str]:
+    """Say where the reference changed: what stands before is not to be compared with what comes after."""
+    where = " and ".join(f"{step:,}" for step in sorted(cuts))
+    return [f"eval.reference changed before step {where}: scores on the two sides of a gap do not compare."] * bool(
+        cuts
+    )
 
 
 def best_notes(steps: dict[Path, int], rows: Sequence[dict[str, Any]]) -> list[str]:

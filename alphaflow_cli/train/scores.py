@@ -12,7 +12,7 @@ A measurement that fails (a full disk, an autoencoder that cannot be had) costs 
 
 import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -281,6 +281,22 @@ def reference_of(run: Path, row: dict[str, Any], nfe: int) -> str:
     return next(
         (str(each["reference"]["sha256"]) for each in reversed(measured) if each["reference"]), ""
     )  # the newest
+
+
+def new_references(run: Path, rows: Sequence[dict[str, Any]]) -> set[int]:
+    """The steps at which a run's scores, `rows`, were first compared with something else than before."""
+    steps, before = set[int](), ""
+    for row in rows:
+        here = next((digest for nfe in _measured_nfe(row) if (digest := reference_of(run, row, nfe))), "")
+        if before and here and here != before:
+            steps.add(row["step"])
+        before = here or before
+    return steps
+
+
+def _measured_nfe(row: dict[str, Any]) -> list[int]:
+    names = [key.removeprefix("nfe") for key in row.get("evals", {})]
+    return sorted(int(name) for name in names if name.isdecimal())
 
 
 def score_rows(run: Path) -> list[dict[str, Any]]:

@@ -1,6 +1,6 @@
 """Every `--help` equals its committed snapshot and has an example.
 
-`python tests/commands/test_help.py` writes the snapshots anew.
+`PYTHONPATH=tests/helpers python tests/commands/test_help.py` writes the snapshots anew.
 """
 
 import os
@@ -48,8 +48,9 @@ def examples_of(text):
 @pytest.mark.parametrize("path", PAGES, ids=" ".join)
 def test_help_equals_its_snapshot(path):
     file = snapshot(path)
-    assert file.exists(), f"no {file.name}: run python tests/commands/test_help.py"
-    assert PAGES[path] == file.read_text(encoding="utf-8"), "if the change is meant: python tests/commands/test_help.py"
+    assert file.exists(), f"no {file.name}: run PYTHONPATH=tests/helpers python tests/commands/test_help.py"
+    again = "PYTHONPATH=tests/helpers python tests/commands/test_help.py"
+    assert PAGES[path] == file.read_text(encoding="utf-8"), f"if the change is meant: {again}"
 
 
 @pytest.mark.parametrize("path", PAGES, ids=" ".join)

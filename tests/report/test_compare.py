@@ -14,7 +14,7 @@ from alphaflow_cli.report.compare import read_run
 from alphaflow_cli.report.run import curves_of
 from alphaflow_cli.report.scores import curves_of_scores, expected_notes, scores_chart
 from alphaflow_cli.train.journal import read_rows
-from alphaflow_cli.train.scores import score_rows
+from alphaflow_cli.train.scores import new_references, score_rows
 
 
 def add_scores(folder, values, name="FD-tiny-2k"):
@@ -66,6 +66,28 @@ def test_a_run_without_scores_draws_none_and_one_of_another_metric_expects_nothi
     (panel,) = scores_chart(recipe, score_rows(run)).panels
     assert [line.label for line in panel.lines] == ["1 NFE", "2 NFE"]
     assert expected_notes(recipe, score_rows(run)) == []
+
+
+def test_a_curve_has_a_gap_where_the_reference_changed_and_the_page_says_so(folder, capsys):
+    with (folder / "metrics.jsonl").open() as file:
+        rows = [json.loads(line) for line in file]
+    for step, name in zip(STEPS, ("aa", "bb", "cc"), strict=True):
+        (row,) = (row for row in rows if row["step"] == step and "scores" in row)
+        row["evals"] = {"nfe1": name}
+        document = read_results(folder / "results.json")
+        for each in (each for one in document["evaluations"] for each in one["rows"]):
+            each["reference"]["sha256"] = ("11" if name == "aa" else "22") * 32
+        (folder / "evals" / name).mkdir(parents=True)
+        (folder / "evals" / name / "results.json").write_text(json.dumps(document))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    scored = score_rows(folder)
+    assert new_references(folder, scored) == {200}
+    recipe = load_recipe(str(folder / "recipe.yaml"))
+    (panel,) = scores_chart(recipe, scored, {200}).panels
+    assert panel.log_y
+    assert str(panel.lines[1].points) == "[(100.0, 90.0), (200.0, nan), (200.0, 12.5), (300.0, 20.0)]"
+    words = "eval.reference changed before step 200: scores on the two sides of a gap do not compare."
+    assert words in Page(report(folder, capsys).read_text(encoding="utf-8")).text
 
 
 @pytest.mark.parametrize("scores", [3, {"FD-tiny-2k": 3}, {"FD-tiny-2k": {"nfe1": "low"}}, {"x": {"nfe1": [1]}}])

@@ -122,6 +122,9 @@ def test_scores_against_another_reference_do_not_choose_the_best_checkpoint(stor
     checkpoint = load_checkpoint(run / "best-nfe1.safetensors")
     assert checkpoint.origin["step"] == 8
     assert scores.why_best(run, 1, checkpoint).startswith("the best of 1 checkpoint by FD-tiny-120 at 1 NFE")
+    rows = scores.score_rows(run)
+    assert scores.new_references(run, rows) == {8}, "the curves of the report have a gap there"
+    assert scores.new_references(run, rows[:-1]) == set()
 
 
 def dying(recipe, store, out, call, way):
