@@ -158,9 +158,17 @@ def test_an_order_is_claimed_only_where_the_interval_of_the_pairs_leaves_1_out()
     assert mixed is not None
     assert mixed.side == 0
     assert factor({0: 1.0}, {0: 2.0}) is None
-    known = factor({0: exp(1), 1: exp(2), 2: exp(3)}, {0: 1.0, 1: 1.0, 2: 1.0})  # mean 2, deviation 1, t 4.303
-    assert known == Factor(pytest.approx(exp(2)), pytest.approx(exp(2 - 4.303 / 3**0.5)),
-                           pytest.approx(exp(2 + 4.303 / 3**0.5)), 3)  # fmt: skip
+    known = factor({0: exp(1), 1: exp(2), 2: exp(3)}, {0: 1.0, 1: 1.0, 2: 1.0})  # mean 2, deviation 1
+    reach = 4.30265 / 3**0.5  # t at 97.5% of two degrees of freedom
+    assert known == Factor(pytest.approx(exp(2)), pytest.approx(exp(2 - reach)), pytest.approx(exp(2 + reach)), 3)
+
+
+def test_a_factor_has_enough_digits_to_show_on_which_side_of_1_its_ends_lie():
+    assert str(Factor(1.0533, 1.00489, 1.1041, 3)) == "× 1.05 (1.005 to 1.10)"
+    assert str(Factor(0.99962, 0.99929, 0.99996, 3)) == "× 0.9996 (0.999 to 0.99996)"
+    assert str(Factor(0.9504, 0.9031, 1.00012, 3)) == "× 0.95 (0.90 to 1.0001)"
+    assert str(Factor(0.9996, 0.9, 1.12, 3)) == "× 1.00 (0.90 to 1.12)"
+    assert str(Factor(1.0, 1.0, 1.0, 3)) == "× 1.00 (1.00 to 1.00)"
 
 
 def test_a_verdict_says_where_the_rulers_differ():
