@@ -214,6 +214,24 @@ def test_the_pages_are_made_of_the_lines_alone_and_name_what_is_missing(tmp_path
     assert to_png(drawn[2]).startswith(b"\x89PNG")
 
 
+def test_the_best_curriculum_is_judged_without_the_runs_that_chose_it_and_equal_budgets_by_their_own_seeds(
+    tmp_path, monkeypatch
+):
+    drawn = []
+    monkeypatch.setattr(pages, "to_png", lambda chart: drawn.append(chart) or b"")
+    lines = [line for line in all_lines() if line["member"] != "alpha-10-50"]
+    lines += [*lines_of("alpha-10-50", 0.5, 0.5, 0.5), *lines_of("alpha-10-50", 7, 7, 7, 7, 7, seeds=NEW_SEEDS)]
+    newer, evidence = [path.read_text() for path in pages.write_pages(lines, {}, [], tmp_path)][1:]
+    budget = evidence.split("### 3,000 steps")[1].split("###")[0]
+    assert "| α 1 until 10%, 0 from 50% | 5 | 7.00 ± 0.00 |" in budget
+    assert "| MeanFlow .25 | 10 |" in budget
+    assert "- α 1 until 10%, 0 from 50% against MeanFlow .25, 1 NFE: FD-tiny × 7.00 (7.00 to 7.00)" in budget
+    (at_3000,) = [dict(curve.points)[3000.0] for curve in drawn[2].panels[0].lines if curve.label.startswith("α 1 ")]
+    assert at_3000 == 7.0
+    assert "| MeanFlow .25 | 3 |" in newer
+    assert f"- Finished: {3 * 14} runs." in newer
+
+
 @pytest.mark.parametrize(
     ("device", "jobs"), [("1 x GPU", "CIFAR10 --jobs 16"), ("Xeon", "CIFAR10 --device cpu --jobs 2")]
 )
