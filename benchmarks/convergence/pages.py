@@ -255,11 +255,11 @@ def draw_evidence(lines: Sequence[Line], best: str | None, results: Path) -> Non
 
 
 def evidence_page(lines: Sequence[Line], best: str | None, results: Path) -> list[str]:
-    ladders = results / "ladders.md"
+    there = [path for path in (results / "ladders.md", results.parent / "ladders.md") if path.is_file()]  # one ruler
     return [
         "## The rulers",
         "",
-        *(ladders.read_text(encoding="utf-8").splitlines() if ladders.is_file() else ["- not measured yet."]),
+        *(there[0].read_text(encoding="utf-8").splitlines() if there else ["- not measured yet."]),
         "",
         *budget_part(lines, best),
         *curriculum_part(lines, best),

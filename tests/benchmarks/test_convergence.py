@@ -253,6 +253,12 @@ def test_a_comparison_waits_until_every_member_has_a_run_and_curricula_are_compa
     assert "On new seeds" not in text
 
 
+def test_the_page_of_a_cpu_has_the_ladders_of_the_ruler_that_is_the_same_there(tmp_path):
+    (tmp_path / "ladders.md").write_text("| noise | yes |\n")
+    text = pages.evidence_page(lines_of("low-002", 1.0), None, tmp_path / "cpu")
+    assert text[text.index("## The rulers") + 2] == "| noise | yes |"
+
+
 def test_points_without_a_cosine_are_left_out_of_the_conflict():
     lines = lines_of("meanflow-25", 1.0, 1.0)
     assert len(points(lines)) == 2
