@@ -191,6 +191,22 @@ def test_two_samplers_are_compared_on_the_same_runs_and_with_meanflow():
     )
 
 
+def test_the_figures_of_the_other_sampler_are_kept_run_by_run_beside_its_table(tmp_path, monkeypatch):
+    (tmp_path / "lines").mkdir()
+    (tmp_path / "cpu" / "newer").mkdir(parents=True)
+    for line in lines_of("soflow-0", 2.0, 2.2):
+        (tmp_path / "lines" / f"{line['run']}.json").write_text(json.dumps(line))
+    monkeypatch.setattr(samplers, "HERE", tmp_path)
+    monkeypatch.setattr(samplers, "open_ruler", lambda *given: None)
+    monkeypatch.setattr(samplers, "measured", lambda out, name, *more: {"fd_tiny": float(name[-1]) + 1, "fd_cnn": 1.0})
+    monkeypatch.setattr("sys.argv", ["samplers.py", str(tmp_path), "--device", "cpu"])
+    samplers.main()
+    page, figures = (tmp_path / "cpu" / "newer" / f"samplers.{form}" for form in ("md", "jsonl"))
+    assert "| SoFlow, as on CIFAR-10 | 2 | 1.05 ± 0.07 | 1.50 ± 0.71 |" in page.read_text()
+    kept = [json.loads(line) for line in figures.read_text().splitlines()]
+    assert kept[1] == {"run": "soflow-0-3000-s1", "images": 5000, "consistency": {"fd_tiny": 2.0, "fd_cnn": 1.0}}
+
+
 def test_the_pages_are_made_of_the_lines_alone_and_name_what_is_missing(tmp_path, monkeypatch):
     lines, drawn = all_lines(), []
     monkeypatch.setattr(pages, "to_png", lambda chart: drawn.append(chart) or b"")  # they take a second each
