@@ -15,6 +15,7 @@ from members import (
     LONG,
     LONGEST,
     MEMBERS,
+    MORE_SEEDS,
     NEW_SEEDS,
     NEWER,
     PRECISIONS,
@@ -301,8 +302,9 @@ def curriculum_part(lines: Sequence[Line], best: str | None) -> list[str]:
         chosen = [
             "### On new seeds",
             "",
-            f"Of the curricula besides the published one, **{MEMBERS[best].label}** (`{best}`) has the least grade. On",
-            f"the new seeds {NEW_SEEDS[0]} to {NEW_SEEDS[-1]}, which did not choose it:",
+            f"Of the curricula besides the published one, **{MEMBERS[best].label}** (`{best}`) "
+            f"has the least grade over the seeds {SEEDS[0]} to {SEEDS[-1]}.",
+            f"On the new seeds {NEW_SEEDS[0]} to {NEW_SEEDS[-1]}, which did not choose it:",
             "",
             *confirmed(lines, best),
             "",
@@ -329,8 +331,8 @@ def curriculum_part(lines: Sequence[Line], best: str | None) -> list[str]:
 
 
 def common_seeds(lines: Sequence[Line]) -> tuple[int, ...]:
-    """Those of SEEDS that every curriculum has which was run at all."""
-    found = [runs_of(lines, member, STEPS, seeds=SEEDS).keys() for member in CURRICULA]
+    """Those of the plan's seeds that every curriculum has which was run at all."""
+    found = [runs_of(lines, member, STEPS, seeds=(*SEEDS, *MORE_SEEDS)).keys() for member in CURRICULA]
     there = [{*seeds} for seeds in found if seeds]
     return tuple(sorted(set.intersection(*there))) if there else ()
 

@@ -223,6 +223,8 @@ def test_the_pages_are_made_of_the_lines_alone_and_name_what_is_missing(tmp_path
     assert "- Not run yet: imf-head-3000-s2." in written[1].read_text()
     assert "Not run yet" not in written[0].read_text()
     assert "| α-Flow .25 | 10 | 2.00 ± 0.00 | 1.00 ± 0.00 | 0.50 ± 0.00 |" in text
+    assert "Seeds that all of them have: 0, 1, 2, 3, 4." in text
+    assert "has the least grade over the seeds 0 to 2." in text
     assert "the same, sampled with scale 2" in written[1].read_text()
     assert {path.name for path in tmp_path.glob("*.png")} == {"results.png", "budget.png", "conflict.png"}
     assert "not finished yet" not in text
