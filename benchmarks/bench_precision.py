@@ -5,7 +5,8 @@
 For each α: the gradient of r < t rows, by the trainer's own step, with the network's products in bf16, TF32 and fp32,
 against the same in float64. `one batch` is the median of the relative error over batches; `mean` is that of the mean
 gradient over all batches, so what does not average out. `between batches` is how far one batch's exact gradient lies
-from the mean one: beside it an error must be seen. α = 0 is MeanFlow's step, whose derivative rides along.
+from the mean one, relative to that one: beside it an error must be seen, times √(1 + between²), the length of one
+batch's gradient in lengths of the mean one. α = 0 is MeanFlow's step, whose derivative rides along.
 
 TF32 is computed as a GPU does it: the inputs of every product rounded to 10 bits of mantissa, the sums in float32.
 """

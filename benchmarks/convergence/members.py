@@ -174,18 +174,18 @@ def plan(lines: Sequence[Line]) -> list[Job]:
     best, others = best_curriculum(lines), [member for member in NEWER if member not in RUNGS]
     winners = [best] if best else []
     jobs = [
-        *jobs_of("newer", others, (STEPS,), SEEDS),
-        *(job for rung in RUNGS for job in jobs_of("newer", [rung], (STEPS,), SEEDS)),
-        *jobs_of("newer", PRECISIONS, (STEPS,), SEEDS),
+        *jobs_of("budget", CLAIMED, (LONG,), SEEDS),  # they take as long as all that follows, beside it
         *jobs_of("curriculum", ["meanflow-25", *CURRICULA], (STEPS,), SEEDS),
         *jobs_of("confirm", dict.fromkeys([*winners, *CLAIMED]), (STEPS,), NEW_SEEDS),
         *jobs_of("budget", shares, (*BUDGETS, STEPS), SEEDS),
+        *jobs_of("confirm", winners, BUDGETS, SEEDS),
+        *jobs_of("budget", CLAIMED, BUDGETS, MORE_SEEDS),
+        *jobs_of("newer", others, (STEPS,), SEEDS),
+        *(job for rung in RUNGS for job in jobs_of("newer", [rung], (STEPS,), SEEDS)),
+        *jobs_of("newer", PRECISIONS, (STEPS,), SEEDS),
+        *jobs_of("size", dict.fromkeys([*winners, *CLAIMED]), (STEPS,), SEEDS, width=2 * WIDTH),
         *jobs_of("first", [member for member in FIRST if member not in ALONE], (STEPS,), SEEDS),
         *jobs_of("first", ALONE, (STEPS,), SEEDS[:1]),
-        *jobs_of("size", dict.fromkeys([*winners, *CLAIMED]), (STEPS,), SEEDS, width=2 * WIDTH),
-        *jobs_of("budget", CLAIMED, BUDGETS, MORE_SEEDS),
-        *jobs_of("confirm", winners, BUDGETS, SEEDS),
-        *jobs_of("budget", CLAIMED, (LONG,), SEEDS),
         *jobs_of("budget", CLAIMED, (LONG,), MORE_SEEDS),
         *jobs_of("budget", [member for member in better_shares(lines) if member not in CLAIMED], (LONG,), SEEDS),
         *jobs_of("confirm", winners, (LONG,), SEEDS),

@@ -2,8 +2,9 @@
 
     python benchmarks/convergence/samplers.py OUT --device cpu
 
-OUT is the folder of `run.py` (its --out), with the runs. The table goes to `samplers.md` beside the pages. It is a look
-beside the protocol: what is claimed elsewhere is claimed of the trajectory.
+OUT is the folder of `run.py` (its --out), with the runs. The table goes to `samplers.md` beside the pages, its figures
+run by run to `samplers.jsonl`. It is a look beside the protocol: what is claimed elsewhere is claimed of the
+trajectory.
 """
 
 import argparse
@@ -33,7 +34,7 @@ PART = 1_000  # pictures drawn at a time
 HEAD = """# Two steps by consistency
 
 Written by `samplers.py`; do not edit. The runs, the seeds and the rulers are those of RESULTS.md beside it:
-{images:,} pictures at 2 NFE, times 1, .5, 0. The last columns have the factor of
+{images:,} pictures at 2 NFE, times 1, .5, 0 (run by run: samplers.jsonl). The last columns have the factor of
 consistency steps against the trajectory of the same runs, and against that of MeanFlow .25, over common seeds.
 
     python benchmarks/convergence/samplers.py OUT --device {device}
@@ -78,14 +79,17 @@ def main() -> None:
     ruler, text = open_ruler(out, device), HEAD.format(images=options.images, device=options.device)
     text += f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}\n"
     lines = [line for path in sorted((out / "lines").glob("*.json")) for line in read_lines(path)]
-    base = runs_of(lines, "meanflow-25", STEPS, seeds=SEEDS)
+    base, figures = runs_of(lines, "meanflow-25", STEPS, seeds=SEEDS), ""
     for member in NEWER:
         runs = runs_of(lines, member, STEPS, seeds=SEEDS)
         names = {seed: Job("", member, STEPS, seed).name for seed in runs}
         found = {seed: measured(out, name, ruler, device, options.images) for seed, name in names.items()}
         text += row(member, runs, found, base) if found else ""
+        for seed, scored in found.items():
+            figures += json.dumps({"run": names[seed], "images": options.images, "consistency": scored}) + "\n"
     pages = HERE if options.device == "cuda" else HERE / "cpu"
     write(pages / "newer" / "samplers.md", text.encode())
+    write(pages / "newer" / "samplers.jsonl", figures.encode())
 
 
 if __name__ == "__main__":

@@ -12,7 +12,9 @@ from statistics import mean, stdev
 from members import MEMBERS, WIDTH, Line
 
 RULERS = {"fd_tiny": "FD-tiny", "fd_cnn": "FD-cnn"}
-QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # of t at 97.5%, by degrees of freedom
+QUANTILES = (  # of t at 97.5%, by degrees of freedom
+    12.7062, 4.30265, 3.18245, 2.77645, 2.57058, 2.44691, 2.36462, 2.30600, 2.26216,
+)  # fmt: skip
 LEAST = 1e-9  # of an FD whose logarithm is taken
 
 
@@ -49,7 +51,14 @@ class Factor:
         return (self.low > 1) - (self.high < 1)
 
     def __str__(self) -> str:
-        return f"× {self.mean:.2f} ({self.low:.2f} to {self.high:.2f})"
+        mean = beside_1(self.mean) if self.side else f"{self.mean:.2f}"
+        return f"× {mean} ({beside_1(self.low)} to {beside_1(self.high)})"
+
+
+def beside_1(value: float) -> str:
+    """A factor with two digits after the point, or as many as show on which side of 1 it lies."""
+    digits = next((digits for digits in range(2, 7) if round(value, digits) != 1), 2)
+    return f"{value:.{digits}f}"
 
 
 def factor(a: dict[int, float], b: dict[int, float]) -> Factor | None:

@@ -95,10 +95,8 @@ def test_curricula_are_one_until_their_first_share_and_nought_from_their_last():
 
 def test_a_run_of_several_parts_keeps_its_first_place():
     names = [job.name for job in plan([])]
-    assert names[0] == "meanflow-25-3000-s0"
-    assert (
-        names.index("alphaflow-25-3000-s2") < names.index("meanflow-75-6000-s0") < names.index("meanflow-25-20000-s0")
-    )
+    assert names[0] == "meanflow-25-20000-s0"
+    assert names.index("alphaflow-25-3000-s2") < names.index("meanflow-75-6000-s0") < names.index("soflow-75-3000-s0")
 
 
 def test_runs_on_a_gpu_and_on_a_cpu_are_not_mixed(tmp_path):
@@ -158,9 +156,17 @@ def test_an_order_is_claimed_only_where_the_interval_of_the_pairs_leaves_1_out()
     assert mixed is not None
     assert mixed.side == 0
     assert factor({0: 1.0}, {0: 2.0}) is None
-    known = factor({0: exp(1), 1: exp(2), 2: exp(3)}, {0: 1.0, 1: 1.0, 2: 1.0})  # mean 2, deviation 1, t 4.303
-    assert known == Factor(pytest.approx(exp(2)), pytest.approx(exp(2 - 4.303 / 3**0.5)),
-                           pytest.approx(exp(2 + 4.303 / 3**0.5)), 3)  # fmt: skip
+    known = factor({0: exp(1), 1: exp(2), 2: exp(3)}, {0: 1.0, 1: 1.0, 2: 1.0})  # mean 2, deviation 1
+    reach = 4.30265 / 3**0.5  # t at 97.5% of two degrees of freedom
+    assert known == Factor(pytest.approx(exp(2)), pytest.approx(exp(2 - reach)), pytest.approx(exp(2 + reach)), 3)
+
+
+def test_a_factor_has_enough_digits_to_show_on_which_side_of_1_its_ends_lie():
+    assert str(Factor(1.0533, 1.00489, 1.1041, 3)) == "× 1.05 (1.005 to 1.10)"
+    assert str(Factor(0.99962, 0.99929, 0.99996, 3)) == "× 0.9996 (0.999 to 0.99996)"
+    assert str(Factor(0.9504, 0.9031, 1.00012, 3)) == "× 0.95 (0.90 to 1.0001)"
+    assert str(Factor(0.9996, 0.9, 1.12, 3)) == "× 1.00 (0.90 to 1.12)"
+    assert str(Factor(1.0, 1.0, 1.0, 3)) == "× 1.00 (1.00 to 1.00)"
 
 
 def test_a_verdict_says_where_the_rulers_differ():
@@ -183,6 +189,22 @@ def test_two_samplers_are_compared_on_the_same_runs_and_with_meanflow():
     )
 
 
+def test_the_figures_of_the_other_sampler_are_kept_run_by_run_beside_its_table(tmp_path, monkeypatch):
+    (tmp_path / "lines").mkdir()
+    (tmp_path / "cpu" / "newer").mkdir(parents=True)
+    for line in lines_of("soflow-0", 2.0, 2.2):
+        (tmp_path / "lines" / f"{line['run']}.json").write_text(json.dumps(line))
+    monkeypatch.setattr(samplers, "HERE", tmp_path)
+    monkeypatch.setattr(samplers, "open_ruler", lambda *given: None)
+    monkeypatch.setattr(samplers, "measured", lambda out, name, *more: {"fd_tiny": float(name[-1]) + 1, "fd_cnn": 1.0})
+    monkeypatch.setattr("sys.argv", ["samplers.py", str(tmp_path), "--device", "cpu"])
+    samplers.main()
+    page, figures = (tmp_path / "cpu" / "newer" / f"samplers.{form}" for form in ("md", "jsonl"))
+    assert "| SoFlow, as on CIFAR-10 | 2 | 1.05 ± 0.07 | 1.50 ± 0.71 |" in page.read_text()
+    kept = [json.loads(line) for line in figures.read_text().splitlines()]
+    assert kept[1] == {"run": "soflow-0-3000-s1", "images": 5000, "consistency": {"fd_tiny": 2.0, "fd_cnn": 1.0}}
+
+
 def test_the_pages_are_made_of_the_lines_alone_and_name_what_is_missing(tmp_path, monkeypatch):
     lines, drawn = all_lines(), []
     monkeypatch.setattr(pages, "to_png", lambda chart: drawn.append(chart) or b"")  # they take a second each
@@ -199,11 +221,31 @@ def test_the_pages_are_made_of_the_lines_alone_and_name_what_is_missing(tmp_path
     assert "- Not run yet: imf-head-3000-s2." in written[1].read_text()
     assert "Not run yet" not in written[0].read_text()
     assert "| α-Flow .25 | 10 | 2.00 ± 0.00 | 1.00 ± 0.00 | 0.50 ± 0.00 |" in text
+    assert "Seeds that all of them have: 0, 1, 2, 3, 4." in text
+    assert "has the least grade over the seeds 0 to 2." in text
     assert "the same, sampled with scale 2" in written[1].read_text()
     assert {path.name for path in tmp_path.glob("*.png")} == {"results.png", "budget.png", "conflict.png"}
     assert "not finished yet" not in text
     assert len(drawn) == 4
     assert to_png(drawn[2]).startswith(b"\x89PNG")
+
+
+def test_the_best_curriculum_is_judged_without_the_runs_that_chose_it_and_equal_budgets_by_their_own_seeds(
+    tmp_path, monkeypatch
+):
+    drawn = []
+    monkeypatch.setattr(pages, "to_png", lambda chart: drawn.append(chart) or b"")
+    lines = [line for line in all_lines() if line["member"] != "alpha-10-50"]
+    lines += [*lines_of("alpha-10-50", 0.5, 0.5, 0.5), *lines_of("alpha-10-50", 7, 7, 7, 7, 7, seeds=NEW_SEEDS)]
+    newer, evidence = [path.read_text() for path in pages.write_pages(lines, {}, [], tmp_path)][1:]
+    budget = evidence.split("### 3,000 steps")[1].split("###")[0]
+    assert "| α 1 until 10%, 0 from 50% | 5 | 7.00 ± 0.00 |" in budget
+    assert "| MeanFlow .25 | 10 |" in budget
+    assert "- α 1 until 10%, 0 from 50% against MeanFlow .25, 1 NFE: FD-tiny × 7.00 (7.00 to 7.00)" in budget
+    (at_3000,) = [dict(curve.points)[3000.0] for curve in drawn[2].panels[0].lines if curve.label.startswith("α 1 ")]
+    assert at_3000 == 7.0
+    assert "| MeanFlow .25 | 3 |" in newer
+    assert f"- Finished: {3 * 14} runs." in newer
 
 
 @pytest.mark.parametrize(
@@ -225,6 +267,12 @@ def test_a_comparison_waits_until_every_member_has_a_run_and_curricula_are_compa
     assert "Seeds that all of them have: 0." in text
     assert "| α 1 until 0%, 0 from 30% | 0.00 | 1.00 |" in text
     assert "On new seeds" not in text
+
+
+def test_the_page_of_a_cpu_has_the_ladders_of_the_ruler_that_is_the_same_there(tmp_path):
+    (tmp_path / "ladders.md").write_text("| noise | yes |\n")
+    text = pages.evidence_page(lines_of("low-002", 1.0), None, tmp_path / "cpu")
+    assert text[text.index("## The rulers") + 2] == "| noise | yes |"
 
 
 def test_points_without_a_cosine_are_left_out_of_the_conflict():
