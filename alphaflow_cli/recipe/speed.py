@@ -42,14 +42,14 @@ WORTH = 2  # times the cost that must be saved: the probe of memory compiles too
 SMALL, LARGE = 60_000_000, 600_000_000  # parameters: below, S/2 is the nearest measured network; from there on, XL/2
 UTILISATION: dict[str, dict[tuple[PhaseKind, bool], float]] = {  # (phase, guided) → share of the peak
     "B/2": {
-        ("flow", False): 0.34,
-        ("between", False): 0.35,
-        ("derivative", False): 0.30,
-        ("flow", True): 0.36,
-        ("between", True): 0.36,
-        ("derivative", True): 0.33,
+        ("flow", False): 0.357,
+        ("between", False): 0.365,
+        ("derivative", False): 0.314,
+        ("flow", True): 0.367,
+        ("between", True): 0.373,
+        ("derivative", True): 0.336,
     },
-    "XL/2": {("flow", True): 0.40, ("derivative", True): 0.37},
+    "XL/2": {("flow", True): 0.405, ("derivative", True): 0.382},
 }
 NOT_COMPILED = 0.23  # the same of DiT-S/2, in every phase
 NETWORKS = {"B/2": (768, 12, 256), "XL/2": (1152, 28, 256), "S/2": (384, 12, 256)}  # channels, blocks, tokens

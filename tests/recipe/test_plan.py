@@ -318,8 +318,8 @@ def test_the_pace_says_what_it_rests_on():
     assert facts(load_recipe("quickstart"))["speed"] == {}
     shown = dict(lines(load_recipe("b2-cfg")))["speed"]
     assert shown.startswith(
-        "one H100, compiled: about 1,395 images/s, 61 h (steps measured once there); one H200: 1,570 images/s, "
-        "54 h, and 8 H100s in one machine: 10,247 images/s, 8.3 h (arithmetic)"
+        "one H100, compiled: about 1,431 images/s, 60 h (steps measured once there); one H200: 1,611 images/s, "
+        "53 h, and 8 H100s in one machine: 10,492 images/s, 8.1 h (arithmetic)"
     )
     newer = speed.pace(load_recipe("b2-cfg"), h200=True)
     assert not newer.measured
