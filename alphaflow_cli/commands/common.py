@@ -34,6 +34,8 @@ OTHER_WORDS = {  # option of other programs → what does the same here: the fir
     **dict.fromkeys(("gpus", "devices", "num_processes", "nproc_per_node"), ("--processes",)),
     **dict.fromkeys(("output", "output_dir", "outdir"), ("--out",)),
     **dict.fromkeys(("dataset", "data_dir", "data_path"), ("--data",)),
+    **dict.fromkeys(("resolution", "image_size"), ("--size",)),
+    "vae": ("--autoencoder",),
     "batch_size": ("--batch", "train.batch"),
     "learning_rate": ("optim.lr",),
     "mixed_precision": ("train.precision",),

@@ -114,6 +114,14 @@ def test_pictures_that_were_left_out_as_bad_are_not_counted_for_an_evaluation(tm
     assert not any("pictures" in text for text in doubts(recipe, Path("mine")))
 
 
+def test_a_plan_for_an_unfinished_store_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("half").mkdir()
+    Path("half/plan.json").write_text("{}")
+    assert cli(["train", "quickstart", "--data", "half", "--dry-run"]) == 1
+    assert "half: unfinished. Run the same prep-latents command again" in capsys.readouterr().err
+
+
 def test_what_set_says_holds_and_a_clash_names_the_line_to_change(here):
     run = resolved("quickstart", "data.classes=10", "model.patch=4")
     assert run.recipe.data.classes == 10
