@@ -212,6 +212,8 @@ class Model:
 
 
 def _check_walk(nfe: int, times: Sequence[float] | None, sampler: str, batch: int) -> None:
+    if not isinstance(nfe, Integral) or not isinstance(batch, Integral):
+        raise AlphaflowError("sample: nfe and batch are whole numbers; call it once for each nfe.")
     if times is not None and nfe != 1:
         raise AlphaflowError("sample: give nfe or times, not both; the times say how many evaluations there are.")
     if batch < 1:

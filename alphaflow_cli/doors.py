@@ -13,6 +13,7 @@ from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.evaluate.evaluate import EvalRequest, evaluate_checkpoint, evaluate_pictures
 from alphaflow_cli.evaluate.results import Row
 from alphaflow_cli.model.find import is_checkpoint
+from alphaflow_cli.recipe.loader import check_sets
 from alphaflow_cli.recipe.schema import LabelDraw, Metric
 from alphaflow_cli.runtime.lock import hold
 from alphaflow_cli.runtime.processes import Processes, choose_device
@@ -73,10 +74,9 @@ def train(
     recipe: a file, or the name of a shipped recipe. sets: changes of single values, such as ["train.steps=2000"].
     out: the run's folder; default: runs/ and the recipe's name. The same call again resumes, or returns at once.
     """
-    if isinstance(sets, str):
-        raise AlphaflowError('train: sets is a list: sets=["train.steps=2000"].')
     if micro_batch is not None and micro_batch < 1:
         raise AlphaflowError("train: micro_batch is a number from 1.")
+    check_sets(sets)
     data, out = (None if path is None else Path(path) for path in (data, out))
     resolved = resolve_run(str(recipe), sets, data=data, out=out)
     folder = resolved.folder

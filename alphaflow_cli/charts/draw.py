@@ -9,7 +9,7 @@ import logging
 import math
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from html import escape
@@ -76,17 +76,21 @@ LOOK: dict[Any, Any] = {  # matplotlib's settings while a chart is drawn; one of
 
 
 def to_png(chart: Chart) -> bytes:
-    """Draw the chart in its light form as a PNG that is twice as wide as the chart, in pixels.
-
-    A letter that matplotlib's own font lacks becomes a question mark: it would be drawn as an empty box.
-    """
+    """Draw the chart in its light form as a PNG that is twice as wide as the chart, in pixels."""
+    out, (_, letters) = io.BytesIO(), own_font()
     with _settings(chart):
+        _figure(with_letters(chart, letters)).savefig(out, format="png", dpi=72 * SCALE, metadata={"Software": None})
+    return out.getvalue()
+
+
+def own_font() -> tuple[str, Callable[[str], str]]:
+    """The file of matplotlib's own font, and what to write for a letter: "?" where the font would draw an empty box."""
+    with _settings():
         from matplotlib.font_manager import FontProperties, findfont, get_font
 
-        out, font = io.BytesIO(), get_font(findfont(FontProperties()))
-        shown = with_letters(chart, lambda letter: letter if font.get_char_index(ord(letter)) else "?")
-        _figure(shown).savefig(out, format="png", dpi=72 * SCALE, metadata={"Software": None})
-    return out.getvalue()
+        file = findfont(FontProperties())
+        font = get_font(file)
+    return file, lambda letter: letter if font.get_char_index(ord(letter)) else "?"
 
 
 def to_svg(chart: Chart, *, in_page: bool = False) -> str:
@@ -116,7 +120,7 @@ def to_svg(chart: Chart, *, in_page: bool = False) -> str:
 
 
 @contextmanager
-def _settings(chart: Chart) -> Iterator[None]:
+def _settings(chart: Chart | None = None) -> Iterator[None]:
     """Set our look on matplotlib's defaults while a chart is drawn, and keep its notes on fonts off stderr."""
     log = logging.getLogger("matplotlib")
     level = log.level

@@ -28,6 +28,18 @@ if TYPE_CHECKING:
 UNSAFE = r"[\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u2069\ud800-\udfff\ufeff]"  # JSON itself escapes what is below
 SOURCE_LIKENESS = 0.7  # how alike two names of folders are before one is taken for a slip: fotos and photos are .73
 FIRST_RECIPES = ("quickstart", "cifar10", "b2")  # of many; named where one is missing
+OTHER_WORDS = {  # option of other programs → what does the same here: the first one that the verb takes
+    **dict.fromkeys(("steps", "num_steps", "num_inference_steps", "max_steps"), ("--nfe", "train.steps")),
+    **dict.fromkeys(("cfg", "cfg_scale", "guidance_scale"), ("--guidance",)),
+    **dict.fromkeys(("gpus", "devices", "num_processes", "nproc_per_node"), ("--processes",)),
+    **dict.fromkeys(("output", "output_dir", "outdir"), ("--out",)),
+    **dict.fromkeys(("dataset", "data_dir", "data_path"), ("--data",)),
+    **dict.fromkeys(("resolution", "image_size"), ("--size",)),
+    "vae": ("--autoencoder",),
+    "batch_size": ("--batch", "train.batch"),
+    "learning_rate": ("optim.lr",),
+    "mixed_precision": ("train.precision",),
+}
 LONGEST = 100_000  # letters of one printed text
 Command = TypeVar("Command", bound=Callable[..., Any])
 Shown = TypeVar("Shown")
@@ -246,31 +258,49 @@ def check_checkpoint(address: str, classes: str = "") -> None:
 def usage_message(fault: click.UsageError, ctx: click.Context, args: Sequence[str]) -> str:
     """What is wrong, and what to write instead: a value of the recipe for an option, or what an argument may be."""
     message = fault.format_message()
-    if isinstance(fault, click.NoSuchOption) and any(param.name == "sets" for param in ctx.command.params):
-        assignment = _assignment(fault.option_name, args)
-        return f"No such option {fault.option_name!r}. Write: --set {assignment}" if assignment else message
+    if isinstance(fault, click.NoSuchOption):
+        advice = _in_place_of(fault.option_name, ctx, args)
+        return f"No such option {fault.option_name!r}. {advice}" if advice else message
+    if extra := re.fullmatch(r"Got unexpected extra arguments? \((.*)\)", message):
+        assignments = re.findall(r"[a-z_]+\.[a-z_.]+=\S+", extra[1]) if _takes(ctx, "--set") else []
+        return (
+            " ".join([f"{message}.", "Write:", *(f"--set {each}" for each in assignments)]) if assignments else message
+        )
     if not (isinstance(fault, click.MissingParameter) and isinstance(fault.param, click.Argument)):
         return message
     wanted = fault.param.make_metavar(ctx)
     if wanted == "RECIPE":
         return f"{message} Give a file, or a shipped recipe: {', '.join(FIRST_RECIPES)}, … (alphaflow recipe ls)"
     if "RUN" in wanted or "CKPT" in wanted:
-        from alphaflow_cli.model.find import runs_here
+        from alphaflow_cli.model.find import runs_in
 
-        return f"{message} Runs here: {', '.join(runs_here()) or 'none yet; alphaflow train quickstart makes one'}"
+        runs = ", ".join(runs_in(Path("runs"))) or "none yet; alphaflow train quickstart makes one"
+        return f"{message} Runs here: {runs}"
     return message
 
 
-def _assignment(option: str, args: Sequence[str]) -> str:
-    """What to give --set in place of an option that has the name of a recipe's value; empty where none has."""
+def _takes(ctx: click.Context, option: str) -> bool:
+    return any(option in param.opts for param in ctx.command.params)
+
+
+def _in_place_of(option: str, ctx: click.Context, args: Sequence[str]) -> str:
+    """What to write in place of an option that has the name of a recipe's value, or a name of other programs."""
     from alphaflow_cli.recipe.loader import flatten
     from alphaflow_cli.recipe.schema import Recipe
 
-    name = option.removeprefix("--").replace("-", "_")
-    field = next((field for field in flatten(Recipe()) if field.split(".")[-1] == name), "")
+    name = option.lstrip("-").replace("-", "_")
+    if name in ("resume", "resume_from", "resume_from_checkpoint", "continue"):
+        return "Leave it out: the same command again goes on."
     joined = next((word.partition("=")[2] for word in args if word.startswith(f"{option}=")), "")
     after = next((after for before, after in pairwise([*args, ""]) if before == option and after[:1] != "-"), "")
-    return f"{field}={quote(joined or after or 'VALUE')}" if field else ""
+    value = quote(joined or after or "VALUE")
+    fields = [field for field in flatten(Recipe()) if field.split(".")[-1] == name]
+    for ours in (*OTHER_WORDS.get(name, ()), *fields[:1]):
+        if ours.startswith("--") and _takes(ctx, ours):
+            return f"Write: {ours} {value}"
+        if not ours.startswith("--") and _takes(ctx, "--set"):
+            return f"Write: --set {ours}={value}"
+    return ""
 
 
 def begin(what: str) -> None:

@@ -6,11 +6,12 @@ from typing import get_args
 
 import click
 
-from alphaflow_cli.commands.common import BATCH, Command, complete_path
+from alphaflow_cli.commands.common import BATCH, Command, check_source, complete_path
 from alphaflow_cli.recipe.schema import Metric
 
 Metrics = tuple[Metric, ...]
 Weights = dict[str, Path]
+STATISTICS = (".safetensors", ".npz", ".pkl", ".pickle", ".pt")  # endings of their files; all else are pictures
 NETWORKS = ("inception", "dinov2", "clip")
 
 
@@ -23,7 +24,13 @@ def metrics_option(function: Command) -> Command:
 
 def reference_option(text: str) -> Callable[[Command], Command]:
     """Add `--reference FILE|SOURCE`, completed by paths; `text` says what it is for."""
-    return click.option("--reference", metavar="FILE|SOURCE", shell_complete=complete_path, help=text)
+
+    def check(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
+        if value and not value.endswith(STATISTICS):
+            check_source(value)
+        return value
+
+    return click.option("--reference", metavar="FILE|SOURCE", callback=check, shell_complete=complete_path, help=text)
 
 
 def weights_option(function: Command) -> Command:

@@ -27,6 +27,8 @@ def command(runs: tuple[Path, ...], out: Path | None) -> None:
     """
     from alphaflow_cli.model.find import check_run
 
+    if out and out.suffix.lower() not in ("", ".html", ".htm"):
+        raise click.BadParameter(f"{str(out)!r} must end in .html", param_hint="-o")
     for run in runs:
         check_run(run)
     begin(f"report {' '.join(map(str, runs))}")

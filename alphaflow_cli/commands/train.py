@@ -108,8 +108,8 @@ def command(
     from alphaflow_cli.train.store import resolve_run
 
     resolved = resolve_run(recipe, sets, data=data, out=out)
-    check_inputs(data, init_from)
     plans = bool(dry_run or estimate or hours)
+    check_inputs(data, init_from, plans=plans)
     if not plans:
         check_requeue(requeue)
         begin(f"train {resolved.recipe.name} in {resolved.folder}")
@@ -142,13 +142,15 @@ def start(recipe: Recipe, options: "TrainOptions", processes: int | None, *, as_
     finish(options.out, as_json=as_json)
 
 
-def check_inputs(data: Path | None, init_from: str) -> None:
-    """Refuse a store or a checkpoint that is not there, before anything is loaded."""
+def check_inputs(data: Path | None, init_from: str, *, plans: bool) -> None:
+    """Refuse a store or a checkpoint that is not there, before anything is loaded; a plan wants a whole store."""
     if data is not None and not any((data / name).is_file() for name in ("manifest.json", "plan.json")):
         raise AlphaflowError(
             f"{data}: no latent store here (no manifest.json). "
             f"Run: alphaflow prep-latents SOURCE --out {quote(str(data))}"
         )
+    if plans and data is not None and not (data / "manifest.json").is_file():
+        raise AlphaflowError(f"{data}: unfinished. Run the same prep-latents command again, then this one")
     if init_from:
         check_checkpoint(init_from)
 

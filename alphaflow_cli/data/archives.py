@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from alphaflow_cli.data.entries import NO_TARGET, Entries, Entry, Link, Place
-from alphaflow_cli.data.pictures import CLASS_LIST, Fetch, Labels, Source, fetch_now
+from alphaflow_cli.data.pictures import CLASS_LIST, Fetch, Labels, Source, fetch_now, is_picture
 from alphaflow_cli.data.webdataset import labels_beside
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.files import MAX_BYTES, Stamp, changed, path_and_stamp, stamp_of
@@ -221,7 +221,8 @@ def _named(path: Path) -> Iterator[None]:
     try:
         yield
     except BROKEN as fault:
-        raise AlphaflowError(f"{path}: not a whole zip or tar archive ({brief(fault).rstrip(':')})") from fault
+        advice = ". If it is a picture, give its folder" if is_picture(path.name) else ""
+        raise AlphaflowError(f"{path}: not a whole zip or tar archive ({brief(fault).rstrip(':')}){advice}") from fault
 
 
 def _is_zip(file: BinaryIO) -> bool:

@@ -91,6 +91,10 @@ def average_again(request: EmaRequest, processes: Processes) -> tuple[list[Avera
     """Make, sample and score the averages; they, their folder and the step, on the first process."""
     check_run(request.run)
     recipe = load_recipe(str(request.run / "recipe.yaml"))
+    metrics = request.metrics or recipe.eval.quick_metrics
+    if request.scored and not (request.reference or recipe.eval.reference) and set(metrics) != {"is"}:
+        advice = "Give --reference FILE|SOURCE, or leave the scores out: --no-scores"
+        raise AlphaflowError(f"{request.run}: nothing to compare with. {advice}")
     step, snapshots = snapshots_of(request)
     folder = request.out or request.run / "averages" / step_name(step)
     with nullcontext() if processes.rank else hold(folder, "ema"):

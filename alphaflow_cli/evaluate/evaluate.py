@@ -251,7 +251,10 @@ def find_reference(text: str, size: tuple[int, int], ruler: Ruler, crop: Crop | 
     if path.suffix in (".safetensors", ".pkl", ".pickle", ".pt") or (path.suffix == ".npz" and holds_statistics(path)):
         return load_reference(path)
     if size[0] != size[1]:
-        raise AlphaflowError(f"{text}: pictures of {size[0]}×{size[1]} px are not square; build the reference by hand")
+        raise AlphaflowError(
+            f"{text}: would be cropped to squares, and the measured pictures have {size[0]}×{size[1]} px. Make all of "
+            "one size; then alphaflow reference SOURCE -o FILE measures the real ones as they are"
+        )
     source = open_pictures(text, size=size[0], limit=None, crop=crop or "square")
     kept = ruler.folder / f"reference-{ruler.start(source).folder.name}.safetensors"
     if not kept.is_file():

@@ -142,7 +142,10 @@ class PictureFiles(ImageSource):
             return decode(fetch(), self._size, MAX_PIXELS, self._crop)
         except (BadPicture, OSError) as fault:
             name = f"{self._source.name}/{self._source.names[line]}"
-            raise AlphaflowError(f"{name}: {fault}. Replace or remove it; nothing was measured without it.") from fault
+            raise AlphaflowError(
+                f"{name}: {fault}. Replace or remove it; nothing was measured without it. The manifest.json of a store "
+                "made with --bad skip lists all such pictures."
+            ) from fault
 
     def describe(self) -> dict[str, Any]:
         """Source, count and preparation; the hash of the content is taken during the pass."""

@@ -29,6 +29,7 @@ from alphaflow_cli.tensors import save_tensors
 from alphaflow_cli.text import for_terminal, shorten
 
 Contents = tuple[dict[str, Tensor], dict[str, str]]  # tensors and metadata, as they stand in the file
+PICKLED = (".pt", ".pth", ".ckpt", ".bin", ".pkl")  # endings of the checkpoints of other systems
 OLDER: dict[int, Callable[[Contents], Contents]] = {}  # format → what makes the next format's contents out of it
 CHECKPOINT_FORMAT = f"alphaflow/{len(OLDER) + 1}"  # the one written; those of OLDER are read for ever
 FILE_NAME = Text(4096, form=r"[^\x00-\x1f\x7f]*")  # a file's or repository's
@@ -99,8 +100,9 @@ def load_checkpoint(path: Path) -> Checkpoint:
         why = "no permission to read it. Change the permissions." if path.exists() else "no such checkpoint."
         raise AlphaflowError(f"{path}: {why}") from error
     except (OSError, SafetensorError) as error:
+        advice = ". A checkpoint of another system: alphaflow convert" if path.suffix in PICKLED else ""
         raise AlphaflowError(
-            f"{path}: cannot be read as safetensors, truncated or another format: {for_terminal(error)}"
+            f"{path}: cannot be read as safetensors, truncated or another format: {for_terminal(error)}{advice}"
         ) from error
     contents = tensors, metadata
     for each in range(number, len(OLDER) + 1):

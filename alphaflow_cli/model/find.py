@@ -67,13 +67,24 @@ def nearby(path: Path) -> str:
     return str(next(models, ""))
 
 
-def runs_here() -> list[str]:
-    """The runs in ./runs, the newest first, as many as a message takes."""
+def runs_in(folder: Path) -> list[str]:
+    """The runs in a folder such as ./runs, the newest first, as many as a message takes."""
     try:
-        runs = [path for path in islice(Path("runs").iterdir(), MOST_LOOKED_AT) if (path / "recipe.yaml").is_file()]
+        runs = [path for path in islice(folder.iterdir(), MOST_LOOKED_AT) if (path / "recipe.yaml").is_file()]
         return [str(path) for path in sorted(runs, key=lambda path: path.stat().st_mtime, reverse=True)[:MOST_NAMED]]
     except OSError:
         return []
+
+
+def instead_of(folder: Path) -> str:
+    """What to do where a folder is no run with weights: the run that it is a part of, the runs in it, or to train."""
+    parts_of = [above for above in folder.parents if (above / "recipe.yaml").is_file()]
+    if parts_of and (parts_of[0] / "checkpoints").is_dir():
+        return f"It is a part of the run {parts_of[0]}: give that."
+    if runs := runs_in(folder):
+        return f"Runs in it: {', '.join(runs)}"
+    has_others = folder.is_dir() and any(folder.iterdir()) and not (folder / "recipe.yaml").is_file()
+    return f"Make one: alphaflow train RECIPE --out {'RUN' if has_others else quote(str(folder))}"
 
 
 def alike(name: str, folder: Path, *, likeness: float = LIKENESS) -> list[str]:
@@ -89,6 +100,8 @@ def check_address(address: str) -> None:
     """Refuse a path that leads nowhere, without loading anything; a slip is answered before the Hub is asked."""
     place = parse_address(address)
     if isinstance(place, Path) and is_there(place):
+        if place.is_dir():
+            find_checkpoint(address)  # it says what is missing
         return
     slip = "" if any(mark in address for mark in "@:") else nearby(user_path(address))
     if slip:
@@ -142,7 +155,7 @@ def check_run(run: Path) -> None:
     """Refuse a folder that is no run, without loading anything."""
     if not (run / "recipe.yaml").exists():
         slip = nearby(run)
-        advice = f"Did you mean {slip}?" if slip else f"Make one: alphaflow train RECIPE --out {quote(str(run))}"
+        advice = f"Did you mean {slip}?" if slip else instead_of(run)
         raise AlphaflowError(f"{run}: not a run folder (no recipe.yaml in it). {advice}")
 
 
@@ -182,9 +195,7 @@ def find_checkpoint(address: str, *, weights: str = "ema") -> Path:
         files = [*(folder / name for folder in checkpoint_folders(path)), path / name]
         there = [file for file in files if file.exists()]
         if not there:
-            raise AlphaflowError(
-                f"{path}: no checkpoint in this folder yet. Train one: alphaflow train RECIPE --out {quote(str(path))}"
-            )
+            raise AlphaflowError(f"{path}: no checkpoint in this folder yet. {instead_of(path)}")
         return there[-1]
     check_address(address)
     from alphaflow_cli.remote.download import resolve_checkpoint

@@ -45,9 +45,16 @@ def find_recipe(name_or_path: str) -> Path:
     )
 
 
-def load_recipe(name_or_path: str, sets: Sequence[str] = ()) -> Recipe:
+def check_sets(sets: Sequence[str]) -> None:
+    """Refuse what a program may give in place of a list of assignments."""
+    if isinstance(sets, str | dict):
+        raise AlphaflowError('sets is a list: sets=["train.steps=2000"].')
+
+
+def load_recipe(name_or_path: str | Path, sets: Sequence[str] = ()) -> Recipe:
     """The recipe, complete and checked; AlphaflowError lists every fault with its file and line."""
-    path = find_recipe(name_or_path)
+    check_sets(sets)
+    path = find_recipe(str(name_or_path))
     return recipe_from_text(read_text(path), str(path), sets, name=_name_of(path))
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from shlex import quote
 
 import yaml
 
@@ -111,7 +112,11 @@ def read_text(path: Path) -> str:
     except FileNotFoundError:
         raise AlphaflowError(f"{path}: no such file. Shipped recipes: alphaflow recipe ls") from None
     except IsADirectoryError:
-        raise AlphaflowError(f"{path}: a directory, not a recipe. Give the .yaml file inside it") from None
+        inside, run = quote(str(path / "recipe.yaml")), quote(str(path))
+        advice = f"To go on with the run in it: alphaflow train {inside} --out {run}"
+        if not (path / "recipe.yaml").is_file():
+            advice = "Give the .yaml file inside it"
+        raise AlphaflowError(f"{path}: a directory, not a recipe. {advice}") from None
     except (OSError, ValueError) as fault:  # ValueError: a null byte in the name
         reason = getattr(fault, "strerror", None) or fault
         raise AlphaflowError(f"{path}: cannot be read ({reason})") from None

@@ -6,18 +6,22 @@ and the words are of a grey that can be read on white and on black: a grid looks
 """
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from alphaflow_cli.charts.chart import with_letters
+from alphaflow_cli.charts.draw import own_font
 from alphaflow_cli.data.pictures import open_picture
 from alphaflow_cli.errors import AlphaflowError, blamed_on
 
 GAP, INK, PAPER = 2, (113, 128, 150, 255), (255, 255, 255, 0)
 LETTERS, SMALLEST, APART = 16, 11, 8  # pixels: the size of words, the least of it, and between two words side by side
 WORD = 16  # pixels for the name below a picture
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 FORMS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}  # suffix of a grid's file → its form
 
 
@@ -74,9 +78,8 @@ def grid_png(
     zoom = max(1, round(64 / side)) if side < 64 else 1
     cell = side * zoom
     largest = max(SMALLEST, min(LETTERS, cell // 4))
-    font, small, heading = (
-        ImageFont.load_default(size) for size in (largest, SMALLEST, fitting_size(column_names, cell, largest))
-    )
+    face, (row_names, column_names, *names) = lettering([row_names, column_names, *names])
+    font, small, heading = (face(size) for size in (largest, SMALLEST, fitting_size(column_names, cell, largest, face)))
     left = int(max(font.getlength(name) for name in row_names)) + 12 if row_names else 0
     top = 20 if any(column_names) else 0
     step = cell + GAP + (WORD if names else 0)  # from one row to the next
@@ -99,10 +102,18 @@ def grid_png(
     return png_bytes(canvas, form)
 
 
-def fitting_size(names: Sequence[str], cell: int, largest: int) -> int:
+def lettering(names: Sequence[Sequence[str]]) -> tuple[Callable[[int], Font], Sequence[Sequence[str]]]:
+    """The font by its size, and the names as it can show them: Pillow's own font has English letters only."""
+    if all(name.isascii() for part in names for name in part):
+        return ImageFont.load_default, names
+    file, letters = own_font()
+    return partial(ImageFont.truetype, file), [with_letters(list(part), letters) for part in names]
+
+
+def fitting_size(names: Sequence[str], cell: int, largest: int, face: Callable[[int], Font]) -> int:
     """The largest size of letters in which every name fits above its column, else the smallest one."""
     sizes = range(largest, SMALLEST, -1)
-    fonts = ((size, ImageFont.load_default(size)) for size in sizes)
+    fonts = ((size, face(size)) for size in sizes)
     fitting = (size for size, font in fonts if all(font.getlength(name) <= cell - APART for name in names))
     return next(fitting, SMALLEST)
 
@@ -131,7 +142,7 @@ def png_bytes(image: Image.Image, form: str = ".png") -> bytes:
     return out.getvalue()
 
 
-def _fit(name: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
+def _fit(name: str, width: int, font: Font) -> str:
     """Shorten a name to what fits."""
     while len(name) > 1 and font.getlength(name) > width:
         name = name[:-2] + "…"

@@ -115,7 +115,8 @@ def _check_guidance(recipe: Recipe, scale: float) -> None:
         )
     if not has_null_label(recipe):
         raise AlphaflowError(
-            f"guidance {scale:g} at sampling: this model has no null label (trained with guidance.label_dropout 0)."
+            f"guidance {scale:g} at sampling: this model has no null label (trained with guidance.label_dropout 0). "
+            "Leave guidance out, or say 1."
         )
 
 

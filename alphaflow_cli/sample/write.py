@@ -17,6 +17,7 @@ import glob
 import io
 import json
 import os
+import re
 import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -25,6 +26,7 @@ from pathlib import Path
 
 import numpy as np
 
+from alphaflow_cli.data.pictures import is_picture
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.files import read_document, sync, write_whole
 from alphaflow_cli.recipe.plan import label_rows
@@ -34,7 +36,7 @@ from alphaflow_cli.runtime.progress import Progress, say
 from alphaflow_cli.sample.generator import Drawn
 from alphaflow_cli.sample.grid import even_columns, grid_by_walk, grid_form, grid_in_rows, picture_png
 from alphaflow_cli.sample.plan import Plan, Record, SampleRequest, plan_sampling, summary
-from alphaflow_cli.text import shorten
+from alphaflow_cli.text import brief, shorten
 
 COLUMNS = 10  # of a grid
 MOST_SHOWN = 1000  # pictures of a grid, which is laid out in memory
@@ -134,6 +136,12 @@ def check_record(text: str, wanted: Record, target: Path, advice: str) -> None:
         raise AlphaflowError(f"{target}: holds pictures of another request ({differing}). {advice}")
 
 
+def is_foreign(path: Path) -> bool:
+    """Whether it is a folder or a picture that `sample` did not write; hidden ones and other files may stay."""
+    ours = re.fullmatch(r"(nfe-\d+-)?seed-\d+(-class-\d+)?\.png", path.name)
+    return not ours and not path.name.startswith(".") and (path.is_dir() or is_picture(path.name))
+
+
 class PictureFolder:
     """PNG files in a folder, with the seed and the label in their names; each is written whole or not at all."""
 
@@ -154,6 +162,11 @@ class PictureFolder:
             check_record(read_document(path), self.record, self.target, advice)
             return True
         self.target.mkdir(parents=True, exist_ok=True)
+        if foreign := next(filter(is_foreign, sorted(self.target.iterdir())), None):
+            raise AlphaflowError(
+                f"{self.target}: holds {brief(foreign.name)}, which is not of alphaflow sample: its pictures and ours "
+                "would be mixed. Give a new or an empty folder: --out DIR"
+            )
         if next(self.target.glob("*.png"), None) is not None:
             for walk, span in self.plan.spans():
                 for file in self._files(walk, span):

@@ -123,7 +123,7 @@ def _assembled(request: RecipeRequest, name: str, choices: Choices) -> Recipe:
 
 def _of_store(store: Path, plan: StorePlan, count: int, like: Recipe) -> Choices:
     """What the latents decide."""
-    fields = described(plan, like)
+    fields = described(plan, count, like)
     channels, side, _ = plan.latent
     what = "pixels" if plan.kind == "pixels" else f"{plan.kind} of {plan.image_size} px"
     reasons = {

@@ -24,6 +24,7 @@ from alphaflow_cli.latents.prepare import prepare_store
 from alphaflow_cli.model.find import saved_steps
 from alphaflow_cli.recipe import diff_recipes, dump_recipe
 from alphaflow_cli.recipe.facts import lines
+from alphaflow_cli.recipe.loader import set_text
 from alphaflow_cli.recipe.plan import schedules_of, warnings_of
 from alphaflow_cli.recipe.schema import Recipe, Schedule, resolve_step
 from alphaflow_cli.runtime.launch import WARNING, StopFlag, has_parent, is_worker, requeue
@@ -102,7 +103,8 @@ def check_recipe(recipe: Recipe, out: Path) -> list[tuple[str, str, str]]:
     if others == {"train.steps"} and recipe.train.steps > there.train.steps:
         check_longer(there, recipe, out)
     elif others:
-        listed = "\n".join(f"  {field}: {old} there, {new} requested" for field, old, new in changes)
+        rows = [(field, set_text(old), set_text(new)) for field, old, new in changes if field != "expected"]
+        listed = "\n".join(f"  {field}: {old} there, {new} requested" for field, old, new in rows)
         raise AlphaflowError(
             f"{out}: holds a run of another recipe:\n{listed}\nResume it with its own recipe: "
             f"alphaflow train {quote(str(out / 'recipe.yaml'))} --out {quote(str(out))}, "
@@ -161,7 +163,7 @@ def prepare_run(recipe: Recipe, options: TrainOptions) -> Path:
     for line in beforehand(recipe, options, store) if is_new else ():
         say(line)
     for field, old, new in changes:
-        say(f"{options.out}: {field} was {old}, and is {new} from here on")
+        say(f"{options.out}: {field} was {set_text(old)}, and is {set_text(new)} from here on")
     return store
 
 

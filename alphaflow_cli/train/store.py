@@ -77,8 +77,8 @@ def check_is_store(data: Path, name: str) -> None:
 
 def recipe_for(name: str, sets: Sequence[str], data: Path) -> tuple[Recipe, list[tuple[str, Any, Any]]]:
     """The recipe with what it takes over from a store, and what that changed: (field, before, now)."""
-    plan = read_manifest(data).plan
-    return load_for_data(name, sets, lambda before: described(plan, before), str(data))
+    manifest = read_manifest(data)
+    return load_for_data(name, sets, lambda before: described(manifest.plan, manifest.count, before), str(data))
 
 
 def recipe_of_run(folder: Path) -> Recipe | None:
@@ -109,8 +109,8 @@ def with_store(recipe: Recipe, store: Path) -> Recipe:
     return replace(recipe, data=replace(recipe.data, store=str(store)))
 
 
-def described(plan: StorePlan, before: Recipe) -> dict[str, Any]:
-    """The recipe's fields as a store has them."""
+def described(plan: StorePlan, count: int, before: Recipe) -> dict[str, Any]:
+    """The recipe's fields as a store of `count` pictures has them; those left out by --bad skip do not count."""
     source, kind = str(plan.source.get("name")), str(plan.source.get("kind"))
     embedded = source if source.startswith(f"{kind}:") else ""
     fields = {**facts_of(plan), "data.source": embedded}
@@ -132,7 +132,7 @@ def described(plan: StorePlan, before: Recipe) -> dict[str, Any]:
         fields["eval.reference"] = ""  # of other pictures, as the expected scores are
         fields |= {"expected": ()} if before.expected else {}
     if not fields.get("eval.reference", before.eval.reference):
-        fields["eval.images"] = min(before.eval.images, plan.images)  # no more than there are to compare with
+        fields["eval.images"] = min(before.eval.images, count)  # no more than there are to compare with
     return fields
 
 

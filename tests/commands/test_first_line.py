@@ -19,6 +19,7 @@ WRONG = {  # command line → what it is answered
     "sample nowhere.safetensors": "error: nowhere.safetensors: no such checkpoint. Give a run folder",
     "eval runs/quikstart": "Did you mean runs/quickstart?",
     "eval pictures": "error: pictures: no such folder or archive.",
+    "eval runs/quickstart --reference run": "error: run: no such folder or archive. Did you mean runs?",
     "analyze runs/quikstart": "Did you mean runs/quickstart?",
     "export runs/quikstart --to onnx -o x.onnx": "Did you mean runs/quickstart?",
     "ema runs/quikstart": "Did you mean runs/quickstart?",
@@ -26,10 +27,21 @@ WRONG = {  # command line → what it is answered
     "import-latents nowhere --from repa": "error: nowhere: no such folder or file.",
     "report runs/quikstart": "not a run folder (no recipe.yaml in it). Did you mean runs/quickstart?",
     "report runs/other": "Make one: alphaflow train RECIPE --out runs/other",
+    "report runs": "runs: not a run folder (no recipe.yaml in it). Runs in it: runs/quickstart",
+    "sample runs": "runs: no checkpoint in this folder yet. Runs in it: runs/quickstart",
+    "analyze runs/quickstart/checkpoints": "It is a part of the run runs/quickstart: give that.",
+    "sample .": "Make one: alphaflow train RECIPE --out RUN",  # there are other things in the folder
     "push runs/quikstart": "Did you mean runs/quickstart?",
     "reference nowhere -o r.safetensors": "error: nowhere: no such folder or archive.",
     "prep-latents nowhere": "error: nowhere: no such folder or archive.",
     "train quickstrt": "Did you mean 'quickstart'?",
+    "train runs/quickstart": "alphaflow train runs/quickstart/recipe.yaml --out runs/quickstart",
+    "train quickstart --resume": "No such option '--resume'. Leave it out: the same command again goes on.",
+    "train quickstart --batch-size=32": "No such option '--batch-size'. Write: --set train.batch=32",
+    "train quickstart --gpus 8": "No such option '--gpus'. Write: --processes 8",
+    "train quickstart train.steps=9": "Got unexpected extra argument (train.steps=9). Write: --set train.steps=9",
+    "sample runs/quickstart --num-inference-steps 4": "Write: --nfe 4",
+    "sample runs/quickstart --cfg": "No such option '--cfg'. Write: --guidance VALUE",
     "train quickstart --data nowhere": "error: nowhere: no latent store here (no manifest.json). Run:",
     "train quickstart --init-from nowhere.safetensors": "error: nowhere.safetensors: no such checkpoint.",
     "convert nowhere.pt -o x.safetensors": "error: nowhere.pt: no such file.",
@@ -47,6 +59,7 @@ def project(tmp_path, monkeypatch):
     folder = tmp_path / "runs" / "quickstart"
     folder.mkdir(parents=True)
     pixel_checkpoint(folder / "model.safetensors")
+    (folder / "checkpoints").mkdir()
     (folder / "recipe.yaml").write_text("name: quickstart\n")
     monkeypatch.chdir(tmp_path)
     return tmp_path

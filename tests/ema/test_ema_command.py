@@ -13,6 +13,7 @@ from alphaflow_cli.core.ema import ema_beta, update_ema
 from alphaflow_cli.latents.encode import StoreRequest
 from alphaflow_cli.latents.prepare import prepare_store
 from alphaflow_cli.model.checkpoint import load_checkpoint
+from alphaflow_cli.recipe import dump_recipe, load_recipe
 from alphaflow_cli.runtime.processes import Processes
 
 DENSE = ("train.steps=16", "train.save_every=1", "train.keep=100", "ema.half_lives=[3,6,12]", "ema.ramp=0.9")
@@ -138,6 +139,18 @@ def test_an_earlier_step_takes_no_later_weights(run, capsys):
 def test_what_cannot_be_averaged_is_refused(options, message, run, capsys):
     assert cli.run(["ema", str(run), "--no-scores", *options]) in (1, 2)
     assert message in capsys.readouterr().err
+
+
+def test_scores_without_a_reference_are_refused_before_anything_is_made(run, tmp_path, capsys):
+    shutil.copytree(run, tmp_path / "run")
+    recipe = load_recipe(str(run / "recipe.yaml"), ['eval.reference=""'])
+    (tmp_path / "run/recipe.yaml").write_text(dump_recipe(recipe))
+    shutil.rmtree(tmp_path / "run/averages", ignore_errors=True)
+    assert cli.run(["ema", str(tmp_path / "run"), "--half-life", "3"]) == 1
+    assert "nothing to compare with. Give --reference FILE|SOURCE, or leave the scores out: --no-scores" in (
+        capsys.readouterr().err
+    )
+    assert not (tmp_path / "run/averages").exists()
 
 
 def test_a_file_that_does_not_say_whose_weights_it_holds_is_named(run, tmp_path, capsys):

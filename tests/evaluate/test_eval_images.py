@@ -12,6 +12,7 @@ import pytest
 import ruler
 import torch
 from new_process import Command, torchrun
+from PIL import Image
 
 from alphaflow_cli.cli import run
 from alphaflow_cli.evaluate.measure import CHUNK
@@ -120,6 +121,9 @@ def faulty(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ruler.write_pictures(folder / "large", ruler.pictures(120, size=48))
     ruler.write_pictures(folder / "mixed", ruler.pictures(120))
     ruler.write_pictures(folder / "mixed/z", ruler.pictures(1, size=40))
+    (folder / "wide").mkdir()
+    for i in range(100):
+        Image.new("RGB", (40, 32), (i, i, i)).save(folder / "wide" / f"{i}.png")
     broken = ruler.write_pictures(folder / "broken", ruler.pictures(120)) / "00007.png"
     broken.write_bytes(broken.read_bytes()[:200])
     np.savez(folder / "floats.npz", arr_0=np.full((120, 32, 32, 3), np.nan, np.float32))
@@ -145,6 +149,11 @@ def faulty(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("eval large --metrics fd-tiny --reference real.safetensors", 1, "here:      48×48 px"),
         ("eval broken --metrics fd-tiny --reference glyphs:200", 1, "00007.png"),
         ("eval mixed --metrics fd-tiny --reference glyphs:200", 1, "must be of one size"),
+        (
+            "eval wide --metrics fd-tiny --reference glyphs:200",
+            1,
+            "and the measured pictures have 32×40 px",
+        ),
         ("eval samples --metrics kid --reference adm.npz", 1, "Inception-v3"),
         ("eval samples --metrics fd-tiny --reference real.safetensors --out floats.npz/x", 1, "cannot be written"),
         ("reference samples --metrics fd-tiny -o real.npz", 2, ".safetensors"),

@@ -134,6 +134,12 @@ def test_a_checkpoint_of_another_format_is_refused(stated, message, tmp_path):
         load_checkpoint(path)
 
 
+def test_a_checkpoint_of_another_form_is_sent_to_convert(tmp_path):
+    torch.save({"weight": torch.zeros(3)}, tmp_path / "SiT.pt")
+    with pytest.raises(AlphaflowError, match=r"A checkpoint of another system: alphaflow convert"):
+        load_checkpoint(tmp_path / "SiT.pt")
+
+
 def test_what_a_strange_file_says_of_itself_is_one_bounded_line(tmp_path):
     path = tmp_path / "m.safetensors"
     header = json.dumps({"x": {"dtype": "a\nerror: b", "shape": [1], "data_offsets": [0, 4]}}).encode()

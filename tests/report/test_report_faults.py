@@ -262,6 +262,11 @@ def test_words_in_a_run_are_escaped_on_its_page(folder, capsys):
     assert "<img src=x" not in page
 
 
+def test_a_page_is_not_called_a_pdf(folder, capsys):
+    assert cli(["report", str(folder), "-o", "run.pdf"]) == 2
+    assert "'run.pdf' must end in .html" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("out", [".", "/", "folder"])
 def test_a_page_is_not_written_over_a_folder(folder, capsys, out, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -5,6 +5,7 @@ import io
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -138,6 +139,8 @@ def test_progress_is_shown_on_request_only(model, capsys):
         ({"seeds": [2**64]}, "seed 18446744073709551616: a seed is a whole number"),
         ({"seeds": "12"}, "seeds are a list"),
         ({"guidance": float("nan")}, "sample: guidance nan: it is a number"),
+        ({"nfe": [1, 2]}, "nfe and batch are whole numbers; call it once for each nfe"),
+        ({"batch": 2.5}, "nfe and batch are whole numbers"),
         ({"classes": []}, "classes is empty"),
         ({"classes": "cat"}, "classes cat: not a class of this model: 0 to 9, class 0"),
     ],
@@ -208,6 +211,10 @@ def test_train_evaluate_and_load_recipe_are_doors(tmp_path, monkeypatch):
         (lambda: alphaflow_cli.evaluate("x.safetensors", images=0), "images and batch are numbers from 1"),
         (lambda: alphaflow_cli.evaluate("x.safetensors", batch=0), "images and batch are numbers from 1"),
         (lambda: alphaflow_cli.train("quickstart", sets="train.steps=2"), r'a list: sets=\["train.steps=2000"\]'),
+        (lambda: alphaflow_cli.train("quickstart", sets={"train.steps": 2}), "sets is a list"),
+        (lambda: alphaflow_cli.load_recipe("quickstart", "train.steps=2"), r'a list: sets=\["train.steps=2000"\]'),
+        (lambda: alphaflow_cli.load_recipe("quickstart", {"train.steps": 2}), "sets is a list"),
+        (lambda: alphaflow_cli.load_recipe(Path("own.yaml")), "own.yaml: no such file"),
         (lambda: alphaflow_cli.train("quickstart", micro_batch=0, data="nowhere"), "micro_batch is a number from 1"),
         (lambda: alphaflow_cli.train("quikstart"), "quickstart"),
         (lambda: alphaflow_cli.train("quickstart", data="nowhere"), "nowhere: no latent store here"),

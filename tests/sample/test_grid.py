@@ -73,6 +73,14 @@ def test_long_words_side_by_side_do_not_touch():
     assert not words[:, between].any()
 
 
+def test_names_in_letters_of_other_languages_can_be_read():
+    def grid(name):
+        return grid_in_rows(pictures(4), 2, [name, "b", "b", name])
+
+    assert len({grid(name) for name in ("Bär", "Bör", "Стол", "Стул", "αβ", "βα")}) == 6  # no two of them boxes
+    assert grid("äひ") == grid("ä?")  # a letter that the fonts lack
+
+
 def test_walks_stand_below_each_other_with_the_same_seeds_above_each_other():
     drawn = [("1 NFE", pictures(4)), ("1 NFE", pictures(4, 100)), ("4 NFE", pictures(4, 200))]
     assert cells(grid_by_walk(drawn, 3, ["a", "b", "c", "d"]), 3, 3) == [[0, 1, 2], [100, 101, 102], [200, 201, 202]]

@@ -209,6 +209,22 @@ def test_pictures_of_another_request_are_not_mixed_in(model, tmp_path, capsys, f
     }
 
 
+@pytest.mark.parametrize("other", ["mine.JPG", "cat/1.png"])
+def test_pictures_that_others_made_are_not_mixed_in(model, tmp_path, capsys, other):
+    file = tmp_path / "photos" / other
+    file.parent.mkdir(parents=True)
+    file.touch()
+    (tmp_path / "photos" / "notes.txt").touch()
+    assert sample(model, "--seeds", "0-3", "--out", tmp_path / "photos") == 1
+    err = capsys.readouterr().err
+    assert f"photos: holds {other.split('/')[0]}, which is not of alphaflow sample" in err
+    assert "Give a new or an empty folder: --out DIR" in err
+    assert {path.name for path in (tmp_path / "photos").rglob("*") if not path.name.startswith(".")} == {
+        "notes.txt",
+        *other.split("/"),
+    }
+
+
 def test_another_checkpoint_is_another_request_and_other_seeds_of_a_folder_are_not(model, tmp_path, capsys):
     other = pixel_checkpoint(tmp_path / "other.safetensors", side=16)
     out = tmp_path / "p"

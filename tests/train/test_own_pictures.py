@@ -13,7 +13,7 @@ from alphaflow_cli.data.manifest import read_manifest
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.recipe import dump_recipe, load_recipe, shipped
 from alphaflow_cli.train.propose import RecipeRequest, propose_recipe
-from alphaflow_cli.train.start import check_recipe
+from alphaflow_cli.train.start import check_recipe, doubts
 from alphaflow_cli.train.store import check_is_store, check_store, disagreements, resolve_run, store_of
 
 TINY = (
@@ -26,7 +26,7 @@ def prepare(folder, options):
     """Pictures of three classes, and their store `mine`, made by the command."""
     rng = np.random.default_rng(0)
     for name in ("cat", "dog", "newt"):
-        (folder / "photos" / name).mkdir(parents=True)
+        (folder / "photos" / name).mkdir(parents=True, exist_ok=True)
         for i in range(4):
             picture = Image.fromarray(rng.integers(0, 255, (20, 24, 3), np.uint8))
             picture.save(folder / "photos" / name / f"{i}.png")
@@ -102,6 +102,24 @@ def test_every_shipped_recipe_yields_to_the_store(name, here):
     assert run.notes[0].startswith(f"{name} takes over from mine: ")
     assert "\n" not in run.notes[0]
     assert disagreements(read_manifest(Path("mine")).plan, run.recipe) == []
+
+
+def test_pictures_that_were_left_out_as_bad_are_not_counted_for_an_evaluation(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("photos/cat").mkdir(parents=True)
+    Path("photos/cat/broken.png").touch()
+    prepare(tmp_path, "--size 20 --autoencoder none --bad skip")
+    recipe = resolved("quickstart", "model.patch=4").recipe
+    assert recipe.eval.images == 12
+    assert not any("pictures" in text for text in doubts(recipe, Path("mine")))
+
+
+def test_a_plan_for_an_unfinished_store_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("half").mkdir()
+    Path("half/plan.json").write_text("{}")
+    assert cli(["train", "quickstart", "--data", "half", "--dry-run"]) == 1
+    assert "half: unfinished. Run the same prep-latents command again" in capsys.readouterr().err
 
 
 def test_what_set_says_holds_and_a_clash_names_the_line_to_change(here):

@@ -189,12 +189,17 @@ def test_a_new_run_says_which_guidance_it_builds_in(sets, shown, store, tmp_path
 def test_a_folder_of_another_recipe_is_refused_with_the_differences(store, tmp_path):
     (tmp_path / "run").mkdir()
     start.keep_recipe(make_recipe(tmp_path), tmp_path / "run")
+    more = ("ema.half_lives=[3.5]", "expected=[{step: 1, value: 2}]")
     with pytest.raises(AlphaflowError) as fault:
         start.prepare_run(
-            make_recipe(tmp_path, "optim.lr=2e-3", "train.seed=4"), start.TrainOptions(tmp_path / "run", store)
+            make_recipe(tmp_path, "optim.lr=2e-3", "train.seed=4", "data.source=shapes:40", *more),
+            start.TrainOptions(tmp_path / "run", store),
         )
     assert "optim.lr: 0.001 there, 0.002 requested" in str(fault.value)
     assert "train.seed: 0 there, 4 requested" in str(fault.value)
+    assert 'data.source: "" there, shapes:40 requested' in str(fault.value)
+    assert " there, [3.5] requested" in str(fault.value)
+    assert "expected" not in str(fault.value)
 
 
 def test_a_run_may_go_on_with_another_journal_and_strategy(store, tmp_path):
