@@ -173,7 +173,8 @@ def _finish(work: Pass, part: tuple[int, int], content: Arriving) -> int:
                 f"{name}: features of pictures {part[0]}–{part[1] - 1} are not finite; the weights are broken"
             )
     plain = int((images == images[:, :1, :1]).flatten(1).all(1).sum())
-    _write(work.path(*part), {"digests": _digests(images), **features}, {"far": str(far), "plain": str(plain)})
+    tensors = {"digests": _digests(images), **features}
+    _write(work.path(*part), tensors, {"far, plain": f"{far}, {plain}"})  # one note: of two the order would change
     return len(images)
 
 
@@ -264,6 +265,7 @@ def oddities_of(work: Pass) -> tuple[int, int]:
     far = plain = 0
     for first, stop in work.chunks():
         with safe_open(str(work.path(first, stop)), "pt") as file:
-            notes = file.metadata() or {}  # chunks of earlier versions have none
-        far, plain = far + int(notes.get("far", 0)), plain + int(notes.get("plain", 0))
+            note = (file.metadata() or {}).get("far, plain", "0, 0")  # chunks of earlier versions have none
+        here = [int(number) for number in note.split(", ")]
+        far, plain = far + here[0], plain + here[1]
     return far, plain

@@ -65,7 +65,7 @@ def folder(tmp_path_factory):
 @needs_fake_gpu
 def test_the_host_waits_once_for_a_chunk_and_only_in_the_thread_beside(folder, tmp_path, monkeypatch):
     written = []
-    monkeypatch.setattr(measure, "_write", lambda path, tensors: written.append((path.name, tensors)))
+    monkeypatch.setattr(measure, "_write", lambda path, tensors, notes: written.append((path.name, tensors)))
     generator = open_generator(str(folder / "fp32.safetensors"), device=CPU)
     assert generator.autoencoder.module is not None  # it is read before the first chunk
     with fake_gpu(monkeypatch) as gpu:
