@@ -4,6 +4,7 @@ Scores share a line only where name, evaluations, feature network and reference 
 over pictures seen where the batches differ.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
@@ -154,12 +155,15 @@ def _guidance(pictures: dict[str, Any]) -> str:
 
 
 def _while_training(runs: Sequence[ComparedRun]) -> Cells:
+    """The last score of each run and its best one, among those that were compared with the same reference."""
     curves = [_score_curves(run, "step") for run in runs]
     lines: Cells = []
     for name, nfe in sorted({key for each in curves for key in each}):
         cells = []
         for each in curves:
             points = each.get((name, nfe), [])
+            gaps = [i for i, (_, value) in enumerate(points) if math.isnan(value)]
+            points = points[gaps[-1] + 1 :] if gaps else points
             choose = max if "higher" in title_of(name) else min
             best = choose(points, key=lambda point: point[1]) if points else (0.0, 0.0)
             cells.append(f"{points[-1][1]:.4g}; {best[1]:.4g} at {best[0]:,.0f}" if points else "")
@@ -179,7 +183,7 @@ def _curves(runs: Sequence[ComparedRun]) -> str:
     panels = []
     for name, nfe in sorted({key for each in scores for key in each}):
         lines = [_line(i, runs[i], each[name, nfe]) for i, each in enumerate(scores) if (name, nfe) in each]
-        positive = all(value > 0 for line in lines for _, value in line.points if value == value)
+        positive = all(value > 0 for line in lines for _, value in line.points if not math.isnan(value))
         panels.append(chart.Panel(f"{title_of(name)}, {nfe} NFE", lines, log_y=positive))
     for field, title in FIELDS.items():
         lines = [_line(i, run, _field(run, field, x)) for i, run in enumerate(runs)]

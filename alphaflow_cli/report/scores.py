@@ -26,9 +26,9 @@ def curves_of_scores(rows: Sequence[dict[str, Any]], cuts: Collection[int] = ())
             for key, value in values.items():
                 nfe = key.removeprefix("nfe")
                 if value is not None and nfe.isdecimal():
-                    points = curves.setdefault((name, int(nfe)), [])
-                    points += [(float(row["step"]), math.nan)] if points and row["step"] in cuts else []
-                    points.append((float(row["step"]), float(value)))
+                    points, step = curves.setdefault((name, int(nfe)), []), float(row["step"])
+                    points += [(step, math.nan)] if points and row["step"] in cuts else []
+                    points.append((step, float(value)))
     return curves
 
 
@@ -49,7 +49,7 @@ def scores_chart(recipe: Recipe, rows: Sequence[dict[str, Any]], cuts: Collectio
             points = curves[name, nfe]
             lines.append(Line(f"{nfe} NFE", points, colours[nfe], markers=len(points) < 30))
             furthest = max([furthest, *(point[0] for points in expected for point in points)])
-        values = [value for line in lines for _, value in line.points if value == value]
+        values = [value for line in lines for _, value in line.points if not math.isnan(value)]
         panels.append(Panel(title_of(name), lines, log_y=min(values) > 0))
     return Chart("Scores while training", panels, "step", x_range=(0, max(furthest, 1)))
 
@@ -78,9 +78,8 @@ def expected_notes(recipe: Recipe, rows: Sequence[dict[str, Any]]) -> list[str]:
 def cut_notes(cuts: Collection[int]) -> list[str]:
     """Say where the reference changed: what stands before is not to be compared with what comes after."""
     where = " and ".join(f"{step:,}" for step in sorted(cuts))
-    return [f"eval.reference changed before step {where}: scores on the two sides of a gap do not compare."] * bool(
-        cuts
-    )
+    note = f"eval.reference changed before step {where}: scores on the two sides of a gap do not compare."
+    return [note] if cuts else []
 
 
 def best_notes(steps: dict[Path, int], rows: Sequence[dict[str, Any]]) -> list[str]:

@@ -74,6 +74,7 @@ def test_a_curve_has_a_gap_where_the_reference_changed_and_the_page_says_so(fold
     for step, name in zip(STEPS, ("aa", "bb", "cc"), strict=True):
         (row,) = (row for row in rows if row["step"] == step and "scores" in row)
         row["evals"] = {"nfe1": name}
+        row["scores"] = {"FD-tiny-2k": {"nfe1": 3.0}} if name == "aa" else row["scores"]
         document = read_results(folder / "results.json")
         for each in (each for one in document["evaluations"] for each in one["rows"]):
             each["reference"]["sha256"] = ("11" if name == "aa" else "22") * 32
@@ -85,7 +86,9 @@ def test_a_curve_has_a_gap_where_the_reference_changed_and_the_page_says_so(fold
     recipe = load_recipe(str(folder / "recipe.yaml"))
     (panel,) = scores_chart(recipe, scored, {200}).panels
     assert panel.log_y
-    assert str(panel.lines[1].points) == "[(100.0, 90.0), (200.0, nan), (200.0, 12.5), (300.0, 20.0)]"
+    assert str(panel.lines[1].points) == "[(100.0, 3.0), (200.0, nan), (200.0, 12.5), (300.0, 20.0)]"
+    other = write_run(folder.parent / "other")
+    assert "FD-tiny-2k at 1 NFE 20; 12.5 at 200" in compare(folder, other, capsys).text, "of the newer reference alone"
     words = "eval.reference changed before step 200: scores on the two sides of a gap do not compare."
     assert words in Page(report(folder, capsys).read_text(encoding="utf-8")).text
 
