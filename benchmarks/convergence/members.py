@@ -1,8 +1,8 @@
 """Who is compared with whom: the members, their runs in the order of their worth, and the name of each run.
 
 A member is a recipe of `recipes/` and the settings that differ from it. A run is a member with its number of steps, its
-seed and its width. `plan` gives all runs, the most wanted first; two of its parts depend on what was measured before:
-the best curriculum, which is confirmed on new seeds, and the better share of r = t rows (PROTOCOL.md).
+seed and its width. `plan` gives all runs, the most wanted first; one of its parts depends on what was measured before:
+the best curriculum, which is confirmed on new seeds (PROTOCOL.md).
 """
 
 import hashlib
@@ -113,6 +113,7 @@ NEWER = (
 )
 SHARES = (("meanflow-25", "meanflow-75"), ("alphaflow-25", "alphaflow-50"))
 CLAIMED = ("meanflow-25", "alphaflow-25")
+LARGER = "alphaflow-50"  # the larger share of r = t rows that has the least grade after 6,000 steps (EVIDENCE.md)
 CURRICULA = (
     "alphaflow-25",
     *(f"alpha-{first}-{last}" for first, last in ENDS),
@@ -174,7 +175,7 @@ def plan(lines: Sequence[Line]) -> list[Job]:
     best, others = best_curriculum(lines), [member for member in NEWER if member not in RUNGS]
     winners = [best] if best else []
     jobs = [
-        *jobs_of("budget", CLAIMED, (LONG,), SEEDS),  # they take as long as all that follows, beside it
+        *jobs_of("budget", [*CLAIMED, LARGER], (LONG,), SEEDS),  # they take as long as all that follows, beside it
         *jobs_of("curriculum", ["meanflow-25", *CURRICULA], (STEPS,), SEEDS),
         *jobs_of("confirm", dict.fromkeys([*winners, *CLAIMED]), (STEPS,), NEW_SEEDS),
         *jobs_of("budget", shares, (*BUDGETS, STEPS), SEEDS),
@@ -187,7 +188,6 @@ def plan(lines: Sequence[Line]) -> list[Job]:
         *jobs_of("first", [member for member in FIRST if member not in ALONE], (STEPS,), SEEDS),
         *jobs_of("first", ALONE, (STEPS,), SEEDS[:1]),
         *jobs_of("budget", CLAIMED, (LONG,), MORE_SEEDS),
-        *jobs_of("budget", [member for member in better_shares(lines) if member not in CLAIMED], (LONG,), SEEDS),
         *jobs_of("confirm", winners, (LONG,), SEEDS),
         *jobs_of("budget", CLAIMED, (LONGEST,), SEEDS),
         *jobs_of("size", CLAIMED, (LONG,), SEEDS, width=2 * WIDTH),
@@ -230,13 +230,3 @@ def best_curriculum(lines: Sequence[Line]) -> str | None:
     grades = {member: grade(lines, member, STEPS, SEEDS) for member in CURRICULA if member != "alphaflow-25"}
     known = {member: value for member, value in grades.items() if value is not None}
     return min(known, key=known.__getitem__) if len(known) == len(grades) else None
-
-
-def better_shares(lines: Sequence[Line]) -> list[str]:
-    """Of MeanFlow and of α-Flow the share of r = t rows that is better after 6,000 steps, once that is known."""
-    better = []
-    for pair in SHARES:
-        grades = {member: value for member in pair if (value := grade(lines, member, BUDGETS[-1], SEEDS)) is not None}
-        if len(grades) == len(pair):
-            better.append(min(grades, key=grades.__getitem__))
-    return better

@@ -12,7 +12,7 @@ import slots
 import torch
 from cnn_ruler import HOLE, Ruler, augmented, train_classifier
 from conflict import cells, points, ranks, with_grades
-from members import CURRICULA, MEMBERS, NEW_SEEDS, NEWER, SEEDS, STEPS, Job, best_curriculum, better_shares, plan, valid
+from members import CURRICULA, MEMBERS, NEW_SEEDS, NEWER, SEEDS, STEPS, Job, best_curriculum, plan, valid
 from pictures import halves
 from places import ROOT
 from table import Factor, factor, runs_of, verdict
@@ -133,12 +133,6 @@ def test_the_best_curriculum_is_known_once_all_are_measured_and_is_not_the_publi
     assert best_curriculum(better) == "alpha-10-50"
     confirmed = [job for job in plan(better) if job.cut == "confirm" and job.seed in NEW_SEEDS]
     assert {job.member for job in confirmed} == {"alpha-10-50", "meanflow-25", "alphaflow-25"}
-
-
-def test_the_better_share_is_that_of_6000_steps():
-    lines = [*lines_of("meanflow-25", 2, 2, 2, steps=6000), *lines_of("meanflow-75", 1, 1, 1, steps=6000)]
-    assert better_shares(lines) == ["meanflow-75"]
-    assert any((job.member, job.steps) == ("meanflow-75", 20_000) for job in plan(lines))
 
 
 def test_a_line_of_another_recipe_is_no_line_of_the_run():
