@@ -6,7 +6,8 @@
 
 Each round runs every variant once on the same batch, in rotated order; round 0 is dropped; the report is the median
 of the per-round ratios, with the smallest and the largest. On the CPU a time is the process's own CPU time, so that
-other people's jobs count less; on a GPU it is wall time between two synchronisations. FLOPs, operators and peak bytes
+other people's jobs count less; on a GPU it is wall time between two synchronisations, of the second call: the first one
+with a new number of rows makes room for them. FLOPs, operators and peak bytes
 are counted, not timed. "fm" is the plain flow-matching step (all rows r = t), the unit of every cost.
 """
 
@@ -60,8 +61,9 @@ def work_of(name: str, net: nn.Module, rows: Rows, alpha: float, settings: Objec
 
 
 def seconds(work: Work, device: str) -> float:
-    """Time one call."""
+    """Time one call, on a GPU the second."""
     if device == "cuda":
+        work()  # guidance asks about another number of rows in each round, for which memory is not there yet
         torch.cuda.synchronize()
         start = time.perf_counter()
         work()

@@ -125,7 +125,15 @@ CURRICULA = (
     "low-002",
 )
 PRECISIONS = ("alphaflow-25-bf16", "alphaflow-25-precise")
-CUTS = ("budget", "curriculum", "confirm", "newer", "size", "first")
+CUTS = {  # the questions, by their short names
+    "budget": "(a) budget",
+    "curriculum": "(b) curriculum",
+    "confirm": "(b) on new seeds",
+    "size": "(c) twice the width",
+    "newer": "the newer members",
+    "first": "the comparison before this one",
+    "further": "beyond the protocol",
+}
 
 
 @dataclass(frozen=True)
@@ -188,10 +196,10 @@ def plan(lines: Sequence[Line]) -> list[Job]:
         *jobs_of("first", [member for member in FIRST if member not in ALONE], (STEPS,), SEEDS),
         *jobs_of("first", ALONE, (STEPS,), SEEDS[:1]),
         *jobs_of("budget", CLAIMED, (LONG,), MORE_SEEDS),
-        *jobs_of("confirm", winners, (LONG,), SEEDS),
-        *jobs_of("budget", CLAIMED, (LONGEST,), SEEDS),
-        *jobs_of("size", CLAIMED, (LONG,), SEEDS, width=2 * WIDTH),
-        *jobs_of("curriculum", ["meanflow-25", *CURRICULA], (STEPS,), MORE_SEEDS),
+        *jobs_of("further", winners, (LONG,), SEEDS),
+        *jobs_of("further", CLAIMED, (LONGEST,), SEEDS),
+        *jobs_of("further", CLAIMED, (LONG,), SEEDS, width=2 * WIDTH),
+        *jobs_of("further", ["meanflow-25", *CURRICULA], (STEPS,), MORE_SEEDS),
     ]
     first: dict[str, Job] = {}
     for job in jobs:

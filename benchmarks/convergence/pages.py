@@ -11,6 +11,7 @@ from members import (
     BUDGETS,
     CLAIMED,
     CURRICULA,
+    CUTS,
     FIRST,
     LONG,
     LONGEST,
@@ -88,7 +89,7 @@ def write_pages(lines: Sequence[Line], faults: Mapping[str, str], left: Sequence
         best = best_curriculum(lines)
         draw_evidence(lines, best, results)
         text = [*head("When does the curriculum pay?", lines), *evidence_page(lines, best, results)]
-        text += tail(faults, left)
+        text += tail(faults, [job for job in left if job.cut not in ("newer", "first")])
         yield write(results / "EVIDENCE.md", text)
 
 
@@ -155,8 +156,24 @@ def of_page(left: Sequence[Job], members: Sequence[str]) -> list[Job]:
 def tail(faults: Mapping[str, str], left: Sequence[Job]) -> list[str]:
     """What every page ends with: the runs that are not there, by name, and what does not follow."""
     lines = [f"- Failed: {name}: {text.strip().splitlines()[-1]}" for name, text in faults.items()]
-    lines += [f"- Not run yet: {', '.join(job.name for job in left)}."] if left else []
+    lines += [f"- Not run yet, {question}: {'; '.join(runs)}." for question, runs in by_question(left).items()]
     return ["## What is missing", "", *(lines or ["- Nothing."]), "", LIMITS]
+
+
+def by_question(left: Sequence[Job]) -> dict[str, list[str]]:
+    """What is missing for each question, in texts: one for the members that lack the same seeds of the same runs."""
+    seeds: dict[tuple[str, int, int, str], list[int]] = {}
+    for job in left:
+        seeds.setdefault((CUTS[job.cut], job.steps, job.width, job.member), []).append(job.seed)
+    members: dict[tuple[str, int, int, tuple[int, ...]], list[str]] = {}
+    for (question, steps, width, member), missing in seeds.items():
+        members.setdefault((question, steps, width, tuple(sorted(missing))), []).append(member)
+    texts: dict[str, list[str]] = {}
+    for (question, steps, width, missing), names in members.items():
+        wide = f", dim {width}" if width != WIDTH else ""
+        word = f"seed{'s' * (len(missing) > 1)} {', '.join(map(str, missing))}"
+        texts.setdefault(question, []).append(f"{', '.join(names)} ({steps:,} steps{wide}, {word})")
+    return texts
 
 
 def judged(

@@ -19,6 +19,7 @@ import os
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Collection
 from multiprocessing import get_context
 from multiprocessing.process import BaseProcess
@@ -113,7 +114,7 @@ def parser() -> argparse.ArgumentParser:
     )
     each.add_argument("--jobs", type=int, default=2, help="runs at a time, one core each")
     each.add_argument("--minutes", type=float, default=math.inf, help="what is unfinished then resumes next time")
-    each.add_argument("--cuts", nargs="+", choices=CUTS, default=CUTS, help="only these questions")
+    each.add_argument("--cuts", nargs="+", choices=[*CUTS], default=[*CUTS], help="only these questions")
     each.add_argument("--images", type=int, default=5_000, help="generated for each score")
     each.add_argument("--longest", type=int, default=10**9, help="only runs of at most so many steps")
     each.add_argument("--toy", action="store_true", help="a few steps of each run, to try all of this")
@@ -149,8 +150,9 @@ def main() -> None:
     broken = (out / "ruler.failed").exists()
     if broken:
         say((out / "ruler.failed").read_text(encoding="utf-8"))
-    next_ones = " ".join(job.name for job in left[:8]) + " …" * (len(left) > 8)
-    say(f"{len(found)} runs are finished, {len(left)} are missing: {next_ones}")
+    counts = Counter(CUTS[job.cut] for job in left)
+    of_each = ", ".join(f"{question} {count}" for question, count in counts.items())
+    say(f"{len(found)} runs are finished, {len(left)} are missing" + f": {of_each}" * bool(left))
     raise SystemExit(1 if faults or broken else 0)
 
 

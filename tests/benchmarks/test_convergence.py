@@ -202,7 +202,9 @@ def test_the_figures_of_the_other_sampler_are_kept_run_by_run_beside_its_table(t
 def test_the_pages_are_made_of_the_lines_alone_and_name_what_is_missing(tmp_path, monkeypatch):
     lines, drawn = all_lines(), []
     monkeypatch.setattr(pages, "to_png", lambda chart: drawn.append(chart) or b"")  # they take a second each
-    left = [Job("curriculum", "alpha-0-30", STEPS, 2), Job("newer", "imf-head", STEPS, 2)]
+    left = [Job("curriculum", member, STEPS, seed) for seed in (2, 1) for member in ("alpha-0-30", "floor-02")]
+    left += [Job("curriculum", "low-002", STEPS, 2), Job("size", "flow", 20_000, 0, 128)]
+    left += [Job("newer", "imf-head", STEPS, 2)]
     written = [*pages.write_pages(lines, {"flow-3000-s1": "Traceback\nValueError: x"}, left, tmp_path)]
     assert [path.relative_to(tmp_path).as_posix() for path in written] == [
         "RESULTS.md",
@@ -211,8 +213,11 @@ def test_the_pages_are_made_of_the_lines_alone_and_name_what_is_missing(tmp_path
     ]
     text = written[2].read_text()
     assert "- Failed: flow-3000-s1: ValueError: x" in text
-    assert "- Not run yet: alpha-0-30-3000-s2, imf-head-3000-s2." in text
-    assert "- Not run yet: imf-head-3000-s2." in written[1].read_text()
+    both = "alpha-0-30, floor-02 (3,000 steps, seeds 1, 2); low-002 (3,000 steps, seed 2)"
+    assert f"- Not run yet, (b) curriculum: {both}.\n" in text
+    assert "- Not run yet, (c) twice the width: flow (20,000 steps, dim 128, seed 0).\n" in text
+    assert "imf-head (" not in text
+    assert "- Not run yet, the newer members: imf-head (3,000 steps, seed 2).\n" in written[1].read_text()
     assert "Not run yet" not in written[0].read_text()
     assert "| α-Flow .25 | 10 | 2.00 ± 0.00 | 1.00 ± 0.00 | 0.50 ± 0.00 |" in text
     assert "Seeds that all of them have: 0, 1, 2, 3, 4." in text
@@ -296,7 +301,14 @@ def test_a_strip_is_cut_into_the_pictures_it_was_made_of(tmp_path):
 def work_in(tmp_path, **more):
     for name in ("claims", "lines", "faults"):
         (tmp_path / name).mkdir(exist_ok=True)
-    options = {"device": "cuda", "until": 1e12, "images": 100, "cuts": members.CUTS, "longest": 10**9, "toy": True}
+    options = {
+        "device": "cuda",
+        "until": 1e12,
+        "images": 100,
+        "cuts": tuple(members.CUTS),
+        "longest": 10**9,
+        "toy": True,
+    }
     return slots.Work(out=tmp_path, results=tmp_path, **(options | more))
 
 
