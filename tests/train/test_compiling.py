@@ -64,7 +64,7 @@ def test_a_resume_keeps_the_decision_whatever_the_rule_says_now(gpu, capsys):
 @pytest.mark.parametrize(
     ("sets", "pays"),
     [
-        (("train.steps=300",), False),
+        (("train.steps=2000",), False),
         (("train.steps=3000",), True),
         (("times.equal_share={kind: linear, initial: 0.25, final: 0.75, start: 0, end: 100%}",), False),
         (("train.precision=fp64",), False),
