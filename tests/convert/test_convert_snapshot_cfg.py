@@ -204,6 +204,13 @@ def test_guidance_of_the_previews_is_the_samplers_where_none_is_built_in(tmp_pat
     assert checkpoint.recipe.sample.guidance == 1.0
 
 
+def test_the_scores_that_a_recipe_expects_are_not_given_to_another_network(tmp_path):
+    for options in ({}, {"recipe": "xl2-cfg"}, {"name": "alphaflow-XL-2-cfg.pt"}):
+        _, checkpoint = converted(tmp_path, snapshot(), **options)
+        assert checkpoint.recipe.expected == ()
+        (tmp_path / "ours.safetensors").unlink()
+
+
 def test_tensors_where_plain_values_are_due_are_not_compared(tmp_path):
     odd = torch.zeros(2)
     loss = {"cfg_params": {"omega": 1.0, "kappa": 0.0}, "predict_x": odd, "precond": None, "name": odd}
