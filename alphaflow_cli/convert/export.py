@@ -131,7 +131,7 @@ def _described(recipe: Recipe) -> dict[str, Any]:
     """Lay out what our recipe says at the places where published snapshots keep it."""
     model, mix, sample = recipe.model, recipe.guidance, recipe.sample
     one_jump = sample.sampler == "consistency"
-    guided = {"cfg": {"scale": sample.guidance, "t_min": 0.0, "t_max": 1.0}} if sample.guidance != 1.0 else {}
+    guided: dict[str, Any] = {"scale": sample.guidance, "t_min": 0.0, "t_max": 1.0} if sample.guidance != 1.0 else {}
     return {
         "model": {
             "dim": model.dim,
@@ -153,7 +153,7 @@ def _described(recipe: Recipe) -> dict[str, Any]:
             "custom_t_steps": None if sample.times is None else list(sample.times),
             "enable_trajectory_sampling": sample.sampler == "trajectory" or one_jump,
             "enable_consistency_sampling": one_jump,
-            **guided,
+            **({"cfg": guided} if guided else {}),
         },
     }
 
