@@ -14,6 +14,8 @@ next run goes on with what has no good line yet.
 
 import argparse
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -62,14 +64,26 @@ def measure(part: str, item: str, options: argparse.Namespace, words: Sequence[s
     command = [sys.executable, __file__, *words, "--item", part, item]
     head = {"part": part, "item": item, **describe(options.device)}
     try:
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=limit, check=False)
+        code, out = run_item(command, limit)
     except subprocess.TimeoutExpired:
         return {**head, "seconds": round(time.monotonic() - began, 1), "fault": f"not done within {limit:.0f} s"}
     seconds = round(time.monotonic() - began, 1)
-    last = (done.stdout.strip().splitlines() or [""])[-1]
-    if done.returncode or not last.startswith("{"):
-        return {**head, "seconds": seconds, "fault": f"exit code {done.returncode}: {done.stdout[-500:]}"}
+    last = (out.strip().splitlines() or [""])[-1]
+    if code or not last.startswith("{"):
+        return {**head, "seconds": seconds, "fault": f"exit code {code}: {out[-500:]}"}
     return {**head, "seconds": seconds, "figures": json.loads(last)}
+
+
+def run_item(command: Sequence[str], limit: float) -> tuple[int, str]:
+    """Its exit code and stdout. What it started ends with it: a run left behind would slow the next items down."""
+    item = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        out, _ = item.communicate(timeout=limit)
+    except BaseException:
+        os.killpg(item.pid, signal.SIGKILL)
+        item.communicate()
+        raise
+    return item.returncode, out
 
 
 def measure_all(options: argparse.Namespace, words: Sequence[str]) -> int:

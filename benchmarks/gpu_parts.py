@@ -3,6 +3,7 @@
 import argparse
 import json
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -114,14 +115,15 @@ def graph_of(kind: str, *words: str) -> Item:
 
 
 def train(recipe: str, out: Path, *options: str) -> Figures:
-    """A run to its end; the speed of its journal by phase."""
-    began = time.monotonic()
+    """A run to its end; the speed of its journal by phase. The rest of an earlier run has no time of the whole."""
+    began, is_whole = time.monotonic(), not (out / "metrics.jsonl").exists()
     alphaflow("train", recipe, "--out", out, *options)
+    spent = {"seconds": time.monotonic() - began} if is_whole else {}
     speeds: dict[str, list[float]] = {}
     for row in read_rows(out / "metrics.jsonl"):
         speeds.setdefault(row["phase"], []).append(1 / max(row["seconds_per_step"], 1e-9))
     fastest = {phase: max(each) for phase, each in speeds.items()}
-    return {"seconds": time.monotonic() - began, "steps_per_second": fastest}
+    return {**spent, "steps_per_second": fastest}
 
 
 def sets(*values: str) -> list[str]:
@@ -141,7 +143,7 @@ def member_of(recipe: str) -> Item:
     def member(options: argparse.Namespace) -> Figures:
         store, out, source = options.out / "store", options.out / recipe, options.pictures or "glyphs:20000"
         side = "16" if options.toy else "32"
-        if not store.exists():
+        if not (store / "manifest.json").exists():
             source = "glyphs:120" if options.toy else source
             alphaflow("prep-latents", source, "--size", side, "--autoencoder", "none", "--flips", "--out", store)
         steps = 6 if options.toy else options.steps
@@ -181,6 +183,8 @@ def latents(options: argparse.Namespace) -> Figures:
     folder, autoencoder = options.out / "pictures", options.out / "autoencoder"
     save_pictures(folder, count, side)
     AUTOENCODERS["tiny" if options.toy else "sd-vae"](autoencoder)
+    for name in ("latents", "latents-by-part"):  # of an attempt that broke off: the command would only do the rest
+        shutil.rmtree(options.out / name, ignore_errors=True)
     began = time.monotonic()
     line = ["prep-latents", folder, "--size", str(side), "--autoencoder", autoencoder, "--out", options.out / "latents"]
     alphaflow(*map(str, line))

@@ -44,7 +44,9 @@ def save_pictures(folder: Path, count: int, side: int) -> None:
     with ThreadPoolExecutor() as pool:
         list(pool.map(save, range(min(count, DIFFERENT))))
     for index in range(DIFFERENT, count):
-        os.link(folder / f"{index % DIFFERENT:06d}.jpg", folder / f"{index:06d}.jpg")
+        path = folder / f"{index:06d}.jpg"
+        if not path.exists():  # of an attempt that broke off
+            os.link(folder / f"{index % DIFFERENT:06d}.jpg", path)
 
 
 def time_latents(pictures: Path, autoencoder: Path, out: Path, side: int, device: torch.device) -> dict[str, object]:

@@ -111,6 +111,8 @@ def command(
     """
     from alphaflow_cli.model.find import check_run
 
+    if not scored and (nfe or metrics or images or reference):
+        raise click.UsageError("--no-scores measures nothing: leave --nfe, --metrics, --reference and --images out.")
     check_run(run)
     begin(f"ema {run}")
     from alphaflow_cli.ema.averages import EmaRequest, average_again

@@ -67,6 +67,8 @@ def command(
     for name, given in (("nfe", nfe), ("decoder", decoder), ("half", half or None), ("runtime", runtime)):
         if given is not None and form not in ONLY_FOR[name]:
             raise click.UsageError(f"{OPTIONS[name]} goes with --to {' or '.join(ONLY_FOR[name])}.")
+    if autoencoder and decoder is False:
+        raise click.UsageError("--autoencoder says what decodes, and --no-decoder that nothing does: give one of them.")
     check_checkpoint(checkpoint)
     out = Destination(is_folder=form in FOLDERS, holds_weights=True).convert(out, None, None)
     begin(f"export {checkpoint} to {form}")

@@ -22,9 +22,10 @@ from alphaflow_cli.recipe import Recipe
 from alphaflow_cli.recipe.schema import Schedule, resolve_step
 from alphaflow_cli.runtime.progress import say
 
-NO_PLACE = (  # what a recipe says of the training, and a published cfg cannot
+NO_PLACE = (  # what a recipe says of the training and of two steps, and our cfg of the published form does not
     *("guidance.fade_from", "guidance.dropped", "times.second", "times.equal", "times.gap", "loss.tangent"),
     *("loss.power", "loss.later", "loss.short_first", "model.positions", "optim.kind", "ema.every"),
+    *("loss.velocity", "loss.weight", "sample.two_step_sampler", "sample.two_step_times"),
 )
 
 RUNGS = ("velocity_head", "inputs", "conditioning", "block")  # of model, of which the published network has none
@@ -40,7 +41,7 @@ def export(source: Path, out: Path, *, autoencoder: str = "", template: Path | N
     _check_form(source, checkpoint.recipe)
     cfg = _published_cfg(checkpoint.recipe, template)
     if lost := [name for name in NO_PLACE if attrgetter(name)(checkpoint.recipe) != attrgetter(name)(Recipe())]:
-        say(f"its cfg has no place for {', '.join(lost)}: who trains on from it does not learn of them")
+        say(f"its cfg has no place for {', '.join(lost)}: who goes on from it does not learn of them")
     inside = _autoencoder(checkpoint, source, autoencoder)
     order = network_shapes(checkpoint.recipe)  # safetensors sorts the names
     state = _state({name: checkpoint.weights[name] for name in order}, checkpoint, inside)
@@ -130,6 +131,7 @@ def _described(recipe: Recipe) -> dict[str, Any]:
     """Lay out what our recipe says at the places where published snapshots keep it."""
     model, mix, sample = recipe.model, recipe.guidance, recipe.sample
     one_jump = sample.sampler == "consistency"
+    guided: dict[str, Any] = {"scale": sample.guidance, "t_min": 0.0, "t_max": 1.0} if sample.guidance != 1.0 else {}
     return {
         "model": {
             "dim": model.dim,
@@ -151,6 +153,7 @@ def _described(recipe: Recipe) -> dict[str, Any]:
             "custom_t_steps": None if sample.times is None else list(sample.times),
             "enable_trajectory_sampling": sample.sampler == "trajectory" or one_jump,
             "enable_consistency_sampling": one_jump,
+            **({"cfg": guided} if guided else {}),
         },
     }
 

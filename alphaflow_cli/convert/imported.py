@@ -139,7 +139,8 @@ class ForeignFile:
         name = self.options.recipe or published or default
         reason = "--recipe" if self.options.recipe else "the file's name" if published else "no better knowledge"
         self.filled["recipe"] = f"{name} ({reason}): everything that the file does not say"
-        return load_recipe(name)
+        recipe = load_recipe(name)
+        return recipe if self.options.recipe or published else replace(recipe, expected=())  # another model's scores
 
     def scaled_latents(self, scale: float, reason: str) -> Latents:
         """The statistics of --latents, else a scale that the family has by convention."""
@@ -221,7 +222,8 @@ def complete(foreign: Imported, out: Path) -> Recipe:
         source="",
     )
     guidance = replace(base.guidance, label_dropout=dropout)
-    recipe = replace(base, name=_name(out), model=model, data=data, guidance=guidance)
+    expected = base.expected if (model, classes) == (base.model, base.data.classes) else ()  # of that network only
+    recipe = replace(base, name=_name(out), model=model, data=data, guidance=guidance, expected=expected)
     return recipe_from_text(dump_recipe(recipe), f"{out.name} (its recipe)", options.sets)
 
 

@@ -126,7 +126,7 @@ def _soflow_guidance(file: ForeignFile, base: Recipe, rows: int) -> Recipe:
         return base
     rest = f"the label table has {rows} rows, none for the null label" if rows else "no labels"
     file.filled["guidance"] = f"none: {rest}"
-    return replace(base, guidance=Guidance())
+    return replace(base, guidance=Guidance(), expected=())
 
 
 def _sit_name(name: str) -> str:

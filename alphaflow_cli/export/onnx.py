@@ -50,6 +50,7 @@ def export_onnx(source: Exported, out: Path, *, half: bool) -> Difference:
     reference = reference_pictures(source)
     model = build_model(source, half=half)
     if sum(value.const_value.nbytes for value in model.graph.initializers.values()) > ONE_FILE:
+        out.unlink(missing_ok=True)  # an earlier graph must not run the new weights
         pack([model], out.with_name(f"{out.name}.data"))
     return write_graph(model, source, out, reference, half=half)
 

@@ -197,7 +197,8 @@ class AlphaFlowTransformer2DModel(ModelMixin, ConfigMixin):  # type: ignore[misc
         if self.label_embed is not None:
             c = c + self.label_embed(class_labels)
         c, column = F.silu(c), t.reshape(-1, 1, 1, 1)
-        x = self.patch_embed(z * ((1 - column) ** 2 + column**2).rsqrt() if kind == "noise" else z) + self.pos_embed
+        seen = (z * ((1 - column) ** 2 + column**2).rsqrt()).to(z.dtype) if kind == "noise" else z
+        x = self.patch_embed(seen) + self.pos_embed
         for block in self.blocks:
             x = block(x, c)
         out = self._unpatchify(self.final(x, c))

@@ -31,12 +31,13 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
-from alphaflow_cli.errors import AlphaflowError, fault_of_the_user
+from alphaflow_cli.errors import AlphaflowError, LostOutput, fault_of_the_user
 from alphaflow_cli.runtime.threads import OURS, cores_here
 
 ERRORS = "ALPHAFLOW_ERRORS"  # the folder in which workers leave word of their faults
 RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")  # whole numbers
-STOPPED = (130, 138, 143)  # exit codes after Ctrl-C, Slurm's warning and SIGTERM
+READER_LEFT = 141  # exit code where nobody reads stdout any more
+STOPPED = (130, 138, READER_LEFT, 143)  # exit codes after Ctrl-C, Slurm's warning, that, and SIGTERM
 LOOPBACK_SECONDS = 10  # for a connection to ourselves
 PARENT = "ALPHAFLOW_PARENT"  # the process that started them
 JOINED = threading.Event()  # whether this process and the others have found each other
@@ -161,7 +162,7 @@ def _report(errors: Path, codes: dict[int, int]) -> int:
         )
     stopped = {code for code in codes.values() if code in STOPPED}
     if stopped and all(code in (0, -15, *STOPPED) for code in codes.values()):
-        return stopped.pop()
+        return min(stopped)
     raise AlphaflowError(
         f"processes ended with exit codes {codes}, and none of them said why; look at the lines above. "
         "The same command resumes; --processes 1 shows where a fault arises."
@@ -180,8 +181,15 @@ def as_worker(work: Callable[[], int]) -> NoReturn:
         code = leave.code if isinstance(leave.code, int) else int(leave.code is not None)
         if isinstance(leave.code, str):
             _tell(AlphaflowError(leave.code))
+    except KeyboardInterrupt:  # a launcher passes Ctrl-C on to every process
+        code = 128 + signal.SIGINT
+        if not has_parent() and os.environ.get("RANK", "0") == "0":
+            _write_error("error: interrupted\n")
     except BaseException as error:  # whatever it is: it is told, and the process leaves with 1
-        _tell(error)
+        if isinstance(error, LostOutput) and isinstance(error.__cause__, BrokenPipeError):
+            code = READER_LEFT
+        else:
+            _tell(error)
     finally:
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, ValueError, AttributeError):  # a full disk, closed, or none at all

@@ -1,8 +1,13 @@
 """The proof for a GPU runs at toy size on the CPU: every part, its lines, its page, and what is missing next time."""
 
 import json
+import subprocess
+import time
+from pathlib import Path
 
 import gpu
+import gpu_parts
+import latents_parts
 import pytest
 from bench_graph import arguments, compare
 from gpu_page import page
@@ -45,6 +50,35 @@ def test_what_took_too_long_is_a_line_and_is_tried_again(tmp_path):
     done = {**HEAD, "part": "step", "item": "tiny α=1", "figures": {}}
     assert ("step", "tiny α=1") not in gpu.missing([late, done], [], True)
     assert {part for part, _ in gpu.missing([], ["latents"], False)} == {"latents"}
+
+
+def test_what_an_item_started_ends_with_it_and_does_not_compute_beside_the_next(tmp_path):
+    number = tmp_path / "number"
+    with pytest.raises(subprocess.TimeoutExpired):
+        gpu.run_item(["sh", "-c", f"sleep 30 & echo $! > {number}; wait"], 1.5)
+    state, until = Path(f"/proc/{number.read_text().strip()}/stat"), time.monotonic() + 5
+    while state.exists() and state.read_text().split()[2] != "Z" and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not state.exists() or state.read_text().split()[2] == "Z"
+
+
+def test_the_pictures_of_an_attempt_that_broke_off_are_taken_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(latents_parts, "DIFFERENT", 2)
+    for _ in range(2):
+        latents_parts.save_pictures(tmp_path, 5, 16)
+    assert len(list(tmp_path.iterdir())) == 5
+
+
+def test_the_rest_of_a_run_that_broke_off_is_not_given_as_its_whole_time(tmp_path, monkeypatch):
+    row = {"step": 100, "phase": "flow", "seconds_per_step": 0.01}
+
+    def write(*words):
+        (tmp_path / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+
+    monkeypatch.setattr(gpu_parts, "alphaflow", write)
+    first, rest = (gpu_parts.train("quickstart", tmp_path) for _ in range(2))
+    assert first.keys() == {"seconds", "steps_per_second"}
+    assert rest == {"steps_per_second": {"flow": 100.0}}
 
 
 def test_the_page_holds_the_goals_beside_the_figures():

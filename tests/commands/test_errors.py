@@ -156,3 +156,39 @@ def test_a_worker_makes_a_line_of_them_too(monkeypatch, capsys):
         as_worker(work)
     assert ended.value.code == 1
     assert capsys.readouterr().err.startswith("error: process 0: latents/shard-0.bin: no permission.")
+
+
+def lost_output(cause):
+    lost = LostOutput(cause)
+    lost.__cause__ = cause
+    return lost
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (KeyboardInterrupt(), 130, "error: interrupted\n"),
+        (lost_output(BrokenPipeError(errno.EPIPE, "Broken pipe")), 141, ""),
+        (lost_output(system_error(errno.ENOSPC)), 1, "error: process 0: stdout cannot be written"),
+    ],
+)
+def test_a_worker_ends_as_a_single_process_would(error, code, message, monkeypatch, capsys):
+    from alphaflow_cli.runtime import launch
+
+    def work():
+        raise error
+
+    def leave(code):
+        raise SystemExit(code)
+
+    monkeypatch.setattr(os, "_exit", leave)
+    with pytest.raises(SystemExit) as ended:
+        launch.as_worker(work)
+    assert ended.value.code == code
+    assert capsys.readouterr().err[: len(message) or None] == message
+
+
+def test_a_command_whose_reader_left_ends_so_in_many_processes_too(tmp_path):
+    from alphaflow_cli.runtime import launch
+
+    assert launch._report(tmp_path, {0: 141, 1: -15}) == launch._report(tmp_path, {0: 141, 1: 143}) == 141

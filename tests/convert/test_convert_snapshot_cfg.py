@@ -9,7 +9,7 @@ import torch
 from golden_data import FOLDER
 from snapshots import published_snapshot
 
-from alphaflow_cli.convert import ConvertOptions, convert
+from alphaflow_cli.convert import ConvertOptions, convert, export
 from alphaflow_cli.convert.snapshot_cfg import walk_cfg
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.model.checkpoint import load_checkpoint
@@ -202,6 +202,22 @@ def test_guidance_of_the_previews_is_the_samplers_where_none_is_built_in(tmp_pat
     (tmp_path / "ours.safetensors").unlink()
     _, checkpoint = converted(tmp_path, snapshot(sampling=sampling))
     assert checkpoint.recipe.sample.guidance == 1.0
+
+
+def test_the_way_back_keeps_the_guidance_of_the_sampler_and_names_the_two_steps_that_it_loses(tmp_path, capsys):
+    sampling = SAMPLING | {"cfg": {"scale": 1.5, "t_min": 0.0, "t_max": 1.0}}
+    converted(tmp_path, snapshot(loss={"cfg_params": {"omega": 1.0, "kappa": 0.0}}, sampling=sampling))
+    export(tmp_path / "ours.safetensors", tmp_path / "back.pt")
+    assert "no place for sample.two_step_sampler, sample.two_step_times: " in capsys.readouterr().err
+    again = convert(tmp_path / "back.pt", tmp_path / "again.safetensors", ConvertOptions())
+    assert again.recipe.sample.guidance == 1.5
+
+
+def test_the_scores_that_a_recipe_expects_are_not_given_to_another_network(tmp_path):
+    for options in ({}, {"recipe": "xl2-cfg"}, {"name": "alphaflow-XL-2-cfg.pt"}):
+        _, checkpoint = converted(tmp_path, snapshot(), **options)
+        assert checkpoint.recipe.expected == ()
+        (tmp_path / "ours.safetensors").unlink()
 
 
 def test_tensors_where_plain_values_are_due_are_not_compared(tmp_path):

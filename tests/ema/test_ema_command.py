@@ -134,6 +134,8 @@ def test_an_earlier_step_takes_no_later_weights(run, capsys):
         (["--merge", "8:nan"], "write STEP:FACTOR"),
         (["--half-life", "0"], "is not a number that is more than 0"),
         (["--power", "0.5"], "is not a number that is 0.001 or more, and at most 0.28"),
+        (["--nfe", "2"], "--no-scores measures nothing: leave --nfe, "),
+        (["--metrics", "fd-tiny"], "--no-scores measures nothing: leave --nfe, "),
     ],
 )
 def test_what_cannot_be_averaged_is_refused(options, message, run, capsys):

@@ -15,6 +15,7 @@ from small_models import pixel_checkpoint
 
 from alphaflow_cli.cli import run
 from alphaflow_cli.export import diffusers
+from alphaflow_cli.export.transformer_alphaflow import AlphaFlowTransformer2DModel
 
 TWO = {"two_step_sampler": "consistency", "two_step_times": (1.0, 0.55, 0.0)}
 
@@ -171,6 +172,13 @@ def test_every_prediction_and_guidance_at_sampling(tmp_path, sample, model):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("prediction", ["velocity", "noise", "data"])
+def test_the_transformer_computes_in_bf16_too(prediction):
+    sizes = {"sample_size": 4, "hidden_size": 16, "num_layers": 1, "num_attention_heads": 2, "label_rows": 0}
+    net = AlphaFlowTransformer2DModel(**sizes, prediction=prediction).to(torch.bfloat16)
+    assert net(torch.randn(2, 4, 4, 4).bfloat16(), torch.rand(2)).sample.isfinite().all()
+
+
 def test_the_folder_needs_no_alphaflow(folder, tmp_path):
     script = (
         "import sys, torch\nfrom diffusers import DiffusionPipeline\n"

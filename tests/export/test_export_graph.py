@@ -2,6 +2,7 @@
 
 import importlib.util
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import onnx_ir
@@ -12,6 +13,7 @@ from exported_models import latent_checkpoint, noises, same_pictures, sampled
 from small_models import checkpoint_m, pixel_checkpoint
 
 from alphaflow_cli.cli import run
+from alphaflow_cli.export import onnx
 from alphaflow_cli.export.onnx import halve, pack
 from alphaflow_cli.model.build import build_network
 from alphaflow_cli.model.checkpoint import save_checkpoint
@@ -120,6 +122,7 @@ def test_fp16_halves_the_file_and_weights_of_many_graphs_lie_in_one_file(graph, 
     [
         (["--to", "onnx", "--no-decoder"], 1, "--no-decoder: this model makes pixels without a decoder; leave it out."),
         (["--to", "torch", "--fp16"], 2, "--fp16 goes with --to onnx"),
+        (["--to", "onnx", "--no-decoder", "--autoencoder", "x"], 2, "--no-decoder that nothing does: give one of them"),
         (["--to", "onnx", "--autoencoder", "x"], 1, "--autoencoder x: this model makes pixels without one"),
         (["--to", "tflite"], 2, "'tflite' is not one of 'onnx', "),
     ],
@@ -128,6 +131,20 @@ def test_what_cannot_be_exported_is_refused_in_one_line(pixels, tmp_path, capsys
     assert export(pixels, *args, "-o", tmp_path / "m") == code
     assert line in capsys.readouterr().err
     assert not (tmp_path / "m").exists()
+
+
+def test_an_earlier_graph_does_not_stay_beside_the_weights_of_another(tmp_path, monkeypatch):
+    """Beyond 2 GB the weights are written first, into a file of their own."""
+    out, kept = tmp_path / "m.onnx", []
+    out.write_text("an earlier graph")
+    weight = SimpleNamespace(const_value=SimpleNamespace(nbytes=onnx.ONE_FILE + 1))
+    model = SimpleNamespace(graph=SimpleNamespace(initializers={"weight": weight}))
+    monkeypatch.setattr(onnx, "reference_pictures", lambda source: ([], [], np.zeros(0)))
+    monkeypatch.setattr(onnx, "build_model", lambda source, half: model)
+    monkeypatch.setattr(onnx, "pack", lambda models, path: kept.append(out.exists()))
+    monkeypatch.setattr(onnx, "write_graph", lambda *_, **__: None)
+    onnx.export_onnx(None, out, half=False)
+    assert kept == [False]
 
 
 def test_without_onnx_one_line_names_the_extra(pixels, tmp_path, capsys, monkeypatch):

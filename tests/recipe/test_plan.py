@@ -309,6 +309,11 @@ def test_the_pace_on_one_gpu_is_the_one_measured_in_the_trainer():
     assert (found.compiled, found.measured) == (True, True)
 
 
+def test_the_pace_of_a_small_network_is_the_one_measured_too():
+    """cifar10, not compiled: 13 steps of 256 per second, once on an H100."""
+    assert speed.pace(load_recipe("cifar10")).images_per_second == pytest.approx(13 * 256, rel=0.01)
+
+
 def test_the_pace_says_what_it_rests_on():
     many, large = speed.pace(load_recipe("b2-cfg"), 8), speed.pace(load_recipe("l2-cfg"))
     assert (many.measured, large.measured) == (False, False)
