@@ -166,6 +166,9 @@ FAULTS = {
     "file_name,label\n00.png,cat\n": "has no row for 11 pictures; the first is 01.png. Add rows",
     CSV + "gone.png,cat\nlost.png,dog\n": "line 14 names gone.png, which is not in set (2 of 14 rows have no picture)",
     f"file_name,label\n00.png,{'x' * 2000}\n": "its label has 2,000 letters, at most 1,000 are a class",
+    "image,image\n00.png,cat\n": "has no column label (image, image). Name it: --label-column",
+    "image,label,image\n00.png,cat,1\n": "has two columns with the name image. Keep one of them",
+    "image,label,label\n00.png,cat,1\n": "has two columns with the name label. Keep one of them",
 }
 
 
