@@ -250,9 +250,15 @@ def _open_zip(path: Path, file: BinaryIO, stamp: Stamp) -> Archive:
         elif stat.S_ISLNK(member.external_attr >> 16):
             is_sane = member.file_size <= MAX_TARGET
             entry = Link(_unpacked(opened, member).decode(errors="surrogateescape")) if is_sane else NO_TARGET
-        if not member.is_dir():
-            entries.add(member.filename, entry)
+        if not (name := _path_in(member)).endswith("/"):  # a folder
+            entries.add(name, entry)
     return _archive(entries, path, "zip", stamp)
+
+
+def _path_in(member: zipfile.ZipInfo) -> str:
+    """The path of a member. Older programs of Windows part it by backslashes, against the rule; unzip mends it, too."""
+    is_of_windows = member.create_system == 0 and "/" not in member.filename
+    return member.filename.replace("\\", "/") if is_of_windows else member.filename
 
 
 def _open_tar(path: Path, file: BinaryIO, stamp: Stamp) -> Archive:
