@@ -96,9 +96,9 @@ class Archive(Source):
         return labels_beside(self.path, self.names, self.asides, self.read_asides, column)
 
     def classes_json(self) -> bytes | None:
-        """The class list that lies in the fewest folders, if there is one."""
+        """The class list that lies in the fewest folders, if there is one; else the one beside the archive."""
         lists = [name for name in self.asides if name.rsplit("/", 1)[-1] == CLASS_LIST]
-        return self.read_aside(min(lists, key=lambda name: name.count("/"))) if lists else None
+        return self.read_aside(min(lists, key=lambda name: name.count("/"))) if lists else self.given_classes
 
     def checked(self, file: BinaryIO, read: Callable[[Place], bytes], place: Place) -> bytes:
         """Read a place. A fault of the member is an OSError; an archive that was written to ends the run."""

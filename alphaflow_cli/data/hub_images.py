@@ -8,7 +8,7 @@ is looked up once and stands in the plan: a run that goes on reads the same pict
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -67,12 +67,13 @@ def open_hub(text: str, image_column: str = "") -> Source:
     if not files:
         what = f"no file of {split} there" if split else "no pictures, no parquet and no zip or tar archive there"
         raise AlphaflowError(f"{text}: {what} (it holds {brief(', '.join(sizes)) or 'nothing'})")
+    given = download(repo, commit, CLASS_LIST) if CLASS_LIST in sizes else None
+    loose = HubFiles(name=name, names=[], given_classes=given, asides=asides, repo=repo, commit=commit)
     if form == "pictures":
-        given = download(repo, commit, CLASS_LIST) if CLASS_LIST in sizes else None
-        return HubFiles(name=name, names=files, given_classes=given, asides=asides, repo=repo, commit=commit)
+        return replace(loose, names=files)
     files = in_order(choose_files(files, split))
     if form == "archives":
-        return open_archives(name, [_cached(repo, commit, file) for file in files], files)
+        return open_archives(name, [_cached(repo, commit, file) for file in files], files, loose)
     from alphaflow_cli.data.parquet import open_parquet  # and pyarrow, which other sources do not need
 
     places = [RemoteFile(repo, commit, file, sizes[file]) for file in files]

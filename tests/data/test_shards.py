@@ -66,6 +66,19 @@ def test_a_table_on_the_hub_says_the_classes_of_its_files(hub):  # noqa: F811
     assert hub.count("GET", "resolve") == 1  # the table alone
 
 
+def test_a_table_beside_archives_on_the_hub_says_their_classes(hub):  # noqa: F811
+    table = "file_name,label\n" + "".join(f"{index}.png,{label}\n" for index, (label, _) in enumerate(ROWS[::50]))
+    members = [(f"{index}.png", data) for index, (_, data) in enumerate(ROWS[::50])]
+    hub.add(
+        "datasets/lab/set", {"a.zip": zip_of(members[:9]), "b.zip": zip_of(members[9:]), "labels.csv": table.encode()}
+    )
+    labelled = label_pictures(open_source("hf://datasets/lab/set"), Labelling())
+    source = open_source("hf://datasets/lab/set")
+    expected = {name: label for (name, _), (label, _) in zip(members, ROWS[::50], strict=True)}
+    named = {source.paths[line]: labelled.classes.folders[label] for line, label in enumerate(labelled.labels)}
+    assert named == expected
+
+
 def labels_of(source: Path, **labelling) -> tuple[list[str], list[int]]:
     labelled = label_pictures(open_source(str(source)), Labelling(**labelling))
     return labelled.classes.folders, labelled.labels
