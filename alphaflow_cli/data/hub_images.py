@@ -67,7 +67,7 @@ def open_hub(text: str, image_column: str = "") -> Source:
     if not files:
         what = f"no file of {split} there" if split else "no pictures, no parquet and no zip or tar archive there"
         raise AlphaflowError(f"{text}: {what} (it holds {brief(', '.join(sizes)) or 'nothing'})")
-    given = download(repo, commit, CLASS_LIST) if CLASS_LIST in sizes else None
+    given = download(repo, commit, CLASS_LIST) if form != "parquet" and CLASS_LIST in sizes else None
     loose = HubFiles(name=name, names=[], given_classes=given, asides=asides, repo=repo, commit=commit)
     if form == "pictures":
         return replace(loose, names=files)
