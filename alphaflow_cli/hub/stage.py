@@ -146,6 +146,8 @@ def stage(
     if not is_repository(repo):  # made of the run's name, perhaps
         raise AlphaflowError(f"{repo}: the Hub does not accept this name. Give another: alphaflow push RUN user/name")
     decoder = local_autoencoder(source, autoencoder)
+    if decoder is not None and decoder.resolve().is_relative_to(folder.resolve()):
+        raise AlphaflowError(f"{decoder}: lies in {folder}, which is written anew. Copy it, or give another folder.")
     prepare_folder(folder)
     remove_stale(folder)
     clean = _clean(source.checkpoint, packaged=decoder is not None)
