@@ -216,19 +216,25 @@ def _others(repo: Repo, commit: str) -> str:
 
 
 def _is_whole(path: Path) -> bool:
-    """Compare the bytes with the checksum that names them in the cache; remove damaged files."""
+    """Compare the bytes with the checksum that names them in the cache; remove damaged files.
+
+    A file there is a link to blobs/CHECKSUM. Of huggingface_hub 2.4 that may be a link, too: to what several
+    repositories share, whose name is Xet's hash and no checksum.
+    """
+    if not path.is_symlink():
+        return True  # a cache without links keeps no checksum
     from huggingface_hub.utils.sha import git_hash
 
-    blob = path.resolve()
+    blob = path.parent / path.readlink()
     expected = blob.name
     if re.fullmatch(r"[0-9a-f]{64}", expected):
         digest = sha256_of(blob)
     elif re.fullmatch(r"[0-9a-f]{40}", expected):
         digest = git_hash(blob.read_bytes())
     else:
-        return True  # a cache without links keeps no checksum
+        return True
     if digest == expected:
         return True
-    blob.unlink()
-    path.unlink(missing_ok=True)
+    for each in (blob.resolve(), blob, path):
+        each.unlink(missing_ok=True)  # another command may have found it, too
     return False
