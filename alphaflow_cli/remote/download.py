@@ -125,6 +125,22 @@ def pull(address: str, out: Path | None) -> Pulled:
     return Pulled(out, pulled.repo, pulled.commit)
 
 
+def fetch_data(repo: str, commit: str, file: str) -> Path:
+    """A file of a data set, in the cache; one that had to be downloaded is compared with the Hub's checksum, once.
+
+    A download that was cut off goes on.
+    """
+    from huggingface_hub import try_to_load_from_cache
+
+    where, folder = f"hf://datasets/{repo}: {file}", cache_folder()
+    with hub_faults(f"{where} cannot be downloaded"):
+        kept = try_to_load_from_cache(repo, file, cache_dir=folder, revision=commit, repo_type="dataset")
+        got = hub_api().hf_hub_download(repo, file, repo_type="dataset", revision=commit, cache_dir=folder)
+    if not isinstance(kept, str) and not _is_whole(Path(got)):
+        raise AlphaflowError(f"{where} came damaged (not the Hub's checksum). Removed; run the same command again.")
+    return Path(got)
+
+
 def _copy(folder: Path, out: Path, patterns: list[str]) -> None:
     """Copy what matches, for the cache may have more; config.json first: it marks a copy that broke off as ours."""
     there = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
