@@ -96,9 +96,9 @@ class Archive(Source):
         return labels_beside(self.path, self.names, self.asides, self.read_asides, column)
 
     def classes_json(self) -> bytes | None:
-        """The class list that lies in the fewest folders, if there is one."""
+        """The class list that lies in the fewest folders, if there is one; else the one beside the archive."""
         lists = [name for name in self.asides if name.rsplit("/", 1)[-1] == CLASS_LIST]
-        return self.read_aside(min(lists, key=lambda name: name.count("/"))) if lists else None
+        return self.read_aside(min(lists, key=lambda name: name.count("/"))) if lists else self.given_classes
 
     def checked(self, file: BinaryIO, read: Callable[[Place], bytes], place: Place) -> bytes:
         """Read a place. A fault of the member is an OSError; an archive that was written to ends the run."""
@@ -250,9 +250,15 @@ def _open_zip(path: Path, file: BinaryIO, stamp: Stamp) -> Archive:
         elif stat.S_ISLNK(member.external_attr >> 16):
             is_sane = member.file_size <= MAX_TARGET
             entry = Link(_unpacked(opened, member).decode(errors="surrogateescape")) if is_sane else NO_TARGET
-        if not member.is_dir():
-            entries.add(member.filename, entry)
+        if not (name := _path_in(member)).endswith("/"):  # a folder
+            entries.add(name, entry)
     return _archive(entries, path, "zip", stamp)
+
+
+def _path_in(member: zipfile.ZipInfo) -> str:
+    """The path of a member. Older programs of Windows part it by backslashes, against the rule; unzip mends it, too."""
+    is_of_windows = member.create_system == 0 and "/" not in member.filename
+    return member.filename.replace("\\", "/") if is_of_windows else member.filename
 
 
 def _open_tar(path: Path, file: BinaryIO, stamp: Stamp) -> Archive:

@@ -139,7 +139,8 @@ def _kind_of(kind: Any) -> str:
         return "bytes"
     if types.is_string(kind) or types.is_large_string(kind):
         return "text"
-    return "number" if types.is_integer(kind) else ""
+    views = {"binary_view": "bytes", "string_view": "text"}  # of Polars; the oldest pyarrow has no function for them
+    return views.get(str(kind), "number" if types.is_integer(kind) else "")
 
 
 def _features(schema: Any, where: str) -> dict[str, Any]:

@@ -8,8 +8,7 @@ is looked up once and stands in the plan: a run that goes on reads the same pict
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 from alphaflow_cli.data.classes import choose_files
@@ -17,8 +16,8 @@ from alphaflow_cli.data.entries import is_hidden
 from alphaflow_cli.data.pictures import CLASS_LIST, TABLES, Loose, Source, is_picture
 from alphaflow_cli.data.shards import ARCHIVES, PARQUET, in_order, open_archives
 from alphaflow_cli.errors import AlphaflowError
-from alphaflow_cli.remote.cache import cache_folder
 from alphaflow_cli.remote.client import hub_api
+from alphaflow_cli.remote.download import fetch_data
 from alphaflow_cli.remote.faults import hub_faults
 from alphaflow_cli.remote.ranges import RemoteFile, download
 from alphaflow_cli.text import brief
@@ -67,12 +66,13 @@ def open_hub(text: str, image_column: str = "") -> Source:
     if not files:
         what = f"no file of {split} there" if split else "no pictures, no parquet and no zip or tar archive there"
         raise AlphaflowError(f"{text}: {what} (it holds {brief(', '.join(sizes)) or 'nothing'})")
+    given = download(repo, commit, CLASS_LIST) if form != "parquet" and CLASS_LIST in sizes else None
+    loose = HubFiles(name=name, names=[], given_classes=given, asides=asides, repo=repo, commit=commit)
     if form == "pictures":
-        given = download(repo, commit, CLASS_LIST) if CLASS_LIST in sizes else None
-        return HubFiles(name=name, names=files, given_classes=given, asides=asides, repo=repo, commit=commit)
+        return replace(loose, names=files)
     files = in_order(choose_files(files, split))
     if form == "archives":
-        return open_archives(name, [_cached(repo, commit, file) for file in files], files)
+        return open_archives(name, [fetch_data(repo, commit, file) for file in files], files, loose)
     from alphaflow_cli.data.parquet import open_parquet  # and pyarrow, which other sources do not need
 
     places = [RemoteFile(repo, commit, file, sizes[file]) for file in files]
@@ -87,10 +87,3 @@ def _list(repo: str, revision: str | None) -> tuple[str, Mapping[str, int]]:
         entries = hub_api().list_repo_tree(repo, repo_type="dataset", revision=info.sha, recursive=True)
         files = (entry for entry in entries if hasattr(entry, "size") and not is_hidden(entry.path))
         return info.sha, {file.path: file.size for file in files}
-
-
-def _cached(repo: str, commit: str, file: str) -> Path:
-    """Download an archive into the Hub's cache; a download that was cut off goes on, and one that is there stays."""
-    with hub_faults(f"hf://datasets/{repo}: {file} cannot be downloaded"):
-        folder = cache_folder()
-        return Path(hub_api().hf_hub_download(repo, file, repo_type="dataset", revision=commit, cache_dir=folder))

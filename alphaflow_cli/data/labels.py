@@ -1,8 +1,8 @@
 """Which class each picture of a source shows: what the command line says, the source itself, its folders, or a table.
 
-The first of these decides: --unlabelled (all pictures are one class), --labels FILE, what stands in the source beside
-each picture (parquet, WebDataset), class folders, and a table in the source where there are no class folders. Pictures
-of which nothing says the class are one class.
+The first of these decides: --unlabelled (all pictures are one class), --labels FILE, class folders, what stands in the
+source beside each picture (parquet, WebDataset), and a table in the source. Of many archives that is a table in any of
+them, or in the folder where they lie. Pictures of which nothing says the class are one class.
 """
 
 import posixpath
@@ -44,12 +44,13 @@ def label_pictures(source: Source, labelling: Labelling) -> Labelled:
     own = None if in_folders else source.labels(labelling.columns.label)
     if own is not None:
         return _by_keys(source, lines, _of_source(source, lines, own), own.order, [])
-    tables = _tables_of(source, prefix, labelling.columns)
+    places = (source, *source.beside)
+    tables = [table for each in places for table in _tables_of(each, prefix, labelling.columns)]
     if tables and not in_folders:
         return _by_keys(source, lines, _matched(source, lines, prefix, tables), None, [])
     if labelling.columns.label:
         raise AlphaflowError(f"{source.name}: no table and no column says classes there, so --label-column has no use")
-    notes = [f"{where} not used, because class folders are there (--labels uses it)" for _, where, _ in tables]
+    notes = [f"{where} not used, because class folders are there (--labels uses it)" for _, where, _ in tables[:3]]
     folders = folders_of(paths, prefix)
     if set(folders) == {""} and source.classes_json() is None:
         return _one_class(lines, "neither folders nor a table tell classes apart")

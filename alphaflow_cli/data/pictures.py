@@ -44,6 +44,7 @@ class Source(ABC):
     notes: list[str] = field(default_factory=list)  # what was left aside at the listing, in lines for people
     given_classes: bytes | None = None
     asides: Collection[str] = ()  # files beside the pictures that may say their classes: tables, notes of one picture
+    beside: Sequence["Source"] = ()  # others, whose tables may say the classes: the archives, the folder they lie in
 
     @property
     def paths(self) -> Sequence[str]:

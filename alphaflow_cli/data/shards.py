@@ -9,7 +9,7 @@ import threading
 from bisect import bisect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
@@ -71,8 +71,9 @@ class Archives(Source):
         )
 
     def classes_json(self) -> bytes | None:
-        """The class list of the first archive that has one."""
-        return next((given for archive in self.archives if (given := archive.classes_json()) is not None), None)
+        """The class list of the first archive that has one, else the one in the folder where they lie."""
+        lists = (given for archive in self.archives if (given := archive.classes_json()) is not None)
+        return next(lists, self.given_classes)
 
     @contextmanager
     def reading(self, lines: Sequence[int]) -> Iterator[Iterator[tuple[int, Fetch]]]:
@@ -120,18 +121,23 @@ class _Open:
                 self.context.__exit__(None, None, None)
 
 
-def open_archives(name: str, paths: Sequence[Path], titles: Sequence[str]) -> Source:
-    """List the pictures of these archives; a single one is a source as if it alone had been given."""
+def open_archives(name: str, paths: Sequence[Path], titles: Sequence[str], folder: Source | None = None) -> Source:
+    """List the pictures of these archives; a single one is a source as if it alone had been given.
+
+    What lies beside them in `folder` may say their classes: tables, and a class list.
+    """
+    around, given = ([folder], folder.classes_json()) if folder else ([], None)
     if len(paths) == 1:
-        return open_archive(paths[0])
+        return replace(open_archive(paths[0]), beside=around, given_classes=given)
     archives = [open_archive(path) for path in paths]
-    kinds = sorted({archive.kind for archive in archives})
+    kind = " and ".join(sorted({archive.kind for archive in archives})) + " shards"
     names = [f"{title}/{name}" for title, archive in zip(titles, archives, strict=True) for name in archive.names]
     notes = [counted(len(archives), "archive")]
     notes += [f"{title}: {note}" for title, archive in zip(titles, archives, strict=True) for note in archive.notes][:5]
     return Archives(
-        kind=" and ".join(kinds) + " shards", name=name, names=names, notes=notes, titles=titles, archives=archives
-    )
+        kind=kind, name=name, names=names, notes=notes, titles=titles, archives=archives,
+        beside=[*archives, *around], given_classes=given,
+    )  # fmt: skip
 
 
 def in_order(names: Sequence[str]) -> list[str]:

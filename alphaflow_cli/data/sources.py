@@ -11,7 +11,7 @@ raises OSError where the file is gone. Whoever reads holds the context until the
 import os
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,10 +61,12 @@ def _below(folder: "Folder", image_column: str) -> Source:
     if folder.names or not folder.packed:
         return folder
     titles = in_order(choose_files(folder.packed))
-    return _of_files(folder.name, folder.root, [folder.root / title for title in titles], image_column)
+    return _of_files(folder.name, folder.root, [folder.root / title for title in titles], image_column, folder)
 
 
-def _of_files(name: str, root: Path, paths: Sequence[Path], image_column: str) -> Source:
+def _of_files(
+    name: str, root: Path, paths: Sequence[Path], image_column: str, folder: "Folder | None" = None
+) -> Source:
     """Parquet files, or archives; which of the two is read from their bytes."""
     tables = [path for path in paths if _is_parquet(path)]
     if tables and len(tables) < len(paths):
@@ -76,8 +78,9 @@ def _of_files(name: str, root: Path, paths: Sequence[Path], image_column: str) -
     if tables:
         from alphaflow_cli.data.parquet import local_parquet  # and pyarrow, which other sources do not need
 
-        return local_parquet(name, tables, root, image_column)
-    return open_archives(name, paths, [path.relative_to(root).as_posix() for path in paths])
+        given = folder.classes_json() if folder else None
+        return replace(local_parquet(name, tables, root, image_column), given_classes=given)
+    return open_archives(name, paths, [path.relative_to(root).as_posix() for path in paths], folder)
 
 
 def _is_parquet(path: Path) -> bool:

@@ -75,7 +75,7 @@ def parse_table(data: bytes, where: str, columns: Columns, *, given: bool) -> li
     file = choose_column(head, columns.image, FILE_COLUMNS)
     label = choose_column(head, columns.label, LABEL_COLUMNS)
     if label is None and given and not columns.label and len(head) == 2 and file:
-        label = next(name for name in head if name != file)
+        label = next((name for name in head if name != file), None)
     if label is None and not given and not columns.label:
         return None
     shown = brief(", ".join(head))
@@ -85,6 +85,9 @@ def parse_table(data: bytes, where: str, columns: Columns, *, given: bool) -> li
         )
     if label is None:
         raise AlphaflowError(f"{where}: has no column {columns.label or 'label'} ({shown}). Name it: --label-column")
+    for name in (file, label):
+        if head.count(name) > 1:
+            raise AlphaflowError(f"{where}: has two columns with the name {brief(name)}. Keep one of them")
     return [_row(number, row, file, label, where) for number, row in rows]
 
 

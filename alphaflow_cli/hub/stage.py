@@ -17,7 +17,7 @@ from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.evaluate.results import RESULTS_SCHEMA, read_results
 from alphaflow_cli.export.diffusers import export_diffusers
 from alphaflow_cli.export.graph import open_exported
-from alphaflow_cli.files import sha256_of, user_path, write_by, write_whole
+from alphaflow_cli.files import is_there, sha256_of, user_path, write_by, write_whole
 from alphaflow_cli.hub.card import CardFacts, last_part, model_card, result_rows, scrub
 from alphaflow_cli.model.checkpoint import (
     CHECKPOINT_FORMAT,
@@ -146,6 +146,8 @@ def stage(
     if not is_repository(repo):  # made of the run's name, perhaps
         raise AlphaflowError(f"{repo}: the Hub does not accept this name. Give another: alphaflow push RUN user/name")
     decoder = local_autoencoder(source, autoencoder)
+    if decoder is not None and decoder.resolve().is_relative_to(folder.resolve()):
+        raise AlphaflowError(f"{decoder}: lies in {folder}, which is written anew. Copy it, or give another folder.")
     prepare_folder(folder)
     remove_stale(folder)
     clean = _clean(source.checkpoint, packaged=decoder is not None)
@@ -237,7 +239,8 @@ def _clean(checkpoint: Checkpoint, *, packaged: bool) -> Checkpoint:
     expected = tuple(replace(score, source=scrub(score.source)) for score in recipe.expected)
     recipe = replace(recipe, name=scrub(recipe.name), data=data, eval=evaluation, expected=expected)
     begun = str(origin.get("init_from") or "")
-    if begun and not is_repository(begun.partition("@")[0].partition(":")[0]):
+    is_run = begun.startswith("runs/") or is_there(user_path(begun))  # of this machine, though it looks like user/repo
+    if begun and (is_run or not is_repository(begun.partition("@")[0].partition(":")[0])):
         origin = origin | {"init_from": last_part(begun)}
     return replace(checkpoint, recipe=recipe, origin=origin)
 

@@ -15,21 +15,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from alphaflow_cli.data.manifest import (
-    TRANSFORMS,
-    AutoencoderRecord,
-    Crop,
-    StorePlan,
-    differences,
-    plan_to_dict,
-    read_plan,
-)
+from alphaflow_cli.data.manifest import TRANSFORMS, AutoencoderRecord, Crop, StorePlan
 from alphaflow_cli.data.writing import finish_store, is_done, write_shard
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.files import is_there
 from alphaflow_cli.latents.encode import writing_to
 from alphaflow_cli.latents.foreign import ForeignLatents, Second, described_count, open_foreign
-from alphaflow_cli.latents.plan import STORED_DTYPES, record_of, shard_size
+from alphaflow_cli.latents.plan import STORED_DTYPES, check_plan, record_of, shard_size
 from alphaflow_cli.latents.prepare import begin_store, check_room
 from alphaflow_cli.nn.autoencoder import load_autoencoder, public_id
 from alphaflow_cli.runtime.lock import hold
@@ -61,9 +53,7 @@ def import_latents(request: ImportRequest, *, shown: bool = True) -> Path:
     _check_labels(request, foreign)
     plan = _plan(request, foreign)
     out, total = request.out, -(-plan.images // plan.shard_size)
-    before = read_plan(out / "plan.json") if is_there(out / "plan.json") else None
-    if before and (lines := differences(plan_to_dict(plan), plan_to_dict(before), "this command", "the store")):
-        raise AlphaflowError(f"{out}: holds another preparation: {'; '.join(lines)}. Give another --out, or delete it")
+    check_plan(plan, out)
     missing = [shard for shard in range(total) if not is_done(out, shard)]
     if not missing and is_there(out / "manifest.json"):
         return out

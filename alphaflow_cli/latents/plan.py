@@ -61,9 +61,15 @@ def plan_job(request: StoreRequest, out: Path, processes: Processes) -> Job:
         listing = _with_the_removed(listing, out)
     encoder = _encoder(request, listing, before, finished=_is_whole(out, before), device=device)
     plan = _plan(request, listing, encoder)
-    if before and (lines := differences(plan_to_dict(plan), plan_to_dict(before), "this command", "the store")):
-        raise AlphaflowError(f"{out}: holds another preparation: {_in_brief(lines)}. Give another --out, or delete it")
+    check_plan(plan, out)
     return Job(request, listing, out, plan, request.batch or default_batch(request, device), threads, encoder.model)
+
+
+def check_plan(plan: StorePlan, out: Path) -> None:
+    """Refuse a folder that holds another preparation."""
+    there = read_plan(out / "plan.json") if is_there(out / "plan.json") else plan
+    if lines := differences(plan_to_dict(plan), plan_to_dict(there), "this command", "the store"):
+        raise AlphaflowError(f"{out}: holds another preparation: {_in_brief(lines)}. Give another --out, or delete it")
 
 
 def _in_brief(lines: list[str]) -> str:

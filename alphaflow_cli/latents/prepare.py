@@ -33,7 +33,7 @@ from alphaflow_cli.latents.encode import (
     load_encoder,
     writing_to,
 )
-from alphaflow_cli.latents.plan import plan_job
+from alphaflow_cli.latents.plan import check_plan, plan_job
 from alphaflow_cli.runtime.lock import hold
 from alphaflow_cli.runtime.processes import Processes, all_or_none, check_seen, processes_here
 from alphaflow_cli.runtime.progress import Progress, duration, say, size
@@ -115,6 +115,7 @@ def begin_store(
 
     `images` is the content of images.json. `words` are said of the store; without any, nothing is.
     """
+    check_plan(plan, out)  # once more: another command may have made a store here while we made our plan
     there = {entry.name for entry in out.iterdir() if entry.name[0] != "."}
     begun = there <= set(BEFORE_THE_PLAN) and "images.json" in there  # a kill came between these and the plan
     if there and "plan.json" not in there and not begun:

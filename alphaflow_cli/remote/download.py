@@ -125,6 +125,22 @@ def pull(address: str, out: Path | None) -> Pulled:
     return Pulled(out, pulled.repo, pulled.commit)
 
 
+def fetch_data(repo: str, commit: str, file: str) -> Path:
+    """A file of a data set, in the cache; one that had to be downloaded is compared with the Hub's checksum, once.
+
+    A download that was cut off goes on.
+    """
+    from huggingface_hub import try_to_load_from_cache
+
+    where, folder = f"hf://datasets/{repo}: {file}", cache_folder()
+    with hub_faults(f"{where} cannot be downloaded"):
+        kept = try_to_load_from_cache(repo, file, cache_dir=folder, revision=commit, repo_type="dataset")
+        got = hub_api().hf_hub_download(repo, file, repo_type="dataset", revision=commit, cache_dir=folder)
+    if not isinstance(kept, str) and not _is_whole(Path(got)):
+        raise AlphaflowError(f"{where} came damaged (not the Hub's checksum). Removed; run the same command again.")
+    return Path(got)
+
+
 def _copy(folder: Path, out: Path, patterns: list[str]) -> None:
     """Copy what matches, for the cache may have more; config.json first: it marks a copy that broke off as ours."""
     there = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
@@ -216,19 +232,25 @@ def _others(repo: Repo, commit: str) -> str:
 
 
 def _is_whole(path: Path) -> bool:
-    """Compare the bytes with the checksum that names them in the cache; remove damaged files."""
+    """Compare the bytes with the checksum that names them in the cache; remove damaged files.
+
+    A file there is a link to blobs/CHECKSUM. Of huggingface_hub 2.4 that may be a link, too: to what several
+    repositories share, whose name is Xet's hash and no checksum.
+    """
+    if not path.is_symlink():
+        return True  # a cache without links keeps no checksum
     from huggingface_hub.utils.sha import git_hash
 
-    blob = path.resolve()
+    blob = path.parent / path.readlink()
     expected = blob.name
     if re.fullmatch(r"[0-9a-f]{64}", expected):
         digest = sha256_of(blob)
     elif re.fullmatch(r"[0-9a-f]{40}", expected):
         digest = git_hash(blob.read_bytes())
     else:
-        return True  # a cache without links keeps no checksum
+        return True
     if digest == expected:
         return True
-    blob.unlink()
-    path.unlink(missing_ok=True)
+    for each in (blob.resolve(), blob, path):
+        each.unlink(missing_ok=True)  # another command may have found it, too
     return False

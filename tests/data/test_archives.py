@@ -193,6 +193,21 @@ def test_names_are_kept_as_they_are_spelled_unless_one_folder_is_spelled_in_two_
         assert list(open_source(str(path)).names) == names
 
 
+@pytest.mark.parametrize(("system", "mark"), [(0, "/"), (3, "\\")])
+def test_backslashes_in_a_zip_of_windows_part_folders(tmp_path, system, mark):
+    path, written = tmp_path / "set.zip", ["cat\\1.png", "dog\\big\\2.png"]
+    names = [name.replace("\\", mark) for name in written]
+    with zipfile.ZipFile(path, "w") as archive:
+        for name in ("cat\\", *written):
+            member = zipfile.ZipInfo("x")
+            member.filename, member.create_system = name, system
+            archive.writestr(member, PNG if name.endswith(".png") else b"")
+    source = open_source(str(path))
+    assert list(source.names) == names
+    assert fetched(source) == dict.fromkeys(names, PNG)
+    assert len(source.notes) == (1 if system else 0)  # the folder is no file
+
+
 def test_a_zip_that_claims_more_than_it_has_asks_for_no_memory(tmp_path):
     data = bytearray(zip_of([("a/1.png", PNG), ("a/2.png", PNG)]))
     at = data.find(b"PK\1\2")

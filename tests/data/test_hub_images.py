@@ -89,7 +89,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
         self.send_response(200)
         for key, value in {
             "Content-Length": len(data),
-            "ETag": f'"{hashlib.sha1(data).hexdigest()}"',
+            "ETag": f'"{hashlib.sha256(data).hexdigest()}"',
             "X-Repo-Commit": COMMIT,
         }.items():
             self.send_header(key, str(value))

@@ -232,6 +232,24 @@ def test_columns_are_found_by_the_schema_or_by_their_types(tmp_path):
     assert found(path) == ([""], [0] * 4)
 
 
+@pytest.mark.skipif(not hasattr(pa, "binary_view"), reason="this pyarrow has no such types")
+@pytest.mark.parametrize("nested", [False, True])
+def test_bytes_and_texts_in_the_types_that_polars_writes_are_pictures_and_classes(tmp_path, nested):
+    rows = pictures(8)
+    data, labels = [data for _, data in rows], [label for label, _ in rows]
+    cells = pa.array(data, pa.binary_view())
+    if nested:
+        kind = pa.struct([("bytes", pa.binary_view()), ("path", pa.string_view())])
+        cells = pa.array([{"bytes": each, "path": "x"} for each in data], kind)
+    path = tmp_path / "a.parquet"
+    path.write_bytes(bytes_of(pa.table({"image": cells, "label": pa.array(labels, pa.string_view())})))
+    source = open_source(str(path))
+    labelled = label_pictures(source, AS_FOUND)
+    assert [labelled.classes.names[each] for each in labelled.labels] == labels
+    with source.reading(range(8)) as fetches:
+        assert [fetch() for _, fetch in fetches] == data
+
+
 def test_columns_can_be_chosen(tmp_path):
     data = [data for _, data in pictures(2)]
     path = write(tmp_path / "x.parquet", pa.table({"a": data, "b": data[::-1], "fine": [1, 0], "kind": ["x", "y"]}))

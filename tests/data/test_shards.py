@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from archive_forms import tar_of, zip_of
 from hub_fixtures import hub  # noqa: F401 (a fixture)
+from hub_server import Fault
 from packed_forms import parquet_files, pictures, table_of, webdataset, write_files, write_folder, zips
 
 from alphaflow_cli.cli import run
@@ -64,6 +65,28 @@ def test_a_table_on_the_hub_says_the_classes_of_its_files(hub):  # noqa: F811
     labelled = label_pictures(open_source("hf://datasets/lab/set"), Labelling())
     assert [labelled.classes.folders[label] for label in labelled.labels] == [label for label, _ in ROWS[::50]]
     assert hub.count("GET", "resolve") == 1  # the table alone
+
+
+def test_a_table_beside_archives_on_the_hub_says_their_classes(hub):  # noqa: F811
+    table = "file_name,label\n" + "".join(f"{index}.png,{label}\n" for index, (label, _) in enumerate(ROWS[::50]))
+    members = [(f"{index}.png", data) for index, (_, data) in enumerate(ROWS[::50])]
+    hub.add(
+        "datasets/lab/set", {"a.zip": zip_of(members[:9]), "b.zip": zip_of(members[9:]), "labels.csv": table.encode()}
+    )
+    labelled = label_pictures(open_source("hf://datasets/lab/set"), Labelling())
+    source = open_source("hf://datasets/lab/set")
+    expected = {name: label for (name, _), (label, _) in zip(members, ROWS[::50], strict=True)}
+    named = {source.paths[line]: labelled.classes.folders[label] for line, label in enumerate(labelled.labels)}
+    assert named == expected
+
+
+def test_an_archive_on_the_hub_that_comes_damaged_is_removed_and_fetched_again(hub):  # noqa: F811
+    hub.add("datasets/lab/set", {"a.zip": zip_of([("a/1.png", PNG)])})
+    hub.faults["GET", "/resolve/"] = Fault(200, corrupt=True)
+    with pytest.raises(AlphaflowError, match=r"hf://datasets/lab/set: a.zip came damaged \(not the Hub's checksum\)"):
+        open_source("hf://datasets/lab/set")
+    hub.faults.clear()
+    assert list(open_source("hf://datasets/lab/set").names) == ["a/1.png"]
 
 
 def labels_of(source: Path, **labelling) -> tuple[list[str], list[int]]:

@@ -47,6 +47,37 @@ def fault_of(source: Path, **labelling) -> str:
     return str(fault.value)
 
 
+def classes_by_name(source: str) -> dict[str, str]:
+    opened = open_source(source)
+    labelled = label_pictures(opened, AS_FOUND)
+    return {
+        opened.paths[line]: labelled.classes.folders[label]
+        for line, label in zip(labelled.lines, labelled.labels, strict=True)
+    }
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("beside", [False, True])
+def test_a_table_in_archives_or_beside_them_says_the_classes(tmp_path, count, beside):
+    archives = {}
+    for part in range(count):
+        members = list(PICTURES.items())[part::count]
+        rows = "".join(f"{name},{CLASS_OF[name]}\n" for name, _ in members)
+        own = [] if beside else [("metadata.csv", f"file_name,label\n{rows}".encode())]
+        archives[f"part-{part}.zip"] = zip_of([*members, *own])
+    source = folder_of({**archives, **({"labels.csv": CSV} if beside else {})}, tmp_path / "set")
+    assert classes_by_name(str(source)) == CLASS_OF
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_class_list_beside_archives_decides(tmp_path, count):
+    members = [(f"{name[1]}/{name}", data) for name, data in PICTURES.items()]
+    archives = {f"part-{part}.zip": zip_of(members[part::count]) for part in range(count)}
+    order = [str(number) for number in range(9, -1, -1)]
+    source = folder_of({**archives, "classes.json": json.dumps(order)}, tmp_path / "set")
+    assert labels_of(source)[0] == order
+
+
 @pytest.mark.parametrize("form", ["folder", "zip", "tar", "tar.gz"])
 @pytest.mark.parametrize("table", [("labels.csv", CSV), ("metadata.csv", CSV), ("metadata.jsonl", JSONL)])
 def test_a_table_in_the_source_says_the_classes(tmp_path, form, table):
@@ -166,6 +197,9 @@ FAULTS = {
     "file_name,label\n00.png,cat\n": "has no row for 11 pictures; the first is 01.png. Add rows",
     CSV + "gone.png,cat\nlost.png,dog\n": "line 14 names gone.png, which is not in set (2 of 14 rows have no picture)",
     f"file_name,label\n00.png,{'x' * 2000}\n": "its label has 2,000 letters, at most 1,000 are a class",
+    "image,image\n00.png,cat\n": "has no column label (image, image). Name it: --label-column",
+    "image,label,image\n00.png,cat,1\n": "has two columns with the name image. Keep one of them",
+    "image,label,label\n00.png,cat,1\n": "has two columns with the name label. Keep one of them",
 }
 
 

@@ -68,6 +68,17 @@ def test_one_that_is_not_found_is_said_before_anything_is_made(hub, project, cap
     assert set(hub.files("me/tiny")) >= PACKAGED
 
 
+def test_one_that_lies_in_the_folder_of_a_dry_run_is_not_deleted(project, capsys):
+    write_run("vae")
+    dry = ("push", "runs/tiny", "me/tiny", "--dry-run")
+    assert alphaflow(*dry, capsys=capsys)[0] == 0
+    Path("vae").rename("lost")
+    code, said = alphaflow(*dry, "--autoencoder", "runs/tiny/hub/autoencoder", capsys=capsys)
+    assert code == 1
+    assert "runs/tiny/hub/autoencoder: lies in runs/tiny/hub, which is written anew" in said
+    assert {path.name for path in Path("runs/tiny/hub/autoencoder").iterdir()} == {Path(each).name for each in PACKAGED}
+
+
 @pytest.mark.parametrize("args", [(), ("--autoencoder", "other")])
 def test_another_of_the_same_name_is_refused_before_anything_is_made(hub, project, capsys, args):  # noqa: F811
     write_run("vae")

@@ -380,6 +380,17 @@ def test_foreign_words_stay_words_in_the_card(finished, words):
         assert head.count("\n---") == 0
 
 
+@pytest.mark.parametrize("begun", ["runs/base", "teachers/base"])
+def test_a_run_of_this_machine_that_it_began_with_is_no_model_of_the_hub(finished, tmp_path, monkeypatch, begun):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "teachers" / "base").mkdir(parents=True)
+    old = load_checkpoint(finished / "model.safetensors")
+    save_checkpoint(tmp_path / "m.safetensors", replace(old, origin=old.origin | {"init_from": begun}))
+    folder = staged(tmp_path / "m.safetensors", tmp_path)
+    assert load_checkpoint(folder / "model.safetensors").origin["init_from"] == "base"
+    assert "base_model" not in ModelCard.load(folder / "README.md").data.to_dict()
+
+
 @pytest.mark.parametrize(
     ("begun", "base"),
     [("user/b2@v1", "user/b2"), ("hf://user/b2", "user/b2"), ("model.safetensors", None), (None, None)],

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from pathlib import Path
 
 import huggingface_hub
 import pytest
@@ -234,6 +235,20 @@ def test_offline_the_cache_serves_and_that_is_said(hub, published, capsys):  # n
     hub.faults["HEAD", "/"] = Fault(0)
     assert resolve_checkpoint("me/tiny").read_bytes() == online
     assert f"using the cache, commit {published[1]}" in capsys.readouterr().err
+
+
+def test_a_file_that_the_cache_shares_among_repositories_has_the_checksum_of_its_link(hub, published, capsys):  # noqa: F811
+    model = resolve_checkpoint("me/tiny")
+    good, blob, shared = model.read_bytes(), model.resolve(), Path(os.environ["HF_HUB_CACHE"], "blobs", "ab", "ab" * 32)
+    shared.parent.mkdir(parents=True)
+    blob.rename(shared)  # as huggingface_hub 2.4 does with what came by Xet
+    blob.symlink_to(shared)
+    assert resolve_checkpoint("me/tiny").read_bytes() == good
+    shared.write_bytes(bytes(len(good)))
+    assert run(["pull", "me/tiny"]) == 1
+    assert "model.safetensors came damaged" in capsys.readouterr().err
+    assert not shared.exists()
+    assert resolve_checkpoint("me/tiny").read_bytes() == good
 
 
 def test_a_damaged_download_is_found_removed_and_fetched_again(hub, published, capsys):  # noqa: F811

@@ -19,14 +19,14 @@ from safetensors.numpy import load_file
 from tiny_autoencoders import tiny_dc, tiny_kl
 
 from alphaflow_cli.cli import run
-from alphaflow_cli.data.manifest import read_manifest
+from alphaflow_cli.data.manifest import read_manifest, read_plan
 from alphaflow_cli.data.store import open_store, verify_store
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.files import free_bytes
 from alphaflow_cli.latents import encode
 from alphaflow_cli.latents.encode import choose_precision
 from alphaflow_cli.latents.plan import default_out, shard_size
-from alphaflow_cli.latents.prepare import check_room
+from alphaflow_cli.latents.prepare import begin_store, check_room
 from alphaflow_cli.nn.autoencoder import load_autoencoder
 from alphaflow_cli.runtime.precision import encoder_precision
 
@@ -215,6 +215,15 @@ def test_another_preparation_in_the_same_folder_is_refused_with_both_sides(tree,
     out = prepare(tree, tmp_path / "s")
     with pytest.raises(AlphaflowError, match=words):
         prepare(tree, out, **changes)
+
+
+def test_a_store_that_another_command_made_while_this_one_planned_is_left_alone(tree, tmp_path):
+    ours = read_plan(prepare(tree, tmp_path / "elsewhere", size=8) / "plan.json")
+    theirs = prepare(tree, tmp_path / "s")
+    before = contents(theirs)
+    with pytest.raises(AlphaflowError, match="holds another preparation: image_size is 8 in this command, 16 in the"):
+        begin_store(theirs, ours, [b"[]"], {}, [])
+    assert contents(theirs) == before
 
 
 def test_another_preparation_is_refused_in_one_short_line(tree, tmp_path):
