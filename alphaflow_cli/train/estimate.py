@@ -20,7 +20,7 @@ from alphaflow_cli.model.compiling import compile_blocks, compile_faults, forget
 from alphaflow_cli.recipe import diff_recipes, load_recipe, shipped
 from alphaflow_cli.recipe.facts import facts, human, lines
 from alphaflow_cli.recipe.loader import set_text
-from alphaflow_cli.recipe.plan import alpha_at, equal_share_at, phases
+from alphaflow_cli.recipe.plan import alpha_at, equal_share_at, is_precise, stretches
 from alphaflow_cli.recipe.schema import Recipe
 from alphaflow_cli.runtime.processes import World, join_world
 from alphaflow_cli.runtime.progress import Progress, duration, say
@@ -78,9 +78,9 @@ class Trial:
         self.optimiser = Optimiser(self.net, recipe, in_buckets=has_buckets(recipe.train.strategy, processes))
 
     def phases(self, count: int) -> None:
-        """Take one step of every phase on `count` rows, where the phase has the most r < t rows."""
+        """Take one step of every stretch on `count` rows, where the stretch has the most r < t rows."""
         self.optimiser_step()  # so the first one already has beside it what all but a run's first step have
-        for phase in phases(self.recipe):
+        for phase in stretches(self.recipe):
             self.step(count, min(phase.first, phase.until - 1, key=equal_share_at(self.recipe)))
 
     def step(self, count: int, at: int) -> None:
@@ -99,13 +99,14 @@ class Trial:
 
 @dataclass(frozen=True)
 class PhaseTime:
-    """A phase of the run, and what a step of it took on this machine."""
+    """A phase of the run, or its part of one precision, and what a step of it took on this machine."""
 
     kind: str
     steps: int
     seconds_per_step: float
     memory_bytes: int
     graphed: bool = False  # whether it was replayed as a CUDA graph, without the draws and the data of a step
+    precise: bool = False  # whether it is in fp32, in a run in bf16
 
     @property
     def seconds(self) -> float:
@@ -129,11 +130,12 @@ def measure_phases(
     `graphed` is what `choose_graphs` says.
     """
     trial = Trial(recipe, device, compiled=compiled, processes=processes)
-    times, all_phases = [], phases(recipe)
+    times, all_phases, alpha = [], stretches(recipe), alpha_at(recipe)
     turns = -(-per_process // micro_batch) * micro_batch / rows
     with Progress("timing", len(all_phases) * (1 + TIMED_STEPS), unit="step") as bar:
         for phase in all_phases:
-            step = partial(trial.step, rows, (phase.first + phase.until) // 2)
+            middle = (phase.first + phase.until) // 2
+            step = partial(trial.step, rows, middle)
             step()  # warm up, and compile
             bar.advance(1, phase.kind)
             if device.type == "cuda":
@@ -147,7 +149,8 @@ def measure_phases(
             # a part of the rows pays the optimiser in full
             fixed = min(timed(trial.optimiser_step), min(seconds)) if rows < micro_batch else 0.0
             each = fixed + (statistics.median(seconds) - fixed) * turns
-            times.append(PhaseTime(phase.kind, phase.until - phase.first, each, memory))
+            precise = is_precise(recipe, alpha(middle))
+            times.append(PhaseTime(phase.kind, phase.until - phase.first, each, memory, precise=precise))
     if graphed is not False:
         times = _as_graphs(trial, times, wanted=bool(graphed))
     if compiled:
@@ -162,7 +165,7 @@ def _as_graphs(trial: Trial, times: list[PhaseTime], *, wanted: bool) -> list[Ph
     steps = StepGraphs(recipe, net=trial.net, wrapped=trial.net, optimiser=trial.optimiser, sums=sums)
     alpha, share, pairs = alpha_at(recipe), equal_share_at(recipe), []
     try:
-        for phase in phases(recipe):
+        for phase in stretches(recipe):
             middle = (phase.first + phase.until) // 2
             pairs.append(steps.prepare(middle, equal_rows(recipe.train.batch, share(middle)), alpha(middle)))
     except RuntimeError as error:  # the run meets it too, says so, and goes on with launched steps
@@ -274,11 +277,14 @@ def estimate_training(
             "memory_bytes": p.memory_bytes,
             "compiled": compiled,
             "graph": p.graphed,
+            "precise": p.precise,
         }
         for p in measured
     ]
+    wide = " in TF32" if recipe.train.tf32 else " in fp32"
     text = [
-        f"{p.kind}: {counted(p.steps, 'step')} at {p.seconds_per_step:.3f} s = {duration(p.seconds)}"
+        f"{p.kind}{wide if p.precise else ''}: {counted(p.steps, 'step')} at {p.seconds_per_step:.3f} s"
+        + f" = {duration(p.seconds)}"
         + (f", {human(p.memory_bytes)} of GPU memory" if p.memory_bytes else "")
         for p in measured
     ]

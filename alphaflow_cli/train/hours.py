@@ -7,13 +7,14 @@ run: warm-up, half-lives, and the ends of schedules that are numbers. A batch an
 
 import dataclasses
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
 
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.recipe.loader import set_text
-from alphaflow_cli.recipe.plan import phases, saved_state_bytes, schedules_of
+from alphaflow_cli.recipe.plan import alpha_at, is_precise, saved_state_bytes, schedules_of, stretches
 from alphaflow_cli.recipe.schema import Recipe, StepOrShare
 from alphaflow_cli.recipe.speed import TRAINER
 from alphaflow_cli.runtime.progress import duration
@@ -78,16 +79,16 @@ class Fit:
 
 def fit_hours(recipe: Recipe, hours: float, measured: list[PhaseTime], *, start: float) -> Fit:
     """The longest run of this recipe that fits, by what was measured; `start` seconds pass before its first step."""
-    each = {phase.kind: phase.seconds_per_step for phase in measured}
 
     def seconds(steps: int) -> float:
-        return start + run_seconds(recipe, steps, each)
+        return start + run_seconds(recipe, steps, measured)
 
     most, limit = recipe.train.steps, hours * 3600
     if seconds(1) > limit:
+        longest = max(phase.seconds_per_step for phase in measured)
         raise AlphaflowError(
             f"--hours {hours:g}: nothing fits. The start takes about {start:.0f} s here, and a step "
-            f"{max(each.values()):.3g} s. Give more hours, or a smaller recipe: alphaflow recipe ls"
+            f"{longest:.3g} s. Give more hours, or a smaller recipe: alphaflow recipe ls"
         )
     low, high = (most, most + 1) if seconds(most) <= limit else (1, most)  # low fits
     while high - low > 1:
@@ -96,11 +97,15 @@ def fit_hours(recipe: Recipe, hours: float, measured: list[PhaseTime], *, start:
     return Fit(recipe, hours, low, seconds(low), changes(recipe, low))
 
 
-def run_seconds(recipe: Recipe, steps: int, each: dict[str, float]) -> float:
+def run_seconds(recipe: Recipe, steps: int, measured: Sequence[PhaseTime]) -> float:
     """Seconds of a run of so many steps, by those of a step of each phase; a phase that was not met costs the most."""
+    each = {(phase.kind, phase.precise): phase.seconds_per_step for phase in measured}
     short, dearest = shortened(recipe, steps), max(each.values())
-    train = short.train
-    stepping = sum((phase.until - phase.first) * each.get(phase.kind, dearest) for phase in phases(short)) * TRAINER
+    train, alpha = short.train, alpha_at(short)
+    stepping = TRAINER * sum(
+        (part.until - part.first) * each.get((part.kind, is_precise(short, alpha(part.first))), dearest)
+        for part in stretches(short)
+    )
     saves = -(-steps // train.save_every)
     grids = -(-steps // train.sample_every) if train.sample_every else 0
     forward = min(each.values()) / 3 / train.batch  # of one row: a step of flow matching is three

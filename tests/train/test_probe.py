@@ -97,6 +97,20 @@ def test_a_trial_takes_the_shares_of_the_step_that_it_stands_for(monkeypatch, tm
     assert rows == [12, 4]
 
 
+def test_steps_in_fp32_of_a_run_in_bf16_are_tried_and_timed_apart(monkeypatch, tmp_path):
+    """They take more memory and time than the steps in bf16 by which they were judged."""
+    recipe = make_recipe(tmp_path, "train.precision=bf16", "train.precise_below=0.5", "train.tf32=true")
+    seen = []
+    monkeypatch.setattr(estimate.Trial, "step", lambda trial, count, at: seen.append(at))
+    estimate.Trial(recipe, CPU, compiled=False).phases(16)
+    assert seen == [0, 6, 11, 15]
+    measured, _ = estimate.measure_run(recipe, 16, 1, "cpu", ready=lambda world, rows: None)
+    rows, text = estimate.estimate_training(recipe, measured, compiled=False)
+    parts = [("flow", 6, False), ("between", 5, False), ("between", 4, True), ("derivative", 5, False)]
+    assert [(row["phase"], row["steps"], row["precise"]) for row in rows] == parts
+    assert [line.partition(":")[0] for line in text[1:3]] == ["between", "between in TF32"]
+
+
 @pytest.mark.parametrize(("processes", "strategy"), [(1, "ddp"), (2, "fsdp2"), (2, "ddp")])
 def test_a_trials_first_step_has_beside_it_what_a_runs_later_steps_have(monkeypatch, tmp_path, processes, strategy):
     """Adam's moments, and where DDP keeps gradients in its buckets, their memory."""
