@@ -1,8 +1,9 @@
 """What fits into so many hours: `alphaflow train RECIPE --hours 8` prints the values of the recipe that would change.
 
 A few timed steps of each phase tell what a step takes on this machine. The longest run that fits is looked for by
-bisection: with its start, its saves and its sample grids. Whatever the recipe counts in steps keeps its share of the
-run: warm-up, half-lives, and the ends of schedules that are numbers. A batch and a learning rate stay as they are.
+bisection: with its start, its saves, its sample grids and its measurements of the conflict. Whatever the recipe counts
+in steps keeps its share of the run: warm-up, half-lives, measurements, and the ends of schedules that are numbers. A
+batch and a learning rate stay as they are.
 """
 
 import dataclasses
@@ -26,6 +27,7 @@ from alphaflow_cli.train.threads import choose_threads
 
 GRID_FORWARDS = 3  # of each picture of a sample grid: 1 and 2 evaluations
 GRID_SECONDS = 0.3  # that a grid takes besides
+CONFLICT_FORWARDS = 16  # of each row of a measured conflict, at most: four gradients, a tangent, guidance's velocities
 DISK = 200e6  # bytes per second of a slow disk
 LEAST_SAVES, LEAST_ROWS = 10, 50  # of a shortened run: saves and sample grids, and rows of its journal
 LITTLE = 0.02  # the share of a recipe's steps below which a line warns
@@ -110,7 +112,9 @@ def run_seconds(recipe: Recipe, steps: int, measured: Sequence[PhaseTime]) -> fl
     grids = -(-steps // train.sample_every) if train.sample_every else 0
     forward = min(each.values()) / 3 / train.batch  # of one row: a step of flow matching is three
     one_grid = GRID_SECONDS + GRID_FORWARDS * COLUMNS * ROWS * forward
-    return stepping + saves * saved_state_bytes(short) / DISK + grids * one_grid
+    conflicts = -(-steps // max(train.conflict_every, train.log_every)) if train.conflict_every else 0
+    looking = grids * one_grid + conflicts * CONFLICT_FORWARDS * train.batch * forward
+    return stepping + saves * saved_state_bytes(short) / DISK + looking
 
 
 def changes(recipe: Recipe, steps: int) -> dict[str, Any]:
@@ -118,13 +122,16 @@ def changes(recipe: Recipe, steps: int) -> dict[str, Any]:
     if steps == recipe.train.steps:
         return {}
     share, train, optim = steps / recipe.train.steps, recipe.train, recipe.optim
-    changed: dict[str, Any] = {"train.steps": steps, "optim.warmup_steps": round(optim.warmup_steps * share)}
+    warm = round(optim.warmup_steps * share) or min(1, optim.warmup_steps)  # a warm-up from zero is refused without
+    changed: dict[str, Any] = {"train.steps": steps, "optim.warmup_steps": warm}
     changed["ema.half_lives"] = tuple(float(f"{life * share:.3g}") for life in recipe.ema.half_lives)
     changed["train.save_every"] = min(train.save_every, max(1, steps // LEAST_SAVES))
     changed["train.sample_every"] = min(train.sample_every, max(1, steps // LEAST_SAVES))
     changed["train.log_every"] = min(train.log_every, max(1, steps // LEAST_ROWS))
     if recipe.eval.every:
         changed["eval.every"] = max(1, round(recipe.eval.every * share))
+    if train.conflict_every:
+        changed["train.conflict_every"] = max(1, round(train.conflict_every * share))
     for name, schedule in schedules_of(recipe):
         if schedule.kind != "constant":
             changed |= {

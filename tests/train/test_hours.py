@@ -50,6 +50,21 @@ def test_scores_while_training_come_as_often_in_the_run_and_a_line_says_that_the
     assert any("eval.every) come on top" in line for line in fit.lines())
 
 
+def test_the_conflict_is_measured_as_often_in_the_run_and_its_time_counts():
+    """A tenth of the steps had a tenth of the measurements, and a short run none."""
+    recipe = load_recipe("b2", ["train.conflict_every=1000"])
+    assert changes(recipe, 100_000)["train.conflict_every"] == 250
+    more = run_seconds(recipe, 400_000, MEASURED) - run_seconds(load_recipe("b2"), 400_000, MEASURED)
+    assert more == pytest.approx(400 * 16 / 3 * TIMES["flow"])  # a step of flow matching is three forwards
+
+
+def test_a_warm_up_from_zero_keeps_a_step_where_little_fits():
+    """The printed values were refused."""
+    recipe = load_recipe("imf-b2")
+    printed = [f"{key}={set_text(value)}" for key, value in changes(recipe, 20).items()]
+    assert load_recipe("imf-b2", printed).optim.warmup_steps == 1
+
+
 def test_the_longest_run_that_fits_is_found_and_one_step_more_does_not_fit():
     recipe = load_recipe("b2")
     fit = fit_hours(recipe, 8, MEASURED, start=20)
