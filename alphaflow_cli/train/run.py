@@ -37,8 +37,10 @@ from alphaflow_cli.train.parallel import Split, has_buckets, wrap_network
 from alphaflow_cli.train.step import Objective
 
 SAME_MEANING = (
+    "model.heads",
     "model.second_time",
     "model.prediction",
+    "model.t_floor",
     "model.tokens",
     "data.autoencoder",
     "data.normalise",
