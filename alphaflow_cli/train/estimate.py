@@ -254,10 +254,11 @@ def measure_run(
     compiled = choose_compile(recipe, world, None, processes)
     if compiled:
         say("compiling the blocks: up to 20 s per phase on a GPU, minutes on a CPU")
-    rows = min(micro_batch or micro_batch_that_fits(recipe, world, compiled=compiled), per_process)
+    fits = micro_batch or micro_batch_that_fits(recipe, world, compiled=compiled)
+    split = split_batch(recipe.train.batch, processes=processes, micro_batch=fits)
+    rows = split.micro_batch  # the parts are as equal as can be, so they may be smaller than what fits
     timed_rows = rows if compiled else _rows_to_time(recipe, rows, world.device)
     ready(world, timed_rows)
-    split = split_batch(recipe.train.batch, processes=processes, micro_batch=rows)
     graphed = choose_graphs(recipe, world, split, None) if processes == 1 else False
     measure = partial(measure_phases, recipe, rows, timed_rows, per_process=per_process, device=world.device)
     with on_own_stream(graphed is not False):

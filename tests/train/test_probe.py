@@ -62,6 +62,15 @@ def test_an_estimate_replays_what_the_run_replays(tmp_path, monkeypatch, setting
     assert estimate.measure_run(recipe, 8, 2, "cpu", ready=lambda world, rows: None)[0][0].graphed is False
 
 
+def test_an_estimate_times_micro_batches_as_large_as_the_runs(monkeypatch, tmp_path):
+    """At most 5 of 16 rows make four parts of 4; four of 5 were counted, a quarter more than there is."""
+    seen = []
+    monkeypatch.setattr(estimate, "measure_phases", lambda recipe, *rows, **_: seen.append(rows) or [])
+    for fits, processes in ((5, 1), (16, 1), (16, 8)):
+        estimate.measure_run(make_recipe(tmp_path), fits, processes, "cpu", ready=lambda world, rows: None)
+    assert [micro_batch for micro_batch, _ in seen] == [4, 16, 2]
+
+
 def test_the_probe_of_memory_tries_compiled_blocks_on_what_fits_eagerly(monkeypatch, tmp_path):
     tried = []
 
