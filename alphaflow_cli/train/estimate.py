@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from alphaflow_cli.core.alpha import equal_rows
+from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.model.build import DTYPES, build_network
 from alphaflow_cli.model.compiling import compile_blocks, compile_faults, forget_compiled, why_not
 from alphaflow_cli.recipe import diff_recipes, load_recipe, shipped
@@ -43,7 +44,15 @@ def micro_batch_that_fits(recipe: Recipe, world: World, *, compiled: bool) -> in
     rows = -(-recipe.train.batch // world.size)
     if world.device.type != "cuda":
         return rows
-    fits = _rows_that_fit(recipe, world.device, rows, compiled=compiled, processes=world.size)
+    try:
+        fits = _rows_that_fit(recipe, world.device, rows, compiled=compiled, processes=world.size)
+    except (torch.OutOfMemoryError, AlphaflowError) as error:
+        if recipe.train.strategy != "fsdp2" or world.size == 1:
+            raise
+        raise AlphaflowError(
+            "train.strategy fsdp2: how many rows fit is tried with the whole network on one GPU, and it does not fit. "
+            "Say how many rows each process computes at once, such as --micro-batch 1"
+        ) from error
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()  # the journal tells what the run takes, not what was tried
     return -int(world.largest(-fits))  # the fewest that fit anywhere

@@ -7,6 +7,7 @@ import torch
 from other_device import other_device
 from train_helpers import CPU, fork, make_recipe
 
+from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.model.compiling import compile_blocks
 from alphaflow_cli.train import compiling, estimate, graphs, start
 
@@ -90,6 +91,23 @@ def test_the_probe_of_memory_tries_compiled_blocks_on_what_fits_eagerly(monkeypa
     tried.clear()
     assert estimate._rows_that_fit(make_recipe(tmp_path), CPU, 32, compiled=False, processes=2) == 8
     assert tried == [(False, 32), (False, 16), (False, 8)]
+
+
+@pytest.mark.parametrize(("strategy", "line"), [("fsdp2", "such as --micro-batch 1"), ("ddp", "not even one row fits")])
+def test_a_sharded_network_that_fits_no_gpu_as_a_whole_asks_for_its_rows(monkeypatch, tmp_path, strategy, line):
+    """It was said not to fit, although it is sharded because it does not."""
+
+    class Trial:
+        def __init__(self, *_, **__):
+            pass
+
+        def phases(self, count):
+            raise torch.OutOfMemoryError("full")
+
+    monkeypatch.setattr(estimate, "Trial", Trial)
+    world = SimpleNamespace(device=torch.device("cuda"), size=2)
+    with pytest.raises(AlphaflowError, match=line):
+        estimate.micro_batch_that_fits(make_recipe(tmp_path, f"train.strategy={strategy}"), world, compiled=False)
 
 
 def test_a_trial_takes_the_shares_of_the_step_that_it_stands_for(monkeypatch, tmp_path):
