@@ -116,12 +116,15 @@ def prune(run: Path, step: int, *, keep: int, milestone_every: int) -> None:
 
 
 def discard(folder: Path) -> None:
-    """Rename away, then delete: a kill in between leaves no half a checkpoint."""
+    """Rename away, then delete: a kill in between leaves no half a checkpoint.
+
+    On a network's file system a file that a reader holds open cannot be deleted: it goes at the run's next start.
+    """
     if folder.exists():
         trash = folder.with_name(f".trash-{folder.name}")
         shutil.rmtree(trash, ignore_errors=True)
         folder.rename(trash)
-        shutil.rmtree(trash)
+        shutil.rmtree(trash, ignore_errors=True)
 
 
 def newest_state(run: Path) -> Path | None:
