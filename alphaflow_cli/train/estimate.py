@@ -149,11 +149,7 @@ def measure_phases(
             bar.advance(1, phase.kind)
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
-            seconds: list[float] = []
-            while len(seconds) < TIMED_STEPS and sum(seconds) < LONG:
-                seconds.append(timed(step))
-                bar.advance(1, phase.kind)
-            bar.advance(TIMED_STEPS - len(seconds), phase.kind)
+            seconds = _some_seconds(step, bar, phase.kind)
             memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
             # a part of the rows pays the optimiser in full
             fixed = min(timed(trial.optimiser_step), min(seconds)) if rows < micro_batch else 0.0
@@ -165,6 +161,16 @@ def measure_phases(
     if compiled:
         forget_compiled()
     return times
+
+
+def _some_seconds(step: Callable[[], None], bar: Progress, kind: str) -> list[float]:
+    """Seconds of a few steps, each; of slow ones fewer."""
+    seconds: list[float] = []
+    while len(seconds) < TIMED_STEPS and sum(seconds) < LONG:
+        seconds.append(timed(step))
+        bar.advance(1, kind)
+    bar.advance(TIMED_STEPS - len(seconds), kind)
+    return seconds
 
 
 def _as_graphs(trial: Trial, times: list[PhaseTime], *, wanted: bool) -> list[PhaseTime]:
