@@ -79,11 +79,11 @@ def together(world: World, work: Callable[[], OwnShare]) -> OwnShare:
     """Do every process's own work; where one failed, or had no memory, all raise an error that the run survives."""
     others = AlphaflowError("another process could not do its share; its line says why")
 
-    def within_memory() -> OwnShare:
+    def attempt() -> OwnShare:
         with smaller_batch_if_full(1):
             return work()
 
-    return all_or_none(world, within_memory, others=others)
+    return all_or_none(world, attempt, others=others)
 
 
 class Interruptible(GeneratedImages):

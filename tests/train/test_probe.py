@@ -126,7 +126,7 @@ def test_a_trial_takes_the_shares_of_the_step_that_it_stands_for(monkeypatch, tm
 
 def test_steps_in_fp32_of_a_run_in_bf16_are_tried_and_timed_apart(monkeypatch, tmp_path):
     """They take more memory and time than the steps in bf16 by which they were judged."""
-    recipe = make_recipe(tmp_path, "train.precision=bf16", "train.precise_below=0.5", "train.tf32=true")
+    recipe = make_recipe(tmp_path, "train.precision=bf16", "train.precise_below=0.5")
     seen = []
     monkeypatch.setattr(estimate.Trial, "step", lambda trial, count, at: seen.append(at))
     estimate.Trial(recipe, CPU, compiled=False).phases(16)
@@ -135,7 +135,7 @@ def test_steps_in_fp32_of_a_run_in_bf16_are_tried_and_timed_apart(monkeypatch, t
     rows, text = estimate.estimate_training(recipe, measured, compiled=False)
     parts = [("flow", 6, False), ("between", 5, False), ("between", 4, True), ("derivative", 5, False)]
     assert [(row["phase"], row["steps"], row["precise"]) for row in rows] == parts
-    assert [line.partition(":")[0] for line in text[1:3]] == ["between", "between in TF32"]
+    assert [line.partition(":")[0] for line in text[1:3]] == ["between", "between in fp32"]
 
 
 @pytest.mark.parametrize(("processes", "strategy"), [(1, "ddp"), (2, "fsdp2"), (2, "ddp")])
