@@ -98,18 +98,33 @@ def phase_kind(alpha: float) -> PhaseKind:
     return "flow" if alpha == 1 else "derivative" if alpha == 0 else "between"
 
 
+def is_precise(recipe: Recipe, alpha: float) -> bool:
+    """Whether a run in bf16 computes its steps at this alpha in fp32."""
+    return recipe.train.precision == "bf16" and 0.0 < alpha < recipe.train.precise_below
+
+
 def phases(recipe: Recipe) -> list[Phase]:
-    """The run cut where the kind of target changes; schedules are monotone, so each cut is found by bisection."""
+    """The run cut where the kind of target changes."""
+    return _cut(recipe, phase_kind)
+
+
+def stretches(recipe: Recipe) -> list[Phase]:
+    """The phases, cut once more where the precision changes: steps of one stretch take the same time and memory."""
+    return _cut(recipe, lambda alpha: (phase_kind(alpha), is_precise(recipe, alpha)))
+
+
+def _cut(recipe: Recipe, kind_of: Callable[[float], object]) -> list[Phase]:
+    """The run cut where this changes with alpha; schedules are monotone, so each cut is found by bisection."""
     at, steps = alpha_at(recipe), recipe.train.steps
     cut: list[Phase] = []
     first = 0
     while first < steps:
-        kind = phase_kind(at(first))
+        kind = kind_of(at(first))
         low, high = first, steps  # at(low) has this kind, high has not (or is the end)
         while high - low > 1:
             middle = (low + high) // 2
-            low, high = (middle, high) if phase_kind(at(middle)) == kind else (low, middle)
-        cut.append(Phase(kind, first, high))
+            low, high = (middle, high) if kind_of(at(middle)) == kind else (low, middle)
+        cut.append(Phase(phase_kind(at(first)), first, high))
         first = high
     return cut
 
@@ -225,9 +240,10 @@ def state_bytes(recipe: Recipe) -> int:
 
 
 def activation_bytes(recipe: Recipe) -> int:
-    """Kept for the backward pass, for one row of the batch."""
-    model = recipe.model
-    base, per_ratio = KEPT_BYTES[model.block, recipe.train.precision]
+    """Kept for the backward pass, for one row of the batch; in a run in bf16 with steps in fp32, as in these."""
+    model, at = recipe.model, alpha_at(recipe)
+    wide = any(is_precise(recipe, at(part.first)) for part in stretches(recipe))
+    base, per_ratio = KEPT_BYTES[model.block, "fp32" if wide else recipe.train.precision]
     block, blocks = base + per_ratio * model.mlp_ratio, model.depth + (model.velocity_head or 0)
     inside = block + KEPT_CHECKPOINT * blocks if recipe.train.gradient_checkpointing else block * blocks
     return int((inside + KEPT_OUTSIDE) * all_tokens(recipe) * model.dim)

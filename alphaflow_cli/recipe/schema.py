@@ -164,7 +164,7 @@ class Guidance:
     scale_max: float = 8.0  # only with scale: drawn; w lies in [1, scale_max] with the density w^-scale_beta
     scale_beta: float = 1.0
     interval: FixedOrDrawn = "fixed"  # fixed: t_min < t < t_max; drawn: t_lo ≤ t ≤ t_hi, drawn for each r < t row from
-    #                                   [0, 1/2] and [1/2, 1] and told to the network (model.inputs has t_lo and t_hi)
+    #                                   [0, 1/2] and [1/2, 1] and told to the network (model.inputs has interval)
     drop: DropRule = "interval"  # which labels are dropped: of all rows inside the interval (published); or, as often
     #                              in all, of r = t rows only, at label_dropout / equal_share (improved MeanFlow)
 

@@ -22,7 +22,7 @@ from alphaflow_cli.model.compiling import (
     why_not,
 )
 from alphaflow_cli.nn.dit import DiT
-from alphaflow_cli.recipe.plan import phases
+from alphaflow_cli.recipe.plan import is_precise, phases, stretches
 from alphaflow_cli.recipe.schema import Recipe
 from alphaflow_cli.recipe.speed import compiling_pays, graphs_may_pay
 from alphaflow_cli.runtime.precision import has_bf16
@@ -82,21 +82,21 @@ def compile_forms(run: Run) -> None:
 
 
 def _forms(run: Run) -> Iterator[tuple[float, int, int]]:
-    """α, micro-batch and r = t rows of a first and a last step of each phase ahead: each form that differs, once.
+    """α, micro-batch and r = t rows of a first and a last step of each stretch ahead: each form that differs, once.
 
     All processes list the same ones, though their rows may differ: a sharded network is called on all of them.
     """
     seen = set()
-    for phase in phases(run.recipe):
-        if phase.until <= run.step:
+    for stretch in stretches(run.recipe):
+        if stretch.until <= run.step:
             continue
-        for step in (phase.first, phase.until - 1):
-            n_equal = equal_rows(run.recipe.train.batch, run.equal_share_at(step))
+        for step in (stretch.first, stretch.until - 1):
+            alpha, n_equal = run.alpha_at(step), equal_rows(run.recipe.train.batch, run.equal_share_at(step))
             for turn in range(run.split.accumulation):
                 sizes = [_sizes(run, rank, turn, n_equal) for rank in range(run.world.size)]
-                if (form := (phase.kind, *sizes)) not in seen:
+                if (form := (stretch.kind, is_precise(run.recipe, alpha), *sizes)) not in seen:
                     seen.add(form)
-                    yield run.alpha_at(step), turn, n_equal
+                    yield alpha, turn, n_equal
 
 
 def _sizes(run: Run, rank: int, turn: int, n_equal: int) -> tuple[int, int]:

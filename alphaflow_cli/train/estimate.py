@@ -15,12 +15,13 @@ from typing import Any
 import torch
 
 from alphaflow_cli.core.alpha import equal_rows
+from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.model.build import DTYPES, build_network
 from alphaflow_cli.model.compiling import compile_blocks, compile_faults, forget_compiled, why_not
 from alphaflow_cli.recipe import diff_recipes, load_recipe, shipped
 from alphaflow_cli.recipe.facts import facts, human, lines
 from alphaflow_cli.recipe.loader import set_text
-from alphaflow_cli.recipe.plan import alpha_at, equal_share_at, phases
+from alphaflow_cli.recipe.plan import alpha_at, equal_share_at, is_precise, stretches
 from alphaflow_cli.recipe.schema import Recipe
 from alphaflow_cli.runtime.processes import World, join_world
 from alphaflow_cli.runtime.progress import Progress, duration, say
@@ -43,7 +44,15 @@ def micro_batch_that_fits(recipe: Recipe, world: World, *, compiled: bool) -> in
     rows = -(-recipe.train.batch // world.size)
     if world.device.type != "cuda":
         return rows
-    fits = _rows_that_fit(recipe, world.device, rows, compiled=compiled, processes=world.size)
+    try:
+        fits = _rows_that_fit(recipe, world.device, rows, compiled=compiled, processes=world.size)
+    except (torch.OutOfMemoryError, AlphaflowError) as error:
+        if recipe.train.strategy != "fsdp2" or world.size == 1:
+            raise
+        raise AlphaflowError(
+            "train.strategy fsdp2: how many rows fit is tried with the whole network on one GPU, and it does not fit. "
+            "Say how many rows each process computes at once, such as --micro-batch 1"
+        ) from error
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()  # the journal tells what the run takes, not what was tried
     return -int(world.largest(-fits))  # the fewest that fit anywhere
@@ -78,9 +87,9 @@ class Trial:
         self.optimiser = Optimiser(self.net, recipe, in_buckets=has_buckets(recipe.train.strategy, processes))
 
     def phases(self, count: int) -> None:
-        """Take one step of every phase on `count` rows, where the phase has the most r < t rows."""
+        """Take one step of every stretch on `count` rows, where the stretch has the most r < t rows."""
         self.optimiser_step()  # so the first one already has beside it what all but a run's first step have
-        for phase in phases(self.recipe):
+        for phase in stretches(self.recipe):
             self.step(count, min(phase.first, phase.until - 1, key=equal_share_at(self.recipe)))
 
     def step(self, count: int, at: int) -> None:
@@ -99,13 +108,14 @@ class Trial:
 
 @dataclass(frozen=True)
 class PhaseTime:
-    """A phase of the run, and what a step of it took on this machine."""
+    """A phase of the run, or its part of one precision, and what a step of it took on this machine."""
 
     kind: str
     steps: int
     seconds_per_step: float
     memory_bytes: int
     graphed: bool = False  # whether it was replayed as a CUDA graph, without the draws and the data of a step
+    precise: bool = False  # whether it is in fp32, in a run in bf16
 
     @property
     def seconds(self) -> float:
@@ -129,30 +139,38 @@ def measure_phases(
     `graphed` is what `choose_graphs` says.
     """
     trial = Trial(recipe, device, compiled=compiled, processes=processes)
-    times, all_phases = [], phases(recipe)
+    times, all_phases, alpha = [], stretches(recipe), alpha_at(recipe)
     turns = -(-per_process // micro_batch) * micro_batch / rows
     with Progress("timing", len(all_phases) * (1 + TIMED_STEPS), unit="step") as bar:
         for phase in all_phases:
-            step = partial(trial.step, rows, (phase.first + phase.until) // 2)
+            middle = (phase.first + phase.until) // 2
+            step = partial(trial.step, rows, middle)
             step()  # warm up, and compile
             bar.advance(1, phase.kind)
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
-            seconds: list[float] = []
-            while len(seconds) < TIMED_STEPS and sum(seconds) < LONG:
-                seconds.append(timed(step))
-                bar.advance(1, phase.kind)
-            bar.advance(TIMED_STEPS - len(seconds), phase.kind)
+            seconds = _some_seconds(step, bar, phase.kind)
             memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
             # a part of the rows pays the optimiser in full
             fixed = min(timed(trial.optimiser_step), min(seconds)) if rows < micro_batch else 0.0
             each = fixed + (statistics.median(seconds) - fixed) * turns
-            times.append(PhaseTime(phase.kind, phase.until - phase.first, each, memory))
+            precise = is_precise(recipe, alpha(middle))
+            times.append(PhaseTime(phase.kind, phase.until - phase.first, each, memory, precise=precise))
     if graphed is not False:
         times = _as_graphs(trial, times, wanted=bool(graphed))
     if compiled:
         forget_compiled()
     return times
+
+
+def _some_seconds(step: Callable[[], None], bar: Progress, kind: str) -> list[float]:
+    """Seconds of a few steps, each; of slow ones fewer."""
+    seconds: list[float] = []
+    while len(seconds) < TIMED_STEPS and sum(seconds) < LONG:
+        seconds.append(timed(step))
+        bar.advance(1, kind)
+    bar.advance(TIMED_STEPS - len(seconds), kind)
+    return seconds
 
 
 def _as_graphs(trial: Trial, times: list[PhaseTime], *, wanted: bool) -> list[PhaseTime]:
@@ -162,7 +180,7 @@ def _as_graphs(trial: Trial, times: list[PhaseTime], *, wanted: bool) -> list[Ph
     steps = StepGraphs(recipe, net=trial.net, wrapped=trial.net, optimiser=trial.optimiser, sums=sums)
     alpha, share, pairs = alpha_at(recipe), equal_share_at(recipe), []
     try:
-        for phase in phases(recipe):
+        for phase in stretches(recipe):
             middle = (phase.first + phase.until) // 2
             pairs.append(steps.prepare(middle, equal_rows(recipe.train.batch, share(middle)), alpha(middle)))
     except RuntimeError as error:  # the run meets it too, says so, and goes on with launched steps
@@ -251,10 +269,11 @@ def measure_run(
     compiled = choose_compile(recipe, world, None, processes)
     if compiled:
         say("compiling the blocks: up to 20 s per phase on a GPU, minutes on a CPU")
-    rows = min(micro_batch or micro_batch_that_fits(recipe, world, compiled=compiled), per_process)
+    fits = micro_batch or micro_batch_that_fits(recipe, world, compiled=compiled)
+    split = split_batch(recipe.train.batch, processes=processes, micro_batch=fits)
+    rows = split.micro_batch  # the parts are as equal as can be, so they may be smaller than what fits
     timed_rows = rows if compiled else _rows_to_time(recipe, rows, world.device)
     ready(world, timed_rows)
-    split = split_batch(recipe.train.batch, processes=processes, micro_batch=rows)
     graphed = choose_graphs(recipe, world, split, None) if processes == 1 else False
     measure = partial(measure_phases, recipe, rows, timed_rows, per_process=per_process, device=world.device)
     with on_own_stream(graphed is not False):
@@ -274,11 +293,14 @@ def estimate_training(
             "memory_bytes": p.memory_bytes,
             "compiled": compiled,
             "graph": p.graphed,
+            "precise": p.precise,
         }
         for p in measured
     ]
+    wide = " in TF32" if recipe.train.tf32 else " in fp32"
     text = [
-        f"{p.kind}: {counted(p.steps, 'step')} at {p.seconds_per_step:.3f} s = {duration(p.seconds)}"
+        f"{p.kind}{wide if p.precise else ''}: {counted(p.steps, 'step')} at {p.seconds_per_step:.3f} s"
+        + f" = {duration(p.seconds)}"
         + (f", {human(p.memory_bytes)} of GPU memory" if p.memory_bytes else "")
         for p in measured
     ]

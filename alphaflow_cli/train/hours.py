@@ -1,19 +1,21 @@
 """What fits into so many hours: `alphaflow train RECIPE --hours 8` prints the values of the recipe that would change.
 
 A few timed steps of each phase tell what a step takes on this machine. The longest run that fits is looked for by
-bisection: with its start, its saves and its sample grids. Whatever the recipe counts in steps keeps its share of the
-run: warm-up, half-lives, and the ends of schedules that are numbers. A batch and a learning rate stay as they are.
+bisection: with its start, its saves, its sample grids and its measurements of the conflict. Whatever the recipe counts
+in steps keeps its share of the run: warm-up, half-lives, measurements, and the ends of schedules that are numbers. A
+batch and a learning rate stay as they are.
 """
 
 import dataclasses
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
 
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.recipe.loader import set_text
-from alphaflow_cli.recipe.plan import phases, saved_state_bytes, schedules_of
+from alphaflow_cli.recipe.plan import alpha_at, is_precise, saved_state_bytes, schedules_of, stretches
 from alphaflow_cli.recipe.schema import Recipe, StepOrShare
 from alphaflow_cli.recipe.speed import TRAINER
 from alphaflow_cli.runtime.progress import duration
@@ -25,6 +27,7 @@ from alphaflow_cli.train.threads import choose_threads
 
 GRID_FORWARDS = 3  # of each picture of a sample grid: 1 and 2 evaluations
 GRID_SECONDS = 0.3  # that a grid takes besides
+CONFLICT_FORWARDS = 16  # of each row of a measured conflict, at most: four gradients, a tangent, guidance's velocities
 DISK = 200e6  # bytes per second of a slow disk
 LEAST_SAVES, LEAST_ROWS = 10, 50  # of a shortened run: saves and sample grids, and rows of its journal
 LITTLE = 0.02  # the share of a recipe's steps below which a line warns
@@ -78,16 +81,16 @@ class Fit:
 
 def fit_hours(recipe: Recipe, hours: float, measured: list[PhaseTime], *, start: float) -> Fit:
     """The longest run of this recipe that fits, by what was measured; `start` seconds pass before its first step."""
-    each = {phase.kind: phase.seconds_per_step for phase in measured}
 
     def seconds(steps: int) -> float:
-        return start + run_seconds(recipe, steps, each)
+        return start + run_seconds(recipe, steps, measured)
 
     most, limit = recipe.train.steps, hours * 3600
     if seconds(1) > limit:
+        longest = max(phase.seconds_per_step for phase in measured)
         raise AlphaflowError(
             f"--hours {hours:g}: nothing fits. The start takes about {start:.0f} s here, and a step "
-            f"{max(each.values()):.3g} s. Give more hours, or a smaller recipe: alphaflow recipe ls"
+            f"{longest:.3g} s. Give more hours, or a smaller recipe: alphaflow recipe ls"
         )
     low, high = (most, most + 1) if seconds(most) <= limit else (1, most)  # low fits
     while high - low > 1:
@@ -96,16 +99,22 @@ def fit_hours(recipe: Recipe, hours: float, measured: list[PhaseTime], *, start:
     return Fit(recipe, hours, low, seconds(low), changes(recipe, low))
 
 
-def run_seconds(recipe: Recipe, steps: int, each: dict[str, float]) -> float:
+def run_seconds(recipe: Recipe, steps: int, measured: Sequence[PhaseTime]) -> float:
     """Seconds of a run of so many steps, by those of a step of each phase; a phase that was not met costs the most."""
+    each = {(phase.kind, phase.precise): phase.seconds_per_step for phase in measured}
     short, dearest = shortened(recipe, steps), max(each.values())
-    train = short.train
-    stepping = sum((phase.until - phase.first) * each.get(phase.kind, dearest) for phase in phases(short)) * TRAINER
+    train, alpha = short.train, alpha_at(short)
+    stepping = TRAINER * sum(
+        (part.until - part.first) * each.get((part.kind, is_precise(short, alpha(part.first))), dearest)
+        for part in stretches(short)
+    )
     saves = -(-steps // train.save_every)
     grids = -(-steps // train.sample_every) if train.sample_every else 0
     forward = min(each.values()) / 3 / train.batch  # of one row: a step of flow matching is three
     one_grid = GRID_SECONDS + GRID_FORWARDS * COLUMNS * ROWS * forward
-    return stepping + saves * saved_state_bytes(short) / DISK + grids * one_grid
+    conflicts = -(-steps // max(train.conflict_every, train.log_every)) if train.conflict_every else 0
+    looking = grids * one_grid + conflicts * CONFLICT_FORWARDS * train.batch * forward
+    return stepping + saves * saved_state_bytes(short) / DISK + looking
 
 
 def changes(recipe: Recipe, steps: int) -> dict[str, Any]:
@@ -113,13 +122,16 @@ def changes(recipe: Recipe, steps: int) -> dict[str, Any]:
     if steps == recipe.train.steps:
         return {}
     share, train, optim = steps / recipe.train.steps, recipe.train, recipe.optim
-    changed: dict[str, Any] = {"train.steps": steps, "optim.warmup_steps": round(optim.warmup_steps * share)}
+    warm = round(optim.warmup_steps * share) or min(1, optim.warmup_steps)  # a warm-up from zero is refused without
+    changed: dict[str, Any] = {"train.steps": steps, "optim.warmup_steps": warm}
     changed["ema.half_lives"] = tuple(float(f"{life * share:.3g}") for life in recipe.ema.half_lives)
     changed["train.save_every"] = min(train.save_every, max(1, steps // LEAST_SAVES))
     changed["train.sample_every"] = min(train.sample_every, max(1, steps // LEAST_SAVES))
     changed["train.log_every"] = min(train.log_every, max(1, steps // LEAST_ROWS))
     if recipe.eval.every:
         changed["eval.every"] = max(1, round(recipe.eval.every * share))
+    if train.conflict_every:
+        changed["train.conflict_every"] = max(1, round(train.conflict_every * share))
     for name, schedule in schedules_of(recipe):
         if schedule.kind != "constant":
             changed |= {

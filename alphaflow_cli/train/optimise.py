@@ -171,8 +171,10 @@ class Optimiser:
             moments: dict[str, Any] = self.adam.state[w]
             for key, value in moments.items():  # a roll back to before the first step has none: they begin at zero
                 value.copy_(saved[key]) if saved else value.zero_()
-            if not moments:
-                moments |= {key: value.to(w.device).clone() for key, value in saved.items()}
+            if not moments:  # a fused optimiser counts its steps on the device; another reads the count at every step
+                counted = w.device if self.adam.defaults.get("fused") else torch.device("cpu")
+                homes = {"step": counted, **dict.fromkeys(MOMENTS, w.device)}
+                moments |= {key: value.to(homes[key]).clone() for key, value in saved.items()}
         self.counters.copy_(tensors["counters"])
 
     def average(self, which: int = 0, *, keep: bool = True) -> dict[str, Tensor]:

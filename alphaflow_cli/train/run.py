@@ -37,8 +37,10 @@ from alphaflow_cli.train.parallel import Split, has_buckets, wrap_network
 from alphaflow_cli.train.step import Objective
 
 SAME_MEANING = (
+    "model.heads",
     "model.second_time",
     "model.prediction",
+    "model.t_floor",
     "model.tokens",
     "data.autoencoder",
     "data.normalise",
@@ -148,7 +150,7 @@ class Run:
         try:
             state.save_models(self.folder, self.step, models)
             state.save_state(self.folder, tensors, self.facts())
-            state.prune(self.folder, keep=train.keep, milestone_every=train.milestone_every)
+            state.prune(self.folder, self.step, keep=train.keep, milestone_every=train.milestone_every)
         except OSError as error:
             where = error.filename or self.folder
             raise AlphaflowError(f"{where}: cannot be written: {error.strerror}. What was there is kept.") from error

@@ -7,7 +7,8 @@ run that was killed inside a measurement finds the checkpoint and the finished c
     evals/<id>/results.json  the same numbers with their protocols
     best-nfeN.safetensors    the checkpoint with the best score so far, for each N of eval.quick_nfe
 
-A measurement that fails (a full disk, an autoencoder that cannot be had) costs its row and a line. The run goes on.
+A measurement that fails (a full disk or GPU, an autoencoder that cannot be had) costs its row and a line. The run
+goes on.
 """
 
 import gc
@@ -39,7 +40,7 @@ from alphaflow_cli.recipe.schema import Metric, Recipe
 from alphaflow_cli.runtime.launch import StopFlag
 from alphaflow_cli.runtime.lock import hold
 from alphaflow_cli.runtime.precision import as_torch_begins
-from alphaflow_cli.runtime.processes import World, all_or_none
+from alphaflow_cli.runtime.processes import World, all_or_none, smaller_batch_if_full
 from alphaflow_cli.runtime.progress import say
 from alphaflow_cli.sample.generator import Generator, decoder_pays, open_generator
 from alphaflow_cli.sample.walk import plan_walk
@@ -75,8 +76,14 @@ def check_quick(recipe: Recipe) -> None:
 
 
 def together(world: World, work: Callable[[], OwnShare]) -> OwnShare:
-    """Do every process's own work; where one failed, all raise an error that the run survives."""
-    return all_or_none(world, work, others=AlphaflowError("another process could not do its share; its line says why"))
+    """Do every process's own work; where one failed, or had no memory, all raise an error that the run survives."""
+    others = AlphaflowError("another process could not do its share; its line says why")
+
+    def attempt() -> OwnShare:
+        with smaller_batch_if_full(1):
+            return work()
+
+    return all_or_none(world, attempt, others=others)
 
 
 class Interruptible(GeneratedImages):

@@ -105,20 +105,26 @@ def save_state(run: Path, tensors: dict[str, Tensor], facts: StateFacts) -> None
             old.unlink()
 
 
-def prune(run: Path, *, keep: int, milestone_every: int) -> None:
-    """Remove all checkpoints but the newest `keep` and the milestones, one every so many steps."""
-    for folder in checkpoint_folders(run)[: -keep or None]:
+def prune(run: Path, step: int, *, keep: int, milestone_every: int) -> None:
+    """Remove all checkpoints but the newest `keep` up to this step and the milestones, one every so many steps.
+
+    Later ones belong to work that was lost, and stay until the run comes to them: counted, they would push out its own.
+    """
+    for folder in [each for each in checkpoint_folders(run) if step_of(each) <= step][: -keep or None]:
         if not (milestone_every and step_of(folder) % milestone_every == 0):
             discard(folder)
 
 
 def discard(folder: Path) -> None:
-    """Rename away, then delete: a kill in between leaves no half a checkpoint."""
+    """Rename away, then delete: a kill in between leaves no half a checkpoint.
+
+    On a network's file system a file that a reader holds open cannot be deleted: it goes at the run's next start.
+    """
     if folder.exists():
         trash = folder.with_name(f".trash-{folder.name}")
         shutil.rmtree(trash, ignore_errors=True)
         folder.rename(trash)
-        shutil.rmtree(trash)
+        shutil.rmtree(trash, ignore_errors=True)
 
 
 def newest_state(run: Path) -> Path | None:

@@ -235,6 +235,13 @@ def test_bf16_at_a_small_alpha_is_a_doubt(sets, lowest):
     assert all(text.startswith(f"bf16 while alpha falls to {lowest}: ") for text in doubts)
 
 
+def test_a_run_that_leaves_bf16_for_a_while_takes_the_memory_of_fp32():
+    cut, fp32 = load_recipe("b2", ["train.precise_below=0.05"]), load_recipe("b2", ["train.precision=fp32"])
+    assert [part.kind for part in plan.stretches(cut)] == ["flow", "between", "between", "derivative"]
+    assert [part.kind for part in plan.phases(cut)] == ["flow", "between", "derivative"]
+    assert plan.activation_bytes(cut) == plan.activation_bytes(fp32) > plan.activation_bytes(load_recipe("b2"))
+
+
 def test_show_says_where_a_run_leaves_bf16():
     texts = [text for _, text in lines(load_recipe("b2", ["train.precise_below=0.05", "train.tf32=true"]))]
     assert any("in TF32 where alpha < 0.05" in text for text in texts)

@@ -89,6 +89,16 @@ def test_the_forms_are_those_of_the_phases_ahead(tmp_path):
     assert {phase_kind(alpha) for alpha, _, _ in compiling._forms(begun)} == {"derivative"}
 
 
+def test_steps_in_fp32_of_a_run_in_bf16_are_a_form_of_their_own(tmp_path):
+    """They were compiled in the middle of the run, where a compiler that fails ends it."""
+    recipe = make_recipe(tmp_path, "train.precision=bf16", "train.precise_below=0.5")
+    begun = SimpleNamespace(recipe=recipe, world=SimpleNamespace(size=1, rank=0), step=0)
+    begun.split = split_batch(16, processes=1, micro_batch=None)
+    begun.alpha_at, begun.equal_share_at = alpha_at(recipe), equal_share_at(recipe)
+    between = [alpha for alpha, _, _ in compiling._forms(begun) if phase_kind(alpha) == "between"]
+    assert [alpha < 0.5 for alpha in between] == [False, True]
+
+
 @pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # of dynamo itself
 def test_all_forms_are_compiled_before_the_first_step_and_change_nothing(store, tmp_path, monkeypatch):
     """In micro-batches of two sizes. The backend changes nothing, so the run must be the same, bit for bit."""

@@ -288,6 +288,18 @@ def test_radam_steps_as_torchs_and_skips_a_step_whose_gradient_is_not_finite(tmp
     assert optimiser.counters.tolist()[3] == 1
 
 
+def test_a_resumed_radam_counts_its_steps_on_the_host_as_torch_does(tmp_path):
+    """It reads the count of every weight at every step: on a GPU the host would wait as often."""
+    recipe = make_recipe(tmp_path, *MEMBERS["soflow"])
+    saved, resumed = Optimiser(build_network(recipe), recipe), Optimiser(build_network(recipe).to("meta"), recipe)
+    for weight in saved.trained:
+        weight.grad = torch.zeros_like(weight)
+    saved.step(0)
+    resumed.load(saved.tensors())
+    places = [(each["step"].device.type, each["exp_avg"].device.type) for each in resumed.adam.state.values() if each]
+    assert places == [("cpu", "meta")] * len(resumed.trained)
+
+
 def test_given_constants_normalise_the_latents_and_travel_with_the_weights(store, tmp_path):
     given = ("data.normalise=channel", "data.channel_mean=[1, 2, 3, 4]", "data.channel_std=[2, 2, 2, 4]")
     recipe = make_recipe(tmp_path, *given, "train.steps=2", "alpha.start=0", "alpha.end=2")

@@ -2,6 +2,7 @@
 
 import json
 import shlex
+from dataclasses import replace
 
 import pytest
 from train_helpers import make_recipe
@@ -11,6 +12,7 @@ from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.recipe import load_recipe
 from alphaflow_cli.recipe.loader import set_text
 from alphaflow_cli.recipe.plan import phases
+from alphaflow_cli.recipe.speed import TRAINER
 from alphaflow_cli.train import estimate
 from alphaflow_cli.train.estimate import PhaseTime
 from alphaflow_cli.train.hours import changes, fit_hours, run_seconds, shortened
@@ -48,11 +50,26 @@ def test_scores_while_training_come_as_often_in_the_run_and_a_line_says_that_the
     assert any("eval.every) come on top" in line for line in fit.lines())
 
 
+def test_the_conflict_is_measured_as_often_in_the_run_and_its_time_counts():
+    """A tenth of the steps had a tenth of the measurements, and a short run none."""
+    recipe = load_recipe("b2", ["train.conflict_every=1000"])
+    assert changes(recipe, 100_000)["train.conflict_every"] == 250
+    more = run_seconds(recipe, 400_000, MEASURED) - run_seconds(load_recipe("b2"), 400_000, MEASURED)
+    assert more == pytest.approx(400 * 16 / 3 * TIMES["flow"])  # a step of flow matching is three forwards
+
+
+def test_a_warm_up_from_zero_keeps_a_step_where_little_fits():
+    """The printed values were refused."""
+    recipe = load_recipe("imf-b2")
+    printed = [f"{key}={set_text(value)}" for key, value in changes(recipe, 20).items()]
+    assert load_recipe("imf-b2", printed).optim.warmup_steps == 1
+
+
 def test_the_longest_run_that_fits_is_found_and_one_step_more_does_not_fit():
     recipe = load_recipe("b2")
     fit = fit_hours(recipe, 8, MEASURED, start=20)
     assert 0 < fit.steps < recipe.train.steps
-    assert fit.seconds <= 8 * 3600 < 20 + run_seconds(recipe, fit.steps + 200, TIMES)
+    assert fit.seconds <= 8 * 3600 < 20 + run_seconds(recipe, fit.steps + 200, MEASURED)
     assert fit.seconds > 0.99 * 8 * 3600
     assert any(line.startswith("  --set train.steps=") for line in fit.lines())
 
@@ -64,6 +81,14 @@ def test_a_run_that_fits_whole_changes_nothing_and_one_that_cannot_begin_is_refu
     assert "the whole run fits, 850 steps" in fit.lines()[0]
     with pytest.raises(AlphaflowError, match=r"about 5 s here, and a step 0\.2 s"):
         fit_hours(recipe, 0.001, MEASURED, start=5)
+
+
+def test_steps_in_fp32_of_a_run_in_bf16_take_their_own_time():
+    recipe = load_recipe("b2", ["train.precise_below=0.05"])
+    wide = PhaseTime("between", 0, 1.0, 0, precise=True)
+    narrow = replace(wide, seconds_per_step=TIMES["between"])
+    more = run_seconds(recipe, 400_000, [*MEASURED, wide]) - run_seconds(recipe, 400_000, [*MEASURED, narrow])
+    assert more == pytest.approx(37_581 * (1.0 - TIMES["between"]) * TRAINER)  # steps of 0.005 < alpha < 0.05
 
 
 def test_a_small_part_of_a_recipe_is_called_so():

@@ -7,6 +7,7 @@ import torch
 from other_device import other_device
 from train_helpers import CPU, fork, make_recipe
 
+from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.model.compiling import compile_blocks
 from alphaflow_cli.train import compiling, estimate, graphs, start
 
@@ -62,6 +63,15 @@ def test_an_estimate_replays_what_the_run_replays(tmp_path, monkeypatch, setting
     assert estimate.measure_run(recipe, 8, 2, "cpu", ready=lambda world, rows: None)[0][0].graphed is False
 
 
+def test_an_estimate_times_micro_batches_as_large_as_the_runs(monkeypatch, tmp_path):
+    """At most 5 of 16 rows make four parts of 4; four of 5 were counted, a quarter more than there is."""
+    seen = []
+    monkeypatch.setattr(estimate, "measure_phases", lambda recipe, *rows, **_: seen.append(rows) or [])
+    for fits, processes in ((5, 1), (16, 1), (16, 8)):
+        estimate.measure_run(make_recipe(tmp_path), fits, processes, "cpu", ready=lambda world, rows: None)
+    assert [micro_batch for micro_batch, _ in seen] == [4, 16, 2]
+
+
 def test_the_probe_of_memory_tries_compiled_blocks_on_what_fits_eagerly(monkeypatch, tmp_path):
     tried = []
 
@@ -83,6 +93,23 @@ def test_the_probe_of_memory_tries_compiled_blocks_on_what_fits_eagerly(monkeypa
     assert tried == [(False, 32), (False, 16), (False, 8)]
 
 
+@pytest.mark.parametrize(("strategy", "line"), [("fsdp2", "such as --micro-batch 1"), ("ddp", "not even one row fits")])
+def test_a_sharded_network_that_fits_no_gpu_as_a_whole_asks_for_its_rows(monkeypatch, tmp_path, strategy, line):
+    """It was said not to fit, although it is sharded because it does not."""
+
+    class Trial:
+        def __init__(self, *_, **__):
+            pass
+
+        def phases(self, count):
+            raise torch.OutOfMemoryError("full")
+
+    monkeypatch.setattr(estimate, "Trial", Trial)
+    world = SimpleNamespace(device=torch.device("cuda"), size=2)
+    with pytest.raises(AlphaflowError, match=line):
+        estimate.micro_batch_that_fits(make_recipe(tmp_path, f"train.strategy={strategy}"), world, compiled=False)
+
+
 def test_a_trial_takes_the_shares_of_the_step_that_it_stands_for(monkeypatch, tmp_path):
     recipe = make_recipe(tmp_path, "times.equal_share={kind: linear, initial: 0.75, final: 0.25, start: 0, end: 20}")
     trial, seen = estimate.Trial(recipe, CPU, compiled=False), []
@@ -95,6 +122,20 @@ def test_a_trial_takes_the_shares_of_the_step_that_it_stands_for(monkeypatch, tm
     for at in (0, 19):
         estimate.Trial.step(trial, 16, at)
     assert rows == [12, 4]
+
+
+def test_steps_in_fp32_of_a_run_in_bf16_are_tried_and_timed_apart(monkeypatch, tmp_path):
+    """They take more memory and time than the steps in bf16 by which they were judged."""
+    recipe = make_recipe(tmp_path, "train.precision=bf16", "train.precise_below=0.5")
+    seen = []
+    monkeypatch.setattr(estimate.Trial, "step", lambda trial, count, at: seen.append(at))
+    estimate.Trial(recipe, CPU, compiled=False).phases(16)
+    assert seen == [0, 6, 11, 15]
+    measured, _ = estimate.measure_run(recipe, 16, 1, "cpu", ready=lambda world, rows: None)
+    rows, text = estimate.estimate_training(recipe, measured, compiled=False)
+    parts = [("flow", 6, False), ("between", 5, False), ("between", 4, True), ("derivative", 5, False)]
+    assert [(row["phase"], row["steps"], row["precise"]) for row in rows] == parts
+    assert [line.partition(":")[0] for line in text[1:3]] == ["between", "between in fp32"]
 
 
 @pytest.mark.parametrize(("processes", "strategy"), [(1, "ddp"), (2, "fsdp2"), (2, "ddp")])

@@ -1,6 +1,7 @@
 """What may happen to a run folder between two starts: flipped bits, copies, files that are none, lost pictures."""
 
 import contextlib
+import errno
 import json
 import os
 import random
@@ -287,6 +288,19 @@ def test_a_grid_for_which_memory_is_short_costs_the_grids_and_the_run_goes_on(st
     started = begin(recipe, store, tmp_path / "run", work=work)
     assert started.wait() == [0], started.said()
     assert started.said().count("no sample grids: out of memory (simulated)") == 1
+
+
+def test_a_checkpoint_that_is_read_while_it_is_removed_does_not_end_the_run(tmp_path, monkeypatch):
+    """A network's file system keeps the name of an open file, so that its folder is not empty: the save had failed."""
+    folder = tmp_path / "step-00000005"
+    folder.mkdir()
+
+    def busy(path, **_):
+        raise OSError(errno.ENOTEMPTY, "Directory not empty", str(path))
+
+    monkeypatch.setattr(os, "rmdir", busy)
+    state.discard(folder)
+    assert [path.name for path in tmp_path.iterdir()] == [".trash-step-00000005"]
 
 
 def test_averages_whose_half_lives_look_the_same_have_files_of_their_own(store, tmp_path):

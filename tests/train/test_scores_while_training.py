@@ -214,6 +214,16 @@ def test_an_evaluation_that_fails_on_one_process_costs_its_row_and_the_run_goes_
     assert [row["step"] for row in rows_of(out, scored=True)] == [4]
 
 
+def test_a_gpu_without_room_for_the_networks_costs_the_scores_and_not_the_run():
+    """Only pictures that did not fit were survived; networks ended one process, and the others waited for it."""
+
+    def no_room():
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(AlphaflowError, match=r"out of memory \(CUDA out of memory\)"):
+        scores.together(Processes(torch.device("cpu")), no_room)
+
+
 @pytest.mark.slow
 def test_scores_may_begin_with_a_run_that_is_finished(store, scored, tmp_path):
     plain = train(make_recipe(tmp_path, text=PIXELS), store, tmp_path / "run")

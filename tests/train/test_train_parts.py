@@ -31,6 +31,7 @@ from alphaflow_cli.train.journal import (
     read_rows,
 )
 from alphaflow_cli.train.parallel import Split, check_sharding, split_batch
+from alphaflow_cli.train.run import _other_meanings
 from alphaflow_cli.train.step import Objective, training_step
 
 
@@ -267,6 +268,14 @@ def test_a_velocity_that_is_not_in_the_checkpoint_begins_as_u(head, store, tmp_p
     for velocity, u in pairs:
         torch.testing.assert_close(here[velocity], there[u])
         assert there[u].abs().max() > 0
+
+
+def test_settings_that_give_equal_weights_another_meaning_are_said(tmp_path):
+    """Other heads have the same shapes, and nothing was said of them."""
+    there = make_recipe(tmp_path, "model.prediction=data")
+    here = make_recipe(tmp_path, "model.prediction=data", "model.heads=4", "model.t_floor=0.1", "optim.lr=1")
+    lines = _other_meanings(there, here)
+    assert [line.partition(" in the")[0] for line in lines] == ["beware: model.heads: 2", "beware: model.t_floor: 0.05"]
 
 
 def test_another_architecture_is_refused_with_shapes(store, tmp_path):

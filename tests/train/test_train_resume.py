@@ -233,6 +233,17 @@ def test_milestones_are_kept(store, tmp_path):
     assert [step_of(path) for path in sorted((out / "checkpoints").iterdir())] == [5, 10, 15, 20]
 
 
+def test_a_run_begun_anew_keeps_its_own_checkpoints_beside_later_ones(finished, store):
+    """They were removed as soon as they were saved, because those of the lost work bore larger numbers."""
+    recipe, out = finished
+    shutil.rmtree(out / "state")  # as the line on a damaged state advises
+    interrupt(recipe, store, out, 12, "kill", 1, None)
+    assert saved_step(out) == 10
+    assert [step_of(path) for path in sorted((out / "checkpoints").iterdir())] == [5, 10, 15, 20]
+    train(recipe, store, out)
+    assert [step_of(path) for path in sorted((out / "checkpoints").iterdir())] == [15, 20]
+
+
 def test_a_finished_run_is_left_alone(finished, store):
     recipe, out = finished
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
