@@ -276,7 +276,7 @@ class RowFile:
         rows = self._rows(walk, drawn.span)
         if not rows or self.is_finished():
             return
-        batch = drawn.latents.cpu().numpy() if self.dtype.kind == "f" else drawn.arrays()
+        batch = drawn.latent_arrays() if self.dtype.kind == "f" else drawn.arrays()
         content = np.ascontiguousarray(batch[: len(rows)], self.dtype)
         with self._writing():
             with self.part.open("r+b", buffering=0) as file:

@@ -265,9 +265,10 @@ def test_weights_that_are_not_finite_make_no_picture(tmp_path, capsys):
     checkpoint = load_checkpoint(path)
     checkpoint.weights["final.linear.bias"][3] = float("nan")
     save_checkpoint(path, checkpoint)
-    assert cli.run(["sample", str(path), "--seeds", "0-3", "--grid", str(tmp_path / "g.png")]) == 1
-    assert "not finite" in capsys.readouterr().err
-    assert not (tmp_path / "g.png").exists()
+    for option, name in (("--grid", "g.png"), ("--latents", "z.npy")):
+        assert cli.run(["sample", str(path), "--seeds", "0-3", option, str(tmp_path / name)]) == 1
+        assert "not finite" in capsys.readouterr().err
+        assert not (tmp_path / name).exists()
 
 
 def test_the_recipe_chooses_sampler_and_grid_per_nfe():
