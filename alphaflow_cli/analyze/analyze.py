@@ -20,6 +20,7 @@ import torch
 from alphaflow_cli.analyze.summary import summarise, write_charts
 from alphaflow_cli.data.batches import LatentStream
 from alphaflow_cli.data.manifest import read_manifest
+from alphaflow_cli.documents import Anything, ListOf, Table, read_json
 from alphaflow_cli.errors import AlphaflowError, blamed_on
 from alphaflow_cli.evaluate.results import environment
 from alphaflow_cli.files import append, check_regular, make_folder, write_whole
@@ -29,6 +30,7 @@ from alphaflow_cli.runtime.lock import hold
 from alphaflow_cli.runtime.processes import Processes, check_same, smaller_batch_if_full
 from alphaflow_cli.runtime.progress import Progress, say
 from alphaflow_cli.sample.generator import Generator, open_generator
+from alphaflow_cli.text import counted
 from alphaflow_cli.train import conflict
 from alphaflow_cli.train.conflict import conflict_rows, renormalised
 from alphaflow_cli.train.start import recipe_stream
@@ -36,6 +38,8 @@ from alphaflow_cli.train.step import Objective
 from alphaflow_cli.train.store import check_store, stated_store
 
 SCHEMA = "alphaflow-conflict/1"
+FORMER = Table({"checkpoints": ListOf(Table(others=Anything()), most=10_000)}, others=Anything())
+TOLD_APART = ("checkpoint_sha256", "weights", "store", "rows_per_batch", "seed", "device")  # analyses in one folder
 SIZE_BATCHES = 8  # batches on which the gradient's size over α is measured too: it costs 17 gradients each
 
 
@@ -83,9 +87,27 @@ def write_analysis(made: Sequence[dict[str, Any]], out: Path) -> dict[str, Any]:
     """Write the document and the pictures of all checkpoints."""
     summaries = sorted(made, key=lambda each: int(each["step"] or 0))
     document: dict[str, Any] = {"schema": SCHEMA, "environment": environment(), "checkpoints": summaries}
+    tell_replaced(out / "conflict.json", summaries)
     write_whole(out / "conflict.json", json.dumps(document, indent=1, ensure_ascii=False) + "\n")
     document["pictures"] = [str(path) for path in write_charts(out, summaries)]
     return document
+
+
+def tell_replaced(path: Path, summaries: Sequence[dict[str, Any]]) -> None:
+    """Say which analyses the document and the pictures show no longer: of other checkpoints, or with other settings."""
+    try:
+        former = read_json(path, FORMER)["checkpoints"] if path.is_file() else []
+    except AlphaflowError:  # it is written anew in any case
+        return
+    here = [[each.get(name) for name in TOLD_APART] for each in summaries]
+    gone = [each for each in former if [each.get(name) for name in TOLD_APART] not in here]
+    if gone:
+        one, more = gone[-1], f", nor {counted(len(gone) - 1, 'other')}" if len(gone) > 1 else ""
+        what = f"step {one.get('step')}, {one.get('weights')} weights, {one.get('rows_per_batch')} rows per batch"
+        say(
+            f"{path} and the pictures beside it no longer show {what}, seed {one.get('seed')}{more}. Its batches are "
+            "kept: while the checkpoint is there, the former command shows them again. --out DIR keeps both apart"
+        )
 
 
 def home_of(request: AnalyzeRequest) -> Path:

@@ -287,7 +287,8 @@ def _opened(path: Path) -> Any:
 
 
 def _part(file: Any, path: str | Path, name: str, like: Tensor) -> Tensor:
-    part: Tensor = file.get_tensor(name)
+    with blamed_on(Path(path), f"a checkpoint of this run: {name} is not in it", SafetensorError):
+        part: Tensor = file.get_tensor(name)
     if part.shape != like.shape:
         raise AlphaflowError(f"{path}: {name} has another shape than in the run's other checkpoints.")
     return part.double()
@@ -304,7 +305,7 @@ def _write_average(average: Average, template: Checkpoint, files: dict[str, Any]
                 continue
             total += factor * _part(files[path], path, f"net.{name}", like)
         if kept is not None:
-            true = kept.get_tensor(f"net.{name}").double()
+            true = _part(kept, average.path, f"net.{name}", like)
             apart += float((total.float().double() - true).square().sum())
             size += float(true.square().sum())
         weights[name] = total.float()

@@ -5,7 +5,7 @@ anywhere; both go through `evaluate`, with one `Ruler`. `measure_reference` meas
 called by every process that shares the work; the first one returns the result.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -187,12 +187,12 @@ def evaluate(
     say(f"computing {titles} of {source.count:,} pictures: {source.label}")
     with clock.part("distances"):
         rows = score(Measured(work, moments, reference, ruler.processes.device), metrics)
-    warnings = _warnings(copies, work, rows[0].notes if rows else ())
+    warnings = _warnings(copies, work, dict.fromkeys(note for row in rows for note in row.notes))
     seconds = {part: round(spent, 2) for part, spent in {**source.seconds, **clock.seconds}.items()}
     return Evaluation(work.folder.name, digest, rows, warnings, seconds, ruler.processes.size)
 
 
-def _warnings(copies: int, work: Pass, notes: tuple[str, ...]) -> list[str]:
+def _warnings(copies: int, work: Pass, notes: Iterable[str]) -> list[str]:
     """What makes the scores of a finished pass doubtful, a line each."""
     warnings, count = [note for note in notes if note.startswith("weights are not")], work.source.count
     far, plain = oddities_of(work)
@@ -237,7 +237,7 @@ def make_reference(
 
 def check_crop(reference: Reference | None, crop: Crop | None, size: tuple[int, int]) -> None:
     """Refuse real pictures that were cropped by another rule than those that the model has learnt from."""
-    there = crop_of(str(reference.facts["prepared"])) if reference else None
+    there = crop_of(str(reference.facts.get("prepared"))) if reference else None
     if reference and there and crop and there != crop:
         raise AlphaflowError(
             f"{reference.facts['name']}: its pictures became square by --crop {there}, those that the model has learnt "

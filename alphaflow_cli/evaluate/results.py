@@ -65,7 +65,7 @@ RESULT_ROW = Table(
         "space": SPACE,
         "count": Whole(0),
         "pictures": PICTURES,
-        "label": Text(1000),
+        "label": Text(200_000),  # every time of the grid stood in it once, and a grid may have 10,001
         "reference": Maybe(REFERENCE),
     },
     {"settings": Table(others=Anything()), "notes": ListOf(Text(2000), most=100)},

@@ -20,7 +20,7 @@ from alphaflow_cli.data.manifest import read_manifest
 from alphaflow_cli.data.store import Store, open_store
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.recipe.schema import Recipe
-from alphaflow_cli.runtime.processes import choose_device
+from alphaflow_cli.runtime.processes import choose_device, smaller_batch_if_full
 from alphaflow_cli.sample.generator import Generator, open_generator, spans_of
 from alphaflow_cli.sample.grid import grid_png
 from alphaflow_cli.sample.walk import draw_labels, plan_walk
@@ -57,7 +57,8 @@ def nearest_of(run: Path, recipe: Recipe) -> NearestPictures | None:
         device = choose_device(None)
         if manifest.plan.kind != "pixels" and device.type == "cpu":
             return NearestPictures(["The nearest training pictures of latents are looked for on a GPU only."])
-        return _compare(open_generator(str(model), device=device), open_store(store, "sizes"), recipe)
+        with smaller_batch_if_full(1):  # the run may have the GPU for itself
+            return _compare(open_generator(str(model), device=device), open_store(store, "sizes"), recipe)
     except AlphaflowError as fault:  # the rest of the page is worth having
         return NearestPictures([f"The training pictures could not be compared: {fault}"])
 

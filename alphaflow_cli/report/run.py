@@ -248,6 +248,7 @@ def commands_of(recipe: Recipe, run: Path, origin: dict[str, Any], *, images: in
     prepare = []
     if not data.source or data.store:
         options = f"--size {data.image_size} --autoencoder {quote(data.autoencoder)}{' --flips' * data.flips}"
+        options += " --crop adm" if (data.crop or origin.get("crop")) == "adm" else ""
         source = data.source or "SOURCE"
         prepare = [f"alphaflow prep-latents {source} {options} --out {quote(data.store or 'DIR')}"]
     return [

@@ -56,7 +56,7 @@ def scores_chart(recipe: Recipe, rows: Sequence[dict[str, Any]], cuts: Collectio
 
 def title_of(name: str) -> str:
     """A score's name with the direction that is better."""
-    rising = name.startswith(("IS-", "precision", "recall", "density", "coverage"))
+    rising = name.startswith(("IS-", "IS(", "precision", "recall", "density", "coverage"))
     return f"{name}: {'higher' if rising else 'lower'} is better"
 
 

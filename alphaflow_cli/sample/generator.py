@@ -135,6 +135,11 @@ class Drawn:
         assert images is not None
         return np.ascontiguousarray(images.permute(0, 2, 3, 1).to("cpu", torch.uint8).numpy())
 
+    def latent_arrays(self) -> np.ndarray:
+        """The latents in memory, (n, C, h, w); those of a broken checkpoint are refused, as its pictures are."""
+        pixels.refuse_bad(pixels.bad_pictures(self.latents))
+        return self.latents.cpu().numpy()
+
 
 class Generator:
     """A network with everything around it; `stream` draws its pictures, batch by batch."""

@@ -20,9 +20,10 @@ from alphaflow_cli.errors import AlphaflowError, blamed_on
 
 GAP, INK, PAPER = 2, (113, 128, 150, 255), (255, 255, 255, 0)
 LETTERS, SMALLEST, APART = 16, 11, 8  # pixels: the size of words, the least of it, and between two words side by side
-WORD = 16  # pixels for the name below a picture
+WORD, HEAD = 16, 20  # pixels for the name below a picture, and for those above the columns
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 FORMS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}  # suffix of a grid's file → its form
+HIGHEST = {"PNG": 1 << 20, "JPEG": 65_500, "WEBP": 16_383}  # pixels of a picture; PNG has no bound that a grid reaches
 
 
 def grid_form(path: Path) -> str:
@@ -37,6 +38,17 @@ def even_columns(count: int, most: int) -> int:
     """The number of columns, at most `most`, that fills every row; `most` where only narrow grids would be even."""
     fitting = [columns for columns in range(most, most // 2, -1) if count % columns == 0]
     return min(count, fitting[0] if fitting else most)
+
+
+def most_in_rows(columns: int, side: int, form: str) -> int:
+    """How many pictures of this side fit into a grid of this form, whichever columns `even_columns` chooses."""
+    step = cell_of(side) + GAP + WORD
+    return (HIGHEST[FORMS[form]] - HEAD - GAP) // step * (columns // 2 + 1)
+
+
+def cell_of(side: int) -> int:
+    """The side of a picture in a grid: small ones are shown larger."""
+    return side * (max(1, round(64 / side)) if side < 64 else 1)
 
 
 def grid_in_rows(pictures: Sequence[np.ndarray], columns: int, names: Sequence[str] = (), form: str = ".png") -> bytes:
@@ -74,14 +86,12 @@ def grid_png(
 
     `names` stand below each picture, `form` is the suffix of the file it is for.
     """
-    side = rows[0][0].shape[0]
-    zoom = max(1, round(64 / side)) if side < 64 else 1
-    cell = side * zoom
+    cell = cell_of(rows[0][0].shape[0])
     largest = max(SMALLEST, min(LETTERS, cell // 4))
     face, (row_names, column_names, *names) = lettering([row_names, column_names, *names])
     font, small, heading = (face(size) for size in (largest, SMALLEST, fitting_size(column_names, cell, largest, face)))
     left = int(max(font.getlength(name) for name in row_names)) + 12 if row_names else 0
-    top = 20 if any(column_names) else 0
+    top = HEAD if any(column_names) else 0
     step = cell + GAP + (WORD if names else 0)  # from one row to the next
     width = left + max(len(row) for row in rows) * (cell + GAP) + GAP
     canvas = Image.new("RGBA", (width, top + len(rows) * step + GAP), PAPER)

@@ -13,6 +13,7 @@ from alphaflow_cli.recipe.plan import draws_scale, effective_scale, has_null_lab
 from alphaflow_cli.recipe.schema import MOST_NFE, Recipe
 
 EARLIEST_START = 0.9  # of an own grid: noise for z at that time is wrong by (1 − t) x
+MOST_SHOWN = 20  # times of a grid in words; of a longer one its two ends
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,10 @@ class Walk:
         return sampler.grid_evaluations(self.sampler, len(self.grid) - 1) * (2 if self.guidance != 1.0 else 1)
 
     def __str__(self) -> str:
-        grid = ", ".join(f"{t:g}" for t in self.grid)
-        walked, channels = f"{self.sampler} on {grid}", self.guidance_channels
+        times = [f"{t:g}" for t in self.grid]
+        if len(times) > MOST_SHOWN:
+            times = [f"{len(times) - 1:,} steps: {times[0]}", *times[1:3], "…", *times[-2:]]
+        walked, channels = f"{self.sampler} on {', '.join(times)}", self.guidance_channels
         if self.scale is not None:
             where = f" in [{self.interval[0]:g}, {self.interval[1]:g}]" if self.interval else ""
             return f"{walked}, guidance {self.scale:g}{where}"

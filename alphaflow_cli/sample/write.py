@@ -34,7 +34,7 @@ from alphaflow_cli.runtime.lock import check_lock, hold
 from alphaflow_cli.runtime.processes import Processes, smaller_batch_if_full
 from alphaflow_cli.runtime.progress import Progress, say
 from alphaflow_cli.sample.generator import Drawn
-from alphaflow_cli.sample.grid import even_columns, grid_by_walk, grid_form, grid_in_rows, picture_png
+from alphaflow_cli.sample.grid import even_columns, grid_by_walk, grid_form, grid_in_rows, most_in_rows, picture_png
 from alphaflow_cli.sample.plan import Plan, Record, SampleRequest, plan_sampling, summary
 from alphaflow_cli.text import brief, shorten
 
@@ -83,8 +83,8 @@ def make_sinks(plan: Plan) -> "list[PictureFolder | RowFile]":
     elif request.out is not None:
         sinks.append(PictureFolder(plan, request.out))
     if request.grid is not None:
-        count = len(request.seeds)
-        shown = min(count, MOST_SHOWN if len(plan.walks) == 1 else 2 * COLUMNS)
+        count, fitting = len(request.seeds), most_in_rows(COLUMNS, side, grid_form(request.grid))
+        shown = min(count, *((MOST_SHOWN, fitting) if len(plan.walks) == 1 else (2 * COLUMNS,)))
         if shown < count and plan.processes.rank == 0:
             each = "" if len(plan.walks) == 1 else ", a row for each number of evaluations"
             say(f"{request.grid}: shows the first {shown:,} of {count:,} pictures{each}")
@@ -276,7 +276,7 @@ class RowFile:
         rows = self._rows(walk, drawn.span)
         if not rows or self.is_finished():
             return
-        batch = drawn.latents.cpu().numpy() if self.dtype.kind == "f" else drawn.arrays()
+        batch = drawn.latent_arrays() if self.dtype.kind == "f" else drawn.arrays()
         content = np.ascontiguousarray(batch[: len(rows)], self.dtype)
         with self._writing():
             with self.part.open("r+b", buffering=0) as file:

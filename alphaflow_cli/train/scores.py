@@ -125,7 +125,7 @@ class Scores:
     def __init__(self, run: Run) -> None:
         self.run, self.wanted = run, run.recipe.eval
         side = run.recipe.data.image_size
-        self.size = (side, side)
+        self.size, self.crop = (side, side), run.stream.store.plan.crop  # of the pictures that it learns from
 
     def is_due(self, step: int) -> bool:
         """Whether scores belong to this step: at every so many steps, and at the last."""
@@ -140,7 +140,7 @@ class Scores:
             ruler = together(self.run.world, self._ruler)
             reference = self._reference(ruler)
             check_reference(self.wanted.quick_metrics, reference, ruler.extractors, self.size)
-            check_crop(reference, self.run.recipe.data.crop, self.size)
+            check_crop(reference, self.crop, self.size)
 
     def is_written(self) -> bool:
         """Whether the journal has the scores of the run's present step; the first process looks for all."""
@@ -202,8 +202,8 @@ class Scores:
         return SharedRuler(extractors, self.run.world, self.run.folder / "evals", BATCH)
 
     def _reference(self, ruler: Ruler) -> Reference | None:
-        crop, text = self.run.recipe.data.crop, self.wanted.reference
-        return find_reference(text, self.size, ruler, crop) if text else None
+        text = self.wanted.reference
+        return find_reference(text, self.size, ruler, self.crop) if text else None
 
     def _record(self, evaluations: list[Evaluation], journal: Journal, trackers: Trackers) -> None:
         """Write the numbers: their protocols, the best checkpoints, the row. A kill in between loses none of them."""

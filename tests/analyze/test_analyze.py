@@ -217,9 +217,14 @@ def test_an_analysis_that_is_ended_says_that_it_goes_on(tiny_run, tmp_path, caps
 
 @pytest.mark.usefixtures("no_pictures")
 def test_another_seed_never_mixes_with_the_lines_of_the_first(tiny_run, tmp_path, capsys):
-    one = analyze(tiny_run, tmp_path, capsys, "--batches", "1")
-    two = analyze(tiny_run, tmp_path, capsys, "--batches", "1", "--seed", "1")
-    assert one["checkpoints"][0]["cosines"] != two["checkpoints"][0]["cosines"]
+    line = ["analyze", str(tiny_run), "--out", str(tmp_path), "--batch", "8", "--batches", "1"]
+    made, told = [], []
+    for more in ((), (), ("--seed", "1")):
+        assert cli([*line, *more]) == 0
+        made.append(json.loads((tmp_path / "conflict.json").read_text())["checkpoints"][0]["cosines"])
+        told.append("no longer show step 6, ema weights, 8 rows per batch, seed 0. Its" in capsys.readouterr().err)
+    assert made[0] == made[1] != made[2]
+    assert told == [False, False, True], "the document shows the last one alone"
     assert len(list(tmp_path.glob("*/batches.jsonl"))) == 2
 
 

@@ -5,11 +5,13 @@ import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from train_helpers import make_recipe, make_store, train
 
 from alphaflow_cli import cli
 from alphaflow_cli.core.ema import ema_beta, update_ema
+from alphaflow_cli.ema.averages import distances
+from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.latents.encode import StoreRequest
 from alphaflow_cli.latents.prepare import prepare_store
 from alphaflow_cli.model.checkpoint import load_checkpoint
@@ -42,6 +44,15 @@ def test_an_average_that_the_run_kept_is_made_of_the_others_to_a_millionth(run, 
     for each in made.values():
         assert each["expected_error"] < 1e-6, each
         assert each["check"] < 1e-6, each
+
+
+@pytest.mark.parametrize(("there", "words"), [("net.b", "net.a is not in it"), ("net.a", "net.a has another shape")])
+def test_a_checkpoint_of_another_run_among_the_runs_own_gets_one_line(there, words, tmp_path):
+    own, foreign = tmp_path / "own.safetensors", tmp_path / "foreign.safetensors"
+    save_file({"net.a": torch.ones(2)}, own)
+    save_file({there: torch.ones(3)}, foreign)
+    with pytest.raises(AlphaflowError, match=f"{foreign.name}.*{words}"):
+        distances([(foreign, own)])
 
 
 @pytest.mark.parametrize("every", [2, 4])

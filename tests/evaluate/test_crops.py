@@ -10,8 +10,9 @@ from PIL import Image
 
 from alphaflow_cli.cli import run as cli
 from alphaflow_cli.data.manifest import read_manifest
-from alphaflow_cli.evaluate.evaluate import find_reference
+from alphaflow_cli.evaluate.evaluate import check_crop, find_reference
 from alphaflow_cli.evaluate.pictures import WAYS, crop_of, open_pictures
+from alphaflow_cli.evaluate.reference import Reference
 from alphaflow_cli.model.checkpoint import load_checkpoint
 from alphaflow_cli.recipe import load_recipe
 
@@ -65,6 +66,10 @@ def test_a_reference_of_the_other_crop_is_refused_with_the_command_that_makes_th
     error = capsys.readouterr().err
     assert "its pictures became square by --crop square, those that the model has learnt from by --crop adm" in error
     assert "alphaflow reference SOURCE --size 16 --crop adm -o FILE" in error
+
+
+def test_a_reference_that_does_not_say_how_it_was_cropped_is_compared():
+    check_crop(Reference({}, {"name": "of an unknown origin"}), "adm", (16, 16))
 
 
 def test_pictures_are_cropped_as_the_models_were(place, capsys):

@@ -13,12 +13,14 @@ from run_pages import score
 from small_models import pixel_checkpoint
 
 from alphaflow_cli import cli
+from alphaflow_cli.core.sampler import time_grid
 from alphaflow_cli.evaluate import measure
-from alphaflow_cli.evaluate.results import Evaluation, read_results, score_chart, value_text
+from alphaflow_cli.evaluate.results import Evaluation, read_results, save_results, score_chart, value_text
 from alphaflow_cli.hub.card import result_rows
 from alphaflow_cli.model.checkpoint import load_checkpoint, save_checkpoint
 from alphaflow_cli.model.find import run_folder
 from alphaflow_cli.report.run import scores_of
+from alphaflow_cli.sample.walk import Walk
 
 
 @pytest.fixture
@@ -237,6 +239,16 @@ def test_results_that_cannot_be_read_are_replaced_and_that_is_said(run, real, ca
     assert evaluate(run, real, "--nfe", "1") == 0
     assert "written anew, because what it held cannot be read" in capsys.readouterr().err
     assert len(rows(run / "results.json")) == 1
+
+
+def test_results_of_many_steps_can_be_read_again(tmp_path):
+    walk = Walk("flow", tuple(time_grid(250)), 1.0)
+    assert str(walk) == "flow on 250 steps: 1, 0.996, 0.992, …, 0.004, 0"
+    written = ", ".join(map("{:g}".format, walk.grid))  # as it once was
+    for label in (str(walk), written):
+        row = replace(score(250, 3.25), label=f"run, 250 NFE, {label}")
+        save_results(tmp_path / "results.json", tmp_path / "history.jsonl", [Evaluation("e", "ab", [row], [], {}, 1)])
+        assert read_results(tmp_path / "results.json")["evaluations"][0]["rows"][0]["label"] == row.label
 
 
 def test_a_metric_whose_weights_are_missing_does_not_stop_the_others(run, real, capsys, monkeypatch, tmp_path):

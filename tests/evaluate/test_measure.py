@@ -286,6 +286,17 @@ def test_fewer_pictures_than_features_give_a_value_and_say_so(tmp_path: Path) ->
     assert any("covariance is singular: 120 pictures for 192 features" in note for note in notes)
 
 
+def test_weights_that_are_not_the_published_ones_are_warned_of_whatever_is_measured_first(tmp_path: Path) -> None:
+    small = ruler.Small(None).requires_grad_(False)
+    small.known, small.weights_sha256 = False, "ab" * 32
+    which = Ruler({"inception": small, "tiny": Tiny()}, Processes(CPU), tmp_path, 64)
+    made = make_reference(Held(ruler.pictures(100, seed=1), "real"), which, tmp_path / "real.safetensors", name="")
+    assert made is not None
+    found = evaluate(Held(ruler.pictures(100)), ("fd-tiny", "fid"), which, reference=made[0])
+    assert found is not None
+    assert [warning.partition(" (")[0] for warning in found.warnings] == ["weights are not the published ones"]
+
+
 def test_worse_pictures_score_worse(tmp_path: Path) -> None:
     real, draw = ruler.pictures(600, seed=1), torch.Generator().manual_seed(3)
     same = ruler.pictures(300, seed=2)

@@ -12,7 +12,7 @@ from alphaflow_cli.model.find import best_name
 from alphaflow_cli.recipe import dump_recipe, load_recipe
 from alphaflow_cli.report.compare import read_run
 from alphaflow_cli.report.run import curves_of
-from alphaflow_cli.report.scores import curves_of_scores, expected_notes, scores_chart
+from alphaflow_cli.report.scores import curves_of_scores, expected_notes, scores_chart, title_of
 from alphaflow_cli.train.journal import read_rows
 from alphaflow_cli.train.scores import new_references, score_rows
 
@@ -36,6 +36,7 @@ def test_the_page_shows_scores_over_steps_above_what_the_recipe_expects(folder, 
     recipe, rows = load_recipe(str(folder / "recipe.yaml")), score_rows(folder)
     (panel,) = scores_chart(recipe, rows).panels
     assert panel.title == "FD-tiny-2k: lower is better"
+    assert title_of("IS(weights 5a993ec0)-2k").endswith(": higher is better")
     assert [(line.label, line.dashed) for line in panel.lines] == [
         ("expected, 1 NFE", True), ("1 NFE", False), ("expected, 2 NFE", True), ("2 NFE", False),
     ]  # fmt: skip

@@ -96,6 +96,15 @@ def test_many_pictures_or_none_here_leave_the_section_out(run, tmp_path, monkeyp
     assert nearest_of(folder, make_recipe(tmp_path, text=TEXT)) is None
 
 
+def test_a_gpu_that_a_run_fills_costs_the_section_and_not_the_page(run, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(room, "_compare", full)
+    (text,) = nearest_of(*run).texts
+    assert text.startswith("The training pictures could not be compared: out of memory (CUDA out of memory.")
+
+
 def test_a_damaged_store_costs_the_section_and_not_the_page(run, store, tmp_path, capsys):
     folder, _ = run
     shard = next(iter(store.glob("*.safetensors")))

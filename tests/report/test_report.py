@@ -7,6 +7,7 @@ import re
 import shlex
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from urllib.parse import quote
 
@@ -116,6 +117,10 @@ def test_a_run_on_data_of_ones_own_is_made_again_by_data_alone(tmp_path, monkeyp
     commands = commands_of(recipe, tmp_path / "run", {}, images=300)
     assert "alphaflow train quickstart --data mine --out runs/run" in commands
     assert any(line.startswith("alphaflow prep-latents SOURCE --size 32 ") for line in commands)
+    assert not any("--crop" in line for line in commands), "the usual one"
+    adm = commands_of(replace(recipe, data=replace(recipe.data, crop="adm")), tmp_path / "run", {})
+    either = commands_of(replace(recipe, data=replace(recipe.data, crop=None)), tmp_path / "run", {"crop": "adm"})
+    assert [each.count(" --crop adm ") for each in map(" ".join, (adm, either))] == [1, 1]
     assert "alphaflow eval runs/run --reference SOURCE --images 300" in commands
     (tmp_path / "mine" / "manifest.json").write_text("{")  # damaged since: its values are said one by one
     (line,) = (line for line in commands_of(recipe, tmp_path / "run", {}) if line.startswith("alphaflow train "))

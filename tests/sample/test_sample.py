@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from golden_data import tensor
+from PIL import Image
 from small_models import checkpoint_m, pixel_checkpoint, recipe_m
 
 from alphaflow_cli import cli
@@ -15,6 +16,7 @@ from alphaflow_cli.model.checkpoint import load_checkpoint, save_checkpoint
 from alphaflow_cli.model.find import find_class
 from alphaflow_cli.recipe.schema import Sample
 from alphaflow_cli.sample.generator import Generator, open_generator
+from alphaflow_cli.sample.grid import HIGHEST
 from alphaflow_cli.sample.walk import draw_labels, plan_walk
 from alphaflow_cli.train.samples import SampleGrids
 
@@ -68,6 +70,15 @@ def test_a_grid_of_several_numbers_of_steps_says_how_many_pictures_it_shows(tmp_
     assert cli.run(line) == 0
     shown = "g.png: shows the first 20 of 22 pictures, a row for each number of evaluations"
     assert shown in capsys.readouterr().err
+
+
+def test_a_grid_shows_no_more_pictures_than_its_form_can_hold(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(HIGHEST, "WEBP", 300)  # not 16,383 pixels
+    path = pixel_checkpoint(tmp_path / "c.safetensors")
+    assert cli.run(["sample", str(path), "--seeds", "0-30", "--grid", str(tmp_path / "g.webp")]) == 0
+    assert "g.webp: shows the first 18 of 31 pictures" in capsys.readouterr().err
+    with Image.open(tmp_path / "g.webp") as grid:
+        assert grid.height <= 300
 
 
 @pytest.mark.usefixtures("forked_workers")
@@ -254,9 +265,10 @@ def test_weights_that_are_not_finite_make_no_picture(tmp_path, capsys):
     checkpoint = load_checkpoint(path)
     checkpoint.weights["final.linear.bias"][3] = float("nan")
     save_checkpoint(path, checkpoint)
-    assert cli.run(["sample", str(path), "--seeds", "0-3", "--grid", str(tmp_path / "g.png")]) == 1
-    assert "not finite" in capsys.readouterr().err
-    assert not (tmp_path / "g.png").exists()
+    for option, name in (("--grid", "g.png"), ("--latents", "z.npy")):
+        assert cli.run(["sample", str(path), "--seeds", "0-3", option, str(tmp_path / name)]) == 1
+        assert "not finite" in capsys.readouterr().err
+        assert not (tmp_path / name).exists()
 
 
 def test_the_recipe_chooses_sampler_and_grid_per_nfe():

@@ -4,14 +4,18 @@ import json
 import os
 import shutil
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
 from train_helpers import TIMING, begin, left_behind, make_recipe, train
 
 from alphaflow_cli import cli
+from alphaflow_cli.data.store import open_store
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.evaluate import measure
+from alphaflow_cli.evaluate.evaluate import Ruler, check_crop
+from alphaflow_cli.evaluate.tiny import Tiny
 from alphaflow_cli.files import sha256_of
 from alphaflow_cli.latents.encode import StoreRequest
 from alphaflow_cli.latents.prepare import prepare_store
@@ -335,3 +339,12 @@ def test_sample_and_eval_find_a_best_checkpoint_in_its_run(scored, tmp_path):
     best = scored / "best-nfe2.safetensors"
     assert cli.run(["sample", str(best), "--seeds", "0-3", "--grid", str(tmp_path / "grid.png")]) == 0
     assert cli.run(["eval", str(best), "--nfe", "2", "--metrics", "fd-tiny", "--images", "100"]) == 0
+
+
+def test_the_reference_is_cropped_as_the_store_was_where_the_recipe_does_not_care(recipe, tmp_path):
+    adm, cpu = tmp_path / "adm", Processes(torch.device("cpu"))
+    prepare_store(StoreRequest("shapes:60", 16, "none", flips=False, crop="adm"), adm, cpu)
+    assert recipe.data.crop is None, "either will do"
+    run = SimpleNamespace(recipe=recipe, stream=SimpleNamespace(store=open_store(adm, "sizes")))
+    reference = scores.Scores(run)._reference(Ruler({"tiny": Tiny()}, cpu, tmp_path / "evals", 64))
+    check_crop(reference, "adm", (16, 16))  # as `evaluate` does, by what the checkpoints say: else there is no score
