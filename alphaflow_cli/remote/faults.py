@@ -65,11 +65,11 @@ ANSWERS: tuple[tuple[str, str, Shape], ...] = (  # method, end of the path, what
     ("GET", "/api/whoami-v2", Table({"name": Text(form=HUB_NAME)}, others=OPEN)),
     ("POST", "/api/repos/create", Table({"url": Text(1000, form=REPOSITORY)}, others=OPEN)),
     ("POST", "/api/validate-yaml", Table(optional={"errors": ISSUES, "warnings": ISSUES}, others=OPEN)),
-    ("POST", "/api/models/.+/preupload/.+", Table({"files": ListOf(UPLOAD)}, others=OPEN)),
-    ("POST", "/api/models/.+/commit/.+", COMMITTED),
+    ("POST", "/api/(?:models|spaces)/.+/preupload/.+", Table({"files": ListOf(UPLOAD)}, others=OPEN)),
+    ("POST", "/api/(?:models|spaces)/.+/commit/.+", COMMITTED),
     ("POST", "/info/lfs/objects/batch", Table({"objects": ListOf(LFS_OBJECT)}, {"transfer": Text(100)}, OPEN)),
-    ("GET", "/api/(?:models|datasets)/.+/tree/.+", ListOf(ENTRY)),
-    ("GET", "/api/(?:models|datasets)/[^/]+(?:/[^/]+)?(?:/revision/.+)?", INFO),
+    ("GET", "/api/(?:models|datasets|spaces)/.+/tree/.+", ListOf(ENTRY)),
+    ("GET", "/api/(?:models|datasets|spaces)/[^/]+(?:/[^/]+)?(?:/revision/.+)?", INFO),
 )
 
 

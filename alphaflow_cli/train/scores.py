@@ -179,7 +179,7 @@ class Scores:
         run, wanted = self.run, self.wanted
         path = run.folder / "checkpoints" / step_name(run.step) / "model.safetensors"
         generator, ruler = together(run.world, lambda: (self._generator(path), self._ruler()))
-        reference, evaluations = self._reference(ruler), []
+        reference, evaluations = together(run.world, lambda: self._reference(ruler)), []
         for nfe in wanted.quick_nfe:
             walk = plan_walk(run.recipe, nfe=nfe)
             source = Interruptible(generator, walk, count=wanted.quick_images, draw=wanted.draw)

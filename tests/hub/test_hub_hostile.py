@@ -89,6 +89,14 @@ def test_a_push_to_such_a_server_is_one_line(hub, project_run, capsys, part, bod
     alphaflow("push", "runs/tiny", capsys=capsys)
 
 
+@pytest.mark.parametrize("method", ["GET", "POST"])
+def test_a_login_page_in_the_place_of_a_space_is_one_line(hub, project_run, capsys, method):  # noqa: F811
+    hub.faults[method, "/me/tiny.space"] = Fault(200, body=LOGIN_PAGE)
+    code, err = alphaflow("push", "runs/tiny", "me/tiny", "--space", capsys=capsys)
+    assert code == 1
+    assert "login page" in err
+
+
 @pytest.mark.parametrize("commit", ["../" * 12 + "outside", "..", "x" * 40, "a" * 39, "A" * 40, "/outside", "a" * 300])
 def test_a_commit_that_is_none_names_no_folder(published, hub, capsys, tmp_path, commit):  # noqa: F811
     (tmp_path / "cache").mkdir()
