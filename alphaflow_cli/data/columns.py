@@ -17,6 +17,7 @@ DESCRIPTION = Table(
     optional={"info": Table(optional={"features": Table(others=Anything())}, others=Anything())}, others=Anything()
 )
 NAMES = ListOf(Text(LONGEST_LABEL), 1)
+NO_CLASSES = ("bool", "halffloat", "float", "double")  # types of a column called label that are refused
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,19 @@ class Layout:
         if usual is None and described:
             shown = ", ".join(column.name for column in described)
             raise AlphaflowError(f"{where}: has several columns of classes ({shown}); choose one with --label-column")
+        if usual is None:
+            self._refuse_a_label_that_is_none(where)
         return by_name[usual] if usual else None
+
+    def _refuse_a_label_that_is_none(self, where: str) -> None:
+        """Name a column that is called like one of classes and holds something else, as a table's labels are named."""
+        kinds = dict(each.rsplit(": ", 1) for each in self.others)
+        name = choose_column([name for name, kind in kinds.items() if kind in NO_CLASSES], "", LABEL_COLUMNS)
+        if name:
+            raise AlphaflowError(
+                f"{where}: its {name} is {kinds[name]}; a class is a text or a whole number. Choose another "
+                "--label-column, or take all pictures as one class: --unlabelled"
+            )
 
 
 def parquet_library(where: str) -> Any:

@@ -232,6 +232,16 @@ def test_columns_are_found_by_the_schema_or_by_their_types(tmp_path):
     assert found(path) == ([""], [0] * 4)
 
 
+@pytest.mark.parametrize("labels", [[0.0, 1.0], [True, False]])
+def test_a_label_that_is_no_class_is_named_unless_all_pictures_are_one(tmp_path, labels):
+    cells = [data for _, data in pictures(2)]
+    (tmp_path / "s.parquet").write_bytes(bytes_of(pa.table({"image": cells, "Label": labels})))
+    source = open_source(str(tmp_path / "s.parquet"))
+    with pytest.raises(AlphaflowError, match=r"its Label is (double|bool); a class is a text or a whole number"):
+        label_pictures(source, AS_FOUND)
+    assert run(["prep-latents", str(tmp_path), *OPTIONS, "--unlabelled", "--out", str(tmp_path / "store")]) == 0
+
+
 @pytest.mark.skipif(not hasattr(pa, "binary_view"), reason="this pyarrow has no such types")
 @pytest.mark.parametrize("nested", [False, True])
 def test_bytes_and_texts_in_the_types_that_polars_writes_are_pictures_and_classes(tmp_path, nested):
