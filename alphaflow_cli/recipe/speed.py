@@ -19,10 +19,11 @@ from alphaflow_cli.recipe.plan import (
     alpha_at,
     equal_share_at,
     hidden_channels,
+    is_precise,
     needs_velocities,
     parameter_count,
     phase_kind,
-    phases,
+    stretches,
     tokens,
 )
 from alphaflow_cli.recipe.schema import Recipe
@@ -30,6 +31,8 @@ from alphaflow_cli.recipe.schema import Recipe
 TANGENT = 1.05  # forwards of a row that a riding tangent costs
 PEAK = 989e12  # FLOP/s of an H100 (SXM) in bf16, by its data sheet
 WAITING = 0.37  # of a compiled step's time: kernels that wait for memory (B/2 at α = 1: 37 of 101 ms, measured)
+TF32 = 2.0  # times that a step in TF32 takes one in bf16: half the products per second, twice the bytes, by the sheet
+FP32 = (1 - WAITING) * 989 / 67 + WAITING * 2  # the same of float32 without TF32
 BANDWIDTH = 4.8 / 3.35  # of an H200 over an H100, by the data sheets; their arithmetic is the same
 LINK = 450e9  # bytes/s in one direction between the H100s of one machine, by the same sheet
 TRAINER = 1.02  # what the trainer takes, over the bare step (measured)
@@ -119,16 +122,17 @@ def step_flops(recipe: Recipe, alpha: float, n_equal: int, extra_rows: float) ->
     return units * forward_flops(recipe) + 3.0 * batch * velocity_flops(recipe)
 
 
-def phase_flops(recipe: Recipe) -> list[tuple[PhaseKind, int, float]]:
-    """Every phase with its steps, and the operations of a step in its middle, all of guidance's rows included."""
-    listed: list[tuple[PhaseKind, int, float]] = []
-    for phase in phases(recipe):
+def phase_flops(recipe: Recipe) -> list[tuple[PhaseKind, bool, int, float]]:
+    """Every phase, or its part of one precision: its kind, whether it is in fp32 in a run in bf16, its steps, and the
+    operations of a step in its middle, all of guidance's rows included."""
+    listed: list[tuple[PhaseKind, bool, int, float]] = []
+    for phase in stretches(recipe):
         middle = (phase.first + phase.until) // 2
         n_equal = equal_rows(recipe.train.batch, equal_share_at(recipe)(middle))
         alpha = alpha_at(recipe)(middle)
         extra_rows = most_asked_rows(recipe, n_equal, tangent=asks_tangent(recipe, alpha))
         flops = step_flops(recipe, alpha, n_equal, extra_rows)
-        listed.append((phase.kind, phase.until - phase.first, flops))
+        listed.append((phase.kind, is_precise(recipe, alpha), phase.until - phase.first, flops))
     return listed
 
 
@@ -142,13 +146,13 @@ def compiling_pays(recipe: Recipe, processes: int) -> bool:
         return False
     listed = phase_flops(recipe)
     least = SAVED_REPLAYED if recipe.train.graphs and graphs_may_pay(recipe, processes) else SAVED_LAUNCHES
-    saved = sum(count * max(flops / processes * SAVED, least) for _, count, flops in listed)
+    saved = sum(count * max(flops / processes * SAVED, least) for *_, count, flops in listed)
     return saved > WORTH * COMPILING * len(listed)
 
 
 def graphs_may_pay(recipe: Recipe, processes: int) -> bool:
     """Whether launches may be most of a step of one process, so that replaying it as a CUDA graph is worth a try."""
-    most = max(flops for _, _, flops in phase_flops(recipe))
+    most = max(flops for *_, flops in phase_flops(recipe))
     return processes == 1 and recipe.optim.kind == "adam" and most < GRAPH_FLOPS
 
 
@@ -177,11 +181,12 @@ def pace(recipe: Recipe, gpus: int = 1, *, h200: bool = False) -> Pace | None:
     exchange = 0.0 if gpus == 1 else 4 * parameter_count(recipe) * 2 * (gpus - 1) / gpus / LINK
     seconds, measured = 0.0, _is_network(recipe, size) and gpus == 1 and not h200 and (compiled or size == "S/2")
     card = 1 - WAITING * (1 - 1 / BANDWIDTH) if h200 else 1.0  # its time over that of an H100
-    for kind, steps, flops in phase_flops(recipe):
+    for kind, precise, steps, flops in phase_flops(recipe):
+        slower = (TF32 if recipe.train.tf32 else FP32) if precise else 1.0
         share = UTILISATION[size].get((kind, guided)) if compiled else NOT_COMPILED
-        measured = measured and share is not None
+        measured = measured and share is not None and not precise
         share = share or min(UTILISATION[size].values())
-        seconds += steps * (flops / (share * PEAK) / gpus * TRAINER * card + exchange)
+        seconds += steps * (flops / (share * PEAK) / gpus * TRAINER * card * slower + exchange)
     return Pace(recipe.train.steps * recipe.train.batch / seconds, seconds / 3600, compiled, measured)
 
 

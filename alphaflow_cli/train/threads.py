@@ -76,7 +76,7 @@ def _choose(recipe: Recipe, world: World, rows: int, most: Threads, saved: State
 def measure_threads(recipe: Recipe, rows: int, most: int, steps: int, world: World) -> tuple[float, float]:
     """Seconds per step with 1 and with `most` threads, on the slowest process; zeros where measuring does not pay."""
     times: dict[int, list[float]] = {1: [], most: []}
-    guess = max(flops for _, _, flops in phase_flops(recipe)) / world.size / CORE_FLOPS
+    guess = max(flops for *_, flops in phase_flops(recipe)) / world.size / CORE_FLOPS
     if 3 * guess < max(MOST_SECONDS, MOST_SHARE * guess * steps):
         with torch.random.fork_rng(devices=[]):
             _time_rounds(recipe, rows, steps, times, world.device)

@@ -321,6 +321,16 @@ def test_the_pace_of_a_small_network_is_the_one_measured_too():
     assert speed.pace(load_recipe("cifar10")).images_per_second == pytest.approx(13 * 256, rel=0.01)
 
 
+def test_steps_in_fp32_of_a_run_in_bf16_take_longer_and_are_not_measured():
+    sets = {"bf16": (), "tf32": ("train.precise_below=0.05", "train.tf32=true"), "fp32": ("train.precise_below=0.05",)}
+    paces = {name: speed.pace(load_recipe("b2", [*each])) for name, each in sets.items()}
+    assert paces["bf16"].hours < paces["tf32"].hours < paces["fp32"].hours
+    assert [pace.measured for pace in paces.values()] == [True, False, False]
+    steps = sum(count for _, precise, count, _ in speed.phase_flops(load_recipe("b2", [*sets["tf32"]])) if precise)
+    more = paces["tf32"].hours / paces["bf16"].hours - 1
+    assert more == pytest.approx(steps / 400_000, rel=0.15)  # they take twice as long
+
+
 def test_the_pace_says_what_it_rests_on():
     many, large = speed.pace(load_recipe("b2-cfg"), 8), speed.pace(load_recipe("l2-cfg"))
     assert (many.measured, large.measured) == (False, False)

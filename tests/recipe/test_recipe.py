@@ -10,7 +10,7 @@ from places import ROOT
 
 from alphaflow_cli.cli import run
 from alphaflow_cli.errors import AlphaflowError
-from alphaflow_cli.recipe import Recipe, diff_recipes, dump_recipe, load_recipe, recipe_from_text, shipped
+from alphaflow_cli.recipe import Recipe, diff_recipes, dump_recipe, load_recipe, recipe_from_text, shipped, speed
 from alphaflow_cli.recipe import schema as schema_module
 from alphaflow_cli.recipe.loader import set_text
 
@@ -87,6 +87,16 @@ def test_a_shipped_recipe_is_short_and_its_header_is_its_manual(name):
     for word in ("Hardware and hours:", "Expected"):
         assert any(word in line for line in header), word
     assert all(len(line) <= 120 for line in lines)
+
+
+@pytest.mark.parametrize("name", [name for name in shipped() if name != "quickstart"])
+def test_a_recipes_header_gives_the_hours_that_recipe_show_gives(name):
+    pace = speed.pace(load_recipe(name))
+    text = "not measured yet"
+    if pace is not None:
+        hours = f"{pace.hours:.1f} h" if pace.hours < 10 else f"{pace.hours:,.0f} h"
+        text = f"one H100, {hours} ({'from measured steps' if pace.measured else 'arithmetic'})"
+    assert f"# Hardware and hours: {text}\n" in shipped()[name].read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
