@@ -289,7 +289,7 @@ def budget_part(lines: Sequence[Line], best: str | None) -> list[str]:
     shares = [member for pair in SHARES for member in pair]
     members = [*shares, *([best] if best else [])]
     pairs = [("alphaflow-25", "meanflow-25"), ("alphaflow-50", "meanflow-75"), ("alphaflow-25", "meanflow-75")]
-    pairs += [("meanflow-75", "meanflow-25"), ("alphaflow-50", "alphaflow-25")]
+    pairs += [("meanflow-75", "meanflow-25"), ("alphaflow-50", "meanflow-25"), ("alphaflow-50", "alphaflow-25")]
     pairs += [(best, "meanflow-25")] if best else []
     text, fair = ["## (a) Budget", ""], without_choosing(lines, best)
     if best:
