@@ -135,6 +135,8 @@ def read_tree(path: Path) -> object:
         if path.suffix == ".safetensors":
             return load_file(path)
         return _load_torchscript(path) if _is_torchscript(path) else torch.load(path, "cpu", weights_only=True)
+    except MemoryError:  # the machine's, not the file's
+        raise
     except Exception as error:  # unpickling a broken or hostile file raises anything
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise AlphaflowError(f"{path}: not a readable weight file ({reason})") from error

@@ -114,6 +114,16 @@ def test_other_weights_have_another_hash(made, tmp_path):
     assert weights_sha256(tiny_kl(tmp_path / "other", seed=1)) != weights_sha256(made["kl"][1])
 
 
+def test_a_machine_without_memory_is_not_blamed_on_the_file(tmp_path, monkeypatch):
+    def full(*given, **more):
+        raise MemoryError
+
+    torch.save({"a": torch.zeros(1)}, tmp_path / "good.pt")
+    monkeypatch.setattr(torch, "load", full)
+    with pytest.raises(MemoryError):
+        load(tmp_path / "good.pt")
+
+
 def test_a_pickle_that_would_run_code_is_refused(tmp_path):
     class Touch:
         def __reduce__(self):
