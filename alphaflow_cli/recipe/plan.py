@@ -98,9 +98,14 @@ def phase_kind(alpha: float) -> PhaseKind:
     return "flow" if alpha == 1 else "derivative" if alpha == 0 else "between"
 
 
+def is_small(alpha: float, below: float) -> bool:
+    """Whether 0 < α < `below`: there a target is u and α times a difference, whose gradient bf16 would round away."""
+    return 0.0 < alpha < below
+
+
 def is_precise(recipe: Recipe, alpha: float) -> bool:
     """Whether a run in bf16 computes its steps at this alpha in fp32."""
-    return recipe.train.precision == "bf16" and 0.0 < alpha < recipe.train.precise_below
+    return recipe.train.precision == "bf16" and is_small(alpha, recipe.train.precise_below)
 
 
 def phases(recipe: Recipe) -> list[Phase]:

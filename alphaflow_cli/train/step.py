@@ -39,7 +39,7 @@ from alphaflow_cli.core.objective import (
 from alphaflow_cli.core.times import Draw, TimeLaws, mean_interval
 from alphaflow_cli.model.build import DTYPES
 from alphaflow_cli.nn.tangent import Inputs
-from alphaflow_cli.recipe.plan import draws_scale, needs_velocities, null_label
+from alphaflow_cli.recipe.plan import draws_scale, is_small, needs_velocities, null_label
 from alphaflow_cli.recipe.schema import Guidance, Loss, Recipe, TimeDraw, Times
 from alphaflow_cli.train.questions import Answers, Question, ask_all, dropped_rows, guide_of_answers, guided_rows
 
@@ -80,7 +80,7 @@ class Objective:
 
     def at(self, alpha: float) -> "Objective":
         """The same, without bf16 where α is small: there the target is u and α times a difference of two answers."""
-        return replace(self, bf16=False) if self.bf16 and 0.0 < alpha < self.precise_below else self
+        return replace(self, bf16=False) if self.bf16 and is_small(alpha, self.precise_below) else self
 
     def has_tangent(self, alpha: float) -> bool:
         """Whether z moves along the network's own velocity at this α, which then must be asked of every r < t row."""
