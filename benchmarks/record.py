@@ -1,5 +1,6 @@
 """One line of JSON per measurement, with what a reader needs to believe it: date, hardware, versions, commit."""
 
+import hashlib
 import json
 import os
 import platform
@@ -34,6 +35,10 @@ def git(*words: str) -> str:
     """What git says about the checkout, or nothing outside of one."""
     done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=False)
     return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def sha256_of(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def describe(device: str) -> dict[str, object]:

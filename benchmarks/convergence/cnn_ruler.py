@@ -11,11 +11,11 @@ set of pictures it gives
     precision, recall    by balls of 3 neighbours in the same features, as `alphaflow eval` has them in others'
 
 `fd_tiny` beside it is the package's FD-tiny, against the training pictures. Weights are made by this script from a
-fixed seed and kept beside the runs. The folder holds two stores of `alphaflow prep-latents --size 16 --autoencoder
-none`: `store` of the training pictures and `test`.
+fixed seed and kept beside the runs. Made anew on another machine they are rounded otherwise, so they are another ruler:
+what the one has measured stands in no table of the other. The folder holds two stores of `alphaflow prep-latents --size
+16 --autoencoder none`: `store` of the training pictures and `test`.
 """
 
-import hashlib
 import json
 import sys
 import time
@@ -24,6 +24,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,6 +35,7 @@ from torch.nn import functional as F
 sys.path[:0] = [str(Path(__file__).parent.parent)]
 
 import bench_ruler  # noqa: E402
+from record import sha256_of  # noqa: E402
 
 from alphaflow_cli.core.frechet import Moments, frechet_distance  # noqa: E402
 from alphaflow_cli.core.scores import precision_recall  # noqa: E402
@@ -152,7 +154,7 @@ class Ruler:
     """The frozen classifier with its reference, and FD-tiny with its own."""
 
     net: Classifier
-    digest: str  # sha256 of the classifier's weights, its first twelve digits
+    digest: str  # the first twelve digits of the sha256 of the classifier's weights
     test: Pictures
     train: Pictures
 
@@ -217,7 +219,7 @@ def open_ruler(out: Path, device: torch.device, *, width: int = WIDTH, epochs: i
     weights = load_file(path)
     net = Classifier(len(weights["body.0.weight"])).to(device).eval()
     net.load_state_dict(weights)
-    return Ruler(net, hashlib.sha256(path.read_bytes()).hexdigest()[:12], test, train)
+    return Ruler(net, sha256_of(path)[:12], test, train)
 
 
 @torch.no_grad()
@@ -231,7 +233,7 @@ def say_facts(path: Path, net: Classifier, train: Pictures, test: Pictures, *, s
         )
 
     facts = {
-        "weights_sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        "weights_sha256": sha256_of(path),
         "parameters": sum(weight.numel() for weight in net.parameters()),
         "train_accuracy": round(share(train), 4),
         "test_accuracy": round(share(test), 4),
@@ -282,12 +284,12 @@ def print_ladders(ruler: Ruler) -> None:
     print(f"\nFD-cnn and FD-tiny of {size:,} clean test pictures against {len(images) - half:,} others: {floors}.")
 
 
-def accuracy_text(facts: dict[str, float]) -> str:
-    made = f"{facts['parameters']:,} parameters, made in {facts['seconds']:.0f} s ({facts['device']})"
+def accuracy_text(facts: dict[str, Any]) -> str:
     test, train = facts["test_accuracy"], facts["train_accuracy"]
+    made = f"{facts['parameters']:,} parameters, made in {facts['seconds']:.0f} s ({facts['device']})"
     return (
         f"The classifier labels {test:.1%} of the test pictures rightly, and {train:.1%} of the training pictures:\n"
-        f"{made}. It ranks spoilt test pictures:\n"
+        f"{made}, ruler {facts['weights_sha256'][:12]}. It ranks spoilt test pictures:\n"
     )
 
 

@@ -18,6 +18,7 @@ HERE = Path(__file__).parent
 STEPS, WIDTH, SEEDS, MORE_SEEDS, NEW_SEEDS = 3_000, 64, (0, 1, 2), (3, 4), (10, 11, 12, 13, 14)
 BUDGETS, LONG, LONGEST = (2_000, 6_000), 20_000, 60_000
 Line = dict[str, Any]  # one finished run, as results.jsonl has it
+Table = tuple[int, int]  # steps and width: runs that have both in common are compared
 
 
 @dataclass(frozen=True)
@@ -212,15 +213,30 @@ def kind_of(line: Line) -> str:
     return "cuda" if " x " in line["device"] else "cpu"
 
 
-def valid(lines: Sequence[Line]) -> dict[str, Line]:
-    """The last line of each run; none of a run whose recipe has changed since."""
+def sound(lines: Sequence[Line]) -> list[Line]:
+    """The last line of each run by each ruler; none of a run whose recipe has changed since."""
     found = {}
     for line in lines:
         if line["member"] in MEMBERS:
             job = Job("", line["member"], line["steps"], line["seed"], line["width"])
             if job.digest == line["recipe"]:
-                found[job.name] = line
-    return found
+                found[job.name, line["ruler"]] = line
+    return [*found.values()]
+
+
+def valid(lines: Sequence[Line]) -> dict[str, Line]:
+    """The line of each run. Runs of one length and width stand in one table, so one ruler has measured them: that of
+    the most, of two the later one.
+    """
+    tables: dict[Table, dict[str, dict[str, Line]]] = {}
+    for line in sound(lines):
+        tables.setdefault(table_of(line), {}).setdefault(line["ruler"], {})[line["run"]] = line
+    chosen = [max(reversed(rulers.values()), key=len) for rulers in tables.values()]
+    return {name: line for found in chosen for name, line in found.items()}
+
+
+def table_of(line: Line) -> Table:
+    return line["steps"], line["width"]
 
 
 def grade(lines: Sequence[Line], member: str, steps: int, seeds: Sequence[int]) -> float | None:

@@ -296,6 +296,8 @@ def budget_part(lines: Sequence[Line], best: str | None) -> list[str]:
         text += [f"The runs of {STEPS:,} steps that chose {MEMBERS[best].label} in (b) are left out here.", ""]
     for steps in (BUDGETS[0], STEPS, BUDGETS[1], LONG, LONGEST):
         text += [f"### {steps:,} steps", "", *table(fair, members, steps), "", *judged(fair, pairs, steps), ""]
+    if len({line["ruler"] for line in lines}) > 1:
+        text += ["Not all tables have the same ruler: compare FD-cnn within a table, not from one to the next.", ""]
     return [
         *text,
         "![score over budget](budget.png)",

@@ -23,12 +23,13 @@ from collections import Counter
 from collections.abc import Collection
 from multiprocessing import get_context
 from multiprocessing.process import BaseProcess
+from operator import itemgetter
 from pathlib import Path
 
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
-from members import CUTS, kind_of, valid  # noqa: E402
+from members import CUTS, kind_of, sound  # noqa: E402
 from slots import Work, all_lines, lines_of, missing, slot, write  # noqa: E402
 
 KINDS = ("cuda", "cpu")
@@ -86,9 +87,10 @@ def work_off(work: Work, jobs: int) -> None:
 def keep(work: Work) -> None:
     """Write all lines to results.jsonl, of every kind of device, in the order of their names."""
     lines = all_lines(work)
-    kinds = [valid([line for line in lines if kind_of(line) == kind]) for kind in KINDS]
+    kinds = [sound([line for line in lines if kind_of(line) == kind]) for kind in KINDS]
     work.results.mkdir(parents=True, exist_ok=True)
-    texts = (json.dumps(found[name], ensure_ascii=False) + "\n" for found in kinds for name in sorted(found))
+    found = (line for lines in kinds for line in sorted(lines, key=itemgetter("run")))
+    texts = (json.dumps(line, ensure_ascii=False) + "\n" for line in found)
     write(work.results / "results.jsonl", "".join(texts).encode())
 
 

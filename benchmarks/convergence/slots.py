@@ -21,8 +21,8 @@ from statistics import median
 from types import FrameType
 from typing import Any
 
-from members import CURRICULA, MEMBERS, NEW_SEEDS, STEPS, WIDTH, Job, Line, kind_of, plan, valid
-from record import git, hardware
+from members import CURRICULA, MEMBERS, NEW_SEEDS, STEPS, WIDTH, Job, Line, kind_of, plan, sound, table_of, valid
+from record import git, hardware, sha256_of
 
 from alphaflow_cli.recipe.schema import Train
 
@@ -74,10 +74,25 @@ def missing(work: Work, lines: dict[str, Line]) -> list[Job]:
     return [job for job in planned if job.cut in work.cuts and job.steps <= work.longest]
 
 
+def with_ruler(work: Work, lines: dict[str, Line]) -> dict[str, Line]:
+    """The lines without those that have to be measured anew: where a table lacks a run, all of it by the ruler at hand.
+
+    The ruler is made in each folder of runs, and on another machine it is another one, whose figures belong in no
+    table of the first one's.
+    """
+    path = work.out / "ruler.safetensors"
+    ruler = sha256_of(path)[:12] if path.is_file() else ""
+    own = {
+        line["run"]: line for line in sound(all_lines(work)) if (kind_of(line), line["ruler"]) == (work.device, ruler)
+    }
+    lacking = {(job.steps, job.width) for job in missing(work, lines)}
+    return {name: line for name, line in lines.items() if table_of(line) not in lacking or name in own} | own
+
+
 def claim(work: Work) -> Job | None:
     """The most wanted run that nobody has begun and that should be done in time; None when there is none left."""
     while True:
-        lines = lines_of(work)
+        lines = with_ruler(work, lines_of(work))
         waiting = [job for job in missing(work, lines) if not (work.out / "claims" / job.name).exists()]
         for job in waiting:
             if time.time() + expected(job, lines, work) < work.until and take(work.out / "claims" / job.name):

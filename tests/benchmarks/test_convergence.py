@@ -1,5 +1,6 @@
 """The comparison: members differ where they should and nowhere else, and no order is claimed without its seeds."""
 
+import hashlib
 import json
 from math import exp
 
@@ -33,6 +34,7 @@ ALONE = {  # what else differs, as their headers say
     "meanflow-25-short": {"loss.short_first"},
     "meanflow-25-data": {"model.prediction"},
 }
+RULER = hashlib.sha256(b"weights").hexdigest()[:12]
 SOFLOW = ("loss.", "times.", "model.positions", "model.second_init")
 
 
@@ -42,7 +44,7 @@ def line_of(job, *, tiny=1.0, cnn=1.0):
     facts = {"run": job.name, "member": job.member, "steps": job.steps, "seed": job.seed, "width": job.width}
     conflict = [[100, 1.0, -0.5, 0.1, 1.0, 2.0], [job.steps, 0.0, None, None, 1.0, 1.0]]
     measured = {"scores": scores, "conflict": conflict}
-    made = {"device": "1 x GPU", "commit": "abc1234", "ruler": "def", "images": 5000, "seconds": 9.0}
+    made = {"device": "1 x GPU", "commit": "abc1234", "ruler": RULER, "images": 5000, "seconds": 9.0}
     more = {"guided": scores, "scale": 2.0} if len(MEMBERS[job.member].scales) > 1 else {}
     return facts | measured | made | more | {"recipe": job.digest}
 
@@ -140,6 +142,40 @@ def test_a_line_of_another_recipe_is_no_line_of_the_run():
     assert valid([line_of(job)]).keys() == {job.name}
     assert valid([line_of(job) | {"recipe": "0" * 12}]) == {}
     assert job.digest != Job("", "flow", 2000, 0).digest != Job("", "flow", 2000, 1).digest
+
+
+def test_a_table_is_of_the_ruler_that_has_measured_most_of_it_and_no_line_of_another_is_lost(tmp_path):
+    jobs = [Job("", "meanflow-25", STEPS, seed) for seed in range(3)]
+    old, new = ([line_of(job) | {"ruler": ruler} for job in jobs] for ruler in ("old", "new"))
+    other = line_of(Job("", "meanflow-25", 6000, 0)) | {"ruler": "old"}
+    for lines, ruler in (([*old, new[0], other], "old"), ([*old[:2], *new], "new"), ([*old, *new, other], "new")):
+        found = valid(lines)
+        assert {found[job.name]["ruler"] for job in jobs} == {ruler}
+        assert found.get(other["run"], other) is other
+        (tmp_path / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        run.keep(work_in(tmp_path))
+        kept = slots.read_lines(tmp_path / "results.jsonl")
+        assert sorted(map(json.dumps, kept)) == sorted(map(json.dumps, lines))
+
+
+def test_with_another_ruler_a_table_that_lacks_a_run_is_measured_whole_and_a_full_one_is_left(tmp_path):
+    def measured():
+        return {line["run"] for line in slots.with_ruler(work, slots.lines_of(work)).values()}
+
+    work, lacking = work_in(tmp_path, cuts=("budget",)), "alphaflow-50-20000-s0"
+    done = [job for job in plan([]) if job.cut == "budget" and job.name != lacking]
+    lines = [line_of(job) | {"ruler": "old"} for job in done]
+    (tmp_path / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert [job.name for job in slots.missing(work, slots.lines_of(work))] == [lacking]
+    full = {job.name for job in done if job.steps != 20_000}
+    assert measured() == full
+
+    first = line_of(done[0])
+    (tmp_path / "lines" / f"{first['run']}.json").write_text(json.dumps(first))
+    assert measured() == full | {first["run"]}
+    assert slots.claim(work).name == done[1].name
+    (tmp_path / "ruler.safetensors").unlink()
+    assert measured() == full
 
 
 def test_an_order_is_claimed_only_where_the_interval_of_the_pairs_leaves_1_out():
@@ -301,6 +337,7 @@ def test_a_strip_is_cut_into_the_pictures_it_was_made_of(tmp_path):
 def work_in(tmp_path, **more):
     for name in ("claims", "lines", "faults"):
         (tmp_path / name).mkdir(exist_ok=True)
+    (tmp_path / "ruler.safetensors").write_bytes(b"weights")
     options = {
         "device": "cuda",
         "until": 1e12,
