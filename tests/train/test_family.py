@@ -186,14 +186,19 @@ def probe(values):
 
 @pytest.mark.parametrize("name", FIGURES)
 def test_twenty_steps_of_a_shipped_recipe_give_the_figures_of_the_version_before(name, store, tmp_path):
-    """In float64, where another machine's rounding does not show."""
+    """In float64, but times, noise and first weights are drawn in float32, whose last digit differs among processors.
+
+    Twenty steps carry that on in proportion to their size. A tenth of the times moved by the last digit changes the
+    second number by up to 2e-9 at the rate 1e-4, and by 5e-8 at the quickstart's 5e-3. A clamp of 3.99 instead of 4
+    changes it, where there is one, by 2e-7 or more, and by 6e-2.
+    """
     recipe = load_recipe(name, [*TOY, *OLD_RECIPES[name], "train.precision=fp64"])
     run = start.open_run(recipe, start.TrainOptions(tmp_path / "run", store), join_world())
     awake(run.net)
     for step in range(20):
         one_step(run, step)
     ours = (*probe(run.optimiser.weights), probe(run.optimiser.emas[0])[1])
-    assert ours == pytest.approx(FIGURES[name], rel=1e-9)
+    assert ours == pytest.approx(FIGURES[name], rel=1e-4 * recipe.optim.lr)
 
 
 # Short intervals first.
