@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import click
+from click.core import ParameterSource
 
 from alphaflow_cli.commands.common import (
     IMAGES,
@@ -115,6 +116,7 @@ def command(
     many archives ('part-{000..146}.tar'), hf://datasets/USER/NAME, or an embedded set: shapes:N or glyphs:N.
     """
     if only_verify:
+        check_alone()
         from alphaflow_cli.latents.prepare import verify
 
         return print_lines(verify(Path(source)))
@@ -131,6 +133,21 @@ def command(
     )
     store = out or default_out(source, size, autoencoder, crop)
     return (estimate if only_estimate else prepare)(request, store, processes, device)
+
+
+def check_alone() -> None:
+    """Refuse other options beside --verify, which would do nothing."""
+    context = click.get_current_context()
+    more = [
+        param.opts[-1]
+        for param in context.command.params
+        if isinstance(param, click.Option) and param.name not in (None, "only_verify")
+        if context.get_parameter_source(param.name or "") is ParameterSource.COMMANDLINE
+    ]
+    if more:
+        raise click.UsageError(
+            f"--verify reads the store that SOURCE names, and changes nothing: leave out {', '.join(more)}."
+        )
 
 
 def _or_default(source: str, size: int | None, autoencoder: str | None) -> tuple[int, str]:
