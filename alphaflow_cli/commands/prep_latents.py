@@ -1,6 +1,5 @@
 """`alphaflow prep-latents`: pictures in, a latent store out."""
 
-import os
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -160,10 +159,9 @@ def _or_default(source: str, size: int | None, autoencoder: str | None) -> tuple
 
 def estimate(request: "StoreRequest", store: Path, processes: int | None, device: str | None) -> None:
     """Print the disk and the time that making the store would take; of a launcher's processes the first does it."""
-    from alphaflow_cli.runtime.launch import is_worker
+    from alphaflow_cli.runtime.launch import first_of_launched
 
-    launched = int(os.environ["WORLD_SIZE"]) if is_worker() else 0
-    if launched and os.environ["RANK"] != "0":
+    if (launched := first_of_launched()) is None:
         return
     from alphaflow_cli.latents.plan import plan_job
     from alphaflow_cli.latents.prepare import count_encoders, estimate_store
