@@ -1,7 +1,8 @@
 """`alphaflow analyze`: the conflict over many batches, of one checkpoint or of all that a run kept.
 
 OUT/<key>/batches.jsonl has one line per finished batch; the key is a hash of the checkpoint's bytes, the store and the
-settings, so that the same command goes on where it stopped, and another one never mixes with it. A line says which
+settings, so that the same command goes on where it stopped, and another one never mixes with it. checkpoint.json beside
+it says which checkpoint that was, so that --all-checkpoints still shows one that the run has removed. A line says which
 batch it is and ends with its checksum, so a damaged one costs time but changes no number. Of two analyses of one folder
 at once the second is refused. Process r of w measures every w-th of the missing batches, beginning with the r-th; a
 line is appended in one write, and the first process reads all of them in the order of the batches.
@@ -9,7 +10,7 @@ line is appended in one write, and the first process reads all of them in the or
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -20,7 +21,7 @@ import torch
 from alphaflow_cli.analyze.summary import summarise, write_charts
 from alphaflow_cli.data.batches import LatentStream
 from alphaflow_cli.data.manifest import read_manifest
-from alphaflow_cli.documents import Anything, ListOf, Table, read_json
+from alphaflow_cli.documents import Anything, ListOf, Table, Text, Whole, read_json
 from alphaflow_cli.errors import AlphaflowError, blamed_on
 from alphaflow_cli.evaluate.results import environment
 from alphaflow_cli.files import append, check_regular, make_folder, write_whole
@@ -38,6 +39,8 @@ from alphaflow_cli.train.step import Objective
 from alphaflow_cli.train.store import check_store, stated_store
 
 SCHEMA = "alphaflow-conflict/1"
+BATCHES, ABOUT = "batches.jsonl", "checkpoint.json"  # what was measured of a checkpoint, and which one it was
+MEASURED = Table({"setting": Table(others=Anything()), "step": Whole(0), "address": Text(), "folder": Text()})
 FORMER = Table({"checkpoints": ListOf(Table(others=Anything()), most=10_000)}, others=Anything())
 TOLD_APART = ("checkpoint_sha256", "weights", "store", "rows_per_batch", "seed", "device")  # analyses in one folder
 SIZE_BATCHES = 8  # batches on which the gradient's size over α is measured too: it costs 17 gradients each
@@ -80,6 +83,8 @@ def analyze(request: AnalyzeRequest, processes: Processes) -> tuple[dict[str, An
             held.enter_context(hold(out, "analyze"))
         summaries = [analyze_one(address, request, out, processes) for address in addresses]
         made = [summary for summary in summaries if summary is not None]
+        if made and request.all_checkpoints:
+            made += measured_before(request, out, made)
         return (write_analysis(made, out), out) if made else None
 
 
@@ -91,6 +96,34 @@ def write_analysis(made: Sequence[dict[str, Any]], out: Path) -> dict[str, Any]:
     write_whole(out / "conflict.json", json.dumps(document, indent=1, ensure_ascii=False) + "\n")
     document["pictures"] = [str(path) for path in write_charts(out, summaries)]
     return document
+
+
+def measured_before(request: AnalyzeRequest, out: Path, made: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The analyses, with these settings, of checkpoints that the run has removed since: their batches are kept."""
+    steps, kept = [int(each["step"] or 0) for each in made], {}
+    for path in sorted(out.glob(f"*/{ABOUT}"), key=lambda each: each.stat().st_mtime_ns):
+        try:
+            about = read_json(path, MEASURED)
+        except AlphaflowError:  # it is not ours
+            continue
+        step, setting = about["step"], about["setting"]
+        of_first = {**setting, "checkpoint_sha256": made[0]["checkpoint_sha256"]}
+        is_alike = setting_key(of_first) == made[0]["folder"] and setting_key(setting) == path.parent.name
+        of_run = request.out is None or Path(about["address"]).parents[1:2] == [Path(request.address, "checkpoints")]
+        lines = read_lines(path.with_name(BATCHES)) if is_alike and of_run else {}
+        rows = [lines[index] for index in range(request.batches) if index in lines]
+        if rows and step not in steps and step < max(steps):
+            with blamed_on(path, "the batches of an analysis"):
+                kept[step] = {**about.pop("setting"), **about, **summarise(rows)}
+    if kept:
+        which = ", ".join(f"{step:,}" for step in sorted(kept))
+        say(f"measured before, and shown beside these: step {which}, which the run does not keep any more")
+    return list(kept.values())
+
+
+def setting_key(setting: Mapping[str, Any]) -> str:
+    """The folder of the batches that were measured with such a setting: a hash of it."""
+    return hashlib.sha256(json.dumps(setting, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def tell_replaced(path: Path, summaries: Sequence[dict[str, Any]]) -> None:
@@ -139,9 +172,12 @@ def analyze_one(address: str, request: AnalyzeRequest, out: Path, processes: Pro
     store = store_to_analyze(recipe, request)
     check_store(recipe, store)
     protocol = describe_setting(generator, request, store)
-    digest = hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest()[:16]
-    path = out / digest / "batches.jsonl"
+    origin = {"step": generator.origin.get("step"), "address": address, "folder": setting_key(protocol)}
+    path = out / setting_key(protocol) / BATCHES
     make_folder(path.parent)
+    if processes.rank == 0:
+        about = {"setting": protocol, **origin}
+        write_whole(path.with_name(ABOUT), json.dumps(about, indent=1, ensure_ascii=False) + "\n")
     stream = recipe_stream(
         recipe, store, batch=request.batch, seed=request.seed, device=device, resident=False, verify="sizes"
     )
@@ -157,7 +193,7 @@ def analyze_one(address: str, request: AnalyzeRequest, out: Path, processes: Pro
     former = any("sha256" not in row for row in rows)  # then a damaged one may be among them
     with blamed_on(path, "the batches of an analysis") if former else nullcontext():
         summary = summarise(rows)
-    return {**protocol, "step": generator.origin.get("step"), "address": address, **summary}
+    return {**protocol, **origin, **summary}
 
 
 def store_to_analyze(recipe: Recipe, request: AnalyzeRequest) -> Path:
@@ -203,7 +239,7 @@ def measure_missing(work: Work) -> None:
     processes.wait()  # before anybody appends: all must see the same lines
     missing = [index for index in range(wanted) if index not in rows]
     if rows and first:
-        say(f"{len(rows):,} batches were measured before: going on")
+        say(f"measured before: {counted(len(rows), 'batch', 'batches')}; going on")
     net, step = work.generator.net.requires_grad_(), work.generator.origin.get("step")
     try:
         with Progress(f"step {step}", wanted, unit="batch", done=wanted - len(missing), shown=first) as bar:

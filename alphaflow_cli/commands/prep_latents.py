@@ -1,11 +1,11 @@
 """`alphaflow prep-latents`: pictures in, a latent store out."""
 
-import os
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import click
+from click.core import ParameterSource
 
 from alphaflow_cli.commands.common import (
     IMAGES,
@@ -115,6 +115,7 @@ def command(
     many archives ('part-{000..146}.tar'), hf://datasets/USER/NAME, or an embedded set: shapes:N or glyphs:N.
     """
     if only_verify:
+        check_alone()
         from alphaflow_cli.latents.prepare import verify
 
         return print_lines(verify(Path(source)))
@@ -133,6 +134,21 @@ def command(
     return (estimate if only_estimate else prepare)(request, store, processes, device)
 
 
+def check_alone() -> None:
+    """Refuse other options beside --verify, which would do nothing."""
+    context = click.get_current_context()
+    more = [
+        param.opts[-1]
+        for param in context.command.params
+        if isinstance(param, click.Option) and param.name not in (None, "only_verify")
+        if context.get_parameter_source(param.name or "") is ParameterSource.COMMANDLINE
+    ]
+    if more:
+        raise click.UsageError(
+            f"--verify reads the store that SOURCE names, and changes nothing: leave out {', '.join(more)}."
+        )
+
+
 def _or_default(source: str, size: int | None, autoencoder: str | None) -> tuple[int, str]:
     """Size and autoencoder as given, or those that the source wants."""
     from alphaflow_cli.data.sources import is_embedded
@@ -143,10 +159,9 @@ def _or_default(source: str, size: int | None, autoencoder: str | None) -> tuple
 
 def estimate(request: "StoreRequest", store: Path, processes: int | None, device: str | None) -> None:
     """Print the disk and the time that making the store would take; of a launcher's processes the first does it."""
-    from alphaflow_cli.runtime.launch import is_worker
+    from alphaflow_cli.runtime.launch import first_of_launched
 
-    launched = int(os.environ["WORLD_SIZE"]) if is_worker() else 0
-    if launched and os.environ["RANK"] != "0":
+    if (launched := first_of_launched()) is None:
         return
     from alphaflow_cli.latents.plan import plan_job
     from alphaflow_cli.latents.prepare import count_encoders, estimate_store

@@ -104,11 +104,13 @@ def command(
 
     Inside torchrun, accelerate launch or Slurm it joins the processes that are there.
     """
-    from alphaflow_cli.runtime.launch import check_requeue
+    from alphaflow_cli.runtime.launch import check_requeue, first_of_launched
     from alphaflow_cli.train.store import resolve_run
 
-    resolved = resolve_run(recipe, sets, data=data, out=out)
     plans = bool(dry_run or estimate or hours)
+    if (launched := first_of_launched() if plans else 0) is None:
+        return
+    resolved = resolve_run(recipe, sets, data=data, out=out)
     check_inputs(data, init_from, plans=plans)
     if not plans:
         check_requeue(requeue)
@@ -120,7 +122,7 @@ def command(
         device=device, notes=resolved.notes, threads=threads or None, requeue=requeue,
     )  # fmt: skip
     if plans:
-        show_plan(resolved, options, processes, estimate=estimate, hours=hours, as_json=as_json)
+        show_plan(resolved, options, processes or launched, estimate=estimate, hours=hours, as_json=as_json)
     else:
         start(resolved.recipe, options, processes, as_json=as_json)
 
@@ -197,7 +199,7 @@ def finish(folder: Path, *, as_json: bool) -> None:
 def show_plan(
     resolved: "Resolved",
     options: "TrainOptions",
-    requested: int | None,
+    requested: int,
     *,
     estimate: bool,
     hours: float | None,

@@ -112,8 +112,8 @@ def _home_of(key: str, path: str) -> str:
 
 def _value(kind: Any, node: Tree, default: Any, path: str, reader: Reader) -> Any:
     """One field, read as `kind`; on a fault, the default stands in so that reading goes on."""
-    if kind is Schedule:
-        return _section(default, long_form(node) if isinstance(node, Scalar) else node, path, reader)
+    if kind is Schedule and isinstance(node, Scalar):
+        return _constant(node, default, path, reader)
     if is_dataclass(kind):  # an item of a list has no default of its own
         return _section(cast(type, kind)() if default is None else default, node, path, reader)
     optional = get_origin(kind) in (UnionType, Union) and NoneType in get_args(kind)
@@ -127,6 +127,17 @@ def _value(kind: Any, node: Tree, default: Any, path: str, reader: Reader) -> An
         reader.bad(node, path, f"wants {_wanted(kind)}, got {'a list' if isinstance(node, Items) else 'a mapping'}")
         return default
     return _scalar(kind, node, default, path, reader)
+
+
+def _constant(node: Scalar, default: Schedule, path: str, reader: Reader) -> Schedule:
+    """A schedule that is one bare number; what is none is one fault, not one of each end."""
+    problem, _ = _float(node)
+    if not problem:
+        return cast(Schedule, _section(default, long_form(node), path, reader))
+    kinds = get_args(field_types(Schedule)["kind"])
+    hint = f": write {{kind: {node.text}}}" if node.text in kinds else problem.removeprefix("-")
+    reader.bad(node, path, f"wants a number or a schedule, got {node.text[:60]!r}{hint}")
+    return default
 
 
 def _items(kinds: tuple[Any, ...], node: Tree, default: Any, path: str, reader: Reader) -> Any:

@@ -56,6 +56,19 @@ def is_worker() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
+def first_of_launched() -> int | None:
+    """How many processes a launcher started, in the first of them, which is alone from here on; 0: there is none.
+
+    The others get None, and have nothing to do.
+    """
+    if not is_worker():
+        return 0
+    count, rank = (int(os.environ[name]) for name in ("WORLD_SIZE", "RANK"))
+    for name in (*RANKS, "SLURM_STEP_NUM_TASKS"):
+        os.environ.pop(name, None)
+    return None if rank else count
+
+
 def check_launcher(there: Mapping[str, str]) -> None:
     """Refuse a half set environment: torch would wait for processes that never come, or fail in its own words."""
     numbers = {name: whole_number(there, name) for name in RANKS if name in there}

@@ -31,7 +31,7 @@ from alphaflow_cli.train.compiling import choose_compile, choose_graphs, graphs_
 from alphaflow_cli.train.graphs import StepGraphs, is_capture_fault, on_own_stream
 from alphaflow_cli.train.journal import Sums
 from alphaflow_cli.train.optimise import Optimiser
-from alphaflow_cli.train.parallel import has_buckets, largest_that_fits, split_batch
+from alphaflow_cli.train.parallel import has_buckets, largest_that_fits, rows_above, split_batch
 from alphaflow_cli.train.step import Objective, random_rows, training_step
 
 TIMED_STEPS = 5  # of which the median counts
@@ -240,9 +240,11 @@ def describe_run(
         "batch": batch,
     }
     document = {"run": str(folder), "split": split, "changes": changes} | facts(recipe)
+    document["warnings"] += rows_above(cut, micro_batch)
     width = max(len(name) for name, _ in lines(recipe))
     text = [f"{name.ljust(width)}  {value}" for name, value in lines(recipe)]
     text.append(f"{'split'.ljust(width)}  {cut}")
+    text += [f"{'beware'.ljust(width)}  {doubt}" for doubt in rows_above(cut, micro_batch)]
     text.append(f"{'folder'.ljust(width)}  {folder}{', where a run was begun' if (folder / 'state').exists() else ''}")
     for field, old, new in changes:
         both = f"{_value_text(field, old)} in the shipped {recipe.name}, {_value_text(field, new)} here"

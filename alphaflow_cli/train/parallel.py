@@ -72,6 +72,16 @@ def split_batch(batch: int, *, processes: int, micro_batch: int | None) -> Split
     return Split(batch, processes, min(accumulation, batch // processes))
 
 
+def rows_above(split: Split, micro_batch: int | None) -> list[str]:
+    """A line where micro-batches are larger than was wanted, as one of 1 row is where the processes' parts differ."""
+    if micro_batch is None or split.micro_batch <= micro_batch:
+        return []
+    return [
+        f"--micro-batch {micro_batch}: the largest micro-batches have {counted(split.micro_batch, 'row')}, because all "
+        f"processes take equally many and {split.processes} do not divide the batch of {split.batch}"
+    ]
+
+
 def largest_that_fits(rows: int, attempt: Callable[[int], None]) -> int:
     """The first of rows, rows/2, rows/4, … for which `attempt` does not run out of memory."""
     while True:

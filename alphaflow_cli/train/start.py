@@ -48,7 +48,7 @@ from alphaflow_cli.train.estimate import micro_batch_that_fits
 from alphaflow_cli.train.graphs import on_own_stream
 from alphaflow_cli.train.journal import Journal, Trackers, check_trackers, peak_of
 from alphaflow_cli.train.loop import train_steps
-from alphaflow_cli.train.parallel import Split, check_sharding, split_batch
+from alphaflow_cli.train.parallel import Split, check_sharding, rows_above, split_batch
 from alphaflow_cli.train.run import Run, build_run, check_start, newest_for_all, start_from
 from alphaflow_cli.train.samples import SampleGrids
 from alphaflow_cli.train.scores import Scores, check_quick
@@ -325,6 +325,8 @@ def choose_batch_split(
     else:
         micro_batch = options.micro_batch or micro_batch_that_fits(recipe, world, compiled=compiled)
         chosen = split_batch(batch, processes=processes, micro_batch=micro_batch)
+        for text in rows_above(chosen, options.micro_batch) if world.is_main else []:
+            say(f"beware: {text}")
     check_sharding(recipe, chosen)
     return chosen
 

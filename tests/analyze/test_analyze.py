@@ -195,6 +195,29 @@ def test_a_run_is_analyzed_along_its_checkpoints_with_pictures(tiny_run, tmp_pat
     }
 
 
+def test_a_checkpoint_that_was_removed_since_stays_in_the_document_and_the_pictures(tiny_run, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(tiny_run, run)
+    line = ["analyze", str(run), "--batch", "8", "--batches", "1", "--all-checkpoints"]
+    document = run / "analysis" / "conflict.json"
+    assert cli(line) == 0
+    before = json.loads(document.read_text())["checkpoints"]
+    shutil.rmtree(run / "checkpoints" / "step-00000003")
+    assert cli(line) == 0
+    assert json.loads(document.read_text())["checkpoints"] == before
+    said = capsys.readouterr().err
+    assert "measured before, and shown beside these: step 3, which the run does not keep any more" in said
+    assert "no longer show" not in said
+
+    def steps_with(*more):
+        assert cli([*line, *more]) == 0
+        return [each["step"] for each in json.loads(document.read_text())["checkpoints"]]
+
+    assert steps_with("--seed", "1") == [6], "other settings are other numbers"
+    assert "no longer show step 6, ema weights, 8 rows per batch, seed 0, nor 1 other" in capsys.readouterr().err
+    assert steps_with() == [3, 6]
+
+
 @pytest.mark.usefixtures("no_pictures")
 def test_an_interrupted_analysis_goes_on_and_ends_the_same(tiny_run, measured, tmp_path, capsys):
     whole = json.loads((measured / "conflict.json").read_text())

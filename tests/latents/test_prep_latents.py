@@ -445,6 +445,21 @@ def test_verify_names_the_broken_shard_and_fails(here, capfd):
     assert "s/train-00000.safetensors: its bytes changed" in capfd.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--size", "64", "--limit", "3"], "--size, --limit"),
+        (["--estimate"], "--estimate"),
+        (["--threads", "1"], "--thr"),
+    ],
+)
+def test_verify_takes_no_other_option(options, named, here, capfd):
+    assert run(["prep-latents", "--verify", "s", *options]) == 2
+    assert (
+        f"--verify reads the store that SOURCE names, and changes nothing: leave out {named}" in capfd.readouterr().err
+    )
+
+
 @pytest.mark.parametrize("args", [("--size", "0"), ("--dtype", "fp8"), ("--bad", "maybe"), ("--processes", "0")])
 def test_a_wrong_option_is_a_usage_error(args):
     from alphaflow_cli.commands.prep_latents import command

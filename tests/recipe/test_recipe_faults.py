@@ -49,6 +49,10 @@ BROKEN = {
     "fp16": ("train: {precision: fp16}", "fp16 is not offered"),
     "alpha above 1": ("alpha: {initial: 1.5}", "alpha.initial must lie between 0 and 1, got 1.5"),
     "alpha below 0": ("alpha: -0.1", "alpha.initial must lie between 0 and 1, got -0.1"),
+    "alpha the kind alone": (
+        "alpha: sigmoid",
+        "r.yaml:1: alpha wants a number or a schedule, got 'sigmoid': write {kind: sigmoid}",
+    ),
     "alpha a percentage": ("alpha: 50%", "got '50%': a schedule's steps may be percentages, its values not"),
     "start after end": ("alpha: {kind: linear, start: 60%, end: 40%}", "alpha starts at step 240,000, after its end"),
     "never ends": ("alpha: {kind: sigmoid, end: 800000}", "final value at step 800,000, but the run has 400,000 steps"),
@@ -315,6 +319,13 @@ def test_the_fault_is_said_with_its_place(text, message, tmp_path, monkeypatch, 
     assert "Traceback" not in err
     assert len(err) < 1000
     assert out == ""
+
+
+def test_a_schedule_that_is_a_wrong_word_is_one_fault(capsys):
+    """It was one of its initial value, and one of its final value, and nobody had written either."""
+    for word in ("sigmoid", "nan", "50%", ""):
+        assert run(["recipe", "show", "b2", "--set", f"alpha={word}"]) == 1
+        assert capsys.readouterr().err.startswith(f"error: --set alpha={word}: alpha wants a number or a schedule, got")
 
 
 def test_every_fault_is_listed_in_the_order_of_the_lines():

@@ -151,3 +151,20 @@ def test_a_plan_is_for_as_many_processes_as_the_run_would_start(tmp_path, monkey
     assert processes() == 4
     assert processes("--device", "cpu") == 1
     assert processes("--processes", "8") == 8  # a plan may be for another machine
+
+
+@pytest.mark.parametrize("option", ["--dry-run", "--estimate"])
+def test_of_a_launchers_processes_the_first_plans_for_all(option, tmp_path, monkeypatch, capsys):
+    """Each of them printed a document of its own."""
+    monkeypatch.chdir(tmp_path)
+    make_recipe(tmp_path)
+    monkeypatch.setattr(estimate, "TIMED_STEPS", 1)
+    printed = []
+    for rank in ("1", "0"):
+        there = {"RANK": rank, "WORLD_SIZE": "2", "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "9"}
+        for name, value in there.items():
+            monkeypatch.setenv(name, value)
+        assert cli(["train", "tiny.yaml", option, "--json"]) == 0
+        printed.append(capsys.readouterr())
+    assert (printed[0].out, printed[0].err) == ("", "")
+    assert json.loads(printed[1].out)["split"]["processes"] == 2

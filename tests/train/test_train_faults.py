@@ -151,6 +151,21 @@ def test_replaced_gradients_are_counted_too(store, tmp_path):
     assert all(torch.isfinite(v).all() for k, v in left_behind(tmp_path / "run").items() if k.startswith("raw."))
 
 
+@pytest.mark.parametrize(
+    ("policy", "text"),
+    [
+        ("skip", "step 4: the gradient was not finite for 3 steps in a row"),
+        ("rollback", "the gradient was not finite, and there is no saved state to roll back to yet"),
+        ("stop", "step 2: the gradient was not finite. The last save is kept"),
+    ],
+)
+def test_a_run_whose_loss_is_infinite_does_not_pass_as_finished(policy, text, store, tmp_path):
+    """The adaptive weight of an infinite error is 0: so was the gradient, which is finite, and the run went on."""
+    sets = ("optim.lr=1e30", "optim.warmup_steps=0", "optim.clip_norm=0", "optim.nonfinite_limit=3")
+    recipe = make_recipe(tmp_path, *sets, f"optim.nonfinite={policy}")
+    refused(begin(recipe, store, tmp_path / "run"), text)
+
+
 # Data and folders.
 
 

@@ -16,7 +16,7 @@ from alphaflow_cli.recipe.plan import equal_share_at
 from alphaflow_cli.runtime.processes import join_world
 from alphaflow_cli.train import start
 from alphaflow_cli.train.loop import gradients, rows_at, settle_buckets
-from alphaflow_cli.train.parallel import Split, local, part, split_batch, whole, wrap_network
+from alphaflow_cli.train.parallel import Split, local, part, rows_above, split_batch, whole, wrap_network
 from alphaflow_cli.train.step import time_laws, training_step
 
 ALPHAS = {"flow": 1.0, "between": 0.4, "derivative": 0.0}
@@ -200,6 +200,12 @@ def test_the_micro_batch_is_an_upper_bound_and_the_batch_stays_the_recipes():
         cut = split_batch(37, processes=2, micro_batch=micro_batch)
         assert cut.micro_batch <= max(micro_batch, -(-37 // (2 * 18)))
         assert cut.batch == 37
+        assert bool(rows_above(cut, micro_batch)) == (cut.micro_batch > micro_batch)
+    assert rows_above(split_batch(37, processes=2, micro_batch=1), 1) == [
+        "--micro-batch 1: the largest micro-batches have 2 rows, because all processes take equally many and 2 do not "
+        "divide the batch of 37"
+    ]
+    assert rows_above(split_batch(36, processes=2, micro_batch=1), 1) == []
 
 
 def test_two_processes_of_eight_rows_have_the_losses_of_one_of_sixteen(store, tmp_path):
