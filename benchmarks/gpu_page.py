@@ -41,6 +41,12 @@ GOALS: list[tuple[str, str, float, Callable[[Good], float | None]]] = [
 ]  # fmt: skip
 
 
+HEAD = [
+    "# Measured on a GPU", "",
+    "Written by `benchmarks/gpu.py` from results.jsonl beside it; do not edit. What it means: docs/speed.md.", "",
+]  # fmt: skip
+
+
 def _figure(good: Good, part: str, item: str, *names: str) -> Any:
     value: Any = good.get((part, item), {}).get("figures")
     for name in names:
@@ -52,7 +58,7 @@ def page(lines: list[Line]) -> str:
     """The whole page."""
     good = {(line["part"], line["item"]): line for line in lines if "figures" in line}
     faults = {(line["part"], line["item"]): line["fault"] for line in lines if "fault" in line}
-    parts = ["# Measured on this machine", "", *_heads(lines), "", *_goals(good), *_steps_table(good)]
+    parts = [*HEAD, *_heads(lines), "", *_goals(good), *_steps_table(good)]
     for part in dict.fromkeys(name for name, _ in good if name != "step"):
         parts += [f"## {part}", "", *_rows(good, part), ""]
     open_faults = [f"- {part}, {item}: {fault}" for (part, item), fault in faults.items() if (part, item) not in good]
@@ -109,7 +115,11 @@ def _rows(good: Good, part: str) -> list[str]:
 def text(value: Any) -> str:
     """Figures in a cell: names with their values, nested ones in brackets."""
     if isinstance(value, dict):
-        return "; ".join(f"{name}: {text(each)}" for name, each in value.items() if each not in ([], {}, None))
+        named = {name.replace("_", " "): each for name, each in value.items() if each not in ([], {}, None)}
+        return "; ".join(
+            f"{name} ({text(each)})" if isinstance(each, dict) else f"{name}: {text(each)}"
+            for name, each in named.items()
+        )
     if isinstance(value, list):
         return ", ".join(map(text, value))
     if isinstance(value, float):

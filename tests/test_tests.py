@@ -20,7 +20,10 @@ OTHERS = {
     "help": "snapshots of --help, no tests",
     "helpers": "what several tests use",
 }
-ABOUT_ALL_ROOMS = {"test_docs_commands.py", "test_house.py", "test_other_device.py", "test_tests.py", "test_truth.py"}
+ABOUT_ALL_ROOMS = {
+    *("test_docs_commands.py", "test_docs_links.py", "test_house.py", "test_other_device.py", "test_tests.py"),
+    "test_truth.py",
+}
 FILES = sorted(TESTS.rglob("*.py"))
 NAMES = [str(path.relative_to(TESTS)) for path in FILES]
 

@@ -65,7 +65,7 @@ def list_recipes(as_json: bool) -> None:
 @set_option
 @json_option
 def show_command(recipe: str, sets: tuple[str, ...], as_json: bool) -> None:
-    """Print a recipe with every default filled in, and what follows from it.
+    """Print a recipe with every default, and what follows from it.
 
     What follows are the phases of alpha in steps, images seen, parameters, and estimates of memory and disk. They come
     as comments: the output is itself a recipe.
@@ -123,7 +123,7 @@ def _verdict(file: str, sets: tuple[str, ...]) -> tuple[str, list[str]]:
 @click.option("-o", "--out", type=Destination(), help="FILE.png or FILE.svg. Default: the recipe's name, as PNG.")
 @set_option
 def plot(recipe: str, out: Path | None, sets: tuple[str, ...]) -> None:
-    """Draw alpha and its phases, the share of r = t rows and the learning rate over the steps."""
+    """Draw alpha, the share of r = t rows and the learning rate."""
     from alphaflow_cli.charts.draw import to_png, to_svg
     from alphaflow_cli.recipe import load_recipe
     from alphaflow_cli.train.curves import recipe_chart
@@ -172,11 +172,11 @@ NEW_EXAMPLES = examples(
 def new(
     store: str, out: Path | None, like: str, hours: float | None, memory: float | None, sets: tuple[str, ...]
 ) -> None:
-    """Write a recipe that fits STORE, a folder made by prep-latents; each choice is explained in the file.
+    """Write a recipe that fits STORE, a folder made by prep-latents.
 
-    Size, channels, classes and autoencoder come from the store; steps, batch, warm-up and average from the number of
-    its pictures. With --hours the steps are timed on this machine, as `train --estimate` does. An existing file is
-    never overwritten.
+    Each choice is explained in the file. Size, channels, classes and autoencoder come from the store; steps, batch,
+    warm-up and average from the number of its pictures. With --hours the steps are timed on this machine, as
+    `train --estimate` does. An existing file is never overwritten.
     """
     from alphaflow_cli.train.propose import RecipeRequest, propose_recipe
 

@@ -15,7 +15,7 @@ from alphaflow_cli.recipe import Recipe
 TABLES = {"ema": ("ema",), "raw": ("net",)}
 STATISTICS = ("autoencoder_mean", "autoencoder_var", "are_ldm_stats_inited")
 AUTOENCODER = "autoencoder.model.model."
-RECIPES = {  # the released files → the recipes they were trained by (method section 7)
+RECIPES = {  # the released files → the recipes they were trained by
     "meanflow-b-2": "meanflow-b2",
     "meanflow-b-2-cfg": "meanflow-b2-cfg",
     "alphaflow-b-2": "b2",

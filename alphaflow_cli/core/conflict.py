@@ -1,4 +1,4 @@
-"""The conflict between the objective's two halves (method section 1).
+"""The conflict between the objective's two halves (docs/method.md, "Why a curriculum").
 
     L_MF = L_TFM + L_TC + constant,   L_TFM = E ‖u − ṽ‖²,   L_TC = E [2 (t − r) uᵀ du⁻/dt]
 

@@ -1,4 +1,4 @@
-"""Gradients that are not finite, made finite as in the published system: NaN → 0, ±∞ → ±1e5 (method section 6).
+"""Gradients that are not finite, made finite as in the published system: NaN → 0, ±∞ → ±1e5.
 
 Large finite values stay what they are; clipping comes after. The published system does this silently: here it is
 counted.

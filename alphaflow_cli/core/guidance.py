@@ -1,4 +1,4 @@
-"""Label dropout and guided velocity, two visible steps (method section 3).
+"""Label dropout and guided velocity, two visible steps (docs/method.md, "Guidance").
 
 Both act strictly inside t_min < t < t_max. With probability `dropout` the label becomes y_null, for the target and
 the prediction both. Then

@@ -1,4 +1,4 @@
-"""The objective: from times and velocities to a target, from a target to a loss (method section 1).
+"""The objective: from times and velocities to a target, from a target to a loss (docs/method.md).
 
     s = t − α (t − r),   z_s = z_t − (t − s) ṽ
     flow        r = t      target = ṽ

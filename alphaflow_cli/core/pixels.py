@@ -1,4 +1,4 @@
-"""Pictures as floats in [−1, 1] and as bytes (method section 5).
+"""Pictures as floats in [−1, 1] and as bytes.
 
 truncate   byte = ⌊(x + 1) · 127.5⌋        as published; half a level darker on average
 round      byte = nearest of the same

@@ -1,4 +1,4 @@
-"""From noise to data on a grid of times τ_0 > τ_1 > … > τ_N = 0; τ_0 is 1, or a little below (method section 8).
+"""From noise to data on a grid of times τ_0 > τ_1 > … > τ_N = 0; τ_0 is 1, or a little below.
 
     trajectory   x ← x − (t − t') u(x, t', t)
     consistency  x̂ = x − t u(x, 0, t),  x ← (1 − t') x̂ + t' noise'     with fresh noise', one draw per step

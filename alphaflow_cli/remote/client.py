@@ -308,7 +308,7 @@ def _asked_about(request: Any, group: str, name: str) -> set[str]:
 
 
 def _is_taken(request: Any, answer: Any) -> bool:
-    """Read the address of a repository that exists already, as if it had just been made."""
+    """Whether the repository was there already: huggingface_hub then goes on as if it had just been made."""
     return bool(answer.status_code == 409 and request.url.path.endswith("/api/repos/create"))
 
 

@@ -82,7 +82,7 @@ class TrainOptions:
     requeue: bool = False  # whether Slurm is asked for the job again after its warning
 
 
-def check_folder(out: Path) -> None:
+def make_run_folder(out: Path) -> None:
     """Make the run folder, and refuse one that cannot be written to."""
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -147,7 +147,7 @@ def prepare_run(recipe: Recipe, options: TrainOptions) -> Path:
     """Check all that can be wrong before any process starts, make the store of an embedded set; returns the store."""
     check_trackers(recipe)
     check_quick(recipe)
-    check_folder(options.out)
+    make_run_folder(options.out)
     changes = check_recipe(recipe, options.out)
     store = store_of(recipe, data=options.data, out=options.out)
     data = recipe.data
@@ -200,17 +200,17 @@ def keep_recipe(recipe: Recipe, out: Path) -> None:
 def count_processes(recipe: Recipe, requested: int | None, device: str | None = None) -> int:
     """The number of processes requested, else one per GPU; more than the batch has rows are refused."""
     count = processes_here(requested, device)
-    count_rows(recipe, count)
+    check_process_count(recipe, count)
     return count
 
 
-def count_rows(recipe: Recipe, processes: int) -> None:
+def check_process_count(recipe: Recipe, processes: int) -> None:
     """Refuse more processes than the batch has rows."""
     split_batch(recipe.train.batch, processes=processes, micro_batch=None)
 
 
 def train(recipe: Recipe, options: TrainOptions) -> int:
-    """Train in this process (one of several, perhaps); 0 when finished, 130 or 143 when stopped and saved."""
+    """Train in this process (one of several, perhaps); 0 when finished, 130, 138 or 143 when stopped and saved."""
     train, device = recipe.train, options.device
     world = join_world(allow_tf32=train.tf32, device=device, trackers=train.trackers, folder=options.out)
     with one_owner(recipe, options, world), threads_kept():
@@ -238,7 +238,7 @@ def one_owner(recipe: Recipe, options: TrainOptions, world: World) -> Iterator[N
             if world.is_main:
                 held.enter_context(hold(options.out, "train"))
                 if alone:
-                    count_rows(recipe, world.size)
+                    check_process_count(recipe, world.size)
                     prepare_run(recipe, options)
 
         all_or_none(world, take)

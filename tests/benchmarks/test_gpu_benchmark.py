@@ -10,7 +10,7 @@ import gpu_parts
 import latents_parts
 import pytest
 from bench_graph import arguments, compare
-from gpu_page import page
+from gpu_page import page, text
 from gpu_parts import items
 
 VERSIONS = {"torch": "2", "alphaflow": "1"}
@@ -26,8 +26,8 @@ def test_every_part_runs_at_toy_size_and_the_next_run_has_nothing_left(tmp_path,
     assert code == 0
     assert {line["part"] for line in lines} == set(gpu.LIMITS)
     assert all(line["figures"].get("failed", 0) == 0 for line in lines)
-    text = (tmp_path / "toy" / "RESULTS.md").read_text()
-    assert all(f"## {part}" in text for part in gpu.LIMITS)
+    shown = (tmp_path / "toy" / "RESULTS.md").read_text()
+    assert all(f"## {part}" in shown for part in gpu.LIMITS)
     capsys.readouterr()
     assert gpu.main(words) == 0
     assert capsys.readouterr().err == ""
@@ -91,11 +91,17 @@ def test_the_page_holds_the_goals_beside_the_figures():
         {**HEAD, "part": "training", "item": "quickstart", "figures": {"steps_per_second": speeds}},
         {**HEAD, "part": "latents", "item": "pictures", "fault": "not done within 180 s"},
     ]
-    text = page(lines)
-    assert "| step at α = 0 ÷ flow matching, B/2, share .25 | ≤ 1.35 | 1.46 | no |" in text
-    assert "| steps/s of the quickstart | ≥ 400 | 390 | no |" in text
-    assert "| 182.0 | 308.0 | 556.0 | 104.0 | 152.0 | 0.30 | 1.81 / 3.66 |" in text
-    assert "- latents, pictures: not done within 180 s" in text
+    shown = page(lines)
+    assert "| step at α = 0 ÷ flow matching, B/2, share .25 | ≤ 1.35 | 1.46 | no |" in shown
+    assert "| steps/s of the quickstart | ≥ 400 | 390 | no |" in shown
+    assert "| 182.0 | 308.0 | 556.0 | 104.0 | 152.0 | 0.30 | 1.81 / 3.66 |" in shown
+    assert "- latents, pictures: not done within 180 s" in shown
+
+
+def test_nested_figures_stand_in_brackets():
+    assert text({"seconds_before": {"load": 27.965, "warm-up": 0.5}, "batch": 256}) == (
+        "seconds before (load: 27.96; warm-up: 0.5); batch: 256"
+    )
 
 
 def test_without_a_gpu_the_command_says_so(capsys):

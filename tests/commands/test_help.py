@@ -17,11 +17,11 @@ WIDTH = 100
 RUN_HERE = ("alphaflow", "recipe", "doctor")  # verbs whose examples run at once, with nothing but this package
 
 
-def pages():
+def pages(columns=WIDTH):
     """Command path → help text, over the whole tree."""
 
     def walk(command, path, parent):
-        width = {"max_content_width": WIDTH, "terminal_width": WIDTH}
+        width = {"max_content_width": columns, "terminal_width": columns}
         ctx = click.Context(command, info_name=path[-1], parent=parent, **{**SETTINGS, **width})
         yield path, command.get_help(ctx) + "\n"
         if isinstance(command, click.Group):
@@ -51,6 +51,10 @@ def test_help_equals_its_snapshot(path):
     assert file.exists(), f"no {file.name}: run PYTHONPATH=tests/helpers python tests/commands/test_help.py"
     again = "PYTHONPATH=tests/helpers python tests/commands/test_help.py"
     assert PAGES[path] == file.read_text(encoding="utf-8"), f"if the change is meant: {again}"
+
+
+def test_no_line_of_a_list_of_commands_is_cut_on_a_terminal_of_80_columns():
+    assert [" ".join(path) for path, text in pages(columns=80).items() if "..." in text.partition("Commands:")[2]] == []
 
 
 @pytest.mark.parametrize("path", PAGES, ids=" ".join)

@@ -32,7 +32,7 @@ def write(tmp_path, tree, name="alphaflow-B-2.pt"):
 
 
 def independent(tree, which, sampler, grid):
-    """Method section 8 on the snapshot's own tables: normalised latents and pixels in [-1, 1]."""
+    """Sample from the snapshot's own tables: normalised latents and pixels in [-1, 1]."""
     table = tree[which]
     w = {n.removeprefix("model.").replace("_orig_mod.", ""): v.double() for n, v in table.items() if "model." in n}
     y = torch.tensor(LABELS)

@@ -11,7 +11,7 @@ from alphaflow_cli.recipe.plan import parameter_count
 from alphaflow_cli.recipe.schema import Data, Guidance, Model, Recipe
 
 SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
-PUBLISHED = [  # method section 4: size, patch, null row, parameters with the table
+PUBLISHED = [  # size, patch, null row, parameters with the table
     ("B", 2, False, 131_287_312),
     ("B", 2, True, 131_288_080),
     ("B", 4, False, 131_213_632),

@@ -33,7 +33,7 @@ EXPECTED = {
     "quickstart",
 }
 
-# name: dim, depth, heads; label dropout; steps; batch; alpha; share; omega, kappa, t_min, t_max (method, section 7)
+# name: dim, depth, heads; label dropout; steps; batch; alpha; share; omega, kappa, t_min, t_max (published)
 PUBLISHED = {
     "flow-b2": (768, 12, 12, 0, 400_000, 256, 1.0, 1.0, 1, 0, 0, 1),
     "meanflow-b2": (768, 12, 12, 0, 400_000, 256, 0.0, 0.75, 1, 0, 0, 1),
