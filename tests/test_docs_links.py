@@ -1,10 +1,16 @@
-"""Every link of the pages leads to a file and to a heading in it, and every `file.py:name` is defined in that file."""
+"""The pages and what they name: every link leads to a file and a heading, every `file.py:name` is defined there.
+
+And every option of every command is named on a page.
+"""
 
 import ast
 import re
 
+import click
 import pytest
 from places import ROOT
+
+from alphaflow_cli.cli import group
 
 PAGES = sorted({*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/**/*.md")})
 PACKAGE = ROOT / "alphaflow_cli"
@@ -46,6 +52,17 @@ def lost_pointers(text):
             yield f"{file}:{name}"
 
 
+def options_of(command, words=()):
+    """(command, the spellings of one option), over the whole tree."""
+    if isinstance(command, click.Group):
+        ctx = click.Context(command)
+        for name in command.list_commands(ctx):
+            yield from options_of(command.get_command(ctx, name), (*words, name))
+    else:
+        for option in (param for param in command.params if isinstance(param, click.Option)):
+            yield " ".join(words), [*option.opts, *option.secondary_opts]
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_every_link_and_pointer_of_a_page_leads_somewhere(page):
     text = page.read_text(encoding="utf-8")
@@ -57,3 +74,9 @@ def test_a_link_that_leads_nowhere_is_found():
     page = ROOT / "README.md"
     assert [*broken_links(page, text)] == ["missing.md", "docs/index.md#nothing"]
     assert [*lost_pointers(text)] == ["core/path.py:interpolat"]
+
+
+def test_every_option_is_named_on_a_page():
+    text = "\n".join(page.read_text(encoding="utf-8") for page in PAGES if page.parent in (ROOT, ROOT / "docs"))
+    named = set(re.findall(r"--[a-z][\w-]*\w", text))
+    assert [(verb, words) for verb, words in options_of(group) if not named & set(words)] == []

@@ -33,15 +33,19 @@ OPTIONS = {"nfe": "--nfe", "decoder": "--decoder/--no-decoder", "half": "--fp16"
 @checkpoint_argument("checkpoint", "CKPT")
 @click.option("--to", "form", type=click.Choice(FORMS), required=True, help="What to write.")
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="The file or folder that is written.")
-@click.option("--nfe", type=WholeWithin(1, MOST_STEPS), help="Network evaluations per picture. Default: 1.")
-@click.option("--decoder/--no-decoder", default=None, help="Whether latents are decoded to pictures. Default: yes.")
-@click.option("--fp16", "half", is_flag=True, help="Store the weights in half precision; the arithmetic stays fp32.")
+@click.option("--nfe", type=WholeWithin(1, MOST_STEPS), help="onnx, torch: evaluations per picture. Default: 1.")
+@click.option(
+    "--decoder/--no-decoder", default=None, help="onnx, torch: whether latents become pictures. Default: yes."
+)
+@click.option(
+    "--fp16", "half", is_flag=True, help="onnx, web: store weights in half precision; the arithmetic stays fp32."
+)
 @click.option("--weights", type=click.Choice(["ema", "raw"]), default="ema", show_default=True, help="Which weights.")
 @autoencoder_option
 @click.option(
     "--runtime",
     type=click.Path(path_type=Path),
-    help="ONNX Runtime for the page, where it cannot be fetched: the file of npm pack onnxruntime-web.",
+    help="web: ONNX Runtime, where it cannot be fetched: the file of npm pack onnxruntime-web.",
 )
 def command(
     checkpoint: str,
