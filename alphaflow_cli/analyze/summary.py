@@ -116,12 +116,14 @@ def _sizes(measured: Sequence[Mapping[str, Sequence[Mapping[str, float]]]]) -> d
 
 
 def write_charts(out: Path, summaries: Sequence[Summary]) -> list[Path]:
-    """Write every picture that there are numbers for; one of a single checkpoint shows the last."""
+    """Write every picture that there are numbers for, and remove former ones; one of a checkpoint shows the last."""
     charts = {"bins": bins_chart(summaries[-1]), "blocks": blocks_chart(summaries[-1])}
     if summaries[-1]["sizes"]:
         charts["alpha"] = sizes_chart(summaries[-1])
     if len(summaries) > 1:
         charts["steps"] = steps_chart(summaries)
+    for name in {"alpha", "steps"} - set(charts):
+        (out / f"conflict-{name}.png").unlink(missing_ok=True)
     paths = {name: out / f"conflict-{name}.png" for name in charts}
     for name, chart in charts.items():
         write_whole(paths[name], to_png(chart))

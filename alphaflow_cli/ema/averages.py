@@ -101,6 +101,7 @@ def average_again(request: EmaRequest, processes: Processes) -> tuple[list[Avera
         make_folder(folder)
         averages = plan_averages(request, recipe, step, snapshots, folder)
         if processes.rank == 0:
+            warn_of_ramp(request.half_lives, recipe.ema.ramp, step)
             warn_of_coarse(averages)
             averages = write_averages(averages, snapshots, step)
         processes.wait()
@@ -256,6 +257,17 @@ def triangle_of(columns: Sequence[Profile], motion: Tensor, momentum: float, rou
         tail = [momentum_tail(moved, momentum)] if places.stop == steps else []
         triangle = torch.linalg.qr(torch.cat([triangle, rows, *tail]), mode="r").R
     return triangle
+
+
+def warn_of_ramp(half_lives: Sequence[float], ramp: float, step: int) -> None:
+    """Say which wanted half-lives the ramp shortens throughout, so that all of them are one average."""
+    most = ramp * step
+    long = [f"{life:g}" for life in half_lives if 0 < most < life]
+    if long:
+        say(
+            f"beware: half-life {', '.join(long)}: the run's ema.ramp ({ramp:g}) lets none be longer than {most:g} "
+            f"steps up to step {step:,}, so this is the average of half-life {most:g}"
+        )
 
 
 def warn_of_coarse(averages: list[Average]) -> None:

@@ -1,6 +1,7 @@
 """How far, how fast, how long still: a bar on a terminal, plain dated lines in a file. Always on stderr."""
 
 import contextlib
+import os
 import sys
 import time
 from types import TracebackType
@@ -10,6 +11,7 @@ from tqdm import tqdm
 
 from alphaflow_cli.text import for_terminal
 
+COLUMNS, ROWS = 80, 24  # where a terminal does not say how large it is
 LINE_EVERY = 10.0  # seconds between lines where stderr is not a terminal
 BAR = "{desc} {percentage:3.0f}%|{bar:10}| {n_fmt}/{total_fmt} {remaining} left{postfix}, {rate_fmt}"  # cut at its end
 
@@ -29,6 +31,14 @@ def talks_to_terminal() -> bool:
     return sys.stderr is not None and not sys.stderr.closed and sys.stderr.isatty()
 
 
+def has_width() -> bool:
+    """Whether the terminal says how wide it is: one without a window (`ssh -tt`, `script`) says 0 columns."""
+    try:
+        return os.get_terminal_size(sys.stderr.fileno()).columns > 0
+    except (OSError, ValueError):  # tqdm then has its own way
+        return True
+
+
 class Progress:
     """`with Progress("encode", total, unit="img") as bar: bar.advance(32)`."""
 
@@ -41,9 +51,9 @@ class Progress:
         self._has_notes = False
         self._bar: tqdm[Any] | None = None
         if shown and not self._lines:
+            given = {"dynamic_ncols": True} if has_width() else {"ncols": COLUMNS, "nrows": ROWS}
             self._bar = Bar(
-                total=total, initial=done, desc=label, unit=f" {unit}", file=sys.stderr, dynamic_ncols=True,
-                bar_format=BAR,
+                total=total, initial=done, desc=label, unit=f" {unit}", file=sys.stderr, bar_format=BAR, **given
             )  # fmt: skip
 
     def advance(self, count: int, note: str = "") -> None:

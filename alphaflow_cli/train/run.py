@@ -260,7 +260,8 @@ def start_from(run: Run, address: str) -> list[str]:
     run.optimiser.start_from({name: checkpoint.weights[name] for name in matched})
     run.init_from = address
     lines = [
-        f"{address}: {len(matched)} of {len(ours)} tensors taken (step {checkpoint.origin.get('step', 'unknown')})"
+        f"{address}: {len(matched) - copied} of {len(ours)} tensors taken "
+        f"(step {checkpoint.origin.get('step', 'unknown')})"
     ]
     if fresh:
         lines.append(f"freshly initialised: {', '.join(fresh)}")

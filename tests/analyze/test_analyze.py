@@ -216,6 +216,9 @@ def test_a_checkpoint_that_was_removed_since_stays_in_the_document_and_the_pictu
     assert steps_with("--seed", "1") == [6], "other settings are other numbers"
     assert "no longer show step 6, ema weights, 8 rows per batch, seed 0, nor 1 other" in capsys.readouterr().err
     assert steps_with() == [3, 6]
+    assert (run / "analysis" / "conflict-steps.png").exists()
+    assert cli(line[:-1]) == 0
+    assert not (run / "analysis" / "conflict-steps.png").exists(), "it would show another analysis than the document"
 
 
 @pytest.mark.usefixtures("no_pictures")

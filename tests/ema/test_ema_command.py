@@ -118,6 +118,14 @@ def test_a_merge_moves_the_average_on_along_its_change(run, tmp_path, capsys):
     assert all(torch.equal(same[name], tensor) for name, tensor in back.items()), "all the way back is the earlier one"
 
 
+def test_half_lives_that_the_ramp_makes_one_average_are_named(run, tmp_path, capsys):
+    line = ["ema", str(run), "--no-scores", "--out", str(tmp_path), "--half-life"]
+    assert cli.run([*line, "4", "--half-life", "15", "--half-life", "90"]) == 0
+    assert "beware: half-life 15, 90: the run's ema.ramp (0.9) lets none be longer than 14.4" in capsys.readouterr().err
+    made = weights(tmp_path / "ema-15.safetensors"), weights(tmp_path / "ema-90.safetensors")
+    assert all(torch.equal(tensor, made[1][name]) for name, tensor in made[0].items())
+
+
 def test_few_kept_files_make_a_coarse_average_and_a_line_says_so(run, tmp_path, capsys):
     thin = shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("step-0000000?", "raw.safetensors"))
     for folder in sorted((thin / "checkpoints").iterdir())[:-1]:

@@ -1,6 +1,7 @@
 """Progress in a file is plain dated lines; on a terminal it is a bar."""
 
 import io
+import os
 import re
 import sys
 
@@ -25,6 +26,20 @@ def test_piped_progress_is_dated_lines_with_rate_and_time_left(monkeypatch, caps
         r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d encode 50/100 img, [\d.]+ img/s, 0:\d\d left, 9\.8 MB", lines[0]
     )
     assert re.search(r" encode 100/100 img, [\d.]+ img/s, 19\.6 MB$", lines[-1])
+
+
+def test_a_terminal_that_does_not_say_how_wide_it_is_gets_a_bar_of_80_columns(monkeypatch):
+    """It got none: `ssh -tt`, `script` and web terminals may have 0 columns."""
+    terminal, mine = os.openpty()
+    with os.fdopen(mine, "w") as stderr:
+        monkeypatch.setattr(sys, "stderr", stderr)
+        with Progress("train", 10, unit="step") as bar:
+            bar.advance(5)
+        monkeypatch.undo()
+        text = os.read(terminal, 4096).decode()
+    os.close(terminal)
+    assert " 50%|" in text
+    assert max(map(len, re.split(r"[\r\n]", text))) <= 80
 
 
 def test_a_line_never_shows_the_values_of_an_earlier_step(monkeypatch, capsys):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 from dataclasses import asdict, replace
 from importlib.util import find_spec
@@ -260,7 +261,11 @@ def test_a_velocity_that_is_not_in_the_checkpoint_begins_as_u(head, store, tmp_p
     sets = (*imf, f"model.velocity_head={head}", "train.steps=1", "alpha=0", "optim.lr=1e-30")
     started = begin(make_recipe(tmp_path, *sets), store, tmp_path / "second", init_from=str(first))
     assert started.wait() == [0], started.said()
-    assert "the velocity, which is not in the checkpoint, begins as u" in started.said()
+    copied = re.search(r"the velocity, which is not in the checkpoint, begins as u: (\d+) tensors", started.said())
+    taken = re.search(r"(\d+) of (\d+) tensors taken", started.said())
+    assert copied
+    assert taken
+    assert int(taken[1]) + int(copied[1]) == int(taken[2]), "what was copied was not taken"
     assert "freshly initialised" not in started.said()
     there, here = (load_checkpoint(folder / "model.safetensors").weights for folder in (first, tmp_path / "second"))
     pairs = [("velocity_final.linear.weight", "final.linear.weight")]
