@@ -104,16 +104,15 @@ def command(
 
     Inside torchrun, accelerate launch or Slurm it joins the processes that are there.
     """
-    from alphaflow_cli.runtime.launch import check_requeue, first_of_launched
+    from alphaflow_cli.runtime.launch import first_of_launched
     from alphaflow_cli.train.store import resolve_run
 
     plans = bool(dry_run or estimate or hours)
     if (launched := first_of_launched() if plans else 0) is None:
-        return
+        return None
     resolved = resolve_run(recipe, sets, data=data, out=out)
-    check_inputs(data, init_from, plans=plans)
+    check_inputs(data, init_from, plans=plans, requeue=requeue)
     if not plans:
-        check_requeue(requeue)
         begin(f"train {resolved.recipe.name} in {resolved.folder}")
     from alphaflow_cli.train.start import TrainOptions
 
@@ -122,9 +121,8 @@ def command(
         device=device, notes=resolved.notes, threads=threads or None, requeue=requeue,
     )  # fmt: skip
     if plans:
-        show_plan(resolved, options, processes or launched, estimate=estimate, hours=hours, as_json=as_json)
-    else:
-        start(resolved.recipe, options, processes, as_json=as_json)
+        return show_plan(resolved, options, processes or launched, estimate=estimate, hours=hours, as_json=as_json)
+    return start(resolved.recipe, options, processes, as_json=as_json)
 
 
 def start(recipe: Recipe, options: "TrainOptions", processes: int | None, *, as_json: bool) -> None:
@@ -144,8 +142,13 @@ def start(recipe: Recipe, options: "TrainOptions", processes: int | None, *, as_
     finish(options.out, as_json=as_json)
 
 
-def check_inputs(data: Path | None, init_from: str, *, plans: bool) -> None:
-    """Refuse a store or a checkpoint that is not there, before anything is loaded; a plan wants a whole store."""
+def check_inputs(data: Path | None, init_from: str, *, plans: bool, requeue: bool) -> None:
+    """Refuse what cannot be had, before anything is loaded: a store, a checkpoint, to be asked for again by Slurm.
+
+    A plan wants a whole store.
+    """
+    from alphaflow_cli.runtime.launch import check_requeue
+
     if data is not None and not any((data / name).is_file() for name in ("manifest.json", "plan.json")):
         raise AlphaflowError(
             f"{data}: no latent store here (no manifest.json). "
@@ -155,6 +158,8 @@ def check_inputs(data: Path | None, init_from: str, *, plans: bool) -> None:
         raise AlphaflowError(f"{data}: unfinished. Run the same prep-latents command again, then this one")
     if init_from:
         check_checkpoint(init_from)
+    if not plans:
+        check_requeue(requeue)
 
 
 def join(recipe: Recipe, options: "TrainOptions", *, as_json: bool) -> int:
