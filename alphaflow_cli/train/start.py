@@ -145,6 +145,7 @@ def ends_of(schedule: Schedule, recipe: Recipe) -> tuple[int, ...]:
 
 def prepare_run(recipe: Recipe, options: TrainOptions) -> Path:
     """Check all that can be wrong before any process starts, make the store of an embedded set; returns the store."""
+    choose_device(options.device)
     check_trackers(recipe)
     check_quick(recipe)
     check_folder(options.out)
