@@ -236,9 +236,11 @@ def join_world(
 ) -> World:
     """Join the processes that started us (torchrun, accelerate launch, Slurm or --processes), or be alone.
 
-    `device` None is a GPU where CUDA has one, else the CPU: Apple's GPUs train when asked only.
+    `device` None is a GPU where CUDA has one, else the CPU: Apple's GPUs train when asked only. One that is not here is
+    refused: Accelerate would take the CPU.
     `allow_tf32` None leaves TF32 as torch has it, so that N processes draw and measure what one does.
     """
+    choose_device(device)
     on_cpu = device == "cpu" or (device is None and not torch.cuda.is_available())
     if on_cpu:
         os.environ["ACCELERATE_USE_CPU"] = "true"  # else N processes become N lonely first ones

@@ -8,7 +8,7 @@ import os
 import signal
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from shlex import quote
 
@@ -52,7 +52,7 @@ from alphaflow_cli.train.parallel import Split, check_sharding, rows_above, spli
 from alphaflow_cli.train.run import Run, build_run, check_start, newest_for_all, start_from
 from alphaflow_cli.train.samples import SampleGrids
 from alphaflow_cli.train.scores import Scores, check_quick
-from alphaflow_cli.train.store import check_store, recipe_of_run, stated_store, store_of
+from alphaflow_cli.train.store import check_store, recipe_of_run, stated_store, store_of, trained_recipe
 from alphaflow_cli.train.threads import choose_threads
 
 ADJUSTABLE = {  # what a run may change when it goes on: none of it changes what is learnt, beyond rounding
@@ -97,7 +97,17 @@ def make_run_folder(out: Path) -> None:
 
 def check_recipe(recipe: Recipe, out: Path) -> list[tuple[str, str, str]]:
     """Refuse to train another recipe in a run's folder; returns the changes that a run may make when it goes on."""
-    there = recipe_of_run(out) or recipe
+    own = f"Resume it with its own recipe: alphaflow train {quote(str(out / 'recipe.yaml'))} --out {quote(str(out))}"
+    changes = allowed_changes(recipe_of_run(out) or recipe, recipe, out, f"{own}, or choose another folder: --out RUN")
+    if (trained := trained_recipe(out)) is not None:  # recipe.yaml may have been edited, or be gone
+        again = f"Put these values back in {out / 'recipe.yaml'}, or begin another run from its weights"
+        learnt = replace(trained, sample=recipe.sample, eval=recipe.eval)
+        allowed_changes(learnt, recipe, out, f"{again}: add --init-from {quote(str(out))} --out RUN")
+    return changes
+
+
+def allowed_changes(there: Recipe, recipe: Recipe, out: Path, advice: str) -> list[tuple[str, str, str]]:
+    """What differs of the recipe that a run has; what would change what is learnt is refused, with this advice."""
     changes = [row for row in diff_recipes(there, recipe) if row[0] != "name"]
     others = {field for field, _, _ in changes} - ADJUSTABLE
     if others == {"train.steps"} and recipe.train.steps > there.train.steps:
@@ -105,11 +115,7 @@ def check_recipe(recipe: Recipe, out: Path) -> list[tuple[str, str, str]]:
     elif others:
         rows = [(field, set_text(old), set_text(new)) for field, old, new in changes if field != "expected"]
         listed = "\n".join(f"  {field}: {old} there, {new} requested" for field, old, new in rows)
-        raise AlphaflowError(
-            f"{out}: holds a run of another recipe:\n{listed}\nResume it with its own recipe: "
-            f"alphaflow train {quote(str(out / 'recipe.yaml'))} --out {quote(str(out))}, "
-            "or choose another folder: --out RUN"
-        )
+        raise AlphaflowError(f"{out}: holds a run of another recipe:\n{listed}\n{advice}")
     return changes
 
 
@@ -145,6 +151,7 @@ def ends_of(schedule: Schedule, recipe: Recipe) -> tuple[int, ...]:
 
 def prepare_run(recipe: Recipe, options: TrainOptions) -> Path:
     """Check all that can be wrong before any process starts, make the store of an embedded set; returns the store."""
+    choose_device(options.device)
     check_trackers(recipe)
     check_quick(recipe)
     make_run_folder(options.out)

@@ -14,9 +14,11 @@ from typing import Any
 from alphaflow_cli.data.manifest import StorePlan, read_manifest
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.files import is_there, read_document, user_path
+from alphaflow_cli.model.find import saved_steps
 from alphaflow_cli.recipe import load_recipe, recipe_from_text, shipped
 from alphaflow_cli.recipe.loader import flatten, load_for_data, set_text
 from alphaflow_cli.recipe.schema import Recipe
+from alphaflow_cli.tensors import open_tensors
 
 SHAPE = tuple(f"data.{name}" for name in ("autoencoder", "image_size", "channels", "latent_size", "classes"))
 CONSTANTS = ("data.channel_mean", "data.channel_std")
@@ -85,6 +87,18 @@ def recipe_of_run(folder: Path) -> Recipe | None:
     """The recipe that a run folder holds; None where no run was begun."""
     path = folder / "recipe.yaml"
     return recipe_from_text(read_document(path), str(path)) if is_there(path) else None
+
+
+def trained_recipe(folder: Path) -> Recipe | None:
+    """The recipe by which a run's newest state was trained, as its checkpoint has it; None where that is not there."""
+    states = saved_steps(folder / "state", ".safetensors")
+    path = folder / "checkpoints" / states[-1].stem / "model.safetensors" if states else None
+    if path is None or not path.is_file():
+        return None
+    try:
+        return recipe_from_text(open_tensors(path).metadata["recipe"], f"{path} (its recipe)")
+    except (AlphaflowError, KeyError):  # who reads its weights says so
+        return None
 
 
 def as_remembered(name: str, sets: Sequence[str], recipe: Recipe, folder: Path) -> Recipe:

@@ -168,3 +168,19 @@ def test_of_a_launchers_processes_the_first_plans_for_all(option, tmp_path, monk
         printed.append(capsys.readouterr())
     assert (printed[0].out, printed[0].err) == ("", "")
     assert json.loads(printed[1].out)["split"]["processes"] == 2
+
+
+@pytest.mark.parametrize(
+    ("device", "options"),
+    [("cuda", ()), ("cuda", ("--processes", "2")), ("cuda", ("--estimate",)), ("mps", ()), ("mps", ("--hours", "1"))],
+)
+def test_a_device_that_is_not_here_is_refused_and_not_the_cpu_in_its_place(
+    device, options, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: False)
+    make_recipe(tmp_path)
+    assert cli(["train", "tiny.yaml", "--device", device, "--out", "run", *options]) == 1
+    assert f"error: device {device}: torch sees no" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
