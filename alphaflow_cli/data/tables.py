@@ -91,7 +91,8 @@ def parse_table(data: bytes, where: str, columns: Columns, *, given: bool) -> li
     shown = brief(", ".join(head))
     if file is None:
         raise AlphaflowError(
-            f"{where}: has no column {columns.image or 'file_name'} ({shown}). Name it: --image-column"
+            f"{where}: has no column {columns.image or 'file_name'} ({shown}). Name it: --image-column; or take all "
+            "pictures as one class: --unlabelled"
         )
     if label is None:
         raise AlphaflowError(

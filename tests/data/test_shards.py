@@ -217,6 +217,7 @@ def test_broken_sets_of_archives_are_one_clear_line(tmp_path):
         ("part-{0..4}.tar", "part-3.tar: is not there (2 of the 5 files are missing)"),
         ("part-{4..1}.tar", "should count upwards"),
         ("other-*.tar", "no such file. Put a pattern in quotes"),
+        ("*/part-*.tar", "only the last part of a path may be a pattern"),
     ):
         with pytest.raises(AlphaflowError) as fault:
             open_source(str(root / pattern))
