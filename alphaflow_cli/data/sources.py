@@ -23,7 +23,7 @@ from alphaflow_cli.data.pictures import CLASS_LIST, TABLES, Loose, Source, endin
 from alphaflow_cli.data.shards import ARCHIVES, PARQUET, files_of, in_order, is_pattern, open_archives
 from alphaflow_cli.errors import AlphaflowError, no_such_source
 from alphaflow_cli.files import path_and_stamp, read_file, user_path
-from alphaflow_cli.text import brief
+from alphaflow_cli.text import brief, counted
 
 Identity = tuple[int, int]  # of a folder: its device and inode
 MAX_WAYS = 1000  # see open_folder
@@ -61,7 +61,10 @@ def _below(folder: "Folder", image_column: str) -> Source:
     if folder.names or not folder.packed:
         return folder
     titles = in_order(choose_files(folder.packed))
-    return _of_files(folder.name, folder.root, [folder.root / title for title in titles], image_column, folder)
+    source = _of_files(folder.name, folder.root, [folder.root / title for title in titles], image_column, folder)
+    left = len(folder.packed) - len(titles)
+    notes = [*source.notes, f"{counted(left, 'file')} of other splits left aside"] if left else source.notes
+    return replace(source, notes=notes)
 
 
 def _of_files(

@@ -127,7 +127,9 @@ def list_pictures(request: StoreRequest) -> Listing:
     if 0 < request.limit < len(lines):
         kept = [number * len(lines) // request.limit for number in range(request.limit)]
         lines, labels = [lines[at] for at in kept], [labels[at] for at in kept]
-    return Listing(replace(source, notes=[*source.notes, *labelled.notes]), lines, labels, labelled.classes)
+    others = len(source.names) - len(labelled.lines)
+    left = [f"{counted(others, 'picture')} of other splits left aside"] if others else []
+    return Listing(replace(source, notes=[*source.notes, *left, *labelled.notes]), lines, labels, labelled.classes)
 
 
 def shard_size(count: int, sample_bytes: int) -> int:

@@ -323,6 +323,16 @@ def test_an_empty_folder_says_what_was_left_aside(tmp_path):
         prepare(tmp_path / "set", tmp_path / "s")
 
 
+def test_what_the_other_splits_hold_is_counted(tmp_path, capfd):
+    for split, count in (("train", 3), ("val", 2)):
+        for name in ("ant", "bee"):
+            (tmp_path / "set" / split / name).mkdir(parents=True)
+            for index in range(count):
+                Image.new("RGB", (16, 16)).save(tmp_path / "set" / split / name / f"{index}.png")
+    prepare(tmp_path / "set", tmp_path / "s", shown=True)
+    assert "set: 6 pictures, 4 pictures of other splits left aside" in capfd.readouterr().err
+
+
 def test_a_store_whose_pictures_changed_names_one_that_did(tmp_path):
     source = tmp_path / "set"
     for name in ("ant", "bee"):
