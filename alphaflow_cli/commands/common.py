@@ -234,6 +234,10 @@ def checkpoint_argument(name: str, metavar: str) -> Callable[[Command], Command]
 
 def check_source(text: str) -> None:
     """Refuse a source of pictures that is a path and leads nowhere, before anything is loaded."""
+    if not text.strip():
+        raise click.UsageError(
+            "An empty name is no source of pictures. Give a folder, an archive, or hf://datasets/USER/NAME"
+        )
     try:
         if ":" not in text and not re.search(r"\{\d+\.\.\d+\}|[*?[]", text):
             user_path(text).stat()
@@ -255,6 +259,9 @@ def check_checkpoint(address: str, classes: str = "") -> None:
     check_named_classes(address, classes)
 
 
+MANY_FILES = "Many files are one SOURCE as a pattern in quotes, such as 'part-*.tar', or as the folder that holds them"
+
+
 def usage_message(fault: click.UsageError, ctx: click.Context, args: Sequence[str]) -> str:
     """What is wrong, and what to write instead: a value of the recipe for an option, or what an argument may be."""
     message = fault.format_message()
@@ -263,9 +270,10 @@ def usage_message(fault: click.UsageError, ctx: click.Context, args: Sequence[st
         return f"No such option {fault.option_name!r}. {advice}" if advice else message
     if extra := re.fullmatch(r"Got unexpected extra arguments? \((.*)\)", message):
         assignments = re.findall(r"[a-z_]+\.[a-z_.]+=\S+", extra[1]) if _takes(ctx, "--set") else []
-        return (
-            " ".join([f"{message}.", "Write:", *(f"--set {each}" for each in assignments)]) if assignments else message
-        )
+        if assignments:
+            return " ".join([f"{message}.", "Write:", *(f"--set {each}" for each in assignments)])
+        several = any(param.name == "source" for param in ctx.command.params) and _takes(ctx, "--image-column")
+        return f"{message}. {MANY_FILES}" if several else message
     if not (isinstance(fault, click.MissingParameter) and isinstance(fault.param, click.Argument)):
         return message
     wanted = fault.param.make_metavar(ctx)

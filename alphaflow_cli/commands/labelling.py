@@ -22,7 +22,7 @@ def image_column_option(function: Command) -> Command:
 def labelling_options(function: Command) -> Command:
     """Add --labels, --unlabelled, --image-column, --label-column; `given_labelling` has them."""
     options = [
-        _kept("--labels", metavar="FILE", help="A csv or jsonl of pictures' names and classes."),
+        _kept("--labels", metavar="FILE", help="A csv, jsonl or json of pictures' names and classes."),
         _kept("--unlabelled", is_flag=True, help="All pictures are one class."),
         _kept("--image-column", metavar="NAME", help="Of parquet: the pictures; of a table: their names."),
         _kept("--label-column", metavar="NAME", help="Of parquet or a table: the classes; of a json: the key."),

@@ -1,9 +1,10 @@
 """What an archive holds, as unpacking it would leave it: where each file lies, and what links lead to."""
 
 import posixpath
+from collections import Counter
 from dataclasses import dataclass
 
-from alphaflow_cli.data.pictures import is_picture, tells_classes
+from alphaflow_cli.data.pictures import ending_of, is_picture, left_aside, tells_classes
 
 HOPS = 40  # links behind links, as the kernel allows
 
@@ -51,7 +52,8 @@ class Entries:
         folders = self._folders()
         places: dict[str, Place] = {}
         asides: dict[str, Place] = {}
-        aside, linked = 0, 0
+        aside: Counter[str] = Counter()
+        linked = 0
         mixed = len({name.startswith("./") for name, _ in self.files.values()}) > 1  # else one class would be two
         for path, (spelled, entry) in self.files.items():
             name = path if mixed else spelled
@@ -63,8 +65,8 @@ class Entries:
             elif tells_classes(name) and not is_hidden(name):
                 asides[name] = place
             else:
-                aside += 1
-        notes = [f"{aside} other files left aside"] if aside else []
+                aside["" if is_hidden(name) else ending_of(name)] += 1
+        notes = left_aside(aside)
         notes += [f"{self.repeats} names that occur again: the last copy is taken"] if self.repeats else []
         notes += [f"{linked} links to folders not followed (unpack it, and give the folder)"] if linked else []
         return places, asides, notes

@@ -2,20 +2,26 @@
 
 The first of these decides: --unlabelled (all pictures are one class), --labels FILE, class folders, what stands in the
 source beside each picture (parquet, WebDataset), and a table in the source. Of many archives that is a table in any of
-them, or in the folder where they lie. Pictures of which nothing says the class are one class.
+them, or in the folder where they lie. Pictures of which nothing says the class are one class. The folders 00000,
+00001, … below a dataset.json are no classes: StyleGAN's and EDM's tools pack a thousand pictures into each.
 """
 
 import posixpath
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 from alphaflow_cli.data.classes import Classes, choose_split, folders_of, read_classes
-from alphaflow_cli.data.pictures import TABLES, Labels, Source
-from alphaflow_cli.data.tables import Columns, Labelling, TableRow, parse_table
+from alphaflow_cli.data.pictures import PACKERS_TABLE, TABLES, Labels, Source
+from alphaflow_cli.data.tables import Columns, Labelling, TableRow, parse_table, place_in
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.files import read_file, user_path
 from alphaflow_cli.text import brief, counted
+
+PACK = re.compile(r"\d{5}")  # a folder of a thousand pictures
+LABELS = "labels.csv"  # whose name promises labels
 
 
 @dataclass(frozen=True)
@@ -40,16 +46,19 @@ def label_pictures(source: Source, labelling: Labelling) -> Labelled:
         rows = parse_table(_read(path), where, labelling.columns, given=True) or []
         return _by_keys(source, lines, _matched(source, lines, prefix, [(base, where, rows)]), None, [])
     paths = [every[line] for line in lines]
-    in_folders = not labelling.columns.label and _are_sorted_into_folders(paths, prefix)
+    places = (source, *source.beside)
+    packed = _are_packed(places, paths, prefix)
+    in_folders = not labelling.columns.label and not packed and _are_sorted_into_folders(paths, prefix)
     own = None if in_folders else source.labels(labelling.columns.label)
     if own is not None:
         return _by_keys(source, lines, _of_source(source, lines, own), own.order, [])
-    places = (source, *source.beside)
-    tables = [table for each in places for table in _tables_of(each, prefix, labelling.columns)]
+    tables = [table for each in places for table in _tables_of(each, prefix, labelling.columns, needed=not in_folders)]
     if tables and not in_folders:
         return _by_keys(source, lines, _matched(source, lines, prefix, tables), None, [])
     if labelling.columns.label:
         raise AlphaflowError(f"{source.name}: no table and no column says classes there, so --label-column has no use")
+    if packed:
+        return _one_class(lines, f"{PACKERS_TABLE} says no labels")
     notes = [f"{where} not used, because class folders are there (--labels uses it)" for _, where, _ in tables[:3]]
     folders = folders_of(paths, prefix)
     if set(folders) == {""} and source.classes_json() is None:
@@ -89,24 +98,39 @@ def _are_sorted_into_folders(paths: Sequence[str], prefix: str) -> bool:
     return len(folders) > 1 and "" not in folders
 
 
+def _are_packed(places: Sequence[Source], paths: Sequence[str], prefix: str) -> bool:
+    """Whether all folders are numbered as by StyleGAN's and EDM's tools, and there is their table."""
+    if not any(posixpath.basename(name) == PACKERS_TABLE for place in places for name in place.asides):
+        return False
+    return all(PACK.fullmatch(posixpath.dirname(path[len(prefix) :])) for path in paths)
+
+
 Tables = list[tuple[str, str, list[TableRow]]]  # the folder that the names are relative to, the table's name, its rows
 
 
-def _tables_of(source: Source, prefix: str, columns: Columns) -> Tables:
-    """The tables of the split that lie in the fewest folders; several in one folder need a choice."""
+def _tables_of(source: Source, prefix: str, columns: Columns, *, needed: bool) -> Tables:
+    """The tables of the split that lie in the fewest folders; several in one folder need a choice.
+
+    Where labels are `needed`, a labels.csv must say them. Other tables may hold something else, such as captions.
+    """
     names = [name for name in source.asides if name.rsplit("/", 1)[-1] in TABLES]
     names = [name for name in names if _is_on_the_way(posixpath.dirname(name), prefix)]
-    least = min((name.count("/") for name in names), default=0)
-    tables: Tables = []
-    for name in sorted(name for name in names if name.count("/") == least):
-        rows = parse_table(source.read_aside(name), f"{source.name}/{name}", columns, given=bool(columns.label))
-        if rows is not None:
-            tables.append((posixpath.dirname(name), f"{source.name}/{name}", rows))
-    folders = [folder for folder, _, _ in tables]
-    if len(set(folders)) < len(folders):
-        shown = ", ".join(where for _, where, _ in tables)
-        raise AlphaflowError(f"{source.name}: holds several tables of labels ({shown}); choose one with --labels FILE")
-    return tables
+    for _, level in groupby(sorted(names, key=lambda name: (name.count("/"), name)), lambda name: name.count("/")):
+        tables: Tables = []
+        for name in level:
+            where, must = f"{source.name}/{name}", needed and name.rsplit("/", 1)[-1] == LABELS
+            rows = parse_table(source.read_aside(name), where, columns, given=must or bool(columns.label))
+            if rows is not None:
+                tables.append((posixpath.dirname(name), where, rows))
+        folders = [folder for folder, _, _ in tables]
+        if len(set(folders)) < len(folders):
+            shown = ", ".join(where for _, where, _ in tables)
+            raise AlphaflowError(
+                f"{source.name}: holds several tables of labels ({shown}); choose one with --labels FILE"
+            )
+        if tables:
+            return tables
+    return []
 
 
 def _is_on_the_way(folder: str, prefix: str) -> bool:
@@ -129,14 +153,14 @@ def _matched(source: Source, lines: Sequence[int], prefix: str, tables: Tables) 
                 strangers.append(row)
             elif keys.setdefault(line, row.label) != row.label:
                 raise AlphaflowError(
-                    f"{where}: line {row.number} says that {brief(row.name)} is {brief(row.label)}, an earlier one "
+                    f"{place_in(where, row.number)} says that {brief(row.name)} is {brief(row.label)}, an earlier one "
                     f"{brief(keys[line])}. Keep one of them"
                 )
         if strangers:
             raise AlphaflowError(
-                f"{where}: line {strangers[0].number} names {brief(strangers[0].name)}, which is not in {source.name} "
-                f"({len(strangers):,} of {len(rows):,} rows have no picture). Names are relative to the table, or to "
-                "the folder of the pictures"
+                f"{place_in(where, strangers[0].number)} names {brief(strangers[0].name)}, which is not in "
+                f"{source.name} ({len(strangers):,} of {len(rows):,} rows have no picture). Names are relative "
+                "to the table, or to the folder of the pictures"
             )
     missing = [line for line in lines if line not in keys]
     if missing:

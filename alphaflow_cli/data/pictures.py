@@ -1,8 +1,10 @@
 """One picture file becomes one square RGB array, whatever it was: the rules of manifest.TRANSFORMS."""
 
+import posixpath
 import re
 import struct
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -16,7 +18,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from alphaflow_cli.data.manifest import Crop
 from alphaflow_cli.tensors import Array
-from alphaflow_cli.text import brief
+from alphaflow_cli.text import brief, counted, shorten
 
 Image.MAX_IMAGE_PIXELS = None  # Pillow's guard warns, then raises; ours is one limit, and names the file
 MAX_PIXELS = 200_000_000  # a picture claiming more is taken for a bomb: decoding it needs 3 bytes per pixel and more
@@ -28,7 +30,8 @@ FORMATS = (  # the decoders that may see a picture: each reads its bytes itself.
 _JPEG, _PORTABLE = (".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".j2k"), (".ppm", ".pgm", ".pbm", ".pnm")
 SUFFIXES = (*_JPEG, *_PORTABLE, ".png", ".apng", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".tga", ".avif")
 CLASS_LIST = "classes.json"
-TABLES = ("labels.csv", "metadata.csv", "metadata.jsonl")  # of files and their classes, beside the pictures
+PACKERS_TABLE = "dataset.json"  # that StyleGAN's and EDM's tools write
+TABLES = ("labels.csv", "metadata.csv", "metadata.jsonl", PACKERS_TABLE)  # of files and their classes
 OF_ONE_PICTURE = (".cls", ".json")  # beside a picture of a WebDataset's tar: its class
 OBJECT_ADDRESS = re.compile(r"<[^<>]* at 0x[0-9a-fA-F]+>")  # of an object; it differs from run to run
 Fetch = Callable[[], bytes | Image.Image]  # a picture of a source, read or drawn when it is called
@@ -122,6 +125,19 @@ class BadPicture(Exception):
 def is_picture(name: str) -> bool:
     """Whether a file of this name is taken for a picture: its suffix decides, in capitals or not."""
     return name.lower().endswith(SUFFIXES)
+
+
+def left_aside(endings: Counter[str]) -> list[str]:
+    """What to say of the files that are no pictures: how many there are, and which endings most of them have."""
+    known = [shorten(ending, 20) for ending, _ in endings.most_common() if ending]
+    shown = ", ".join([*known[:3], *(["…"] if len(known) > 3 else [])])
+    total = counted(endings.total(), "other file")
+    return [f"{total} left aside{f' ({shown})' if shown else ''}"] if endings else []
+
+
+def ending_of(name: str) -> str:
+    """The ending of a file's name, in small letters; empty where it has none."""
+    return posixpath.splitext(name)[1].lower()
 
 
 def tells_classes(name: str) -> bool:

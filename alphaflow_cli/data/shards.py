@@ -161,7 +161,9 @@ def files_of(pattern: Path) -> list[Path]:
         there = [path for path in pattern.parent.glob(pattern.name) if may_be_hidden or not path.name.startswith(".")]
         paths = [path for path in there if path.is_file()]
         if not paths:
-            raise AlphaflowError(f"{brief(pattern)}: no such file. Put a pattern in quotes, and check the path")
+            folder = is_pattern(str(pattern.parent)) and not pattern.parent.exists()
+            what = "only the last part of a path may be a pattern" if folder else "no such file"
+            raise AlphaflowError(f"{brief(pattern)}: {what}. Put a pattern in quotes, and check the path")
         return [pattern.parent / name for name in in_order([path.name for path in paths])]
     first, last = braces[1], braces[2]
     if not 0 <= int(last) - int(first) < MOST_FILES:

@@ -17,13 +17,13 @@ from typing import Any
 
 from PIL import Image
 
-from alphaflow_cli.data.classes import SPLITS, choose_files
+from alphaflow_cli.data.classes import SPLITS, choose_files, choose_split
 from alphaflow_cli.data.glyphs import GLYPHS, draw_glyph, draw_shape
-from alphaflow_cli.data.pictures import TABLES, Loose, Source, is_picture
+from alphaflow_cli.data.pictures import CLASS_LIST, TABLES, Loose, Source, ending_of, is_picture, left_aside
 from alphaflow_cli.data.shards import ARCHIVES, PARQUET, files_of, in_order, is_pattern, open_archives
 from alphaflow_cli.errors import AlphaflowError, no_such_source
 from alphaflow_cli.files import path_and_stamp, read_file, user_path
-from alphaflow_cli.text import brief
+from alphaflow_cli.text import brief, counted
 
 Identity = tuple[int, int]  # of a folder: its device and inode
 MAX_WAYS = 1000  # see open_folder
@@ -61,7 +61,10 @@ def _below(folder: "Folder", image_column: str) -> Source:
     if folder.names or not folder.packed:
         return folder
     titles = in_order(choose_files(folder.packed))
-    return _of_files(folder.name, folder.root, [folder.root / title for title in titles], image_column, folder)
+    source = _of_files(folder.name, folder.root, [folder.root / title for title in titles], image_column, folder)
+    left = len(folder.packed) - len(titles)
+    notes = [*source.notes, f"{counted(left, 'file')} of other splits left aside"] if left else source.notes
+    return replace(source, notes=notes)
 
 
 def _of_files(
@@ -97,6 +100,7 @@ class Folder(Loose):
 
     root: Path
     packed: Sequence[str] = ()  # archives and parquet files, which count where there are no pictures
+    lists: Sequence[str] = ()  # files called classes.json
     kind: str = "folder"
 
     def fetch(self, line: int) -> bytes:
@@ -120,10 +124,14 @@ class Folder(Loose):
             raise AlphaflowError(f"{self.root / name}: cannot be read ({fault.strerror or fault})") from fault
 
     def classes_json(self) -> bytes | None:
-        """The bytes of the classes.json in the folder, if there is one."""
-        path = self.root / "classes.json"
+        """The class list in the folder, or on the way from there to the one that all pictures share (`train`)."""
+        shared = choose_split(self.names)[1] if self.lists else ""
+        on_the_way = [name for name in self.lists if shared.startswith(name.removesuffix(CLASS_LIST))]
+        if not on_the_way:
+            return None
+        path = self.root / min(on_the_way, key=len)
         try:
-            return read_file(path) if path.exists() else None
+            return read_file(path)
         except OSError as fault:
             raise AlphaflowError(f"{path}: cannot be read ({fault.strerror or fault}). Mend or remove it") from fault
 
@@ -154,17 +162,18 @@ def open_folder(root: Path) -> Folder:
 
 
 def _walk(root: Path) -> Folder:
-    names, asides, packed, loops, aside = [], [], [], 0, 0
+    names, asides, packed, lists, loops = [], [], [], [], 0
+    aside: Counter[str] = Counter()
     ways: Counter[Identity] = Counter()
     pending = [_Below("", frozenset([_identity(root)]), 0)]
     while pending:
         here = pending.pop()
         entries = _entries(root, here.path)
-        aside += entries is None
+        aside[""] += entries is None
         for entry in entries or []:
             name = f"{here.path}{entry.name}"
             if entry.name.startswith(".") or entry.name == "__MACOSX":
-                aside += 1
+                aside[""] += 1
             elif _is_folder(entry):
                 identity, links = _identity(entry), here.links + entry.is_symlink()
                 ways[identity] += links > 1
@@ -181,14 +190,16 @@ def _walk(root: Path) -> Folder:
                 asides.append(name)
             elif name.lower().endswith(PACKED):
                 packed.append(name)
-            elif name != "classes.json":
-                aside += 1
-    aside += len(packed) if names else 0
-    notes = [f"{aside} other files left aside"] if aside else []
+            elif entry.name == CLASS_LIST:
+                lists.append(name)
+            else:
+                aside[ending_of(name)] += 1
+    aside.update(ending_of(name) for name in packed if names)
+    notes = left_aside(+aside)
     notes += [f"{loops} links that lead back to their own folder not followed"] if loops else []
     above = root.parent.name
     name = f"{above}/{root.name}" if root.name.lower() in SPLITS and above else root.name
-    return Folder(root=root, name=name, names=sorted(names), notes=notes, asides=asides, packed=packed)
+    return Folder(root=root, name=name, names=sorted(names), notes=notes, asides=asides, packed=packed, lists=lists)
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,9 @@
-"""Tables of files and their classes: labels.csv, metadata.csv, metadata.jsonl, and any file given by --labels.
+"""Tables of files and their classes: labels.csv, metadata.csv, metadata.jsonl, dataset.json, and any given by --labels.
 
 A table has a column with the pictures' names, `file_name` by the imagefolder convention, and a column with their
 classes, `label`. A csv begins with a line of names; its columns are parted by commas, semicolons or tabs. A jsonl has
-one table per line. Classes are texts or whole numbers; as texts they are what the names of folders are elsewhere.
+one table per line. A json is a list of such, or {"labels": [[name, class], …]}, the dataset.json of StyleGAN's and
+EDM's tools. Classes are texts or whole numbers; as texts they are what the names of folders are elsewhere.
 """
 
 import csv
@@ -21,14 +22,15 @@ LABEL_COLUMNS = ("label", "class", "class_name", "category", "target", "cls")
 MOST_BYTES = 1 << 28  # of one table: ten million rows
 LONGEST_LABEL = 1000  # letters
 JSON_LINES = (".jsonl", ".ndjson")
-NumberedRow = tuple[int, Mapping[str, Any]]  # the number of the line, and its cells by column
+NumberedRow = tuple[int, Mapping[str, Any]]  # the number of the line or entry, and its cells by column
+Columned = tuple[list[str], Sequence[NumberedRow]]  # the names of the columns, and the rows
 
 
 @dataclass(frozen=True)
 class TableRow:
     """One row: the name of a picture, as the table spells it, and its class."""
 
-    number: int  # of the line in the file
+    number: int  # of the line in the file, of a json the entry
     name: str
     label: str
 
@@ -62,14 +64,22 @@ AS_FOUND = Labelling()
 
 
 def parse_table(data: bytes, where: str, columns: Columns, *, given: bool) -> list[TableRow] | None:
-    """Read a table; None where it has no column of labels, and was not `given` as one that has."""
+    """Read a table; None where it says no labels, and was not `given` as one that does."""
     if len(data) > MOST_BYTES:
         raise AlphaflowError(f"{where}: {len(data):,} bytes, a table of labels has at most {MOST_BYTES:,}")
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as fault:
         raise AlphaflowError(f"{where}: is not text (byte {fault.start} is not UTF-8). Save it as UTF-8") from fault
-    head, rows = _json_lines(text, where) if where.lower().endswith(JSON_LINES) else _csv(text, where)
+    cells = _cells(text, where)
+    if cells is None:
+        if not given:
+            return None
+        raise AlphaflowError(
+            f'{where}: says no labels. A json of labels is {{"labels": [["1.jpg", "cat"], …]}} or '
+            '[{"file_name": "1.jpg", "label": "cat"}, …]'
+        )
+    head, rows = cells
     if not head:
         raise AlphaflowError(f"{where}: is empty, so it names no picture")
     file = choose_column(head, columns.image, FILE_COLUMNS)
@@ -81,14 +91,23 @@ def parse_table(data: bytes, where: str, columns: Columns, *, given: bool) -> li
     shown = brief(", ".join(head))
     if file is None:
         raise AlphaflowError(
-            f"{where}: has no column {columns.image or 'file_name'} ({shown}). Name it: --image-column"
+            f"{where}: has no column {columns.image or 'file_name'} ({shown}). Name it: --image-column; or take all "
+            "pictures as one class: --unlabelled"
         )
     if label is None:
-        raise AlphaflowError(f"{where}: has no column {columns.label or 'label'} ({shown}). Name it: --label-column")
+        raise AlphaflowError(
+            f"{where}: has no column {columns.label or 'label'} ({shown}). Name it: --label-column; or take all "
+            "pictures as one class: --unlabelled"
+        )
     for name in (file, label):
         if head.count(name) > 1:
             raise AlphaflowError(f"{where}: has two columns with the name {brief(name)}. Keep one of them")
     return [_row(number, row, file, label, where) for number, row in rows]
+
+
+def place_in(where: str, number: int) -> str:
+    """The place of a row, as the beginning of a message: its line, or in a json its entry."""
+    return f"{where}: {'entry' if where.lower().endswith('.json') else 'line'} {number}"
 
 
 def choose_column(head: Sequence[str], wanted: str, usual: Sequence[str]) -> str | None:
@@ -115,7 +134,14 @@ def label_of(value: object, where: str) -> str:
     return text
 
 
-def _csv(text: str, where: str) -> tuple[list[str], Sequence[NumberedRow]]:
+def _cells(text: str, where: str) -> Columned | None:
+    """Take a table apart; None where a json holds no table."""
+    if where.lower().endswith(JSON_LINES):
+        return _json_lines(text, where)
+    return _json(text, where) if where.lower().endswith(".json") else _csv(text, where)
+
+
+def _csv(text: str, where: str) -> Columned:
     first = text.partition("\n")[0]
     mark = next((each for each in (",", ";", "\t") if each in first), ",")
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=mark, strict=True)
@@ -132,17 +158,31 @@ def _csv(text: str, where: str) -> tuple[list[str], Sequence[NumberedRow]]:
     return head, rows
 
 
-def _json_lines(text: str, where: str) -> tuple[list[str], Sequence[NumberedRow]]:
+def _json(text: str, where: str) -> Columned | None:
+    document = parse_json(text, where, Anything(), limit=MOST_BYTES, advice="Mend it.")
+    entries = document.get("labels") if isinstance(document, dict) else document
+    if not isinstance(entries, list) or not entries:
+        return None
+    if all(isinstance(entry, list) and len(entry) == 2 for entry in entries):
+        entries = [{FILE_COLUMNS[0]: name, LABEL_COLUMNS[0]: label} for name, label in entries]
+    return _of_tables(list(enumerate(entries, 1))) if all(isinstance(entry, dict) for entry in entries) else None
+
+
+def _json_lines(text: str, where: str) -> Columned:
     rows = [
         (number, parse_json(line, f"{where}: line {number}", Shape(others=Anything()), advice="Mend it."))
         for number, line in enumerate(text.split("\n"), 1)  # splitlines would part a caption at its U+2028
         if line.strip()
     ]
+    return _of_tables(rows)
+
+
+def _of_tables(rows: Sequence[NumberedRow]) -> Columned:
     return list(dict.fromkeys(key for _, row in rows for key in row)), rows
 
 
 def _row(number: int, row: Mapping[str, Any], file: str, label: str, where: str) -> TableRow:
     name = row.get(file)
     if not isinstance(name, str) or not name.strip():
-        raise AlphaflowError(f"{where}: line {number} has no {file}. Name the picture, or remove the line")
-    return TableRow(number, name.strip(), label_of(row.get(label), f"{where}: line {number} ({brief(name)})"))
+        raise AlphaflowError(f"{place_in(where, number)} has no {file}. Name the picture, or remove the line")
+    return TableRow(number, name.strip(), label_of(row.get(label), f"{place_in(where, number)} ({brief(name)})"))

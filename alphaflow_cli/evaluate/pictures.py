@@ -104,7 +104,10 @@ class PictureFiles(ImageSource):
         self._reached = len(self._lines)  # where the walk stands; a compressed tar can only be walked forward
         self.count = len(self._lines)
         if not self.count:
-            raise AlphaflowError(f"{source.name}: there are no pictures in it")
+            why = ", ".join(source.notes) or "it is empty"
+            raise AlphaflowError(
+                f"{source.name}: there are no pictures in it ({why}). Give a folder or archive of some"
+            )
         height, width = (size, size) if size is not None else self._read(0, 1)[0].shape[1:]
         self.size = int(height), int(width)
 

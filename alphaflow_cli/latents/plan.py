@@ -28,7 +28,7 @@ from alphaflow_cli.latents.encode import Job, Listing, StoreRequest, choose_prec
 from alphaflow_cli.nn.autoencoder import Autoencoder, load_autoencoder, public_id
 from alphaflow_cli.remote.faults import HubFault
 from alphaflow_cli.runtime.processes import Processes, threads_here
-from alphaflow_cli.text import shorten
+from alphaflow_cli.text import brief, counted, shorten
 
 SHARD_PICTURES, SHARD_BYTES = 8192, 512_000_000  # of one shard at most: it is held in memory until it is written
 SHARDS_WANTED, SHARD_LEAST = 16, 256  # small sets are cut, too, so that several processes have something to share
@@ -61,6 +61,8 @@ def plan_job(request: StoreRequest, out: Path, processes: Processes) -> Job:
         listing = _with_the_removed(listing, out)
     encoder = _encoder(request, listing, before, finished=_is_whole(out, before), device=device)
     plan = _plan(request, listing, encoder)
+    if before and not request.limit and _differ_in_the_list(plan, before):
+        _check_list(listing, request, out)
     check_plan(plan, out)
     return Job(request, listing, out, plan, request.batch or default_batch(request, device), threads, encoder.model)
 
@@ -70,6 +72,39 @@ def check_plan(plan: StorePlan, out: Path) -> None:
     there = read_plan(out / "plan.json") if is_there(out / "plan.json") else plan
     if lines := differences(plan_to_dict(plan), plan_to_dict(there), "this command", "the store"):
         raise AlphaflowError(f"{out}: holds another preparation: {_in_brief(lines)}. Give another --out, or delete it")
+
+
+def _differ_in_the_list(plan: StorePlan, before: StorePlan) -> bool:
+    """Whether two plans are of one source, in one form, and only the list of pictures or classes is another one."""
+    if replace(plan, source=before.source, classes=before.classes, shard_size=before.shard_size) != before:
+        return False
+    left_out = ("images", "list_sha256")
+    mine, theirs = ({key: each[key] for key in each if key not in left_out} for each in (plan.source, before.source))
+    return plan != before and mine == theirs
+
+
+def _check_list(listing: Listing, request: StoreRequest, out: Path) -> None:
+    """Refuse a list of pictures that is not the one of the store; the message names a picture that differs."""
+    names = listing.source.names
+    here = {names[line]: label for line, label in zip(listing.lines, listing.labels, strict=True)}
+    there = dict(read_image_list(out / "images.json"))
+    gone, new = ([name for name in one if name not in other] for one, other in ((there, here), (here, there)))
+    others = [name for name in here if here[name] != there.get(name, here[name])]
+    words = [
+        f"{counted(len(some), 'picture')} {what}, the first {brief(some[0])!r}"
+        for some, what in (
+            (gone, "of the store not here"),
+            (new, "here not in the store"),
+            (others, "of another class"),
+        )
+        if some
+    ]
+    can_skip = not new and not others and request.bad == "stop" and isinstance(listing.source, Folder)
+    advice = "Leave such pictures out: --bad skip; or give" if can_skip else "Give"
+    if words:
+        raise AlphaflowError(
+            f"{out}: holds another preparation: {'; '.join(words)}. {advice} another --out, or delete it"
+        )
 
 
 def _in_brief(lines: list[str]) -> str:
@@ -83,13 +118,18 @@ def list_pictures(request: StoreRequest) -> Listing:
     """List all pictures, or `limit` of them spread evenly over the list; labels never depend on the limit."""
     source = open_source(request.source, request.labelling.columns.image)
     if not source.names:
-        raise AlphaflowError(f"{request.source}: no pictures here ({', '.join(source.notes) or 'it is empty'})")
+        raise AlphaflowError(
+            f"{request.source}: no pictures here ({', '.join(source.notes) or 'it is empty'}). JPEG, PNG, WebP, AVIF, "
+            "GIF, TIFF, BMP, PPM and TGA are read; convert others"
+        )
     labelled = label_pictures(source, request.labelling)
     lines, labels = labelled.lines, labelled.labels
     if 0 < request.limit < len(lines):
         kept = [number * len(lines) // request.limit for number in range(request.limit)]
         lines, labels = [lines[at] for at in kept], [labels[at] for at in kept]
-    return Listing(replace(source, notes=[*source.notes, *labelled.notes]), lines, labels, labelled.classes)
+    others = len(source.names) - len(labelled.lines)
+    left = [f"{counted(others, 'picture')} of other splits left aside"] if others else []
+    return Listing(replace(source, notes=[*source.notes, *left, *labelled.notes]), lines, labels, labelled.classes)
 
 
 def shard_size(count: int, sample_bytes: int) -> int:

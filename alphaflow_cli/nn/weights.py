@@ -139,6 +139,8 @@ def read_tree(path: Path) -> object:
         raise
     except Exception as error:  # unpickling a broken or hostile file raises anything
         reason = (str(error) or type(error).__name__).splitlines()[0]
+        if reason.startswith("Weights only load failed"):  # torch's advice is to run what the file says
+            reason = "it is no file of weights, or holds more than tensors"
         raise AlphaflowError(f"{path}: not a readable weight file ({reason})") from error
 
 

@@ -15,6 +15,7 @@ Of N processes of one run the first holds the lock; a parent hands it on through
 """
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -22,7 +23,7 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -73,7 +74,11 @@ def hold(folder: Path, command: str, *, is_file: bool = False) -> Iterator[None]
         return
     path = _lock_of(place, is_file)
     made = [each for each in (path.parent, *path.parent.parents) if not each.exists()]
-    token = _take(place, path, command)
+    try:
+        token = _take(place, path, command)
+    except AlphaflowError:
+        _remove(made, path if made and path.exists() and not path.stat().st_size else None)
+        raise
     _held[place] = token
     stop = threading.Event()
     beats = threading.Thread(target=_beat, args=(path, token, stop), daemon=True)
@@ -85,9 +90,16 @@ def hold(folder: Path, command: str, *, is_file: bool = False) -> Iterator[None]
         beats.join(BUSY)  # else its last beat might count for the next owner
         del _held[place]
         _release(path, token)
-        with contextlib.suppress(OSError):  # not empty, or gone
-            for each in made:
-                each.rmdir()
+        _remove(made)
+
+
+def _remove(folders: Sequence[Path], file: Path | None = None) -> None:
+    """Remove folders that were made for a lock, the innermost first; those with something in them stay."""
+    with contextlib.suppress(OSError):  # not empty, or gone
+        if file:
+            file.unlink()
+        for each in folders:
+            each.rmdir()
 
 
 def _lock_of(place: Path, is_file: bool) -> Path:
@@ -125,7 +137,8 @@ def _take(folder: Path, path: Path, command: str) -> str:
                 say(f"{folder}: process {there.pid} on {there.host} ({there.command}) is gone; this command takes over")
             _write(file, me)
     except OSError as error:
-        raise AlphaflowError(f"{folder}: cannot be written ({error.strerror}). Name another folder.") from error
+        room = "Make room, or name" if error.errno == errno.ENOSPC else "Name"
+        raise AlphaflowError(f"{folder}: cannot be written ({error.strerror}). {room} another folder.") from error
     return token
 
 

@@ -27,6 +27,7 @@ USAGE = {
     "missing files": (["recipe", "check"], "Missing argument 'FILE...'"),
     "missing option": (["convert", "x.pt"], "Missing option '-o'"),
     "missing value": (["recipe", "show", "b2", "--set"], "Option '--set' requires an argument"),
+    "empty source": (["prep-latents", ""], "An empty name is no source of pictures. Give a folder, an archive"),
     "too many arguments": (["recipe", "show", "b2", "b4"], "unexpected extra argument"),
     "wrong ending": (["recipe", "plot", "b2", "-o", "b2.pdf"], "'b2.pdf' must end in .png or .svg"),
     "copy without ending": (["recipe", "cp", "b2", "mine"], "'mine' must end in .yaml"),

@@ -34,6 +34,7 @@ WRONG = {  # command line → what it is answered
     "push runs/quikstart": "Did you mean runs/quickstart?",
     "reference nowhere -o r.safetensors": "error: nowhere: no such folder or archive.",
     "prep-latents nowhere": "error: nowhere: no such folder or archive.",
+    "prep-latents a.tar b.tar": "(b.tar). Many files are one SOURCE as a pattern in quotes, such as 'part-*.tar'",
     "train quickstrt": "Did you mean 'quickstart'?",
     "train runs/quickstart": "alphaflow train runs/quickstart/recipe.yaml --out runs/quickstart",
     "train quickstart --resume": "No such option '--resume'. Leave it out: the same command again goes on.",

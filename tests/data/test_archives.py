@@ -176,7 +176,7 @@ def test_links_and_repeated_names_are_read_as_unpacking_would_leave_them(tmp_pat
         "set/b/out.png": nowhere,
     }
     assert source.notes == [
-        "1 other files left aside",
+        "1 other file left aside",
         "1 names that occur again: the last copy is taken",
         "1 links to folders not followed (unpack it, and give the folder)",
     ]

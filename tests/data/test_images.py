@@ -134,7 +134,10 @@ def test_a_folder_lists_pictures_and_leaves_the_rest_aside(tmp_path):
     assert names >= set(GOOD) | set(BAD) | {"linked.jpg", "self.jpg", "nowhere.jpg", "pipe.jpg"}
     assert not names & set(ASIDE)
     assert not any(name.startswith("round") for name in names)
-    assert source.notes == ["4 other files left aside", "1 links that lead back to their own folder not followed"]
+    assert source.notes == [
+        "4 other files left aside (.db, .txt)",
+        "1 links that lead back to their own folder not followed",
+    ]
 
 
 def test_a_pipe_does_not_block_and_a_folder_linked_twice_counts_twice(tmp_path):
@@ -180,7 +183,7 @@ def test_every_form_lists_and_reads_the_same_pictures(tmp_path, form):
     with source.reading([0, 2]) as fetches:
         kept = list(fetches)  # all of them, before the first is called: they work until the context ends
         assert [(line, fetch()) for line, fetch in kept] == [(0, b"a"), (2, b"ccc")]
-    assert source.notes == ["1 other files left aside"]
+    assert source.notes == ["1 other file left aside (.txt)"]
 
 
 @pytest.mark.parametrize("form", ["a.zip", "a.tar", "a.tar.gz"])
@@ -278,6 +281,19 @@ def test_classes_json_is_found_in_every_form(tmp_path, form):
     source = open_source(str(make(tmp_path / form, {"classes.json": b'["x"]', "x/1.jpg": b"a"})))
     assert source.classes_json() == b'["x"]'
     assert source.notes == []
+
+
+@pytest.mark.parametrize("form", ["folder", "a.zip", "a.tar.gz"])
+def test_a_classes_json_in_the_split_that_is_taken_decides(tmp_path, form):
+    make = write_folder if form == "folder" else write_archive
+    files = {f"{split}/{name}/1.jpg": b"a" for split in ("train", "test") for name in "xy"}
+    source = open_source(str(make(tmp_path / form, {**files, "train/classes.json": b'["y", "x"]'})))
+    assert source.classes_json() == b'["y", "x"]'
+
+
+def test_the_classes_json_of_a_store_below_the_pictures_is_not_theirs(tmp_path):
+    files = {"x/1.jpg": b"a", "y/1.jpg": b"a", "latents/classes.json": b'["y", "x"]'}
+    assert open_source(str(write_folder(tmp_path / "set", files))).classes_json() is None
 
 
 def test_a_picture_that_is_gone_is_its_own_fault_but_a_folder_that_is_gone_ends_the_run(tmp_path):

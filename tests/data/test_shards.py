@@ -121,7 +121,9 @@ def test_archives_named_by_the_classes_of_imagenet_are_classes(tmp_path):
 
 def test_the_archives_of_the_training_split_are_taken(tmp_path):
     files = {name: zip_of([("a/x.png", PNG)]) for name in ("set-train-0.zip", "set-train-1.zip", "set-val-0.zip")}
-    assert len(open_source(str(write_files(tmp_path / "set", files))).names) == 2
+    source = open_source(str(write_files(tmp_path / "set", files)))
+    assert len(source.names) == 2
+    assert source.notes == ["2 archives", "1 file of other splits left aside"]
 
 
 def test_a_class_may_be_a_key_of_the_json(tmp_path):
@@ -217,6 +219,7 @@ def test_broken_sets_of_archives_are_one_clear_line(tmp_path):
         ("part-{0..4}.tar", "part-3.tar: is not there (2 of the 5 files are missing)"),
         ("part-{4..1}.tar", "should count upwards"),
         ("other-*.tar", "no such file. Put a pattern in quotes"),
+        ("*/part-*.tar", "only the last part of a path may be a pattern"),
     ):
         with pytest.raises(AlphaflowError) as fault:
             open_source(str(root / pattern))

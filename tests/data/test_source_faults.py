@@ -236,7 +236,7 @@ def test_an_unreadable_folder_is_named_and_lost_and_found_is_left_aside(tmp_path
     source = write_set(tmp_path / "set", 3)
     (source / "lost+found").mkdir()
     refusing(monkeypatch, "lost+found", PermissionError)
-    assert open_folder(source).notes == ["1 other files left aside"]
+    assert open_folder(source).notes == ["1 other file left aside"]
     refusing(monkeypatch, "a", PermissionError)
     assert run(["prep-latents", str(source), *OPTIONS, "--out", str(tmp_path / "s")]) == 1
     assert f"{source}/a: cannot be listed (Permission denied). Make it readable" in capfd.readouterr().err

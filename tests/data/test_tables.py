@@ -237,3 +237,82 @@ def test_two_tables_in_one_folder_need_a_choice(tmp_path):
     assert "holds several tables of labels (set/labels.csv, set/metadata.jsonl)" in fault_of(source)
     assert labels_of(source, table=str(source / "labels.csv"))[1] == EXPECTED
     assert AS_FOUND.given is False
+
+
+def packed_by_edm(folder: str, labels: dict[str, object] | None = None) -> dict[str, bytes | str]:
+    """Pictures as EDM's dataset_tool packs them, here six to a folder, with its dataset.json."""
+    files: dict[str, bytes | str] = {
+        f"{folder}{index // 6:05d}/img{index:08d}.png": data for index, data in enumerate(PICTURES.values())
+    }
+    rows = [[name[len(folder) :], label] for name, label in zip(files, (labels or {}).values(), strict=False)]
+    return {**files, f"{folder}dataset.json": json.dumps({"labels": rows or None})}
+
+
+@pytest.mark.parametrize("folder", ["", "train/"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_folders_of_edms_tools_are_no_classes_and_their_dataset_json_says_these(tmp_path, folder, packed):
+    files = packed_by_edm(folder, {name: EXPECTED[index] for index, name in enumerate(PICTURES)})
+    source = folder_of(files, tmp_path / "set")
+    if packed:
+        (tmp_path / "set.zip").write_bytes(zip_of([(name, (source / name).read_bytes()) for name in files]))
+        source = tmp_path / "set.zip"
+    assert labels_of(source) == (["0", "1", "2"], EXPECTED)
+
+
+def test_the_folders_of_edms_tools_are_one_class_where_the_dataset_json_says_none(tmp_path):
+    source = folder_of(packed_by_edm(""), tmp_path / "set")
+    assert labels_of(source) == ([""], [0] * 12)
+
+
+def test_class_folders_beside_another_dataset_json_are_classes(tmp_path):
+    files = {f"{CLASS_OF[name]}/{name}": data for name, data in PICTURES.items()}
+    for document in ({"title": "pets"}, {"labels": ["ant", "cat"]}, [1, 2]):
+        source = folder_of({**files, "dataset.json": json.dumps(document)}, tmp_path / "set")
+        assert labels_of(source)[0] == ["ant", "cat", "dog"]
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        {"labels": [[name, label] for name, label in CLASS_OF.items()]},
+        [{"file_name": name, "label": label, "width": 8} for name, label in CLASS_OF.items()],
+    ],
+)
+def test_a_json_is_a_table_too(tmp_path, document):
+    (tmp_path / "t.json").write_text(json.dumps(document))
+    assert labels_of(folder_of(PICTURES, tmp_path / "set"), table=str(tmp_path / "t.json"))[1] == EXPECTED
+
+
+def test_a_broken_json_is_one_clear_line(tmp_path):
+    source = folder_of(PICTURES, tmp_path / "set")
+    for text, words in (
+        (
+            '{"cat": 0}',
+            't.json: says no labels. A json of labels is {"labels": [["1.jpg", "cat"], …]} or [{"file_name"',
+        ),
+        ('{"labels": null}', "t.json: says no labels."),
+        ('{"labels": [["00.png", 1], ["zz.png", 2]]}', "t.json: entry 2 names zz.png, which is not in set"),
+        ('{"labels": [["00.png", [0, 1]]]}', "t.json: entry 1 (00.png): its label is a list"),
+        ('[{"file_name": "00.png"}]', "t.json: has no column label (file_name). Name it: --label-column"),
+        ('{"labels": [', "t.json: not whole JSON"),
+    ):
+        (tmp_path / "t.json").write_text(text)
+        assert words in fault_of(source, table=str(tmp_path / "t.json"))
+
+
+def test_a_labels_csv_that_says_no_labels_is_an_error_where_nothing_else_says_them(tmp_path):
+    breeds = CSV.replace("file_name,label", "image_id,breed")
+    source = folder_of({**PICTURES, "labels.csv": breeds}, tmp_path / "set")
+    assert "set/labels.csv: has no column file_name (image_id, breed). Name it: --image-column" in fault_of(source)
+    assert labels_of(source, columns=Columns("image_id"))[1] == EXPECTED
+    assert labels_of(source, unlabelled=True)[1] == [0] * 12
+    sorted_files = {f"{CLASS_OF[name]}/{name}": data for name, data in PICTURES.items()}
+    folders = folder_of({**sorted_files, "labels.csv": breeds}, tmp_path / "folders")
+    assert labels_of(folders)[0] == ["ant", "cat", "dog"]
+
+
+def test_captions_above_do_not_hide_the_table_of_labels_below(tmp_path):
+    files = {f"images/{name}": data for name, data in PICTURES.items()}
+    captions = "file_name,text\n" + "".join(f"images/{name},a picture\n" for name in PICTURES)
+    source = folder_of({**files, "metadata.csv": captions, "images/labels.csv": CSV}, tmp_path / "set")
+    assert labels_of(source)[1] == EXPECTED

@@ -259,7 +259,7 @@ def test_new_pictures_in_the_source_are_noticed(tree, tmp_path):
     source = shutil.copytree(tree, tmp_path / "tree")
     out = prepare(source, tmp_path / "s")
     (source / "ant" / "new.png").write_bytes((source / "ant" / "0.png").read_bytes())
-    with pytest.raises(AlphaflowError, match=r"source\.images is 91 in this command, 90 in the store"):
+    with pytest.raises(AlphaflowError, match=r"1 picture here not in the store, the first 'ant/new\.png'\. Give"):
         prepare(source, out)
 
 
@@ -300,7 +300,7 @@ def test_files_removed_between_two_runs_are_counted_as_bad(tmp_path):
     for name in ("manifest.json", "train-00001.json"):
         (out / name).unlink()
     (source / "299.png").unlink()
-    with pytest.raises(AlphaflowError, match="299 in this command, 300 in the store"):
+    with pytest.raises(AlphaflowError, match=r"not here, the first '299\.png'"):
         prepare(source, out, size=8)
     manifest = read_manifest(prepare(source, out, size=8, bad="skip"))
     assert (manifest.count, [entry["name"] for entry in manifest.bad]) == (299, ["299.png"])
@@ -316,9 +316,48 @@ def test_a_source_without_one_good_picture_says_so(tmp_path):
 
 def test_an_empty_folder_says_what_was_left_aside(tmp_path):
     (tmp_path / "set").mkdir()
-    (tmp_path / "set" / "readme.txt").touch()
-    with pytest.raises(AlphaflowError, match="no pictures here \\(1 other files left aside\\)"):
+    for name in ("1.HEIC", "2.heic", "3.HEIC", "a.txt", "b.txt", "Thumbs.db", "movie.mp4", ".hidden.png"):
+        (tmp_path / "set" / name).touch()
+    words = r"no pictures here \(8 other files left aside \(\.heic, \.txt, \.db, …\)\). JPEG, PNG, .* are read; convert"
+    with pytest.raises(AlphaflowError, match=words):
         prepare(tmp_path / "set", tmp_path / "s")
+
+
+def test_what_the_other_splits_hold_is_counted(tmp_path, capfd):
+    for split, count in (("train", 3), ("val", 2)):
+        for name in ("ant", "bee"):
+            (tmp_path / "set" / split / name).mkdir(parents=True)
+            for index in range(count):
+                Image.new("RGB", (16, 16)).save(tmp_path / "set" / split / name / f"{index}.png")
+    prepare(tmp_path / "set", tmp_path / "s", shown=True)
+    assert "set: 6 pictures, 4 pictures of other splits left aside" in capfd.readouterr().err
+
+
+def test_a_store_whose_pictures_changed_names_one_that_did(tmp_path):
+    source = tmp_path / "set"
+    for name in ("ant", "bee"):
+        (source / name).mkdir(parents=True)
+        for index in range(3):
+            Image.new("RGB", (16, 16), (index, 0, 0)).save(source / name / f"{index}.png")
+    out = prepare(source, tmp_path / "s")
+
+    def fault(**options):
+        with pytest.raises(AlphaflowError) as caught:
+            prepare(source, out, **options)
+        return str(caught.value).removeprefix(f"{out}: holds another preparation: ")
+
+    give = "Give another --out, or delete it"
+    (source / "ant" / "0.png").rename(tmp_path / "0.png")
+    skip = "Leave such pictures out: --bad skip; or give another --out, or delete it"
+    assert fault() == f"1 picture of the store not here, the first 'ant/0.png'. {skip}"
+    (tmp_path / "0.png").rename(source / "bee" / "new.png")
+    words = "1 picture of the store not here, the first 'ant/0.png'; 1 picture here not in the store, the first"
+    assert fault() == f"{words} 'bee/new.png'. {give}"
+    (source / "bee" / "new.png").rename(source / "ant" / "0.png")
+    (source / "classes.json").write_text('["bee", "ant"]')
+    assert fault() == f"6 pictures of another class, the first 'ant/0.png'. {give}"
+    (source / "classes.json").unlink()
+    assert prepare(source, out) == out
 
 
 def test_a_limit_is_spread_over_all_classes(tree, tmp_path):

@@ -88,7 +88,10 @@ def test_a_machine_whose_pictures_are_others_is_named_with_the_difference(tmp_pa
     line = ["prep-latents", "photos", "--size", "16", "--autoencoder", "none", "--out", shared]
     codes, _, err = tasks(line, [tmp_path / "here", tmp_path / "there"])
     assert codes == [1, 1]
-    assert "holds another preparation: source.list_sha256" in err[1]
+    assert (
+        "1 picture of the store not here, the first 'b/x.png'; 1 picture here not in the store, the first 'c/x.png'"
+        in err[1]
+    )
 
 
 def test_the_estimate_of_many_processes_is_printed_once(tmp_path):

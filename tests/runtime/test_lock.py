@@ -347,3 +347,18 @@ def test_the_lock_is_not_pushed(finished, tmp_path):
     with held_elsewhere(finished, tmp_path):
         stage(open_publication(finished, with_results=False), tmp_path / "staged", repo="user/name", licence="mit")
     assert not list((tmp_path / "staged").rglob(lock.NAME))
+
+
+def test_a_full_disk_leaves_no_folder_behind_and_says_to_make_room(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    (tmp_path / "there").mkdir()
+    monkeypatch.setattr(lock, "_write", full)
+    line = r"cannot be written \(No space left on device\)\. Make room, or name another folder"
+    with pytest.raises(AlphaflowError, match=line), lock.hold(tmp_path / "runs" / "new", "train"):
+        pass
+    assert not (tmp_path / "runs").exists()
+    with pytest.raises(AlphaflowError, match=line), lock.hold(tmp_path / "there", "train"):
+        pass
+    assert (tmp_path / "there").is_dir()
