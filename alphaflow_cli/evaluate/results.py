@@ -25,6 +25,7 @@ from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.evaluate.features import Extractor
 from alphaflow_cli.files import append, make_folder, write_whole
 from alphaflow_cli.recipe.schema import Metric
+from alphaflow_cli.runtime.lock import in_turn
 from alphaflow_cli.runtime.progress import say
 from alphaflow_cli.text import for_markdown
 
@@ -274,10 +275,14 @@ def row_of(values: dict[str, Any]) -> Row:
 
 
 def save_results(path: Path, history: Path, evaluations: Sequence[Evaluation]) -> list[dict[str, Any]]:
-    """Add the evaluations to results.json, and a line for each to the history; returns what was there and stays."""
+    """Add the evaluations to results.json, and a line for each to the history; returns what was there and stays.
+
+    Of two commands that end at once the second adds to what the first has written.
+    """
     make_folder(path.parent)
-    kept = still_true(path, evaluations)
-    write_whole(path, json.dumps(document(evaluations, kept), indent=1, ensure_ascii=False) + "\n")
+    with in_turn(path):
+        kept = still_true(path, evaluations)
+        write_whole(path, json.dumps(document(evaluations, kept), indent=1, ensure_ascii=False) + "\n")
     lines = "".join(json.dumps(each.as_dict(), ensure_ascii=False) + "\n" for each in evaluations)
     append(history, lines, kept=f"{path} is whole.")
     return kept

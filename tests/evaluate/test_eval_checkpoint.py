@@ -2,6 +2,8 @@
 
 import json
 import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from small_models import pixel_checkpoint
 
 from alphaflow_cli import cli
 from alphaflow_cli.core.sampler import time_grid
-from alphaflow_cli.evaluate import measure
+from alphaflow_cli.evaluate import measure, results
 from alphaflow_cli.evaluate.results import Evaluation, read_results, save_results, score_chart, value_text
 from alphaflow_cli.hub.card import result_rows
 from alphaflow_cli.model.checkpoint import load_checkpoint, save_checkpoint
@@ -249,6 +251,26 @@ def test_results_of_many_steps_can_be_read_again(tmp_path):
         row = replace(score(250, 3.25), label=f"run, 250 NFE, {label}")
         save_results(tmp_path / "results.json", tmp_path / "history.jsonl", [Evaluation("e", "ab", [row], [], {}, 1)])
         assert read_results(tmp_path / "results.json")["evaluations"][0]["rows"][0]["label"] == row.label
+
+
+def test_of_evaluations_that_end_at_once_none_is_lost(tmp_path, monkeypatch):
+    """Commands on one run: each reads results.json, and a moment later writes it with its own numbers."""
+    path, read = tmp_path / "results.json", results.still_true
+
+    def slowly(*arguments):
+        there = read(*arguments)
+        time.sleep(0.1)
+        return there
+
+    monkeypatch.setattr(results, "still_true", slowly)
+
+    def command(nfe):
+        save_results(path, tmp_path / "history.jsonl", [Evaluation("e", "ab", [score(nfe, 3.25)], [], {}, 1)])
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(command, range(1, 5)))
+    assert sorted(row["pictures"]["nfe"] for row in rows(path)) == [1, 2, 3, 4]
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["history.jsonl", "results.json"]
 
 
 def test_a_metric_whose_weights_are_missing_does_not_stop_the_others(run, real, capsys, monkeypatch, tmp_path):
