@@ -130,7 +130,7 @@ class Ruler:
 
     def start(self, source: ImageSource) -> Pass:
         """The pass over these pictures, in a folder that belongs to them and to these networks."""
-        name = evaluation_id(source, self.extractors, self.chunk)
+        name = evaluation_id(source, self.extractors, self.chunk, self.processes.device)
         return Pass(source, self.extractors, self.folder / name, self.chunk)
 
     def measure(self, source: ImageSource, clock: Clock, task: str) -> tuple[Pass, dict[str, Moments]]:
@@ -189,7 +189,8 @@ def evaluate(
         rows = score(Measured(work, moments, reference, ruler.processes.device), metrics)
     warnings = _warnings(copies, work, dict.fromkeys(note for row in rows for note in row.notes))
     seconds = {part: round(spent, 2) for part, spent in {**source.seconds, **clock.seconds}.items()}
-    return Evaluation(work.folder.name, digest, rows, warnings, seconds, ruler.processes.size)
+    processes = ruler.processes
+    return Evaluation(work.folder.name, digest, rows, warnings, seconds, processes.size, processes.device.type)
 
 
 def _warnings(copies: int, work: Pass, notes: Iterable[str]) -> list[str]:

@@ -36,6 +36,7 @@ from alphaflow_cli.runtime.progress import Progress, say
 from alphaflow_cli.runtime.transfer import Arriving, Laps
 from alphaflow_cli.text import for_terminal
 
+CPU = torch.device("cpu")
 CHUNK = 256  # pictures: whole groups of the sampler and the decoder (16), so that none is filled up but the last
 CHUNK_FORMAT = 1  # of the chunk files
 BATCH, LARGE = 64, 16e9  # pictures at once through a feature network; a GPU's bytes that hold a chunk of them
@@ -81,8 +82,13 @@ class Pass:
         return self.folder / f"features-{first:07d}-{stop:07d}.safetensors"
 
 
-def evaluation_id(source: ImageSource, extractors: Mapping[str, Extractor], chunk: int) -> str:
-    """Name everything that decides the features: a pass resumes only in a folder of the same name."""
+def evaluation_id(
+    source: ImageSource, extractors: Mapping[str, Extractor], chunk: int, device: torch.device = CPU
+) -> str:
+    """Name everything that decides the features: a pass resumes only in a folder of the same name.
+
+    The kind of device is part of it, because each kind rounds otherwise. (A CPU is not named: earlier passes go on.)
+    """
     spaces = {name: vars(space_of(extractors[name])) for name in sorted(extractors)}
     facts = {
         "format": CHUNK_FORMAT,
@@ -90,6 +96,7 @@ def evaluation_id(source: ImageSource, extractors: Mapping[str, Extractor], chun
         "size": source.size,
         "spaces": spaces,
         "chunk": chunk,
+        **({} if device.type == "cpu" else {"device": device.type}),
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 

@@ -132,6 +132,7 @@ class Evaluation:
     warnings: Sequence[str]
     seconds: dict[str, float]
     processes: int
+    device: str = "cpu"  # the kind that computed pictures and features: each rounds otherwise
 
     def as_dict(self) -> dict[str, Any]:
         """The evaluation as results.json and the history hold it, with the time at which this is called."""
@@ -192,7 +193,7 @@ def _mean(sets: Sequence[Evaluation]) -> Evaluation:
     parts = dict.fromkeys(part for each in sets for part in each.seconds)  # a set that was there took none of some
     seconds = {part: round(sum(each.seconds.get(part, 0.0) for each in sets), 2) for part in parts}
     name, content = (_joined(texts) for texts in zip(*((each.id, each.pictures_sha256) for each in sets), strict=True))
-    return Evaluation(name[:16], content, rows, warnings, seconds, sets[0].processes)
+    return Evaluation(name[:16], content, rows, warnings, seconds, sets[0].processes, sets[0].device)
 
 
 def _joined(texts: Sequence[str]) -> str:
