@@ -24,7 +24,7 @@ from alphaflow_cli.documents import Anything, ListOf, Maybe, Number, Table, Text
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.evaluate.features import Extractor
 from alphaflow_cli.files import append, make_folder, write_whole
-from alphaflow_cli.recipe.schema import Metric
+from alphaflow_cli.recipe.schema import LabelDraw, Metric
 from alphaflow_cli.runtime.lock import in_turn
 from alphaflow_cli.runtime.progress import say
 from alphaflow_cli.text import for_markdown
@@ -110,9 +110,14 @@ class Row:
             facts = f"{self.reference['kind']}, {count}, {self.reference['sha256'][:8]}"
             parts.append(f"reference {self.reference['name']} ({facts})")
         sets = f"{self.pictures['sets']} sets of " if "sets" in self.pictures else ""
-        parts.append(f"{sets}{self.count:,} pictures: {self.label}")
+        parts.append(f"{sets}{self.count:,} pictures: {self.label}{labels_text(self.pictures)}")
         parts += [setting_text(key, value) for key, value in self.settings.items() if key != "values"]
         return "; ".join(parts)
+
+
+def labels_text(pictures: dict[str, Any]) -> str:
+    """How the labels of generated pictures were drawn: `, random labels`; nothing where there are none."""
+    return f", {pictures['labels']} labels" if pictures.get("labels") in get_args(LabelDraw) else ""
 
 
 def setting_text(key: str, value: object) -> str:

@@ -156,6 +156,21 @@ def test_the_chart_of_a_repeated_evaluation_has_its_spread():
     assert panel.lines[0].spread == [(1.0, 7.0, 8.0)]
 
 
+def test_the_protocol_says_how_labels_were_drawn(tmp_path):
+    """They move a score by up to a tenth: two numbers that differ in the draw alone looked like one, measured twice."""
+    one = score(1, 3.25)
+    balanced, drawn, none = (
+        replace(one, pictures={**one.pictures, "labels": draw}) for draw in ("balanced", "random", "none")
+    )
+    assert balanced.protocol().endswith("2,000 pictures: quickstart, 1 NFE, balanced labels")
+    assert drawn.protocol() == balanced.protocol().replace("balanced", "random")
+    assert none.protocol() == one.protocol() == balanced.protocol().removesuffix(", balanced labels")
+    evaluations = [Evaluation(name, "ab", [row], [], {}, 1) for name, row in (("e", balanced), ("f", drawn))]
+    save_results(tmp_path / "results.json", tmp_path / "history.jsonl", evaluations)
+    protocols = [protocol for *_, protocol in scores_of(tmp_path / "results.json", "")]
+    assert protocols == [balanced.protocol(), drawn.protocol()]
+
+
 def test_the_midpoint_is_swept(run, real):
     assert evaluate(run, real, "--sweep-midpoint") == 0
     found = rows(run / "results.json")

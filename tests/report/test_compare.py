@@ -2,12 +2,15 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 from run_pages import STEPS, Page, report, write_run
 
 from alphaflow_cli.cli import run as cli
 from alphaflow_cli.evaluate.results import document, read_results
+from alphaflow_cli.files import sha256_of
+from alphaflow_cli.model.checkpoint import load_checkpoint, save_checkpoint
 from alphaflow_cli.model.find import best_name
 from alphaflow_cli.recipe import dump_recipe, load_recipe
 from alphaflow_cli.report.compare import read_run
@@ -29,6 +32,8 @@ def add_scores(folder, values, name="FD-tiny-2k"):
 def folder(tmp_path):
     run = write_run(tmp_path / "one")
     add_scores(run, (90.0, 12.5, 20.0))
+    results = (run / "results.json").read_text()
+    (run / "results.json").write_text(results.replace("cd" * 32, sha256_of(run / "model.safetensors")))
     return run
 
 
@@ -145,6 +150,19 @@ def test_scores_of_one_protocol_share_a_line_and_others_do_not(folder, capsys):
     assert "FD-tiny-2k 1 7.50 1.25 fd_haar192" in text
     assert "FD-tiny-2k 2 3.25  fd_haar192" in text.replace("3.25 fd", "3.25  fd")
     assert "1.25 fd_haar192; reference glyphs (99999999)" in text
+
+
+def test_a_score_of_weights_that_were_replaced_since_is_not_called_one_of_the_newest(folder, capsys):
+    other = pair(folder)
+    text = compare(folder, other, capsys).text
+    assert "Measured by alphaflow eval, of each run's newest weights. One line" in text
+    assert "other weights" not in text
+    path = other / "model.safetensors"
+    checkpoint = load_checkpoint(path)
+    save_checkpoint(path, replace(checkpoint, origin={**checkpoint.origin, "step": 400}))  # it trained on
+    text = compare(folder, other, capsys).text
+    assert "FD-tiny-2k 1 7.50 7.50 (other weights) fd_haar192" in text
+    assert "newest weights where the table does not say that they are others. One line" in text
 
 
 def test_scores_at_two_scales_of_guidance_are_two_lines(folder, capsys):
