@@ -371,6 +371,15 @@ def test_a_checkpoint_without_a_reference_asks_for_one(run, capsys):
     assert "--reference" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("options", [(), ("--draw", "random")])
+def test_a_run_without_a_checkpoint_yet_is_not_taken_for_pictures(run, real, capsys, options):
+    (run / "model.safetensors").unlink()
+    (run / "samples").mkdir()
+    Image.new("RGB", (64, 64)).save(run / "samples" / "step-00000100.png")
+    assert evaluate(run, real, *options) == 1
+    assert f"{run}: no checkpoint in this folder yet" in capsys.readouterr().err
+
+
 def test_pictures_are_not_repeated(real, capsys):
     assert cli.run(["eval", str(real), "--repeat", "3", "--metrics", "fd-tiny", "--reference", str(real)]) == 2
     assert "--repeat, --autoencoder and --decoder are for checkpoints" in capsys.readouterr().err
