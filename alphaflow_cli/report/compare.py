@@ -32,6 +32,7 @@ from alphaflow_cli.report.page import (
 )
 from alphaflow_cli.report.run import JOURNAL_POINTS, Cells, environment_of, journal_of, status_of
 from alphaflow_cli.report.scores import COLOURS, Points, curves_of_scores, title_of
+from alphaflow_cli.sample.walk import grid_text
 from alphaflow_cli.train.scores import new_references, score_rows
 
 MOST_RUNS = 12
@@ -146,18 +147,30 @@ def _measured(runs: Sequence[ComparedRun]) -> Cells:
             digest = pictures.get("checkpoint_sha256") or model
             lines.setdefault(key, {})[run.label] = value_text(row) + (OTHER if model and digest != model else "")
             against = f"; reference {reference['name']} ({reference['sha256'][:8]})" if reference else ""
-            protocols[key] = f"{row.space.network}{against}; {pictures.get('sampler')} {pictures.get('times')}"
-            protocols[key] += _guidance(pictures) + labels_text(pictures)
+            protocols[key] = (
+                f"{row.space.network}{against}{_walk(pictures)}{_guidance(pictures)}{labels_text(pictures)}"
+            )
     return [
         (key[0], key[1], *(lines[key].get(run.label, "") for run in runs), protocols[key])
         for key in sorted(lines, key=lambda key: (key[0], int(key[1]) if key[1].isdecimal() else 0, key))
     ]
 
 
+def _walk(pictures: dict[str, Any]) -> str:
+    """The sampler and its grid of times."""
+    sampler, times = pictures.get("sampler"), pictures.get("times")
+    if not isinstance(times, list) or not all(isinstance(t, float | int) for t in times):  # not one of ours
+        return "" if sampler is None else f"; {sampler} {times}"
+    return f"; {sampler} on {grid_text(times)}"
+
+
 def _guidance(pictures: dict[str, Any]) -> str:
-    """The scale that a network was told, and the interval, where it takes them as inputs."""
+    """The guidance at sampling; where the network takes its scale as an input, the scale and the interval."""
     scale, interval = pictures.get("guidance_scale"), pictures.get("guidance_interval")
-    return "" if scale is None else f"; guidance {scale}" + (f" in {interval}" if interval else "")
+    if scale is not None:
+        return f"; guidance {scale}" + (f" in {interval}" if interval else "")
+    scale, channels = pictures.get("guidance_at_sampling", 1.0), pictures.get("guidance_channels")
+    return "" if scale == 1.0 else f"; guidance {scale}" + (f" on {channels} channels" if channels else "")
 
 
 def _while_training(runs: Sequence[ComparedRun]) -> Cells:

@@ -184,6 +184,31 @@ def test_scores_at_two_scales_of_guidance_are_two_lines(folder, capsys):
     assert "; guidance 7.0 in [0.4, 0.65]" in text
 
 
+def test_every_line_of_scores_says_its_guidance_and_a_long_grid_by_its_ends(folder, capsys):
+    results = read_results(folder / "results.json")
+    (evaluation,) = results["evaluations"]
+    grid = [t / 250 for t in range(250, -1, -1)]
+    rows = [
+        row | {"value": scale, "pictures": row["pictures"] | {"sampler": "flow", "times": times, **more}}
+        for scale, times, more in (
+            (1.5, grid, {"guidance_at_sampling": 1.5}),
+            (4.0, grid, {"guidance_at_sampling": 4.0, "guidance_channels": 3, "labels": "random"}),
+            (9.0, [1.0, 2 / 3, 0.0], {"guidance_at_sampling": 1.0, "labels": "balanced"}),
+            (8.0, "strange", {}),
+        )
+        for row in evaluation["rows"][:1]
+    ]
+    evaluations = [{**evaluation, "rows": [row]} for row in rows]
+    (folder / "results.json").write_text(json.dumps(document([]) | {"evaluations": evaluations}))
+    text, walk = compare(folder, pair(folder), capsys).text, "flow on 250 steps: 1, 0.996, 0.992, …, 0.004, 0"
+    assert f"1.50 1.50 fd_haar192; reference glyphs (abababab); {walk}; guidance 1.5 " in text
+    assert (
+        f"4.00 4.00 fd_haar192; reference glyphs (abababab); {walk}; guidance 4.0 on 3 channels, random labels" in text
+    )
+    assert "; flow on 1, 0.666667, 0, balanced labels" in text
+    assert "; flow strange" in text
+
+
 def test_runs_of_other_batches_are_compared_over_pictures_seen(folder, capsys):
     page = compare(folder, pair(folder, "train.batch=32"), capsys)
     assert "pictures seen" in page.text
