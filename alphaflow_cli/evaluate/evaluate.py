@@ -372,7 +372,7 @@ def choose_walks(request: EvalRequest, generator: Generator) -> list[Walk]:
     if request.sweep_midpoint:
         kind = recipe.sample.two_step_sampler if request.sampler == "auto" else request.sampler
         return [plan(nfe=2, kind=kind, times=(1.0, middle, 0.0)) for middle in MIDPOINTS]
-    counts = (request.nfe or recipe.eval.nfe) if request.times is None else (1,)
+    counts = dict.fromkeys(request.nfe or recipe.eval.nfe) if request.times is None else (1,)  # each of them once
     return [plan(nfe=nfe, kind=request.sampler, times=request.times) for nfe in counts]
 
 

@@ -320,6 +320,7 @@ def score_chart(evaluations: Sequence[Evaluation], *, sweep: bool) -> Chart | No
         return None
     panels = []
     for i, (name, points) in enumerate(curves.items()):
+        points.sort(key=lambda point: point[0])  # measured in the order of --nfe
         better = "higher" if points[0][1].metric == "pr" else "lower"
         bars = [(at, row.value - row.spread, row.value + row.spread) for at, row in points if row.spread is not None]
         curve = [(at, row.value) for at, row in points]
@@ -335,4 +336,5 @@ def score_chart(evaluations: Sequence[Evaluation], *, sweep: bool) -> Chart | No
 def shared_protocol(rows: Sequence[Row]) -> str:
     """The protocols of all rows, once each, without the walk that tells the rows apart."""
     weights = [f"weights {str(row.pictures.get('checkpoint_sha256'))[:8]}" for row in rows]
-    return "; ".join(dict.fromkeys([*(row.protocol().partition(f": {row.label}")[0] for row in rows), *weights]))
+    shared = [row.protocol().partition(f": {row.label}")[0] + labels_text(row.pictures) for row in rows]
+    return "; ".join(dict.fromkeys([*shared, *weights]))

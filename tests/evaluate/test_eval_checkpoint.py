@@ -84,6 +84,17 @@ def test_the_chart_of_scores_names_the_model_the_protocol_and_the_better_side():
     assert [panel.title for panel in chart.panels] == ["FD-tiny-2k: lower is better"]
 
 
+def test_the_chart_of_scores_goes_from_few_evaluations_to_many_in_whatever_order_they_were_named():
+    named = [Evaluation("e", "ab", [score(nfe, value)], [], {}, 1) for nfe, value in ((4, 2.0), (1, 7.5), (2, 3.25))]
+    (panel,) = score_chart(named, sweep=False).panels
+    assert panel.lines[0].points == [(1.0, 7.5), (2.0, 3.25), (4.0, 2.0)]
+
+
+def test_a_number_of_evaluations_that_is_named_twice_is_measured_once(run, real):
+    assert evaluate(run, real, "--nfe", "2", "--nfe", "1", "--nfe", "2") == 0
+    assert [row["pictures"]["nfe"] for row in rows(run / "results.json")] == [2, 1]
+
+
 def test_more_pictures_than_real_ones_are_pointed_out(run, real, capsys):
     assert evaluate(run, real, "--nfe", "1", "--images", "130") == 0
     assert "beware: 130 pictures are compared with 120 real ones" in capsys.readouterr().err
