@@ -118,10 +118,10 @@ def read_document(path: Path) -> str:
 def append(path: Path, text: str, *, kept: str) -> None:
     """Add whole lines at the end in one write, so that those of two commands stand one after the other.
 
-    `kept` says in the error what is not lost, and how to go on.
+    `kept` says in the error what is not lost, and how to go on. Names in it may be no UTF-8.
     """
     check_regular(path)
-    data = text.encode()
+    data = text.encode(errors="backslashreplace")
     try:
         with path.open("ab", buffering=0) as file:
             if file.write(data) != len(data):

@@ -163,6 +163,13 @@ def set_option(function: Command) -> Command:
     return click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help=help_text)(function)
 
 
+def bad_option(function: Command) -> Command:
+    """Add `--bad stop|skip`, what `prep-latents` and `reference` do with a bad picture."""
+    text = "What to do with a file that is not a whole picture: end the run, or leave it out and count it."
+    choice = click.Choice(["stop", "skip"])
+    return click.option("--bad", type=choice, default="stop", show_default=True, help=text)(function)
+
+
 def json_option(function: Command) -> Command:
     return click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead.")(function)
 

@@ -13,6 +13,7 @@ from alphaflow_cli.commands.common import (
     Destination,
     NumberWithin,
     WholeWithin,
+    bad_option,
     begin,
     check_source,
     complete_path,
@@ -68,13 +69,7 @@ EPILOG = examples(
 @device_option
 @threads_option
 @click.option("--limit", type=IMAGES, help="Take only this many pictures, spread evenly over the source.")
-@click.option(
-    "--bad",
-    type=click.Choice(["stop", "skip"]),
-    default="stop",
-    show_default=True,
-    help="What to do with a file that is not a whole picture: end the run, or leave it out and count it.",
-)
+@bad_option
 @click.option(
     "--precision",
     type=click.Choice(["auto", "fp32", "tf32", "bf16"]),

@@ -11,6 +11,7 @@ from alphaflow_cli.commands.common import (
     SIZE,
     Destination,
     WholeWithin,
+    bad_option,
     begin,
     check_source,
     complete_path,
@@ -46,6 +47,7 @@ EXAMPLES = examples(
     help="With --size: the largest centred square by Lanczos, or ADM's way; as prep-latents.",
 )  # fmt: skip
 @click.option("--images", "limit", type=IMAGES, help="Take only this many pictures, spread evenly over the source.")
+@bad_option
 @click.option("--name", default="", help="Name of the reference in every row. Default: the source's name.")
 @click.option(
     "--keep", type=WholeWithin(0, 1_000_000), default=10_000, show_default=True,
@@ -68,6 +70,7 @@ def command(
     size: int | None,
     crop: Literal["square", "adm"],
     limit: int | None,
+    bad: Literal["stop", "skip"],
     name: str,
     keep: int,
     batch: int | None,
@@ -89,7 +92,7 @@ def command(
     from alphaflow_cli.evaluate.evaluate import ReferenceRequest, measure_reference
 
     column = given_labelling().columns.image
-    request = ReferenceRequest(source, path, metrics, weights, work, size, limit, name, keep, batch, crop, column)
+    request = ReferenceRequest(source, path, metrics, weights, work, size, limit, name, keep, batch, crop, column, bad)
     share(partial(measure_reference, request), lambda made: _print(*made, path, as_json=as_json), processes, device)
 
 

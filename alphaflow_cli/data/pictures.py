@@ -1,5 +1,6 @@
 """One picture file becomes one square RGB array, whatever it was: the rules of manifest.TRANSFORMS."""
 
+import errno
 import posixpath
 import re
 import struct
@@ -11,12 +12,13 @@ from dataclasses import dataclass, field
 from functools import partial
 from io import BytesIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from alphaflow_cli.data.manifest import Crop
+from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.tensors import Array
 from alphaflow_cli.text import brief, counted, shorten
 
@@ -34,6 +36,11 @@ PACKERS_TABLE = "dataset.json"  # that StyleGAN's and EDM's tools write
 TABLES = ("labels.csv", "metadata.csv", "metadata.jsonl", PACKERS_TABLE)  # of files and their classes
 OF_ONE_PICTURE = (".cls", ".json")  # beside a picture of a WebDataset's tar: its class
 OBJECT_ADDRESS = re.compile(r"<[^<>]* at 0x[0-9a-fA-F]+>")  # of an object; it differs from run to run
+SOURCE_DOWN = {  # no fault of the picture: a disk that fails, a mount that is gone, a machine without room
+    *(errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN, errno.ENODEV),
+    *(errno.EMFILE, errno.ENFILE, errno.ENOMEM),
+}
+Bad = Literal["stop", "skip"]  # what is done about a bad picture: the work ends, or it is left out and counted
 Fetch = Callable[[], bytes | Image.Image]  # a picture of a source, read or drawn when it is called
 
 
@@ -120,6 +127,18 @@ class Loose(Source):
 
 class BadPicture(Exception):
     """A file that is not a whole picture, and why: the same words for the same bytes, they stand in a manifest."""
+
+
+def read_picture(fetch: Fetch, decoded: Callable[[bytes | Image.Image], Array]) -> Array:
+    """Fetch a picture and decode it; raises BadPicture, and where the source itself is at fault another error."""
+    try:
+        return decoded(fetch())
+    except OSError as fault:  # removed while we run, no permission, a link to nowhere
+        if fault.errno == errno.EBADF:  # a file that we closed: never a fault of the picture
+            raise
+        if fault.errno in SOURCE_DOWN:
+            raise AlphaflowError(f"the source cannot be read any more ({fault}); try again later") from fault
+        raise BadPicture(f"cannot be read ({fault.strerror or fault})") from fault
 
 
 def is_picture(name: str) -> bool:

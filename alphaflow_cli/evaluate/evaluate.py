@@ -17,6 +17,7 @@ from alphaflow_cli.charts.draw import to_png
 from alphaflow_cli.core.frechet import Moments
 from alphaflow_cli.core.pixels import FAR
 from alphaflow_cli.data.manifest import Crop
+from alphaflow_cli.data.pictures import Bad
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.evaluate.features import Extractor
 from alphaflow_cli.evaluate.measure import (
@@ -107,6 +108,7 @@ class ReferenceRequest:
     batch: int | None
     crop: Crop = "square"
     image_column: str = ""  # of pictures in parquet files
+    bad: Bad = "stop"  # what is done about a bad picture
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,7 @@ class Ruler:
 
     def start(self, source: ImageSource) -> Pass:
         """The pass over these pictures, in a folder that belongs to them and to these networks."""
-        name = evaluation_id(source, self.extractors, self.chunk)
+        name = evaluation_id(source, self.extractors, self.chunk, self.processes.device)
         return Pass(source, self.extractors, self.folder / name, self.chunk)
 
     def measure(self, source: ImageSource, clock: Clock, task: str) -> tuple[Pass, dict[str, Moments]]:
@@ -187,14 +189,15 @@ def evaluate(
     say(f"computing {titles} of {source.count:,} pictures: {source.label}")
     with clock.part("distances"):
         rows = score(Measured(work, moments, reference, ruler.processes.device), metrics)
-    warnings = _warnings(copies, work, dict.fromkeys(note for row in rows for note in row.notes))
+    warnings = _warnings(copies, source.count, work, dict.fromkeys(note for row in rows for note in row.notes))
     seconds = {part: round(spent, 2) for part, spent in {**source.seconds, **clock.seconds}.items()}
-    return Evaluation(work.folder.name, digest, rows, warnings, seconds, ruler.processes.size)
+    processes = ruler.processes
+    return Evaluation(work.folder.name, digest, rows, warnings, seconds, processes.size, processes.device.type)
 
 
-def _warnings(copies: int, work: Pass, notes: Iterable[str]) -> list[str]:
-    """What makes the scores of a finished pass doubtful, a line each."""
-    warnings, count = [note for note in notes if note.startswith("weights are not")], work.source.count
+def _warnings(copies: int, count: int, work: Pass, notes: Iterable[str]) -> list[str]:
+    """What makes the scores of a finished pass over so many pictures doubtful, a line each."""
+    warnings = [note for note in notes if note.startswith("weights are not")]
     far, plain = oddities_of(work)
     share = far / (count * 3 * work.source.size[0] * work.source.size[1])
     if copies:
@@ -212,8 +215,9 @@ def _warnings(copies: int, work: Pass, notes: Iterable[str]) -> list[str]:
 def measure_reference(request: ReferenceRequest, processes: Processes) -> tuple[Reference, list[str]] | None:
     """Measure the requested pictures and save the reference, as `make_reference` does."""
     pictures = open_pictures(
-        request.source, size=request.size, limit=request.limit, crop=request.crop, image_column=request.image_column
-    )
+        request.source, size=request.size, limit=request.limit, crop=request.crop,
+        image_column=request.image_column, bad=request.bad,
+    )  # fmt: skip
     metrics = request.metrics or available_metrics(request.weights)
     extractors, lacking = build_extractors(metrics, processes.device, request.weights)
     if lacking:  # a reference must have all that it was asked for
@@ -230,9 +234,17 @@ def make_reference(
     work, moments = ruler.measure(source, Clock(), f"reference {source.count:,}")
     if ruler.processes.rank:
         return None
-    save_reference(build_reference(work, moments, name=name, kept=kept), path)
-    reference = load_reference(path)
-    return reference, _warnings(reference.facts["copies"], work, ())
+    built = build_reference(work, moments, name=name, kept=kept)
+    count, left_out = built.facts["count"], built.facts.get("left_out")
+    check_count(source, count)
+    save_reference(built, path)
+    warnings = _warnings(built.facts["copies"], count, work, ())
+    if left_out:
+        first = left_out["first"][0]
+        warnings.append(
+            f"left out: {counted(left_out['count'], 'picture')}, the first {first['name']!r}: {first['why']}"
+        )
+    return load_reference(path), warnings
 
 
 def check_crop(reference: Reference | None, crop: Crop | None, size: tuple[int, int]) -> None:
@@ -255,7 +267,7 @@ def find_reference(text: str, size: tuple[int, int], ruler: Ruler, crop: Crop | 
             f"{text}: would be cropped to squares, and the measured pictures have {size[0]}×{size[1]} px. Make all of "
             "one size; then alphaflow reference SOURCE -o FILE measures the real ones as they are"
         )
-    source = open_pictures(text, size=size[0], limit=None, crop=crop or "square")
+    source = open_pictures(text, size=size[0], limit=None, crop=crop or "square", bad="stop")
     kept = ruler.folder / f"reference-{ruler.start(source).folder.name}.safetensors"
     if not kept.is_file():
         make_reference(source, ruler, kept, name="")
@@ -263,11 +275,12 @@ def find_reference(text: str, size: tuple[int, int], ruler: Ruler, crop: Crop | 
     return load_reference(kept)
 
 
-def check_count(source: ImageSource) -> None:
-    """Refuse a set of pictures that is too small for any score."""
-    if source.count < FEWEST_PICTURES:
+def check_count(source: ImageSource, count: int | None = None) -> None:
+    """Refuse a set of pictures that is too small for any score; `count`: of those that were not left out."""
+    count = source.count if count is None else count
+    if count < FEWEST_PICTURES:
         raise AlphaflowError(
-            f"{source.label}: {counted(source.count, 'picture')}; a score needs at least {FEWEST_PICTURES} "
+            f"{source.label}: {counted(count, 'picture')}; a score needs at least {FEWEST_PICTURES} "
             "(and 50,000 to be compared with published ones)"
         )
 
@@ -359,7 +372,7 @@ def choose_walks(request: EvalRequest, generator: Generator) -> list[Walk]:
     if request.sweep_midpoint:
         kind = recipe.sample.two_step_sampler if request.sampler == "auto" else request.sampler
         return [plan(nfe=2, kind=kind, times=(1.0, middle, 0.0)) for middle in MIDPOINTS]
-    counts = (request.nfe or recipe.eval.nfe) if request.times is None else (1,)
+    counts = dict.fromkeys(request.nfe or recipe.eval.nfe) if request.times is None else (1,)  # each of them once
     return [plan(nfe=nfe, kind=request.sampler, times=request.times) for nfe in counts]
 
 

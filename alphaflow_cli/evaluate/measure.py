@@ -18,6 +18,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -27,7 +28,7 @@ from alphaflow_cli.core.frechet import Moments
 from alphaflow_cli.data.batches import to_device
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.evaluate.features import Extractor
-from alphaflow_cli.evaluate.pictures import ImageSource
+from alphaflow_cli.evaluate.pictures import ImageSource, LeftOut
 from alphaflow_cli.evaluate.results import space_of
 from alphaflow_cli.files import make_folder, write_whole
 from alphaflow_cli.runtime.precision import exact_device
@@ -36,10 +37,12 @@ from alphaflow_cli.runtime.progress import Progress, say
 from alphaflow_cli.runtime.transfer import Arriving, Laps
 from alphaflow_cli.text import for_terminal
 
+CPU = torch.device("cpu")
 CHUNK = 256  # pictures: whole groups of the sampler and the decoder (16), so that none is filled up but the last
 CHUNK_FORMAT = 1  # of the chunk files
 BATCH, LARGE = 64, 16e9  # pictures at once through a feature network; a GPU's bytes that hold a chunk of them
 DIGEST = 32  # bytes of a picture's sha256
+LEFT_OUT = "left out"  # among the notes of a chunk: its bad pictures
 PICTURES = "pictures"  # among the features on their way to the host; no network is called so
 
 
@@ -81,8 +84,13 @@ class Pass:
         return self.folder / f"features-{first:07d}-{stop:07d}.safetensors"
 
 
-def evaluation_id(source: ImageSource, extractors: Mapping[str, Extractor], chunk: int) -> str:
-    """Name everything that decides the features: a pass resumes only in a folder of the same name."""
+def evaluation_id(
+    source: ImageSource, extractors: Mapping[str, Extractor], chunk: int, device: torch.device = CPU
+) -> str:
+    """Name everything that decides the features: a pass resumes only in a folder of the same name.
+
+    The kind of device is part of it, because each kind rounds otherwise. (A CPU is not named: earlier passes go on.)
+    """
     spaces = {name: vars(space_of(extractors[name])) for name in sorted(extractors)}
     facts = {
         "format": CHUNK_FORMAT,
@@ -90,6 +98,7 @@ def evaluation_id(source: ImageSource, extractors: Mapping[str, Extractor], chun
         "size": source.size,
         "spaces": spaces,
         "chunk": chunk,
+        **({} if device.type == "cpu" else {"device": device.type}),
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -123,6 +132,15 @@ def run_pass(work: Pass, processes: Processes, *, batch: int | None, clock: Cloc
         raise
 
 
+@dataclass(frozen=True)
+class Queued:
+    """A chunk on its way from the device."""
+
+    content: Arriving
+    laps: Laps
+    left_out: Sequence[LeftOut]
+
+
 def _measure_chunks(
     work: Pass,
     waiting: Sequence[tuple[int, int]],
@@ -141,30 +159,31 @@ def _measure_chunks(
             bar.advance(writing[0].result())
             clock.add(writing[1].seconds())
         if part is not None and queued is not None:
-            writing = beside.submit(_finish, work, part, queued[0]), queued[1]
+            writing = beside.submit(_finish, work, part, queued), queued.laps
 
 
-def _queue(work: Pass, part: tuple[int, int], device: torch.device, *, batch: int | None) -> tuple[Arriving, Laps]:
+def _queue(work: Pass, part: tuple[int, int], device: torch.device, *, batch: int | None) -> Queued:
     """Queue the pictures of a chunk, their features and the way of both to the host; a CPU computes them here."""
     first, stop = part
     laps = Laps(device)
     with smaller_batch_if_full(1):  # a chunk is drawn at once, whatever --batch is
         images = work.source.images(first, stop)
+    left_out = work.source.left_out()
     laps.end("pictures")
-    assert len(images) == stop - first, images.shape
+    assert len(images) + len(left_out) == stop - first, images.shape
     content = {PICTURES: images.permute(0, 2, 3, 1)}
     for name in sorted(work.extractors):
         size = batch or usual_batch(name, device)
         with smaller_batch_if_full(size):
-            rows = [work.extractors[name](to_device(few, device)) for few in torch.split(images, size)]
-            content[name] = torch.cat(rows)
+            rows = [work.extractors[name](to_device(few, device)) for few in torch.split(images, size) if len(few)]
+            content[name] = torch.cat(rows) if rows else torch.zeros(0, work.extractors[name].dim)
         laps.end(f"features {name}")
-    return Arriving(content), laps
+    return Queued(Arriving(content), laps, left_out)
 
 
-def _finish(work: Pass, part: tuple[int, int], content: Arriving) -> int:
+def _finish(work: Pass, part: tuple[int, int], queued: Queued) -> int:
     """Fetch a measured chunk, check, hash and write it; the number of its pictures."""
-    features = content.fetch()
+    features = queued.content.fetch()
     images = features.pop(PICTURES)
     far = work.source.arrived()
     for name, values in features.items():
@@ -174,8 +193,11 @@ def _finish(work: Pass, part: tuple[int, int], content: Arriving) -> int:
             )
     plain = int((images == images[:, :1, :1]).flatten(1).all(1).sum())
     tensors = {"digests": _digests(images), **features}
-    _write(work.path(*part), tensors, {"far, plain": f"{far}, {plain}"})  # one note: of two the order would change
-    return len(images)
+    notes = {"far, plain": f"{far}, {plain}"}  # one note: of two the order would change
+    if queued.left_out:
+        notes[LEFT_OUT] = json.dumps([vars(each) for each in queued.left_out])
+    _write(work.path(*part), tensors, notes)
+    return part[1] - part[0]
 
 
 def _write(path: Path, tensors: dict[str, Tensor], notes: dict[str, str]) -> None:
@@ -189,20 +211,21 @@ def _digests(images: Tensor) -> Tensor:
     """The sha256 of each picture's pixels, of (N, H, W, 3): it names the content and shows copies."""
     flat = images.contiguous().numpy()
     joined = b"".join(hashlib.sha256(picture.tobytes()).digest() for picture in flat)
-    return torch.frombuffer(bytearray(joined), dtype=torch.uint8).view(-1, DIGEST)
+    return torch.from_numpy(np.frombuffer(bytearray(joined), np.uint8)).view(-1, DIGEST)
 
 
 def _finished(work: Pass, first: int, stop: int) -> bool:
     path = work.path(first, stop)
     if not path.is_file():
         return False
-    wanted = {name: [stop - first, work.extractors[name].dim] for name in work.extractors}
-    wanted["digests"] = [stop - first, DIGEST]
     try:
         with safe_open(str(path), "pt") as file:
             shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+        left_out = len(left_out_of(work, first, stop)) if work.source.leaves_out else 0
     except (SafetensorError, OSError):
-        shapes = {}
+        shapes, left_out = {}, 0
+    wanted = {name: [stop - first - left_out, work.extractors[name].dim] for name in work.extractors}
+    wanted["digests"] = [stop - first - left_out, DIGEST]
     if shapes != wanted:
         say(f"{path.name} is not complete, so it is measured again")
         return False
@@ -248,9 +271,18 @@ def add_up(own: dict[str, Moments], processes: Processes, count: int) -> None:
 
 def gather_moments(work: Pass, processes: Processes) -> dict[str, Moments]:
     """Every network's moments over all processes; each reads its own chunks."""
-    moments = own_moments(work, processes)
-    add_up(moments, processes, work.source.count)
+    moments, count = own_moments(work, processes), work.source.count
+    if work.source.leaves_out:
+        own = sum(len(left_out_of(work, *each)) for each in work.chunks()[processes.rank :: processes.size])
+        count -= int(processes.sum(torch.tensor([own], device=processes.device)).item())
+    add_up(moments, processes, count)
     return moments
+
+
+def left_out_of(work: Pass, first: int, stop: int) -> list[LeftOut]:
+    """The bad pictures of a finished chunk."""
+    with safe_open(str(work.path(first, stop)), "pt") as file:
+        return [LeftOut(**each) for each in json.loads((file.metadata() or {}).get(LEFT_OUT, "[]"))]
 
 
 def content_of(work: Pass) -> tuple[str, int]:

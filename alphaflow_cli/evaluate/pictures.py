@@ -14,6 +14,8 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -26,19 +28,37 @@ from torch import Tensor
 from alphaflow_cli.core.pixels import refuse_bad
 from alphaflow_cli.data.classes import choose_split
 from alphaflow_cli.data.manifest import Crop
-from alphaflow_cli.data.pictures import MAX_PIXELS, BadPicture, Fetch, Source, decode, decode_whole
+from alphaflow_cli.data.pictures import (
+    MAX_PIXELS,
+    Bad,
+    BadPicture,
+    Fetch,
+    Source,
+    decode,
+    decode_whole,
+    read_picture,
+)
 from alphaflow_cli.data.sources import open_source
 from alphaflow_cli.errors import DAMAGE, AlphaflowError
 from alphaflow_cli.files import path_and_stamp, user_path
 from alphaflow_cli.runtime.transfer import Arriving, Laps
 from alphaflow_cli.sample.generator import Generator
 from alphaflow_cli.sample.walk import LazyLabels, Walk, draw_labels
+from alphaflow_cli.tensors import Array
 from alphaflow_cli.text import brief
 
 READERS = 8  # threads that fetch and decode
 FIRST_SEED = 0  # published evaluations use seeds 0 … 49,999
 WAYS: dict[Crop, str] = {"square": "centre crop, Lanczos", "adm": "halved by box, bicubic, centre crop"}
 BROKEN = (EOFError, RuntimeError, OverflowError, MemoryError, struct.error, zipfile.BadZipFile, zlib.error)  # of zips
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A bad picture that was left out, and why."""
+
+    name: str
+    why: str
 
 
 class ImageSource(ABC):
@@ -50,10 +70,18 @@ class ImageSource(ABC):
     seconds: dict[str, float]  # spent on pictures so far, by part; may be empty
     crop: Crop | None = None  # by which the pictures that a model has learnt from became square, where that is known
     task = "features"  # what is done with them, for the bar
+    leaves_out = False  # whether bad pictures are left out; else they end the pass
 
     @abstractmethod
     def images(self, start: int, stop: int) -> Tensor:
-        """Pictures start … stop − 1 as uint8 (stop − start, 3, H, W); a GPU may not have made them yet."""
+        """Pictures start … stop − 1 as uint8 (stop − start, 3, H, W); a GPU may not have made them yet.
+
+        There are fewer where bad ones are left out.
+        """
+
+    def left_out(self) -> list[LeftOut]:
+        """The bad pictures among those that `images` was asked for last."""
+        return []
 
     def arrived(self) -> int:
         """Look at what `images` gave, in the same order, now that the device has made it: refuse what is broken.
@@ -79,20 +107,32 @@ class ImageSource(ABC):
 
 
 def open_pictures(
-    text: str, *, size: int | None, limit: int | None, crop: Crop = "square", image_column: str = ""
+    text: str,
+    *,
+    size: int | None,
+    limit: int | None,
+    crop: Crop = "square",
+    image_column: str = "",
+    bad: Bad | None = None,
 ) -> ImageSource:
-    """Open what a user may point at: a folder, archives, parquet, hf://…, shapes:N, or a .npz of pictures."""
+    """Open what a user may point at: a folder, archives, parquet, hf://…, shapes:N, or a .npz of pictures.
+
+    `bad`: of real pictures, what is done about a bad one; None: of pictures that are to be scored none is left out.
+    """
     if text.endswith(".npz"):
         return PictureArray(user_path(text), limit=limit)
-    return PictureFiles(open_source(text, image_column), size=size, limit=limit, crop=crop)
+    return PictureFiles(open_source(text, image_column), size=size, limit=limit, crop=crop, bad=bad)
 
 
 class PictureFiles(ImageSource):
     """The pictures of a folder, a zip, a tar, a Hub dataset or an embedded set, sorted by name."""
 
-    def __init__(self, source: Source, *, size: int | None, limit: int | None, crop: Crop = "square") -> None:
+    def __init__(
+        self, source: Source, *, size: int | None, limit: int | None, crop: Crop = "square", bad: Bad | None = None
+    ) -> None:
         """`size` None leaves them as they are, and they must be of one size; `crop` says how they become square."""
         self._source, self._size, self._crop, self.seconds = source, size, crop, dict[str, float]()
+        self._bad, self._left_out, self.leaves_out = bad, list[LeftOut](), bad == "skip"
         lines: Sequence[int] = range(len(source.names))
         self.label = source.name  # and the split that is taken of it
         if size is not None:  # a reference is built from the training split, as latents are
@@ -108,22 +148,39 @@ class PictureFiles(ImageSource):
             raise AlphaflowError(
                 f"{source.name}: there are no pictures in it ({why}). Give a folder or archive of some"
             )
-        height, width = (size, size) if size is not None else self._read(0, 1)[0].shape[1:]
+        height, width = (size, size) if size is not None else self._first_size()
         self.size = int(height), int(width)
+
+    def _first_size(self) -> tuple[int, int]:
+        """The height and width of the first picture that is not left out."""
+        for place in range(self.count):
+            picture = self._read(place, place + 1)[0]
+            if not isinstance(picture, LeftOut):
+                return picture.shape[1:]
+        raise AlphaflowError(f"{self._source.name}: none of its {self.count:,} pictures is whole")
 
     def images(self, start: int, stop: int) -> Tensor:
         """Fetch and decode pictures in threads, in order; all must be of one size."""
-        pictures = self._read(start, stop)
-        for line, picture in zip(self._lines[start:stop], pictures, strict=True):
+        decoded = self._read(start, stop)
+        self._left_out = [each for each in decoded if isinstance(each, LeftOut)]
+        pictures = [np.zeros((0, 3, *self.size), np.uint8)]
+        for line, picture in zip(self._lines[start:stop], decoded, strict=True):
+            if isinstance(picture, LeftOut):
+                continue
             if picture.shape[1:] != self.size:
                 here, first = picture.shape[1:], self._source.names[self._lines[0]]
                 raise AlphaflowError(
                     f"{self._source.name}: {self._source.names[line]} has {here[0]}×{here[1]} px, {first} has "
                     f"{self.size[0]}×{self.size[1]}. Measured pictures must be of one size, and are never resized."
                 )
-        return torch.from_numpy(np.stack(pictures))
+            pictures.append(picture[None])
+        return torch.from_numpy(np.concatenate(pictures))
 
-    def _read(self, start: int, stop: int) -> list[Any]:
+    def left_out(self) -> list[LeftOut]:
+        """The bad pictures of the last span."""
+        return self._left_out
+
+    def _read(self, start: int, stop: int) -> "list[Array | LeftOut]":
         if start < self._reached:
             self.close()
             self._walk = self._open.enter_context(self._source.reading(self._lines[start:]))
@@ -138,17 +195,19 @@ class PictureFiles(ImageSource):
         self._reached = len(self._lines)
         self._open.close()
 
-    def _decode(self, line: int, fetch: Fetch) -> Any:
+    def _decode(self, line: int, fetch: Fetch) -> "Array | LeftOut":
+        whole = partial(decode_whole, max_pixels=MAX_PIXELS)
+        square = partial(decode, size=self._size or 0, max_pixels=MAX_PIXELS, crop=self._crop)
         try:
-            if self._size is None:
-                return decode_whole(fetch(), MAX_PIXELS)
-            return decode(fetch(), self._size, MAX_PIXELS, self._crop)
-        except (BadPicture, OSError) as fault:
+            return read_picture(fetch, whole if self._size is None else square)
+        except BadPicture as fault:
             name = f"{self._source.name}/{self._source.names[line]}"
-            raise AlphaflowError(
-                f"{name}: {fault}. Replace or remove it; nothing was measured without it. The manifest.json of a store "
-                "made with --bad skip lists all such pictures."
-            ) from fault
+            if self.leaves_out:
+                return LeftOut(self._source.names[line], str(fault))
+            advice = "Replace or remove it; nothing was measured without it."
+            if self._bad is not None:
+                advice = "Mend or remove it, or leave such pictures out: alphaflow reference SOURCE --bad skip -o FILE"
+            raise AlphaflowError(f"{name}: {fault}. {advice}") from fault
 
     def describe(self) -> dict[str, Any]:
         """Source, count and preparation; the hash of the content is taken during the pass."""
@@ -175,8 +234,9 @@ class PictureArray(ImageSource):
             raise AlphaflowError(f"{path}: no array arr_0 of pictures in it ({fault})") from fault
         array = held["arr_0"]
         if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] != 3:
+            advice = "Write them so" if array.dtype == np.uint8 else "Round them first"
             raise AlphaflowError(
-                f"{path}: arr_0 is {array.dtype} {array.shape}; pictures are uint8 (N, H, W, 3). Round them first."
+                f"{path}: arr_0 is {array.dtype} {array.shape}; pictures are uint8 (N, H, W, 3). {advice}."
             )
         self._array = array[_spread(range(len(array)), limit)] if limit else array
         self._of = len(array)

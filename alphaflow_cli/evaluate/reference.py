@@ -30,7 +30,7 @@ from alphaflow_cli.core.frechet import Moments, frechet_distance
 from alphaflow_cli.documents import Anything, ListOf, Maybe, Table, Text, Whole, parse_json
 from alphaflow_cli.errors import DAMAGE, AlphaflowError
 from alphaflow_cli.evaluate.features import Extractor
-from alphaflow_cli.evaluate.measure import Pass, content_of, load_all
+from alphaflow_cli.evaluate.measure import Pass, content_of, left_out_of, load_all
 from alphaflow_cli.evaluate.networks import Inception
 from alphaflow_cli.evaluate.pictures import BROKEN, read_npz
 from alphaflow_cli.evaluate.results import SPACE, FeatureSpace, environment, space_of
@@ -39,6 +39,7 @@ from alphaflow_cli.tensors import NumpyUnpickler, save_tensors
 from alphaflow_cli.text import for_terminal
 
 REFERENCE_FORMAT = "alphaflow-reference/1"
+MOST_NAMED = 10  # of the pictures that were left out
 KEPT_FEATURES = 10_000  # features kept one by one
 DRAW_SEED = 2020  # of the part kept, and of the splits of the floor
 REBUILD = "Build it again: alphaflow reference SOURCE -o FILE."
@@ -74,18 +75,19 @@ class Reference:
 
 def build_reference(work: Pass, moments: dict[str, Moments], *, name: str, kept: int) -> Reference:
     """Make a reference of a finished pass, with the features of `kept` pictures drawn at random."""
-    order = np.random.RandomState(DRAW_SEED).permutation(work.source.count)[:kept]
+    count = next(iter(moments.values())).count
+    order = np.random.RandomState(DRAW_SEED).permutation(count)[:kept]
     chosen = torch.from_numpy(np.sort(order))
     stats = {}
     for key in sorted(work.extractors):
         mean, cov = moments[key].finalise()
         features = load_all(work, key)[chosen] if kept else None
         stats[key] = Stats(space_of(work.extractors[key]), mean, cov, features)
-    described, (digest, copies) = work.source.describe(), content_of(work)
+    described, (digest, copies) = {**work.source.describe(), "count": count}, content_of(work)
     facts = {
         "name": name or described["name"],
         "kind": described["kind"],
-        "count": work.source.count,
+        "count": count,
         "size": list(work.source.size),
         "prepared": described["prepared"],
         "source": described,
@@ -93,6 +95,9 @@ def build_reference(work: Pass, moments: dict[str, Moments], *, name: str, kept:
         "copies": copies,
         "environment": environment(),
     }
+    left_out = [each for part in work.chunks() for each in left_out_of(work, *part)] if work.source.leaves_out else []
+    if left_out:
+        facts["left_out"] = {"count": len(left_out), "first": [vars(each) for each in left_out[:MOST_NAMED]]}
     return Reference(stats, facts)
 
 

@@ -24,7 +24,8 @@ from alphaflow_cli.documents import Anything, ListOf, Maybe, Number, Table, Text
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.evaluate.features import Extractor
 from alphaflow_cli.files import append, make_folder, write_whole
-from alphaflow_cli.recipe.schema import Metric
+from alphaflow_cli.recipe.schema import LabelDraw, Metric
+from alphaflow_cli.runtime.lock import in_turn
 from alphaflow_cli.runtime.progress import say
 from alphaflow_cli.text import for_markdown
 
@@ -109,9 +110,14 @@ class Row:
             facts = f"{self.reference['kind']}, {count}, {self.reference['sha256'][:8]}"
             parts.append(f"reference {self.reference['name']} ({facts})")
         sets = f"{self.pictures['sets']} sets of " if "sets" in self.pictures else ""
-        parts.append(f"{sets}{self.count:,} pictures: {self.label}")
+        parts.append(f"{sets}{self.count:,} pictures: {self.label}{labels_text(self.pictures)}")
         parts += [setting_text(key, value) for key, value in self.settings.items() if key != "values"]
         return "; ".join(parts)
+
+
+def labels_text(pictures: dict[str, Any]) -> str:
+    """How the labels of generated pictures were drawn: `, random labels`; nothing where there are none."""
+    return f", {pictures['labels']} labels" if pictures.get("labels") in get_args(LabelDraw) else ""
 
 
 def setting_text(key: str, value: object) -> str:
@@ -131,6 +137,7 @@ class Evaluation:
     warnings: Sequence[str]
     seconds: dict[str, float]
     processes: int
+    device: str = "cpu"  # the kind that computed pictures and features: each rounds otherwise
 
     def as_dict(self) -> dict[str, Any]:
         """The evaluation as results.json and the history hold it, with the time at which this is called."""
@@ -191,7 +198,7 @@ def _mean(sets: Sequence[Evaluation]) -> Evaluation:
     parts = dict.fromkeys(part for each in sets for part in each.seconds)  # a set that was there took none of some
     seconds = {part: round(sum(each.seconds.get(part, 0.0) for each in sets), 2) for part in parts}
     name, content = (_joined(texts) for texts in zip(*((each.id, each.pictures_sha256) for each in sets), strict=True))
-    return Evaluation(name[:16], content, rows, warnings, seconds, sets[0].processes)
+    return Evaluation(name[:16], content, rows, warnings, seconds, sets[0].processes, sets[0].device)
 
 
 def _joined(texts: Sequence[str]) -> str:
@@ -274,10 +281,14 @@ def row_of(values: dict[str, Any]) -> Row:
 
 
 def save_results(path: Path, history: Path, evaluations: Sequence[Evaluation]) -> list[dict[str, Any]]:
-    """Add the evaluations to results.json, and a line for each to the history; returns what was there and stays."""
+    """Add the evaluations to results.json, and a line for each to the history; returns what was there and stays.
+
+    Of two commands that end at once the second adds to what the first has written.
+    """
     make_folder(path.parent)
-    kept = still_true(path, evaluations)
-    write_whole(path, json.dumps(document(evaluations, kept), indent=1, ensure_ascii=False) + "\n")
+    with in_turn(path):
+        kept = still_true(path, evaluations)
+        write_whole(path, json.dumps(document(evaluations, kept), indent=1, ensure_ascii=False) + "\n")
     lines = "".join(json.dumps(each.as_dict(), ensure_ascii=False) + "\n" for each in evaluations)
     append(history, lines, kept=f"{path} is whole.")
     return kept
@@ -309,6 +320,7 @@ def score_chart(evaluations: Sequence[Evaluation], *, sweep: bool) -> Chart | No
         return None
     panels = []
     for i, (name, points) in enumerate(curves.items()):
+        points.sort(key=lambda point: point[0])  # measured in the order of --nfe
         better = "higher" if points[0][1].metric == "pr" else "lower"
         bars = [(at, row.value - row.spread, row.value + row.spread) for at, row in points if row.spread is not None]
         curve = [(at, row.value) for at, row in points]
@@ -324,4 +336,5 @@ def score_chart(evaluations: Sequence[Evaluation], *, sweep: bool) -> Chart | No
 def shared_protocol(rows: Sequence[Row]) -> str:
     """The protocols of all rows, once each, without the walk that tells the rows apart."""
     weights = [f"weights {str(row.pictures.get('checkpoint_sha256'))[:8]}" for row in rows]
-    return "; ".join(dict.fromkeys([*(row.protocol().partition(f": {row.label}")[0] for row in rows), *weights]))
+    shared = [row.protocol().partition(f": {row.label}")[0] + labels_text(row.pictures) for row in rows]
+    return "; ".join(dict.fromkeys([*shared, *weights]))

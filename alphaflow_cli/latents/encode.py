@@ -10,7 +10,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ import torch
 from alphaflow_cli.data.batches import to_device
 from alphaflow_cli.data.classes import Classes
 from alphaflow_cli.data.manifest import Crop, StorePlan
-from alphaflow_cli.data.pictures import MAX_PIXELS, BadPicture, Fetch, Source, decode
+from alphaflow_cli.data.pictures import MAX_PIXELS, Bad, BadPicture, Fetch, Source, decode, read_picture
 from alphaflow_cli.data.tables import AS_FOUND, Labelling
 from alphaflow_cli.data.writing import write_shard
 from alphaflow_cli.errors import AlphaflowError
@@ -30,13 +30,8 @@ from alphaflow_cli.runtime.transfer import Arriving
 from alphaflow_cli.tensors import Array
 from alphaflow_cli.text import brief
 
-Bad = Literal["stop", "skip"]
 Tell = Callable[[int], None]
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-SOURCE_DOWN = {  # no fault of the picture: a disk that fails, a mount that is gone, a machine without room
-    *(errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN, errno.ENODEV),
-    *(errno.EMFILE, errno.ENFILE, errno.ENOMEM),
-}
 PRECISIONS = ("bf16", "tf32", "fp32")  # fastest first
 MAX_ERROR, MAX_ERROR_PLAIN = 0.25, 0.01  # see choose_precision
 COMPILED_FROM = 18_000  # pictures of 256 px: 21 s / (1/519 s − 1/1,307 s), eager and compiled pictures/s of an H100
@@ -178,15 +173,10 @@ def _decode_all(group: list[tuple[int, Fetch]], size: int, max_pixels: int, crop
 
 def _decode_one(line: int, fetch: Fetch, size: int, max_pixels: int, crop: Crop) -> EncoderInput:
     try:
-        return EncoderInput(line, decode(fetch(), size, max_pixels, crop), "")
+        pixels = read_picture(fetch, partial(decode, size=size, max_pixels=max_pixels, crop=crop))
     except BadPicture as fault:
         return EncoderInput(line, None, str(fault))
-    except OSError as fault:  # removed while we run, no permission, a link to nowhere
-        if fault.errno == errno.EBADF:  # a file that we closed: never a fault of the picture
-            raise
-        if fault.errno in SOURCE_DOWN:
-            raise AlphaflowError(f"the source cannot be read any more ({fault}); try again later") from fault
-        return EncoderInput(line, None, f"cannot be read ({fault.strerror or fault})")
+    return EncoderInput(line, pixels, "")
 
 
 def encode_rows(encoder: Autoencoder, plan: StorePlan, group: Sequence[Array], device: torch.device) -> Arriving:

@@ -163,7 +163,8 @@ def is_checkpoint(text: str) -> bool:
     """Whether the text names a weights file, a run folder or a model on the Hub, and not a source of pictures."""
     path = user_path(text)
     if path.is_dir():
-        return (path / "model.safetensors").is_file() or (path / "checkpoints").is_dir()
+        begun = path / "recipe.yaml"  # a run, whose first checkpoint may be hours away
+        return begun.is_file() or (path / "model.safetensors").is_file() or (path / "checkpoints").is_dir()
     if text.startswith("hf://"):
         return not text.startswith("hf://datasets/")
     if path.exists() or ":" in text:

@@ -13,8 +13,8 @@ from typing import Any
 
 from alphaflow_cli.charts import chart
 from alphaflow_cli.errors import AlphaflowError
-from alphaflow_cli.evaluate.results import best_founded, read_results, row_of, value_text
-from alphaflow_cli.files import write_whole
+from alphaflow_cli.evaluate.results import best_founded, labels_text, read_results, row_of, value_text
+from alphaflow_cli.files import sha256_of, write_whole
 from alphaflow_cli.model.find import check_run
 from alphaflow_cli.recipe import load_recipe
 from alphaflow_cli.recipe.loader import flatten, set_text
@@ -32,9 +32,11 @@ from alphaflow_cli.report.page import (
 )
 from alphaflow_cli.report.run import JOURNAL_POINTS, Cells, environment_of, journal_of, status_of
 from alphaflow_cli.report.scores import COLOURS, Points, curves_of_scores, title_of
+from alphaflow_cli.sample.walk import grid_text
 from alphaflow_cli.train.scores import new_references, score_rows
 
 MOST_RUNS = 12
+OTHER = " (other weights)"  # behind a value that was measured before the run's weights were replaced
 BESIDE = "display: grid; gap: 12px; grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr))"
 WALK = (  # what makes a line of the scores, beside the name; the last three are of some pictures only
     *("nfe", "sampler", "times", "guidance_at_sampling", "labels"),
@@ -118,7 +120,9 @@ def _scores(runs: Sequence[ComparedRun]) -> str:
     if table:
         head = ("score", "NFE", *(run.label for run in runs), "protocol")
         parts += [html_table(table, head=head, numbers=range(1, len(runs) + 2), style="scores")]
-        parts += [note("Measured by alphaflow eval, of each run's newest weights. One line has one protocol.")]
+        stale = any(OTHER in cell for line in table for cell in line[2 : 2 + len(runs)])
+        of = ", of each run's newest weights" + (" where the table does not say that they are others" if stale else "")
+        parts += [note(f"Measured by alphaflow eval{of}. One line has one protocol.")]
     trained = _while_training(runs)
     if trained:
         parts += [html_table(trained, head=("while training", *(run.label for run in runs)), style="scores")]
@@ -132,26 +136,41 @@ def _measured(runs: Sequence[ComparedRun]) -> Cells:
     protocols: dict[tuple[str, ...], str] = {}
     for run in runs:
         path = run.folder / "results.json"
-        evaluations = read_results(path)["evaluations"] if path.is_file() else []
+        evaluations, model = read_results(path)["evaluations"] if path.is_file() else [], ""
+        if evaluations and (run.folder / "model.safetensors").is_file():
+            model = sha256_of(run.folder / "model.safetensors")
         for row in (row_of(each) for each in best_founded([row for each in evaluations for row in each["rows"]])):
             pictures, reference = row.pictures, row.reference or {}
             walk = [str(pictures.get(key)) for key in WALK]
             space = (row.space.network, row.space.weights_sha256, row.space.preprocessing)
             key = (row.name, *walk, *space, str(reference.get("sha256")))
-            lines.setdefault(key, {})[run.label] = value_text(row)
+            digest = pictures.get("checkpoint_sha256") or model
+            lines.setdefault(key, {})[run.label] = value_text(row) + (OTHER if model and digest != model else "")
             against = f"; reference {reference['name']} ({reference['sha256'][:8]})" if reference else ""
-            protocols[key] = f"{row.space.network}{against}; {pictures.get('sampler')} {pictures.get('times')}"
-            protocols[key] += _guidance(pictures)
+            protocols[key] = (
+                f"{row.space.network}{against}{_walk(pictures)}{_guidance(pictures)}{labels_text(pictures)}"
+            )
     return [
         (key[0], key[1], *(lines[key].get(run.label, "") for run in runs), protocols[key])
         for key in sorted(lines, key=lambda key: (key[0], int(key[1]) if key[1].isdecimal() else 0, key))
     ]
 
 
+def _walk(pictures: dict[str, Any]) -> str:
+    """The sampler and its grid of times."""
+    sampler, times = pictures.get("sampler"), pictures.get("times")
+    if not isinstance(times, list) or not all(isinstance(t, float | int) for t in times):  # not one of ours
+        return "" if sampler is None else f"; {sampler} {times}"
+    return f"; {sampler} on {grid_text(times)}"
+
+
 def _guidance(pictures: dict[str, Any]) -> str:
-    """The scale that a network was told, and the interval, where it takes them as inputs."""
+    """The guidance at sampling; where the network takes its scale as an input, the scale and the interval."""
     scale, interval = pictures.get("guidance_scale"), pictures.get("guidance_interval")
-    return "" if scale is None else f"; guidance {scale}" + (f" in {interval}" if interval else "")
+    if scale is not None:
+        return f"; guidance {scale}" + (f" in {interval}" if interval else "")
+    scale, channels = pictures.get("guidance_at_sampling", 1.0), pictures.get("guidance_channels")
+    return "" if scale == 1.0 else f"; guidance {scale}" + (f" on {channels} channels" if channels else "")
 
 
 def _while_training(runs: Sequence[ComparedRun]) -> Cells:

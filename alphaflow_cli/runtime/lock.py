@@ -102,6 +102,22 @@ def _remove(folders: Sequence[Path], file: Path | None = None) -> None:
             each.rmdir()
 
 
+@contextlib.contextmanager
+def in_turn(file: Path) -> Iterator[None]:
+    """Be alone with a small file while it is read and written anew: others wait, for it takes milliseconds."""
+    lock = _lock_of(file, True)
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(_opened(lock))
+        except OSError as error:
+            raise AlphaflowError(f"{file}: cannot be written ({error.strerror}). Name another folder.") from error
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                lock.unlink()
+
+
 def _lock_of(place: Path, is_file: bool) -> Path:
     """Where the lock of a folder, or of a file that is written for long, stands."""
     return place.with_name(f".{place.name}{NAME}") if is_file else place / NAME

@@ -38,15 +38,20 @@ class Walk:
         return sampler.grid_evaluations(self.sampler, len(self.grid) - 1) * (2 if self.guidance != 1.0 else 1)
 
     def __str__(self) -> str:
-        times = [f"{t:g}" for t in self.grid]
-        if len(times) > MOST_SHOWN:
-            times = [f"{len(times) - 1:,} steps: {times[0]}", *times[1:3], "…", *times[-2:]]
-        walked, channels = f"{self.sampler} on {', '.join(times)}", self.guidance_channels
+        walked, channels = f"{self.sampler} on {grid_text(self.grid)}", self.guidance_channels
         if self.scale is not None:
             where = f" in [{self.interval[0]:g}, {self.interval[1]:g}]" if self.interval else ""
             return f"{walked}, guidance {self.scale:g}{where}"
         where = f" on {channels} channels" if channels else ""
         return walked + (f", guidance {self.guidance:g}{where}" if self.guidance != 1.0 else "")
+
+
+def grid_text(grid: Sequence[float]) -> str:
+    """A grid of times in words: all of them, or how many steps and the two ends."""
+    times = [f"{t:g}" for t in grid]
+    if len(times) > MOST_SHOWN:
+        times = [f"{len(times) - 1:,} steps: {times[0]}", *times[1:3], "…", *times[-2:]]
+    return ", ".join(times)
 
 
 def plan_walk(

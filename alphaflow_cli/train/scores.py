@@ -279,15 +279,20 @@ def why_best(run: Path, nfe: int, checkpoint: Checkpoint) -> str:
 
 
 def reference_of(run: Path, row: dict[str, Any], nfe: int) -> str:
-    """The checksum of what a row's pictures were compared with; empty where the run does not record it (any more)."""
+    """The checksum of what a row's pictures were compared with; empty where the run does not record it (any more).
+
+    `alphaflow eval` of the same checkpoint against other pictures stands in the same file: the row's value tells them
+    apart.
+    """
     path = run / "evals" / str(row.get("evals", {}).get(f"nfe{nfe}")) / "results.json"
     try:
         measured = [each for one in read_results(path)["evaluations"] for each in one["rows"]]
     except AlphaflowError:  # gone or damaged: the scores in the journal count all the same
         return ""
-    return next(
-        (str(each["reference"]["sha256"]) for each in reversed(measured) if each["reference"]), ""
-    )  # the newest
+    newest = [each for each in reversed(measured) if each["reference"]]
+    values = {name: each.get(f"nfe{nfe}") for name, each in row["scores"].items()}
+    of_this_row = [each for each in newest if each["value"] == values.get(each["name"])]
+    return next((str(each["reference"]["sha256"]) for each in [*of_this_row, *newest]), "")
 
 
 def new_references(run: Path, rows: Sequence[dict[str, Any]]) -> set[int]:

@@ -2,6 +2,8 @@
 
 import json
 import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from small_models import pixel_checkpoint
 
 from alphaflow_cli import cli
 from alphaflow_cli.core.sampler import time_grid
-from alphaflow_cli.evaluate import measure
+from alphaflow_cli.evaluate import measure, results
 from alphaflow_cli.evaluate.results import Evaluation, read_results, save_results, score_chart, value_text
 from alphaflow_cli.hub.card import result_rows
 from alphaflow_cli.model.checkpoint import load_checkpoint, save_checkpoint
@@ -80,6 +82,17 @@ def test_the_chart_of_scores_names_the_model_the_protocol_and_the_better_side():
     protocol = "fd_haar192; reference glyphs (pictures, 2,000 pictures, abababab); 2,000 pictures"
     assert chart.subtitle == f"{protocol}; weights cdcdcdcd"
     assert [panel.title for panel in chart.panels] == ["FD-tiny-2k: lower is better"]
+
+
+def test_the_chart_of_scores_goes_from_few_evaluations_to_many_in_whatever_order_they_were_named():
+    named = [Evaluation("e", "ab", [score(nfe, value)], [], {}, 1) for nfe, value in ((4, 2.0), (1, 7.5), (2, 3.25))]
+    (panel,) = score_chart(named, sweep=False).panels
+    assert panel.lines[0].points == [(1.0, 7.5), (2.0, 3.25), (4.0, 2.0)]
+
+
+def test_a_number_of_evaluations_that_is_named_twice_is_measured_once(run, real):
+    assert evaluate(run, real, "--nfe", "2", "--nfe", "1", "--nfe", "2") == 0
+    assert [row["pictures"]["nfe"] for row in rows(run / "results.json")] == [2, 1]
 
 
 def test_more_pictures_than_real_ones_are_pointed_out(run, real, capsys):
@@ -152,6 +165,21 @@ def test_the_chart_of_a_repeated_evaluation_has_its_spread():
     two = [Evaluation("e", "ab", [each], [], {}, 1) for each in (row, score(2, 3.25))]
     (panel,) = score_chart(two, sweep=False).panels
     assert panel.lines[0].spread == [(1.0, 7.0, 8.0)]
+
+
+def test_the_protocol_says_how_labels_were_drawn(tmp_path):
+    """They move a score by up to a tenth: two numbers that differ in the draw alone looked like one, measured twice."""
+    one = score(1, 3.25)
+    balanced, drawn, none = (
+        replace(one, pictures={**one.pictures, "labels": draw}) for draw in ("balanced", "random", "none")
+    )
+    assert balanced.protocol().endswith("2,000 pictures: quickstart, 1 NFE, balanced labels")
+    assert drawn.protocol() == balanced.protocol().replace("balanced", "random")
+    assert none.protocol() == one.protocol() == balanced.protocol().removesuffix(", balanced labels")
+    evaluations = [Evaluation(name, "ab", [row], [], {}, 1) for name, row in (("e", balanced), ("f", drawn))]
+    save_results(tmp_path / "results.json", tmp_path / "history.jsonl", evaluations)
+    protocols = [protocol for *_, protocol in scores_of(tmp_path / "results.json", "")]
+    assert protocols == [balanced.protocol(), drawn.protocol()]
 
 
 def test_the_midpoint_is_swept(run, real):
@@ -251,6 +279,26 @@ def test_results_of_many_steps_can_be_read_again(tmp_path):
         assert read_results(tmp_path / "results.json")["evaluations"][0]["rows"][0]["label"] == row.label
 
 
+def test_of_evaluations_that_end_at_once_none_is_lost(tmp_path, monkeypatch):
+    """Commands on one run: each reads results.json, and a moment later writes it with its own numbers."""
+    path, read = tmp_path / "results.json", results.still_true
+
+    def slowly(*arguments):
+        there = read(*arguments)
+        time.sleep(0.1)
+        return there
+
+    monkeypatch.setattr(results, "still_true", slowly)
+
+    def command(nfe):
+        save_results(path, tmp_path / "history.jsonl", [Evaluation("e", "ab", [score(nfe, 3.25)], [], {}, 1)])
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(command, range(1, 5)))
+    assert sorted(row["pictures"]["nfe"] for row in rows(path)) == [1, 2, 3, 4]
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["history.jsonl", "results.json"]
+
+
 def test_a_metric_whose_weights_are_missing_does_not_stop_the_others(run, real, capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "empty"))
     monkeypatch.delenv("ALPHAFLOW_WEIGHTS", raising=False)
@@ -332,6 +380,15 @@ def test_a_wish_that_cannot_be_granted_gets_one_line(run, real, capsys, options,
 def test_a_checkpoint_without_a_reference_asks_for_one(run, capsys):
     assert cli.run(["eval", str(run), "--metrics", "fd-tiny", "--images", "110"]) == 1
     assert "--reference" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("options", [(), ("--draw", "random")])
+def test_a_run_without_a_checkpoint_yet_is_not_taken_for_pictures(run, real, capsys, options):
+    (run / "model.safetensors").unlink()
+    (run / "samples").mkdir()
+    Image.new("RGB", (64, 64)).save(run / "samples" / "step-00000100.png")
+    assert evaluate(run, real, *options) == 1
+    assert f"{run}: no checkpoint in this folder yet" in capsys.readouterr().err
 
 
 def test_pictures_are_not_repeated(real, capsys):

@@ -1,6 +1,7 @@
 """`alphaflow eval IMAGES` and `alphaflow reference` on the command line: results, refusals, resuming, two processes."""
 
 import json
+import os
 import resource
 import shlex
 import signal
@@ -127,6 +128,7 @@ def faulty(tmp_path_factory: pytest.TempPathFactory) -> Path:
     broken = ruler.write_pictures(folder / "broken", ruler.pictures(120)) / "00007.png"
     broken.write_bytes(broken.read_bytes()[:200])
     np.savez(folder / "floats.npz", arr_0=np.full((120, 32, 32, 3), np.nan, np.float32))
+    np.savez(folder / "first.npz", arr_0=np.zeros((120, 3, 32, 32), np.uint8))
     np.savez(folder / "adm.npz", mu=np.zeros(2048), sigma=np.eye(2048))
     made = folder / "real.safetensors"
     assert alphaflow(f"reference glyphs:200 --metrics fd-tiny -o {made} --work {folder / 'work'}") == 0
@@ -146,6 +148,11 @@ def faulty(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("eval nowhere --metrics fd-tiny --reference glyphs:200", 1, "nowhere"),
         ("eval samples --metrics fd-tiny --reference nowhere.npz", 1, "nowhere.npz"),
         ("eval floats.npz --metrics fd-tiny --reference glyphs:200", 1, "arr_0 is float32"),
+        (
+            "eval first.npz --metrics fd-tiny --reference glyphs:200",
+            1,
+            "pictures are uint8 (N, H, W, 3). Write them so.",
+        ),
         ("eval large --metrics fd-tiny --reference real.safetensors", 1, "here:      48×48 px"),
         ("eval broken --metrics fd-tiny --reference glyphs:200", 1, "00007.png"),
         ("eval mixed --metrics fd-tiny --reference glyphs:200", 1, "must be of one size"),
@@ -170,6 +177,16 @@ def test_a_fault_is_one_clear_line_and_nothing_that_looks_like_a_score(
     assert said in captured.err
     assert captured.out == ""
     assert not list(Path("evals").glob("*/results.json"))
+
+
+def test_a_folder_whose_name_is_no_utf8_is_measured_and_written_down(capsys: pytest.CaptureFixture[str]) -> None:
+    """It was refused after the whole pass, and the message was the line of the history."""
+    name = os.fsdecode(b"sam\xffples")
+    ruler.write_pictures(Path(name), ruler.pictures(120))
+    assert run(["eval", name, "--metrics", "fd-tiny", "--reference", "glyphs:200"]) == 0
+    assert "120 pictures: sam\\xffples" in capsys.readouterr().out
+    (line,) = Path("evals", "history.jsonl").read_text().splitlines()
+    assert json.loads(line)["rows"][0]["label"] == results()["evaluations"][0]["rows"][0]["label"] == name
 
 
 def test_copies_among_the_pictures_are_warned_of(capsys: pytest.CaptureFixture[str]) -> None:

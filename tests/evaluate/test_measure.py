@@ -1,5 +1,6 @@
 """The pass over the pictures: equality with torch-fidelity's own, chunks, resume, ranks, and broken input."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -232,6 +233,14 @@ def test_other_pictures_weights_or_chunks_get_another_folder() -> None:
     ]
     assert len(set(ids)) == 4
     assert ids[0] == measure.evaluation_id(Held(images), {"tiny": Tiny()}, 250)
+
+
+def test_another_kind_of_device_begins_anew_and_a_cpu_goes_on_with_what_it_has(tmp_path: Path) -> None:
+    """Each kind rounds otherwise: a pass that was half measured on a GPU would be neither's."""
+    of = partial(measure.evaluation_id, Held(ruler.pictures(5)), {"tiny": Tiny()}, 250)
+    assert of(CPU) == of()
+    assert len({of(torch.device(kind)) for kind in ("cpu", "cuda", "mps")}) == 3
+    assert of(torch.device("cuda", 0)) == of(torch.device("cuda", 1))
 
 
 def test_copies_are_counted_and_the_content_has_one_hash(tmp_path: Path) -> None:

@@ -2,12 +2,15 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 from run_pages import STEPS, Page, report, write_run
 
 from alphaflow_cli.cli import run as cli
 from alphaflow_cli.evaluate.results import document, read_results
+from alphaflow_cli.files import sha256_of
+from alphaflow_cli.model.checkpoint import load_checkpoint, save_checkpoint
 from alphaflow_cli.model.find import best_name
 from alphaflow_cli.recipe import dump_recipe, load_recipe
 from alphaflow_cli.report.compare import read_run
@@ -29,6 +32,8 @@ def add_scores(folder, values, name="FD-tiny-2k"):
 def folder(tmp_path):
     run = write_run(tmp_path / "one")
     add_scores(run, (90.0, 12.5, 20.0))
+    results = (run / "results.json").read_text()
+    (run / "results.json").write_text(results.replace("cd" * 32, sha256_of(run / "model.safetensors")))
     return run
 
 
@@ -147,6 +152,19 @@ def test_scores_of_one_protocol_share_a_line_and_others_do_not(folder, capsys):
     assert "1.25 fd_haar192; reference glyphs (99999999)" in text
 
 
+def test_a_score_of_weights_that_were_replaced_since_is_not_called_one_of_the_newest(folder, capsys):
+    other = pair(folder)
+    text = compare(folder, other, capsys).text
+    assert "Measured by alphaflow eval, of each run's newest weights. One line" in text
+    assert "other weights" not in text
+    path = other / "model.safetensors"
+    checkpoint = load_checkpoint(path)
+    save_checkpoint(path, replace(checkpoint, origin={**checkpoint.origin, "step": 400}))  # it trained on
+    text = compare(folder, other, capsys).text
+    assert "FD-tiny-2k 1 7.50 7.50 (other weights) fd_haar192" in text
+    assert "newest weights where the table does not say that they are others. One line" in text
+
+
 def test_scores_at_two_scales_of_guidance_are_two_lines(folder, capsys):
     """Of a network that takes the scale as an input the last one measured stood for all, beside any other run's."""
     results = read_results(folder / "results.json")
@@ -164,6 +182,31 @@ def test_scores_at_two_scales_of_guidance_are_two_lines(folder, capsys):
     assert "FD-tiny-2k 2 7.00 7.00 fd_haar192" in text
     assert "; guidance 2.0" in text
     assert "; guidance 7.0 in [0.4, 0.65]" in text
+
+
+def test_every_line_of_scores_says_its_guidance_and_a_long_grid_by_its_ends(folder, capsys):
+    results = read_results(folder / "results.json")
+    (evaluation,) = results["evaluations"]
+    grid = [t / 250 for t in range(250, -1, -1)]
+    rows = [
+        row | {"value": scale, "pictures": row["pictures"] | {"sampler": "flow", "times": times, **more}}
+        for scale, times, more in (
+            (1.5, grid, {"guidance_at_sampling": 1.5}),
+            (4.0, grid, {"guidance_at_sampling": 4.0, "guidance_channels": 3, "labels": "random"}),
+            (9.0, [1.0, 2 / 3, 0.0], {"guidance_at_sampling": 1.0, "labels": "balanced"}),
+            (8.0, "strange", {}),
+        )
+        for row in evaluation["rows"][:1]
+    ]
+    evaluations = [{**evaluation, "rows": [row]} for row in rows]
+    (folder / "results.json").write_text(json.dumps(document([]) | {"evaluations": evaluations}))
+    text, walk = compare(folder, pair(folder), capsys).text, "flow on 250 steps: 1, 0.996, 0.992, …, 0.004, 0"
+    assert f"1.50 1.50 fd_haar192; reference glyphs (abababab); {walk}; guidance 1.5 " in text
+    assert (
+        f"4.00 4.00 fd_haar192; reference glyphs (abababab); {walk}; guidance 4.0 on 3 channels, random labels" in text
+    )
+    assert "; flow on 1, 0.666667, 0, balanced labels" in text
+    assert "; flow strange" in text
 
 
 def test_runs_of_other_batches_are_compared_over_pictures_seen(folder, capsys):

@@ -131,6 +131,21 @@ def test_scores_against_another_reference_do_not_choose_the_best_checkpoint(stor
     assert scores.new_references(run, rows[:-1]) == set()
 
 
+def test_an_eval_against_other_pictures_does_not_become_the_reference_of_the_scores(scored, tmp_path):
+    """The pictures are the same, so its numbers stand in the folder of the scores."""
+    run = shutil.copytree(scored, tmp_path / "run")
+    rows = scores.score_rows(run)
+    before = scores.reference_of(run, rows[1], 1)
+    measured = run / "evals" / rows[1]["evals"]["nfe1"] / "results.json"
+    document = json.loads(measured.read_text())
+    later = json.loads(json.dumps(document["evaluations"][0]))
+    later["rows"][0]["value"] += 1
+    later["rows"][0]["reference"] |= {"name": "shapes:160", "sha256": "ab" * 32}
+    measured.write_text(json.dumps(document | {"evaluations": [*document["evaluations"], later]}))
+    assert scores.reference_of(run, rows[1], 1) == before
+    assert scores.new_references(run, rows) == set()
+
+
 def dying(recipe, store, out, call, way):
     """Train until the n-th batch of pictures of the scores is due, then do `way` to this process there and then."""
     options, calls = start.TrainOptions(out, store), []
