@@ -137,7 +137,7 @@ def _install() -> None:
         def send(self, request: Any, *, stream: bool = False, **options: Any) -> Any:
             fetch = partial(_fetch, partial(super().send, request, stream=True, **options), stream)
             answer = within(PATIENCE, fetch) if request.method in ("GET", "HEAD") else fetch()
-            if answer.status_code >= 400 and not _is_taken(request, answer):
+            if answer.status_code >= 400 and not _is_read(request, answer):
                 return _refusal(library, answer)
             return answer if stream else _checked(library, request, answer)
 
@@ -307,9 +307,10 @@ def _asked_about(request: Any, group: str, name: str) -> set[str]:
     return {each[name] for each in json.loads(request.content)[group]}
 
 
-def _is_taken(request: Any, answer: Any) -> bool:
-    """Read the address of a repository that exists already, as if it had just been made."""
-    return bool(answer.status_code == 409 and request.url.path.endswith("/api/repos/create"))
+def _is_read(request: Any, answer: Any) -> bool:
+    """Whether a refusal is read like an answer: the address of a repository that exists already, a card's faults."""
+    refusals = ((409, "/api/repos/create"), (400, "/api/validate-yaml"))
+    return any(answer.status_code == status and request.url.path.endswith(end) for status, end in refusals)
 
 
 def _refusal(library: Any, answer: Any) -> Any:

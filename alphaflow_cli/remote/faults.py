@@ -128,6 +128,11 @@ def hub_faults(what: str, *, sending: bool = False) -> Iterator[None]:
         raise _not_cached(what, fault, again) from fault
     except errors.HFValidationError as fault:
         raise HubFault(what, f"the Hub does not accept this name ({str(fault).splitlines()[0]}).") from fault
+    except ValueError as fault:  # a card that was refused: a heading, then a line for each fault of its metadata
+        if not isinstance(fault.__cause__, errors.BadRequestError):
+            raise
+        why = for_terminal("; ".join(line.removeprefix("- ") for line in str(fault).splitlines()[1:]), limit=300)
+        raise HubFault(what, f"the Hub does not accept the card ({why}). --license chooses the licence.") from fault
     except (network, ConnectionError, TimeoutError) as fault:
         raise NoConnection(what, f"the connection to the Hub broke ({_one_line(fault)}). {again}.") from fault
     except OSError as fault:
@@ -176,6 +181,7 @@ def _answer(fault: Exception, again: str) -> str:
         401: f"the Hub does not accept the token (HTTP 401). {LOGIN}.",
         403: _forbidden(fault),
         409: f"somebody else changed it at the same moment (HTTP 409). {again}.",
+        412: f"somebody else changed it at the same moment (HTTP 412). {again}.",  # a commit that lost a race
         413: "the Hub refuses files of this size (HTTP 413).",
         429: f"too many requests (HTTP 429){_patience(fault)}. {again}.",
     }
