@@ -6,6 +6,7 @@ file; an answer has a length, a time and a shape; what is compressed though nobo
 """
 
 import contextvars
+import errno
 import importlib
 import json
 import os
@@ -186,6 +187,9 @@ def _fetch(send: Callable[[], Any], stream: bool) -> Any:
             answer.read()
         finally:
             answer.close()
+    elif (length := int(answer.headers.get("Content-Length", "0"))) > (free := free_bytes(cache_folder())):
+        answer.close()
+        raise OSError(errno.ENOSPC, f"{length:,} bytes are to come, and {free:,} are free")
     return answer
 
 
@@ -244,9 +248,8 @@ def _see_head(response: Any) -> None:
     if headers.get("Content-Encoding", "identity") not in ("identity", "gzip", "deflate"):
         raise Distrusted(f"it answers {where} compressed, although we did not ask for that")
     length = headers.get("Content-Length", "0")
-    free = free_bytes(cache_folder())
-    if not re.fullmatch(r"[0-9]{1,18}", length) or (response.request.method == "GET" and int(length) > free):
-        raise Distrusted(f"it sends {for_terminal(length, limit=30)} bytes, but only {free:,} are free")
+    if not re.fullmatch(r"[0-9]{1,18}", length):
+        raise Distrusted(f"it sends {for_terminal(length, limit=30)} bytes, which is no number of bytes")
     for name, form in HEAD_NUMBERS:
         match = re.fullmatch(form, headers.get(name, ""))
         if match is None or (name in ("Retry-After", "RateLimit") and int(match[0].rpartition("=")[2]) > WAIT):
