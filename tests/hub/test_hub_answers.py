@@ -26,6 +26,14 @@ def test_the_cache_serves_aloud_where_nobody_answers(hub, project_run, capsys, f
     assert said in capsys.readouterr().err
 
 
+def test_of_many_processes_one_names_the_commit(hub, project_run, capsys, monkeypatch):  # noqa: F811
+    alphaflow("push", "runs/tiny", capsys=capsys)
+    for rank, lines in (("0", 1), ("1", 0)):
+        monkeypatch.setenv("RANK", rank)
+        resolve_checkpoint("me/tiny")
+        assert capsys.readouterr().err.count("me/tiny@") == lines
+
+
 def test_a_full_disk_stops_downloads_only_and_is_named(hub, project_run, capsys, monkeypatch):  # noqa: F811
     alphaflow("push", "runs/tiny", "me/tiny", capsys=capsys)
     alphaflow("push", "runs/tiny", "me/other", capsys=capsys)
