@@ -12,7 +12,7 @@ docs/python.md goes through it step by step. `train` and `evaluate` are in doors
 
 import math
 import operator
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from numbers import Integral
@@ -179,8 +179,7 @@ class Model:
         """
         seeds = _seeds(count, seeds)
         _check_walk(nfe, times, sampler, batch)
-        if guidance is not None and not math.isfinite(guidance):
-            raise AlphaflowError(f"sample: guidance {guidance}: it is a number, 1 for none.")
+        _check_guidance(guidance, guidance_channels, interval)
         walk = plan_walk(
             self.recipe, nfe=nfe, kind=sampler, times=times, guidance=guidance, interval=interval,
             guidance_channels=guidance_channels,
@@ -214,12 +213,32 @@ class Model:
 def _check_walk(nfe: int, times: Sequence[float] | None, sampler: str, batch: int) -> None:
     if not isinstance(nfe, Integral) or not isinstance(batch, Integral):
         raise AlphaflowError("sample: nfe and batch are whole numbers; call it once for each nfe.")
+    if times is not None and not (isinstance(times, Collection) and all(map(is_number, times))):
+        raise AlphaflowError(f"sample: times {times!r}: they are a list of numbers from 1 to 0, such as [1, 0.55, 0].")
     if times is not None and nfe != 1:
         raise AlphaflowError("sample: give nfe or times, not both; the times say how many evaluations there are.")
     if batch < 1:
         raise AlphaflowError(f"sample: batch {batch}: at least one picture at a time is needed.")
     if sampler not in get_args(SamplerChoice):
         raise AlphaflowError(f"sample: sampler {sampler!r}: there are {', '.join(get_args(SamplerChoice))}.")
+
+
+def _check_guidance(scale: float | None, channels: int | None, interval: tuple[float, float] | None) -> None:
+    if scale is not None and not is_number(scale):
+        raise AlphaflowError(f"sample: guidance {scale}: it is a number, 1 for none.")
+    if not isinstance(channels, Integral | None):
+        raise AlphaflowError(f"sample: guidance_channels {channels!r}: it is a whole number.")
+    ends = interval if interval is None or isinstance(interval, Collection) else ()
+    if ends is not None and not (len(ends) == 2 and all(map(is_number, ends))):
+        raise AlphaflowError(f"sample: interval {interval!r}: it is two times, such as (0.4, 0.65).")
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is one finite number of any library; a text is none."""
+    try:
+        return math.isfinite(value)
+    except (TypeError, ValueError):
+        return False
 
 
 def _seeds(count: int | None, seeds: Iterable[int] | None) -> list[int]:

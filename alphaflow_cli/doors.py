@@ -4,11 +4,12 @@ They do what `alphaflow eval` and `alphaflow train` do, in this process. The pac
 (`__init__.py`), because rooms bear their names, too.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import get_args
 
-from alphaflow_cli.api import Model, load
+from alphaflow_cli.api import Model, is_number, load
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.evaluate.evaluate import EvalRequest, evaluate_checkpoint, evaluate_pictures
 from alphaflow_cli.evaluate.results import Row
@@ -39,10 +40,14 @@ def evaluate(
     What is left out is as the recipe says. Of each row, `name` and `value` are the number, and `protocol()` says how it
     was made. The same call again resumes.
     """
-    if isinstance(metrics, str) or isinstance(nfe, int):
+    if not (_is_list(metrics) and _is_list(nfe) and all(map(_is_count, nfe))):
         raise AlphaflowError('evaluate: metrics and nfe are lists: metrics=["fid"], nfe=[1, 2].')
-    if any(number is not None and number < 1 for number in (images, batch)):
+    if not all(number is None or _is_count(number) for number in (images, batch)):
         raise AlphaflowError("evaluate: images and batch are numbers from 1.")
+    if draw is not None and draw not in get_args(LabelDraw):
+        raise AlphaflowError(f"evaluate: draw {draw!r}: there are {', '.join(get_args(LabelDraw))}.")
+    if guidance is not None and not is_number(guidance):
+        raise AlphaflowError(f"evaluate: guidance {guidance!r}: it is a number, 1 for none.")
     request = EvalRequest(
         str(subject), nfe=tuple(nfe), guidance=guidance, metrics=tuple(metrics), images=images, draw=draw, batch=batch,
         reference=None if reference is None else str(reference), out=None if out is None else Path(out),
@@ -57,6 +62,14 @@ def evaluate(
     report = measured(request, Processes(choose_device(device)))
     assert report is not None  # one process has the whole report
     return [row for each in report.evaluations for row in each.rows]
+
+
+def _is_list(value: object) -> bool:
+    return isinstance(value, Collection) and not isinstance(value, str)
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, Integral) and value >= 1
 
 
 def train(
@@ -74,8 +87,8 @@ def train(
     recipe: a file, or the name of a shipped recipe. sets: changes of single values, such as ["train.steps=2000"].
     out: the run's folder; default: runs/ and the recipe's name. The same call again resumes, or returns at once.
     """
-    if micro_batch is not None and micro_batch < 1:
-        raise AlphaflowError("train: micro_batch is a number from 1.")
+    if micro_batch is not None and not _is_count(micro_batch):
+        raise AlphaflowError("train: micro_batch is a number from 1; without it, as many rows as the memory takes.")
     check_sets(sets)
     data, out = (None if path is None else Path(path) for path in (data, out))
     resolved = resolve_run(str(recipe), sets, data=data, out=out)

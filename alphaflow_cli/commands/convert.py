@@ -8,6 +8,7 @@ import click
 from alphaflow_cli.commands.common import (
     Destination,
     begin,
+    check_checkpoint,
     checkpoint_argument,
     examples,
     json_option,
@@ -31,6 +32,8 @@ ONLY_FROM_SRC = (
     "--to alphaflow takes everything from SRC and prints a path: no --from, --recipe, --set, --latents, --weights or "
     "--json"
 )
+
+TORCH_ENDINGS = (".pt", ".pth", ".ckpt", ".bin")
 
 
 @click.command(epilog=EPILOG)
@@ -80,8 +83,10 @@ def command(
     SRC is a .pt or .safetensors file (or hf://user/repo/file.pt): a published α-Flow or MeanFlow snapshot, a SiT, DiT,
     REPA, SoFlow or improved MeanFlow, or a PyTorch MeanFlow of zhuyu-cs or FastGen. Nothing in it is executed. What SRC
     does not say (guidance, latents' statistics, sampler) is taken from the published recipe or asked for, and recorded.
+    With --to, SRC is a checkpoint of ours: a file, a run folder, or a Hub id user/repo[@revision].
     """
-    check_there(source)
+    check_ending(out, target)
+    (check_checkpoint if target else check_there)(source)
     begin(f"convert {source}")
     from alphaflow_cli.convert import ConvertOptions, convert
     from alphaflow_cli.remote.download import resolve_file
@@ -89,7 +94,7 @@ def command(
     if target:
         if recipe or sets or latents or weights or as_json or family != "auto":
             raise click.UsageError(ONLY_FROM_SRC)
-        _export(resolve_file(source), out, autoencoder, template)
+        _export(source, out, autoencoder, template)
         return
     if template:
         raise click.UsageError("--cfg-from belongs to --to alphaflow")
@@ -104,18 +109,30 @@ def command(
     _report(convert(resolve_file(source), out, options), as_json)
 
 
+def check_ending(out: Path, target: str | None) -> None:
+    """Refuse a name that would hide which of the two forms is in the file."""
+    if target and out.suffix == ".safetensors":
+        raise click.UsageError(f"{out}: --to {target} writes a file of torch.save; give it the ending .pt")
+    if not target and out.suffix in TORCH_ENDINGS:
+        raise click.UsageError(f"{out}: what is written is .safetensors; the published form is --to alphaflow")
+
+
 def check_there(source: str) -> None:
     """Refuse a file that is not there, before anything is loaded."""
     if ":" not in source and not is_there(user_path(source)):
-        raise AlphaflowError(f"{source}: no such file. Give a .pt or .safetensors checkpoint.")
+        from alphaflow_cli.remote.address import is_repository
+
+        of_hub = f" On the Hub say which file: hf://{source}/FILE" if is_repository(source) else ""
+        raise AlphaflowError(f"{source}: no such file. Give a .pt or .safetensors checkpoint.{of_hub}")
 
 
-def _export(source: Path, out: Path, autoencoder: str | None, template: str | None) -> None:
+def _export(source: str, out: Path, autoencoder: str | None, template: str | None) -> None:
     from alphaflow_cli.convert import export
+    from alphaflow_cli.model.find import find_checkpoint
     from alphaflow_cli.remote.download import resolve_file
 
     snapshot = resolve_file(template) if template else None
-    click.echo(export(source, out, autoencoder=autoencoder or "", template=snapshot))
+    click.echo(export(find_checkpoint(source), out, autoencoder=autoencoder or "", template=snapshot))
 
 
 def _report(outcome: "Outcome", as_json: bool) -> None:

@@ -92,6 +92,8 @@ class PicturesOut(click.ParamType):  # type: ignore[type-arg]
         if path.suffix.lower() in (*ONE_PICTURE, *OTHER_FILES) and not path.is_dir():
             grid = f"; for one picture of all: --grid {path}" if path.suffix.lower() in ONE_PICTURE else ""
             self.fail(f"{str(path)!r}: --out is a folder for pictures, or FILE.npz{grid}.", param, ctx)
+        if path.suffix.lower() == ".npz" != path.suffix and not path.is_dir():
+            self.fail(f"{str(path)!r}: write .npz in small letters; a folder would be made of this name.", param, ctx)
         return Destination(is_folder=path.suffix != ".npz").convert(value, param, ctx)
 
 

@@ -6,6 +6,7 @@ file; an answer has a length, a time and a shape; what is compressed though nobo
 """
 
 import contextvars
+import errno
 import importlib
 import json
 import os
@@ -137,7 +138,7 @@ def _install() -> None:
         def send(self, request: Any, *, stream: bool = False, **options: Any) -> Any:
             fetch = partial(_fetch, partial(super().send, request, stream=True, **options), stream)
             answer = within(PATIENCE, fetch) if request.method in ("GET", "HEAD") else fetch()
-            if answer.status_code >= 400 and not _is_taken(request, answer):
+            if answer.status_code >= 400 and not _is_read(request, answer):
                 return _refusal(library, answer)
             return answer if stream else _checked(library, request, answer)
 
@@ -186,6 +187,9 @@ def _fetch(send: Callable[[], Any], stream: bool) -> Any:
             answer.read()
         finally:
             answer.close()
+    elif (length := int(answer.headers.get("Content-Length", "0"))) > (free := free_bytes(cache_folder())):
+        answer.close()
+        raise OSError(errno.ENOSPC, f"{length:,} bytes are to come, and {free:,} are free")
     return answer
 
 
@@ -244,9 +248,8 @@ def _see_head(response: Any) -> None:
     if headers.get("Content-Encoding", "identity") not in ("identity", "gzip", "deflate"):
         raise Distrusted(f"it answers {where} compressed, although we did not ask for that")
     length = headers.get("Content-Length", "0")
-    free = free_bytes(cache_folder())
-    if not re.fullmatch(r"[0-9]{1,18}", length) or (response.request.method == "GET" and int(length) > free):
-        raise Distrusted(f"it sends {for_terminal(length, limit=30)} bytes, but only {free:,} are free")
+    if not re.fullmatch(r"[0-9]{1,18}", length):
+        raise Distrusted(f"it sends {for_terminal(length, limit=30)} bytes, which is no number of bytes")
     for name, form in HEAD_NUMBERS:
         match = re.fullmatch(form, headers.get(name, ""))
         if match is None or (name in ("Retry-After", "RateLimit") and int(match[0].rpartition("=")[2]) > WAIT):
@@ -307,9 +310,10 @@ def _asked_about(request: Any, group: str, name: str) -> set[str]:
     return {each[name] for each in json.loads(request.content)[group]}
 
 
-def _is_taken(request: Any, answer: Any) -> bool:
-    """Whether the repository was there already: huggingface_hub then goes on as if it had just been made."""
-    return bool(answer.status_code == 409 and request.url.path.endswith("/api/repos/create"))
+def _is_read(request: Any, answer: Any) -> bool:
+    """Whether a refusal is read like an answer: the address of a repository that exists already, a card's faults."""
+    refusals = ((409, "/api/repos/create"), (400, "/api/validate-yaml"))
+    return any(answer.status_code == status and request.url.path.endswith(end) for status, end in refusals)
 
 
 def _refusal(library: Any, answer: Any) -> Any:

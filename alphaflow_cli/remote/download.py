@@ -8,6 +8,7 @@ pull. Any other is refused.
 """
 
 import contextlib
+import os
 import re
 import shutil
 import sys
@@ -95,7 +96,7 @@ def resolve_checkpoint(address: str) -> Path:
     name = place.file or MODEL
     with _perhaps_a_path(address):
         pulled = fetch(place, [name, *FOR_SAMPLING], wanted=name)
-    print(f"{pulled.repo}@{pulled.commit}", file=sys.stderr)
+    _tell(f"{pulled.repo}@{pulled.commit}")
     return pulled.folder / name
 
 
@@ -189,8 +190,14 @@ def _download(repo: Repo, patterns: list[str]) -> Path:
         kept = _kept(repo, patterns)
         if kept is None:
             raise
-        print(f"{repo}: {fault.summary}; using the cache, commit {kept.name}", file=sys.stderr)
+        _tell(f"{repo}: {fault.summary}; using the cache, commit {kept.name}")
         return kept
+
+
+def _tell(line: str) -> None:
+    """A line on stderr; of many processes, which all ask the Hub, one says it."""
+    if os.environ.get("RANK", "0") == "0":
+        print(line, file=sys.stderr)
 
 
 def _commit(repo: Repo) -> str | None:

@@ -5,12 +5,14 @@ Errors are those of huggingface_hub 1.33 and 2.x.
 """
 
 import contextlib
+import errno
 import re
 from collections.abc import Iterator
 from typing import Any
 
 from alphaflow_cli.documents import Anything, Flag, ListOf, Maybe, Shape, Table, Text, Whole, parse_json
 from alphaflow_cli.errors import AlphaflowError
+from alphaflow_cli.remote.cache import cache_folder, is_offline
 from alphaflow_cli.text import for_terminal
 
 LOGIN = "Log in with: hf auth login (or set HF_TOKEN)"
@@ -22,6 +24,8 @@ FILE = r"(?!/)(?!(?:.*/)?\.{1,2}(?:/|$))[^\x00-\x1f\x7f\ud800-\udfff]+"  # a pat
 HUB_NAME = r"[\w.-]{1,96}"
 WEB_ADDRESS = r"https?://[^\s\x00-\x1f\x7f\ud800-\udfff]+"
 REPOSITORY = rf"{WEB_ADDRESS}/{HUB_NAME}/{HUB_NAME}"
+
+DISK_REFUSES = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR)
 
 OPEN = Anything()  # keys that nobody reads: allowed, and left out
 FILE_SIZE = Whole(0)
@@ -124,14 +128,21 @@ def hub_faults(what: str, *, sending: bool = False) -> Iterator[None]:
         raise HubFault(what, f"not logged in to the Hub. {LOGIN}.") from fault
     except errors.HfHubHTTPError as fault:
         raise _refusal(what, fault, again) from fault
-    except (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError) as fault:
+    except errors.OfflineModeIsEnabled as fault:
+        raise NoConnection(what, f"HF_HUB_OFFLINE forbids asking the Hub. Unset it. {again}.") from fault
+    except errors.LocalEntryNotFoundError as fault:
         raise _not_cached(what, fault, again) from fault
     except errors.HFValidationError as fault:
         raise HubFault(what, f"the Hub does not accept this name ({str(fault).splitlines()[0]}).") from fault
+    except ValueError as fault:  # a card that was refused: a heading, then a line for each fault of its metadata
+        if not isinstance(fault.__cause__, errors.BadRequestError):
+            raise
+        why = for_terminal("; ".join(line.removeprefix("- ") for line in str(fault).splitlines()[1:]), limit=300)
+        raise HubFault(what, f"the Hub does not accept the card ({why}). --license chooses the licence.") from fault
     except (network, ConnectionError, TimeoutError) as fault:
         raise NoConnection(what, f"the connection to the Hub broke ({_one_line(fault)}). {again}.") from fault
     except OSError as fault:
-        raise HubFault(what, _one_line(fault)) from fault
+        raise HubFault(what, _of_disk(fault)) from fault
     except RuntimeError as fault:  # an upload's worker wraps what happened to it
         if isinstance(fault.__cause__, errors.HfHubHTTPError):
             raise _refusal(what, fault.__cause__, again) from fault
@@ -176,6 +187,7 @@ def _answer(fault: Exception, again: str) -> str:
         401: f"the Hub does not accept the token (HTTP 401). {LOGIN}.",
         403: _forbidden(fault),
         409: f"somebody else changed it at the same moment (HTTP 409). {again}.",
+        412: f"somebody else changed it at the same moment (HTTP 412). {again}.",  # a commit that lost a race
         413: "the Hub refuses files of this size (HTTP 413).",
         429: f"too many requests (HTTP 429){_patience(fault)}. {again}.",
     }
@@ -206,10 +218,18 @@ def _not_cached(what: str, fault: BaseException, again: str) -> HubFault:
     cause = fault.__cause__
     if isinstance(cause, errors.HfHubHTTPError):
         return _refusal(what, cause, again)
-    why = f" ({type(cause).__name__})" if cause is not None else ""
-    return NoConnection(
-        what, f"not in the cache, and the Hub cannot be reached{why}. Go online once to fetch it, or give a path."
-    )
+    why = f"the Hub cannot be reached{f' ({type(cause).__name__})' if cause is not None else ''}. Go online"
+    if is_offline():
+        why = "HF_HUB_OFFLINE forbids asking the Hub. Unset it"
+    return NoConnection(what, f"not in the cache, and {why} once to fetch it, or give a path.")
+
+
+def _of_disk(fault: OSError) -> str:
+    """What the system refused; where it is the disk of the cache, what to do."""
+    if fault.errno not in DISK_REFUSES:
+        return _one_line(fault)
+    why = for_terminal(fault.strerror, limit=200)
+    return f"the cache, {cache_folder()}, cannot be written ({why}). Free some room, or name another place: HF_HOME."
 
 
 def _one_line(fault: BaseException) -> str:

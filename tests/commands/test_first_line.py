@@ -46,6 +46,7 @@ WRONG = {  # command line → what it is answered
     "train quickstart --data nowhere": "error: nowhere: no latent store here (no manifest.json). Run:",
     "train quickstart --init-from nowhere.safetensors": "error: nowhere.safetensors: no such checkpoint.",
     "convert nowhere.pt -o x.safetensors": "error: nowhere.pt: no such file.",
+    "convert me/model -o x.safetensors": "safetensors checkpoint. On the Hub say which file: hf://me/model/FILE",
 }
 LINES = (
     "sample {m}", "eval {m} --reference x.npz", "analyze {m}", "report {r}", "push {m}", "convert {m} -o x.safetensors",

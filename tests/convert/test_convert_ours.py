@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hub_fixtures import hub  # noqa: F401 (a fixture)
 from safetensors.torch import load_file
 from snapshots import published_snapshot, tiny_autoencoder
 
@@ -94,6 +95,35 @@ def test_options_that_the_way_back_ignores_are_refused(ours, tmp_path, capsys, o
     assert run(["convert", str(ours), "--to", "alphaflow", "-o", str(tmp_path / "back.pt"), *option]) == 2
     assert option[0] in capsys.readouterr().err
     assert not (tmp_path / "back.pt").exists()
+
+
+@pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+def test_the_way_back_takes_a_folder_and_a_model_of_the_hub_with_its_autoencoder(hub, tmp_path, capsys):  # noqa: F811
+    torch.save(published_snapshot(autoencoder=tiny_autoencoder()), tmp_path / "theirs.pt")
+    convert(tmp_path / "theirs.pt", tmp_path / "ours.safetensors", ConvertOptions())
+    assert run(["push", str(tmp_path / "ours.safetensors"), "me/ours"]) == 0, capsys.readouterr().err
+    assert run(["pull", "me/ours", "-o", str(tmp_path / "pulled")]) == 0
+    for name, source in (("a", tmp_path / "ours.safetensors"), ("b", tmp_path / "pulled"), ("c", "me/ours")):
+        assert run(["convert", str(source), "--to", "alphaflow", "-o", str(tmp_path / f"{name}.pt")]) == 0
+    first, *others = (torch.load(tmp_path / f"{name}.pt", weights_only=False)["ema"] for name in "abc")
+    assert any(name.startswith("autoencoder.") for name in first)
+    for other in others:
+        assert other.keys() == first.keys()
+        assert all(torch.equal(other[name], first[name]) for name in first)
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        (["--to", "alphaflow", "-o", "back.safetensors"], "give it the ending .pt"),
+        (["-o", "back.pt"], "what is written is .safetensors; the published form is --to alphaflow"),
+    ],
+)
+def test_a_name_that_hides_the_form_is_refused(ours, tmp_path, capsys, monkeypatch, options, line):
+    monkeypatch.chdir(tmp_path)
+    assert run(["convert", str(ours), *options]) == 2
+    assert line in capsys.readouterr().err
+    assert not (tmp_path / options[-1]).exists()
 
 
 def test_a_published_snapshot_lends_the_rest_of_its_configuration(ours, tmp_path, capsys):

@@ -1,9 +1,11 @@
 """What the Hub answers, and what is said of it: the cache serves where nobody answers, a refusal is one clear line."""
 
+import huggingface_hub
 import pytest
 from hub_fixtures import alphaflow, hub, project_run, write_checkpoint  # noqa: F401 (fixtures)
 from hub_server import Fault
 
+from alphaflow_cli.remote import client
 from alphaflow_cli.remote.download import resolve_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
@@ -22,6 +24,42 @@ def test_the_cache_serves_aloud_where_nobody_answers(hub, project_run, capsys, f
     capsys.readouterr()
     assert resolve_checkpoint("me/tiny").read_bytes() == kept
     assert said in capsys.readouterr().err
+
+
+def test_of_many_processes_one_names_the_commit(hub, project_run, capsys, monkeypatch):  # noqa: F811
+    alphaflow("push", "runs/tiny", capsys=capsys)
+    for rank, lines in (("0", 1), ("1", 0)):
+        monkeypatch.setenv("RANK", rank)
+        resolve_checkpoint("me/tiny")
+        assert capsys.readouterr().err.count("me/tiny@") == lines
+
+
+def test_a_full_disk_stops_downloads_only_and_is_named(hub, project_run, capsys, monkeypatch):  # noqa: F811
+    alphaflow("push", "runs/tiny", "me/tiny", capsys=capsys)
+    alphaflow("push", "runs/tiny", "me/other", capsys=capsys)
+    kept = resolve_checkpoint("me/tiny").read_bytes()
+    monkeypatch.setattr(client, "free_bytes", lambda folder: 0)
+    assert resolve_checkpoint("me/tiny").read_bytes() == kept
+    code, err = alphaflow("pull", "me/other", capsys=capsys)
+    assert (code, "0 are free). Free some room, or name another place: HF_HOME" in err) == (1, True), err
+    assert alphaflow("push", "runs/tiny", "me/third", capsys=capsys)[0] == 0
+
+
+def test_a_cache_that_cannot_be_written_is_named(hub, project_run, capsys, monkeypatch, tmp_path):  # noqa: F811
+    alphaflow("push", "runs/tiny", capsys=capsys)
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "file" / "hub"))
+    code, err = alphaflow("pull", "me/tiny", capsys=capsys)
+    assert (code, f"the cache, {tmp_path / 'file' / 'hub'}, cannot be written (Not a directory)" in err) == (1, True), (
+        err
+    )
+
+
+def test_offline_is_what_forbids_it(hub, project_run, capsys, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    for command in (["push", "runs/tiny"], ["pull", "me/tiny"]):
+        code, err = alphaflow(*command, capsys=capsys)
+        assert (code, "HF_HUB_OFFLINE forbids asking the Hub. Unset it" in err) == (1, True), err
 
 
 @pytest.mark.parametrize("fault", [Fault(401), Fault(404, code="RepoNotFound"), Fault(403)])

@@ -80,10 +80,16 @@ FAULTS = {  # what goes wrong → (request, fault, what is said)
     "403 on writing": (("POST", "/preupload/"), Fault(403), "no right to do this"),
     "404": (("POST", "/preupload/"), Fault(404, code="RepoNotFound"), "no such repository on the Hub"),
     "409": (("POST", "/commit/"), Fault(409), "somebody else changed it"),
+    "412": (("POST", "/commit/"), Fault(412), "somebody else changed it"),
     "429": (("POST", "/commit/"), Fault(429, headers={"Retry-After": "7"}), "too many requests"),
     "500": (("POST", "/repos/create"), Fault(500), "the Hub is in trouble (HTTP 500)"),
     "dropped": (("POST", "/repos/create"), Fault(0), "the connection to the Hub broke"),
     "403 on a large file": (("PUT", "/lfs/"), Fault(403), "no right to do this"),
+    "a licence that it does not know": (
+        ("POST", "/validate-yaml"),
+        Fault(400, body=b'{"errors": [{"message": "\\"license\\" must be one of [mit]"}], "warnings": []}'),
+        'does not accept the card ("license" must be one of [mit]). --license chooses',
+    ),
 }
 
 

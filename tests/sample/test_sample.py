@@ -171,6 +171,7 @@ def test_a_name_that_two_classes_bear_is_answered_with_their_numbers():
         (("--out", "cat.png"), "a folder for pictures, or FILE.npz; for one picture of all: --grid cat.png"),
         (("--out", "all.tar"), "a folder for pictures, or FILE.npz"),
         (("--out", "all.npy"), "a folder for pictures, or FILE.npz"),
+        (("--out", "ALL.NPZ"), "write .npz in small letters"),
         (("--latents", "z.png"), "latents are a file .npy"),
     ],
 )
