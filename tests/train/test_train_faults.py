@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from train_helpers import (
+    NEEDS_FSDP2,
     assert_same,
     begin,
     fork,
@@ -202,6 +203,7 @@ def test_a_folder_of_another_recipe_is_refused_with_the_differences(store, tmp_p
     assert "expected" not in str(fault.value)
 
 
+@NEEDS_FSDP2
 def test_a_run_may_go_on_with_another_journal_and_strategy(store, tmp_path):
     whole = train(make_recipe(tmp_path), store, tmp_path / "whole", processes=2)
     out = tmp_path / "run"
