@@ -103,6 +103,10 @@ class LazyGroup(click.Group):
     def invoke(self, ctx: click.Context) -> object:
         try:
             return super().invoke(ctx)
+        except KeyboardInterrupt as fault:  # click would begin a log's line with an empty one, too
+            if sys.stderr.isatty():
+                click.echo(err=True)  # behind the terminal's ^C
+            raise click.Abort from fault
         except (BrokenPipeError, EOFError) as fault:
             # click would leave without a word at the one, and call the other an interruption; stdout's are LostOutput
             raise RuntimeError(f"{type(fault).__name__}: {fault}") from fault

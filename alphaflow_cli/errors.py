@@ -98,7 +98,7 @@ def fault_of_the_user(error: BaseException) -> str:
     if isinstance(error, MemoryError) or torchs:
         reason = str(error).rpartition("DefaultCPUAllocator: ")[2].partition("\n")[0].rstrip(".") or "memory is used up"
         return f"{reason}. Do less at once (a smaller --batch, size or number of processes); --debug shows where."
-    if isinstance(error, ValueError) and str(error) in ("embedded null byte", "embedded null character"):
+    if isinstance(error, ValueError) and "embedded null " in str(error):  # Python says it in several ways
         return "a path has a null byte in it, which no file can have. Write the path without it."
     return ""
 

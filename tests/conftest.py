@@ -20,6 +20,7 @@ pyproject.toml puts on the path; tests/test_tests.py holds this. What takes more
 
 import gc
 import os
+from types import SimpleNamespace
 
 import pytest
 from workers import count_workers, quick_folder, wants_gpu
@@ -60,6 +61,10 @@ def pytest_make_parametrize_id(val, argname):
 def forked_workers(monkeypatch):
     """The processes of --processes are forks of the one that starts them: the same, without seconds of imports."""
     from new_process import Worker
-    from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
+    from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
 
-    monkeypatch.setattr(subprocess_handler, "Popen", Worker)
+    start = SubprocessHandler._popen.__globals__
+    if "Popen" in start:
+        monkeypatch.setitem(start, "Popen", Worker)
+    else:  # torch 2.6
+        monkeypatch.setitem(start, "subprocess", SimpleNamespace(Popen=Worker))

@@ -292,7 +292,7 @@ def _members(path: Path, opened: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
     opened.fileobj = watched  # type: ignore[assignment]
     while True:
         with _named(path):
-            member = opened.next()
+            member = opened.next() if opened.offset else None  # it is 0 in an empty tar; Python 3.10 would fail
             if member is None:
                 return watched.check_end()
         opened.members = []  # type: ignore[attr-defined]

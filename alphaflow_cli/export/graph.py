@@ -33,6 +33,7 @@ from alphaflow_cli.sample.walk import Walk, draw_labels, plan_walk
 
 CHECKED = 5  # pictures that are compared: another number than the graph was traced with
 Wanted = tuple[list[int], list[int], np.ndarray]  # seeds, labels, and what the checkpoint makes of them
+MOST_ROWS = 2**31 - 1  # without a bound torch 2.6 refuses: the batch could be the integer that ends an open slice
 MOST_LEVELS, MOST_SHARE = 2, 0.01  # of 255, of the values: beyond it a graph is not that model
 
 
@@ -209,7 +210,7 @@ def refuse_far(difference: Difference, path: Path) -> None:
 
 def dynamic_shapes(count: int) -> dict[str, tuple[dict[int, Any], ...]]:
     """Say that the first axis of every input is the batch, of any size."""
-    batch = torch.export.Dim("batch")
+    batch = torch.export.Dim("batch", max=MOST_ROWS)
     return {"inputs": tuple({0: batch} for _ in range(count))}
 
 

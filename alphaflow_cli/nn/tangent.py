@@ -34,7 +34,6 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 
 class Dual(NamedTuple):
@@ -297,6 +296,8 @@ def recomputed(block: nn.Module, x: Stream, c: Stream | None, *more: Any, once: 
     block saves other tensors without tangents than with them. There the tangents are recomputed too, and rows beside
     get a call of their own.
     """
+    from torch.utils.checkpoint import checkpoint  # here: torch 2.6 imports sympy for it, which takes as long as torch
+
     if isinstance(x, Beside) and not once:
         value = recomputed(block, x.value, part_of(c, 0), *more, once=once)
         assert isinstance(value, Tensor)

@@ -271,14 +271,17 @@ def _accelerator(on_cpu: bool, trackers: Sequence[str], folder: Path | None) -> 
     """Make Accelerate's object with its own precision and accumulation switched off."""
     from accelerate import Accelerator, utils  # here: it takes a second, which a process on its own need not wait
 
+    # else gradients exist twice
+    handlers: list[Any] = [utils.DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
+    if on_cpu and not hasattr(dist, "set_timeout"):  # gloo of torch 2.6 keeps the patience that it begins with
+        handlers.append(utils.InitProcessGroupKwargs(timeout=PATIENCE))
     return Accelerator(
         cpu=on_cpu,
         mixed_precision="no",
         gradient_accumulation_steps=1,
         log_with=list(trackers) or None,
         project_config=utils.ProjectConfiguration(str(folder), str(folder / "trackers")) if folder else None,
-        # else gradients exist twice
-        kwargs_handlers=[utils.DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+        kwargs_handlers=handlers,
     )
 
 

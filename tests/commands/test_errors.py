@@ -53,6 +53,10 @@ THEIRS = {
     "deep JSON": (lambda: raised(lambda: json.loads("[" * 100_000)), "nested too deeply"),
     "deep YAML": (lambda: raised(lambda: yaml.safe_load("[" * 10_000)), "nested too deeply"),
     "a null byte": (lambda: raised(lambda: Path("a\0b").read_text()), "a path has a null byte in it"),
+    "a null byte, as Python 3.13 says it": (
+        lambda: ValueError("stat: embedded null character in path"),
+        "a path has a null byte in it",
+    ),
     "a name that is written down": (lambda: raised(lambda: "run\udcff".encode()), r"run\xff: a name that is not UTF-8"),
 }
 OURS = {

@@ -103,8 +103,11 @@ def test_fp16_halves_the_file_and_weights_of_many_graphs_lie_in_one_file(graph, 
     small = onnx_ir.load(graph)
     halve(small)
     onnx_ir.save(small, tmp_path / "half.onnx")
-    size = graph.stat().st_size
-    assert (tmp_path / "half.onnx").stat().st_size < 0.75 * size
+    size, weights = (
+        graph.stat().st_size,
+        sum(value.const_value.nbytes for value in onnx_ir.load(graph).graph.initializers.values()),
+    )
+    assert size - (tmp_path / "half.onnx").stat().st_size > 0.45 * weights
     given = {"noise": noises((3, 16, 16), [0]), "label": np.array([3])}
     full, half = (by_onnx(path, given)[0].astype(int) for path in (graph, tmp_path / "half.onnx"))
     assert 0 < np.abs(full - half).max() <= 2
@@ -112,7 +115,7 @@ def test_fp16_halves_the_file_and_weights_of_many_graphs_lie_in_one_file(graph, 
     pack(models, tmp_path / "weights.bin")
     for place, model in enumerate(models):
         onnx_ir.save(model, tmp_path / f"packed-{place}.onnx")
-        assert (tmp_path / f"packed-{place}.onnx").stat().st_size < 0.5 * size
+        assert (tmp_path / f"packed-{place}.onnx").stat().st_size < size - 0.9 * weights
         assert (by_onnx(tmp_path / f"packed-{place}.onnx", given)[0] == full).all()
     assert (tmp_path / "weights.bin").stat().st_size < size
 

@@ -30,6 +30,8 @@ from alphaflow_cli.train import start, state
 from alphaflow_cli.train.journal import read_rows
 
 CPU = torch.device("cpu")
+HAS_FSDP2 = torch.__version__ >= "2.13"  # train refuses it on older ones (alphaflow_cli/train/parallel.py)
+NEEDS_FSDP2 = pytest.mark.skipif(not HAS_FSDP2, reason="train.strategy fsdp2 needs torch 2.13")
 RECIPE = """
 model: {dim: 32, depth: 2, heads: 2, patch: 2}
 data: {image_size: 32, channels: 4, latent_size: 4, classes: 10, stats_images: 0}
@@ -230,3 +232,8 @@ def small_disk(folder, kilobytes):
         yield lambda option: subprocess.run(["mount", "-o", f"remount,{option}", folder], check=True)
     finally:
         subprocess.run(["umount", folder], check=True)
+
+
+def case(name, *marks):
+    """A case by its name, which says whether FSDP2 is in it."""
+    return pytest.param(name, marks=[*marks, *([NEEDS_FSDP2] if "fsdp2" in name else [])])

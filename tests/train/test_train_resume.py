@@ -12,6 +12,7 @@ from train_helpers import (
     MEMBERS,
     assert_same,
     begin,
+    case,
     largest_difference,
     left_behind,
     make_recipe,
@@ -98,7 +99,7 @@ SLOW = (
 )
 
 
-@pytest.mark.parametrize("way", [pytest.param(w, marks=pytest.mark.slow) if w in SLOW else w for w in WAYS])
+@pytest.mark.parametrize("way", [case(name, *[pytest.mark.slow] * (name in SLOW)) for name in WAYS])
 def test_twenty_steps_are_ten_a_kill_and_ten_and_are_five_seven_and_eight(way, store, tmp_path):
     processes, micro_batch, sets = WAYS[way]
     recipe = make_recipe(tmp_path, *sets)
