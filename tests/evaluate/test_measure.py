@@ -18,6 +18,7 @@ from alphaflow_cli.evaluate.evaluate import Ruler, evaluate, make_reference
 from alphaflow_cli.evaluate.features import Extractor
 from alphaflow_cli.evaluate.measure import Clock, Pass, content_of, gather_moments, load_all, run_pass
 from alphaflow_cli.evaluate.networks import BUILDERS, build_extractor
+from alphaflow_cli.evaluate.pictures import ImageSource
 from alphaflow_cli.evaluate.reference import Reference, Stats
 from alphaflow_cli.evaluate.results import space_of
 from alphaflow_cli.evaluate.score import Measured
@@ -27,23 +28,13 @@ from alphaflow_cli.runtime.processes import Processes
 CPU = torch.device("cpu")
 
 
-class Held:
+class Held(ImageSource):
     """Pictures in memory; counts what was asked for."""
-
-    task = "features"
-    crop = None
 
     def __init__(self, images: Tensor, name: str = "held") -> None:
         self.seconds: dict[str, float] = {}
         self.held, self.label, self.asked = images, name, list[tuple[int, int]]()
         self.count, self.size = len(images), (int(images.shape[2]), int(images.shape[3]))
-
-    def close(self) -> None:
-        """Nothing is open."""
-
-    def arrived(self) -> int:
-        """They were there at once, as bytes."""
-        return 0
 
     def images(self, start: int, stop: int) -> Tensor:
         self.asked.append((start, stop))
