@@ -105,10 +105,16 @@ def as_remembered(name: str, sets: Sequence[str], recipe: Recipe, folder: Path) 
     """The recipe with the data of the folder's run, where that was begun with `--data`."""
     there = recipe_of_run(folder)
     stated = stated_store(there) if there else None
-    if not there or there.data.store == recipe.data.store or not stated or not is_there(stated / "manifest.json"):
+    is_said = any(text.partition("=")[0].strip() == "data.store" for text in sets)
+    if not there or there.data.store == recipe.data.store or not stated or is_said:
         return recipe
-    if any(text.partition("=")[0].strip() == "data.store" for text in sets):
-        return recipe
+    if not is_there(stated / "manifest.json"):
+        if recipe.data.store:
+            return recipe
+        raise AlphaflowError(
+            f"{folder}: its latents are not in {there.data.store} any more. Say where they are now: --data DIR; "
+            "or take another folder: --out RUN"
+        )
     return with_store(as_begun(name, sets, there, folder), Path(there.data.store))
 
 

@@ -1,6 +1,7 @@
 """Pictures of one's own in one step: a shipped recipe yields to the store of --data, a file and --set hold."""
 
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -206,6 +207,17 @@ def test_a_run_goes_on_with_the_data_that_it_was_begun_with(here):
     assert store_of(recipe, data=None, out=Path("elsewhere")) == Path("mine")
     moved = resolved("quickstart", "model.patch=4", "data.store=moved", data=None, out="runs/quickstart-mine")
     assert moved.recipe.data.store == "moved"
+
+
+def test_a_run_whose_data_were_moved_asks_where_they_are(here):
+    recipe = begun(resolved("quickstart", "model.patch=4"))
+    Path("mine").rename("moved")
+    with pytest.raises(
+        AlphaflowError, match=r"run\S*: its latents are not in mine any more\. Say where .*: --data DIR"
+    ):
+        resolved("quickstart", "model.patch=4", data=None, out="runs/quickstart-mine")
+    again = resolved("quickstart", "model.patch=4", data="moved", out="runs/quickstart-mine").recipe
+    assert replace(again, data=replace(again.data, store="mine")) == recipe
 
 
 def test_other_data_for_a_run_that_has_begun_want_another_folder(here):
