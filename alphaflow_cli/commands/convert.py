@@ -99,13 +99,9 @@ def command(
     if template:
         raise click.UsageError("--cfg-from belongs to --to alphaflow")
     options = ConvertOptions(
-        family=cast("Family", family),
-        recipe=recipe,
-        sets=sets,
-        latents=latents,
-        autoencoder=autoencoder,
+        family=cast("Family", family), recipe=recipe, sets=sets, latents=latents, autoencoder=autoencoder,
         weights="raw" if weights == "raw" else "ema",
-    )
+    )  # fmt: skip
     _report(convert(resolve_file(source), out, options), as_json)
 
 

@@ -156,9 +156,10 @@ class AlphaFlowPipeline(DiffusionPipeline):  # type: ignore[misc]
 
 
 def _listed(value: Any) -> list[Any]:
-    """A list as it is, one value as a list of one."""
+    """A list as it is, one value as a list of one; arrays and tensors as lists of numbers."""
     if value is None:
         return []
+    value = value.tolist() if hasattr(value, "tolist") else value
     return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
 
 
@@ -168,4 +169,6 @@ def _parts(name: str) -> list[str]:
 
 
 def _even(steps: int) -> list[float]:
+    if steps < 1:
+        raise ValueError(f"num_inference_steps {steps}: at least one step is needed.")
     return [(steps - i) / steps for i in range(steps + 1)]

@@ -58,6 +58,11 @@ def test_classes_have_names_and_an_unknown_one_is_refused(folder):
     numbered = pipe(class_labels=[3], generator=[torch.Generator().manual_seed(0)]).images[0]
     assert named.size == (32, 32)
     assert named.tobytes() == numbered.tobytes()
+    for several in (torch.tensor([3]), np.array([3]), np.int64(3)):
+        seeds = [torch.Generator().manual_seed(0)]
+        assert pipe(class_labels=several, generator=seeds).images[0].tobytes() == numbered.tobytes()
+    with pytest.raises(ValueError, match="num_inference_steps 0: at least one step"):
+        pipe(class_labels=[3], num_inference_steps=0)
     for wrong in ("unicorn", 10, -1):
         with pytest.raises(ValueError, match="is no class of this model, 0 to 9: class 0, "):
             pipe(class_labels=[wrong])
