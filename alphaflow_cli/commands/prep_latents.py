@@ -115,10 +115,7 @@ def command(
     many archives ('part-{000..146}.tar'), hf://datasets/USER/NAME, or an embedded set: shapes:N or glyphs:N.
     """
     if only_verify:
-        check_alone()
-        from alphaflow_cli.latents.prepare import verify
-
-        return print_lines(verify(Path(source)))
+        return verify_alone(Path(source))
     check_source(source)
     given = given_labelling()
     begin(f"prep-latents {source}")
@@ -134,8 +131,8 @@ def command(
     return (estimate if only_estimate else prepare)(request, store, processes, device)
 
 
-def check_alone() -> None:
-    """Refuse other options beside --verify, which would do nothing."""
+def verify_alone(store: Path) -> None:
+    """Read a store against its checksums; refuse other options beside --verify, which would do nothing."""
     context = click.get_current_context()
     more = [
         param.opts[-1]
@@ -147,6 +144,9 @@ def check_alone() -> None:
         raise click.UsageError(
             f"--verify reads the store that SOURCE names, and changes nothing: leave out {', '.join(more)}."
         )
+    from alphaflow_cli.latents.prepare import verify
+
+    print_lines(verify(store))
 
 
 def _or_default(source: str, size: int | None, autoencoder: str | None) -> tuple[int, str]:

@@ -32,6 +32,7 @@ from alphaflow_cli.commands.common import (
 )
 from alphaflow_cli.errors import AlphaflowError, LostOutput
 from alphaflow_cli.recipe.schema import Recipe
+from alphaflow_cli.runtime.launch import check_requeue, first_of_launched
 
 if TYPE_CHECKING:
     from alphaflow_cli.train.start import TrainOptions
@@ -104,16 +105,14 @@ def command(
 
     Inside torchrun, accelerate launch or Slurm it joins the processes that are there.
     """
-    from alphaflow_cli.runtime.launch import check_requeue, first_of_launched
     from alphaflow_cli.train.store import resolve_run
 
     plans = bool(dry_run or estimate or hours)
     if (launched := first_of_launched() if plans else 0) is None:
         return
     resolved = resolve_run(recipe, sets, data=data, out=out)
-    check_inputs(data, init_from, plans=plans)
+    check_inputs(data, init_from, plans=plans, requeue=requeue)
     if not plans:
-        check_requeue(requeue)
         begin(f"train {resolved.recipe.name} in {resolved.folder}")
     from alphaflow_cli.train.start import TrainOptions
 
@@ -144,8 +143,11 @@ def start(recipe: Recipe, options: "TrainOptions", processes: int | None, *, as_
     finish(options.out, as_json=as_json)
 
 
-def check_inputs(data: Path | None, init_from: str, *, plans: bool) -> None:
-    """Refuse a store or a checkpoint that is not there, before anything is loaded; a plan wants a whole store."""
+def check_inputs(data: Path | None, init_from: str, *, plans: bool, requeue: bool) -> None:
+    """Refuse a store or a checkpoint that is not there, and --requeue outside Slurm, before anything is loaded.
+
+    A plan wants a whole store.
+    """
     if data is not None and not any((data / name).is_file() for name in ("manifest.json", "plan.json")):
         raise AlphaflowError(
             f"{data}: no latent store here (no manifest.json). "
@@ -155,6 +157,7 @@ def check_inputs(data: Path | None, init_from: str, *, plans: bool) -> None:
         raise AlphaflowError(f"{data}: unfinished. Run the same prep-latents command again, then this one")
     if init_from:
         check_checkpoint(init_from)
+    check_requeue(requeue and not plans)
 
 
 def join(recipe: Recipe, options: "TrainOptions", *, as_json: bool) -> int:
