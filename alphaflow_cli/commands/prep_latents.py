@@ -110,7 +110,7 @@ def command(
     many archives ('part-{000..146}.tar'), hf://datasets/USER/NAME, or an embedded set: shapes:N or glyphs:N.
     """
     if only_verify:
-        return print_check(source)
+        return verify_alone(Path(source))
     check_source(source)
     given = given_labelling()
     begin(f"prep-latents {source}")
@@ -126,8 +126,8 @@ def command(
     return (estimate if only_estimate else prepare)(request, store, processes, device)
 
 
-def print_check(source: str) -> None:
-    """Read a store against its checksums. Other options would do nothing beside --verify, so they are refused."""
+def verify_alone(store: Path) -> None:
+    """Read a store against its checksums; refuse other options beside --verify, which would do nothing."""
     context = click.get_current_context()
     more = [
         param.opts[-1]
@@ -141,7 +141,7 @@ def print_check(source: str) -> None:
         )
     from alphaflow_cli.latents.prepare import verify
 
-    print_lines(verify(Path(source)))
+    print_lines(verify(store))
 
 
 def _or_default(source: str, size: int | None, autoencoder: str | None) -> tuple[int, str]:

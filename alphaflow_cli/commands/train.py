@@ -32,6 +32,7 @@ from alphaflow_cli.commands.common import (
 )
 from alphaflow_cli.errors import AlphaflowError, LostOutput
 from alphaflow_cli.recipe.schema import Recipe
+from alphaflow_cli.runtime.launch import check_requeue, first_of_launched
 
 if TYPE_CHECKING:
     from alphaflow_cli.train.start import TrainOptions
@@ -104,7 +105,6 @@ def command(
 
     Inside torchrun, accelerate launch or Slurm it joins the processes that are there.
     """
-    from alphaflow_cli.runtime.launch import first_of_launched
     from alphaflow_cli.train.store import resolve_run
 
     plans = bool(dry_run or estimate or hours)
@@ -143,12 +143,10 @@ def start(recipe: Recipe, options: "TrainOptions", processes: int | None, *, as_
 
 
 def check_inputs(data: Path | None, init_from: str, *, plans: bool, requeue: bool) -> None:
-    """Refuse what cannot be had, before anything is loaded: a store, a checkpoint, to be asked for again by Slurm.
+    """Refuse a store or a checkpoint that is not there, and --requeue outside Slurm, before anything is loaded.
 
     A plan wants a whole store.
     """
-    from alphaflow_cli.runtime.launch import check_requeue
-
     if data is not None and not any((data / name).is_file() for name in ("manifest.json", "plan.json")):
         raise AlphaflowError(
             f"{data}: no latent store here (no manifest.json). "
@@ -158,8 +156,7 @@ def check_inputs(data: Path | None, init_from: str, *, plans: bool, requeue: boo
         raise AlphaflowError(f"{data}: unfinished. Run the same prep-latents command again, then this one")
     if init_from:
         check_checkpoint(init_from)
-    if not plans:
-        check_requeue(requeue)
+    check_requeue(requeue and not plans)
 
 
 def join(recipe: Recipe, options: "TrainOptions", *, as_json: bool) -> int:

@@ -218,7 +218,7 @@ def test_a_folder_of_another_recipe_is_refused_with_the_differences(store, tmp_p
     assert "expected" not in str(fault.value)
 
 
-def test_a_recipe_of_the_run_that_was_edited_by_hand_or_is_gone_is_compared_with_what_was_trained(store, tmp_path):
+def test_a_recipe_of_the_run_that_was_edited_or_is_gone_is_compared_with_what_was_trained(store, tmp_path):
     """Whatever stood in recipe.yaml was taken for the run's recipe: a run went on with another rate, without a word."""
     out, options = tmp_path / "run", start.TrainOptions(tmp_path / "run", store)
     run_disturbed(make_recipe(tmp_path), store, out, leave_at(12)).wait()
