@@ -36,7 +36,7 @@ def check_diffusers(source: Exported) -> None:
     recipe = source.generator.recipe
     if not hasattr(diffusers, SCHEDULER):
         raise AlphaflowError(
-            f"--to diffusers: diffusers {diffusers.__version__} has no {SCHEDULER}. Run: pip install 'diffusers>=0.42'"
+            f"--to diffusers: diffusers {diffusers.__version__} has no {SCHEDULER}. Run: pip install 'diffusers>=0.39'"
         )
     if recipe.sample.sampler not in SAMPLERS:
         raise AlphaflowError(

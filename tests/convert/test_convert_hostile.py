@@ -93,8 +93,12 @@ import sys, types, torch
 for name in ("src", "src.structs"):
     sys.modules[name] = types.ModuleType(name)
 kinds = []
+def attribute(self, name):
+    if name not in self:
+        raise AttributeError(name)  # Python 3.10 asks for __getstate__
+    return self[name]
 for name in ("EasyDict", "TensorGroup"):
-    kind = type(name, (dict,), {"__module__": "src.structs", "__getattr__": dict.__getitem__})
+    kind = type(name, (dict,), {"__module__": "src.structs", "__getattr__": attribute})
     setattr(sys.modules["src.structs"], name, kind)
     kinds.append(kind)
 easy, group = kinds
