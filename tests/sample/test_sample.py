@@ -39,12 +39,16 @@ def golden_checkpoint(tmp_path: Path) -> Path:
     ],
 )
 def test_the_command_line_walks_the_published_samplers(golden_checkpoint, tmp_path, case, options):
-    out = tmp_path / "latents.npy"
+    """Bound 1e-9 where torch draws the published noise; a processor without AVX2 rounds its last digit otherwise."""
+    out, noise = tmp_path / "latents.npy", tensor("sampler_f64.npz", "noise_init")[0].double()
+    drawn = torch.randn(noise.shape, generator=torch.Generator().manual_seed(0)).double()
+    torch.testing.assert_close(drawn, noise, rtol=1e-6, atol=1e-6)
+    bound = 1e-9 if torch.equal(drawn, noise) else 1e-5
     for seed, label in zip([0, 1, 2, 12345], [3, 7, 0, 9], strict=True):
         line = ["sample", str(golden_checkpoint), "--seeds", str(seed), "--classes", str(label)]
         assert cli.run([*line, *options, "--latents", str(out)]) == 0
         expected = tensor("sampler_f64.npz", f"{case}/out")[[0, 1, 2, 12345].index(seed)]
-        np.testing.assert_allclose(np.load(out)[0], expected.numpy(), rtol=1e-9, atol=1e-9)
+        np.testing.assert_allclose(np.load(out)[0], expected.numpy(), rtol=bound, atol=bound)
 
 
 def test_a_picture_is_the_same_in_every_batch_and_order(tmp_path):
