@@ -18,7 +18,6 @@ from alphaflow_cli.model.find import saved_steps
 from alphaflow_cli.recipe import load_recipe, recipe_from_text, shipped
 from alphaflow_cli.recipe.loader import flatten, load_for_data, set_text
 from alphaflow_cli.recipe.schema import Recipe
-from alphaflow_cli.tensors import open_tensors
 
 SHAPE = tuple(f"data.{name}" for name in ("autoencoder", "image_size", "channels", "latent_size", "classes"))
 CONSTANTS = ("data.channel_mean", "data.channel_std")
@@ -91,6 +90,8 @@ def recipe_of_run(folder: Path) -> Recipe | None:
 
 def trained_recipe(folder: Path) -> Recipe | None:
     """The recipe by which a run's newest state was trained, as its checkpoint has it; None where that is not there."""
+    from alphaflow_cli.tensors import open_tensors  # here: it loads numpy, for which a slip does not wait
+
     states = saved_steps(folder / "state", ".safetensors")
     path = folder / "checkpoints" / states[-1].stem / "model.safetensors" if states else None
     if path is None or not path.is_file():

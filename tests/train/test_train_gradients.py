@@ -91,7 +91,7 @@ def alone(store, tmp_path_factory):
     return gradients_of(make_recipe(folder, "train.precision=fp64"), store, folder / "run", processes=1)
 
 
-@pytest.mark.parametrize("way", map(case, WAYS))
+@pytest.mark.parametrize("way", [*map(case, WAYS)])
 def test_gradients_on_several_processes_are_those_of_one(way, alone, store, tmp_path):
     processes, micro_batch, strategy = WAYS[way]
     recipe = make_recipe(tmp_path, "train.precision=fp64", f"train.strategy={strategy}")
@@ -142,7 +142,7 @@ def member(request, store, tmp_path_factory):
     return sets, gradients_of(make_recipe(folder, *sets), store, folder / "run", processes=1)
 
 
-@pytest.mark.parametrize("way", map(case, MEMBER_WAYS))
+@pytest.mark.parametrize("way", [*map(case, MEMBER_WAYS)])
 def test_gradients_of_a_member_on_two_processes_are_those_of_one(way, member, store, tmp_path):
     processes, micro_batch, strategy, checkpointing = MEMBER_WAYS[way]
     sets, alone = member

@@ -240,7 +240,7 @@ def test_a_run_begins_with_the_weights_of_another(store, tmp_path):
         torch.testing.assert_close(here.weights[name], value)
 
 
-@pytest.mark.parametrize("strategy", map(case, ["ddp", "fsdp2"]))
+@pytest.mark.parametrize("strategy", [*map(case, ["ddp", "fsdp2"])])
 def test_a_label_table_of_another_size_is_fresh_and_said(strategy, store, tmp_path):
     first = train(make_recipe(tmp_path), store, tmp_path / "first")
     sets = ("guidance.label_dropout=0", "guidance.omega=1", "guidance.kappa=0", "model.second_time=r", "train.steps=1")
