@@ -4,6 +4,7 @@ import hashlib
 import json
 from math import exp
 
+import cnn_ruler
 import members
 import pages
 import pytest
@@ -373,10 +374,32 @@ def test_a_run_that_would_not_be_done_in_time_is_not_begun(tmp_path, monkeypatch
     assert first.steps == 2000  # not 3,000, which are wanted more
 
 
-def test_the_ruler_learns_two_classes_and_measures_them(tmp_path):
+def two_classes() -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(400) % 2
     images = (torch.rand((400, 3, 16, 16), generator=generator) * 100 + 120 * labels[:, None, None, None]).byte()
+    return images, labels
+
+
+def test_a_ruler_whose_training_was_stopped_is_the_same_ruler(tmp_path, monkeypatch):
+    whole = train_classifier(two_classes(), width=4, epochs=4).state_dict()
+    keep, path = cnn_ruler.keep_state, tmp_path / "ruler.state"
+
+    def stop_after_two(path, parts, generator, done):
+        keep(path, parts, generator, done)
+        if done[0] == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(cnn_ruler, "keep_state", stop_after_two)
+    with pytest.raises(KeyboardInterrupt):
+        train_classifier(two_classes(), width=4, epochs=4, state=path)
+    monkeypatch.setattr(cnn_ruler, "keep_state", keep)
+    resumed = train_classifier(two_classes(), width=4, epochs=4, state=path).state_dict()
+    assert all(torch.equal(resumed[name], value) for name, value in whole.items())
+
+
+def test_the_ruler_learns_two_classes_and_measures_them(tmp_path):
+    images, labels = two_classes()
     net = train_classifier((images, labels), width=4, epochs=6)
     ruler = Ruler(net, "", (images[:200], labels[:200]), (images, labels))
     same, other = ruler.scores(images[200:], labels[200:]), ruler.scores(images[200:].flip(1), 1 - labels[200:])
