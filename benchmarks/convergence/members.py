@@ -1,8 +1,8 @@
 """Who is compared with whom: the members, their runs in the order of their worth, and the name of each run.
 
 A member is a recipe of `recipes/` and the settings that differ from it. A run is a member with its number of steps, its
-seed and its width. `plan` gives all runs, the most wanted first; one of its parts depends on what was measured before:
-the best curriculum, which is confirmed on new seeds (PROTOCOL.md).
+seed and its width. `plan` gives all runs of a kind of device, the most wanted first; one part depends on what was
+measured before: the best curriculum, which is confirmed on new seeds (PROTOCOL.md).
 """
 
 import hashlib
@@ -178,34 +178,54 @@ def jobs_of(cut: str, members: Sequence[str], steps: Sequence[int], seeds: Seque
     return [Job(cut, member, each, seed, **more) for seed in seeds for each in steps for member in members]
 
 
-def plan(lines: Sequence[Line]) -> list[Job]:
-    """All runs, the most wanted first; those that hang on the best curriculum only once it is known."""
+def plan(lines: Sequence[Line], kind: str) -> list[Job]:
+    """All runs on this kind of device, the most wanted first; a run of several questions keeps its first place."""
+    first: dict[str, Job] = {}
+    for job in on_a_cpu() if kind == "cpu" else on_a_card(lines):
+        first.setdefault(job.name, job)
+    return [*first.values()]
+
+
+def on_a_cpu() -> list[Job]:
+    """What PROTOCOL.md asks of a CPU: the longest runs of (a), and the newer members."""
+    return [
+        *jobs_of("budget", [*CLAIMED, LARGER], (LONG,), SEEDS),
+        *jobs_of("budget", CLAIMED, (LONG,), MORE_SEEDS),
+        *newer_jobs(),
+    ]
+
+
+def on_a_card(lines: Sequence[Line]) -> list[Job]:
+    """All else; the runs that hang on the best curriculum only once it is known."""
     shares = [member for pair in SHARES for member in pair]
-    best, others = best_curriculum(lines), [member for member in NEWER if member not in RUNGS]
+    best = best_curriculum(lines)
     winners = [best] if best else []
-    jobs = [
-        *jobs_of("budget", [*CLAIMED, LARGER], (LONG,), SEEDS),  # they take as long as all that follows, beside it
+    return [
+        *jobs_of("budget", CLAIMED, (LONG,), SEEDS),  # they take as long as all that follows, beside it
         *jobs_of("curriculum", ["meanflow-25", *CURRICULA], (STEPS,), SEEDS),
         *jobs_of("confirm", dict.fromkeys([*winners, *CLAIMED]), (STEPS,), NEW_SEEDS),
         *jobs_of("budget", shares, (*BUDGETS, STEPS), SEEDS),
         *jobs_of("confirm", winners, BUDGETS, SEEDS),
         *jobs_of("budget", CLAIMED, BUDGETS, MORE_SEEDS),
-        *jobs_of("newer", others, (STEPS,), SEEDS),
-        *(job for rung in RUNGS for job in jobs_of("newer", [rung], (STEPS,), SEEDS)),
-        *jobs_of("newer", PRECISIONS, (STEPS,), SEEDS),
+        *newer_jobs(),
         *jobs_of("size", dict.fromkeys([*winners, *CLAIMED]), (STEPS,), SEEDS, width=2 * WIDTH),
         *jobs_of("first", [member for member in FIRST if member not in ALONE], (STEPS,), SEEDS),
         *jobs_of("first", ALONE, (STEPS,), SEEDS[:1]),
-        *jobs_of("budget", CLAIMED, (LONG,), MORE_SEEDS),
-        *jobs_of("further", winners, (LONG,), SEEDS),
+        *jobs_of("further", [LARGER, *winners], (LONG,), SEEDS),
+        *jobs_of("further", CLAIMED, (LONG,), MORE_SEEDS),
         *jobs_of("further", CLAIMED, (LONGEST,), SEEDS),
         *jobs_of("further", CLAIMED, (LONG,), SEEDS, width=2 * WIDTH),
         *jobs_of("further", ["meanflow-25", *CURRICULA], (STEPS,), MORE_SEEDS),
     ]
-    first: dict[str, Job] = {}
-    for job in jobs:
-        first.setdefault(job.name, job)
-    return [*first.values()]
+
+
+def newer_jobs() -> list[Job]:
+    others = [member for member in NEWER if member not in RUNGS]
+    return [
+        *jobs_of("newer", others, (STEPS,), SEEDS),
+        *(job for rung in RUNGS for job in jobs_of("newer", [rung], (STEPS,), SEEDS)),
+        *jobs_of("newer", PRECISIONS, (STEPS,), SEEDS),
+    ]
 
 
 def kind_of(line: Line) -> str:

@@ -2,7 +2,7 @@
 
     python benchmarks/convergence/run.py                                # the pages, and what is missing
     python benchmarks/convergence/run.py CIFAR10 --jobs 16 --minutes 8  # about 100 runs of 3,000 steps on one H100
-    python benchmarks/convergence/run.py CIFAR10 --device cpu           # the same on two cores: weeks
+    python benchmarks/convergence/run.py CIFAR10 --device cpu           # what is a CPU's part, on two cores: a day
 
 CIFAR10 is a folder with `train` and `test`, each with a folder per class. What is measured, and in which order, was
 written down before (PROTOCOL.md, newer/PROTOCOL.md). A finished run is a line of results.jsonl; those that are there

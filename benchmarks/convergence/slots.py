@@ -70,7 +70,7 @@ def all_lines(work: Work) -> list[Line]:
 
 def missing(work: Work, lines: dict[str, Line]) -> list[Job]:
     """The runs that are still wanted."""
-    planned = (job for job in plan(list(lines.values())) if job.name not in lines)
+    planned = (job for job in plan(list(lines.values()), work.device) if job.name not in lines)
     return [job for job in planned if job.cut in work.cuts and job.steps <= work.longest]
 
 
@@ -129,7 +129,8 @@ def sets_of(job: Job, work: Work) -> list[str]:
                 "train.save_every=1000", "train.sample_every=0", "train.compile=false"]  # fmt: skip
     graphs = ["train.graphs=true"] if work.device == "cuda" and hasattr(Train, "graphs") else []
     quiet = [*graphs, f"train.log_every={log}", f"train.conflict_every={max(log, job.steps // points // log * log)}"]
-    return [*job.sets, *quiet, "train.save_every=10000", "train.sample_every=0", "train.compile=false"]
+    quiet.append(f"train.save_every={10_000 if work.device == 'cuda' else 2_000}")  # a CPU needs minutes for so many
+    return [*job.sets, *quiet, "train.sample_every=0", "train.compile=false"]
 
 
 def steps_of(job: Job, work: Work) -> int:

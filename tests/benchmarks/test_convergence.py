@@ -58,7 +58,7 @@ def lines_of(member, *tinies, steps=STEPS, seeds=SEEDS, cnn=1.0):
 
 def all_lines():
     lines = []
-    while new := [job for job in plan(lines) if job.name not in {line["run"] for line in lines}]:
+    while new := [job for job in plan(lines, "cuda") if job.name not in {line["run"] for line in lines}]:
         lines += [line_of(job, tiny=2.0 if job.member == "alphaflow-25" else 1.0) for job in new]
     return lines
 
@@ -77,7 +77,7 @@ def test_the_converging_member_has_a_partner_that_differs_in_the_weight_alone():
 
 
 def test_every_run_of_the_plan_is_a_sound_recipe_of_its_own_length_and_seed():
-    for job in {job.member: job for job in plan(all_lines())}.values():
+    for job in {job.member: job for job in plan(all_lines(), "cuda")}.values():
         recipe = load_recipe(str(job.recipe), job.sets)
         assert (recipe.train.steps, recipe.train.seed) == (job.steps, job.seed)
         assert not recipe.train.tf32
@@ -97,13 +97,13 @@ def test_curricula_are_one_until_their_first_share_and_nought_from_their_last():
 
 
 def test_a_run_of_several_parts_keeps_its_first_place():
-    names = [job.name for job in plan([])]
+    names = [job.name for job in plan([], "cuda")]
     assert names[0] == "meanflow-25-20000-s0"
     assert names.index("alphaflow-25-3000-s2") < names.index("meanflow-75-6000-s0") < names.index("soflow-75-3000-s0")
 
 
 def test_runs_on_a_gpu_and_on_a_cpu_are_not_mixed(tmp_path):
-    job = plan([])[0]
+    job = plan([], "cuda")[0]
     lines = [line_of(job), line_of(job) | {"device": "EPYC, 2 cores, 1 thread(s) used"}]
     (tmp_path / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     for device, line in zip(("cuda", "cpu"), lines, strict=True):
@@ -120,12 +120,21 @@ def test_strips_of_finished_runs_are_kept_beside_the_pages(tmp_path):
 
 
 def test_the_plan_has_every_run_once_and_three_seeds_of_all_but_the_baselines():
-    jobs = plan(all_lines())
+    jobs = plan(all_lines(), "cuda")
     assert len({job.name for job in jobs}) == len(jobs)
     for member in {job.member for job in jobs}:
         seeds = {job.seed for job in jobs if job.member == member}
         assert len(seeds) >= (1 if member in members.ALONE else 3), member
     assert {job.member for job in jobs} == set(MEMBERS)
+
+
+def test_a_cpu_has_the_longest_runs_of_the_budget_with_the_seeds_of_a_claim():
+    seeds = {}
+    for job in plan(all_lines(), "cpu"):
+        if job.cut == "budget":
+            seeds.setdefault((job.member, job.steps), []).append(job.seed)
+    claimed = {(member, 20_000): [*range(5)] for member in ("meanflow-25", "alphaflow-25")}
+    assert seeds == claimed | {("alphaflow-50", 20_000): [0, 1, 2]}
 
 
 def test_the_best_curriculum_is_known_once_all_are_measured_and_is_not_the_published_one():
@@ -134,7 +143,7 @@ def test_the_best_curriculum_is_known_once_all_are_measured_and_is_not_the_publi
     better = [line for line in lines if line["member"] != "alpha-10-50"] + lines_of("alpha-10-50", 0.5, 0.5, 0.5)
     assert best_curriculum(better[:-1]) is None
     assert best_curriculum(better) == "alpha-10-50"
-    confirmed = [job for job in plan(better) if job.cut == "confirm" and job.seed in NEW_SEEDS]
+    confirmed = [job for job in plan(better, "cuda") if job.cut == "confirm" and job.seed in NEW_SEEDS]
     assert {job.member for job in confirmed} == {"alpha-10-50", "meanflow-25", "alphaflow-25"}
 
 
@@ -163,8 +172,8 @@ def test_with_another_ruler_a_table_that_lacks_a_run_is_measured_whole_and_a_ful
     def measured():
         return {line["run"] for line in slots.with_ruler(work, slots.lines_of(work)).values()}
 
-    work, lacking = work_in(tmp_path, cuts=("budget",)), "alphaflow-50-20000-s0"
-    done = [job for job in plan([]) if job.cut == "budget" and job.name != lacking]
+    work, lacking = work_in(tmp_path, cuts=("budget",)), "alphaflow-25-20000-s2"
+    done = [job for job in plan([], "cuda") if job.cut == "budget" and job.name != lacking]
     lines = [line_of(job) | {"ruler": "old"} for job in done]
     (tmp_path / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert [job.name for job in slots.missing(work, slots.lines_of(work))] == [lacking]
@@ -288,7 +297,7 @@ def test_the_best_curriculum_is_judged_without_the_runs_that_chose_it_and_equal_
     ("device", "jobs"), [("1 x GPU", "CIFAR10 --jobs 16"), ("Xeon", "CIFAR10 --device cpu --jobs 2")]
 )
 def test_a_page_names_the_command_of_its_own_runs(device, jobs):
-    text = pages.head("Title", [line_of(plan([])[0]) | {"device": device}])
+    text = pages.head("Title", [line_of(plan([], "cuda")[0]) | {"device": device}])
     assert f"    python benchmarks/convergence/run.py {jobs} --results NEW" in text
 
 
@@ -351,14 +360,14 @@ def work_in(tmp_path, **more):
 
 
 def test_two_slots_never_claim_the_same_run_and_finished_ones_are_left_alone(tmp_path):
-    work, jobs = work_in(tmp_path), plan([])
+    work, jobs = work_in(tmp_path), plan([], "cuda")
     (tmp_path / "results.jsonl").write_text(json.dumps(line_of(jobs[1])) + "\n")
     assert [slots.claim(work), slots.claim(work)] == [jobs[0], jobs[2]]
 
 
 def test_a_slot_ends_where_only_failed_runs_are_left(tmp_path):
     work = work_in(tmp_path, cuts=("size",))
-    for job in plan([]):
+    for job in plan([], "cuda"):
         (tmp_path / "claims" / job.name).touch()
         (tmp_path / "faults" / f"{job.name}.txt").touch()
     assert slots.claim(work) is None
@@ -366,7 +375,7 @@ def test_a_slot_ends_where_only_failed_runs_are_left(tmp_path):
 
 def test_a_run_that_would_not_be_done_in_time_is_not_begun(tmp_path, monkeypatch):
     monkeypatch.setattr(slots.time, "time", lambda: 0.0)
-    line = line_of(plan([])[-1]) | {"seconds": slots.START + 6000.0}
+    line = line_of(plan([], "cuda")[-1]) | {"seconds": slots.START + 6000.0}
     (work_in(tmp_path).out / "lines" / f"{line['run']}.json").write_text(json.dumps(line) + "\n")
     rate = 6000 / line["steps"]
     first = slots.claim(work_in(tmp_path, until=slots.START + rate * 2500))
