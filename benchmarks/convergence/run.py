@@ -1,6 +1,6 @@
 """All comparisons of the family: trains or resumes what is missing, measures it, and writes every page anew.
 
-    python benchmarks/convergence/run.py                                # the pages, and what is missing
+    python benchmarks/convergence/run.py                                # all pages, and what is missing
     python benchmarks/convergence/run.py CIFAR10 --jobs 16 --minutes 8  # about 100 runs of 3,000 steps on one H100
     python benchmarks/convergence/run.py CIFAR10 --device cpu           # what is a CPU's part, on two cores: a day
 
@@ -21,6 +21,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Collection
+from dataclasses import replace
 from multiprocessing import get_context
 from multiprocessing.process import BaseProcess
 from operator import itemgetter
@@ -102,6 +103,24 @@ def keep_strips(fresh: Path, kept: Path, found: Collection[str]) -> None:
             write(kept / strip.name, strip.read_bytes())
 
 
+def pages_of(work: Work) -> Path:
+    return work.results if work.device == "cuda" else work.results / work.device
+
+
+def close(work: Work, faults: dict[str, str], *, pages: bool) -> None:
+    """Write the pages of a kind of device, and say what it lacks."""
+    found = lines_of(work)
+    left = missing(work, found)
+    if pages and found:
+        from pages import write_pages
+
+        for path in write_pages(list(found.values()), faults, left, pages_of(work)):
+            print(path)
+    counts = Counter(CUTS[job.cut] for job in left)
+    of_each = ", ".join(f"{question} {count}" for question, count in counts.items())
+    say(f"{work.device}: {len(found)} runs are finished, {len(left)} are missing" + f": {of_each}" * bool(left))
+
+
 def say(text: str) -> None:
     print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
 
@@ -137,24 +156,16 @@ def main() -> None:
     if train and missing(work, lines_of(work)) and prepare(options.pictures, work):
         work_off(work, options.jobs)
     keep(work)
-    found = lines_of(work)
     faults = {path.stem: path.read_text(encoding="utf-8") for path in sorted((out / "faults").glob("*.txt"))}
-    left = missing(work, found)
     if not options.runs:
-        from pages import write_pages
-
-        pages = results if options.device == "cuda" else results / options.device
-        keep_strips(out / "strips", pages / "strips", found)
-        for path in write_pages(list(found.values()), faults, left, pages):
-            print(path)
+        keep_strips(out / "strips", pages_of(work) / "strips", lines_of(work))
+    for kind in KINDS:
+        close(replace(work, device=kind), faults if kind == options.device else {}, pages=not options.runs)
     for name, text in faults.items():
         say(f"{name} failed: {text.strip().splitlines()[-1]}")
     broken = (out / "ruler.failed").exists()
     if broken:
         say((out / "ruler.failed").read_text(encoding="utf-8"))
-    counts = Counter(CUTS[job.cut] for job in left)
-    of_each = ", ".join(f"{question} {count}" for question, count in counts.items())
-    say(f"{len(found)} runs are finished, {len(left)} are missing" + f": {of_each}" * bool(left))
     raise SystemExit(1 if faults or broken else 0)
 
 

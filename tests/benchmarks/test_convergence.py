@@ -112,6 +112,18 @@ def test_runs_on_a_gpu_and_on_a_cpu_are_not_mixed(tmp_path):
     assert slots.read_lines(tmp_path / "results.jsonl") == lines
 
 
+def test_one_command_writes_the_pages_of_every_kind_of_device(tmp_path, monkeypatch):
+    line = line_of(plan([], "cpu")[0])
+    lines = [line, line | {"device": "EPYC, 2 cores, 1 thread(s) used"}]
+    (tmp_path / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    written = {}
+    monkeypatch.setattr(pages, "write_pages", lambda lines, faults, left, at: written.update({at: lines}) or [])
+    monkeypatch.setattr("sys.argv", ["run.py", "--out", str(tmp_path / "out"), "--results", str(tmp_path)])
+    with pytest.raises(SystemExit, match="0"):
+        run.main()
+    assert written == {tmp_path: lines[:1], tmp_path / "cpu": lines[1:]}
+
+
 def test_strips_of_finished_runs_are_kept_beside_the_pages(tmp_path):
     for name in ("done", "half"):
         (tmp_path / f"{name}.png").write_bytes(b"x")
