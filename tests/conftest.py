@@ -20,6 +20,7 @@ pyproject.toml puts on the path; tests/test_tests.py holds this. What takes more
 
 import gc
 import os
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -45,6 +46,16 @@ def pytest_collection_finish():
     gc.enable()
     gc.freeze()
     gc.set_threshold(20_000, 20, 20)
+    if "torch" in sys.modules and os.environ.get("CUDA_VISIBLE_DEVICES") == "":
+        let_autograd_count_the_devices()
+
+
+def let_autograd_count_the_devices():
+    """It does so once, at its first backward pass. What simulates a GPU, as torch does where it compiles or exports,
+    would be counted as one, and no fork of a process with such a device can run backward."""
+    import torch
+
+    torch.ones(1, requires_grad=True).sum().backward()
 
 
 def pytest_xdist_auto_num_workers(config):

@@ -1,6 +1,7 @@
 """The rules of the tests: they mirror the package, and what several of them use is a helper."""
 
 import ast
+import contextlib
 import os
 import re
 import tempfile
@@ -8,8 +9,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 import workers
 from places import ROOT
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 TESTS = ROOT / "tests"
 ROOMS = {path.parent.name for path in (ROOT / "alphaflow_cli").glob("*/__init__.py")}
@@ -151,3 +154,19 @@ def test_the_tests_write_in_memory_only_where_there_is_room(tmp_path):
     assert workers.quick_folder(tmp_path / "none") == tempfile.gettempdir()
     assert workers.quick_folder("/proc") == tempfile.gettempdir(), "no room"
     assert Path(os.environ["PYTEST_DEBUG_TEMPROOT"]).is_dir()
+
+
+def test_a_fork_can_run_backward_after_a_device_was_simulated():
+    def backward():
+        torch.ones(1, requires_grad=True).sum().backward()
+
+    with FakeTensorMode():
+        torch.ones(1)
+    backward()
+    child = os.fork()
+    if child == 0:
+        with contextlib.suppress(BaseException):
+            backward()
+            os._exit(0)
+        os._exit(1)
+    assert os.waitpid(child, 0)[1] == 0

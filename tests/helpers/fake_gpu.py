@@ -105,7 +105,6 @@ class HostGenerator(torch.Generator):
 @contextmanager
 def fake_gpu(monkeypatch):
     """Make GPU a device inside the block; yields what was counted."""
-    torch.ones(1, requires_grad=True).sum().backward()  # autograd counts the devices once: before there is this one
     monkeypatch.setattr(torch, "Generator", HostGenerator)
     if not torch.cuda.is_available():
         monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: None)
