@@ -127,3 +127,12 @@ def budget_rows(best: str | None) -> list[tuple[str, str]]:
     confirmed = [("meanflow-25", "MeanFlow .25, 3,000"), ("alphaflow-25", "α-Flow .25, 3,000")]
     confirmed += [(best, f"{MEMBERS[best].label}, 3,000")] if best else []
     return [*rows, *((label, f"{member}-{STEPS}-s{NEW_SEEDS[0]}") for member, label in confirmed)]
+
+
+def strips_of(members: Sequence[str]) -> list[tuple[str, str]]:
+    return [(MEMBERS[member].label, f"{member}-{STEPS}-s0") for member in members]
+
+
+def save(path: Path, data: bytes | None) -> None:
+    if data is not None:
+        path.write_bytes(data)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from math import exp, log, sqrt
 from statistics import mean, stdev
 
-from members import MEMBERS, WIDTH, Line
+from members import MEMBERS, STEPS, WIDTH, Line
 
 RULERS = {"fd_tiny": "FD-tiny", "fd_cnn": "FD-cnn"}
 QUANTILES = (  # of t at 97.5%, by degrees of freedom
@@ -115,3 +115,21 @@ def table(lines: Sequence[Line], members: Iterable[str], steps: int, *, width: i
             scale = next(iter(guided.values()))["scale"]
             rows.append(row(f"the same, sampled with scale {scale:g}", guided, kind="guided"))
     return [*HEAD, *rows] if rows else ["- not measured yet."]
+
+
+def judged(
+    lines: Sequence[Line],
+    pairs: Sequence[tuple[str, str]],
+    steps: int = STEPS,
+    width: int = WIDTH,
+    *,
+    kind: str = "scores",
+) -> list[str]:
+    """A sentence for each pair that has runs, at 1 and 2 NFE; `kind`: of which scores of the first one."""
+    there = [pair for pair in pairs if all(runs_of(lines, member, steps, width=width) for member in pair)]
+    return [
+        f"- {MEMBERS[a].label} against {MEMBERS[b].label}, {nfe} NFE: "
+        + verdict(runs_of(lines, a, steps, width=width), runs_of(lines, b, steps, width=width), nfe, kind=kind)
+        for a, b in there
+        for nfe in (1, 2)
+    ]

@@ -5,6 +5,7 @@ import json
 from math import exp
 
 import cnn_ruler
+import evidence
 import members
 import pages
 import pytest
@@ -328,7 +329,7 @@ def test_a_comparison_waits_until_every_member_has_a_run_and_curricula_are_compa
 
 def test_the_page_of_a_cpu_has_the_ladders_of_the_ruler_that_is_the_same_there(tmp_path):
     (tmp_path / "ladders.md").write_text("| noise | yes |\n")
-    text = pages.evidence_page(lines_of("low-002", 1.0), None, tmp_path / "cpu")
+    text = evidence.evidence_page(lines_of("low-002", 1.0), None, tmp_path / "cpu")
     assert text[text.index("## The rulers") + 2] == "| noise | yes |"
 
 
