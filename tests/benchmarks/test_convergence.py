@@ -260,7 +260,8 @@ def test_the_figures_of_the_other_sampler_are_kept_run_by_run_beside_its_table(t
 
 def test_the_pages_are_made_of_the_lines_alone_and_name_what_is_missing(tmp_path, monkeypatch):
     lines, drawn = all_lines(), []
-    monkeypatch.setattr(pages, "to_png", lambda chart: drawn.append(chart) or b"")  # they take a second each
+    for module in (pages, evidence):
+        monkeypatch.setattr(module, "to_png", lambda chart: drawn.append(chart) or b"")  # they take a second each
     left = [Job("curriculum", member, STEPS, seed) for seed in (2, 1) for member in ("alpha-0-30", "floor-02")]
     left += [Job("curriculum", "low-002", STEPS, 2), Job("size", "flow", 20_000, 0, 128)]
     left += [Job("newer", "imf-head", STEPS, 2)]
@@ -292,11 +293,12 @@ def test_the_best_curriculum_is_judged_without_the_runs_that_chose_it_and_equal_
     tmp_path, monkeypatch
 ):
     drawn = []
-    monkeypatch.setattr(pages, "to_png", lambda chart: drawn.append(chart) or b"")
+    for module in (pages, evidence):
+        monkeypatch.setattr(module, "to_png", lambda chart: drawn.append(chart) or b"")
     lines = [line for line in all_lines() if line["member"] != "alpha-10-50"]
     lines += [*lines_of("alpha-10-50", 0.5, 0.5, 0.5), *lines_of("alpha-10-50", 7, 7, 7, 7, 7, seeds=NEW_SEEDS)]
-    newer, evidence = [path.read_text() for path in pages.write_pages(lines, {}, [], tmp_path)][1:]
-    budget = evidence.split("### 3,000 steps")[1].split("###")[0]
+    newer, about_curricula = [path.read_text() for path in pages.write_pages(lines, {}, [], tmp_path)][1:]
+    budget = about_curricula.split("### 3,000 steps")[1].split("###")[0]
     assert "| α 1 until 10%, 0 from 50% | 5 | 7.00 ± 0.00 |" in budget
     assert "| MeanFlow .25 | 10 |" in budget
     assert "- α 1 until 10%, 0 from 50% against MeanFlow .25, 1 NFE: FD-tiny × 7.00 (7.00 to 7.00)" in budget
@@ -317,7 +319,8 @@ def test_a_page_names_the_command_of_its_own_runs(device, jobs):
 def test_a_comparison_waits_until_every_member_has_a_run_and_curricula_are_compared_on_common_seeds(
     tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(pages, "to_png", lambda chart: b"")
+    for module in (pages, evidence):
+        monkeypatch.setattr(module, "to_png", lambda chart: b"")
     lines = [*lines_of("alpha-0-30", 1.0, 5.0), *lines_of("low-002", 2.0), *lines_of("meanflow-25", 3.0)]
     (page,) = pages.write_pages(lines, {}, [], tmp_path)
     text = page.read_text()
