@@ -19,8 +19,10 @@ import alphaflow_cli
 from alphaflow_cli import cli
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.hub.stage import open_publication, stage
+from alphaflow_cli.model.build import build_network
 from alphaflow_cli.model.checkpoint import OLDER, load_checkpoint, save_checkpoint
 from alphaflow_cli.model.find import find_checkpoint, is_checkpoint
+from alphaflow_cli.recipe import load_recipe
 from alphaflow_cli.sample.generator import open_generator
 
 ADDRESSES = ("me/tiny", "me/tiny@main", "me/tiny:model.safetensors", "me/tiny@main:model.safetensors")
@@ -195,3 +197,13 @@ def test_the_shapes_of_a_network_are_known_without_its_weights_and_without_a_com
         "sys.exit(compiler or [list(some.items()) for some in shapes] != real)"
     )
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
+
+
+def test_building_a_network_leaves_all_global_randomness_as_it_was(monkeypatch):
+    def seed_gpus(seed):
+        raise AssertionError("a program that loads a model keeps the randomness of its own GPU")
+
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seed_gpus)
+    before = torch.random.get_rng_state()
+    build_network(load_recipe("quickstart"))
+    assert torch.equal(torch.random.get_rng_state(), before)
