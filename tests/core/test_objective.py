@@ -202,6 +202,15 @@ def test_each_weight_is_its_formula(alpha):
         assert not ours.requires_grad
 
 
+def test_a_gap_gives_each_row_its_own_alpha_between_that_of_the_schedule_and_1():
+    t, r, gap = torch.tensor([0.9, 0.5, 0.5, 0.5]), torch.tensor([0.1, 0.498, 0.499, 0.49901]), 1e-3
+    alpha = objective.row_alpha(0.2, t, r, gap)
+    torch.testing.assert_close(alpha, torch.tensor([0.2, 0.5, 1.0, 1.0]), rtol=1e-4, atol=0)
+    assert alpha.max() <= 1.0, "t − r may be rounded to less than the gap"
+    assert objective.row_alpha(0.0, t, r, gap) == 0.0, "the phase of the derivative stays"
+    assert objective.row_alpha(0.2, t, r, 0.0) == 0.2
+
+
 def test_what_is_logged_keeps_no_graph():
     u = torch.ones(2, 1, 2, 2, requires_grad=True)
     terms = objective.loss_terms(u, torch.zeros_like(u), torch.zeros_like(u))
