@@ -155,6 +155,27 @@ def test_what_a_strange_file_says_of_itself_is_one_bounded_line(tmp_path):
     assert len(str(refused.value)) < 500
 
 
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("std", lambda std: 0.0 * std, "not finite and positive"),
+        ("std", lambda std: std * torch.inf, "not finite and positive"),
+        ("mean", lambda mean: mean * torch.nan, "not finite and positive"),
+        ("std", lambda std: std[:2], r"have the shapes \(3, 1, 1\) and \(2, 1, 1\)"),
+        ("mean", lambda mean: mean.flatten(), r"have the shapes \(3,\) and \(3, 1, 1\)"),
+    ],
+)
+def test_a_normalisation_that_cannot_be_is_refused(name, change, message, tmp_path):
+    """Latents would all be one, or not finite, and so would the pictures."""
+    path = write_checkpoint(tmp_path / "m.safetensors")
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(path)
+    save_file({**tensors, f"latents.{name}": change(tensors[f"latents.{name}"]).clone()}, path, metadata)
+    with pytest.raises(AlphaflowError, match=message):
+        load_checkpoint(path)
+
+
 def test_a_checkpoint_of_a_newer_recipe_is_refused_as_newer(tmp_path):
     path = with_metadata(write_checkpoint(tmp_path / "m.safetensors"), recipe="format: 7\nmodel: {rotary: true}")
     with pytest.raises(AlphaflowError, match=r"\(its recipe\):1: made by a newer alphaflow \(format 7, .*update it"):
