@@ -15,9 +15,7 @@ is exactly 1 for the first 28.8% of [start, end]. It is exactly 0 for the last 2
 import math
 from collections.abc import Callable
 
-PROGRESS: dict[str, Callable[[float, float, float, float], float]] = {
-    "constant": lambda p, initial, final, gamma: initial,
-    "step": lambda p, initial, final, gamma: final,
+PROGRESS: dict[str, Callable[[float, float, float, float], float]] = {  # of every kind but constant and step
     "linear": lambda p, initial, final, gamma: initial + (final - initial) * p,
     "exponential": lambda p, initial, final, gamma: initial * (final / initial) ** (p**gamma),
     "log": lambda p, initial, final, gamma: initial + (final - initial) * math.log10(1 + 9 * p),

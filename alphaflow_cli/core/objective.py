@@ -128,14 +128,12 @@ def loss_weight(
 ) -> Tensor:
     """The rows' weights, (B,) without gradient; the ratio a is α on r < t rows while α > 0, else 1.
 
-    `later` is a factor on the weights of r < t rows. An error that is not finite has the weight NaN: 1/∞ would be 0,
-    the gradient 0 as well, and a run that has diverged would go on to its end.
+    `later` is a factor on the weights of r < t rows.
     """
     ratio = torch.ones_like(error)
     if isinstance(alpha, Tensor) or alpha > 0.0:
         ratio[n_equal:] = alpha
     weight = WEIGHTS[kind](error.detach(), ratio, c, power)
-    weight = torch.where(error.isfinite(), weight, torch.nan)
     if later != 1.0:
         weight[n_equal:] *= later
     return weight

@@ -18,11 +18,11 @@ NETWORK_CLASSES: dict[str, type[DiT]] = {"velocity": DiT, "noise": NoiseDiT, "da
 DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}  # of weights, targets and losses
 
 
-def build_network(recipe: Recipe, *, seed: int | None = None) -> DiT:
-    """The recipe's network, initialised from `seed` (None: the recipe's own); global randomness stays as it was."""
+def build_network(recipe: Recipe) -> DiT:
+    """The recipe's network, initialised from the recipe's seed; global randomness stays as it was."""
     model, data = recipe.model, recipe.data
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(recipe.train.seed if seed is None else seed)
+        torch.default_generator.manual_seed(recipe.train.seed)  # torch.manual_seed seeds every GPU as well
         net = NETWORK_CLASSES[model.prediction](
             latent_size=data.latent_size,
             channels=data.channels,

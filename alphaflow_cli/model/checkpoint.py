@@ -2,7 +2,7 @@
 
 Tensors: `net.<name>` (float32), `latents.mean` and `latents.std` (float64, broadcastable to (C, h, w); the network's
 x is (latent − mean) / std). Metadata, all strings: format, recipe (YAML), origin (JSON: step, images_seen, weights,
-half_life, autoencoder, classes, versions, …).
+half_life, autoencoder, class_names, versions, …).
 """
 
 import json
@@ -73,7 +73,7 @@ class Checkpoint:
     recipe: Recipe
     mean: Tensor  # of the latents, float64, broadcastable to (C, h, w)
     std: Tensor
-    origin: dict[str, Any]  # step, images_seen, weights ("ema" or "raw"), autoencoder, classes, versions, …
+    origin: dict[str, Any]  # step, images_seen, weights ("ema" or "raw"), autoencoder, class_names, …
 
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:

@@ -34,7 +34,7 @@ from alphaflow_cli.nn.autoencoder_classes import (
     check_usable,
     conventions,
 )
-from alphaflow_cli.nn.weights import check_real, read_tree
+from alphaflow_cli.nn.weights import fit_weights, read_tree
 from alphaflow_cli.remote.address import Repo
 from alphaflow_cli.remote.cache import cache_folder, cached_file, is_offline
 from alphaflow_cli.remote.client import endpoint
@@ -198,7 +198,6 @@ def _from_file(path: Path) -> Any:
     import diffusers
 
     weights = rename(read_weights(path))
-    check_real(weights, path)
     if any(name.startswith(("encoder.down.", "decoder.up.")) for name in weights):
         raise AlphaflowError(
             f"{path}: an autoencoder of latent diffusion (KL-16, VA-VAE, …): the same kind of network under other "
@@ -206,9 +205,10 @@ def _from_file(path: Path) -> Any:
         )
     try:
         module = diffusers.AutoencoderKL(**kl_config(weights))
-        module.load_state_dict(weights)
-    except (KeyError, RuntimeError, ValueError) as fault:
-        raise AlphaflowError(f"{path}: not the weights of an AutoencoderKL ({fault})") from fault
+    except (LookupError, RuntimeError, ValueError) as fault:
+        reason = f"{fault} is missing" if isinstance(fault, KeyError) else for_terminal(fault, limit=300)
+        raise AlphaflowError(f"{path}: not the weights of an AutoencoderKL ({reason})") from fault
+    fit_weights(module, weights, path)
     return module
 
 
@@ -241,18 +241,17 @@ def _download(repo: Repo, config: str) -> Path:
     raise AlphaflowError(f"{repo}: no autoencoder's weights ({weights}.safetensors) there. {ANOTHER_ONE}")
 
 
-def read_weights(path: Path) -> Mapping[str, Any]:
-    """The table of weights in a file, which may lie inside a training checkpoint."""
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The table of weights in a file, which may lie inside a training checkpoint; what is no weight is left out."""
     content = read_tree(path)
-    for key in ("ema", "net", "state_dict", "model"):
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            return dict(content[key])
     if not isinstance(content, Mapping):
         raise AlphaflowError(f"{path}: holds a {type(content).__name__}, not a table of weights")
-    return content
+    inner = (content.get(key) for key in ("ema", "net", "state_dict", "model"))
+    table = next((each for each in inner if isinstance(each, Mapping)), content)
+    return {name: value for name, value in table.items() if isinstance(name, str) and isinstance(value, Tensor)}
 
 
-def rename(weights: Mapping[str, Any]) -> dict[str, Any]:
+def rename(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Drop the prefix of whatever held the autoencoder, and give the attention layers their names of today."""
     anchor = "encoder.conv_in.weight"
     prefix = next((key.removesuffix(anchor) for key in weights if key.endswith(anchor)), "")
@@ -271,8 +270,8 @@ def kl_config(weights: Mapping[str, Tensor]) -> dict[str, Any]:
 
     It has 32 norm groups where the widths allow it, as every published one has.
     """
-    levels = 1 + max(int(key.split(".")[2]) for key in weights if key.startswith("encoder.down_blocks."))
-    layers = 1 + max(int(key.split(".")[4]) for key in weights if key.startswith("encoder.down_blocks.0.resnets."))
+    levels = len({key.split(".")[2] for key in weights if key.startswith("encoder.down_blocks.")})
+    layers = len({key.split(".")[4] for key in weights if key.startswith("encoder.down_blocks.0.resnets.")})
     widths = [weights[f"encoder.down_blocks.{level}.resnets.0.conv1.weight"].shape[0] for level in range(levels)]
     channels = weights["encoder.conv_out.weight"].shape[0] // 2
     scale, shift = CONVENTIONS.get(channels, (1.0, 0.0))

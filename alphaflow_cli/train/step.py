@@ -323,14 +323,22 @@ def _loss(
         error, rows.n_equal, alpha=ratio, kind=loss.weight, c=loss.c, power=loss.power, later=loss.later
     )
     weight = weight if rows.factor is None else weight * rows.factor
-    total, terms = (weight * error).sum(), loss_terms(u, target, v_guided, made.v_hat)
+    total, terms = _weighted_sum(error, weight), loss_terms(u, target, v_guided, made.v_hat)
     head_loss: Tensor | float = 0.0
     if made.v_hat is not None:  # on every row the same loss, whatever α
         error = squared_error(made.v_hat, v_guided, loss.reduction)
         weight = loss_weight(error, len(error), alpha=0.0, kind=loss.weight, c=loss.c, power=loss.power, later=1.0)
-        head_loss = (weight * error).sum()
+        head_loss = _weighted_sum(error, weight)
         total = total + head_loss
     return StepResult(loss=total, head_loss=head_loss, terms=terms, v_guided=v_guided, target=target)
+
+
+def _weighted_sum(error: Tensor, weight: Tensor) -> Tensor:
+    """Σ weight · error, of which an infinite error makes the gradient NaN: the optimiser then leaves the step out.
+
+    The weight of such an error is 1/∞ = 0: its gradient would be 0, and a run that has diverged would go on to its end.
+    """
+    return (torch.where(error.isfinite(), weight, torch.nan) * error).sum()
 
 
 def row_factor(t: Tensor, r: Tensor, n_equal: int, objective: Objective, *, progress: float) -> Tensor | None:

@@ -57,7 +57,7 @@ def test_the_published_change_of_phase_is_exact_to_the_step():
 
 
 def test_every_kind_of_the_schema_has_a_formula():
-    assert set(PROGRESS) == set(get_args(ScheduleKind))
+    assert {"constant", "step", *PROGRESS} == set(get_args(ScheduleKind))
 
 
 @pytest.mark.parametrize("kind", [k for k in get_args(ScheduleKind) if k != "constant"])

@@ -99,6 +99,23 @@ def test_a_slightly_negative_eigenvalue_warns_and_counts_as_zero() -> None:
     assert found == pytest.approx(2.0)
 
 
+def test_the_least_faults_that_are_refused_are_those_that_no_rounding_makes() -> None:
+    zero, cov = torch.zeros(3, dtype=torch.float64), torch.eye(3, dtype=torch.float64)
+    negative, lopsided = cov.clone(), cov.clone()
+    negative[2, 2], lopsided[0, 1] = -2e-3, 2e-6
+    with pytest.raises(AlphaflowError, match="not a covariance"):
+        frechet_distance(zero, negative, zero, cov)
+    with pytest.raises(AlphaflowError, match="not symmetric"):
+        frechet_distance(zero, lopsided, zero, cov)
+    lopsided[0, 1] = 5e-7
+    assert frechet_distance(zero, lopsided, zero, cov) == pytest.approx(0.0, abs=1e-12)
+
+
+def test_equal_sets_are_never_less_than_nothing_apart() -> None:
+    moments = [gaussian(seed) for seed in range(20)]
+    assert min(frechet_distance(*each, *each) for each in moments) == 0.0, "some would be −1e-13"
+
+
 def test_moments_equal_numpys_mean_and_covariance() -> None:
     features = torch.randn(500, DIM, generator=torch.Generator().manual_seed(10)) + 3
     moments = Moments(DIM)

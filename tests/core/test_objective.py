@@ -202,11 +202,13 @@ def test_each_weight_is_its_formula(alpha):
         assert not ours.requires_grad
 
 
-@pytest.mark.parametrize("kind", objective.WEIGHTS)
-def test_an_error_that_is_not_finite_has_no_finite_weight_beside_rows_that_keep_theirs(kind):
-    error = torch.tensor([0.5, torch.inf, 3e38, torch.nan])
-    weight = objective.loss_weight(error, 0, alpha=0.5, kind=kind, c=1e-3, power=1.0, later=1.0)
-    assert weight.isfinite().tolist() == [True, False, True, False]
+def test_a_gap_gives_each_row_its_own_alpha_between_that_of_the_schedule_and_1():
+    t, r, gap = torch.tensor([0.9, 0.5, 0.5, 0.5]), torch.tensor([0.1, 0.498, 0.499, 0.49901]), 1e-3
+    alpha = objective.row_alpha(0.2, t, r, gap)
+    torch.testing.assert_close(alpha, torch.tensor([0.2, 0.5, 1.0, 1.0]), rtol=1e-4, atol=0)
+    assert alpha.max() <= 1.0, "t − r may be rounded to less than the gap"
+    assert objective.row_alpha(0.0, t, r, gap) == 0.0, "the phase of the derivative stays"
+    assert objective.row_alpha(0.2, t, r, 0.0) == 0.2
 
 
 def test_what_is_logged_keeps_no_graph():

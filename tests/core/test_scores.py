@@ -70,6 +70,12 @@ def test_density_counts_balls_and_coverage_counts_hits() -> None:
     assert found.precision == pytest.approx(3 / 4)
 
 
+def test_a_ball_ends_with_the_neighbour_that_it_reaches_to() -> None:
+    real = torch.tensor([[0.0], [1.0], [4.0]])  # radii 1, 1, 3
+    found = precision_recall(torch.tensor([[7.0], [-1.0], [7.5]]), real, 1, block=2)
+    assert found.precision == pytest.approx(2 / 3), "7 and −1 lie on the edge of a ball, 7.5 beyond it"
+
+
 def test_sets_far_apart_have_no_precision_and_no_recall() -> None:
     found = precision_recall(features(60, 6, shift=100), features(50, 7), 3, block=20)
     assert (found.precision, found.recall, found.density, found.coverage) == (0, 0, 0, 0)

@@ -19,8 +19,10 @@ import alphaflow_cli
 from alphaflow_cli import cli
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.hub.stage import open_publication, stage
+from alphaflow_cli.model.build import build_network
 from alphaflow_cli.model.checkpoint import OLDER, load_checkpoint, save_checkpoint
 from alphaflow_cli.model.find import find_checkpoint, is_checkpoint
+from alphaflow_cli.recipe import load_recipe
 from alphaflow_cli.sample.generator import open_generator
 
 ADDRESSES = ("me/tiny", "me/tiny@main", "me/tiny:model.safetensors", "me/tiny@main:model.safetensors")
@@ -153,6 +155,27 @@ def test_what_a_strange_file_says_of_itself_is_one_bounded_line(tmp_path):
     assert len(str(refused.value)) < 500
 
 
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("std", lambda std: 0.0 * std, "not finite and positive"),
+        ("std", lambda std: std * torch.inf, "not finite and positive"),
+        ("mean", lambda mean: mean * torch.nan, "not finite and positive"),
+        ("std", lambda std: std[:2], r"have the shapes \(3, 1, 1\) and \(2, 1, 1\)"),
+        ("mean", lambda mean: mean.flatten(), r"have the shapes \(3,\) and \(3, 1, 1\)"),
+    ],
+)
+def test_a_normalisation_that_cannot_be_is_refused(name, change, message, tmp_path):
+    """Latents would all be one, or not finite, and so would the pictures."""
+    path = write_checkpoint(tmp_path / "m.safetensors")
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(path)
+    save_file({**tensors, f"latents.{name}": change(tensors[f"latents.{name}"]).clone()}, path, metadata)
+    with pytest.raises(AlphaflowError, match=message):
+        load_checkpoint(path)
+
+
 def test_a_checkpoint_of_a_newer_recipe_is_refused_as_newer(tmp_path):
     path = with_metadata(write_checkpoint(tmp_path / "m.safetensors"), recipe="format: 7\nmodel: {rotary: true}")
     with pytest.raises(AlphaflowError, match=r"\(its recipe\):1: made by a newer alphaflow \(format 7, .*update it"):
@@ -195,3 +218,13 @@ def test_the_shapes_of_a_network_are_known_without_its_weights_and_without_a_com
         "sys.exit(compiler or [list(some.items()) for some in shapes] != real)"
     )
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
+
+
+def test_building_a_network_leaves_all_global_randomness_as_it_was(monkeypatch):
+    def seed_gpus(seed):
+        raise AssertionError("a program that loads a model keeps the randomness of its own GPU")
+
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seed_gpus)
+    before = torch.random.get_rng_state()
+    build_network(load_recipe("quickstart"))
+    assert torch.equal(torch.random.get_rng_state(), before)

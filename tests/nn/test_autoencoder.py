@@ -2,6 +2,7 @@
 
 import http.server
 import json
+import re
 import shutil
 import threading
 import time
@@ -166,10 +167,31 @@ def test_a_folder_without_an_autoencoder_is_named(tmp_path, content, words):
         load(tmp_path)
 
 
-def test_weights_of_something_else_are_named(tmp_path):
-    torch.save({"weight": torch.zeros(3)}, tmp_path / "x.pt")
-    with pytest.raises(AlphaflowError, match="not the weights of an AutoencoderKL"):
+ENTRY, EXIT, FIRST = (
+    "encoder.conv_in.weight",
+    "encoder.conv_out.weight",
+    "encoder.down_blocks.0.resnets.{}.conv1.weight",
+)
+SMALL = {ENTRY: torch.zeros(4, 3, 3, 3), EXIT: torch.zeros(8, 4, 3, 3), FIRST.format(0): torch.zeros(4, 4, 3, 3)}
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ({"weight": torch.zeros(3)}, "not the weights of an AutoencoderKL ('encoder.conv_out.weight' is missing)"),
+        ({0: torch.zeros(3), 1: {}}, "not the weights of an AutoencoderKL ('encoder.conv_out.weight' is missing)"),
+        ({**SMALL, EXIT: 5}, "not the weights of an AutoencoderKL ('encoder.conv_out.weight' is missing)"),
+        ({**SMALL, FIRST.format(0): torch.tensor(1.0)}, "not the weights of an AutoencoderKL (tuple index out of"),
+        ({**SMALL, FIRST.format(10**9): torch.zeros(1)}, "these are weights of another network ("),
+        (SMALL, "missing, such as decoder.conv_in.bias)"),
+        ([1, 2], "holds a list, not a table of weights"),
+    ],
+)  # fmt: skip
+def test_weights_of_something_else_are_named(content, words, tmp_path):
+    torch.save(content, tmp_path / "x.pt")
+    with pytest.raises(AlphaflowError, match=re.escape(words)) as fault:
         load(tmp_path / "x.pt")
+    assert len(str(fault.value).splitlines()) == 1
 
 
 def test_a_name_that_is_nothing_lists_what_it_could_be(tmp_path):

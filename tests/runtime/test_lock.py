@@ -169,6 +169,21 @@ def test_a_number_that_another_process_got_since_is_no_owner(tmp_path):
         pass
 
 
+def test_a_process_that_ended_and_whose_parent_does_not_ask_is_no_owner(tmp_path):
+    """In a container nobody may ask: its number stays, and so does its start time."""
+    child = os.fork()
+    if child == 0:
+        with lock.hold(tmp_path / "run", "train"):
+            os._exit(0)
+    os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)  # it stays what it is, a zombie
+    try:
+        assert json.loads((tmp_path / "run" / lock.NAME).read_text())["pid"] == child
+        with lock.hold(tmp_path / "run", "train"):
+            pass
+    finally:
+        os.waitpid(child, 0)
+
+
 @pytest.mark.parametrize("content", ["", "{", '{"pid": 1}', "[[" * 50_000, "null", '{"pid": "x", "token": 3}'])
 def test_a_lock_that_names_nobody_is_taken(tmp_path, content):
     (tmp_path / lock.NAME).write_text(content)

@@ -47,6 +47,14 @@ def test_more_processes_than_gpus_are_refused_before_anything_is_done(line, monk
     assert sorted(tmp_path.iterdir()) == there
 
 
+def test_a_gpu_beyond_those_that_are_here_is_refused_by_its_number(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert [processes.choose_device(name).index for name in ("cuda", "cuda:0", "cuda:1")] == [None, 0, 1]
+    with pytest.raises(AlphaflowError, match="device cuda:2: this machine has 2 GPUs"):
+        processes.choose_device("cuda:2")
+
+
 def test_pixels_need_no_gpu_and_any_number_of_processes_may_share_them(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert prepare.count_encoders("none", 2) == 2

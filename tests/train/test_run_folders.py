@@ -303,6 +303,18 @@ def test_a_checkpoint_that_is_read_while_it_is_removed_does_not_end_the_run(tmp_
     assert [path.name for path in tmp_path.iterdir()] == [".trash-step-00000005"]
 
 
+def test_a_best_checkpoint_that_is_published_again_leaves_one_file(tmp_path):
+    """After a kill between the two, a resumed run does so: a link that is renamed to another one of its file stays."""
+    models = [tmp_path / "checkpoints" / step / "model.safetensors" for step in ("step-00000001", "step-00000002")]
+    for model in models:
+        model.parent.mkdir(parents=True)
+        model.write_text(model.parent.name)
+    for model in (models[0], models[0], models[1], models[1]):
+        state.publish(tmp_path, model, "best-nfe1.safetensors")
+        assert {path.name for path in tmp_path.iterdir()} == {"best-nfe1.safetensors", "checkpoints"}
+        assert (tmp_path / "best-nfe1.safetensors").read_text() == model.parent.name
+
+
 def test_averages_whose_half_lives_look_the_same_have_files_of_their_own(store, tmp_path):
     sets = ("train.steps=1", "alpha=0.5", "train.save_every=1", "ema.half_lives=[9, 50, 50.0000001, 7]")
     out = train(make_recipe(tmp_path, *sets), store, tmp_path / "run")

@@ -209,6 +209,22 @@ def test_there_is_one_graded_call_and_at_most_one_other(alpha, guided, expected)
     assert calls == expected
 
 
+@pytest.mark.parametrize("weight", ["adaptive", "converging", "none"])
+@pytest.mark.parametrize("alpha", [1.0, 0.5, 0.0])
+def test_an_infinite_error_of_one_row_makes_every_gradient_nan(alpha, weight):
+    """Its weight alone, 1/∞, would make the row's gradient 0, and all others would look well."""
+    net, objective = tiny_net(torch.float32), objective_of(GUIDANCE["none"], weight=weight, clamp=0.0)
+    torch.nn.init.normal_(net.final.linear.weight, std=0.1)
+    fine = tiny_rows(0.5, torch.float32)
+    far = replace(fine, x=torch.cat([fine.x[:1] * 1e30, fine.x[1:]]), t=torch.cat([torch.ones(1), fine.t[1:]]))
+    far.r[0] = 1.0  # z_t is the noise there, and u finite, but not (u − v)²
+    for rows, is_finite in ((fine, True), (far, False)):
+        result = training_step(net, net, rows, alpha=alpha, objective=objective)
+        assert result.terms.error.isfinite().all() == is_finite
+        grads = gradients(net, result.loss)
+        assert all(grad.isfinite().all() == is_finite for grad in grads), "the optimiser would take the step"
+
+
 @pytest.mark.parametrize("alpha", [1.0, 0.5, 0.0])
 def test_a_bf16_step_gives_every_weight_its_gradient(alpha):
     net = tiny_net(torch.float32)

@@ -219,6 +219,8 @@ def test_one_signal_asks_its_echo_is_ignored_a_later_one_leaves(monkeypatch):
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.signal == signal.SIGINT
         clock[0] += 1.0
+        os.kill(os.getpid(), signal.SIGUSR1)  # Slurm's warning: it asks to save, and never to leave without
+        assert stop.signal == signal.SIGINT
         with pytest.raises(SystemExit) as leaving:
             os.kill(os.getpid(), signal.SIGTERM)
         assert leaving.value.code == 143
