@@ -217,19 +217,19 @@ def test_other_pictures_weights_or_chunks_get_another_folder() -> None:
     images, tiny, changed = ruler.pictures(5), Tiny(), Tiny()
     changed.preprocessing = "another"
     ids = [
-        measure.evaluation_id(Held(images), {"tiny": tiny}, 250),
-        measure.evaluation_id(Held(images, "other"), {"tiny": tiny}, 250),
-        measure.evaluation_id(Held(images), {"tiny": changed}, 250),
-        measure.evaluation_id(Held(images), {"tiny": tiny}, 100),
+        measure.evaluation_id(Held(images), {"tiny": tiny}, 250, CPU),
+        measure.evaluation_id(Held(images, "other"), {"tiny": tiny}, 250, CPU),
+        measure.evaluation_id(Held(images), {"tiny": changed}, 250, CPU),
+        measure.evaluation_id(Held(images), {"tiny": tiny}, 100, CPU),
     ]
     assert len(set(ids)) == 4
-    assert ids[0] == measure.evaluation_id(Held(images), {"tiny": Tiny()}, 250)
+    assert ids[0] == measure.evaluation_id(Held(images), {"tiny": Tiny()}, 250, CPU)
 
 
-def test_another_kind_of_device_begins_anew_and_a_cpu_goes_on_with_what_it_has(tmp_path: Path) -> None:
+def test_another_kind_of_device_begins_anew_and_a_cpu_goes_on_with_what_it_has() -> None:
     """Each kind rounds otherwise: a pass that was half measured on a GPU would be neither's."""
     of = partial(measure.evaluation_id, Held(ruler.pictures(5)), {"tiny": Tiny()}, 250)
-    assert of(CPU) == of()
+    assert of(CPU) == "2c60ab83dd1e7565"  # as before devices were named
     assert len({of(torch.device(kind)) for kind in ("cpu", "cuda", "mps")}) == 3
     assert of(torch.device("cuda", 0)) == of(torch.device("cuda", 1))
 
