@@ -39,7 +39,7 @@ from alphaflow_cli.runtime.processes import Processes, all_or_none, check_seen, 
 from alphaflow_cli.runtime.progress import Progress, duration, say, size
 from alphaflow_cli.text import counted
 
-FINISHED = ("images.json", "stats.safetensors", "manifest.json")  # beside the shards
+DOCUMENTS = ("plan.json", "images.json", "classes.json", "stats.safetensors", "manifest.json")  # beside the shards
 BEFORE_THE_PLAN = ("images.json", "classes.json")  # in the order of writing
 SPARE = 64_000_000  # bytes that the disk should keep free beyond the store
 TRIAL_SECONDS = 3.0  # no batch of the trial begins later
@@ -52,7 +52,7 @@ def prepare_store(request: StoreRequest, out: Path, processes: Processes, *, sho
 
         def plan() -> tuple[Job, bool]:
             job = plan_job(request, out, processes)
-            if begin := not _is_finished(job):
+            if begin := bool(missing_shards(job)) or not has_documents(out):
                 check_room(out, bytes_needed(job, missing_shards(job)))
                 held.enter_context(writing_to(out))
                 held.enter_context(hold(out, "prep-latents"))
@@ -72,8 +72,9 @@ def prepare_store(request: StoreRequest, out: Path, processes: Processes, *, sho
     return out if first else None
 
 
-def _is_finished(job: Job) -> bool:
-    return not missing_shards(job) and all(is_there(job.out / name) for name in FINISHED)
+def has_documents(out: Path) -> bool:
+    """Whether a store has everything that stands beside its shards."""
+    return all(is_there(out / name) for name in DOCUMENTS)
 
 
 def count_encoders(autoencoder: str, requested: int | None, device: str | None = None) -> int:
@@ -118,7 +119,7 @@ def begin_store(
     check_plan(plan, out)  # once more: another command may have made a store here while we made our plan
     there = {entry.name for entry in out.iterdir() if entry.name[0] != "."}
     begun = there <= set(BEFORE_THE_PLAN) and "images.json" in there  # a kill came between these and the plan
-    if there and "plan.json" not in there and not begun:
+    if there and not {"plan.json", "manifest.json"} & there and not begun:
         raise AlphaflowError(f"{out}: holds files that belong to no latent store; give a new or an empty --out")
     for left in out.glob(".*.tmp"):
         left.unlink(missing_ok=True)  # a worker that outlives its killed parent renames its own

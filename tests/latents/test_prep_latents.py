@@ -183,6 +183,9 @@ def test_a_second_run_does_nothing(tree, tmp_path):
         ("train-00002.json",),
         ("manifest.json", "train-00000.json"),
         ("stats.safetensors",),
+        ("plan.json",),
+        ("classes.json",),
+        ("plan.json", "classes.json", "images.json", "train-00001.safetensors"),
     ],
 )
 def test_what_is_missing_is_made_again_to_the_same_bytes(tmp_path, lost):
@@ -193,6 +196,13 @@ def test_what_is_missing_is_made_again_to_the_same_bytes(tmp_path, lost):
     (out / ".train-00001.safetensors.tmp").write_bytes(b"half")
     prepare("glyphs:700", out)
     assert contents(out) == before
+
+
+def test_a_store_without_its_plan_is_still_not_another_preparations(tree, tmp_path):
+    out = prepare(tree, tmp_path / "s")
+    (out / "plan.json").unlink()
+    with pytest.raises(AlphaflowError, match="image_size is 8 in this command, 16 in the store"):
+        prepare(tree, out, size=8)
 
 
 def test_a_shard_of_another_length_than_its_sidecar_says_is_made_again(tmp_path):
