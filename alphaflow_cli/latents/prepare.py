@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-from alphaflow_cli.data.manifest import BEWARE, StorePlan, plan_to_dict, read_manifest
-from alphaflow_cli.data.store import verify_store
+from alphaflow_cli.data.manifest import BEWARE, Manifest, StorePlan, plan_to_dict, read_image_list, read_manifest
+from alphaflow_cli.data.store import class_names, verify_store
 from alphaflow_cli.data.writing import finish_store, is_done
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.files import free_bytes, is_there, to_json, write_pieces
@@ -37,7 +37,7 @@ from alphaflow_cli.latents.plan import check_plan, plan_job
 from alphaflow_cli.runtime.lock import hold
 from alphaflow_cli.runtime.processes import Processes, all_or_none, check_seen, processes_here
 from alphaflow_cli.runtime.progress import Progress, duration, say, size
-from alphaflow_cli.text import counted
+from alphaflow_cli.text import brief, counted
 
 DOCUMENTS = ("plan.json", "images.json", "classes.json", "stats.safetensors", "manifest.json")  # beside the shards
 BEFORE_THE_PLAN = ("images.json", "classes.json")  # in the order of writing
@@ -204,7 +204,24 @@ def describe_store(store: Path) -> list[str]:
         lines.append(
             f"left out: {len(manifest.bad):,}, the first {first['name']!r}: {first['why']} (see manifest.json)"
         )
+        lines += _emptied_classes(store, manifest)
     return [*lines, str(store)]
+
+
+def _emptied_classes(store: Path, manifest: Manifest) -> list[str]:
+    """A line about the classes whose pictures were all left out: the numbers of the others must not change for them."""
+    labels = [label for _, label in read_image_list(store / "images.json")]
+    left_out = {entry["line"] for entry in manifest.bad}
+    kept = {label for line, label in enumerate(labels) if line not in left_out}
+    gone, names = sorted({labels[line] for line in left_out} - kept), class_names(store)
+    if not gone:
+        return []
+    shown = brief(", ".join(f"{label} = {names[label]}" for label in gone))
+    stay, them = ("it stays a class", "it") if len(gone) == 1 else ("they stay classes", "them")
+    return [
+        f"no picture is left of {counted(len(gone), 'class', 'classes')} ({shown}): {stay}, so that the others keep "
+        f"their numbers, and nothing is learnt of {them}"
+    ]
 
 
 def verify(store: Path) -> list[str]:
