@@ -10,6 +10,7 @@ import ruler
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
+from torch_fidelity.defaults import DEFAULTS
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
 from alphaflow_cli.errors import AlphaflowError
@@ -110,6 +111,13 @@ def test_all_metrics_of_a_small_network_equal_torch_fidelitys_own_run(
 ) -> None:
     fake, real = ruler.pictures(210, contrast=0.9), ruler.pictures(190, seed=1, contrast=1.1)
     check_both(*both_rulers(tmp_path, fake, real, monkeypatch, "small"), rel=1e-5)
+
+
+def test_the_settings_of_published_scores_are_torch_fidelitys() -> None:
+    """The tests above set the smaller of these for small sets."""
+    ours = score.KID_SUBSETS, score.KID_SIZE, score.IS_SPLITS, score.NEIGHBOURS, score.DRAW_SEED
+    names = "kid_subsets", "kid_subset_size", "isc_splits", "prc_neighborhood", "rng_seed"
+    assert ours == tuple(DEFAULTS[name] for name in names) == (100, 1000, 10, 3, 2020)
 
 
 @pytest.mark.slow  # half a minute for two roots of 2,048 dimensions; test_features.py has the network itself
