@@ -64,8 +64,8 @@ def precision_recall(fake: Tensor, real: Tensor, neighbours: int, *, block: int)
 
     Distances are computed in blocks of rows.
     """
-    fake_radius = _radii(fake, neighbours, block=block)
-    real_radius = _radii(real, neighbours, block=block)
+    fake_radius = _radii(fake, neighbours, block=block, in_rows=True)
+    real_radius = _radii(real, neighbours, block=block, in_rows=False)
     precise = hits = 0.0
     covered = torch.zeros(len(real), dtype=torch.bool, device=real.device)
     recalled = torch.zeros_like(covered)
@@ -84,6 +84,12 @@ def precision_recall(fake: Tensor, real: Tensor, neighbours: int, *, block: int)
     )
 
 
-def _radii(features: Tensor, neighbours: int, *, block: int) -> Tensor:
-    parts = [torch.cdist(rows, features).kthvalue(neighbours + 1).values for rows in torch.split(features, block)]
-    return torch.cat(parts)
+def _radii(features: Tensor, neighbours: int, *, block: int, in_rows: bool) -> Tensor:
+    """How far it is from each to its k-th neighbour, computed as in the gaps that are compared with it.
+
+    There fakes stand in rows and reals in columns: d(a, b) and d(b, a) round otherwise, and what lies on the edge of a
+    ball would fall out of it.
+    """
+    parts = torch.split(features, block)
+    gaps = (torch.cdist(part, features) if in_rows else torch.cdist(features, part).T for part in parts)
+    return torch.cat([each.topk(neighbours + 1, largest=False).values.amax(dim=1) for each in gaps])

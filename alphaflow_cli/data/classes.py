@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from alphaflow_cli.data.manifest import AGAIN
 from alphaflow_cli.documents import Anything, ListOf, Table, Text, check_shape, parse_json, read_json
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.text import brief, for_terminal
@@ -133,8 +134,8 @@ def parse_classes(given: bytes, where: str) -> Classes:
 
 
 def read_class_file(path: Path) -> Classes:
-    """Read the classes.json that lies at a path, such as a store's."""
-    return _classes_of(read_json(path, Anything(), advice=FORM), str(path))
+    """Read the classes.json of a store."""
+    return _classes_of(read_json(path, Anything(), advice=f"{AGAIN}."), str(path))
 
 
 def _classes_of(document: Any, where: str) -> Classes:

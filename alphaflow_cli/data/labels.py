@@ -9,13 +9,14 @@ them, or in the folder where they lie. Pictures of which nothing says the class 
 import posixpath
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
 from alphaflow_cli.data.classes import Classes, choose_split, folders_of, read_classes
 from alphaflow_cli.data.pictures import PACKERS_TABLE, TABLES, Labels, Source
-from alphaflow_cli.data.tables import Columns, Labelling, TableRow, parse_table, place_in
+from alphaflow_cli.data.tables import UNNAMED, Columns, Labelling, TableRow, parse_table, place_in
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.files import read_file, user_path
 from alphaflow_cli.text import brief, counted
@@ -52,17 +53,18 @@ def label_pictures(source: Source, labelling: Labelling) -> Labelled:
     own = None if in_folders else source.labels(labelling.columns.label)
     if own is not None:
         return _by_keys(source, lines, _of_source(source, lines, own), own.order, [])
-    tables = [table for each in places for table in _tables_of(each, prefix, labelling.columns, needed=not in_folders)]
-    if tables and not in_folders:
+    tables = [] if in_folders else [table for each in places for table in _tables_of(each, prefix, labelling.columns)]
+    if tables:
         return _by_keys(source, lines, _matched(source, lines, prefix, tables), None, [])
     if labelling.columns.label:
         raise AlphaflowError(f"{source.name}: no table and no column says classes there, so --label-column has no use")
     if packed:
         return _one_class(lines, f"{PACKERS_TABLE} says no labels")
-    notes = [f"{where} not used, because class folders are there (--labels uses it)" for _, where, _ in tables[:3]]
     folders = folders_of(paths, prefix)
     if set(folders) == {""} and source.classes_json() is None:
         return _one_class(lines, "neither folders nor a table tell classes apart")
+    unused = [where for each in places for where in _unused_tables(each, prefix)] if in_folders else []
+    notes = [f"{where} not used, because class folders are there (--labels uses it)" for where in unused[:3]]
     return _by_keys(source, lines, folders, source.class_order(), notes)
 
 
@@ -108,17 +110,15 @@ def _are_packed(places: Sequence[Source], paths: Sequence[str], prefix: str) -> 
 Tables = list[tuple[str, str, list[TableRow]]]  # the folder that the names are relative to, the table's name, its rows
 
 
-def _tables_of(source: Source, prefix: str, columns: Columns, *, needed: bool) -> Tables:
+def _tables_of(source: Source, prefix: str, columns: Columns) -> Tables:
     """The tables of the split that lie in the fewest folders; several in one folder need a choice.
 
-    Where labels are `needed`, a labels.csv must say them. Other tables may hold something else, such as captions.
+    A labels.csv must say labels. Other tables may hold something else, such as captions.
     """
-    names = [name for name in source.asides if name.rsplit("/", 1)[-1] in TABLES]
-    names = [name for name in names if _is_on_the_way(posixpath.dirname(name), prefix)]
-    for _, level in groupby(sorted(names, key=lambda name: (name.count("/"), name)), lambda name: name.count("/")):
+    for _, level in groupby(_table_names(source, prefix), lambda name: name.count("/")):
         tables: Tables = []
         for name in level:
-            where, must = f"{source.name}/{name}", needed and name.rsplit("/", 1)[-1] == LABELS
+            where, must = f"{source.name}/{name}", name.rsplit("/", 1)[-1] == LABELS
             rows = parse_table(source.read_aside(name), where, columns, given=must or bool(columns.label))
             if rows is not None:
                 tables.append((posixpath.dirname(name), where, rows))
@@ -131,6 +131,25 @@ def _tables_of(source: Source, prefix: str, columns: Columns, *, needed: bool) -
         if tables:
             return tables
     return []
+
+
+def _unused_tables(source: Source, prefix: str) -> list[str]:
+    """The tables that say labels, for a line: class folders go before them. What is wrong in one stops nobody."""
+    unused = []
+    for name in _table_names(source, prefix):
+        where = f"{source.name}/{name}"
+        with suppress(AlphaflowError):
+            if parse_table(source.read_aside(name), where, UNNAMED, given=False) is None:
+                continue
+        unused.append(where)
+    return unused
+
+
+def _table_names(source: Source, prefix: str) -> list[str]:
+    """All files of the split that may be tables of labels, those that lie in the fewest folders first."""
+    names = [name for name in source.asides if name.rsplit("/", 1)[-1] in TABLES]
+    names = [name for name in names if _is_on_the_way(posixpath.dirname(name), prefix)]
+    return sorted(names, key=lambda name: (name.count("/"), name))
 
 
 def _is_on_the_way(folder: str, prefix: str) -> bool:

@@ -30,7 +30,7 @@ from alphaflow_cli.documents import (
     read_json,
 )
 from alphaflow_cli.errors import AlphaflowError
-from alphaflow_cli.files import MAX_BYTES, to_json
+from alphaflow_cli.files import MAX_BYTES, is_there, to_json
 from alphaflow_cli.text import brief
 
 AGAIN = "Remove it, or the whole store, and run the same prep-latents command again"
@@ -202,6 +202,12 @@ def record_to_dict(record: AutoencoderRecord) -> dict[str, Any]:
 def read_plan(path: Path) -> StorePlan:
     """Read plan.json: what is being made, or was."""
     return _plan_of(_read_document(path, PLAN))
+
+
+def plan_in(folder: Path) -> StorePlan | None:
+    """What a folder holds, finished or not; where its plan was removed, by the manifest. None: no store was begun."""
+    paths = (folder / name for name in ("plan.json", "manifest.json"))
+    return next((read_plan(path) for path in paths if is_there(path)), None)
 
 
 def _read_document(path: Path, shape: Shape) -> dict[str, Any]:

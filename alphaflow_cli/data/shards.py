@@ -153,12 +153,13 @@ def is_pattern(text: str) -> bool:
 def files_of(pattern: Path) -> list[Path]:
     """The files that a pattern names: all numbers between braces must be there; of * and ? those that are.
 
-    As in a shell, * names no hidden file.
+    As in a shell, * names no hidden file, and ** is *.
     """
     braces = BRACES.search(pattern.name)
     if braces is None:
         may_be_hidden = pattern.name.startswith(".")
-        there = [path for path in pattern.parent.glob(pattern.name) if may_be_hidden or not path.name.startswith(".")]
+        matching = pattern.parent.glob(re.sub(r"\*+", "*", pattern.name))
+        there = [path for path in matching if may_be_hidden or not path.name.startswith(".")]
         paths = [path for path in there if path.is_file()]
         if not paths:
             folder = is_pattern(str(pattern.parent)) and not pattern.parent.exists()

@@ -148,6 +148,7 @@ def _faults(path: Path, manifest: Manifest, verify: Verify) -> list[str]:
     sums = [(path / manifest.statistics["file"], manifest.statistics["sha256"])]
     sums.append((path / "images.json", manifest.plan.list_sha256))
     faults += [f"{file}: missing" for file, _ in sums if not is_there(file)]
+    faults += _fault_of_classes(path)
     if faults:
         return faults
     if verify == "full":
@@ -158,6 +159,14 @@ def _faults(path: Path, manifest: Manifest, verify: Verify) -> list[str]:
         for (file, wanted), is_now in zip(sums, digests, strict=True)
         if is_now != wanted
     ]
+
+
+def _fault_of_classes(path: Path) -> list[str]:
+    try:
+        class_names(path)
+    except AlphaflowError as fault:
+        return [str(fault)]
+    return []
 
 
 def _size_fault(file: Path, size: int) -> str:

@@ -31,12 +31,14 @@ from alphaflow_cli.evaluate.measure import (
     run_pass,
 )
 from alphaflow_cli.evaluate.networks import build_extractor
-from alphaflow_cli.evaluate.pictures import GeneratedImages, ImageSource, crop_of, open_pictures
+from alphaflow_cli.evaluate.pictures import GeneratedImages, ImageSource, open_pictures
 from alphaflow_cli.evaluate.reference import (
     KEPT_FEATURES,
     Reference,
     build_reference,
+    check_crop,
     holds_statistics,
+    kept_reference,
     load_reference,
     save_reference,
 )
@@ -247,16 +249,6 @@ def make_reference(
     return load_reference(path), warnings
 
 
-def check_crop(reference: Reference | None, crop: Crop | None, size: tuple[int, int]) -> None:
-    """Refuse real pictures that were cropped by another rule than those that the model has learnt from."""
-    there = crop_of(str(reference.facts.get("prepared"))) if reference else None
-    if reference and there and crop and there != crop:
-        raise AlphaflowError(
-            f"{reference.facts['name']}: its pictures became square by --crop {there}, those that the model has learnt "
-            f"from by --crop {crop}. Build one: alphaflow reference SOURCE --size {size[0]} --crop {crop} -o FILE"
-        )
-
-
 def find_reference(text: str, size: tuple[int, int], ruler: Ruler, crop: Crop | None = None) -> Reference:
     """Read a file of statistics, or measure the source of pictures once and keep what was measured beside the work."""
     path = user_path(text)
@@ -269,10 +261,11 @@ def find_reference(text: str, size: tuple[int, int], ruler: Ruler, crop: Crop | 
         )
     source = open_pictures(text, size=size[0], limit=None, crop=crop or "square", bad="stop")
     kept = ruler.folder / f"reference-{ruler.start(source).folder.name}.safetensors"
-    if not kept.is_file():
+    there = kept_reference(kept, shown=ruler.processes.rank == 0)
+    if there is None:
         make_reference(source, ruler, kept, name="")
         ruler.processes.wait()
-    return load_reference(kept)
+    return there or load_reference(kept)
 
 
 def check_count(source: ImageSource, count: int | None = None) -> None:

@@ -37,7 +37,6 @@ from alphaflow_cli.runtime.progress import Progress, say
 from alphaflow_cli.runtime.transfer import Arriving, Laps
 from alphaflow_cli.text import for_terminal
 
-CPU = torch.device("cpu")
 CHUNK = 256  # pictures: whole groups of the sampler and the decoder (16), so that none is filled up but the last
 CHUNK_FORMAT = 1  # of the chunk files
 BATCH, LARGE = 64, 16e9  # pictures at once through a feature network; a GPU's bytes that hold a chunk of them
@@ -84,9 +83,7 @@ class Pass:
         return self.folder / f"features-{first:07d}-{stop:07d}.safetensors"
 
 
-def evaluation_id(
-    source: ImageSource, extractors: Mapping[str, Extractor], chunk: int, device: torch.device = CPU
-) -> str:
+def evaluation_id(source: ImageSource, extractors: Mapping[str, Extractor], chunk: int, device: torch.device) -> str:
     """Name everything that decides the features: a pass resumes only in a folder of the same name.
 
     The kind of device is part of it, because each kind rounds otherwise. (A CPU is not named: earlier passes go on.)

@@ -27,14 +27,16 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from alphaflow_cli.core.frechet import Moments, frechet_distance
+from alphaflow_cli.data.manifest import Crop
 from alphaflow_cli.documents import Anything, ListOf, Maybe, Table, Text, Whole, parse_json
 from alphaflow_cli.errors import DAMAGE, AlphaflowError
 from alphaflow_cli.evaluate.features import Extractor
 from alphaflow_cli.evaluate.measure import Pass, content_of, left_out_of, load_all
 from alphaflow_cli.evaluate.networks import Inception
-from alphaflow_cli.evaluate.pictures import BROKEN, read_npz
+from alphaflow_cli.evaluate.pictures import BROKEN, crop_of, read_npz
 from alphaflow_cli.evaluate.results import SPACE, FeatureSpace, environment, space_of
 from alphaflow_cli.files import make_folder
+from alphaflow_cli.runtime.progress import say
 from alphaflow_cli.tensors import NumpyUnpickler, save_tensors
 from alphaflow_cli.text import for_terminal
 
@@ -125,16 +127,34 @@ def load_reference(path: Path) -> Reference:
     return read_foreign(path)
 
 
+def kept_reference(path: Path, *, shown: bool) -> Reference | None:
+    """What an earlier command kept; None where there is nothing, or something damaged, which is then measured again.
+
+    All processes look before the first one writes: it does so only after a measurement that all take part in.
+    """
+    if not path.is_file():
+        return None
+    try:
+        return load_reference(path)
+    except AlphaflowError:
+        if shown:
+            say(f"{path.name} is damaged, so it is measured again")
+        return None
+
+
 def _load_own(path: Path) -> Reference:
     try:
         with safe_open(str(path), "pt") as file:
             header = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as fault:
-        raise AlphaflowError(f"{path}: not a whole safetensors file ({for_terminal(fault)})") from fault
+        raise AlphaflowError(f"{path}: not a whole safetensors file ({for_terminal(fault)}). {REBUILD}") from fault
     if header.get("format") != REFERENCE_FORMAT:
         stated = for_terminal(header.get("format", "no format"), limit=100)
-        raise AlphaflowError(f"{path}: not a reference ({stated}; {REFERENCE_FORMAT} is needed)")
+        raise AlphaflowError(
+            f"{path}: not a reference ({stated}; {REFERENCE_FORMAT} is needed). Build one: alphaflow reference SOURCE "
+            "-o FILE"
+        )
     spaces = parse_json(header.get("spaces", ""), f"{path} (its spaces)", SPACES, advice=REBUILD)
     facts = parse_json(header.get("facts", ""), f"{path} (its facts)", FACTS, advice=REBUILD)
     stats = {key: _own_stats(FeatureSpace(**space), tensors, key, path) for key, space in spaces.items()}
@@ -191,6 +211,16 @@ def check_fit(reference: Reference, key: str, extractor: Extractor, size: tuple[
             f"Build one: alphaflow reference SOURCE --size {size[0]} -o FILE"
         )
     return unstated
+
+
+def check_crop(reference: Reference | None, crop: Crop | None, size: tuple[int, int]) -> None:
+    """Refuse real pictures that were cropped by another rule than those that the model has learnt from."""
+    there = crop_of(str(reference.facts.get("prepared"))) if reference else None
+    if reference and there and crop and there != crop:
+        raise AlphaflowError(
+            f"{reference.facts['name']}: its pictures became square by --crop {there}, those that the model has learnt "
+            f"from by --crop {crop}. Build one: alphaflow reference SOURCE --size {size[0]} --crop {crop} -o FILE"
+        )
 
 
 def floor_of(reference: Reference, key: str, count: int) -> float | None:

@@ -18,11 +18,10 @@ import torch
 from alphaflow_cli.data.manifest import TRANSFORMS, AutoencoderRecord, Crop, StorePlan
 from alphaflow_cli.data.writing import finish_store, is_done, write_shard
 from alphaflow_cli.errors import AlphaflowError
-from alphaflow_cli.files import is_there
 from alphaflow_cli.latents.encode import writing_to
 from alphaflow_cli.latents.foreign import ForeignLatents, Second, described_count, open_foreign
 from alphaflow_cli.latents.plan import STORED_DTYPES, check_plan, record_of, shard_size
-from alphaflow_cli.latents.prepare import begin_store, check_room
+from alphaflow_cli.latents.prepare import begin_store, check_room, has_documents
 from alphaflow_cli.nn.autoencoder import load_autoencoder, public_id
 from alphaflow_cli.runtime.lock import hold
 from alphaflow_cli.runtime.progress import Progress, size
@@ -55,7 +54,7 @@ def import_latents(request: ImportRequest, *, shown: bool = True) -> Path:
     out, total = request.out, -(-plan.images // plan.shard_size)
     check_plan(plan, out)
     missing = [shard for shard in range(total) if not is_done(out, shard)]
-    if not missing and is_there(out / "manifest.json"):
+    if not missing and has_documents(out):
         return out
     check_room(out, len(missing) * plan.shard_size * plan.sample_bytes)
     with ExitStack() as held:

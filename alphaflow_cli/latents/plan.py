@@ -16,9 +16,9 @@ from alphaflow_cli.data.manifest import (
     RowKind,
     StorePlan,
     differences,
+    plan_in,
     plan_to_dict,
     read_image_list,
-    read_plan,
 )
 from alphaflow_cli.data.sources import Folder, open_source
 from alphaflow_cli.data.writing import is_done
@@ -51,7 +51,7 @@ class Encoder:
 def plan_job(request: StoreRequest, out: Path, processes: Processes) -> Job:
     """List the source, look at the encoder, and refuse an `out` that holds another preparation; nothing is written."""
     device, threads = processes.device, threads_here(processes)
-    before = read_plan(out / "plan.json") if is_there(out / "plan.json") else None
+    before = plan_in(out)
     if before and not request.labelling.given and _has_one_class(out):
         request = replace(request, labelling=replace(request.labelling, unlabelled=True))
     listing = list_pictures(request)
@@ -69,7 +69,7 @@ def plan_job(request: StoreRequest, out: Path, processes: Processes) -> Job:
 
 def check_plan(plan: StorePlan, out: Path) -> None:
     """Refuse a folder that holds another preparation."""
-    there = read_plan(out / "plan.json") if is_there(out / "plan.json") else plan
+    there = plan_in(out) or plan
     if lines := differences(plan_to_dict(plan), plan_to_dict(there), "this command", "the store"):
         raise AlphaflowError(f"{out}: holds another preparation: {_in_brief(lines)}. Give another --out, or delete it")
 

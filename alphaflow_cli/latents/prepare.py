@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-from alphaflow_cli.data.manifest import BEWARE, StorePlan, plan_to_dict, read_manifest
-from alphaflow_cli.data.store import verify_store
+from alphaflow_cli.data.manifest import BEWARE, Manifest, StorePlan, plan_to_dict, read_image_list, read_manifest
+from alphaflow_cli.data.store import class_names, verify_store
 from alphaflow_cli.data.writing import finish_store, is_done
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.files import free_bytes, is_there, to_json, write_pieces
@@ -37,9 +37,9 @@ from alphaflow_cli.latents.plan import check_plan, plan_job
 from alphaflow_cli.runtime.lock import hold
 from alphaflow_cli.runtime.processes import Processes, all_or_none, check_seen, processes_here
 from alphaflow_cli.runtime.progress import Progress, duration, say, size
-from alphaflow_cli.text import counted
+from alphaflow_cli.text import brief, counted
 
-FINISHED = ("images.json", "stats.safetensors", "manifest.json")  # beside the shards
+DOCUMENTS = ("plan.json", "images.json", "classes.json", "stats.safetensors", "manifest.json")  # beside the shards
 BEFORE_THE_PLAN = ("images.json", "classes.json")  # in the order of writing
 SPARE = 64_000_000  # bytes that the disk should keep free beyond the store
 TRIAL_SECONDS = 3.0  # no batch of the trial begins later
@@ -52,7 +52,7 @@ def prepare_store(request: StoreRequest, out: Path, processes: Processes, *, sho
 
         def plan() -> tuple[Job, bool]:
             job = plan_job(request, out, processes)
-            if begin := not _is_finished(job):
+            if begin := bool(missing_shards(job)) or not has_documents(out):
                 check_room(out, bytes_needed(job, missing_shards(job)))
                 held.enter_context(writing_to(out))
                 held.enter_context(hold(out, "prep-latents"))
@@ -72,8 +72,9 @@ def prepare_store(request: StoreRequest, out: Path, processes: Processes, *, sho
     return out if first else None
 
 
-def _is_finished(job: Job) -> bool:
-    return not missing_shards(job) and all(is_there(job.out / name) for name in FINISHED)
+def has_documents(out: Path) -> bool:
+    """Whether a store has everything that stands beside its shards."""
+    return all(is_there(out / name) for name in DOCUMENTS)
 
 
 def count_encoders(autoencoder: str, requested: int | None, device: str | None = None) -> int:
@@ -118,7 +119,7 @@ def begin_store(
     check_plan(plan, out)  # once more: another command may have made a store here while we made our plan
     there = {entry.name for entry in out.iterdir() if entry.name[0] != "."}
     begun = there <= set(BEFORE_THE_PLAN) and "images.json" in there  # a kill came between these and the plan
-    if there and "plan.json" not in there and not begun:
+    if there and not {"plan.json", "manifest.json"} & there and not begun:
         raise AlphaflowError(f"{out}: holds files that belong to no latent store; give a new or an empty --out")
     for left in out.glob(".*.tmp"):
         left.unlink(missing_ok=True)  # a worker that outlives its killed parent renames its own
@@ -203,7 +204,24 @@ def describe_store(store: Path) -> list[str]:
         lines.append(
             f"left out: {len(manifest.bad):,}, the first {first['name']!r}: {first['why']} (see manifest.json)"
         )
+        lines += _emptied_classes(store, manifest)
     return [*lines, str(store)]
+
+
+def _emptied_classes(store: Path, manifest: Manifest) -> list[str]:
+    """A line about the classes whose pictures were all left out: the numbers of the others must not change for them."""
+    labels = [label for _, label in read_image_list(store / "images.json")]
+    left_out = {entry["line"] for entry in manifest.bad}
+    kept = {label for line, label in enumerate(labels) if line not in left_out}
+    gone, names = sorted({labels[line] for line in left_out} - kept), class_names(store)
+    if not gone:
+        return []
+    shown = brief(", ".join(f"{label} = {names[label]}" for label in gone))
+    stay, them = ("it stays a class", "it") if len(gone) == 1 else ("they stay classes", "them")
+    return [
+        f"no picture is left of {counted(len(gone), 'class', 'classes')} ({shown}): {stay}, so that the others keep "
+        f"their numbers, and nothing is learnt of {them}"
+    ]
 
 
 def verify(store: Path) -> list[str]:

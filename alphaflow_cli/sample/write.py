@@ -237,6 +237,7 @@ class RowFile:
         """Go on with the unfinished file, or begin one of full length: a disk that is too small shows at once."""
         remove_leftovers(self.target.parent, f".{glob.escape(self.target.name)}.*")
         if self.is_finished():
+            self.state.unlink(missing_ok=True)  # a kill came between the file's name and this
             return True
         with self._writing():
             if self.state.exists() and self.part.exists():
@@ -310,8 +311,8 @@ class NpzFile(RowFile):
     before = ZIP_HEADER
 
     def is_finished(self) -> bool:
-        """Whether no marks are left, and the zip's comment is the record of this request."""
-        if self.state.exists():
+        """Whether nothing is unfinished, and the zip's comment is the record of this request."""
+        if self.part.exists():
             return False
         try:
             with zipfile.ZipFile(self.target) as archive:

@@ -26,10 +26,10 @@ from torch import Tensor
 from alphaflow_cli.core.frechet import Moments
 from alphaflow_cli.documents import Maybe, Number, Table, Text, Whole, check_shape
 from alphaflow_cli.errors import AlphaflowError
-from alphaflow_cli.evaluate.evaluate import Ruler, build_extractors, check_crop, evaluate, find_reference
+from alphaflow_cli.evaluate.evaluate import Ruler, build_extractors, evaluate, find_reference
 from alphaflow_cli.evaluate.measure import Clock, Pass, add_up, own_moments, run_pass
 from alphaflow_cli.evaluate.pictures import GeneratedImages, ImageSource
-from alphaflow_cli.evaluate.reference import Reference
+from alphaflow_cli.evaluate.reference import Reference, check_crop
 from alphaflow_cli.evaluate.results import NETWORK, Evaluation, read_results, save_results, value_text
 from alphaflow_cli.evaluate.score import check_reference
 from alphaflow_cli.files import is_there, user_path

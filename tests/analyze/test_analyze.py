@@ -5,6 +5,7 @@ import math
 import shutil
 import sys
 
+import numpy as np
 import pytest
 import torch
 from analyzed_runs import analyze, train
@@ -175,6 +176,43 @@ def test_percentiles_are_those_of_linear_interpolation():
     assert [percentile(sorted(values), p) for p in (0.0, 0.5, 1.0)] == [1.0, 2.5, 10.0]
     assert spread([*values, None, float("nan")])["count"] == 4
     assert spread([])["p50"] is None
+    known = spread([*values, None])
+    assert [known[f"p{percent}"] for percent in (5, 50, 95)] == pytest.approx(np.percentile(values, [5, 50, 95]))
+
+
+def line_of(cosine_of_halves, group="blocks.0", rows=8):
+    """A batch whose gradients are unit vectors in the plane, FM' at a right angle to TFM; they lie in one group."""
+    sine = math.sqrt(1 - cosine_of_halves**2)
+    products = {"tfm.tfm": 1.0, "tc.tc": 1.0, "fm.fm": 1.0, "tfm.fm": 0.0, "tfm.tc": cosine_of_halves, "tc.fm": sine}
+    half = {"rows": rows // 2, "products": products, "losses": dict.fromkeys(("tfm", "tc", "fm"), 2.0)}
+    groups = {name: {group: value, "final": 0.0} for name, value in products.items()}
+    empty = {**half, "rows": 0, "products": dict.fromkeys(products, 0.0), "losses": dict.fromkeys(half["losses"], 0.0)}
+    return {"rows": rows, "products": groups, "losses": half["losses"], "bins": [half, empty]}
+
+
+def test_a_summary_says_how_many_batches_are_strongly_opposed():
+    """The paper's bound is −0.4, which itself is not below it; a gradient of zero has no cosine and no say."""
+    lines = [line_of(value) for value in (-0.9, -0.5, -0.41, -0.4, 0.3)]
+    without = line_of(0.0)
+    without["products"]["tc.tc"] = {"blocks.0": 0.0, "final": 0.0}
+    found = summarise([*lines, without])
+    assert found["share_below_-0.4"] == pytest.approx(3 / 5)
+    assert (found["batches"], found["rows"]) == (6, 48)
+    assert found["cosines"]["tfm.tc"]["count"] == 5
+    assert found["cosines"]["tfm.tc"]["p50"] == pytest.approx(-0.41)
+    assert found["cosines"]["tfm.fm"]["p50"] == 0
+    assert found["groups"]["blocks.0"]["cosines"]["tfm.tc"] == found["cosines"]["tfm.tc"]
+    assert found["groups"]["final"]["cosines"]["tfm.tc"]["p50"] is None
+    whole = summarise([line_of(-0.5)])["norms"]["mean_flow"]["p50"]
+    assert whole == pytest.approx(math.sqrt(1 + 2 * -0.5 + 1))
+
+
+def test_a_bin_without_rows_does_not_count():
+    full, empty = summarise([line_of(-0.9), line_of(-0.5)])["bins"]
+    assert [(each["from"], each["to"], each["rows"]) for each in (full, empty)] == [(0, 0.5, 8), (0.5, 1, 0)]
+    assert (full["losses"]["tc"]["mean"], full["losses"]["tc"]["count"]) == (2.0, 2)
+    assert full["cosines"]["tfm.tc"]["p50"] == pytest.approx(-0.7)
+    assert (empty["losses"]["tc"]["count"], empty["cosines"]["tfm.tc"]["count"]) == (0, 0)
 
 
 def test_tensors_are_grouped_by_block():

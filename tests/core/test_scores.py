@@ -79,3 +79,11 @@ def test_a_ball_ends_with_the_neighbour_that_it_reaches_to() -> None:
 def test_sets_far_apart_have_no_precision_and_no_recall() -> None:
     found = precision_recall(features(60, 6, shift=100), features(50, 7), 3, block=20)
     assert (found.precision, found.recall, found.density, found.coverage) == (0, 0, 0, 0)
+
+
+def test_balls_are_closed_so_pictures_on_the_edge_of_one_count() -> None:
+    """Of a set that is its own reference, each ball holds its middle and its k neighbours, the farthest on the edge."""
+    real = features(600, 8, dim=2048).abs()
+    found = precision_recall(real.clone(), real, 3, block=600)
+    assert (found.precision, found.recall, found.coverage) == (1, 1, 1)
+    assert found.density == pytest.approx(4 / 3, rel=1e-12)

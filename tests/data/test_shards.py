@@ -114,6 +114,12 @@ def test_a_pattern_names_no_hidden_file(tmp_path):
     assert open_source(str(write_files(tmp_path / "set", files) / "*.tar")).names == ["1.png"]
 
 
+@pytest.mark.parametrize("pattern", ["**", "p**.tar", "***0.t*r"])
+def test_two_stars_are_one_as_in_a_shell(tmp_path, pattern):
+    folder = write_files(tmp_path / "set", {"p0.tar": tar_of([("1.png", PNG)])})
+    assert open_source(str(folder / pattern)).names == ["1.png"]
+
+
 def test_archives_named_by_the_classes_of_imagenet_are_classes(tmp_path):
     files = {f"n0000000{n}.tar": tar_of([(f"n0000000{n}_{i}.JPEG", PNG) for i in range(2)]) for n in (2, 1)}
     assert labels_of(write_files(tmp_path / "set", files)) == (["n00000001", "n00000002"], [0, 0, 1, 1])

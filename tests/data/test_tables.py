@@ -136,6 +136,21 @@ def test_class_folders_go_before_a_table_unless_it_is_given(tmp_path, capfd):
     assert "labels.csv not used, because class folders are there (--labels uses it)" in capfd.readouterr().err
 
 
+def test_tables_that_class_folders_make_useless_may_be_broken_and_several(tmp_path, capfd):
+    files: dict[str, bytes | str] = {f"{'ab'[i % 2]}/{name}": c for i, (name, c) in enumerate(PICTURES.items())}
+    broken: dict[str, bytes | str] = {
+        "labels.csv": "file_name,label\n1.png,x,y,z\n",
+        "metadata.csv": b"file_name,label\n\xff\xfe",
+        "metadata.jsonl": JSONL,
+        "dataset.json": "{",
+    }
+    source = folder_of({**files, **broken}, tmp_path / "set")
+    assert labels_of(source) == (["a", "b"], [0] * 6 + [1] * 6)
+    assert run(["prep-latents", str(source), *OPTIONS, "--out", str(tmp_path / "s")]) == 0
+    assert "set/labels.csv not used, because class folders are there (--labels uses it)" in capfd.readouterr().err
+    assert "line 2 has 4 columns" in fault_of(source, table=str(source / "labels.csv"))
+
+
 def test_whole_numbers_are_sorted_as_numbers_and_a_class_list_decides(tmp_path):
     table = "file_name,label\n" + "".join(f"{name},{i}\n" for i, name in enumerate(PICTURES))
     source = folder_of({**PICTURES, "labels.csv": table}, tmp_path / "set")

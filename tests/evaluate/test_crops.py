@@ -10,9 +10,9 @@ from PIL import Image
 
 from alphaflow_cli.cli import run as cli
 from alphaflow_cli.data.manifest import read_manifest
-from alphaflow_cli.evaluate.evaluate import check_crop, find_reference
+from alphaflow_cli.evaluate.evaluate import find_reference
 from alphaflow_cli.evaluate.pictures import WAYS, crop_of, open_pictures
-from alphaflow_cli.evaluate.reference import Reference
+from alphaflow_cli.evaluate.reference import Reference, check_crop
 from alphaflow_cli.model.checkpoint import load_checkpoint
 from alphaflow_cli.recipe import load_recipe
 

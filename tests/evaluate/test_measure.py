@@ -10,6 +10,7 @@ import ruler
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
+from torch_fidelity.defaults import DEFAULTS
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
 from alphaflow_cli.errors import AlphaflowError
@@ -110,6 +111,13 @@ def test_all_metrics_of_a_small_network_equal_torch_fidelitys_own_run(
 ) -> None:
     fake, real = ruler.pictures(210, contrast=0.9), ruler.pictures(190, seed=1, contrast=1.1)
     check_both(*both_rulers(tmp_path, fake, real, monkeypatch, "small"), rel=1e-5)
+
+
+def test_the_settings_of_published_scores_are_torch_fidelitys() -> None:
+    """The tests above set the smaller of these for small sets."""
+    ours = score.KID_SUBSETS, score.KID_SIZE, score.IS_SPLITS, score.NEIGHBOURS, score.DRAW_SEED
+    names = "kid_subsets", "kid_subset_size", "isc_splits", "prc_neighborhood", "rng_seed"
+    assert ours == tuple(DEFAULTS[name] for name in names) == (100, 1000, 10, 3, 2020)
 
 
 @pytest.mark.slow  # half a minute for two roots of 2,048 dimensions; test_features.py has the network itself
@@ -217,19 +225,19 @@ def test_other_pictures_weights_or_chunks_get_another_folder() -> None:
     images, tiny, changed = ruler.pictures(5), Tiny(), Tiny()
     changed.preprocessing = "another"
     ids = [
-        measure.evaluation_id(Held(images), {"tiny": tiny}, 250),
-        measure.evaluation_id(Held(images, "other"), {"tiny": tiny}, 250),
-        measure.evaluation_id(Held(images), {"tiny": changed}, 250),
-        measure.evaluation_id(Held(images), {"tiny": tiny}, 100),
+        measure.evaluation_id(Held(images), {"tiny": tiny}, 250, CPU),
+        measure.evaluation_id(Held(images, "other"), {"tiny": tiny}, 250, CPU),
+        measure.evaluation_id(Held(images), {"tiny": changed}, 250, CPU),
+        measure.evaluation_id(Held(images), {"tiny": tiny}, 100, CPU),
     ]
     assert len(set(ids)) == 4
-    assert ids[0] == measure.evaluation_id(Held(images), {"tiny": Tiny()}, 250)
+    assert ids[0] == measure.evaluation_id(Held(images), {"tiny": Tiny()}, 250, CPU)
 
 
-def test_another_kind_of_device_begins_anew_and_a_cpu_goes_on_with_what_it_has(tmp_path: Path) -> None:
+def test_another_kind_of_device_begins_anew_and_a_cpu_goes_on_with_what_it_has() -> None:
     """Each kind rounds otherwise: a pass that was half measured on a GPU would be neither's."""
     of = partial(measure.evaluation_id, Held(ruler.pictures(5)), {"tiny": Tiny()}, 250)
-    assert of(CPU) == of()
+    assert of(CPU) == "2c60ab83dd1e7565"  # as before devices were named
     assert len({of(torch.device(kind)) for kind in ("cpu", "cuda", "mps")}) == 3
     assert of(torch.device("cuda", 0)) == of(torch.device("cuda", 1))
 

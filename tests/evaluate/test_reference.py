@@ -233,3 +233,17 @@ def test_the_header_is_plain_json(tmp_path: Path) -> None:
     assert header["format"] == "alphaflow-reference/1"
     assert json.loads(header["spaces"])["tiny"]["dim"] == 192
     assert json.loads(header["facts"])["source"]["name"] == "real"
+
+
+def test_a_kept_reference_that_is_damaged_is_measured_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    real = str(ruler.write_pictures(tmp_path / "real", ruler.pictures(120)))
+    ruler_ = Ruler({"tiny": Tiny()}, Processes(torch.device("cpu")), tmp_path / "work", batch=64)
+    digest = find_reference(real, (32, 32), ruler_).facts["sha256"]
+    (kept,) = (tmp_path / "work").glob("reference-*.safetensors")
+    whole = kept.read_bytes()
+    for damaged in (whole[:-100], whole.replace(b"alphaflow-reference/1", b"alphaflow-reference/0"), b""):
+        kept.write_bytes(damaged)
+        assert find_reference(real, (32, 32), ruler_).facts["sha256"] == digest
+        assert f"{kept.name} is damaged, so it is measured again" in capsys.readouterr().err
+    assert find_reference(real, (32, 32), ruler_).facts["sha256"] == digest
+    assert "damaged" not in capsys.readouterr().err

@@ -35,6 +35,7 @@ def write_store(path, tensors, labels, *, kind="moments", classes=10, shard_size
         shard_size=shard_size,
     )
     write_pieces(path / "plan.json", [to_json(plan_to_dict(plan))])
+    write_pieces(path / "classes.json", [to_json({f"c{i}": {"index": i, "name": f"c{i}"} for i in range(classes)})])
     everything = {**tensors, "label": np.asarray(labels, np.int64), "index": np.arange(count)}
     for shard in range(-(-count // shard_size)):
         span = slice(shard * shard_size, (shard + 1) * shard_size)

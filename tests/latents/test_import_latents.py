@@ -139,11 +139,12 @@ def test_an_import_that_was_cut_short_ends_the_same(vae, moments, tmp_path):
     request = ImportRequest(tmp_path / "theirs", "repa", tmp_path / "whole", str(vae), 32, "adm", CLASSES)
     import_latents(request, shown=False)
     import_latents(ImportRequest(**{**vars(request), "out": tmp_path / "cut"}), shown=False)
-    for name in ("manifest.json", "stats.safetensors", "train-00000.json"):
-        (tmp_path / "cut" / name).unlink()
-    import_latents(ImportRequest(**{**vars(request), "out": tmp_path / "cut"}), shown=False)
-    for path in (tmp_path / "whole").iterdir():
-        assert path.read_bytes() == (tmp_path / "cut" / path.name).read_bytes()
+    for lost in (("manifest.json", "stats.safetensors", "train-00000.json"), ("plan.json",), ("classes.json",)):
+        for name in lost:
+            (tmp_path / "cut" / name).unlink()
+        import_latents(ImportRequest(**{**vars(request), "out": tmp_path / "cut"}), shown=False)
+        for path in (tmp_path / "whole").iterdir():
+            assert path.read_bytes() == (tmp_path / "cut" / path.name).read_bytes()
     assert verify_store(tmp_path / "cut") == []
 
 

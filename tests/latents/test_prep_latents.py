@@ -26,7 +26,7 @@ from alphaflow_cli.files import free_bytes
 from alphaflow_cli.latents import encode
 from alphaflow_cli.latents.encode import choose_precision
 from alphaflow_cli.latents.plan import default_out, shard_size
-from alphaflow_cli.latents.prepare import begin_store, check_room
+from alphaflow_cli.latents.prepare import begin_store, check_room, describe_store
 from alphaflow_cli.nn.autoencoder import load_autoencoder
 from alphaflow_cli.runtime.precision import encoder_precision
 
@@ -183,6 +183,9 @@ def test_a_second_run_does_nothing(tree, tmp_path):
         ("train-00002.json",),
         ("manifest.json", "train-00000.json"),
         ("stats.safetensors",),
+        ("plan.json",),
+        ("classes.json",),
+        ("plan.json", "classes.json", "images.json", "train-00001.safetensors"),
     ],
 )
 def test_what_is_missing_is_made_again_to_the_same_bytes(tmp_path, lost):
@@ -193,6 +196,13 @@ def test_what_is_missing_is_made_again_to_the_same_bytes(tmp_path, lost):
     (out / ".train-00001.safetensors.tmp").write_bytes(b"half")
     prepare("glyphs:700", out)
     assert contents(out) == before
+
+
+def test_a_store_without_its_plan_is_still_not_another_preparations(tree, tmp_path):
+    out = prepare(tree, tmp_path / "s")
+    (out / "plan.json").unlink()
+    with pytest.raises(AlphaflowError, match="image_size is 8 in this command, 16 in the store"):
+        prepare(tree, out, size=8)
 
 
 def test_a_shard_of_another_length_than_its_sidecar_says_is_made_again(tmp_path):
@@ -288,6 +298,29 @@ def test_bad_pictures_are_skipped_named_and_counted(tmp_path):
     assert manifest.count == len(names) - len(bad) >= len(GOOD)
     assert sorted([*all_rows(out, "index"), *(entry["line"] for entry in manifest.bad)]) == list(range(len(names)))
     assert verify_store(out) == []
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+def test_a_class_all_of_whose_pictures_are_bad_keeps_its_number_and_is_named(tmp_path, capfd):
+    for name, good in (("ant", 3), ("bee", 0), ("cat", 2), ("dog", 0), ("eel", 1)):
+        (tmp_path / "root" / name).mkdir(parents=True)
+        for index in range(4):
+            content = encoded(gradient(size=(8, 8)), "PNG") if index < good else b"no picture"
+            (tmp_path / "root" / name / f"{index}.png").write_bytes(content)
+    out = prepare(tmp_path / "root", tmp_path / "s", size=8, bad="skip")
+    assert read_manifest(out).plan.classes == 5
+    assert sorted(all_rows(out, "label")) == [0, 0, 0, 2, 2, 4]
+    lines = describe_store(out)
+    assert lines[-2] == (
+        "no picture is left of 2 classes (1 = bee, 3 = dog): they stay classes, so that the others keep their numbers, "
+        "and nothing is learnt of them"
+    )
+    (tmp_path / "root" / "dog" / "good.png").write_bytes(encoded(gradient(size=(8, 8)), "PNG"))
+    lines = describe_store(prepare(tmp_path / "root", tmp_path / "t", size=8, bad="skip"))
+    assert lines[-2].startswith("no picture is left of 1 class (1 = bee): it stays a class, so that the others keep")
+    (tmp_path / "root" / "bee" / "good.png").write_bytes(encoded(gradient(size=(8, 8)), "PNG"))
+    lines = describe_store(prepare(tmp_path / "root", tmp_path / "u", size=8, bad="skip"))
+    assert lines[-2].startswith("left out: 14, the first 'ant/3.png': ")
 
 
 def test_files_removed_between_two_runs_are_counted_as_bad(tmp_path):

@@ -161,6 +161,25 @@ def test_a_kill_while_an_npz_is_closed_loses_nothing(model, whole, tmp_path, mon
     assert content(out) == whole["all.npz"]
 
 
+def test_a_kill_after_an_npz_got_its_name_draws_nothing_again(model, whole, tmp_path, monkeypatch, drawn):
+    out, plain = tmp_path / "all.npz", write.sync
+
+    def stop(path):
+        if path == tmp_path:  # the folder, whose sync comes before the marks are forgotten
+            raise KeyboardInterrupt
+        plain(path)
+
+    monkeypatch.setattr(write, "sync", stop)
+    assert sample(model, *LINE, "--out", out) == 130
+    assert content(out) == whole["all.npz"]
+    monkeypatch.setattr(write, "sync", plain)
+    drawn.clear()
+    assert sample(model, *LINE, "--out", out) == 0
+    assert drawn == []
+    assert content(out) == whole["all.npz"]
+    assert not list(tmp_path.glob("*.part*"))
+
+
 def test_only_the_batch_in_hand_is_kept(model, tmp_path, monkeypatch):
     alive, most, plain = weakref.WeakSet(), [], Generator.stream
 
