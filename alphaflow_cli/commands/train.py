@@ -181,8 +181,13 @@ def prepared(recipe: Recipe, options: "TrainOptions") -> Iterator[None]:
 
     with hold(options.out, "train"):
         prepare_run(recipe, options)
-        os.environ |= hand_on(options.out)
-        yield
+        handed = hand_on(options.out)
+        os.environ |= handed
+        try:
+            yield
+        finally:
+            for name in handed:
+                os.environ.pop(name, None)
 
 
 def finish(folder: Path, *, as_json: bool) -> None:
