@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from alphaflow_cli.api import Model, load
-from alphaflow_cli.errors import AlphaflowError
+from alphaflow_cli.errors import AlphaflowError, pip_install
 
 HOST = "127.0.0.1"  # nobody else can reach it
 MOST_PICTURES, COLUMNS = 16, 4
@@ -24,7 +24,7 @@ ENLARGED_TO = 192  # pixels: smaller pictures are shown enlarged, pixel by pixel
 def check_gradio() -> None:
     """Refuse in one line when the package of the extra is missing."""
     if find_spec("gradio") is None:
-        raise AlphaflowError("demo: gradio is not installed. Run: pip install 'alphaflow-cli[demo]'")
+        raise AlphaflowError(f"demo: gradio is not installed. Run: {pip_install('demo')}")
 
 
 def check_port(port: int) -> None:

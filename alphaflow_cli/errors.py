@@ -8,6 +8,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from shlex import quote
 
 from alphaflow_cli.text import brief
 
@@ -61,6 +62,26 @@ class LostOutput(AlphaflowError):
 
     def __init__(self, cause: OSError) -> None:
         super().__init__(f"stdout cannot be written ({cause.strerror}), so the result is not shown. Files are kept.")
+
+
+def pip_install(extra: str) -> str:
+    """The command that installs an extra of this program from where the program came: a clone, an address, its name."""
+    import json  # here, as are the others: the command line starts without them
+    from importlib.metadata import PackageNotFoundError, distribution
+    from urllib.parse import unquote, urlsplit
+
+    try:
+        origin = json.loads(distribution("alphaflow-cli").read_text("direct_url.json") or "{}")
+    except PackageNotFoundError:  # a clone that is not installed
+        origin = {"url": Path(__file__).parents[1].as_uri()}
+    address, kind = str(origin.get("url", "")), ""
+    path, wanted = Path(unquote(urlsplit(address).path)), f"alphaflow-cli[{extra}]"
+    if vcs := origin.get("vcs_info"):
+        wanted = f"{wanted} @ {vcs['vcs']}+{address}"
+    elif address.startswith("file:") and path.exists():
+        wanted = f"{'.' if path == Path.cwd() else path}[{extra}]"
+        kind = "-e " if origin.get("dir_info", {}).get("editable") else ""
+    return f"pip install {kind}{quote(wanted)}"
 
 
 @contextmanager

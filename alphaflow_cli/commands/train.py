@@ -5,6 +5,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING
@@ -121,7 +122,8 @@ def command(
         device=device, notes=resolved.notes, threads=threads or None, requeue=requeue,
     )  # fmt: skip
     if plans:
-        return show_plan(resolved, options, processes or launched, estimate=estimate, hours=hours, as_json=as_json)
+        wanted = PlanRequest(whole=dry_run or estimate, estimate=estimate, hours=hours, as_json=as_json)
+        return show_plan(resolved, options, processes or launched, wanted)
     return start(resolved.recipe, options, processes, as_json=as_json)
 
 
@@ -179,8 +181,13 @@ def prepared(recipe: Recipe, options: "TrainOptions") -> Iterator[None]:
 
     with hold(options.out, "train"):
         prepare_run(recipe, options)
-        os.environ |= hand_on(options.out)
-        yield
+        handed = hand_on(options.out)
+        os.environ |= handed
+        try:
+            yield
+        finally:
+            for name in handed:
+                os.environ.pop(name, None)
 
 
 def finish(folder: Path, *, as_json: bool) -> None:
@@ -198,17 +205,19 @@ def finish(folder: Path, *, as_json: bool) -> None:
         click.echo(f"{lost} The run is finished and saved: {folder}", err=True)
 
 
-def show_plan(
-    resolved: "Resolved",
-    options: "TrainOptions",
-    requested: int,
-    *,
-    estimate: bool,
-    hours: float | None,
-    as_json: bool,
-) -> None:
+@dataclass(frozen=True)
+class PlanRequest:
+    """What is printed of a run before it begins."""
+
+    whole: bool  # all that the run would be; --hours alone prints what fits
+    estimate: bool
+    hours: float | None
+    as_json: bool
+
+
+def show_plan(resolved: "Resolved", options: "TrainOptions", requested: int, plan: PlanRequest) -> None:
     """Print what the run would be: by arithmetic for --dry-run, by timed steps too for --estimate and --hours."""
-    if estimate or hours:
+    if plan.estimate or plan.hours:
         begin(f"timing a few steps of each phase of {resolved.recipe.name} on this machine")
     from alphaflow_cli.train.estimate import describe_run, estimate_training
     from alphaflow_cli.train.hours import fit_hours, measure_phases_of
@@ -224,15 +233,15 @@ def show_plan(
     more = [text for text in doubts(recipe, device=options.device) if text not in document["warnings"]]
     more += why_refused(recipe, resolved.folder)
     document["warnings"] += more
-    lines = [*resolved.notes, *lines, *(f"beware: {text}" for text in more)]
-    if estimate or hours:
+    lines = [*resolved.notes, *lines, *(f"beware: {text}" for text in more)] if plan.whole else []
+    if plan.estimate or plan.hours:
         measured, compiled = measure_phases_of(recipe, options, processes)
         times, texts = estimate_training(recipe, measured, compiled=compiled)
-        document, lines = document | {"estimate": times}, [*lines, *texts]
-    if hours:
-        fit = fit_hours(recipe, hours, measured, start=time.monotonic() - began)
-        document, lines = document | {"hours": fit.document()}, fit.lines()
-    if as_json:
+        document, lines = document | {"estimate": times}, [*lines, *texts] if plan.estimate else lines
+    if plan.hours:
+        fit = fit_hours(recipe, plan.hours, measured, start=time.monotonic() - began)
+        document, lines = document | {"hours": fit.document()}, [*lines, *fit.lines()]
+    if plan.as_json:
         print_json(document)
         return
     for line in lines:

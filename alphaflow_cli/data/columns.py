@@ -10,7 +10,7 @@ from typing import Any
 
 from alphaflow_cli.data.tables import LABEL_COLUMNS, LONGEST_LABEL, choose_column
 from alphaflow_cli.documents import Anything, ListOf, Table, Text, check_shape, parse_json
-from alphaflow_cli.errors import AlphaflowError
+from alphaflow_cli.errors import AlphaflowError, pip_install
 from alphaflow_cli.text import brief
 
 DESCRIPTION = Table(
@@ -77,7 +77,7 @@ def parquet_library(where: str) -> Any:
         import pyarrow.parquet
     except ImportError as fault:
         raise AlphaflowError(
-            f"{where}: parquet files need pyarrow, which is not installed. Run: pip install 'alphaflow-cli[parquet]'"
+            f"{where}: parquet files need pyarrow, which is not installed. Run: {pip_install('parquet')}"
         ) from fault
     return pyarrow
 

@@ -4,7 +4,7 @@ A row is a picture; its name is FILE#ROW. The footers are read first: they say t
 many rows each row group has. Labels are read then, a column of small numbers. Pictures come one row group at a time,
 when it is their turn, with one more being fetched ahead; so memory holds two row groups, and a run goes on at any row.
 
-pyarrow reads the files (`pip install 'alphaflow-cli[parquet]'`). It is imported when a parquet file is opened.
+pyarrow reads the files (the extra `parquet`). It is imported when a parquet file is opened.
 """
 
 import posixpath

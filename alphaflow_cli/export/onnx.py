@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from alphaflow_cli.errors import AlphaflowError
+from alphaflow_cli.errors import AlphaflowError, pip_install
 from alphaflow_cli.export.graph import (
     Difference,
     Exported,
@@ -41,7 +41,7 @@ def check_onnx() -> None:
     missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]
     if missing:
         names = f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'}"
-        raise AlphaflowError(f"ONNX: {names} not installed. Run: pip install 'alphaflow-cli[onnx]'")
+        raise AlphaflowError(f"ONNX: {names} not installed. Run: {pip_install('onnx')}")
 
 
 def export_onnx(source: Exported, out: Path, *, half: bool) -> Difference:

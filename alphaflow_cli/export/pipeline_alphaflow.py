@@ -8,7 +8,11 @@ A list of CPU generators, one per picture, gives the pictures that `alphaflow sa
 lies beside published weights and stands alone: it needs torch and diffusers only. Licence: Apache-2.0.
 """
 
+import inspect
+import json
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -62,6 +66,18 @@ class AlphaFlowPipeline(DiffusionPipeline):  # type: ignore[misc]
             id2label=id2label or {}, null_label=null_label, guidance_scale=guidance_scale,
             latents=latents or {"mean": 0.0, "std": 1.0}, pixels=pixels, sampler=sampler, walks=walks or {},
         )  # fmt: skip
+
+    def to_json_file(self, json_file_path: str | os.PathLike[str]) -> None:
+        """Write model_index.json and, beside it, the code that it names: what was saved loads as this was loaded."""
+        folder, index = Path(json_file_path).parent, json.loads(self.to_json_string())
+        index["_class_name"] = [_lay(__file__, folder), type(self).__name__]
+        if self.transformer is not None:
+            network = getattr(self.transformer, "_orig_mod", self.transformer)  # compiled, perhaps
+            index["transformer"] = [
+                _lay(inspect.getfile(type(network)), folder / "transformer"),
+                type(network).__name__,
+            ]
+        Path(json_file_path).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
     @torch.no_grad()
     def __call__(
@@ -153,6 +169,13 @@ class AlphaFlowPipeline(DiffusionPipeline):  # type: ignore[misc]
         latents = x * std + mean
         pixels = latents if self.vae is None else self.vae.decode(latents.to(self.vae.dtype)).sample
         return RULES[self.config.pixels]((pixels.float() + 1) * 127.5).clamp(0, 255).to(torch.uint8)
+
+
+def _lay(code: str, folder: Path) -> str:
+    """Copy a file of code into a folder; gives the name that diffusers knows it by there."""
+    content = Path(code).read_bytes()
+    (folder / Path(code).name).write_bytes(content)
+    return Path(code).stem
 
 
 def _listed(value: Any) -> list[Any]:

@@ -2,7 +2,8 @@
 
 huggingface_hub believes what a server says. Every request of the process goes through the one client made here, which
 does not: the token goes to the endpoint's own host only; commits and checksums must look like such before they name a
-file; an answer has a length, a time and a shape; what is compressed though nobody asked is refused.
+file; an answer has a length, a time and a shape; what is compressed though nobody asked is refused. Xet's client, which
+huggingface_hub would take for large files, checks none of that and sends the token to wherever it is led: it is off.
 """
 
 import contextvars
@@ -34,6 +35,7 @@ LONGEST_ANSWER = 128 << 20  # bytes of an answer that is held in memory, or that
 PACKED = 64 << 10  # bytes of a compressed answer: nobody asked for compression, and a byte may become a thousand
 PATIENCE = 60.0  # seconds for the head of an answer, or for a whole one that is no download
 SLOWEST = 1000  # bytes per second of a download, over PATIENCE
+SENDING_PATIENCE = 300.0  # seconds without a byte where we send: a file's end waits in the system's buffers
 WAIT = 60  # seconds that a server may ask us to wait before the next try
 PAGES = 2000  # of one listing, 1,000 files each
 
@@ -66,10 +68,11 @@ def hub_api() -> "HfApi":
 
 def session() -> Any:
     """Make the HTTP client of the whole process; an unusable environment is reported in one line."""
-    from huggingface_hub import get_session
+    from huggingface_hub import constants, get_session
 
     _origin(endpoint())
     _install()
+    constants.HF_HUB_DISABLE_XET = True
     try:
         return get_session()
     except (ValueError, OSError, _library().InvalidURL) as fault:  # read from the environment: proxies, certificates
@@ -137,7 +140,8 @@ def _install() -> None:
 
         def send(self, request: Any, *, stream: bool = False, **options: Any) -> Any:
             fetch = partial(_fetch, partial(super().send, request, stream=True, **options), stream)
-            answer = within(PATIENCE, fetch) if request.method in ("GET", "HEAD") else fetch()
+            asks = request.method in ("GET", "HEAD")
+            answer = within(PATIENCE, fetch) if asks else _sent(library, request, fetch)
             if answer.status_code >= 400 and not _is_read(request, answer):
                 return _refusal(library, answer)
             return answer if stream else _checked(library, request, answer)
@@ -191,6 +195,15 @@ def _fetch(send: Callable[[], Any], stream: bool) -> Any:
         answer.close()
         raise OSError(errno.ENOSPC, f"{length:,} bytes are to come, and {free:,} are free")
     return answer
+
+
+def _sent(library: Any, request: Any, fetch: Callable[[], Value]) -> Value:
+    """What `fetch` returns for a request that carries something, of any size; TooSlow where nothing moves any more."""
+    request.extensions["timeout"] = library.Timeout(SENDING_PATIENCE, connect=PATIENCE).as_dict()
+    try:
+        return fetch()
+    except library.TimeoutException as fault:  # not tried five times more, as the library would
+        raise TooSlow(f"no answer from {_shown(request.url)} within {SENDING_PATIENCE:g} s") from fault
 
 
 class Limits:

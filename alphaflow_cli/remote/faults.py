@@ -144,11 +144,10 @@ def hub_faults(what: str, *, sending: bool = False) -> Iterator[None]:
     except OSError as fault:
         raise HubFault(what, _of_disk(fault)) from fault
     except RuntimeError as fault:  # an upload's worker wraps what happened to it
-        if isinstance(fault.__cause__, errors.HfHubHTTPError):
-            raise _refusal(what, fault.__cause__, again) from fault
-        if isinstance(fault.__cause__, (network, OSError)):
-            raise NoConnection(what, f"the connection to the Hub broke ({_one_line(fault)}). {again}.") from fault
-        raise
+        if (wrapped := fault.__cause__) is None:
+            raise
+        with hub_faults(what, sending=sending):
+            raise wrapped from wrapped.__cause__
 
 
 def _refusal(what: str, fault: Exception, again: str) -> HubFault:
@@ -199,11 +198,18 @@ def _answer(fault: Exception, again: str) -> str:
 
 
 def _forbidden(fault: Exception) -> str:
-    """What a token lacks: the right to read, or that to write."""
+    """What a token lacks: the right to read, to make a repository, or to write into one."""
     request = getattr(getattr(fault, "response", None), "request", None)  # the error itself loses its own
     if getattr(request, "method", "") in ("GET", "HEAD"):
         return "your token may not read this (HTTP 403). Look at its rights on the Hub, or make another one."
-    return "your token has no right to do this (HTTP 403). Use a token with write access, or offer it with --pr."
+    path = request.url.path if request is not None else ""
+    if path.endswith("/api/repos/create"):  # of one that exists nothing would be heard
+        return (
+            "there is no such repository, and your token has no right to make it (HTTP 403). Use a token with write "
+            "access, or a name of your own: alphaflow push RUN user/name"
+        )
+    offer = "" if "/spaces/" in path else ", or offer it with --pr"
+    return f"your token has no right to do this (HTTP 403). Use a token with write access{offer}."
 
 
 def _patience(fault: Exception) -> str:

@@ -26,7 +26,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, NoReturn
@@ -45,6 +45,7 @@ LOOK_EVERY = 0.5  # seconds between a worker's looks at whether its parent is st
 SAVE_SECONDS = 300  # a worker may take so long to save after SIGTERM before the agent kills it
 ECHO_SECONDS = 1.0  # after a signal, in which another one counts as its echo
 WARNING = signal.SIGUSR1  # sbatch --signal=USR1@120
+TAKEN = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, WARNING)  # that the agent answers
 PORTS = range(20_000, 60_000)  # of a Slurm job
 ECHOES = ("Connection closed by peer", "Connection reset", "Socket Timeout", "NCCL", "Broken pipe", "gloo")
 
@@ -104,6 +105,21 @@ def check_processes(requested: int | None) -> None:
         )
 
 
+@contextlib.contextmanager
+def as_before() -> Iterator[None]:
+    """Give the environment and the answers to signals back as they were: any program may have called `cli.run`."""
+    environment = dict(os.environ)
+    answers = {number: signal.getsignal(number) for number in TAKEN}
+    try:
+        yield
+    finally:
+        for number, answer in answers.items():
+            signal.signal(number, answer)
+        os.environ.clear()
+        os.environ.update(environment)
+
+
+@as_before()
 def launch(argv: Sequence[str], processes: int) -> int:
     """Run `alphaflow ARGV` in N processes on this machine; the exit code of the run."""
     from torch.distributed.elastic.multiprocessing import api
@@ -136,8 +152,6 @@ def launch(argv: Sequence[str], processes: int) -> int:
             return _report(Path(errors), codes)
         except api.SignalException as signalled:
             return 128 + int(signalled.sigval)
-        finally:
-            del os.environ[ERRORS], os.environ[PARENT]  # the workers' parent is no worker itself
     return 0
 
 

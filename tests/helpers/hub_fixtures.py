@@ -25,7 +25,6 @@ train: {steps: 100, batch: 8, precision: fp32}
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
     """The server; the client's environment points to it. Logged in as `me`."""
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_PROGRESS_BARS", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))

@@ -4,8 +4,9 @@
 
 Speaks what huggingface_hub 1.33 and 2.x ask for: whoami, create, validate-yaml, preupload, LFS batch and PUT, commit,
 model info, revisions, tree, resolve. A fault is ("PUT", "/lfs/") → Fault(status=500, times=1): it answers that many
-matching requests wrongly, or drops the connection half way (status 0), or damages what it sends ("corrupt"). A body
-of its own is sent as it is, drop by drop where `drip` says so; headers of a fault replace those of a good answer too.
+matching requests wrongly, or drops the connection half way (status 0), or damages what it sends ("corrupt"), or never
+answers ("silent"). A body of its own is sent as it is, drop by drop where `drip` says so; headers of a fault replace
+those of a good answer too.
 """
 
 import base64
@@ -32,6 +33,7 @@ class Fault:
     corrupt: bool = False
     body: bytes | None = None  # sent instead of the answer
     drip: float = 0.0  # seconds between its bytes
+    silent: bool = False  # the request is read, and no answer comes
 
 
 @dataclass
@@ -71,6 +73,7 @@ class HubServer:
         self.requests = []  # (method, path)
         self.sends_on = False  # large files lie elsewhere, as on the real Hub, under addresses that may expire
         self.lock = threading.Lock()
+        self.closing = threading.Event()
         hub = self
 
         class Handler(HubHandler):
@@ -86,6 +89,7 @@ class HubServer:
         return self
 
     def __exit__(self, *_):
+        self.closing.set()
         self.server.shutdown()
         self.server.server_close()
 
@@ -117,6 +121,9 @@ class HubHandler(BaseHTTPRequestHandler):
         with hub.lock:
             hub.requests.append((self.command, path))
             self.fault = self.next_fault(hub, path)
+        if self.fault and self.fault.silent:
+            hub.closing.wait()
+            return self.drop()
         if self.fault and self.fault.body is not None:
             return self.send_raw(self.fault)
         if self.fault and self.fault.status != 200:

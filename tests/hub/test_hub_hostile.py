@@ -5,6 +5,7 @@ import json
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.util import find_spec
 
 import huggingface_hub.constants
 import huggingface_hub.file_download
@@ -162,6 +163,28 @@ def test_a_server_that_drips_is_left_in_time(published, hub, capsys, monkeypatch
     assert time.monotonic() - start < 30
 
 
+@pytest.mark.parametrize(
+    "request_", [("POST", "/repos/create"), ("POST", "/preupload/"), ("PUT", "/lfs/"), ("POST", "/commit/")]
+)
+def test_a_server_that_takes_an_upload_and_never_answers_is_left(hub, project_run, capsys, monkeypatch, request_):  # noqa: F811
+    monkeypatch.setattr(client, "SENDING_PATIENCE", 0.7)
+    hub.faults[request_] = Fault(silent=True)
+    start = time.monotonic()
+    code, err = alphaflow("push", "runs/tiny", "me/tiny", capsys=capsys)
+    assert code == 1
+    assert "no answer from http://127.0.0.1/" in err
+    assert "what was sent is not sent twice" in err or request_ == ("POST", "/repos/create")
+    assert time.monotonic() - start < 10
+
+
+@pytest.mark.parametrize("target", ["ftp://x/y", "http://["])
+def test_an_upload_that_is_sent_to_no_web_address_is_one_line(hub, project_run, capsys, target):  # noqa: F811
+    hub.faults["PUT", "/lfs/"] = Fault(307, body=b"", headers={"Location": target})
+    code, err = alphaflow("push", "runs/tiny", "me/tiny", capsys=capsys)
+    assert code == 1
+    assert "does not come from a Hub" in err
+
+
 def test_the_cache_serves_where_a_server_drips(published, hub, capsys, monkeypatch):  # noqa: F811
     resolve_checkpoint("me/tiny")
     monkeypatch.setattr(client, "PATIENCE", 0.7)
@@ -291,13 +314,19 @@ def test_a_redirect_does_not_take_the_token_along(published, hub, capsys, elsewh
     assert not any("token-me" in value for head in seen for value in head.values())
 
 
-def test_a_route_for_xet_does_not_take_the_token_along(published, hub, capsys, elsewhere, monkeypatch):  # noqa: F811
+@pytest.mark.skipif(not find_spec("hf_xet"), reason="Xet's client is not installed")
+@pytest.mark.parametrize("verb", ["pull", "push"])
+def test_nothing_goes_through_the_client_of_xet(published, hub, capsys, elsewhere, monkeypatch, project_run, verb):  # noqa: F811
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", False)
     address, seen = elsewhere
     headers = {"X-Xet-Hash": "a" * 64, "X-Xet-Refresh-Route": f"{address}/xet"}
+    storage = {"X-Xet-Cas-Url": address, "X-Xet-Access-Token": "x", "X-Xet-Token-Expiration": "1"}
     hub.faults["HEAD", "/resolve/"] = Fault(200, headers=headers)
-    alphaflow("pull", "me/tiny", capsys=capsys)
-    assert not any("token-me" in value for head in seen for value in head.values())
+    hub.faults["GET", "/xet-"] = Fault(200, body=b"{}", headers=storage)
+    code, err = alphaflow(verb, *["runs/tiny"] * (verb == "push"), "me/tiny", capsys=capsys)
+    assert code == 0, err
+    assert seen == []
+    assert not hub.count("GET", "/xet-")
 
 
 @pytest.mark.parametrize("part", ["/api/models/", "/resolve/"])

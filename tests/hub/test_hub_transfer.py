@@ -76,7 +76,7 @@ def test_an_interrupted_upload_goes_on_where_it_stopped(hub, finished, capsys, m
 
 FAULTS = {  # what goes wrong → (request, fault, what is said)
     "401": (("GET", "/whoami"), Fault(401), "does not accept the token"),
-    "403": (("POST", "/repos/create"), Fault(403), "no right to do this"),
+    "403": (("POST", "/repos/create"), Fault(403), "no right to make it"),
     "403 on writing": (("POST", "/preupload/"), Fault(403), "no right to do this"),
     "404": (("POST", "/preupload/"), Fault(404, code="RepoNotFound"), "no such repository on the Hub"),
     "409": (("POST", "/commit/"), Fault(409), "somebody else changed it"),
@@ -122,10 +122,34 @@ def test_a_name_taken_by_something_else_is_not_overwritten(hub, finished, capsys
     assert set(hub.files("me/tiny")) == {"pytorch_model.bin", "config.json"}
 
 
-def test_another_users_repository_may_not_be_written(hub, finished, capsys):  # noqa: F811
+@pytest.fixture
+def begun_there(hub, monkeypatch):  # noqa: F811
+    """The endpoint as huggingface_hub reads it once, when a process begins."""
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.url)
+
+
+def test_another_users_repository_may_not_be_written(hub, finished, capsys, begun_there):  # noqa: F811
+    hub.add("you/tiny", {"README.md": b"soon"})
     code, out = push(finished, "you/tiny", capsys=capsys)
     assert code == 1
-    assert "no right" in out.err
+    assert "no right to do this" in out.err
+    assert "or offer it with --pr" in out.err
+
+
+def test_what_does_not_exist_and_may_not_be_made_cannot_be_offered_a_pull_request(hub, finished, capsys):  # noqa: F811
+    code, out = push(finished, "you/tiny", capsys=capsys)
+    assert code == 1
+    assert "no right to make it (HTTP 403)" in out.err
+    assert "--pr" not in out.err
+    assert "a name of your own" in out.err
+
+
+def test_a_space_of_another_user_takes_no_pull_request(hub, finished, capsys, begun_there):  # noqa: F811
+    hub.add("you/show.space", {"README.md": b"soon"})
+    code, out = push(finished, "--space=you/show", capsys=capsys)
+    assert code == 1
+    assert "no right to do this" in out.err
+    assert "--pr" not in out.err
 
 
 def test_private_is_private_and_a_public_one_is_not_claimed_to_be(hub, finished, capsys):  # noqa: F811

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -142,6 +143,18 @@ def test_processes_run_the_command_that_started_them_whatever_started_it(line, m
 def left(folder, **record):
     plain = {"time": 1.0, "user_fault": False, "echo": True, "traceback": "", "message": "Connection reset"}
     (folder / f"rank-{record['rank']}.json").write_text(json.dumps(plain | record))
+
+
+def test_who_calls_a_verb_of_many_processes_keeps_its_environment_and_its_answers_to_signals(monkeypatch):
+    """Afterwards Ctrl-C raised torch's SignalException in the caller, and the next verb had the first one's threads."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+
+    def state():
+        return dict(os.environ), {number: signal.getsignal(number) for number in launch.TAKEN}
+
+    before = state()
+    assert launch.launch(["--version"], 2) == 0
+    assert state() == before
 
 
 def test_a_cause_comes_before_a_crash_and_a_crash_before_an_echo(tmp_path):

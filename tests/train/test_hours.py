@@ -170,6 +170,23 @@ def test_of_a_launchers_processes_the_first_plans_for_all(option, tmp_path, monk
     assert json.loads(printed[1].out)["split"]["processes"] == 2
 
 
+def test_hours_come_after_the_plan_and_the_estimate_that_were_wanted_too(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    make_recipe(tmp_path)
+    monkeypatch.setattr(estimate, "TIMED_STEPS", 1)
+    printed = {}
+    for options in ((), ("--estimate",), ("--dry-run",)):
+        assert cli(["train", "tiny.yaml", "--hours", "50", *options]) == 0
+        printed[options] = capsys.readouterr().out
+    assert "the whole run fits" in printed[()]
+    assert printed[()].count("\n") == 1
+    for option in ("--estimate", "--dry-run"):
+        *plan, fit = printed[option,].splitlines()
+        assert "the whole run fits" in fit
+        assert plan[0].startswith("network")
+        assert any(line.startswith("together: ") for line in plan) == (option == "--estimate")
+
+
 @pytest.mark.parametrize(
     ("device", "options"),
     [("cuda", ()), ("cuda", ("--processes", "2")), ("cuda", ("--estimate",)), ("mps", ()), ("mps", ("--hours", "1"))],
