@@ -51,7 +51,11 @@ EPILOG = examples(
     help=f"Hub id, folder or weights file; none stores pixels. [default: {Data.autoencoder}; embedded: none]",
 )
 @click.option(
-    "--dtype", type=click.Choice(["fp16", "fp32"]), default="fp16", show_default=True, help="Of latents on disk."
+    "--dtype",
+    type=click.Choice(["fp16", "fp32"]),
+    default="fp16",
+    show_default=True,
+    help="Form of the numbers on disk.",
 )
 @click.option(
     "--crop",
