@@ -123,7 +123,7 @@ class Model:
 
     @property
     def device(self) -> torch.device:
-        """What computes its pictures."""
+        """The device that computes its pictures: a GPU, or the CPU."""
         return self._generator.device
 
     @property

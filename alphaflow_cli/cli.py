@@ -50,6 +50,8 @@ VERBS: dict[str, tuple[str, str]] = {
 
 EPILOG = """\b
 Examples:
+  alphaflow train quickstart
+  alphaflow sample runs/quickstart --grid grid.png
   alphaflow recipe show quickstart
   alphaflow doctor
 """
@@ -122,7 +124,9 @@ SETTINGS = {"max_content_width": 100, "help_option_names": ["-h", "--help"]}  # 
 
 
 @click.command(cls=LazyGroup, epilog=EPILOG, context_settings=SETTINGS)
-@click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=print_version, help="Print it.")
+@click.option(
+    "--version", is_flag=True, is_eager=True, expose_value=False, callback=print_version, help="Print the version."
+)
 @click.option(
     "--debug", is_flag=True, expose_value=False, help="Show the traceback of an error; works after a verb too."
 )

@@ -32,7 +32,7 @@ LITTLE_DISK = 20 * 10**9  # bytes: about what a run of XL/2 keeps
 
 
 def examine() -> dict[str, Any]:
-    """Everything that `alphaflow doctor` prints."""
+    """Look at versions, devices, caches, weights and disk; `doctor --json` prints this table as it is."""
     report: dict[str, Any] = {
         "alphaflow": __version__,
         "python": platform.python_version(),

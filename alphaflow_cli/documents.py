@@ -44,7 +44,7 @@ class Number:
 
 @dataclass(frozen=True)
 class Whole:
-    """A whole number within bounds."""
+    """A rule for a value of a document: a whole number, both bounds included."""
 
     low: int = -(2**63)
     high: int = 2**63 - 1

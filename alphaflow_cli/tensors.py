@@ -115,7 +115,7 @@ class TensorFile:
     metadata: dict[str, str]
 
     def read(self, name: str) -> Array:
-        """Read a whole tensor."""
+        """Read a whole tensor from the disk, as a numpy array of its own."""
         place = self.places[name]
         array = np.empty(place.shape, place.dtype)
         if array.size:

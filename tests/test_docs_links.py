@@ -80,3 +80,9 @@ def test_every_option_is_named_on_a_page():
     text = "\n".join(page.read_text(encoding="utf-8") for page in PAGES if page.parent in (ROOT, ROOT / "docs"))
     named = set(re.findall(r"--[a-z][\w-]*\w", text))
     assert [(verb, words) for verb, words in options_of(group) if not named & set(words)] == []
+
+
+def test_the_list_of_all_commands_has_each_of_them():
+    text = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `([a-z-]+)` \|", text, re.M)
+    assert rows == group.list_commands(click.Context(group))

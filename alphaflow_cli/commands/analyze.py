@@ -44,7 +44,13 @@ NAMES = {"tfm": "∇L_TFM", "tc": "∇L_TC", "fm": "∇L_FM'", "mean_flow": "∇
 )
 @click.option("--batch", type=BATCH, default=64, show_default=True, help="Rows of a batch, all r < t.")
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Seed of rows, noise and times.")
-@click.option("--weights", type=click.Choice(["ema", "raw"]), default="ema", show_default=True, help="Which weights.")
+@click.option(
+    "--weights",
+    type=click.Choice(["ema", "raw"]),
+    default="ema",
+    show_default=True,
+    help="ema: averaged; raw: not averaged, which only a run folder has.",
+)
 @click.option("--all-checkpoints", is_flag=True, help="Analyze every checkpoint that the run kept.")
 @processes_option
 @device_option

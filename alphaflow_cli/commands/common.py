@@ -291,7 +291,7 @@ def usage_message(fault: click.UsageError, ctx: click.Context, args: Sequence[st
 
         runs = ", ".join(runs_in(Path("runs"))) or "none yet; alphaflow train quickstart makes one"
         return f"{message} Runs here: {runs}"
-    return message
+    return f"{message} Examples: {ctx.command_path} --help"
 
 
 def _takes(ctx: click.Context, option: str) -> bool:

@@ -40,7 +40,13 @@ OPTIONS = {"nfe": "--nfe", "decoder": "--decoder/--no-decoder", "half": "--fp16"
 @click.option(
     "--fp16", "half", is_flag=True, help="onnx, web: store weights in half precision; the arithmetic stays fp32."
 )
-@click.option("--weights", type=click.Choice(["ema", "raw"]), default="ema", show_default=True, help="Which weights.")
+@click.option(
+    "--weights",
+    type=click.Choice(["ema", "raw"]),
+    default="ema",
+    show_default=True,
+    help="ema: averaged; raw: not averaged, which only a run folder has.",
+)
 @autoencoder_option
 @click.option(
     "--runtime",

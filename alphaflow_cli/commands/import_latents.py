@@ -33,7 +33,11 @@ EPILOG = examples(
 @click.option("--crop", type=click.Choice(["square", "adm"]), help="How pictures became square; as in prep-latents.")
 @click.option("--classes", type=WholeWithin(1, 10_000_000), help="Number of classes; labels are 0 … N − 1.")
 @click.option(
-    "--dtype", type=click.Choice(["fp16", "fp32"]), default="fp16", show_default=True, help="Of latents on disk."
+    "--dtype",
+    type=click.Choice(["fp16", "fp32"]),
+    default="fp16",
+    show_default=True,
+    help="Form of the numbers on disk.",
 )
 @click.option(
     "--scale",

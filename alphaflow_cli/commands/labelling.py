@@ -14,7 +14,7 @@ KEPT = "alphaflow_cli.labelling"  # of a context's meta: what these options hold
 def image_column_option(function: Command) -> Command:
     """Add `--image-column NAME` alone, for verbs that need no classes; `given_labelling` has it."""
     option: Callable[[Command], Command] = _kept(
-        "--image-column", metavar="NAME", help="The pictures' column of parquet files."
+        "--image-column", metavar="NAME", help="Column of the pictures, in parquet files."
     )
     return option(function)
 
@@ -24,8 +24,8 @@ def labelling_options(function: Command) -> Command:
     options = [
         _kept("--labels", metavar="FILE", help="A csv, jsonl or json of pictures' names and classes."),
         _kept("--unlabelled", is_flag=True, help="All pictures are one class."),
-        _kept("--image-column", metavar="NAME", help="Of parquet: the pictures; of a table: their names."),
-        _kept("--label-column", metavar="NAME", help="Of parquet or a table: the classes; of a json: the key."),
+        _kept("--image-column", metavar="NAME", help="Column of the pictures (parquet) or of their names (table)."),
+        _kept("--label-column", metavar="NAME", help="Column of the classes (parquet, table), or their key (json)."),
     ]
     for option in reversed(options):
         function = option(function)

@@ -51,7 +51,11 @@ EPILOG = examples(
     help=f"Hub id, folder or weights file; none stores pixels. [default: {Data.autoencoder}; embedded: none]",
 )
 @click.option(
-    "--dtype", type=click.Choice(["fp16", "fp32"]), default="fp16", show_default=True, help="Of latents on disk."
+    "--dtype",
+    type=click.Choice(["fp16", "fp32"]),
+    default="fp16",
+    show_default=True,
+    help="Form of the numbers on disk.",
 )
 @click.option(
     "--crop",
@@ -61,7 +65,7 @@ EPILOG = examples(
     help="square: the largest centred square, by Lanczos; adm: halved by box, short side by bicubic, then the square.",
 )
 @labelling_options
-@click.option("--flips", is_flag=True, help="Mirror images, too. Of latents they are stored: twice the disk.")
+@click.option("--flips", is_flag=True, help="Mirror images, too. With latents they take twice the disk.")
 @click.option(
     "--batch", type=WholeWithin(0, 65_536), default=0, help="Pictures encoded at once. [default: by the size]"
 )

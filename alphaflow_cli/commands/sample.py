@@ -114,7 +114,13 @@ class LatentsOut(Destination):
 )
 @click.option("--classes", default="", help="Numbers or names, comma-separated, in turn. Default: drawn per seed.")
 @walk_options(nfe="Network evaluations per picture; repeat to compare. Default: 1.")
-@click.option("--weights", type=click.Choice(["ema", "raw"]), default="ema", show_default=True, help="Which weights.")
+@click.option(
+    "--weights",
+    type=click.Choice(["ema", "raw"]),
+    default="ema",
+    show_default=True,
+    help="ema: averaged; raw: not averaged, which only a run folder has.",
+)
 @autoencoder_option
 @decoder_option
 @click.option("--compile", "compiled", is_flag=True, help="Compile the decoder: for 12,000 pictures and more on a GPU.")

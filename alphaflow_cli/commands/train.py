@@ -48,13 +48,11 @@ EXAMPLES = examples(
 
 @click.command("train", epilog=EXAMPLES)
 @recipe_argument
-@click.option(
-    "--data", type=click.Path(path_type=Path), help="Latent store. A shipped recipe takes over what the data are."
-)
+@click.option("--data", type=click.Path(path_type=Path), help="Latent store. A shipped recipe is fitted to it.")
 @click.option(
     "--out",
     type=Destination(is_folder=True, holds_weights=True),
-    help="Run folder. Default: runs/<recipe name>, and -<store> on data of another shape.",
+    help="Run folder. Default: runs/<recipe name>, or with -<store> where the data have another shape.",
 )
 @set_option
 @click.option("--processes", type=PROCESSES, help="Processes to start on this machine. Default: one per GPU.")
@@ -82,7 +80,7 @@ EXAMPLES = examples(
 @click.option(
     "--hours",
     type=NumberWithin(0, 100_000, open_below=True),
-    help="Print the --set values with which the run takes so long on this machine, and stop.",
+    help="Print what fits into so many hours on this machine, as --set values, and stop.",
 )
 @json_option
 def command(

@@ -86,7 +86,7 @@ class ForeignFile:
 
     @property
     def name(self) -> str:
-        """How messages call the file."""
+        """The name of the file without its folders, for messages."""
         return self.path.name
 
     @cached_property

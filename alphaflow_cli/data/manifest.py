@@ -189,7 +189,7 @@ class Manifest:
 
 
 def plan_to_dict(plan: StorePlan) -> dict[str, Any]:
-    """The content of plan.json."""
+    """The content of plan.json: everything that decides the bytes of a store."""
     record = record_to_dict(plan.autoencoder)
     return {"format": FORMAT, "version": VERSION, **asdict(plan), "latent": list(plan.latent), "autoencoder": record}
 

@@ -40,10 +40,10 @@ class TableFile(Protocol):
 
     @property
     def where(self) -> str:
-        """Its name for messages."""
+        """The name by which messages call the file."""
 
     def open(self) -> AbstractContextManager[Any]:
-        """Open it for one thread."""
+        """Open it for reading by one thread; each thread has its own place in it."""
 
     def check(self) -> None:
         """End the run where its bytes are no longer those of the listing."""
@@ -132,7 +132,7 @@ class Parquet(Source):
         return self.given_facts
 
     def stamps(self, lines: Sequence[int]) -> list[Any]:
-        """The files' own stamps."""
+        """Of each file, what changes whenever its bytes may have changed."""
         return [place.stamp() for place in self.files]
 
     def labels(self, column: str) -> Labels | None:

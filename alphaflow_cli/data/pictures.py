@@ -122,7 +122,7 @@ class Loose(Source):
 
     @abstractmethod
     def fetch(self, line: int) -> bytes | Image.Image:
-        """Read or draw one picture."""
+        """Read one picture's bytes, or draw it where the set is embedded."""
 
 
 class BadPicture(Exception):

@@ -75,7 +75,7 @@ class Snapshot:
 
 @dataclass(frozen=True)
 class Average:
-    """One line of the table."""
+    """One line of the table: an average that the run kept, or one that is made of those."""
 
     name: str
     path: Path

@@ -59,7 +59,7 @@ class Clock:
         self.add({name: time.perf_counter() - start})
 
     def add(self, spent: Mapping[str, float]) -> None:
-        """Add seconds by part."""
+        """Add the seconds that each part took to those of before."""
         for name, seconds in spent.items():
             self.seconds[name] = self.seconds.get(name, 0.0) + seconds
 

@@ -138,7 +138,7 @@ def fuse_convolutions(net: nn.Module) -> None:
 
 
 def _convolve(weight: Tensor, bias: Tensor, form: tuple[Any, ...], x: Tensor) -> Tensor:
-    """relu(x ∗ weight + bias)."""
+    """Compute relu(x ∗ weight + bias) in one kernel of cuDNN."""
     rows: Tensor = torch.cudnn_convolution_relu(x, weight, bias, *form)
     return rows
 

@@ -114,7 +114,7 @@ class AlphaFlowPipeline(DiffusionPipeline):  # type: ignore[misc]
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def _labels(self, given: Any, count: int) -> Tensor:
-        """The classes by number."""
+        """The numbers of the classes that were given by number or by name."""
         known, names = self.config.classes, list(self.config.id2label.values())
         if not known:
             if given is not None:

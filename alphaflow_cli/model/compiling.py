@@ -8,9 +8,9 @@ All blocks share one piece of code, so each form below is compiled once, not onc
     no gradient               u⁻(z_s, r, s); guidance at α = 0  (their own numbers of rows)
     math attention            the forward-mode reference only
 
-α never enters a block, so its schedule compiles nothing. Static shapes: a new number of rows is a new form, up to
-FORMS for one piece of code; beyond it torch runs eagerly, and says so. The rest of the step stays eager: it is under 2%
-of the arithmetic, and double backward or torch.func.jvp cannot be traced anyway.
+α never enters a block, so its schedule compiles nothing. Shapes are static, so another number of rows is compiled anew,
+up to FORMS times for one piece of code; beyond that torch runs eagerly, and says so. The rest of the step stays eager:
+it is under 2% of the arithmetic, and double backward or torch.func.jvp cannot be traced anyway.
 
 What was compiled is kept on the disk, by torch itself, and the next start reads it instead of compiling again.
 """

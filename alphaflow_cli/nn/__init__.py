@@ -1,1 +1,1 @@
-"""Everything that has weights."""
+"""The networks of the generator with their derivatives, and the autoencoders: whatever has weights."""

@@ -109,7 +109,7 @@ def load_autoencoder(
     dtype: torch.dtype = torch.float32,
     channels_last: bool = False,
 ) -> Autoencoder:
-    """Load an autoencoder by name."""
+    """Load an autoencoder by its Hub id, its folder or its weights file; `none` leaves pixels as they are."""
     if name == "none":
         return Autoencoder("none", "", "", "none", 3, 1, 1.0, 0.0, None, torch.preserve_format)
     module, revision = _load_module(name)

@@ -52,7 +52,7 @@ class AutoencoderClass:
         return mean, (0.5 * logvar.clamp(*LOGVAR)).exp()
 
     def decode(self, module: Any, latents: Tensor) -> Tensor:
-        """Pixels of some latents."""
+        """Decode latents to pixels; a network for films gets and gives a film of one frame."""
         pixels: Tensor = module.decode(
             latents.unsqueeze(2) if self.frames else latents, **dict(self.decode_with)
         ).sample

@@ -82,7 +82,7 @@ class _Refused(yaml.YAMLError):
 
 
 class _Composer(yaml.SafeLoader):
-    """Composes nodes; never constructs objects."""
+    """Compose the nodes of a YAML text within bounds; no object is ever constructed from it."""
 
     depth = 0
     values = 0

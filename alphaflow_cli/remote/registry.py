@@ -9,16 +9,19 @@ import hashlib
 import os
 import urllib.request
 from dataclasses import dataclass
+from functools import partial
 from http.client import HTTPException
 from pathlib import Path
 
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.files import make_folder, read_file, user_path, write_whole
+from alphaflow_cli.remote import client
+from alphaflow_cli.remote.faults import Distrusted
 from alphaflow_cli.text import for_terminal
 
 REGISTRY = "https://registry.npmjs.org"
 LARGEST = 128 << 20  # bytes of a package
-PATIENCE = 30.0  # seconds without a byte
+PIECE = 64 << 10  # bytes that are read at once
 
 
 @dataclass(frozen=True)
@@ -67,15 +70,23 @@ def _by_hand(package: NpmPackage) -> str:
 
 
 def _download(package: NpmPackage) -> bytes:
-    """The bytes from the registry, bounded and checked."""
+    """The bytes from the registry, bounded in length and time, and checked."""
     registry = (os.environ.get("npm_config_registry") or REGISTRY).rstrip("/")  # noqa: SIM112 (npm's own name)
     address = f"{registry}/{package.name}/-/{package.file}"
     if not address.startswith(("https://", "http://")):
         raise AlphaflowError(f"npm_config_registry {for_terminal(registry, limit=200)}: not a web address.")
     try:
-        with urllib.request.urlopen(address, timeout=PATIENCE) as answer:
-            content = bytes(answer.read(LARGEST + 1))
-    except (OSError, HTTPException, ValueError) as fault:  # no connection or half an answer; no answer, or no address
+        with client.within(
+            client.PATIENCE, partial(urllib.request.urlopen, address, timeout=client.PATIENCE)
+        ) as answer:
+            pieces = iter(partial(answer.read1, PIECE), b"")
+            content = b"".join(client.Limits(LARGEST, "the answer", has_length=True).watch(pieces))
+    except (
+        OSError,
+        HTTPException,
+        ValueError,
+        Distrusted,
+    ) as fault:  # no connection, half an answer, none, or a slow one
         reason = for_terminal(getattr(fault, "reason", None) or fault, limit=200)
         advice = f"{_by_hand(package)}; then export with --runtime {package.file}"
         raise AlphaflowError(f"{for_terminal(address, limit=200)}: cannot be fetched ({reason}). {advice}") from fault

@@ -80,7 +80,7 @@ def read_run(folder: Path, label: str) -> ComparedRun:
 
 
 def comparison_page(runs: Sequence[ComparedRun]) -> str:
-    """Write the whole HTML document."""
+    """Write the HTML document that compares several runs; it needs no other file."""
     names = [run.label for run in runs]
     sections = [
         Section("samples", "Samples of equal seeds", _samples(runs)),

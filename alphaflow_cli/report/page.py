@@ -58,7 +58,7 @@ class RunPage:
 
 
 def run_page(page: RunPage) -> str:
-    """Write the whole HTML document."""
+    """Write the HTML document of one run; it needs no other file."""
     sections = [
         ("samples", "Samples", _samples(page)),
         ("scores", "Scores", _scores(page)),

@@ -179,7 +179,7 @@ def is_cut(value: Tensor) -> "TypeGuard[DTensor]":
 
 @dataclass(frozen=True, kw_only=True)
 class World(Processes):
-    """This process among its equals."""
+    """This process among several that were started together and share the work by accelerate."""
 
     accelerator: "Accelerator"
 

@@ -48,7 +48,7 @@ def cores_here(root: Path = Path("/")) -> Cores:
 
 
 def counted_cores(number: float) -> str:
-    """`1 core`, `1.5 cores`."""
+    """Write a number of cores, which may be a fraction by a quota: `1 core`, `1.5 cores`."""
     return f"{number:g} core{'s' * (number != 1)}"
 
 

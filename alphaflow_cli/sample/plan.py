@@ -18,7 +18,7 @@ Record = dict[str, str]  # what decides a picture's bytes: sha256 of the checkpo
 
 @dataclass(frozen=True)
 class SampleRequest:
-    """What the command line requests."""
+    """What the command line requests, as it was typed; nothing is loaded yet."""
 
     checkpoint: str
     seeds: Sequence[int]

@@ -225,7 +225,7 @@ class RowFile:
 
     @property
     def end(self) -> int:
-        """Where the last row ends."""
+        """The length in bytes of the header and all rows."""
         return len(self.header) + self.shape[0] * self.row
 
     def _rows(self, walk: int, span: slice) -> range:

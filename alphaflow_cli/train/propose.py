@@ -122,7 +122,7 @@ def _assembled(request: RecipeRequest, name: str, choices: Choices) -> Recipe:
 
 
 def _of_store(store: Path, plan: StorePlan, count: int, like: Recipe) -> Choices:
-    """What the latents decide."""
+    """What the latents decide: size, channels, classes, patch, autoencoder, normalisation."""
     fields = described(plan, count, like)
     channels, side, _ = plan.latent
     what = "pixels" if plan.kind == "pixels" else f"{plan.kind} of {plan.image_size} px"
@@ -196,7 +196,8 @@ def of_count(count: int, like: Recipe) -> tuple[int, Choices, str]:
     times = f"{(count / there) ** GROWTH:.2g} = ({count:,} / {there:,})^{GROWTH:g} times what {like.name} sees"
     short = f"; no fewer than {least:,} steps" if steps == least and seen < least * batch else ""
     why = f"{steps * batch / count:,.0f} epochs: {times}{short}"
-    small = f"an epoch of {count:,} pictures has {count / batch:,.0f} batches"
+    batches = counted(round(count / batch), "batch", "batches") if count >= batch else "less than one batch"
+    small = f"an epoch of {counted(count, 'picture')} has {batches}"
     choices: Choices = {"train.batch": (batch, small if batch < like.train.batch else f"as {like.name}")}
     images = min(like.eval.images, count)
     if images < like.eval.images:
@@ -296,7 +297,7 @@ def _on_an_h100(recipe: Recipe) -> tuple[float, str]:
 def _notes(request: RecipeRequest, plan: StorePlan, count: int, recipe: Recipe) -> list[str]:
     notes = []
     if count < FEW_PICTURES:
-        notes.append(f"{count:,} pictures are few: the network may learn to repeat single ones")
+        notes.append(f"only {counted(count, 'picture')}: the network may learn to repeat single ones")
     if plan.kind == "pixels" and plan.image_size > SMALL_PIXELS:
         notes.append(
             f"pixels of {plan.image_size} px: an autoencoder makes better pictures (prep-latents without none)"

@@ -60,7 +60,7 @@ class Objective:
 
     @staticmethod
     def of(recipe: Recipe) -> "Objective":
-        """Take it from a recipe."""
+        """Collect what a step needs of a recipe."""
         return Objective(
             loss=recipe.loss,
             guidance=recipe.guidance,
@@ -106,7 +106,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class Outputs:
-    """What the graded forward gives."""
+    """What the one forward with a gradient gives."""
 
     u: Tensor
     v_hat: Tensor | None  # of a network with a velocity head

@@ -8,7 +8,9 @@ import json
 import re
 import tarfile
 import threading
-from socketserver import BaseRequestHandler, TCPServer
+import time
+from contextlib import suppress
+from socketserver import BaseRequestHandler, TCPServer, ThreadingTCPServer
 
 import numpy as np
 import pytest
@@ -22,6 +24,7 @@ from small_models import pixel_checkpoint
 from alphaflow_cli.cli import run
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.export import web
+from alphaflow_cli.remote import client
 from alphaflow_cli.remote.registry import NpmPackage, fetch_package
 
 NEEDS_BROWSER = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on the PATH")
@@ -106,6 +109,31 @@ def test_a_registry_that_is_none_is_one_line(runtime, answer, monkeypatch):
         monkeypatch.setenv("npm_config_registry", here if isinstance(ANSWERS[answer], bytes) else ANSWERS[answer])
         with pytest.raises(AlphaflowError, match=r"cannot be fetched \(.*then export with --runtime"):
             fetch_package(web.RUNTIME, None)
+        server.shutdown()
+
+
+@pytest.mark.parametrize("part", ["head", "body"])
+def test_a_registry_that_drips_is_left_in_time(runtime, part, monkeypatch):
+    head = b"HTTP/1.1 200 OK\r\n" + (b"X: " if part == "head" else b"Content-Length: 99999\r\n\r\n")
+
+    class Drips(BaseRequestHandler):
+        def handle(self):
+            self.request.recv(4096)
+            self.request.sendall(head)
+            with suppress(OSError):
+                for _ in range(200):
+                    time.sleep(0.05)
+                    self.request.sendall(b"x")
+
+    monkeypatch.setattr(client, "PATIENCE", 0.5)
+    with ThreadingTCPServer(("127.0.0.1", 0), Drips) as server:
+        server.daemon_threads = True
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        monkeypatch.setenv("npm_config_registry", f"http://127.0.0.1:{server.server_address[1]}")
+        began = time.monotonic()
+        with pytest.raises(AlphaflowError, match=r"cannot be fetched \(.*then export with --runtime"):
+            fetch_package(web.RUNTIME, None)
+        assert time.monotonic() - began < 8
         server.shutdown()
 
 

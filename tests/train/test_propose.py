@@ -115,6 +115,14 @@ def test_fewer_pictures_train_for_fewer_steps_and_more_epochs():
     assert [of_count(count, like)[0] for count in (10_000, 50_000)] == [31_500, 105_000]
 
 
+@pytest.mark.parametrize(("count", "wanted"), [(20, "less than one batch"), (42, "1 batch"), (64, "2 batches")])
+def test_the_remark_on_the_batch_counts_in_english(count, wanted):
+    assert of_count(count, load_recipe("quickstart"))[1]["train.batch"] == (
+        32,
+        f"an epoch of {count} pictures has {wanted}",
+    )
+
+
 def test_a_recipe_of_ones_own_was_written_for_the_pictures_of_its_own_store(tmp_path, monkeypatch):
     """It was taken for one of 50,000 pictures, so that a second preparation of a set trained for a few steps only."""
     monkeypatch.chdir(tmp_path)
