@@ -82,6 +82,7 @@ def _replacing(path: Path) -> Iterator[Path]:
         yield temporary
         sync(temporary)
         temporary.replace(path)
+        temporary.unlink(missing_ok=True)  # of two links to one file, the system leaves both
         sync(path.parent)
     except BaseException:
         with contextlib.suppress(OSError):  # a read-only file system refuses even this

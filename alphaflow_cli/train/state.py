@@ -9,9 +9,7 @@ are renamed away before they are deleted. So the newest readable state always be
 """
 
 import json
-import os
 import shutil
-from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -85,9 +83,6 @@ def save_models(run: Path, step: int, models: dict[str, Checkpoint]) -> None:
 
 def publish(run: Path, model: Path, name: str = "model.safetensors") -> None:
     """Make RUN/model.safetensors, or another name, this file: a hard link where the file system has them, or a copy."""
-    with suppress(FileNotFoundError):
-        if os.path.samestat((run / name).lstat(), model.lstat()):  # to rename a link to another one does nothing
-            return
 
     def link(target: Path) -> None:
         target.unlink(missing_ok=True)

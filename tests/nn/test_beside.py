@@ -60,6 +60,14 @@ def test_a_block_is_called_once_and_recomputes_the_graded_rows_only():
     assert seen == [True, False]
 
 
+def test_a_compiled_block_computes_them_in_a_call_of_their_own_and_never_again():
+    net, (z, t, r, y, _) = random_net(gradient_checkpointing=True), random_inputs(2)
+    net.compiled, seen = True, []  # as if: a block that is compiled in earnest cannot be looked into
+    net.blocks[1].register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
+    net(z, t, r, y, beside=others()).value.sum().backward()
+    assert seen == [len(z), len(others()[0]), len(z)]
+
+
 def test_autocast_leaves_every_weight_its_gradient():
     net, (z, t, r, y, _) = random_net(torch.float32), random_inputs(2, torch.float32)
     beside = tuple(value.float() if value.is_floating_point() else value for value in others())
