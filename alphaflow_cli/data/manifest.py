@@ -33,7 +33,7 @@ from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.files import MAX_BYTES, is_there, to_json
 from alphaflow_cli.text import brief
 
-AGAIN = "Remove it, or the whole store, and run the same prep-latents command again"
+AGAIN = "Remove it, or the whole store, and run the same prep-latents or import-latents command again"
 FORMAT, VERSION = "alphaflow-latents", 1
 RowKind = Literal["moments", "mean", "pixels"]
 Crop = Literal["square", "adm"]  # how a picture becomes a square: the rule of data/pictures.py
@@ -135,6 +135,11 @@ class StorePlan:
     def images(self) -> int:
         """How many pictures were planned, bad ones included."""
         return int(self.source["images"])
+
+    @property
+    def command(self) -> str:
+        """The command that makes such a store, for messages."""
+        return "import-latents" if self.source.get("kind") == "latents" else "prep-latents"
 
     @property
     def crop(self) -> Crop:

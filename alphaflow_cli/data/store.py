@@ -96,7 +96,8 @@ def open_store(path: Path, verify: Verify) -> Store:
     before = _stamps(path, manifest)
     faults = _faults(path, manifest, verify)
     if faults:
-        raise AlphaflowError("\n".join(faults) + f"\n{path}: remove the named files and run prep-latents again")
+        advice = f"remove the named files and run the same {manifest.plan.command} command again"
+        raise AlphaflowError("\n".join(faults) + f"\n{path}: {advice}")
     shards = open_shards(path, manifest.plan, manifest.shards)
     for file in shards.files:
         if file.stamp != before[file.path]:  # while the checksums were taken, which may last minutes
@@ -130,7 +131,7 @@ def _manifest_of(path: Path) -> Manifest:
         plan = read_plan(path / "plan.json")
         done = len(list(path.glob("train-*.json")))
         total = -(-plan.images // plan.shard_size)
-        raise AlphaflowError(f"{path}: unfinished, {done} of {total} shards. Run the same prep-latents command again")
+        raise AlphaflowError(f"{path}: unfinished, {done} of {total} shards. Run the same {plan.command} command again")
     raise AlphaflowError(
         f"{path}: no latent store here (no manifest.json). Run: alphaflow prep-latents SOURCE --out {quote(str(path))}"
     )

@@ -8,7 +8,8 @@ EDM's tools. Classes are texts or whole numbers; as texts they are what the name
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +24,7 @@ MOST_BYTES = 1 << 28  # of one table: ten million rows
 LONGEST_LABEL = 1000  # letters
 JSON_LINES = (".jsonl", ".ndjson")
 NumberedRow = tuple[int, Mapping[str, Any]]  # the number of the line or entry, and its cells by column
-Columned = tuple[list[str], Sequence[NumberedRow]]  # the names of the columns, and the rows
+Columned = tuple[list[str], Iterable[NumberedRow]]  # the names of the columns, and the rows
 
 
 @dataclass(frozen=True)
@@ -145,17 +146,30 @@ def _csv(text: str, where: str) -> Columned:
     first = text.partition("\n")[0]
     mark = next((each for each in (",", ";", "\t") if each in first), ",")
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=mark, strict=True)
-    try:
+    with _named_line(reader, where):
         head = [name.strip() for name in reader.fieldnames or []]
-        reader.fieldnames = head
-        rows = [(reader.line_num, row) for row in reader]
+    reader.fieldnames = head
+    return head, _csv_rows(reader, head, where)
+
+
+def _csv_rows(reader: "csv.DictReader[str]", head: list[str], where: str) -> Iterator[NumberedRow]:
+    """Read a row when it is wanted: captions, which nobody wants, need not be a clean csv."""
+    with _named_line(reader, where):
+        for row in reader:
+            if None in row or None in row.values():
+                count = len(head) + len(row.get(None) or []) - sum(value is None for value in row.values())
+                raise AlphaflowError(
+                    f"{where}: line {reader.line_num} has {count} columns, the first line has {len(head)}. Mend it"
+                )
+            yield reader.line_num, row
+
+
+@contextmanager
+def _named_line(reader: "csv.DictReader[str]", where: str) -> Iterator[None]:
+    try:
+        yield
     except csv.Error as fault:
         raise AlphaflowError(f"{where}: line {reader.line_num} is no line of a csv ({fault}). Mend it") from fault
-    for number, row in rows:
-        if None in row or None in row.values():
-            count = len(head) + len(row.get(None) or []) - sum(value is None for value in row.values())
-            raise AlphaflowError(f"{where}: line {number} has {count} columns, the first line has {len(head)}. Mend it")
-    return head, rows
 
 
 def _json(text: str, where: str) -> Columned | None:

@@ -326,6 +326,15 @@ def test_a_labels_csv_that_says_no_labels_is_an_error_where_nothing_else_says_th
     assert labels_of(folders)[0] == ["ant", "cat", "dog"]
 
 
+@pytest.mark.parametrize("captions", ["01.png,a cat, sitting\n", '01.png,"a cat\n', f"01.png,{'a cat ' * 30_000}\n"])
+def test_captions_need_not_be_a_clean_csv(tmp_path, captions):
+    source = folder_of({**PICTURES, "metadata.csv": f"file_name,text\n{captions}"}, tmp_path / "set")
+    assert labels_of(source) == ([""], [0] * 12)
+    table = source / "metadata.csv"
+    table.write_text(table.read_text().replace("text", "label"))
+    assert "set/metadata.csv: line " in fault_of(source)
+
+
 def test_captions_above_do_not_hide_the_table_of_labels_below(tmp_path):
     files = {f"images/{name}": data for name, data in PICTURES.items()}
     captions = "file_name,text\n" + "".join(f"images/{name},a picture\n" for name in PICTURES)

@@ -15,6 +15,7 @@ from tiny_autoencoders import tiny_kl
 
 from alphaflow_cli.cli import run as cli
 from alphaflow_cli.data.store import open_store, verify_store
+from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.latents.foreign import open_foreign
 from alphaflow_cli.latents.importing import ImportRequest, import_latents
 
@@ -142,6 +143,8 @@ def test_an_import_that_was_cut_short_ends_the_same(vae, moments, tmp_path):
     for lost in (("manifest.json", "stats.safetensors", "train-00000.json"), ("plan.json",), ("classes.json",)):
         for name in lost:
             (tmp_path / "cut" / name).unlink()
+        with pytest.raises(AlphaflowError, match=r"the same (prep-latents or )?import-latents command again"):
+            open_store(tmp_path / "cut", "full")
         import_latents(ImportRequest(**{**vars(request), "out": tmp_path / "cut"}), shown=False)
         for path in (tmp_path / "whole").iterdir():
             assert path.read_bytes() == (tmp_path / "cut" / path.name).read_bytes()
