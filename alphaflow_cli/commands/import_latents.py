@@ -67,6 +67,10 @@ def command(
     """
     if not Path(source).exists():
         raise AlphaflowError(f"{source}: no such folder or file. Check the path")
+    if form is not None and form not in FORMS.split("|"):
+        from alphaflow_cli.latents.foreign import check_form
+
+        check_form(form)
     if form is None or autoencoder is None or size is None or crop is None or classes is None:
         given = (form, autoencoder, size, crop, classes)
         missing = next(name for name, value in zip(NEEDED, given, strict=True) if value is None)

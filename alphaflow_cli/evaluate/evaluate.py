@@ -55,6 +55,7 @@ from alphaflow_cli.evaluate.score import Measured, check_reference, score
 from alphaflow_cli.files import make_folder, sha256_of, user_path, write_whole
 from alphaflow_cli.model.find import model_name, run_folder
 from alphaflow_cli.nn.weights import FILES, MissingWeights, missing_weights
+from alphaflow_cli.recipe.plan import FEWEST_PICTURES
 from alphaflow_cli.recipe.schema import Eval, LabelDraw, Metric
 from alphaflow_cli.runtime.lock import NAME as LOCK
 from alphaflow_cli.runtime.lock import hold
@@ -64,7 +65,6 @@ from alphaflow_cli.sample.generator import DecoderChoice, Generator, decoder_pay
 from alphaflow_cli.sample.walk import Walk, plan_walk
 from alphaflow_cli.text import counted
 
-FEWEST_PICTURES = 100  # pictures; below it nothing is printed that looks like a score
 MOST_FAR = 0.01  # of the values; more is said
 MIDPOINTS = tuple(round(0.1 * i, 1) for i in range(1, 10))  # of --sweep-midpoint
 

@@ -62,12 +62,17 @@ class ForeignLatents:
     statistics: tuple[list[float], list[float]] | None = None  # mean and std per channel, where the source states them
 
 
-def open_foreign(source: Path, form: str, *, scale: float | None, second: Second | None) -> ForeignLatents:
-    """Open latents of a known form; another one is refused by its name."""
+def check_form(form: str) -> None:
+    """Refuse a form that is not read, by its name."""
     if form in REFUSED:
         raise AlphaflowError(f"--from {form}: not read ({REFUSED[form]}). Encode the pictures: alphaflow prep-latents")
     if form not in get_args(Form):
         raise AlphaflowError(f"--from {brief(form)}: not known. Known are {', '.join(get_args(Form))}")
+
+
+def open_foreign(source: Path, form: str, *, scale: float | None, second: Second | None) -> ForeignLatents:
+    """Open latents of a known form; another one is refused by its name."""
+    check_form(form)
     if second is not None and form != "moments-safetensors":
         raise AlphaflowError(f"--second: {form} says itself what its second half is. Leave --second out")
     if scale is not None and form != "dit-npy":

@@ -24,6 +24,7 @@ KEPT_BYTES = {  # per token · block · dim: (apart from the MLP, per unit of ml
 KEPT_OUTSIDE = 13  # the same, outside the blocks, per token · dim
 KEPT_CHECKPOINT = 4  # the same, per block, with gradient_checkpointing: the block's fp32 input
 IMAGENET_TRAIN = 1_281_167  # pictures
+FEWEST_PICTURES = 100  # below it nothing is printed that looks like a score
 
 BF16_ON_CPU = "bf16 is slower than fp32 on most CPUs: --set train.precision=fp32"
 EVERY_TIME = (-1.0, 2.0)  # an interval whose ends no time reaches

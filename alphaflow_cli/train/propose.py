@@ -25,6 +25,7 @@ from alphaflow_cli.recipe.facts import human
 from alphaflow_cli.recipe.loader import find_recipe, flatten, to_dict
 from alphaflow_cli.recipe.migrations import FORMAT_KEY, current_format
 from alphaflow_cli.recipe.plan import (
+    FEWEST_PICTURES,
     IMAGENET_TRAIN,
     activation_bytes,
     is_guided,
@@ -298,6 +299,8 @@ def _notes(request: RecipeRequest, plan: StorePlan, count: int, recipe: Recipe) 
     notes = []
     if count < FEW_PICTURES:
         notes.append(f"only {counted(count, 'picture')}: the network may learn to repeat single ones")
+    if count < FEWEST_PICTURES:
+        notes.append(f"alphaflow eval needs {FEWEST_PICTURES} real pictures, and the store has {count}")
     if plan.kind == "pixels" and plan.image_size > SMALL_PIXELS:
         notes.append(
             f"pixels of {plan.image_size} px: an autoencoder makes better pictures (prep-latents without none)"

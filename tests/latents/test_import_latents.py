@@ -299,6 +299,14 @@ def test_what_the_source_does_not_say_is_wanted_by_its_option(change, vae, momen
     assert not (tmp_path / "store").exists()
 
 
+@pytest.mark.parametrize(
+    ("form", "why"), [("webdataset", "not read (tars of latents"), ("paper", "not known. Known are dit-npy")]
+)
+def test_a_form_that_is_not_read_is_said_before_its_other_facts_are_wanted(form, why, tmp_path, capfd):
+    assert cli(["import-latents", str(tmp_path), "--from", form]) == 1
+    assert capfd.readouterr().err.startswith(f"error: --from {form}: {why}")
+
+
 def test_moments_that_do_not_say_their_second_half_are_not_guessed(vae, moments, tmp_path, capfd):
     write_moments(tmp_path / "theirs", moments)
     words = [

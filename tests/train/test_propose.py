@@ -170,6 +170,13 @@ def test_a_gpu_too_small_for_the_rows_computes_blocks_twice_and_one_too_small_fo
         proposal(store, like="xl2-cfg", memory=12e9)
 
 
+@pytest.mark.parametrize(("count", "expected"), [(99, True), (100, False)])
+def test_pictures_too_few_for_a_score_are_remarked(count, expected, tmp_path):
+    """The header names an evaluation, which was then refused."""
+    notes = proposal(pixels(tmp_path / "mine", count, 16, 2), like="quickstart").notes
+    assert ("alphaflow eval needs 100 real pictures, and the store has 99" in notes) is expected
+
+
 def test_a_large_network_without_a_gpu_is_remarked(tmp_path):
     store = latents(tmp_path / "mine", 40, 1)
     for options, expected in (({}, True), ({"has_gpu": True}, False), ({"memory": 24e9}, False)):
