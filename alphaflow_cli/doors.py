@@ -13,6 +13,7 @@ from alphaflow_cli.api import Model, is_number, load
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.evaluate.evaluate import EvalRequest, evaluate_checkpoint, evaluate_pictures
 from alphaflow_cli.evaluate.results import Row
+from alphaflow_cli.files import user_path
 from alphaflow_cli.model.find import is_checkpoint
 from alphaflow_cli.recipe.loader import check_sets
 from alphaflow_cli.recipe.schema import LabelDraw, Metric
@@ -50,7 +51,7 @@ def evaluate(
         raise AlphaflowError(f"evaluate: guidance {guidance!r}: it is a number, 1 for none.")
     request = EvalRequest(
         str(subject), nfe=tuple(nfe), guidance=guidance, metrics=tuple(metrics), images=images, draw=draw, batch=batch,
-        reference=None if reference is None else str(reference), out=None if out is None else Path(out),
+        reference=None if reference is None else str(reference), out=None if out is None else user_path(out),
     )  # fmt: skip
     if wrong := [name for name in metrics if name not in get_args(Metric)]:
         raise AlphaflowError(f"evaluate: metrics {wrong[0]!r}: there are {', '.join(get_args(Metric))}.")
@@ -90,7 +91,7 @@ def train(
     if micro_batch is not None and not _is_count(micro_batch):
         raise AlphaflowError("train: micro_batch is a number from 1; without it, as many rows as the memory takes.")
     check_sets(sets)
-    data, out = (None if path is None else Path(path) for path in (data, out))
+    data, out = (None if path is None else user_path(path) for path in (data, out))
     resolved = resolve_run(str(recipe), sets, data=data, out=out)
     folder = resolved.folder
     options = start.TrainOptions(folder, data, micro_batch, init_from, device=device, notes=resolved.notes)

@@ -101,7 +101,7 @@ class Destination(click.Path):
         self.is_folder, self.may_be_folder, self.holds_weights = is_folder, may_be_folder, holds_weights
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
-        path = Path(os.fsdecode(super().convert(value, param, ctx)))
+        path = user_path(os.fsdecode(super().convert(value, param, ctx)))  # --out=~/x is left to us by the shell
         try:
             where, number = self._obstacle(path)
         except OSError as fault:

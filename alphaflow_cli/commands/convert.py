@@ -86,18 +86,18 @@ def command(
     With --to, SRC is a checkpoint of ours: a file, a run folder, or a Hub id user/repo[@revision].
     """
     check_ending(out, target)
+    if target and (recipe or sets or latents or weights or as_json or family != "auto"):
+        raise click.UsageError(ONLY_FROM_SRC)
+    if template and not target:
+        raise click.UsageError("--cfg-from belongs to --to alphaflow")
     (check_checkpoint if target else check_there)(source)
     begin(f"convert {source}")
+    if target:
+        _export(source, out, autoencoder, template)
+        return
     from alphaflow_cli.convert import ConvertOptions, convert
     from alphaflow_cli.remote.download import resolve_file
 
-    if target:
-        if recipe or sets or latents or weights or as_json or family != "auto":
-            raise click.UsageError(ONLY_FROM_SRC)
-        _export(source, out, autoencoder, template)
-        return
-    if template:
-        raise click.UsageError("--cfg-from belongs to --to alphaflow")
     options = ConvertOptions(
         family=cast("Family", family), recipe=recipe, sets=sets, latents=latents, autoencoder=autoencoder,
         weights="raw" if weights == "raw" else "ema",

@@ -172,7 +172,7 @@ def _scalar(kind: Any, node: Scalar, default: Any, path: str, reader: Reader) ->
         return default
     if get_origin(kind) is Literal:
         return _choice(kind, node, default, path, reader)
-    read = {int: _int, float: _float, bool: _bool, str: _text, Auto: _auto, StepOrShare: _step}[kind]
+    read = {int: _int, float: _float, bool: _bool, str: text_of, Auto: _auto, StepOrShare: _step}[kind]
     problem, value = read(node)
     if problem:
         reader.bad(node, path, f"wants {_wanted(kind)}, got {node.text[:60]!r}{problem if problem != '-' else ''}")
@@ -230,7 +230,7 @@ def _auto(node: Scalar) -> tuple[str, Any]:
     return ("", "auto") if node.text == "auto" else _bool(node)
 
 
-def _text(node: Scalar) -> tuple[str, Any]:
+def text_of(node: Scalar) -> tuple[str, Any]:
     if not node.text.isprintable():  # it names files and folders
         return ": a line break, a null byte or half a character cannot stand here", None
     trap = node.text.lower() in SWITCHES | {"true", "false"} or FLOAT.fullmatch(node.text)

@@ -20,8 +20,7 @@ MANY = 8  # H100s of one machine that the speed is shown for, beside one
 def facts(recipe: Recipe) -> dict[str, Any]:
     """Everything that `recipe show` derives, machine-readable."""
     steps, batch, share = recipe.train.steps, recipe.train.batch, plan.equal_share_at(recipe)
-    only_flow = share(0) == share(steps - 1) == 1
-    cut = [plan.Phase("flow", 0, steps)] if only_flow else plan.phases(recipe)
+    cut = [plan.Phase("flow", 0, steps)] if _only_flow(recipe) else plan.phases(recipe)
     jvp = [phase for phase in cut if phase.kind == "derivative"]
     return {
         "parameters": plan.parameter_count(recipe),
@@ -49,9 +48,15 @@ def facts(recipe: Recipe) -> dict[str, Any]:
     }
 
 
+def _only_flow(recipe: Recipe) -> bool:
+    """Whether no step has a row with r < t, so that alpha does nothing."""
+    share = plan.equal_share_at(recipe)
+    return share(0) == share(recipe.train.steps - 1) == 1
+
+
 def lines(recipe: Recipe) -> list[tuple[str, str]]:
     """(what, in words) for people; a continued entry has an empty first part."""
-    f, only_flow = facts(recipe), recipe.times.equal_share.initial == 1 and recipe.alpha.kind == "constant"
+    f, only_flow = facts(recipe), _only_flow(recipe)
     rows = [("network", _network(recipe, f)), ("latents", _latents(recipe)), ("run", _run(recipe, f))]
     rows.append(("alpha", "no r < t rows: plain flow matching" if only_flow else _schedule(recipe.alpha, recipe)))
     rows += [("", text) for text in ([] if only_flow else _phases(recipe, f))]

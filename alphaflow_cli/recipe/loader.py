@@ -7,16 +7,28 @@ default is spelt out, so it means the same under the defaults of a later version
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import fields, is_dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from alphaflow_cli.errors import AlphaflowError
-from alphaflow_cli.files import is_there
-from alphaflow_cli.recipe.build import build, suggest, with_value
+from alphaflow_cli.files import is_there, user_path
+from alphaflow_cli.recipe.build import EMPTY, build, suggest, text_of, with_value
 from alphaflow_cli.recipe.checks import check
 from alphaflow_cli.recipe.migrations import FORMAT_KEY, current_format, migrate
 from alphaflow_cli.recipe.schema import Recipe, Schedule
-from alphaflow_cli.recipe.source import MAX_INSIDE, MAX_LEVELS, Faults, Mapping, Tree, parse, parse_value, read_text
+from alphaflow_cli.recipe.source import (
+    MAX_INSIDE,
+    MAX_LEVELS,
+    Faults,
+    Items,
+    Mapping,
+    Scalar,
+    Tree,
+    parse,
+    parse_value,
+    read_text,
+)
 from alphaflow_cli.text import for_terminal
 
 MAX_SETS = 1000  # the schema has about 100 values
@@ -36,7 +48,7 @@ def find_recipe(name_or_path: str) -> Path:
     known = shipped()
     if name_or_path in known:
         return known[name_or_path]
-    path = Path(name_or_path)
+    path = user_path(name_or_path)
     if name_or_path.endswith((".yaml", ".yml")) or len(path.parts) > 1 or is_there(path):
         return path
     raise AlphaflowError(
@@ -184,10 +196,17 @@ def set_text(value: Any) -> str:
     """Write a recipe's value as `--set` takes it."""
     if isinstance(value, tuple):
         return "[" + ", ".join(set_text(item) for item in value) + "]"
-    if is_dataclass(value):
-        return _value(value)
-    plain = {None: "null", True: "true", False: "false"} if value is None or isinstance(value, bool) else {}
-    return plain.get(value, str(value)) if plain else str(value) or '""'
+    if isinstance(value, str) and _reads_back(value):
+        return value
+    return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else _value(value)
+
+
+@cache
+def _reads_back(text: str) -> bool:
+    """Whether YAML and the schema read a text without quotes as that text, alone and in a list."""
+    tree = parse_value(f"[{text}]", "", Faults())
+    item = tree.items[0] if isinstance(tree, Items) and len(tree.items) == 1 else None
+    return isinstance(item, Scalar) and item == Scalar(text, False, "") and text not in EMPTY and not text_of(item)[0]
 
 
 def flatten(recipe: Recipe) -> dict[str, Any]:

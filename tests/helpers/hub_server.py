@@ -160,7 +160,8 @@ class HubHandler(BaseHTTPRequestHandler):
     def send_raw(self, fault):
         self.send_response(fault.status)
         for name, value in {"Content-Length": str(len(fault.body)), **fault.headers}.items():
-            self.send_header(name, value)
+            if value is not None:
+                self.send_header(name, value)
         self.end_headers()
         if self.command == "HEAD":
             return

@@ -16,6 +16,7 @@ from hub_server import Fault
 from alphaflow_cli.hub.stage import open_publication, stage
 from alphaflow_cli.remote import client
 from alphaflow_cli.remote.download import resolve_checkpoint
+from alphaflow_cli.remote.faults import Distrusted
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 LOGIN_PAGE = b"<!DOCTYPE html><html><title>Log in to the network</title></html>"
@@ -137,6 +138,19 @@ def test_a_small_answer_does_not_grow_to_gigabytes(published, hub, capsys):  # n
     code, err = alphaflow("pull", "me/tiny", capsys=capsys)
     assert code == 1
     assert "compressed, although we did not ask for that" in err
+
+
+@pytest.mark.parametrize("length", [{}, {"Content-Length": None, "Connection": "close"}])
+@pytest.mark.parametrize("part", ["/api/models/", "/tree/", "/resolve/"])
+def test_an_answer_of_any_length_is_not_held_in_memory(published, hub, capsys, monkeypatch, part, length):  # noqa: F811
+    if part == "/resolve/" and not length:
+        return  # a download that says its length goes to the disk
+    monkeypatch.setattr(client, "LONGEST_ANSWER", 50_000)
+    head = {"X-Repo-Commit": published, "ETag": f'"{"a" * 64}"', **length}
+    hub.faults["GET", part] = Fault(200, body=b" " * 200_000, headers=head)
+    code, err = alphaflow("pull", "me/tiny", capsys=capsys)
+    assert code == 1
+    assert "is longer than 50,000 bytes" in err
 
 
 def test_a_short_answer_may_be_compressed(published, hub, staged):  # noqa: F811
@@ -327,6 +341,29 @@ def test_nothing_goes_through_the_client_of_xet(published, hub, capsys, elsewher
     assert code == 0, err
     assert seen == []
     assert not hub.count("GET", "/xet-")
+
+
+@pytest.mark.parametrize(
+    ("address", "keeps_token"),
+    [
+        ("https://hub.example/a", True),
+        ("https://hub.example:443/a", True),
+        ("https://hub.example:8443/a", False),
+        ("https://sub.hub.example/a", False),
+        ("https://other.example/a", False),
+        ("http://hub.example/a", None),
+        ("http://other.example/a", None),
+    ],
+)
+def test_the_token_goes_to_the_endpoint_and_nothing_leads_from_https_to_http(monkeypatch, address, keeps_token):
+    monkeypatch.setenv("HF_ENDPOINT", "https://hub.example")
+    request = client._library().Request("GET", address, headers={"Authorization": "Bearer token-me"})
+    if keeps_token is None:
+        with pytest.raises(Distrusted, match="not encrypted"):
+            client._see_request(request)
+        return
+    client._see_request(request)
+    assert ("Authorization" in request.headers) == keeps_token
 
 
 @pytest.mark.parametrize("part", ["/api/models/", "/resolve/"])

@@ -347,3 +347,11 @@ def test_the_pace_says_what_it_rests_on():
     assert not newer.measured
     assert 1 < newer.images_per_second / speed.pace(load_recipe("b2-cfg")).images_per_second < 4.8 / 3.35
     assert "by arithmetic from measured steps of another network" in dict(lines(load_recipe("l2-cfg")))["speed"]
+
+
+def test_a_share_of_equal_rows_that_falls_is_not_called_plain_flow_matching():
+    shares = "times.equal_share={kind: linear, initial: 1, final: 0.5, start: 0, end: 100%}"
+    falling, plain = (dict(lines(load_recipe("b2", ["alpha=1", sets]))) for sets in (shares, "times.equal_share=1"))
+    assert falling["alpha"] == "1 throughout"
+    assert falling["r = t rows"] == "256 of 256 per batch at first, 128 at last"
+    assert plain["alpha"] == "no r < t rows: plain flow matching"

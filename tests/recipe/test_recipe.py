@@ -188,6 +188,20 @@ def test_expected_scores_survive_the_dump_and_a_set_and_other_yaml_readers_under
     assert [row[0] for row in diff_recipes(Recipe(), recipe)] == ["expected"]
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("2024", "1e4", "no", "null", "~", "", " x", "a: b", "a #b", "#x", "- x", "[x]", "{x", "x, y", "@x", "&x"),
+        *("!x", "'x'", '"x"', "x:", "C:\\x", "shapes:4000", "hf://datasets/a/b", "runs/a b", "é"),
+    ],
+)
+def test_a_text_is_written_so_that_set_reads_that_text(text):
+    """A report's command and the advice about a store are such lines; a folder may be called 2024."""
+    assert load_recipe("quickstart", [f"eval.reference={set_text(text)}"]).eval.reference == text
+    plain = ("C:\\x", "shapes:4000", "hf://datasets/a/b", "runs/a b", "é")
+    assert set_text(text) == text if text in plain else set_text(text).startswith('"')
+
+
 @pytest.mark.parametrize("value", [1e-8, 0.1 + 0.2, 1e22, 5e-324, 123456.789])
 def test_a_float_survives_the_dump_exactly(value):
     recipe = recipe_from_text(f"optim: {{lr: {value!r}}}", "r")
@@ -244,3 +258,11 @@ def test_cp_gives_a_recipe_of_its_own_name(tmp_path, capsys):
     short = load_recipe(str(tmp_path / "short.yaml"))
     assert (short.name, short.train.steps) == ("short", 1000)
     assert capsys.readouterr().out.splitlines()[-1] == str(tmp_path / "b4.yaml")
+
+
+def test_a_recipe_in_the_home_folder_is_found_where_no_shell_has_expanded_its_name(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine.yaml").write_text("train: {steps: 7}")
+    assert load_recipe("~/mine.yaml").train.steps == 7
+    assert run(["recipe", "cp", "b2", "~/copy.yaml"]) == 0
+    assert (tmp_path / "copy.yaml").is_file()

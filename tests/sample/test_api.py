@@ -200,9 +200,12 @@ def test_train_evaluate_and_load_recipe_are_doors(tmp_path, monkeypatch):
     assert alphaflow_cli.load_recipe("quickstart", sets).train.steps == 2
     model = alphaflow_cli.train("quickstart", sets=sets, out="run", device="cpu")
     assert model.origin["step"] == 2
-    again = alphaflow_cli.train("quickstart", sets=sets, out="run", device="cpu")  # it is finished: nothing is trained
+    monkeypatch.setenv("HOME", str(tmp_path))
+    again = alphaflow_cli.train("quickstart", sets=sets, out="~/run", device="cpu")  # finished: nothing is trained
     assert torch.equal(model.sample(2).tensor, again.sample(2).tensor)
-    (row,) = alphaflow_cli.evaluate("run", images=100, nfe=[2], reference="shapes:100", device="cpu")
+    (row,) = alphaflow_cli.evaluate("run", images=100, nfe=[2], reference="shapes:100", device="cpu", out="~/scores")
+    assert any((tmp_path / "scores").iterdir())
+    assert not Path("~").exists()
     assert row.name == "FD-tiny-100"
     assert row.value > 0
     assert "100 pictures: run, 2 NFE" in row.protocol()
