@@ -153,7 +153,9 @@ def check_inputs(data: Path | None, init_from: str, *, plans: bool, requeue: boo
             f"Run: alphaflow prep-latents SOURCE --out {quote(str(data))}"
         )
     if plans and data is not None and not (data / "manifest.json").is_file():
-        raise AlphaflowError(f"{data}: unfinished. Run the same prep-latents command again, then this one")
+        raise AlphaflowError(
+            f"{data}: unfinished. First run the command that began it again, prep-latents or import-latents"
+        )
     if init_from:
         check_checkpoint(init_from)
     check_requeue(requeue and not plans)

@@ -99,7 +99,9 @@ def _manifest_of(store: Path) -> Manifest:
     if is_there(store / "manifest.json"):
         return read_manifest(store)
     if is_there(store / "plan.json"):
-        raise AlphaflowError(f"{where}: unfinished. Run the same prep-latents command again, then this one")
+        raise AlphaflowError(
+            f"{where}: unfinished. First run the command that began it again, prep-latents or import-latents"
+        )
     raise AlphaflowError(
         f"{where}: no latent store here (no manifest.json). "
         f"Make one first: alphaflow prep-latents SOURCE --out {quote(where)}"

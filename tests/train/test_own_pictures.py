@@ -120,7 +120,7 @@ def test_a_plan_for_an_unfinished_store_is_refused(tmp_path, monkeypatch, capsys
     Path("half").mkdir()
     Path("half/plan.json").write_text("{}")
     assert cli(["train", "quickstart", "--data", "half", "--dry-run"]) == 1
-    assert "half: unfinished. Run the same prep-latents command again" in capsys.readouterr().err
+    assert "half: unfinished. First run the command that began it again" in capsys.readouterr().err
 
 
 def test_what_set_says_holds_and_a_clash_names_the_line_to_change(here):

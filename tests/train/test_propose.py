@@ -265,7 +265,7 @@ FAULTS = {
     "recipe new mine --like b3": "'b3' is neither a file nor a shipped recipe. Did you mean 'b4'?",
     "recipe new mine --set train.stpes=3": "unknown key 'train.stpes'. Did you mean 'steps'?",
     "recipe new mine -o there.yaml": "there.yaml: exists already, and is not overwritten",
-    "recipe new begun": "begun: unfinished. Run the same prep-latents command again",
+    "recipe new begun": "begun: unfinished. First run the command that began it again",
 }
 
 
