@@ -58,6 +58,7 @@ def make_store(path: Path, count: int) -> Path:
     autoencoder = AutoencoderRecord("synthetic", "", "", 8, 0.18215, 0.0, "fp32", None)
     plan = StorePlan(source, 256, LATENT, "moments", "float16", False, autoencoder, TRANSFORM, 1000, SHARD)
     write_pieces(path / "images.json", [images])
+    write_pieces(path / "classes.json", [to_json({f"{i:04d}": i for i in range(1000)})])
     write_pieces(path / "plan.json", [to_json(plan_to_dict(plan))])
     rng = np.random.default_rng(0)
     for shard, first in enumerate(range(0, count, SHARD)):

@@ -163,6 +163,8 @@ def _faults(path: Path, manifest: Manifest, verify: Verify) -> list[str]:
 
 
 def _fault_of_classes(path: Path) -> list[str]:
+    if not is_there(path / "classes.json"):
+        return [f"{path / 'classes.json'}: missing"]
     try:
         class_names(path)
     except AlphaflowError as fault:
