@@ -30,17 +30,15 @@ def curve_of(label: str, colour: str, points: dict[float, list[float]]) -> Curve
 
 def over_budget(lines: Sequence[Line], members: Sequence[str], budgets: Sequence[int]) -> Chart:
     """Both rulers at 1 and 2 NFE over the number of steps."""
-    panels, budgets = [], [steps for steps in budgets if any(runs_of(lines, member, steps) for member in members)]
+    budgets = [steps for steps in budgets if any(runs_of(lines, member, steps) for member in members)]
+    panels = []
     for ruler, name in RULERS.items():
         for nfe in (1, 2):
-            curves = []
-            for member, colour in zip(members, COLOURS, strict=False):
-                found = {
-                    float(steps): [*scores(runs_of(lines, member, steps), ruler, nfe).values()] for steps in budgets
-                }
-                there = {steps: values for steps, values in found.items() if values}
-                if there:
-                    curves.append(curve_of(MEMBERS[member].label, colour, there))
+            curves = [
+                curve
+                for member, colour in zip(members, COLOURS, strict=False)
+                for curve in budget_curves(lines, member, budgets, ruler, nfe, colour)
+            ]
             panels.append(Panel(f"{name}, {nfe} NFE", curves, log_y=True))
     return Chart(
         title="CIFAR-10 at 16 px, score over budget",
@@ -50,6 +48,20 @@ def over_budget(lines: Sequence[Line], members: Sequence[str], budgets: Sequence
         log_x=True,
         panels=panels,
     )
+
+
+def budget_curves(
+    lines: Sequence[Line], member: str, budgets: Sequence[int], ruler: str, nfe: int, colour: str
+) -> list[Curve]:
+    """A member's score by budget; what two classifiers have measured is not joined by a line."""
+    parts: dict[str, dict[float, list[float]]] = {}
+    for steps in budgets:
+        runs = runs_of(lines, member, steps)
+        for classifier in {line["ruler"] for line in runs.values()}:  # one: a table is of one ruler
+            part = parts.setdefault(classifier if ruler == "fd_cnn" else "", {})
+            part[float(steps)] = [*scores(runs, ruler, nfe).values()]
+    labels = [MEMBERS[member].label, *[""] * len(parts)]
+    return [curve_of(label, colour, part) for label, part in zip(labels, parts.values(), strict=False)]
 
 
 def over_nfe(lines: Sequence[Line], groups: Sequence[tuple[str, Sequence[str]]]) -> Chart:

@@ -8,6 +8,7 @@ import cnn_ruler
 import evidence
 import members
 import pages
+import pictures
 import pytest
 import run
 import samplers
@@ -306,6 +307,15 @@ def test_the_best_curriculum_is_judged_without_the_runs_that_chose_it_and_equal_
     assert at_3000 == 7.0
     assert "| MeanFlow .25 | 3 |" in newer
     assert f"- Finished: {3 * 14} runs." in newer
+
+
+def test_a_budget_of_two_classifiers_is_joined_for_the_ruler_alone_that_needs_none():
+    old, new = lines_of("meanflow-25", 1, 2, 3), lines_of("meanflow-25", 4, 5, 6, steps=20_000)
+    chart = pictures.over_budget([*(line | {"ruler": "old"} for line in old), *new], ["meanflow-25"], (STEPS, 20_000))
+    tiny, cnn = chart.panels[0].lines, chart.panels[2].lines
+    assert [[x for x, _ in curve.points] for curve in tiny] == [[3_000, 20_000]]
+    assert [[x for x, _ in curve.points] for curve in cnn] == [[3_000], [20_000]]
+    assert [curve.label for curve in cnn] == ["MeanFlow .25", ""]
 
 
 @pytest.mark.parametrize(
