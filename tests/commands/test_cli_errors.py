@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from terminals import read_all
 
 from alphaflow_cli.cli import run, split_debug
 
@@ -198,8 +199,7 @@ def test_no_color_is_honoured_on_a_terminal():
         command = [sys.executable, "-m", "alphaflow_cli", "recipe", "show", "b3"]
         subprocess.run(command, stdin=child, stdout=child, stderr=child, env=env, check=False)
         os.close(child)
-        said = os.read(parent, 10_000)
-        os.close(parent)
+        said = read_all(parent)
         assert b"error:" in said
         assert (b"\x1b[" in said) is not plain
 

@@ -6,6 +6,7 @@ import re
 import sys
 
 import pytest
+from terminals import read_all
 
 from alphaflow_cli.runtime import progress
 from alphaflow_cli.runtime.progress import Bar, Progress, duration, say, size
@@ -36,8 +37,7 @@ def test_a_terminal_that_does_not_say_how_wide_it_is_gets_a_bar_of_80_columns(mo
         with Progress("train", 10, unit="step") as bar:
             bar.advance(5)
         monkeypatch.undo()
-        text = os.read(terminal, 4096).decode()
-    os.close(terminal)
+    text = read_all(terminal).decode()
     assert " 50%|" in text
     assert max(map(len, re.split(r"[\r\n]", text))) <= 80
 
