@@ -11,9 +11,9 @@ set of pictures it gives
     precision, recall    by balls of 3 neighbours in the same features, as `alphaflow eval` has them in others'
 
 `fd_tiny` beside it is the package's FD-tiny, against the training pictures. Weights are made by this script from a
-fixed seed and kept beside the runs: 35 s on an H100, 92 minutes on two cores; stopped, it goes on after its last
-whole epoch. Made anew on another machine they are rounded otherwise, so they are another ruler: what the one has
-measured stands in no table of the other. The folder holds two stores of `alphaflow prep-latents --size
+fixed seed and kept beside the runs: in 35 s on an H100, in 144 minutes on two cores beside other work. Stopped, it goes
+on after its last whole epoch. Made anew on another machine they are rounded otherwise, so they are another ruler:
+what the one has measured stands in no table of the other. The folder holds two stores of `alphaflow prep-latents --size
 16 --autoencoder none`: `store` of the training pictures and `test`.
 """
 
