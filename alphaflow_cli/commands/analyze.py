@@ -23,6 +23,7 @@ from alphaflow_cli.commands.common import (
     share,
     tell,
 )
+from alphaflow_cli.commands.walking import averages_option
 
 EXAMPLES = examples(
     "alphaflow analyze runs/quickstart --batches 50",
@@ -44,13 +45,7 @@ NAMES = {"tfm": "∇L_TFM", "tc": "∇L_TC", "fm": "∇L_FM'", "mean_flow": "∇
 )
 @click.option("--batch", type=BATCH, default=64, show_default=True, help="Rows of a batch, all r < t.")
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Seed of rows, noise and times.")
-@click.option(
-    "--weights",
-    type=click.Choice(["ema", "raw"]),
-    default="ema",
-    show_default=True,
-    help="ema: averaged; raw: not averaged, which only a run folder has.",
-)
+@averages_option
 @click.option("--all-checkpoints", is_flag=True, help="Analyze every checkpoint that the run kept.")
 @processes_option
 @device_option

@@ -14,6 +14,7 @@ from alphaflow_cli.commands.common import (
     checkpoint_argument,
     examples,
 )
+from alphaflow_cli.commands.walking import averages_option
 
 EPILOG = examples(
     "alphaflow export runs/quickstart --to onnx -o model.onnx",
@@ -40,13 +41,7 @@ OPTIONS = {"nfe": "--nfe", "decoder": "--decoder/--no-decoder", "half": "--fp16"
 @click.option(
     "--fp16", "half", is_flag=True, help="onnx, web: store weights in half precision; the arithmetic stays fp32."
 )
-@click.option(
-    "--weights",
-    type=click.Choice(["ema", "raw"]),
-    default="ema",
-    show_default=True,
-    help="ema: averaged; raw: not averaged, which only a run folder has.",
-)
+@averages_option
 @autoencoder_option
 @click.option(
     "--runtime",

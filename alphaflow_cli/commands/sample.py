@@ -21,7 +21,7 @@ from alphaflow_cli.commands.common import (
     share,
     threads_option,
 )
-from alphaflow_cli.commands.walking import walk_options
+from alphaflow_cli.commands.walking import averages_option, walk_options
 from alphaflow_cli.text import counted, shorten
 
 if TYPE_CHECKING:
@@ -114,13 +114,7 @@ class LatentsOut(Destination):
 )
 @click.option("--classes", default="", help="Numbers or names, comma-separated, in turn. Default: drawn per seed.")
 @walk_options(nfe="Network evaluations per picture; repeat to compare. Default: 1.")
-@click.option(
-    "--weights",
-    type=click.Choice(["ema", "raw"]),
-    default="ema",
-    show_default=True,
-    help="ema: averaged; raw: not averaged, which only a run folder has.",
-)
+@averages_option
 @autoencoder_option
 @decoder_option
 @click.option("--compile", "compiled", is_flag=True, help="Compile the decoder: for 12,000 pictures and more on a GPU.")

@@ -1,4 +1,4 @@
-"""What `sample` and `eval` share on the command line: network evaluations, sampler, own grid, guidance."""
+"""How a trained network is taken, on the command line: its weights, evaluations, sampler, own grid, guidance."""
 
 import math
 from collections.abc import Callable
@@ -40,6 +40,14 @@ def to_interval(ctx: click.Context, param: click.Parameter, value: str | None) -
         raise click.BadParameter(f"{shown!r}: an interval is two times, 0 ≤ LO < HI ≤ 1, such as 0.4,0.65.")
     return low, high
 
+
+averages_option = click.option(
+    "--weights",
+    type=click.Choice(["ema", "raw"]),
+    default="ema",
+    show_default=True,
+    help="ema: averaged; raw: not averaged, which only a run folder has.",
+)
 
 GUIDING = [
     click.option(

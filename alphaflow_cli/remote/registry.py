@@ -76,17 +76,11 @@ def _download(package: NpmPackage) -> bytes:
     if not address.startswith(("https://", "http://")):
         raise AlphaflowError(f"npm_config_registry {for_terminal(registry, limit=200)}: not a web address.")
     try:
-        with client.within(
-            client.PATIENCE, partial(urllib.request.urlopen, address, timeout=client.PATIENCE)
-        ) as answer:
+        ask = partial(urllib.request.urlopen, address, timeout=client.PATIENCE)
+        with client.within(client.PATIENCE, ask) as answer:
             pieces = iter(partial(answer.read1, PIECE), b"")
             content = b"".join(client.Limits(LARGEST, "the answer", has_length=True).watch(pieces))
-    except (
-        OSError,
-        HTTPException,
-        ValueError,
-        Distrusted,
-    ) as fault:  # no connection, half an answer, none, or a slow one
+    except (OSError, HTTPException, ValueError, Distrusted) as fault:  # nothing, half an answer, or a slow one
         reason = for_terminal(getattr(fault, "reason", None) or fault, limit=200)
         advice = f"{_by_hand(package)}; then export with --runtime {package.file}"
         raise AlphaflowError(f"{for_terminal(address, limit=200)}: cannot be fetched ({reason}). {advice}") from fault

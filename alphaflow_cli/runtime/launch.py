@@ -108,14 +108,16 @@ def check_processes(requested: int | None) -> None:
 @contextlib.contextmanager
 def as_before() -> Iterator[None]:
     """Give the environment and the answers to signals back as they were: any program may have called `cli.run`."""
-    environment = dict(os.environ)
-    answers = {number: signal.getsignal(number) for number in TAKEN}
+    environment, answers = dict(os.environ), {}
+    if threading.current_thread() is threading.main_thread():  # no other one sets an answer
+        answers = {number: signal.getsignal(number) for number in TAKEN}
     try:
         yield
     finally:
         for number, answer in answers.items():
             signal.signal(number, answer)
-        os.environ.clear()
+        for name in os.environ.keys() - environment.keys():
+            del os.environ[name]
         os.environ.update(environment)
 
 
