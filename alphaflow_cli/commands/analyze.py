@@ -7,10 +7,6 @@ from typing import Any
 import click
 
 from alphaflow_cli.commands.common import (
-    BATCH,
-    SEED,
-    Destination,
-    WholeWithin,
     begin,
     check_checkpoint,
     checkpoint_argument,
@@ -23,6 +19,7 @@ from alphaflow_cli.commands.common import (
     share,
     tell,
 )
+from alphaflow_cli.commands.values import BATCH, SEED, Destination, UserPath, WholeWithin
 from alphaflow_cli.commands.walking import averages_option
 
 EXAMPLES = examples(
@@ -35,7 +32,7 @@ NAMES = {"tfm": "∇L_TFM", "tc": "∇L_TC", "fm": "∇L_FM'", "mean_flow": "∇
 
 @click.command("analyze", epilog=EXAMPLES)
 @checkpoint_argument("address", "CKPT|RUN")
-@click.option("--data", type=click.Path(path_type=Path), help="Latent store. Default: the recipe's, or RUN/latents.")
+@click.option("--data", type=UserPath(), help="Latent store. Default: the recipe's, or RUN/latents.")
 @click.option(
     "--batches",
     type=WholeWithin(1, 1_000_000),

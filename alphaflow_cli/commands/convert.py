@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, cast
 import click
 
 from alphaflow_cli.commands.common import (
-    Destination,
     begin,
     check_checkpoint,
     checkpoint_argument,
@@ -16,6 +15,7 @@ from alphaflow_cli.commands.common import (
     set_option,
     tell,
 )
+from alphaflow_cli.commands.values import Destination
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.files import is_there, user_path
 

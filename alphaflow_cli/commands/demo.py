@@ -2,14 +2,8 @@
 
 import click
 
-from alphaflow_cli.commands.common import (
-    WholeWithin,
-    begin,
-    check_checkpoint,
-    checkpoint_argument,
-    device_option,
-    examples,
-)
+from alphaflow_cli.commands.common import begin, check_checkpoint, checkpoint_argument, device_option, examples
+from alphaflow_cli.commands.values import WholeWithin
 
 EPILOG = examples("alphaflow demo runs/quickstart", "alphaflow demo runs/quickstart --port 7861")
 

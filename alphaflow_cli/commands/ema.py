@@ -8,11 +8,6 @@ from typing import TYPE_CHECKING
 import click
 
 from alphaflow_cli.commands.common import (
-    IMAGES,
-    NFE,
-    Destination,
-    NumberWithin,
-    WholeWithin,
     begin,
     device_option,
     examples,
@@ -23,6 +18,7 @@ from alphaflow_cli.commands.common import (
     share,
 )
 from alphaflow_cli.commands.measuring import Metrics, metrics_option, reference_option
+from alphaflow_cli.commands.values import IMAGES, NFE, Destination, NumberWithin, UserPath, WholeWithin
 from alphaflow_cli.text import shorten
 
 if TYPE_CHECKING:
@@ -52,7 +48,7 @@ def to_merges(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]
 
 
 @click.command("ema", epilog=EXAMPLES)
-@click.argument("run", metavar="RUN", type=click.Path(path_type=Path))
+@click.argument("run", metavar="RUN", type=UserPath())
 @click.option(
     "--half-life",
     "half_lives",

@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING
 import click
 
 from alphaflow_cli.commands.common import (
-    IMAGES,
-    Destination,
     autoencoder_option,
     begin,
     check_source,
@@ -34,6 +32,7 @@ from alphaflow_cli.commands.measuring import (
     reference_option,
     weights_option,
 )
+from alphaflow_cli.commands.values import IMAGES, Destination
 from alphaflow_cli.commands.walking import walk_options
 from alphaflow_cli.recipe.schema import LabelDraw
 

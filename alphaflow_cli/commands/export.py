@@ -5,15 +5,8 @@ from typing import Any
 
 import click
 
-from alphaflow_cli.commands.common import (
-    Destination,
-    WholeWithin,
-    autoencoder_option,
-    begin,
-    check_checkpoint,
-    checkpoint_argument,
-    examples,
-)
+from alphaflow_cli.commands.common import autoencoder_option, begin, check_checkpoint, checkpoint_argument, examples
+from alphaflow_cli.commands.values import Destination, UserPath, WholeWithin
 from alphaflow_cli.commands.walking import averages_option
 
 EPILOG = examples(
@@ -33,7 +26,7 @@ OPTIONS = {"nfe": "--nfe", "decoder": "--decoder/--no-decoder", "half": "--fp16"
 @click.command("export", epilog=EPILOG)
 @checkpoint_argument("checkpoint", "CKPT")
 @click.option("--to", "form", type=click.Choice(FORMS), required=True, help="What to write.")
-@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="The file or folder that is written.")
+@click.option("-o", "--out", type=UserPath(), required=True, help="The file or folder that is written.")
 @click.option("--nfe", type=WholeWithin(1, MOST_STEPS), help="onnx, torch: evaluations per picture. Default: 1.")
 @click.option(
     "--decoder/--no-decoder", default=None, help="onnx, torch: whether latents become pictures. Default: yes."
@@ -45,7 +38,7 @@ OPTIONS = {"nfe": "--nfe", "decoder": "--decoder/--no-decoder", "half": "--fp16"
 @autoencoder_option
 @click.option(
     "--runtime",
-    type=click.Path(path_type=Path),
+    type=UserPath(),
     help="web: ONNX Runtime, where it cannot be fetched: the file of npm pack onnxruntime-web.",
 )
 def command(

@@ -5,7 +5,8 @@ from typing import Literal
 
 import click
 
-from alphaflow_cli.commands.common import Destination, NumberWithin, WholeWithin, begin, complete_path, examples, tell
+from alphaflow_cli.commands.common import begin, complete_path, examples, tell
+from alphaflow_cli.commands.values import Destination, NumberWithin, WholeWithin
 from alphaflow_cli.errors import AlphaflowError
 
 FORMS = "dit-npy|lightningdit|repa|lmdb|moments-safetensors"

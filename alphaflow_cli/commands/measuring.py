@@ -6,7 +6,8 @@ from typing import get_args
 
 import click
 
-from alphaflow_cli.commands.common import BATCH, Command, check_source, complete_path
+from alphaflow_cli.commands.common import Command, check_source, complete_path
+from alphaflow_cli.commands.values import BATCH
 from alphaflow_cli.recipe.schema import Metric
 
 Metrics = tuple[Metric, ...]

@@ -8,11 +8,6 @@ import click
 from click.core import ParameterSource
 
 from alphaflow_cli.commands.common import (
-    IMAGES,
-    PROCESSES,
-    Destination,
-    NumberWithin,
-    WholeWithin,
     bad_option,
     begin,
     check_source,
@@ -25,6 +20,7 @@ from alphaflow_cli.commands.common import (
     threads_option,
 )
 from alphaflow_cli.commands.labelling import given_labelling, labelling_options
+from alphaflow_cli.commands.values import IMAGES, PROCESSES, Destination, NumberWithin, WholeWithin
 from alphaflow_cli.recipe.schema import Data
 
 if TYPE_CHECKING:

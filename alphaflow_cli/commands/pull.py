@@ -4,7 +4,8 @@ from pathlib import Path
 
 import click
 
-from alphaflow_cli.commands.common import Destination, begin, examples
+from alphaflow_cli.commands.common import begin, examples
+from alphaflow_cli.commands.values import Destination
 
 EPILOG = examples("alphaflow pull user/b2", "alphaflow pull user/b2@v1.0 -o b2")
 

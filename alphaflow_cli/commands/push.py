@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from alphaflow_cli.commands.common import Destination, begin, command_line, complete_path, examples, print_table
+from alphaflow_cli.commands.common import begin, command_line, complete_path, examples, print_table
+from alphaflow_cli.commands.values import Destination, UserPath
 from alphaflow_cli.files import user_path
 
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ def after_dry_run(words: Sequence[str], repo: str | None) -> str:
 )
 @click.option(
     "--autoencoder",
-    type=click.Path(exists=True, path_type=Path),
+    type=UserPath(exists=True),
     help="The model's own autoencoder, if it is not beside the weights: a folder or a weights file.",
 )
 @click.option("--diffusers", is_flag=True, help="Add a pipeline that diffusers loads, beside the weights.")

@@ -6,8 +6,6 @@ from pathlib import Path
 import click
 
 from alphaflow_cli.commands.common import (
-    Destination,
-    NumberWithin,
     begin,
     complete_path,
     complete_recipe,
@@ -20,6 +18,7 @@ from alphaflow_cli.commands.common import (
     tell,
     write_new,
 )
+from alphaflow_cli.commands.values import Destination, NumberWithin
 from alphaflow_cli.errors import AlphaflowError
 from alphaflow_cli.files import check_new
 from alphaflow_cli.text import for_message

@@ -7,10 +7,6 @@ from typing import TYPE_CHECKING, Literal
 import click
 
 from alphaflow_cli.commands.common import (
-    IMAGES,
-    SIZE,
-    Destination,
-    WholeWithin,
     bad_option,
     begin,
     check_source,
@@ -26,6 +22,7 @@ from alphaflow_cli.commands.common import (
 )
 from alphaflow_cli.commands.labelling import given_labelling, image_column_option
 from alphaflow_cli.commands.measuring import Metrics, Weights, batch_option, metrics_option, weights_option
+from alphaflow_cli.commands.values import IMAGES, SIZE, Destination, WholeWithin
 from alphaflow_cli.files import check_new
 
 if TYPE_CHECKING:

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import click
 
-from alphaflow_cli.commands.common import Destination, begin, examples
+from alphaflow_cli.commands.common import begin, examples
+from alphaflow_cli.commands.values import Destination, UserPath
 
 EXAMPLES = examples(
     "alphaflow report runs/quickstart",
@@ -14,7 +15,7 @@ EXAMPLES = examples(
 
 
 @click.command("report", epilog=EXAMPLES)
-@click.argument("runs", metavar="RUN...", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("runs", metavar="RUN...", nargs=-1, required=True, type=UserPath())
 @click.option("-o", "--out", type=Destination(), help="The page. Default: RUN/report.html; of several: compare.html")
 def command(runs: tuple[Path, ...], out: Path | None) -> None:
     """Make one self-contained HTML page of a run.

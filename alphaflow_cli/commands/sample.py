@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING, Any, overload
 import click
 
 from alphaflow_cli.commands.common import (
-    BATCH,
-    Destination,
     autoencoder_option,
     begin,
     check_checkpoint,
@@ -21,6 +19,7 @@ from alphaflow_cli.commands.common import (
     share,
     threads_option,
 )
+from alphaflow_cli.commands.values import BATCH, Destination
 from alphaflow_cli.commands.walking import averages_option, walk_options
 from alphaflow_cli.text import counted, shorten
 

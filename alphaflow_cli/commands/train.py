@@ -13,12 +13,6 @@ from typing import TYPE_CHECKING
 import click
 
 from alphaflow_cli.commands.common import (
-    BATCH,
-    PROCESSES,
-    THREADS,
-    Destination,
-    NumberOrAuto,
-    NumberWithin,
     begin,
     check_checkpoint,
     command_line,
@@ -31,6 +25,7 @@ from alphaflow_cli.commands.common import (
     set_option,
     tell,
 )
+from alphaflow_cli.commands.values import BATCH, PROCESSES, THREADS, Destination, NumberOrAuto, NumberWithin, UserPath
 from alphaflow_cli.errors import AlphaflowError, LostOutput
 from alphaflow_cli.recipe.schema import Recipe
 from alphaflow_cli.runtime.launch import check_requeue, first_of_launched
@@ -48,7 +43,7 @@ EXAMPLES = examples(
 
 @click.command("train", epilog=EXAMPLES)
 @recipe_argument
-@click.option("--data", type=click.Path(path_type=Path), help="Latent store. A shipped recipe is fitted to it.")
+@click.option("--data", type=UserPath(), help="Latent store. A shipped recipe is fitted to it.")
 @click.option(
     "--out",
     type=Destination(is_folder=True, holds_weights=True),

@@ -6,7 +6,8 @@ from typing import get_args
 
 import click
 
-from alphaflow_cli.commands.common import GUIDANCE, NFE, Command, WholeWithin
+from alphaflow_cli.commands.common import Command
+from alphaflow_cli.commands.values import GUIDANCE, NFE, WholeWithin
 from alphaflow_cli.recipe.schema import MOST_NFE, SamplerChoice
 from alphaflow_cli.text import shorten
 

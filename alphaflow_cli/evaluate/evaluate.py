@@ -154,25 +154,25 @@ class Ruler:
 
 def build_extractors(
     metrics: tuple[Metric, ...], device: torch.device, weights: dict[str, Path]
-) -> tuple[dict[str, Extractor], list[str]]:
-    """Make the networks that the metrics need, by their names, and a line for each whose weights are missing.
+) -> tuple[dict[str, Extractor], dict[str, MissingWeights]]:
+    """Make the networks that the metrics need, by their names, and say for each that lacks its weights how to get them.
 
-    Where the weights of all are missing, the error says how to get them.
+    Where the weights of all are missing, that is the error.
     """
     names = sorted({NETWORK[metric] for metric in metrics})
     unused = sorted(weights.keys() - set(names))
     if unused:
         raise AlphaflowError(f"--weights {unused[0]}=…: the requested metrics use {', '.join(names)} only")
     extractors: dict[str, Extractor] = {}
-    faults: list[MissingWeights] = []
+    lacking: dict[str, MissingWeights] = {}
     for name in names:
         try:
             extractors[name] = build_extractor(name, device=device, weights=weights.get(name))
         except MissingWeights as fault:
-            faults.append(fault)
-    if faults and not extractors:
-        raise faults[0]
-    return extractors, [f"not measured: {fault}" for fault in faults]
+            lacking[name] = fault
+    if lacking and not extractors:
+        raise next(iter(lacking.values()))
+    return extractors, lacking
 
 
 def evaluate(
@@ -223,7 +223,7 @@ def measure_reference(request: ReferenceRequest, processes: Processes) -> tuple[
     metrics = request.metrics or available_metrics(request.weights)
     extractors, lacking = build_extractors(metrics, processes.device, request.weights)
     if lacking:  # a reference must have all that it was asked for
-        raise AlphaflowError(lacking[0].removeprefix("not measured: "))
+        raise next(iter(lacking.values()))
     ruler = Ruler(extractors, processes, request.work, request.batch)
     return make_reference(pictures, ruler, request.path, name=request.name, kept=request.kept)
 
@@ -339,8 +339,10 @@ def evaluate_all(
 ) -> list[Evaluation]:
     """Measure each set of pictures by one ruler; empty on all processes but the first."""
     extractors, lacking = build_extractors(metrics, processes.device, request.weights)
-    for line in lacking if processes.rank == 0 else ():
-        say(f"warning: {line}")
+    for how_to_get in lacking.values() if processes.rank == 0 else ():
+        say(f"warning: not measured: {how_to_get}")
+    left_out = ", ".join(metric for metric in metrics if NETWORK[metric] in lacking)
+    again = [f"not measured, for want of weights: {left_out}"] if left_out else []
     metrics = tuple(metric for metric in metrics if NETWORK[metric] in extractors)
     ruler = Ruler(extractors, processes, folder, request.batch)
     compared = find_reference(reference, sources[0].size, ruler, sources[0].crop) if reference else None
@@ -349,7 +351,7 @@ def evaluate_all(
         say(f"beware: {images:,} pictures are compared with {real:,} real ones, which decide the error: take more")
     measured = [evaluate(source, metrics, ruler, reference=compared) for source in sources]
     done = [evaluation for evaluation in measured if evaluation is not None]
-    return [replace(evaluation, warnings=[*evaluation.warnings, *lacking]) for evaluation in done]
+    return [replace(evaluation, warnings=[*evaluation.warnings, *again]) for evaluation in done]
 
 
 def choose_walks(request: EvalRequest, generator: Generator) -> list[Walk]:

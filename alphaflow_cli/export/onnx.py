@@ -49,10 +49,15 @@ def export_onnx(source: Exported, out: Path, *, half: bool) -> Difference:
     check_onnx()
     reference = reference_pictures(source)
     model = build_model(source, half=half)
-    if sum(value.const_value.nbytes for value in model.graph.initializers.values()) > ONE_FILE:
+    beside, replaces = out.with_name(f"{out.name}.data"), out.is_file()
+    apart = sum(value.const_value.nbytes for value in model.graph.initializers.values()) > ONE_FILE
+    if apart:
         out.unlink(missing_ok=True)  # an earlier graph must not run the new weights
-        pack([model], out.with_name(f"{out.name}.data"))
-    return write_graph(model, source, out, reference, half=half)
+        pack([model], beside)
+    difference = write_graph(model, source, out, reference, half=half)
+    if replaces and not apart:
+        beside.unlink(missing_ok=True)  # the weights of the earlier graph
+    return difference
 
 
 def write_graph(model: Any, source: Exported, out: Path, reference: Wanted, *, half: bool) -> Difference:

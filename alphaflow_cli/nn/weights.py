@@ -112,8 +112,9 @@ def _candidates(wanted: WeightFile, given: Path | None) -> list[Path]:
 def _how_to_get(wanted: WeightFile) -> str:
     folder = Path(torch.hub.get_dir()) / "checkpoints"
     check = f", sha256 {wanted.sha256[:8]}…" if wanted.sha256 else ""
+    need = "need" if "," in wanted.metrics else "needs"
     return (
-        f"{wanted.title} is not on this machine: {wanted.metrics} need {wanted.names[0]} "
+        f"{wanted.title} is not on this machine: {wanted.metrics} {need} {wanted.names[0]} "
         f"({wanted.megabytes} MB, {wanted.licence}{check}). Get it with\n"
         f"  curl -L --create-dirs -o {folder / wanted.names[0]} {wanted.url}\n"
         f"or name a copy with --weights {wanted.extractor}=FILE or a folder in $ALPHAFLOW_WEIGHTS. "

@@ -198,7 +198,7 @@ class Scores:
     def _ruler(self) -> SharedRuler:
         extractors, lacking = build_extractors(self.wanted.quick_metrics, self.run.world.device, {})
         if lacking:
-            raise AlphaflowError(lacking[0])
+            raise next(iter(lacking.values()))
         return SharedRuler(extractors, self.run.world, self.run.folder / "evals", BATCH)
 
     def _reference(self, ruler: Ruler) -> Reference | None:

@@ -154,11 +154,22 @@ def test_the_limit_is_named(value, capsys):
 
 
 def test_numbers_are_read_as_before(capsys):
-    from alphaflow_cli.commands.common import GUIDANCE, IMAGES, SEED
+    from alphaflow_cli.commands.values import GUIDANCE, IMAGES, SEED
 
     assert [IMAGES.convert(v, None, None) for v in ("7", 7, "+7", "1_000", " 7 ")] == [7, 7, 7, 1000, 7]
     assert [SEED.convert(v, None, None) for v in ("-1", "0", str(2**63 - 1))] == [-1, 0, 2**63 - 1]
     assert [GUIDANCE.convert(v, None, None) for v in ("1e-3", "2", "-0.5", 1.5)] == [1e-3, 2.0, -0.5, 1.5]
+
+
+@pytest.mark.parametrize(
+    "line", ["train b2 --data=~/none", "report ~/none", "ema ~/none", "push RUN --autoencoder=~/none"]
+)
+def test_a_tilde_that_the_shell_leaves_is_the_home_folder(line, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert run(line.split()) in (1, 2)
+    err = capsys.readouterr().err
+    assert str(tmp_path / "none") in err, err
+    assert "~" not in err
 
 
 FAR = "x" * 300

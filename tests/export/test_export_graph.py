@@ -136,18 +136,38 @@ def test_what_cannot_be_exported_is_refused_in_one_line(pixels, tmp_path, capsys
     assert not (tmp_path / "m").exists()
 
 
-def test_an_earlier_graph_does_not_stay_beside_the_weights_of_another(tmp_path, monkeypatch):
-    """Beyond 2 GB the weights are written first, into a file of their own."""
-    out, kept = tmp_path / "m.onnx", []
-    out.write_text("an earlier graph")
-    weight = SimpleNamespace(const_value=SimpleNamespace(nbytes=onnx.ONE_FILE + 1))
-    model = SimpleNamespace(graph=SimpleNamespace(initializers={"weight": weight}))
+@pytest.fixture
+def graph_of(monkeypatch):
+    """Have `export_onnx` write a graph whose weights take so many bytes; its list says what stood there before them."""
+    before = []
+
+    def export_of(out, nbytes):
+        weight = SimpleNamespace(const_value=SimpleNamespace(nbytes=nbytes))
+        model = SimpleNamespace(graph=SimpleNamespace(initializers={"weight": weight}))
+        monkeypatch.setattr(onnx, "build_model", lambda source, half: model)
+        onnx.export_onnx(None, out, half=False)
+
     monkeypatch.setattr(onnx, "reference_pictures", lambda source: ([], [], np.zeros(0)))
-    monkeypatch.setattr(onnx, "build_model", lambda source, half: model)
-    monkeypatch.setattr(onnx, "pack", lambda models, path: kept.append(out.exists()))
-    monkeypatch.setattr(onnx, "write_graph", lambda *_, **__: None)
-    onnx.export_onnx(None, out, half=False)
-    assert kept == [False]
+    monkeypatch.setattr(onnx, "pack", lambda models, path: (before.append(sorted(path.parent.iterdir())), path.touch()))
+    monkeypatch.setattr(onnx, "write_graph", lambda model, source, out, *_, **__: out.touch())
+    return export_of, before
+
+
+def test_an_earlier_graph_does_not_stay_beside_the_weights_of_another(tmp_path, graph_of):
+    """Beyond 2 GB the weights are written first, into a file of their own."""
+    export_of, before = graph_of
+    (tmp_path / "m.onnx").write_text("an earlier graph")
+    export_of(tmp_path / "m.onnx", onnx.ONE_FILE + 1)
+    assert before == [[]]
+
+
+def test_weights_of_an_earlier_graph_do_not_stay_beside_one_that_has_its_own(tmp_path, graph_of):
+    export_of, _ = graph_of
+    (tmp_path / "m.onnx.data").touch()  # of nobody we know
+    export_of(tmp_path / "m.onnx", 1)
+    assert (tmp_path / "m.onnx.data").exists()
+    export_of(tmp_path / "m.onnx", 1)
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["m.onnx"]
 
 
 def test_without_onnx_one_line_names_the_extra(pixels, tmp_path, capsys, monkeypatch):
