@@ -43,7 +43,7 @@ def scores_chart(recipe: Recipe, rows: Sequence[dict[str, Any]], cuts: Collectio
     for name in dict.fromkeys(name for name, _ in curves):
         lines = []
         for nfe in (each for each in counts if (name, each) in curves):
-            expected = expected_points(recipe.expected, name, nfe)
+            expected = expected_points(within(recipe), name, nfe)
             label = f"expected, {nfe} NFE"
             lines += [Line(label, points, colours[nfe], dashed=True, markers=True) for points in expected]
             points = curves[name, nfe]
@@ -60,6 +60,11 @@ def title_of(name: str) -> str:
     return f"{name}: {'higher' if rising else 'lower'} is better"
 
 
+def within(recipe: Recipe) -> list[ExpectedScore]:
+    """What the recipe expects of a run of this length: a shortened one is another run, and does not get there."""
+    return [each for each in recipe.expected if each.step <= recipe.train.steps]
+
+
 def expected_points(expected: Sequence[ExpectedScore], name: str, nfe: int) -> list[Points]:
     """What a recipe expects of this score at so many evaluations: one curve, or none."""
     fitting = [each for each in expected if each.nfe == nfe and name.startswith(f"{TITLE.get(each.metric)}-")]
@@ -69,10 +74,13 @@ def expected_points(expected: Sequence[ExpectedScore], name: str, nfe: int) -> l
 def expected_notes(recipe: Recipe, rows: Sequence[dict[str, Any]]) -> list[str]:
     """What must be known to compare the curves with what is expected: where it comes from, and of how many pictures."""
     names = {name for name, _ in curves_of_scores(rows)}
-    shown = [each for each in recipe.expected if any(expected_points([each], name, each.nfe) for name in names)]
+    fitting = [each for each in recipe.expected if any(expected_points([each], name, each.nfe) for name in names)]
+    shown = [each for each in fitting if each in within(recipe)]
+    beyond = sorted({each.step for each in fitting if each not in shown})
     kinds = dict.fromkeys(f"{TITLE[each.metric]} of {counted(each.images, 'picture')}, {each.source}" for each in shown)
     note = "Expected: {}. A Fréchet distance of fewer pictures is larger: compare the same count only."
-    return [note.format("; ".join(kinds))] if kinds else []
+    later = f"What the recipe expects at step {beyond[0]:,} is not drawn: this run ends before." if beyond else ""
+    return [each for each in (note.format("; ".join(kinds)) if kinds else "", later) if each]
 
 
 def cut_notes(cuts: Collection[int]) -> list[str]:

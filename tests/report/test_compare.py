@@ -1,6 +1,7 @@
 """Scores over the steps on a run's page, what its recipe expects below them, and several runs on one page."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 
@@ -38,6 +39,8 @@ def folder(tmp_path):
 
 
 def test_the_page_shows_scores_over_steps_above_what_the_recipe_expects(folder, capsys):
+    text = (folder / "recipe.yaml").read_text()
+    (folder / "recipe.yaml").write_text(re.sub(r"(?m)^  steps: \d+", "  steps: 850", text))
     recipe, rows = load_recipe(str(folder / "recipe.yaml")), score_rows(folder)
     (panel,) = scores_chart(recipe, rows).panels
     assert panel.title == "FD-tiny-2k: lower is better"
@@ -53,6 +56,14 @@ def test_the_page_shows_scores_over_steps_above_what_the_recipe_expects(folder, 
     assert "Scores while training" in page.text
     assert "FD-tiny of 2,000 pictures, measured" in page.text
     assert "best-nfe1.safetensors: step 300, FD-tiny-2k 20." in page.text
+
+
+def test_what_the_recipe_expects_after_the_end_of_a_shortened_run_is_not_drawn(folder):
+    recipe, rows = load_recipe(str(folder / "recipe.yaml")), score_rows(folder)
+    chart = scores_chart(recipe, rows)
+    assert [line.label for line in chart.panels[0].lines] == ["1 NFE", "2 NFE"]
+    assert chart.x_range == (0, 300.0)
+    assert expected_notes(recipe, rows) == ["What the recipe expects at step 850 is not drawn: this run ends before."]
 
 
 def test_the_curve_of_a_velocity_head_is_drawn_though_the_last_row_of_the_journal_holds_scores(folder):
@@ -92,7 +103,7 @@ def test_a_curve_has_a_gap_where_the_reference_changed_and_the_page_says_so(fold
     recipe = load_recipe(str(folder / "recipe.yaml"))
     (panel,) = scores_chart(recipe, scored, {200}).panels
     assert panel.log_y
-    assert str(panel.lines[1].points) == "[(100.0, 3.0), (200.0, nan), (200.0, 12.5), (300.0, 20.0)]"
+    assert str(panel.lines[0].points) == "[(100.0, 3.0), (200.0, nan), (200.0, 12.5), (300.0, 20.0)]"
     other = write_run(folder.parent / "other")
     assert "FD-tiny-2k at 1 NFE 20; 12.5 at 200" in compare(folder, other, capsys).text, "of the newer reference alone"
     words = "eval.reference changed before step 200: scores on the two sides of a gap do not compare."
