@@ -18,7 +18,7 @@ from alphaflow_cli.convert.arguments import plain_arguments
 from alphaflow_cli.convert.shape import HEADS, NetworkShape
 from alphaflow_cli.convert.source import read_source
 from alphaflow_cli.errors import AlphaflowError
-from alphaflow_cli.files import check_new
+from alphaflow_cli.files import check_new, user_path
 from alphaflow_cli.recipe import Recipe, dump_recipe, load_recipe, recipe_from_text
 
 Family = Literal["auto", "alphaflow", "sit", "dit", "repa", "meanflow", "fastgen", "soflow", "imf"]
@@ -307,7 +307,7 @@ def parse_latents(text: str) -> Latents:
         return scaled(scale, f"--latents {text}")
     if not text.endswith(".safetensors"):
         raise AlphaflowError(f"{shown!r}: {FORM}.")
-    return _from_file(Path(text))
+    return _from_file(user_path(text))
 
 
 def _from_file(path: Path) -> Latents:
