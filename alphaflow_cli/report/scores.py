@@ -43,7 +43,7 @@ def scores_chart(recipe: Recipe, rows: Sequence[dict[str, Any]], cuts: Collectio
     for name in dict.fromkeys(name for name, _ in curves):
         lines = []
         for nfe in (each for each in counts if (name, each) in curves):
-            expected = expected_points(within(recipe), name, nfe)
+            expected = expected_points(reached_scores(recipe), name, nfe)
             label = f"expected, {nfe} NFE"
             lines += [Line(label, points, colours[nfe], dashed=True, markers=True) for points in expected]
             points = curves[name, nfe]
@@ -60,7 +60,7 @@ def title_of(name: str) -> str:
     return f"{name}: {'higher' if rising else 'lower'} is better"
 
 
-def within(recipe: Recipe) -> list[ExpectedScore]:
+def reached_scores(recipe: Recipe) -> list[ExpectedScore]:
     """What the recipe expects of a run of this length: a shortened one is another run, and does not get there."""
     return [each for each in recipe.expected if each.step <= recipe.train.steps]
 
@@ -75,7 +75,7 @@ def expected_notes(recipe: Recipe, rows: Sequence[dict[str, Any]]) -> list[str]:
     """What must be known to compare the curves with what is expected: where it comes from, and of how many pictures."""
     names = {name for name, _ in curves_of_scores(rows)}
     fitting = [each for each in recipe.expected if any(expected_points([each], name, each.nfe) for name in names)]
-    shown = [each for each in fitting if each in within(recipe)]
+    shown = [each for each in fitting if each in reached_scores(recipe)]
     beyond = sorted({each.step for each in fitting if each not in shown})
     kinds = dict.fromkeys(f"{TITLE[each.metric]} of {counted(each.images, 'picture')}, {each.source}" for each in shown)
     note = "Expected: {}. A Fréchet distance of fewer pictures is larger: compare the same count only."
